@@ -1,0 +1,3 @@
+from sgtm_kernels.embedding.op import embedding
+
+__all__ = ["embedding"]

@@ -1,0 +1,48 @@
+"""Masked linear layers: the gradient of a group's rows takes only the tokens that may update it; dX is the plain one.
+
+`linear_in` has its groups on the output side (`w_qkv`, `w_in`; weight [rows, in]), `linear_out` on the input side (`w_o`,
+`w_out`; weight stored input-major [rows, out]), so that in both a group is a row range.
+Promises (tests/kernels/test_linear.py): rows that no token may update have a gradient of exactly 0; dX is bit-equal to
+that of `torch.nn.functional.linear`; dW of the retain rows does not change with the content of forget tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sgtm_kernels.dispatch import pick
+from sgtm_kernels.plan import MaskPlan
+
+
+def linear_in(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    plan: MaskPlan,
+    part: str,
+    bounds: tuple[int, ...],
+    backend: str = "runs",
+) -> torch.Tensor:
+    """x [B, S, in] @ weight [rows, in]^T + bias [rows] -> [B, S, rows].
+
+    bounds  group boundaries in the rows; two entries mean no groups: nothing is masked
+    part    `attn_in` or `mlp_in`: which `update` table holds. The bias belongs to the rows.
+    """
+    return pick("linear", backend).linear_in(x, weight, bias, plan, part, bounds)
+
+
+def linear_out(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    plan: MaskPlan,
+    part: str,
+    bounds: tuple[int, ...],
+    backend: str = "runs",
+) -> torch.Tensor:
+    """x [B, S, rows] @ weight [rows, out] + bias [out] -> [B, S, out].
+
+    bounds  group boundaries in the rows; two entries mean no groups: nothing is masked, the bias neither
+    part    `attn_out` or `mlp_out`. The bias is joint, of kind `<part>_bias`.
+    """
+    return pick("linear", backend).linear_out(x, weight, bias, plan, part, bounds)

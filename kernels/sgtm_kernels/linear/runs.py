@@ -1,0 +1,106 @@
+"""Masked linear layers on slices: masks become row and token ranges of plain matmuls.
+
+With one domain and sorted runs, the tokens that may update the retain rows are one contiguous range, and so are those that
+may update the forget rows: two matmuls that together do less work than the unmasked one. Where nothing is masked, it is
+one plain matmul.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from sgtm_kernels.plan import MAX_SLICES, MaskPlan, RowWork, Updaters
+
+
+def linear_in(x, weight, bias, plan: MaskPlan, part: str, bounds):
+    if len(bounds) == 2:
+        return F.linear(x, weight, bias)
+    return _LinearIn.apply(x, weight, bias, plan, plan.rows(part, bounds))
+
+
+def linear_out(x, weight, bias, plan: MaskPlan, part: str, bounds):
+    if len(bounds) == 2:
+        return F.linear(x, weight.t(), bias)
+    return _LinearOut.apply(x, weight, bias, plan, plan.rows(part, bounds), plan.joint(f"{part}_bias"))
+
+
+class _LinearIn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, plan, work):
+        ctx.save_for_backward(x, weight)
+        ctx.plan, ctx.work = plan, work
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        x2, dy2 = x.flatten(0, 1), dy.flatten(0, 1)
+        dw = weight_gradient(dy2, x2, ctx.plan, ctx.work) if ctx.needs_input_grad[1] else None
+        db = None
+        if ctx.needs_input_grad[2]:
+            db = dy.new_empty(dy.shape[-1])
+            for start, end, tokens in ctx.work:
+                db[start:end] = token_sum(dy2[:, start:end], ctx.plan, tokens)
+        return dx, dw, db, None, None
+
+
+class _LinearOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, plan, work, bias_tokens):
+        ctx.save_for_backward(x, weight)
+        ctx.plan, ctx.work, ctx.bias_tokens = plan, work, bias_tokens
+        return F.linear(x, weight.t(), bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx = dy @ weight.t() if ctx.needs_input_grad[0] else None
+        x2, dy2 = x.flatten(0, 1), dy.flatten(0, 1)
+        dw = weight_gradient(x2, dy2, ctx.plan, ctx.work) if ctx.needs_input_grad[1] else None
+        db = token_sum(dy2, ctx.plan, ctx.bias_tokens) if ctx.needs_input_grad[2] else None
+        return dx, dw, db, None, None, None
+
+
+def weight_gradient(left: torch.Tensor, right: torch.Tensor, plan: MaskPlan, work: tuple[RowWork, ...]) -> torch.Tensor:
+    """Masked `left^T @ right`: left [tokens, rows], right [tokens, columns] -> [rows, columns].
+
+    A row range is the sum over its tokens times their weights; rows that no token may update are exactly 0.
+    """
+    if len(work) == 1 and plan.plain(work[0].tokens):
+        return left.t() @ right
+    out = left.new_empty(left.shape[1], right.shape[1])
+    for start, end, (by_label, slices) in work:
+        rows = out[start:end]
+        if not slices:
+            rows.zero_()
+        elif len(slices) > MAX_SLICES:
+            weights = plan.token_weights(by_label, left)[:, None]
+            if end - start <= right.shape[1]:
+                torch.mm((left[:, start:end] * weights).t(), right, out=rows)
+            else:
+                torch.mm(left[:, start:end].t(), right * weights, out=rows)
+        elif len(slices) == 1 and slices[0].weight == 1:
+            s, e, _ = slices[0]
+            torch.mm(left[s:e, start:end].t(), right[s:e], out=rows)
+        else:
+            # Partial sums are added in fp32: in bf16 each addition would cost as much precision as the matmul itself.
+            total = torch.zeros(rows.shape, dtype=torch.promote_types(out.dtype, torch.float32), device=out.device)
+            for s, e, weight in slices:
+                total.add_(left[s:e, start:end].t() @ right[s:e], alpha=weight)
+            rows.copy_(total)
+    return out
+
+
+def token_sum(x: torch.Tensor, plan: MaskPlan, tokens: Updaters) -> torch.Tensor:
+    """Masked `x.sum(0)`: x [tokens, columns] -> [columns]; partial sums are added in at least fp32."""
+    if plan.plain(tokens):
+        return x.sum(0)
+    if len(tokens.slices) > MAX_SLICES:
+        return plan.token_weights(tokens.by_label, x) @ x
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    total = torch.zeros(x.shape[1], dtype=accumulate, device=x.device)
+    for start, end, weight in tokens.slices:
+        total.add_(x[start:end].sum(0, dtype=accumulate), alpha=weight)
+    return total.to(x.dtype)

@@ -1,0 +1,25 @@
+"""The MLP's non-linearity with `active` and `route` per label and group.
+
+Promises (tests/kernels/test_mlp.py): an inactive neuron's output, and the gradient at its pre-activation, are exactly 0;
+`route` leaves the forward value bit for bit and scales only what flows back; where both are 1 the op is the plain one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sgtm_kernels.dispatch import pick
+from sgtm_kernels.plan import MaskPlan
+
+
+def gelu(x: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...], backend: str = "runs") -> torch.Tensor:
+    """tanh-GELU (Hendrycks and Gimpel, 2016) of x [B, S, F] -> [B, S, F]; `bounds`: group boundaries in the F neurons."""
+    return pick("mlp", backend).gelu(x, plan, bounds)
+
+
+def swiglu(x: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...], backend: str = "runs") -> torch.Tensor:
+    """SwiGLU (Shazeer, 2020): silu(gate) * up, x [B, S, 2F] -> [B, S, F].
+
+    The 2F columns hold, for each group, its gates and then its ups; `bounds`: group boundaries in the F neurons.
+    """
+    return pick("mlp", backend).swiglu(x, plan, bounds)

@@ -1,0 +1,32 @@
+"""LayerNorm and RMSNorm whose weight and bias learn only from the tokens that may update them; dX is the plain one.
+
+Promise (tests/kernels/test_norm.py): masked tokens contribute exactly nothing to the gradient of weight and bias, and dX is
+bit-equal to that of the same op with nothing masked.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sgtm_kernels.dispatch import pick
+from sgtm_kernels.plan import MaskPlan
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    plan: MaskPlan,
+    kind: str | None,
+    backend: str = "runs",
+) -> torch.Tensor:
+    """LayerNorm (Ba et al., 2016) of x [B, S, D] with weight and bias [D]. `kind`: `norm`, `final_norm`; None: no mask."""
+    return pick("norm", backend).layer_norm(x, weight, bias, eps, plan, kind)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, plan: MaskPlan, kind: str | None, backend: str = "runs"
+) -> torch.Tensor:
+    """RMSNorm (Zhang and Sennrich, 2019) of x [B, S, D] with weight [D], computed in at least fp32."""
+    return pick("norm", backend).rms_norm(x, weight, eps, plan, kind)

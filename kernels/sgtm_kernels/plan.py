@@ -1,0 +1,191 @@
+"""What a masked op needs to know about one micro-batch.
+
+`Tables` are the strategy as small tables of floats, indexed by the label of a token and the group of a head or neuron.
+`MaskPlan` joins them with the *runs* of one micro-batch: maximal stretches of tokens with one label. Labels are known on
+the CPU when the batch is built, so everything here is plain Python arithmetic on a handful of integers; no op ever reads
+a label from a device tensor to decide what to do.
+
+The promise: an op that gets its work from a plan multiplies each token's contribution to the gradient of each group's
+rows by exactly `update[label][group]`, and where that is 0 the token is not part of the computation (or enters as an
+exact zero), so its content cannot change a bit of the result. `tests/kernels` checks it for every op.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+PARTS = ("attn_in", "attn_out", "mlp_in", "mlp_out")
+KINDS = ("attn_out_bias", "mlp_out_bias", "norm", "final_norm", "embedding", "position", "head", "head_bias")
+
+# Up to this many token ranges, a weight gradient is a sum of matmuls over slices; beyond it, one matmul over a copy of dY
+# (or X) whose rows are scaled by their weight. A slice costs a launch, a copy costs a pass over the activations.
+MAX_SLICES = 8
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A strategy: multipliers by label `l` (first index) and group `g` (second index); group 0 is retain.
+
+    active[l][g]          the group's output in the forward pass (neuron after the non-linearity, head before `Wo`)
+    route[l][g]           the gradient that flows back through that output; the forward value is unchanged
+    update[part][l][g]    the token's contribution to the gradient of the group's weights and in-side biases
+    update_joint[kind][l] the same for parameters that belong to no head or neuron
+    """
+
+    labels: tuple[str, ...]
+    groups: tuple[str, ...]
+    active: tuple[tuple[float, ...], ...]
+    route: tuple[tuple[float, ...], ...]
+    update: dict[str, tuple[tuple[float, ...], ...]]
+    update_joint: dict[str, tuple[float, ...]]
+
+    def __post_init__(self):
+        grid = (len(self.labels), len(self.groups))
+        for name, table in [("active", self.active), ("route", self.route), *self.update.items()]:
+            if (len(table), *{len(row) for row in table}) != grid:
+                raise ValueError(f"table {name!r} must be {grid[0]} labels x {grid[1]} groups, got {table}")
+        if set(self.update) != set(PARTS) or set(self.update_joint) != set(KINDS):
+            raise ValueError(f"update needs exactly the parts {PARTS} and update_joint exactly the kinds {KINDS}")
+        if any(len(row) != grid[0] for row in self.update_joint.values()):
+            raise ValueError(f"update_joint needs one value for each of the {grid[0]} labels")
+
+    def contribution(self, part: str, label: int, group: int) -> float:
+        """`update` where a gradient can arrive at all, else 0: an inactive group gets none, a stopped one none in-side."""
+        reaches = self.active[label][group] * (self.route[label][group] if part.endswith("_in") else 1.0)
+        return self.update[part][label][group] if reaches != 0 else 0.0
+
+
+class Run(NamedTuple):
+    """Tokens `start:end` of the flattened micro-batch, all of one label."""
+
+    label: int
+    start: int
+    end: int
+
+
+class Slice(NamedTuple):
+    """Tokens `start:end` with the weight their contribution is multiplied by (never 0)."""
+
+    start: int
+    end: int
+    weight: float
+
+
+class Updaters(NamedTuple):
+    """The tokens that may update something: the weight of each label, and the token ranges with a weight other than 0."""
+
+    by_label: tuple[float, ...]
+    slices: tuple[Slice, ...]
+
+
+class RowWork(NamedTuple):
+    """Rows `start:end` of a weight, and the tokens that may update them."""
+
+    start: int
+    end: int
+    tokens: Updaters
+
+
+def merge_runs(labels: list[int], lengths: list[int]) -> tuple[Run, ...]:
+    """Runs of consecutive pieces with these labels and token counts; neighbours of one label become one run."""
+    runs: list[Run] = []
+    position = 0
+    for label, length in zip(labels, lengths, strict=True):
+        if runs and runs[-1].label == label:
+            runs[-1] = runs[-1]._replace(end=position + length)
+        elif length:
+            runs.append(Run(label, position, position + length))
+        position += length
+    return tuple(runs)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskPlan:
+    """The masks of one micro-batch of `batch` sequences of `seq_len` tokens.
+
+    runs       cover `0:batch*seq_len` without gaps, in order
+    documents  token ranges `(start, end)` that do not attend to one another, covering the micro-batch and never crossing
+               a sequence; None: every sequence attends to all of its own past
+    """
+
+    tables: Tables
+    runs: tuple[Run, ...]
+    batch: int
+    seq_len: int
+    documents: tuple[tuple[int, int], ...] | None = None
+    _weights: dict = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        edges = [0, *(run.end for run in self.runs)]
+        if [run.start for run in self.runs] != edges[:-1] or edges[-1] != self.tokens:
+            raise ValueError(f"runs {self.runs} must cover the {self.tokens} tokens of the micro-batch in order")
+        if any(not 0 <= run.label < len(self.tables.labels) for run in self.runs):
+            raise ValueError(f"runs {self.runs} name a label outside {self.tables.labels}")
+
+    @classmethod
+    def uniform(cls, tables: Tables, label: int, batch: int, seq_len: int) -> MaskPlan:
+        """One label for the whole micro-batch."""
+        return cls(tables, (Run(label, 0, batch * seq_len),), batch, seq_len)
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq_len
+
+    @cached_property
+    def whole_sequences(self) -> bool:
+        """Whether every run begins and ends at a sequence boundary."""
+        return all(run.end % self.seq_len == 0 for run in self.runs)
+
+    def updaters(self, by_label: tuple[float, ...]) -> Updaters:
+        """The tokens whose label has a non-zero weight; neighbouring runs of equal weight are one slice."""
+        merged: list[Slice] = []
+        for run in self.runs:
+            weight = by_label[run.label]
+            if weight == 0:
+                continue
+            if merged and merged[-1].end == run.start and merged[-1].weight == weight:
+                merged[-1] = merged[-1]._replace(end=run.end)
+            else:
+                merged.append(Slice(run.start, run.end, weight))
+        return Updaters(by_label, tuple(merged))
+
+    def plain(self, tokens: Updaters) -> bool:
+        """Whether these are all tokens with weight 1: nothing is masked."""
+        return tokens.slices == (Slice(0, self.tokens, 1.0),)
+
+    def joint(self, kind: str) -> Updaters:
+        """The tokens that may update the joint parameters of this kind."""
+        return self.updaters(self.tables.update_joint[kind])
+
+    def rows(self, part: str, bounds: tuple[int, ...]) -> tuple[RowWork, ...]:
+        """The work of one weight gradient: row ranges (group boundaries `bounds`), each with the tokens that update it.
+
+        Neighbouring groups that the same tokens update become one range, so a plan that masks nothing yields one
+        `RowWork` over all rows and all tokens.
+        """
+        work: list[RowWork] = []
+        labels = range(len(self.tables.labels))
+        for group, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            tokens = self.updaters(tuple(self.tables.contribution(part, label, group) for label in labels))
+            if work and work[-1].tokens.slices == tokens.slices:
+                work[-1] = work[-1]._replace(end=end)
+            elif end > start:
+                work.append(RowWork(start, end, tokens))
+        return tuple(work)
+
+    def column(self, table: str, group: int) -> tuple[float, ...]:
+        """`active` or `route` of one group, by label."""
+        return tuple(row[group] for row in getattr(self.tables, table))
+
+    def token_weights(self, by_label: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+        """[tokens] tensor of each token's weight, in the dtype and on the device of `like`; cached for the micro-batch."""
+        key = (by_label, like.dtype, like.device)
+        if key not in self._weights:
+            lengths = torch.tensor([run.end - run.start for run in self.runs])
+            values = torch.tensor([by_label[run.label] for run in self.runs], dtype=like.dtype)
+            self._weights[key] = torch.repeat_interleave(values, lengths).to(like.device, non_blocking=True)
+        return self._weights[key]

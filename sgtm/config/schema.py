@@ -1,0 +1,271 @@
+"""The schema of a run.
+
+Every key of a YAML file is a field here; unknown keys are errors. A key has the same name in the code, in the log and in
+the report.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from sgtm.masking.channel import LabelChannel
+from sgtm.masking.labels import LabelSpace
+from sgtm.masking.partition import Partition, build_partition
+from sgtm.masking.strategy import PRESETS, build_tables
+from sgtm_kernels.plan import Tables
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Members = PositiveInt | dict[str, PositiveInt | list[NonNegativeInt]]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """Shape of the transformer."""
+
+    family: Literal["gpt_neo", "llama"] = "gpt_neo"
+    """`gpt_neo`: LayerNorm, learned positions, tanh-GELU, attention scale 1, tied head. `llama`: RMSNorm, RoPE, SwiGLU."""
+    layers: PositiveInt
+    hidden_size: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt | None = None
+    """KV heads of grouped-query attention (llama); default: as many as heads."""
+    head_dim: PositiveInt | None = None
+    """Default: hidden_size / heads."""
+    intermediate_size: PositiveInt
+    """Number of MLP neurons."""
+    vocab_size: PositiveInt
+    context: PositiveInt
+    """Tokens of a training sequence and the longest one the model takes."""
+    window: PositiveInt | None = None
+    """Local attention window of every second layer, beginning with the second (gpt_neo); None: all layers global."""
+    tie_embeddings: bool = True
+    """Whether the LM head is the token embedding (gpt_neo always ties)."""
+    head_bias: bool = False
+    """Whether the LM head has a bias (gpt_neo)."""
+    norm_eps: PositiveFloat = 1e-5
+    rope_theta: PositiveFloat = 10000.0
+    init_std: PositiveFloat = 0.02
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.head_dim is None and self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}; set head_dim")
+        if self.heads % self.num_kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.family == "gpt_neo":
+            if self.kv_heads not in (None, self.heads) or not self.tie_embeddings:
+                raise ValueError("family gpt_neo has neither kv_heads nor an untied head (tie_embeddings: false)")
+            if self.head_dim not in (None, self.hidden_size // self.heads):
+                raise ValueError(f"family gpt_neo has head_dim = hidden_size / heads, got head_dim {self.head_dim}")
+        elif self.window is not None or self.head_bias:
+            raise ValueError("window and head_bias belong to family gpt_neo, not to llama")
+        return self
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def size_per_head(self) -> int:
+        return self.head_dim or self.hidden_size // self.heads
+
+    def window_of(self, layer: int) -> int | None:
+        """Local window of a layer, or None where it is global: GPT-Neo alternates, global first."""
+        return self.window if layer % 2 else None
+
+
+class MaskingConfig(Section):
+    """Who may learn what."""
+
+    domains: list[str] = ["forget"]
+    """Names of the dangerous domains; each gets a group of heads and neurons."""
+    strategy: Literal[tuple(PRESETS)] = "sgtm"
+    joint: Literal["free", "masked"] = "free"
+    """`masked`: forget tokens also leave embedding, position, head weight and the blocks' norms alone."""
+    cross_domain: Literal["inactive", "active"] = "inactive"
+    """Whether tokens of one domain run with the other domains' groups inactive."""
+    overrides: dict[str, float] = {}
+    """Single table entries, e.g. `update.forget:bio.retain.mlp_out: 0.1`."""
+    forget_heads: Members = 1
+    """Query heads per layer: a count for every domain, or by domain a count or a list of indices."""
+    forget_neurons: Members = 64
+    """Neurons per layer, likewise."""
+    percent: PositiveFloat | dict[str, PositiveFloat] | None = None
+    """Instead of both: percent of each layer's heads and neurons."""
+    masked_layers: list[NonNegativeInt] | None = None
+    """Layers that have groups; None: all."""
+    span_policy: Literal["conservative", "position"] = "conservative"
+    """Labelled spans inside a document: train everything up to the last forget token as forget, or as labelled."""
+
+
+class DataConfig(Section):
+    """What is read and how it is put together."""
+
+    path: str = "data"
+    """Folder written by `sgtm prepare`, or `synthetic`: the embedded bilingual corpus, written on first use."""
+    mixing: Literal["step", "micro", "sequence", "token"] = "sequence"
+    """Where labels may differ: between optimizer steps, micro-batches, sequences, or inside sequences."""
+    micro_blocks: PositiveInt = 4
+    """mixing: micro cuts a step into this many label-pure blocks; the accumulation must be a multiple of it."""
+    isolate_documents: bool = False
+    """Documents in one sequence do not attend to one another. Always so where labels mix (mixing: token)."""
+    channel: dict[str, dict[str, Share]] = {}
+    """P(applied label | true label) of a document, by true label; rows left out keep the true label.
+    `{retain: {retain: 0.25, unlabeled: 0.75}}` trains 25 % of retain data in retain mode."""
+    upsample: dict[str, NonNegativeFloat] = {}
+    """How often a category's documents are seen per epoch; 0 leaves it out, fractions are drawn by document."""
+    seed: NonNegativeInt = 0
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov and Hutter, 2019) with warm-up and cosine."""
+
+    lr: PositiveFloat = 5e-4
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    """Of weight matrices and embeddings; norms and biases are not decayed."""
+    grad_clip: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    warmup_steps: NonNegativeInt = 100
+    warmup_start: Share = 0.1
+    """Share of lr at step 0."""
+    final_lr: Share = 0.0
+    """Share of lr at the end of the cosine."""
+    masked_update: Literal["exact", "zero_grad"] = "exact"
+    """`exact`: what no token of a step may update stays bitwise untouched. `zero_grad`: it gets zero gradients, so that
+    decay and stale momentum still move it (the reference implementation)."""
+
+
+class TrainConfig(Section):
+    """Length and arithmetic of training."""
+
+    steps: PositiveInt = 1000
+    tokens_per_step: PositiveInt = 65536
+    """Tokens of a global step, over all ranks; the accumulation is derived from it."""
+    micro_batch: PositiveInt = 8
+    """Sequences of a micro-batch on one rank."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: NonNegativeInt = 0
+    """Of the initial weights."""
+    eval_every: NonNegativeInt = 0
+    """Steps between evaluations; 0: only at the end."""
+    eval_sequences: PositiveInt = 64
+    """Sequences per category in an evaluation during training."""
+    checkpoint_every: NonNegativeInt = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep_last: PositiveInt = 2
+    """Checkpoints kept."""
+    log_every: PositiveInt = 10
+
+
+class DistributedConfig(Section):
+    """How DeepSpeed shards the run."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    timeout_minutes: PositiveFloat = 30
+    """How long a collective may take before the run ends with an error."""
+
+
+class KernelsConfig(Section):
+    backend: Literal["auto", "reference", "runs"] = "auto"
+    """`auto` follows the environment variable SGTM_KERNELS, else `runs`. A named backend never falls back."""
+
+
+class WandbConfig(Section):
+    mode: Literal["off", "offline", "online"] = "off"
+    project: str = "sgtm"
+    entity: str | None = None
+
+
+class Config(Section):
+    """One run."""
+
+    name: str = "run"
+    """Name of the run; its directory is `<runs>/<name>`."""
+    runs: str = "runs"
+    model: ModelConfig
+    masking: MaskingConfig = MaskingConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.train.tokens_per_step % self.model.context:
+            raise ValueError(
+                f"train.tokens_per_step {self.train.tokens_per_step} is not a multiple of model.context {self.model.context}"
+            )
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than train.steps {self.train.steps}"
+            )
+        _ = self.space, self.tables, self.partition, self.channel  # their errors are the user's
+        return self
+
+    @cached_property
+    def space(self) -> LabelSpace:
+        return LabelSpace(tuple(self.masking.domains))
+
+    @cached_property
+    def tables(self) -> Tables:
+        m = self.masking
+        return build_tables(self.space, m.strategy, m.joint, m.cross_domain, m.overrides)
+
+    @cached_property
+    def partition(self) -> Partition:
+        return build_partition(
+            self.space,
+            layers=self.model.layers,
+            heads=self.model.heads,
+            kv_heads=self.model.num_kv_heads,
+            neurons=self.model.intermediate_size,
+            forget_heads=self.masking.forget_heads,
+            forget_neurons=self.masking.forget_neurons,
+            percent=self.masking.percent,
+            masked_layers=self.masking.masked_layers,
+        )
+
+    @cached_property
+    def channel(self) -> LabelChannel:
+        return LabelChannel.from_rows(self.space, self.data.channel)
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.train.tokens_per_step // self.model.context
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches of one rank in a global step; raises ValueError when the arithmetic does not divide."""
+        per_pass = self.train.micro_batch * world_size
+        if self.sequences_per_step % per_pass:
+            raise ValueError(
+                f"train.tokens_per_step {self.train.tokens_per_step} = {self.sequences_per_step} sequences of "
+                f"{self.model.context} is not a multiple of train.micro_batch {self.train.micro_batch} x {world_size} ranks"
+            )
+        steps = self.sequences_per_step // per_pass
+        if self.data.mixing == "micro" and steps % self.data.micro_blocks:
+            raise ValueError(
+                f"data.mixing micro: {steps} accumulation steps is not a multiple of data.micro_blocks {self.data.micro_blocks}; "
+                f"lower train.micro_batch or data.micro_blocks"
+            )
+        return steps

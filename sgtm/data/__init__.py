@@ -1,0 +1,1 @@
+"""Labelled text on disk, and batches of it."""

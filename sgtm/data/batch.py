@@ -1,0 +1,33 @@
+"""What the loader hands to the training step: one micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of `B` sequences of `S` tokens.
+
+    input_ids     int64 [B, S]
+    targets       int64 [B, S]: the next token of each, or `IGNORE` where there is none to predict
+    labels        applied label of every piece, in order over the flattened B*S tokens; neighbours may repeat
+    lengths       number of tokens of every piece; sums to B*S
+    documents     token ranges (start, end) over the flattened tokens that must not attend to one another, or None where
+                  sequences attend freely within themselves
+    step_targets  number of targets that are not `IGNORE` in the whole global step, all ranks and micro-batches: the
+                  denominator of the loss
+    step_labels   labels present anywhere in the global step: what may be updated follows from it, alike on all ranks
+    """
+
+    input_ids: torch.Tensor
+    targets: torch.Tensor
+    labels: tuple[int, ...]
+    lengths: tuple[int, ...]
+    documents: tuple[tuple[int, int], ...] | None
+    step_targets: int
+    step_labels: frozenset[int]

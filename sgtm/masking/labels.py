@@ -1,0 +1,54 @@
+"""Labels and groups: the two alphabets of the method.
+
+A token's *label* says what it is trained as: `unlabeled` (0), `retain` (1), `forget:<domain>` (2, 3, ...). A head or
+neuron belongs to a *group*: `retain` (0), then one group per domain (1, 2, ...).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+UNLABELED, RETAIN, FIRST_FORGET = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class LabelSpace:
+    """The labels and groups that a list of domains implies.
+
+    Raises ValueError for an empty, duplicated or reserved domain name.
+    """
+
+    domains: tuple[str, ...]
+
+    def __post_init__(self):
+        bad = [d for d in self.domains if not d or d in ("retain", "unlabeled", "full") or ":" in d or "," in d]
+        if bad or len(set(self.domains)) != len(self.domains):
+            raise ValueError(
+                f"domains must be distinct names without ':' or ',', other than retain, unlabeled and full; "
+                f"got {list(self.domains)}"
+            )
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return ("unlabeled", "retain", *(f"forget:{domain}" for domain in self.domains))
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return ("retain", *self.domains)
+
+    def label(self, name: str) -> int:
+        """Index of a label; raises ValueError that lists the known ones."""
+        if name not in self.labels:
+            raise ValueError(f"unknown label {name!r}; known labels: {', '.join(self.labels)}")
+        return self.labels.index(name)
+
+    def group_of(self, domain: str) -> int:
+        """Index of a domain's group; raises ValueError that lists the known ones."""
+        if domain not in self.domains:
+            raise ValueError(f"unknown domain {domain!r}; known domains: {', '.join(self.domains)}")
+        return self.domains.index(domain) + 1
+
+    def subsets(self) -> list[tuple[str, ...]]:
+        """Every set of domains that can be removed, the empty one first, smaller ones before larger."""
+        masks = sorted(range(2 ** len(self.domains)), key=lambda mask: (mask.bit_count(), mask))
+        return [tuple(d for i, d in enumerate(self.domains) if mask >> i & 1) for mask in masks]

@@ -1,0 +1,141 @@
+"""Which heads and neurons of which layers belong to which group.
+
+Groups are contiguous ranges, retain first. With grouped-query attention a group owns whole KV groups: `n` KV heads with
+the query heads that share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from sgtm.masking.labels import LabelSpace
+
+
+@dataclass(frozen=True)
+class LayerPartition:
+    """One layer: how many query heads, KV heads and neurons each group has, retain first.
+
+    head_order, neuron_order   original index of the head (query head) or neuron at each place; identity unless the groups
+                               were given as explicit lists. Imports permute by it and exports permute back.
+    """
+
+    heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+    head_order: tuple[int, ...]
+    neuron_order: tuple[int, ...]
+
+    @property
+    def head_bounds(self) -> tuple[int, ...]:
+        return _bounds(self.heads)
+
+    @property
+    def kv_bounds(self) -> tuple[int, ...]:
+        return _bounds(self.kv_heads)
+
+    @property
+    def neuron_bounds(self) -> tuple[int, ...]:
+        return _bounds(self.neurons)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One `LayerPartition` for each layer; a layer outside `masked_layers` has a single group holding everything."""
+
+    groups: tuple[str, ...]
+    layers: tuple[LayerPartition, ...]
+
+    def masked(self, layer: int) -> bool:
+        return len(self.layers[layer].heads) > 1
+
+
+def _bounds(counts: Sequence[int]) -> tuple[int, ...]:
+    return (0, *accumulate(counts))
+
+
+def build_partition(
+    space: LabelSpace,
+    *,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    neurons: int,
+    forget_heads: int | dict[str, int | list[int]],
+    forget_neurons: int | dict[str, int | list[int]],
+    percent: float | dict[str, float] | None = None,
+    masked_layers: Sequence[int] | None = None,
+) -> Partition:
+    """Partition of a model with `heads` query heads, `kv_heads` KV heads and `neurons` MLP neurons in each layer.
+
+    forget_heads, forget_neurons  for every domain alike, or by domain: a count per layer, or a list of original indices
+    percent                       instead of both: percent of each layer's heads and of its neurons for the domain, rounded
+                                  to the nearest whole KV group and neuron (at least one of each). Heads and neurons hold
+                                  the same share of their weights, so this is percent of the layer's group-owned parameters.
+    masked_layers                 layers that have groups; None: all
+
+    Raises ValueError naming the key for counts that split a KV group, indices that repeat or do not exist, and a
+    partition that leaves no retain head or neuron.
+    """
+    q_per_kv = heads // kv_heads
+    if percent is not None:
+        share = {d: p / 100 for d, p in _by_domain(space, percent, "percent").items()}
+        forget_heads = {d: max(1, round(kv_heads * s)) * q_per_kv for d, s in share.items()}
+        forget_neurons = {d: max(1, round(neurons * s)) for d, s in share.items()}
+    head_lists = _members(space, _by_domain(space, forget_heads, "forget_heads"), heads, "forget_heads")
+    neuron_lists = _members(space, _by_domain(space, forget_neurons, "forget_neurons"), neurons, "forget_neurons")
+    for domain, members in zip(space.domains, head_lists[1:], strict=True):
+        for kv in {h // q_per_kv for h in members}:
+            whole = set(range(kv * q_per_kv, (kv + 1) * q_per_kv))
+            if not whole <= set(members):
+                raise ValueError(
+                    f"forget_heads of {domain!r} split a KV group: {q_per_kv} query heads share each KV head, so a group owns "
+                    f"heads in whole multiples of {q_per_kv} (heads {sorted(whole)} together); got {len(members)} heads"
+                )
+    head_order = tuple(h for members in head_lists for h in members)
+    neuron_order = tuple(n for members in neuron_lists for n in members)
+    head_counts = tuple(len(members) for members in head_lists)
+    masked = LayerPartition(
+        head_counts,
+        tuple(count // q_per_kv for count in head_counts),
+        tuple(len(members) for members in neuron_lists),
+        head_order,
+        neuron_order,
+    )
+    plain = LayerPartition((heads,), (kv_heads,), (neurons,), tuple(range(heads)), tuple(range(neurons)))
+    chosen = set(range(layers) if masked_layers is None else masked_layers)
+    if not chosen <= set(range(layers)):
+        raise ValueError(f"masked_layers {sorted(chosen)} name a layer outside 0..{layers - 1}")
+    return Partition(space.groups, tuple(masked if i in chosen else plain for i in range(layers)))
+
+
+def _by_domain(space: LabelSpace, value, key: str) -> dict:
+    if not isinstance(value, dict):
+        return dict.fromkeys(space.domains, value)
+    if set(value) != set(space.domains):
+        raise ValueError(f"{key} must name every domain ({', '.join(space.domains)}), got {sorted(value)}")
+    return value
+
+
+def _members(space: LabelSpace, wanted: dict, total: int, key: str) -> list[list[int]]:
+    """Original indices of each group, retain first; counts take from the end, the last domain last."""
+    explicit = [i for value in wanted.values() if not isinstance(value, int) for i in value]
+    if len(set(explicit)) != len(explicit) or any(not 0 <= i < total for i in explicit):
+        raise ValueError(f"{key}: indices must be distinct and within 0..{total - 1}, got {explicit}")
+    free = [i for i in range(total) if i not in set(explicit)]
+    counted = sum(value for value in wanted.values() if isinstance(value, int))
+    if min([v for v in wanted.values() if isinstance(v, int)], default=0) < 0 or counted >= len(free):
+        raise ValueError(
+            f"{key}: {counted + len(explicit)} of {total} would be forget, which leaves no retain member; at least one must remain"
+        )
+    retain, pool = free[: len(free) - counted], free[len(free) - counted :]
+    groups = [retain]
+    for domain in space.domains:
+        value = wanted[domain]
+        if isinstance(value, int):
+            groups.append(pool[:value])
+            pool = pool[value:]
+        else:
+            groups.append(sorted(value))
+    return groups

@@ -1,0 +1,160 @@
+"""Strategies: which label may update, pass through and activate which group.
+
+A strategy is a set of small tables (see `sgtm_kernels.plan.Tables`); the presets below are the methods of the
+literature written in them. Sources: Selective GradienT Masking, arXiv 2512.05648 (`sgtm` and its variants, the
+parameter-masking and activation-masking baselines); gradient routing, arXiv 2410.04332; GRAM, "Modular Pretraining
+Enables Access Control", ICML 2026.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from sgtm.masking.labels import FIRST_FORGET, RETAIN, LabelSpace
+from sgtm_kernels.plan import KINDS, PARTS, Tables
+
+Grid = list[list[float]]
+
+
+class _Draft:
+    """Tables under construction: everything starts at 1."""
+
+    def __init__(self, space: LabelSpace):
+        self.space = space
+        self.active, self.route = self._ones(), self._ones()
+        self.update = {part: self._ones() for part in PARTS}
+        self.update_joint = {kind: [1.0] * len(space.labels) for kind in KINDS}
+
+    def _ones(self) -> Grid:
+        return [[1.0] * len(self.space.groups) for _ in self.space.labels]
+
+    @property
+    def forget(self) -> Iterable[tuple[int, int]]:
+        """(label, group) of every domain."""
+        return ((FIRST_FORGET + k, 1 + k) for k in range(len(self.space.domains)))
+
+    def other_domains_inactive(self) -> None:
+        for label, own in self.forget:
+            for _, group in self.forget:
+                if group != own:
+                    self.active[label][group] = 0.0
+
+    def freeze(self) -> Tables:
+        return Tables(
+            self.space.labels,
+            self.space.groups,
+            _frozen(self.active),
+            _frozen(self.route),
+            {part: _frozen(grid) for part, grid in self.update.items()},
+            {kind: tuple(row) for kind, row in self.update_joint.items()},
+        )
+
+
+def _frozen(grid: Grid) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in grid)
+
+
+def _sgtm(draft: _Draft, joint: str, learning_parts: tuple[str, ...] = ()) -> None:
+    """Forget tokens leave retain weights and output biases alone; `learning_parts` are exempt, with their bias."""
+    for label, _ in draft.forget:
+        for part in PARTS:
+            if part not in learning_parts:
+                draft.update[part][label][0] = 0.0
+                if part.endswith("_out"):
+                    draft.update_joint[f"{part}_bias"][label] = 0.0
+        if joint == "masked":
+            for kind in ("embedding", "position", "head", "norm"):
+                draft.update_joint[kind][label] = 0.0
+
+
+def _gradient_routing(draft: _Draft, joint: str) -> None:
+    for label, _ in draft.forget:
+        draft.route[label][0] = 0.0
+
+
+def _activation_masking(draft: _Draft, joint: str) -> None:
+    for label, _ in draft.forget:
+        draft.active[label][0] = 0.0
+
+
+def _gram(draft: _Draft, joint: str) -> None:
+    draft.other_domains_inactive()
+    for label, _ in draft.forget:
+        for part in PARTS:
+            draft.update[part][label][0] = 0.0
+
+
+PRESETS: dict[str, Callable[[_Draft, str], None]] = {
+    "none": lambda draft, joint: None,
+    "sgtm": _sgtm,
+    "no_mlp_out": lambda draft, joint: _sgtm(draft, joint, ("mlp_out",)),
+    "no_attn_out": lambda draft, joint: _sgtm(draft, joint, ("attn_out",)),
+    "no_out": lambda draft, joint: _sgtm(draft, joint, ("mlp_out", "attn_out")),
+    "gradient_routing": _gradient_routing,
+    "activation_masking": _activation_masking,
+    "gram": _gram,
+}
+
+
+def build_tables(
+    space: LabelSpace,
+    strategy: str,
+    joint: str = "free",
+    cross_domain: str = "inactive",
+    overrides: dict[str, float] | None = None,
+) -> Tables:
+    """Tables of a preset.
+
+    joint         `free`, or `masked`: forget tokens also leave embedding, position, head weight and the blocks' norms alone
+                  (`sgtm` and its variants only)
+    cross_domain  whether tokens of one domain run with the other domains' groups `inactive` or `active`
+    overrides     single entries, for titration and weighted contributions: `active.<label>.<group>`,
+                  `route.<label>.<group>`, `update.<label>.<group>.<part>`, `update_joint.<label>.<kind>`
+
+    Raises ValueError for an unknown strategy, a `joint` that the strategy does not have, or an override that names
+    nothing.
+    """
+    if strategy not in PRESETS:
+        raise ValueError(f"unknown strategy {strategy!r}; known strategies: {', '.join(PRESETS)}")
+    if joint == "masked" and strategy not in ("sgtm", "no_mlp_out", "no_attn_out", "no_out"):
+        raise ValueError(f"joint: masked is part of sgtm and its variants, not of strategy {strategy!r}")
+    draft = _Draft(space)
+    if strategy != "none":
+        for _, group in draft.forget:
+            draft.active[RETAIN][group] = 0.0
+        if cross_domain == "inactive":
+            draft.other_domains_inactive()
+        PRESETS[strategy](draft, joint)
+    for key, value in (overrides or {}).items():
+        _override(draft, key, value)
+    return draft.freeze()
+
+
+def _override(draft: _Draft, key: str, value: float) -> None:
+    space = draft.space
+    table, *index = key.split(".")
+    try:
+        label = space.labels.index(index[0])
+        if table in ("active", "route") and len(index) == 2:
+            getattr(draft, table)[label][space.groups.index(index[1])] = value
+        elif table == "update" and len(index) == 3:
+            draft.update[index[2]][label][space.groups.index(index[1])] = value
+        elif table == "update_joint" and len(index) == 2 and index[1] in KINDS:
+            draft.update_joint[index[1]][label] = value
+        else:
+            raise ValueError(key)
+    except (ValueError, KeyError, IndexError):
+        raise ValueError(
+            f"override {key!r} names no table entry; write active.LABEL.GROUP, route.LABEL.GROUP, "
+            f"update.LABEL.GROUP.PART or update_joint.LABEL.KIND with labels {', '.join(space.labels)}; groups "
+            f"{', '.join(space.groups)}; parts {', '.join(PARTS)}; kinds {', '.join(KINDS)}"
+        ) from None
+
+
+def removal_tables(space: LabelSpace, removed: Iterable[str]) -> Tables:
+    """Tables of evaluation: every label runs with the removed domains' groups inactive and nothing else masked."""
+    draft = _Draft(space)
+    for domain in removed:
+        for row in draft.active:
+            row[space.group_of(domain)] = 0.0
+    return draft.freeze()

@@ -1,0 +1,1 @@
+"""The transformer, its row layout, and its Hugging Face twins."""

@@ -1,0 +1,185 @@
+"""The transformer: pre-norm blocks of attention and MLP, in the GPT-Neo and the Llama family.
+
+Groups of heads and neurons are row ranges of the weights (see `sgtm.model.rows`); every parameter is used through a masked
+op inside the `forward` of the module that owns it, which is what ZeRO-3's gathering hooks need. Activations are
+[B, S, D] (batch, sequence, hidden size).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from sgtm.config.schema import ModelConfig
+from sgtm.masking.partition import LayerPartition, Partition
+from sgtm.model.rows import Rows, group_rows, head_row_bounds, joint_rows, mlp_in_bounds, qkv_bounds
+from sgtm_kernels.attention import HeadLayout, attention
+from sgtm_kernels.cross_entropy import linear_cross_entropy
+from sgtm_kernels.embedding import embedding
+from sgtm_kernels.linear import linear_in, linear_out
+from sgtm_kernels.mlp import gelu, swiglu
+from sgtm_kernels.norm import layer_norm, rms_norm
+from sgtm_kernels.plan import MaskPlan
+
+
+class Norm(nn.Module):
+    """LayerNorm (gpt_neo) or RMSNorm (llama). `kind`: who may update it, or None in a layer without groups."""
+
+    def __init__(self, config: ModelConfig, kind: str | None, backend: str):
+        super().__init__()
+        self.eps, self.kind, self.backend = config.norm_eps, kind, backend
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.hidden_size)) if config.family == "gpt_neo" else None
+
+    def forward(self, x: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
+        if self.bias is not None:
+            return layer_norm(x, self.weight, self.bias, self.eps, plan, self.kind, self.backend)
+        return rms_norm(x, self.weight, self.eps, plan, self.kind, self.backend)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: LayerPartition, window: int | None, backend: str):
+        super().__init__()
+        head_dim = config.size_per_head
+        self.layout = HeadLayout(layer.heads, layer.kv_heads, head_dim)
+        self.in_bounds, self.out_bounds = qkv_bounds(layer, head_dim), head_row_bounds(layer, head_dim)
+        self.window, self.backend = window, backend
+        neo = config.family == "gpt_neo"
+        self.scale = 1.0 if neo else head_dim**-0.5
+        self.w_qkv = nn.Parameter(torch.empty(self.in_bounds[-1], config.hidden_size))
+        self.w_o = nn.Parameter(torch.empty(self.out_bounds[-1], config.hidden_size))
+        self.b_o = nn.Parameter(torch.zeros(config.hidden_size)) if neo else None
+
+    def forward(self, x: torch.Tensor, plan: MaskPlan, rotary) -> torch.Tensor:
+        qkv = linear_in(x, self.w_qkv, None, plan, "attn_in", self.in_bounds, self.backend)
+        heads = attention(
+            qkv, self.layout, plan, scale=self.scale, window=self.window, rotary=rotary, backend=self.backend
+        )
+        return linear_out(heads, self.w_o, self.b_o, plan, "attn_out", self.out_bounds, self.backend)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig, layer: LayerPartition, backend: str):
+        super().__init__()
+        self.gated = config.family == "llama"
+        self.in_bounds, self.bounds, self.backend = mlp_in_bounds(layer, self.gated), layer.neuron_bounds, backend
+        self.w_in = nn.Parameter(torch.empty(self.in_bounds[-1], config.hidden_size))
+        self.b_in = None if self.gated else nn.Parameter(torch.zeros(self.in_bounds[-1]))
+        self.w_out = nn.Parameter(torch.empty(self.bounds[-1], config.hidden_size))
+        self.b_out = None if self.gated else nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(self, x: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
+        pre = linear_in(x, self.w_in, self.b_in, plan, "mlp_in", self.in_bounds, self.backend)
+        hidden = (swiglu if self.gated else gelu)(pre, plan, self.bounds, self.backend)
+        return linear_out(hidden, self.w_out, self.b_out, plan, "mlp_out", self.bounds, self.backend)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, partition: Partition, index: int, backend: str):
+        super().__init__()
+        layer = partition.layers[index]
+        kind = "norm" if partition.masked(index) else None
+        self.attention_norm = Norm(config, kind, backend)
+        self.attention = Attention(config, layer, config.window_of(index), backend)
+        self.mlp_norm = Norm(config, kind, backend)
+        self.mlp = MLP(config, layer, backend)
+
+    def forward(self, x: torch.Tensor, plan: MaskPlan, rotary) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x, plan), plan, rotary)
+        return x + self.mlp(self.mlp_norm(x, plan), plan)
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model; weights ~ N(0, init_std), biases 0, norms 1.
+
+    The token embedding and the head belong to this module and not to submodules: a tied matrix is used at both ends of
+    its forward.
+    """
+
+    def __init__(self, config: ModelConfig, partition: Partition, backend: str = "runs"):
+        super().__init__()
+        self.config, self.partition, self.backend = config, partition, backend
+        size = (config.vocab_size, config.hidden_size)
+        self.embedding = nn.Parameter(torch.empty(size))
+        neo = config.family == "gpt_neo"
+        self.position = nn.Parameter(torch.empty(config.context, config.hidden_size)) if neo else None
+        self.blocks = nn.ModuleList(Block(config, partition, i, backend) for i in range(config.layers))
+        self.final_norm = Norm(config, "final_norm", backend)
+        self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(size))
+        self.head_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=config.init_std)
+            elif not name.endswith("norm.weight"):
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self, input_ids: torch.Tensor, targets: torch.Tensor, plan: MaskPlan, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of a micro-batch: `scale` times the sum of its token losses, and the unscaled sums by applied label.
+
+        input_ids, targets  int64 [B, S], S <= context; targets -100 are ignored
+        Returns a scalar (fp32) and [labels] (fp32, detached).
+        """
+        x = self._hidden(input_ids, plan)
+        return linear_cross_entropy(x, self._head, self.head_bias, targets, plan, scale, self.backend)
+
+    def logits(self, input_ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
+        """[B, S, V] next-token logits."""
+        return nn.functional.linear(self._hidden(input_ids, plan), self._head, self.head_bias)
+
+    @property
+    def _head(self) -> nn.Parameter:
+        return self.embedding if self.head is None else self.head
+
+    def _hidden(self, input_ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
+        seq_len = input_ids.shape[1]
+        if seq_len > self.config.context:
+            raise ValueError(f"sequence of {seq_len} tokens is longer than model.context {self.config.context}")
+        x = embedding(input_ids, self.embedding, plan, "embedding", self.backend)
+        rotary = None
+        if self.position is not None:
+            positions = torch.arange(seq_len, device=x.device).expand_as(input_ids)
+            x = x + embedding(positions, self.position, plan, "position", self.backend)
+        else:
+            rotary = rotary_tables(seq_len, self.config.size_per_head, self.config.rope_theta, x.device)
+        for block in self.blocks:
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, plan, rotary, use_reentrant=False)
+            else:
+                x = block(x, plan, rotary)
+        return self.final_norm(x, plan)
+
+    def parameter_rows(self) -> dict[str, Rows]:
+        """Who owns which rows of each parameter; names as in `named_parameters()`."""
+        groups, rows = self.partition.groups, {}
+        for i, block in enumerate(self.blocks):
+            masked, prefix = self.partition.masked(i), f"blocks.{i}"
+            attn, mlp = block.attention, block.mlp
+            rows[f"{prefix}.attention.w_qkv"] = group_rows("attn_in", groups, attn.in_bounds)
+            rows[f"{prefix}.attention.w_o"] = group_rows("attn_out", groups, attn.out_bounds)
+            rows[f"{prefix}.attention.b_o"] = joint_rows("attn_out_bias", self.config.hidden_size, masked)
+            rows[f"{prefix}.mlp.w_in"] = group_rows("mlp_in", groups, mlp.in_bounds)
+            rows[f"{prefix}.mlp.b_in"] = group_rows("mlp_in", groups, mlp.in_bounds, decay=False)
+            rows[f"{prefix}.mlp.w_out"] = group_rows("mlp_out", groups, mlp.bounds)
+            rows[f"{prefix}.mlp.b_out"] = joint_rows("mlp_out_bias", self.config.hidden_size, masked)
+            for norm in ("attention_norm", "mlp_norm"):
+                for leaf in ("weight", "bias"):
+                    rows[f"{prefix}.{norm}.{leaf}"] = joint_rows("norm", self.config.hidden_size, masked)
+        for leaf in ("weight", "bias"):
+            rows[f"final_norm.{leaf}"] = joint_rows("final_norm", self.config.hidden_size)
+        tied = "embedding+head" if self.head is None else "embedding"
+        rows["embedding"] = joint_rows(tied, self.config.vocab_size, decay=True)
+        rows["head"] = joint_rows("head", self.config.vocab_size, decay=True)
+        rows["position"] = joint_rows("position", self.config.context, decay=True)
+        rows["head_bias"] = joint_rows("head_bias", self.config.vocab_size)
+        return {name: rows[name] for name, _ in self.named_parameters()}
+
+
+def rotary_tables(seq_len: int, head_dim: int, theta: float, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of rotary position embedding, fp32 [seq_len, head_dim]: both halves of a head turn by the same angles."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.arange(seq_len, device=device, dtype=torch.float32)[:, None] * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
