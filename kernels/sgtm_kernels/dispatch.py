@@ -1,14 +1,14 @@
 """Which backend runs an op.
 
 Every op is a folder with one module per backend; all backends of an op have the same functions. `reference` is plain
-PyTorch through autograd, the oracle of the tests; `runs` works on row and token slices. A backend named explicitly, in a
-config or in the environment variable SGTM_KERNELS, never falls back to another.
+PyTorch through autograd, the oracle of the tests; `runs` works on row and token slices. A backend named explicitly,
+in a config or in the environment variable SGTM_KERNELS, never falls back to another.
 """
 
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -32,7 +32,7 @@ def resolve(name: str = "auto") -> str:
     return named[0] if named else DEFAULT
 
 
-@lru_cache(maxsize=None)
+@cache
 def pick(op: str, backend: str) -> ModuleType:
     """The module of one op in one (resolved) backend."""
     if op not in OPS or backend not in BACKENDS:

@@ -1,9 +1,9 @@
 """What a masked op needs to know about one micro-batch.
 
 `Tables` are the strategy as small tables of floats, indexed by the label of a token and the group of a head or neuron.
-`MaskPlan` joins them with the *runs* of one micro-batch: maximal stretches of tokens with one label. Labels are known on
-the CPU when the batch is built, so everything here is plain Python arithmetic on a handful of integers; no op ever reads
-a label from a device tensor to decide what to do.
+`MaskPlan` joins them with the *runs* of one micro-batch: maximal stretches of tokens with one label. Labels are known
+on the CPU when the batch is built, so everything here is plain Python arithmetic on a handful of integers; no op ever
+reads a label from a device tensor to decide what to do.
 
 The promise: an op that gets its work from a plan multiplies each token's contribution to the gradient of each group's
 rows by exactly `update[label][group]`, and where that is 0 the token is not part of the computation (or enters as an
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,8 @@ import torch
 PARTS = ("attn_in", "attn_out", "mlp_in", "mlp_out")
 KINDS = ("attn_out_bias", "mlp_out_bias", "norm", "final_norm", "embedding", "position", "head", "head_bias")
 
-# Up to this many token ranges, a weight gradient is a sum of matmuls over slices; beyond it, one matmul over a copy of dY
-# (or X) whose rows are scaled by their weight. A slice costs a launch, a copy costs a pass over the activations.
+# Up to this many token ranges, a weight gradient is a sum of matmuls over slices; beyond it, one matmul over a copy of
+# dY (or X) whose rows are scaled by their weight. A slice costs a launch, a copy costs a pass over the activations.
 MAX_SLICES = 8
 
 
@@ -54,7 +55,7 @@ class Tables:
             raise ValueError(f"update_joint needs one value for each of the {grid[0]} labels")
 
     def contribution(self, part: str, label: int, group: int) -> float:
-        """`update` where a gradient can arrive at all, else 0: an inactive group gets none, a stopped one none in-side."""
+        """`update` where a gradient arrives at all, else 0: an inactive group gets none, a stopped one none in-side."""
         reaches = self.active[label][group] * (self.route[label][group] if part.endswith("_in") else 1.0)
         return self.update[part][label][group] if reaches != 0 else 0.0
 
@@ -76,7 +77,7 @@ class Slice(NamedTuple):
 
 
 class Updaters(NamedTuple):
-    """The tokens that may update something: the weight of each label, and the token ranges with a weight other than 0."""
+    """The tokens that may update something: the weight of each label, and the token ranges where it is not 0."""
 
     by_label: tuple[float, ...]
     slices: tuple[Slice, ...]
@@ -108,8 +109,8 @@ class MaskPlan:
     """The masks of one micro-batch of `batch` sequences of `seq_len` tokens.
 
     runs       cover `0:batch*seq_len` without gaps, in order
-    documents  token ranges `(start, end)` that do not attend to one another, covering the micro-batch and never crossing
-               a sequence; None: every sequence attends to all of its own past
+    documents  token ranges `(start, end)` that do not attend to one another, covering the micro-batch and never
+               crossing a sequence; None: every sequence attends to all of its own past
     """
 
     tables: Tables
@@ -169,7 +170,7 @@ class MaskPlan:
         """
         work: list[RowWork] = []
         labels = range(len(self.tables.labels))
-        for group, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for group, (start, end) in enumerate(pairwise(bounds)):
             tokens = self.updaters(tuple(self.tables.contribution(part, label, group) for label in labels))
             if work and work[-1].tokens.slices == tokens.slices:
                 work[-1] = work[-1]._replace(end=end)
@@ -182,7 +183,7 @@ class MaskPlan:
         return tuple(row[group] for row in getattr(self.tables, table))
 
     def token_weights(self, by_label: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
-        """[tokens] tensor of each token's weight, in the dtype and on the device of `like`; cached for the micro-batch."""
+        """[tokens] tensor of each token's weight, in the dtype and on the device of `like`; cached in the plan."""
         key = (by_label, like.dtype, like.device)
         if key not in self._weights:
             lengths = torch.tensor([run.end - run.start for run in self.runs])

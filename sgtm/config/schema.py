@@ -1,7 +1,7 @@
 """The schema of a run.
 
-Every key of a YAML file is a field here; unknown keys are errors. A key has the same name in the code, in the log and in
-the report.
+Every key of a YAML file is a field here; unknown keys are errors. A key has the same name in the code, in the log and
+in the report.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class ModelConfig(Section):
     """Shape of the transformer."""
 
     family: Literal["gpt_neo", "llama"] = "gpt_neo"
-    """`gpt_neo`: LayerNorm, learned positions, tanh-GELU, attention scale 1, tied head. `llama`: RMSNorm, RoPE, SwiGLU."""
+    """`gpt_neo`: LayerNorm, learned positions, tanh-GELU, attention scale 1, tied head.
+    `llama`: RMSNorm, RoPE, SwiGLU."""
     layers: PositiveInt
     hidden_size: PositiveInt
     heads: PositiveInt
@@ -214,7 +215,8 @@ class Config(Section):
     def _consistent(self):
         if self.train.tokens_per_step % self.model.context:
             raise ValueError(
-                f"train.tokens_per_step {self.train.tokens_per_step} is not a multiple of model.context {self.model.context}"
+                f"train.tokens_per_step {self.train.tokens_per_step} is not a multiple of "
+                f"model.context {self.model.context}"
             )
         if self.optimizer.warmup_steps > self.train.steps:
             raise ValueError(
@@ -260,12 +262,13 @@ class Config(Section):
         if self.sequences_per_step % per_pass:
             raise ValueError(
                 f"train.tokens_per_step {self.train.tokens_per_step} = {self.sequences_per_step} sequences of "
-                f"{self.model.context} is not a multiple of train.micro_batch {self.train.micro_batch} x {world_size} ranks"
+                f"{self.model.context} is not a multiple of train.micro_batch {self.train.micro_batch} x "
+                f"{world_size} ranks"
             )
         steps = self.sequences_per_step // per_pass
         if self.data.mixing == "micro" and steps % self.data.micro_blocks:
             raise ValueError(
-                f"data.mixing micro: {steps} accumulation steps is not a multiple of data.micro_blocks {self.data.micro_blocks}; "
-                f"lower train.micro_batch or data.micro_blocks"
+                f"data.mixing micro: {steps} accumulation steps is not a multiple of data.micro_blocks "
+                f"{self.data.micro_blocks}; lower train.micro_batch or data.micro_blocks"
             )
         return steps

@@ -32,8 +32,8 @@ class LabelChannel:
     def from_rows(cls, space: LabelSpace, rows: dict[str, dict[str, float]]) -> LabelChannel:
         """Identity, but for the rows given as {true label: {applied label: probability}}.
 
-        What a row leaves out stays with the true label if it is not named, else the row must sum to 1. Raises ValueError
-        naming the row that does not.
+        What a row leaves out stays with the true label if it is not named, else the row must sum to 1. Raises
+        ValueError naming the row that does not.
         """
         matrix = np.eye(len(space.labels))
         for true, row in rows.items():

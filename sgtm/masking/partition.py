@@ -17,8 +17,8 @@ from sgtm.masking.labels import LabelSpace
 class LayerPartition:
     """One layer: how many query heads, KV heads and neurons each group has, retain first.
 
-    head_order, neuron_order   original index of the head (query head) or neuron at each place; identity unless the groups
-                               were given as explicit lists. Imports permute by it and exports permute back.
+    head_order, neuron_order  original index of the query head or neuron at each place; identity unless the groups were
+                              given as explicit lists. Imports permute by it and exports permute back.
     """
 
     heads: tuple[int, ...]
@@ -69,11 +69,11 @@ def build_partition(
 ) -> Partition:
     """Partition of a model with `heads` query heads, `kv_heads` KV heads and `neurons` MLP neurons in each layer.
 
-    forget_heads, forget_neurons  for every domain alike, or by domain: a count per layer, or a list of original indices
-    percent                       instead of both: percent of each layer's heads and of its neurons for the domain, rounded
-                                  to the nearest whole KV group and neuron (at least one of each). Heads and neurons hold
-                                  the same share of their weights, so this is percent of the layer's group-owned parameters.
-    masked_layers                 layers that have groups; None: all
+    forget_heads, forget_neurons  for every domain alike, or by domain: a count per layer, or original indices
+    percent        instead of both: percent of each layer's heads and of its neurons for the domain, rounded to the
+                   nearest whole KV group and neuron (at least one of each), so percent of the layer's group-owned
+                   parameters
+    masked_layers  layers that have groups; None: all
 
     Raises ValueError naming the key for counts that split a KV group, indices that repeat or do not exist, and a
     partition that leaves no retain head or neuron.
@@ -90,8 +90,8 @@ def build_partition(
             whole = set(range(kv * q_per_kv, (kv + 1) * q_per_kv))
             if not whole <= set(members):
                 raise ValueError(
-                    f"forget_heads of {domain!r} split a KV group: {q_per_kv} query heads share each KV head, so a group owns "
-                    f"heads in whole multiples of {q_per_kv} (heads {sorted(whole)} together); got {len(members)} heads"
+                    f"forget_heads of {domain!r} split a KV group: {q_per_kv} query heads share each KV head, so a "
+                    f"group owns them together (heads {sorted(whole)}); got heads {sorted(members)}"
                 )
     head_order = tuple(h for members in head_lists for h in members)
     neuron_order = tuple(n for members in neuron_lists for n in members)
@@ -127,7 +127,8 @@ def _members(space: LabelSpace, wanted: dict, total: int, key: str) -> list[list
     counted = sum(value for value in wanted.values() if isinstance(value, int))
     if min([v for v in wanted.values() if isinstance(v, int)], default=0) < 0 or counted >= len(free):
         raise ValueError(
-            f"{key}: {counted + len(explicit)} of {total} would be forget, which leaves no retain member; at least one must remain"
+            f"{key}: {counted + len(explicit)} of {total} would be forget, which leaves no retain member; "
+            f"at least one must remain"
         )
     retain, pool = free[: len(free) - counted], free[len(free) - counted :]
     groups = [retain]

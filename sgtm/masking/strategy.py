@@ -105,7 +105,8 @@ def build_tables(
 ) -> Tables:
     """Tables of a preset.
 
-    joint         `free`, or `masked`: forget tokens also leave embedding, position, head weight and the blocks' norms alone
+    joint         `free`, or `masked`: forget tokens also leave embedding, position, head weight and the blocks' norms
+                  alone
                   (`sgtm` and its variants only)
     cross_domain  whether tokens of one domain run with the other domains' groups `inactive` or `active`
     overrides     single entries, for titration and weighted contributions: `active.<label>.<group>`,

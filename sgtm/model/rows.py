@@ -1,13 +1,13 @@
 """Which rows of which parameter belong to whom: the one place that knows the row layout.
 
-Weights are stored so that every group is one contiguous range of rows: in-side weights (`w_qkv`, `w_in`) as [out, in] with
-rows `[q k v of retain | q k v of domain 1 | ...]` (gate/up likewise), out-side weights (`w_o`, `w_out`) input-major as
-[in, out]. A gradient mask, an optimizer freeze, a ZeRO segment, an ablation and a pruning are then the same thing: a row
-range.
+Weights are stored so that every group is one contiguous range of rows: in-side weights (`w_qkv`, `w_in`) as [out, in]
+with rows `[q k v of retain | q k v of domain 1 | ...]` (gate/up likewise), out-side weights (`w_o`, `w_out`)
+input-major as [in, out]. A gradient mask, an optimizer freeze, a ZeRO segment, an ablation and a pruning are then the
+same thing: a row range.
 
-Every row range has a *key*: `attn_in.retain`, `mlp_out.es`, ... for rows owned by a group; `norm`, `embedding+head`, ...
-for joint parameters (a tied matrix has both kinds); `always` for everything in a layer without groups. All rows with one
-key are updated, or frozen, together.
+Every row range has a *key*: `attn_in.retain`, `mlp_out.es`, ... for rows owned by a group; `norm`, `embedding+head`,
+... for joint parameters (a tied matrix has both kinds); `always` for everything in a layer without groups. All rows
+with one key are updated, or frozen, together.
 """
 
 from __future__ import annotations

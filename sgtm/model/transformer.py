@@ -1,7 +1,7 @@
 """The transformer: pre-norm blocks of attention and MLP, in the GPT-Neo and the Llama family.
 
-Groups of heads and neurons are row ranges of the weights (see `sgtm.model.rows`); every parameter is used through a masked
-op inside the `forward` of the module that owns it, which is what ZeRO-3's gathering hooks need. Activations are
+Groups of heads and neurons are row ranges of the weights (see `sgtm.model.rows`); every parameter is used through a
+masked op inside the `forward` of the module that owns it, which is what ZeRO-3's gathering hooks need. Activations are
 [B, S, D] (batch, sequence, hidden size).
 """
 
@@ -178,7 +178,7 @@ class Transformer(nn.Module):
 
 
 def rotary_tables(seq_len: int, head_dim: int, theta: float, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of rotary position embedding, fp32 [seq_len, head_dim]: both halves of a head turn by the same angles."""
+    """cos and sin of rotary position embedding, fp32 [seq_len, head_dim]: a head's halves turn by the same angles."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angles = torch.arange(seq_len, device=device, dtype=torch.float32)[:, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)

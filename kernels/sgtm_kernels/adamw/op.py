@@ -32,15 +32,13 @@ class Update(NamedTuple):
 
 
 @torch.no_grad()
-def adamw(
-    updates: Sequence[Update], lr: float, betas: tuple[float, float], eps: float, backend: str = "runs"
-) -> None:
+def adamw(updates: Sequence[Update], lr: float, betas: tuple[float, float], eps: float, backend: str = "runs") -> None:
     """AdamW with decoupled weight decay (Loshchilov and Hutter, 2019, algorithm 2 with the schedule inside `lr`).
 
-        weight     *= 1 - lr * decay
-        exp_avg     = beta1 * exp_avg + (1 - beta1) * grad
-        exp_avg_sq  = beta2 * exp_avg_sq + (1 - beta2) * grad^2
-        weight     -= lr * (exp_avg / (1 - beta1^step)) / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
+    weight     *= 1 - lr * decay
+    exp_avg     = beta1 * exp_avg + (1 - beta1) * grad
+    exp_avg_sq  = beta2 * exp_avg_sq + (1 - beta2) * grad^2
+    weight     -= lr * (exp_avg / (1 - beta1^step)) / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
     """
     if updates:
         pick("adamw", backend).adamw(updates, lr, betas, eps)

@@ -1,8 +1,8 @@
 """Causal attention with `active` and `route` per label and group of heads.
 
-Promises (tests/kernels/test_attention.py): an inactive (label, group) pair's output is exactly 0 and its heads get exactly no
-gradient; `route` leaves the forward value bit for bit; documents do not attend to one another; a query sees at most the
-`window` last keys, its own position included (as in Hugging Face's GPT-Neo).
+Promises (tests/kernels/test_attention.py): an inactive (label, group) pair's output is exactly 0 and its heads get
+exactly no gradient; `route` leaves the forward value bit for bit; documents do not attend to one another; a query
+sees at most the `window` last keys, its own position included (as in Hugging Face's GPT-Neo).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from sgtm_kernels.plan import MaskPlan
 class HeadLayout:
     """Columns of the fused projection: for each group its query heads, its key heads, its value heads.
 
-    heads, kv_heads  number of query and KV heads of each group; within a group, query heads `i*q:(i+1)*q` share KV head i
+    heads, kv_heads  number of query and KV heads of each group; within a group, query heads `i*q:(i+1)*q` share KV
+                     head i
     """
 
     heads: tuple[int, ...]

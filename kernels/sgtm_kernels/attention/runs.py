@@ -6,6 +6,7 @@ Groups are slices of the head axis and runs of whole sequences slices of the bat
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
 from itertools import groupby
 
 import torch
@@ -27,7 +28,8 @@ def attention(qkv, layout, plan: MaskPlan, scale, window, rotary):
             outputs.append(_by_sequences(q, k, v, scale, window, plan, group))
         else:
             outputs.append(_by_tokens(q, k, v, scale, window, plan, group))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    return out if out.requires_grad else _Stopped.apply(out, qkv)
 
 
 def _by_sequences(q, k, v, scale, window, plan: MaskPlan, group: int) -> torch.Tensor:
@@ -82,29 +84,27 @@ def _attend(q, k, v, scale: float, window: int | None, documents) -> torch.Tenso
 
 
 def _causal(q, k, v, scale: float, window: int | None) -> torch.Tensor:
-    seq_len = q.shape[2]
-    grouped = k.shape[1] != q.shape[1]
-    if window is None or window >= seq_len:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-        return out.transpose(1, 2).flatten(2)
-    # Blocks of `window` queries see at most the keys of their own block and of the one before: a band, not a square.
-    blocks = [
-        F.scaled_dot_product_attention(
-            q[:, :, :window], k[:, :, :window], v[:, :, :window], is_causal=True, scale=scale, enable_gqa=grouped
-        )
-    ]
-    for start in range(window, seq_len, window):
-        end = min(start + window, seq_len)
-        first = start - window + 1
-        distance = torch.arange(start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
-        band = (distance >= 0) & (distance < window)
-        keys, values = k[:, :, first:end], v[:, :, first:end]
-        blocks.append(
-            F.scaled_dot_product_attention(
-                q[:, :, start:end], keys, values, attn_mask=band, scale=scale, enable_gqa=grouped
-            )
-        )
+    """Causal attention of every sequence, [B, S, heads * d]."""
+    sdpa = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
+    if window is None or window >= q.shape[2]:
+        return sdpa(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+    # A block of `window` queries sees keys of its own block and of the one before: a band of the square.
+    q, k, v = (x.split(window, dim=2) for x in (q, k, v))
+    blocks = [sdpa(q[0], k[0], v[0], is_causal=True)]
+    for i in range(1, len(q)):
+        keys, values = torch.cat(k[i - 1 : i + 1], dim=2), torch.cat(v[i - 1 : i + 1], dim=2)
+        blocks.append(sdpa(q[i], keys, values, attn_mask=_band(q[i].shape[2], window, q[i].dtype, q[i].device)))
     return torch.cat(blocks, dim=2).transpose(1, 2).flatten(2)
+
+
+@lru_cache(maxsize=32)
+def _band(queries: int, window: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[queries, window + queries] additive mask: query t is key window + t and sees the `window` keys up to itself."""
+    position = torch.arange(window + queries, device=device)
+    distance = position[window:, None] - position
+    return torch.zeros(distance.shape, dtype=dtype, device=device).masked_fill_(
+        (distance < 0) | (distance >= window), -torch.inf
+    )
 
 
 class _Scale(torch.autograd.Function):
@@ -118,6 +118,19 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return dy * ctx.factor, None, None
+
+
+class _Stopped(torch.autograd.Function):
+    """`out`, with a gradient of 0 for `qkv` and not none at all: ranks that differ in that wait for one another."""
+
+    @staticmethod
+    def forward(ctx, out, qkv):
+        ctx.shape = qkv.shape
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, dy.new_zeros(ctx.shape)
 
 
 class _ScaleTokens(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """LM head and cross-entropy in one, over chunks of tokens.
 
-Promises (tests/kernels/test_cross_entropy.py): the fp32 logits never exist for more than a chunk; tokens that may not update
-the head contribute exactly nothing to its gradient, while the gradient of the hidden states is the plain one.
+Promises (tests/kernels/test_cross_entropy.py): the fp32 logits never exist for more than a chunk; tokens that may not
+update the head contribute exactly nothing to its gradient, while the gradient of the hidden states is the plain one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def linear_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of logits x [B, S, D] @ weight [V, D]^T + bias [V] against targets int64 [B, S] (-100: none).
 
-    Returns the loss, `scale` times the sum of the token losses in nats (fp32 scalar; fp64 for fp64 inputs), and the sums by
-    applied label, [labels], unscaled and detached.
+    Returns the loss, `scale` times the sum of the token losses in nats (fp32 scalar; fp64 for fp64 inputs), and the
+    sums by applied label, [labels], unscaled and detached.
     """
     return pick("cross_entropy", backend).linear_cross_entropy(x, weight, bias, targets, plan, scale)

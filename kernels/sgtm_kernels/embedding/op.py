@@ -1,6 +1,7 @@
 """Masked table lookup, for token embeddings (tied ones too) and learned positions.
 
-Promise (tests/kernels/test_embedding.py): a token that may not update the table contributes exactly nothing to its gradient.
+Promise (tests/kernels/test_embedding.py): a token that may not update the table contributes exactly nothing to its
+gradient.
 """
 
 from __future__ import annotations
@@ -14,5 +15,5 @@ from sgtm_kernels.plan import MaskPlan
 def embedding(
     ids: torch.Tensor, weight: torch.Tensor, plan: MaskPlan, kind: str, backend: str = "runs"
 ) -> torch.Tensor:
-    """weight [V, D] looked up at ids int64 [B, S] -> [B, S, D]. `kind`: `embedding` or `position`, which may update it."""
+    """weight [V, D] looked up at ids int64 [B, S] -> [B, S, D]. `kind` of the table: `embedding` or `position`."""
     return pick("embedding", backend).embedding(ids, weight, plan, kind)

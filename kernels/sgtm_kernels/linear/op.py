@@ -1,9 +1,9 @@
 """Masked linear layers: the gradient of a group's rows takes only the tokens that may update it; dX is the plain one.
 
-`linear_in` has its groups on the output side (`w_qkv`, `w_in`; weight [rows, in]), `linear_out` on the input side (`w_o`,
-`w_out`; weight stored input-major [rows, out]), so that in both a group is a row range.
-Promises (tests/kernels/test_linear.py): rows that no token may update have a gradient of exactly 0; dX is bit-equal to
-that of `torch.nn.functional.linear`; dW of the retain rows does not change with the content of forget tokens.
+`linear_in` has its groups on the output side (`w_qkv`, `w_in`; weight [rows, in]), `linear_out` on the input side
+(`w_o`, `w_out`; weight stored input-major [rows, out]), so that in both a group is a row range. Promises
+(tests/kernels/test_linear.py): rows that no token may update have a gradient of exactly 0; dX is bit-equal to that of
+`torch.nn.functional.linear`; dW of the retain rows does not change with the content of forget tokens.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """Masked linear layers through autograd.
 
-The value is computed with detached weights, which leaves the plain dX; then a term that is exactly 0 in the forward pass,
-`u * (z - z.detach())`, carries each token's weight gradient multiplied by `u`.
+The value is computed with detached weights, which leaves the plain dX; then a term that is exactly 0 in the forward
+pass, `u * (z - z.detach())`, carries each token's weight gradient multiplied by `u`.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ def linear_in(x, weight, bias, plan: MaskPlan, part: str, bounds):
     if len(bounds) == 2:
         return F.linear(x, weight, bias)
     columns = []
-    for group, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for group, (start, end) in enumerate(pairwise(bounds)):
         b = None if bias is None else bias[start:end]
         z = F.linear(x.detach(), weight[start:end], b)
         columns.append(update_only(z, plan.token_weights(_contributions(plan, part, group), x)))
@@ -33,7 +35,7 @@ def linear_out(x, weight, bias, plan: MaskPlan, part: str, bounds):
     if len(bounds) == 2:
         return F.linear(x, weight.t(), bias)
     y = F.linear(x, weight.detach().t(), None if bias is None else bias.detach())
-    for group, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for group, (start, end) in enumerate(pairwise(bounds)):
         z = F.linear(x[..., start:end].detach(), weight[start:end].t())
         y = y + update_only(z, plan.token_weights(_contributions(plan, part, group), x))
     if bias is not None:
@@ -43,4 +45,4 @@ def linear_out(x, weight, bias, plan: MaskPlan, part: str, bounds):
 
 
 def _contributions(plan: MaskPlan, part: str, group: int) -> tuple[float, ...]:
-    return tuple(plan.tables.update[part][label][group] for label in range(len(plan.tables.labels)))
+    return tuple(plan.tables.contribution(part, label, group) for label in range(len(plan.tables.labels)))

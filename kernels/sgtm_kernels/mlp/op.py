@@ -1,7 +1,7 @@
 """The MLP's non-linearity with `active` and `route` per label and group.
 
-Promises (tests/kernels/test_mlp.py): an inactive neuron's output, and the gradient at its pre-activation, are exactly 0;
-`route` leaves the forward value bit for bit and scales only what flows back; where both are 1 the op is the plain one.
+Promises (tests/kernels/test_mlp.py): an inactive neuron's output, and the gradient at its pre-activation, are exactly
+0; `route` leaves the forward value bit for bit and scales only what flows back; where both are 1 it is the plain op.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sgtm_kernels.plan import MaskPlan
 
 
 def gelu(x: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...], backend: str = "runs") -> torch.Tensor:
-    """tanh-GELU (Hendrycks and Gimpel, 2016) of x [B, S, F] -> [B, S, F]; `bounds`: group boundaries in the F neurons."""
+    """tanh-GELU (Hendrycks and Gimpel, 2016), x [B, S, F] -> [B, S, F]; `bounds`: group boundaries in the neurons."""
     return pick("mlp", backend).gelu(x, plan, bounds)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -13,7 +15,7 @@ def gelu(x, plan: MaskPlan, bounds):
 
 
 def swiglu(x, plan: MaskPlan, bounds):
-    groups = x.split([2 * (end - start) for start, end in zip(bounds[:-1], bounds[1:], strict=True)], dim=-1)
+    groups = x.split([2 * (end - start) for start, end in pairwise(bounds)], dim=-1)
     halves = [group.chunk(2, dim=-1) for group in groups]
     return mask_groups(torch.cat([F.silu(gate) * up for gate, up in halves], dim=-1), plan, bounds)
 
@@ -22,7 +24,7 @@ def mask_groups(h: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...]) -> tor
     """Apply `route`, then `active`, to the group columns of h [B, S, columns]."""
     if len(bounds) == 2:
         return h
-    sizes = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    sizes = [end - start for start, end in pairwise(bounds)]
     columns = []
     for group, h_g in enumerate(h.split(sizes, dim=-1)):
         active = plan.token_weights(plan.column("active", group), h).view(*h.shape[:2], 1)

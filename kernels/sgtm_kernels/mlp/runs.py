@@ -1,6 +1,9 @@
-"""The MLP's non-linearity on slices: one dense pass, then the blocks (label run x group) that differ from 1 are scaled."""
+"""The MLP's non-linearity on slices: one dense pass, then the blocks (label run x group) that differ from 1 are
+scaled."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -23,40 +26,42 @@ def swiglu(x, plan: MaskPlan, bounds):
 
 
 def _groups(bounds: tuple[int, ...]):
-    return enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+    return enumerate(pairwise(bounds))
 
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, plan, bounds):
+        x = x.contiguous()  # and dh below: what is scaled in place must be the result itself, never a copy of it
         ctx.save_for_backward(x)
         ctx.plan, ctx.bounds = plan, bounds
         h = F.gelu(x, approximate="tanh")
         for group, (start, end) in _groups(bounds):
-            scale_columns_(h.flatten(0, 1), plan, start, end, plan.column("active", group))
+            scale_columns_(h.view(plan.tokens, -1), plan, start, end, plan.column("active", group))
         return h
 
     @staticmethod
     def backward(ctx, dh):
         (x,) = ctx.saved_tensors
         plan = ctx.plan
-        dx = torch.ops.aten.gelu_backward(dh, x, approximate="tanh")
+        dx = torch.ops.aten.gelu_backward(dh.contiguous(), x, approximate="tanh")
         for group, (start, end) in _groups(ctx.bounds):
             factors = products(plan.column("active", group), plan.column("route", group))
-            scale_columns_(dx.flatten(0, 1), plan, start, end, factors)
+            scale_columns_(dx.view(plan.tokens, -1), plan, start, end, factors)
         return dx, None, None
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, plan, bounds):
+        x = x.contiguous()
         ctx.save_for_backward(x)
         ctx.plan, ctx.bounds = plan, bounds
         h = x.new_empty(*x.shape[:-1], bounds[-1])
         for group, (start, end) in _groups(bounds):
             gate, up = x[..., 2 * start : 2 * end].chunk(2, dim=-1)
             torch.mul(F.silu(gate), up, out=h[..., start:end])
-            scale_columns_(h.flatten(0, 1), plan, start, end, plan.column("active", group))
+            scale_columns_(h.view(plan.tokens, -1), plan, start, end, plan.column("active", group))
         return h
 
     @staticmethod
@@ -71,5 +76,5 @@ class _SwiGLU(torch.autograd.Function):
             torch.mul(dh_g, F.silu(gate), out=dup)
             dgate.copy_(torch.ops.aten.silu_backward(dh_g * up, gate))
             factors = products(plan.column("active", group), plan.column("route", group))
-            scale_columns_(dx.flatten(0, 1), plan, 2 * start, 2 * end, factors)
+            scale_columns_(dx.view(plan.tokens, -1), plan, 2 * start, 2 * end, factors)
         return dx, None, None

@@ -1,7 +1,7 @@
 """LayerNorm and RMSNorm whose weight and bias learn only from the tokens that may update them; dX is the plain one.
 
-Promise (tests/kernels/test_norm.py): masked tokens contribute exactly nothing to the gradient of weight and bias, and dX is
-bit-equal to that of the same op with nothing masked.
+Promise (tests/kernels/test_norm.py): masked tokens contribute exactly nothing to the gradient of weight and bias, and
+dX is bit-equal to that of the same op with nothing masked.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def layer_norm(
     kind: str | None,
     backend: str = "runs",
 ) -> torch.Tensor:
-    """LayerNorm (Ba et al., 2016) of x [B, S, D] with weight and bias [D]. `kind`: `norm`, `final_norm`; None: no mask."""
+    """LayerNorm (Ba et al., 2016) of x [B, S, D], weight and bias [D]. `kind`: `norm`, `final_norm`; None: no mask."""
     return pick("norm", backend).layer_norm(x, weight, bias, eps, plan, kind)
 
 

@@ -1,0 +1,34 @@
+# make quickstart    train, ablate and show a small bilingual model: under ten minutes on two cores
+# make test          run all tests
+# Both make the virtual environment .venv on first use; PYTHON=... chooses the interpreter (3.10 to 3.12).
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install quickstart test lint clean
+
+install: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || { \
+		echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo not found); SGTM needs Python 3.10 to 3.12:" \
+		     "make PYTHON=python3.12 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: install
+	$(BIN)/sgtm quickstart
+
+test: install
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

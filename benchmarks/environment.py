@@ -1,0 +1,44 @@
+"""Where a result comes from: what every row of a results file carries."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict:
+    """Device, threads, commit, versions and time (UTC)."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "commit": git.stdout.strip(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].split(":")[1].strip() if names else platform.processor()
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """One JSON object per line, each with its environment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shared = environment()
+    path.write_text("".join(json.dumps({**row, **shared}) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,244 @@
+"""The command line: `sgtm prepare | train | eval | export | report | explain | doctor | config | quickstart`.
+
+Thin: every command parses its arguments, calls one function elsewhere and prints where the result is. Modules are
+imported when their command runs, so `sgtm --help` and most mistakes are answered at once. A user's mistake (ValueError,
+OSError) is one message on stderr and exit status 2; `SGTM_TRACEBACK=1` shows where it came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --masking.strategy none"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 after an interrupt."""
+    try:
+        arguments = _without_local_rank(sys.argv[1:] if argv is None else argv)
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if os.environ.get("SGTM_TRACEBACK", "0") not in ("", "0"):
+            raise
+        _print_error(error)
+        return 2
+
+
+def _dispatch(argv: list[str]) -> int:
+    overrides: list[str] = []
+    if argv and argv[0] in ("train", "explain", "config", "quickstart"):
+        argv, overrides = split_overrides(argv)
+    parser = _parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    if argv[0] == "prepare":
+        return _prepare(argv[1:])  # tyro makes its options from the dataclass
+    options = parser.parse_args(argv)
+    if hasattr(options, "config"):
+        options.overrides = overrides
+    return options.run(options) or 0
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(arguments, overrides): `--a.b VALUE`, `--a.b=VALUE` and top-level keys of the config are overrides."""
+    from sgtm.config.load import is_override
+
+    rest, overrides, pending = [], [], False
+    for argument in argv:
+        if is_override(argument):
+            overrides.append(argument)
+            pending = "=" not in argument
+        elif pending:
+            overrides.append(argument)
+            pending = False
+        else:
+            rest.append(argument)
+    return rest, overrides
+
+
+def _parser() -> argparse.ArgumentParser:
+    from sgtm import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="sgtm",
+        description="Pretraining with Selective GradienT Masking: what labelled data teaches can be removed again.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"sgtm {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name, run, about, **options):
+        sub = commands.add_parser(name, help=about, description=about, allow_abbrev=False, **options)
+        sub.set_defaults(run=run)
+        return sub
+
+    def configured(name, run, about, nargs=None):
+        sub = command(name, run, about, epilog=OVERRIDES)
+        sub.add_argument("config", nargs=nargs, metavar="PRESET|FILE.yaml", help="preset (see sgtm config) or file")
+        return sub
+
+    command("prepare", None, "tokenize a corpus into shards (sgtm prepare --help for its options)", add_help=False)
+    train = configured("train", _train, "train a model")
+    train.add_argument("--resume", action="store_true", help="continue from the run's newest checkpoint")
+    train.add_argument("--overwrite", action="store_true", help="delete the run directory if it exists")
+    evaluate = command("eval", _eval, "losses by category, full and with every subset of domains removed")
+    evaluate.add_argument("run_dir", type=Path, metavar="RUN", help="run directory, e.g. runs/quickstart")
+    evaluate.add_argument("--split", default="test", help="split of the prepared data (default: test)")
+    evaluate.add_argument("--sequences", type=int, help="sequences per category (default: all)")
+    export = command("export", _export, "write a Hugging Face model, with domains removed or without")
+    export.add_argument("run_dir", type=Path, metavar="RUN")
+    export.add_argument("--remove", nargs="+", default=[], metavar="DOMAIN", help="domains to remove (default: none)")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    report = command("report", _report, "write the HTML page and the figures of a run")
+    report.add_argument("run_dir", type=Path, metavar="RUN")
+    configured("explain", _explain, "show which parameters each label updates, and how many")
+    doctor = command("doctor", _doctor, "versions, devices, kernel backends, and what is missing for what")
+    doctor.add_argument("--json", action="store_true", help="as JSON")
+    config = configured("config", _config, "print a config with every key, or list the presets", nargs="?")
+    config.add_argument("--markdown", action="store_true", help="print the reference of all keys instead")
+    quick = command("quickstart", _quickstart, "train, evaluate and report the quickstart preset", epilog=OVERRIDES)
+    quick.set_defaults(config="quickstart")
+    train.format_help = _with_keys(train.format_help)
+    return parser
+
+
+def _with_keys(format_help):
+    """`sgtm train --help` ends with every key of the configuration."""
+
+    def text() -> str:
+        from sgtm.config.reference import keys
+        from sgtm.config.schema import Config
+
+        lines = [f"  --{key.name}  {key.takes}" + (f" [{key.default}]" if key.default else "") for key in keys(Config)]
+        return "\n".join([format_help(), "keys [default], explained in docs/config.md:", *lines, ""])
+
+    return text
+
+
+def _prepare(argv: list[str]) -> int:
+    import tyro
+
+    from sgtm.data.prepare import PrepareOptions, run_prepare
+
+    run_prepare(tyro.cli(PrepareOptions, prog="sgtm prepare", args=argv))
+    return 0
+
+
+def _train(options) -> None:
+    from sgtm.config import load_config
+
+    if options.resume and options.overwrite:
+        raise ValueError("--resume continues a run and --overwrite deletes it; give one of them")
+    config = load_config(options.config, options.overrides)
+
+    from sgtm.train.loop import train
+
+    train(config, resume=options.resume, overwrite=options.overwrite)
+
+
+def _eval(options) -> None:
+    _check_run(options.run_dir)
+    from sgtm.evaluate.run import evaluate_run
+    from sgtm.report import print_summary
+
+    print_summary(evaluate_run(options.run_dir, split=options.split, sequences=options.sequences))
+
+
+def _export(options) -> None:
+    _check_run(options.run_dir)
+    from sgtm.model.export import export_run
+
+    export_run(options.run_dir, options.remove, options.out)
+    print(options.out)
+
+
+def _report(options) -> None:
+    _check_run(options.run_dir)
+    from sgtm.report import write_report
+
+    print(write_report(options.run_dir))
+
+
+def _explain(options) -> None:
+    from sgtm.config import load_config
+    from sgtm.masking.explain import print_explanation
+
+    print_explanation(load_config(options.config, options.overrides))
+
+
+def _doctor(options) -> None:
+    from sgtm.doctor import print_findings
+
+    print_findings(as_json=options.json)
+
+
+def _config(options) -> None:
+    from sgtm.config import Config, load_config, preset_names
+    from sgtm.config.load import dump_config
+    from sgtm.config.reference import markdown
+
+    if options.markdown:
+        print(markdown(Config), end="")
+    elif options.config is None:
+        print("\n".join(preset_names()))
+    else:
+        print(dump_config(load_config(options.config, options.overrides)), end="")
+
+
+def _quickstart(options) -> None:
+    from sgtm.config import load_config
+
+    config = load_config(options.config, options.overrides)
+
+    from sgtm.evaluate.run import evaluate_run
+    from sgtm.report import print_summary, write_report
+    from sgtm.train.loop import train
+
+    run = train(config, overwrite=True)
+    summary = evaluate_run(run)
+    page = write_report(run)
+    print_summary(summary)
+    print(f"report: {page}")
+
+
+def _check_run(run: Path) -> None:
+    if not (run / "config.yaml").is_file():
+        known = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml")))
+        raise ValueError(f"{run}: not a run directory (no config.yaml in it); runs here: {known or 'none'}")
+
+
+def _without_local_rank(argv: list[str]) -> list[str]:
+    """The deepspeed launcher adds `--local_rank=N`; the environment says the same."""
+    kept, skip = [], False
+    for argument in argv:
+        name, equals, _ = argument.partition("=")
+        if skip:
+            skip = False
+        elif name in ("--local_rank", "--local-rank"):
+            skip = not equals
+        else:
+            kept.append(argument)
+    return kept
+
+
+def _print_error(error: ValueError | OSError) -> None:
+    """One message. What every rank finds alike (a config) only rank 0 says; anything else each rank says for itself."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        from sgtm.config import ConfigError
+
+        if isinstance(error, ConfigError):
+            return
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    where = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f"rank {rank}: "
+    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
+    print(f"{red}error:{plain} {where}{text}", file=sys.stderr)

@@ -1,0 +1,91 @@
+"""Errors of a config in the user's words: one line for each problem, with the key, what was found, what is right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from sgtm.config.reference import describe_field, field_at, keys, section, yaml_text
+
+Path = tuple[str, ...]
+
+
+class ConfigError(ValueError):
+    """A config that the user has to mend; the message says how."""
+
+
+def explain_errors(error: ValidationError, schema: type[BaseModel], values: dict, source: str, given: set[Path]) -> str:
+    """The message for pydantic's errors about `values`.
+
+    source  the preset or file
+    given   paths that the command line set
+    """
+    lines: dict[str, None] = {}  # an ordered set: a union reports one error for each of its members
+    for problem in error.errors(include_url=False):
+        lines[_line(problem, schema, values, given)] = None
+    if len(lines) == 1:
+        return f"{source}: {next(iter(lines))}"
+    return f"{source}: {len(lines)} problems\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that `word` may be a slip of, or None."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
+
+
+def _line(problem: dict, schema: type[BaseModel], values: dict, given: set[Path]) -> str:
+    path = tuple(str(part) for part in problem["loc"])
+    field, inside = field_at(schema, path)
+    if field is not None:  # what follows the key are union members and positions, pydantic's own
+        path = path[: len(path) - len(inside)]
+    key = ".".join(path)
+    if problem["type"] == "value_error":  # a rule across keys, in its own words
+        return ": ".join(filter(None, [key, problem["msg"].removeprefix("Value error, ")]))
+    if problem["type"] == "missing":
+        return f"{key}: missing; it takes: {_takes(schema, path)}"
+    origin = " on the command line" if any(one[: len(path)] == path for one in given) else ""
+    if problem["type"] in ("extra_forbidden", "invalid_key"):
+        return f"{key}: unknown key{origin}; {_suggestion(schema, path)}"
+    return f"{key}: found {_shown(_value_at(values, path))}{origin}, but it takes: {_takes(schema, path)}"
+
+
+def _value_at(values: Any, path: Path) -> Any:
+    for name in path:
+        values = values[name]
+    return values
+
+
+def _takes(schema: type[BaseModel], path: Path) -> str:
+    field, _ = field_at(schema, path)
+    return (
+        describe_field(field)
+        if field
+        else f"a section with the keys {', '.join(_section_at(schema, path).model_fields)}"
+    )
+
+
+def _section_at(schema: type[BaseModel], path: Path) -> type[BaseModel]:
+    for name in path:
+        schema = section(schema.model_fields[name])
+    return schema
+
+
+def _suggestion(schema: type[BaseModel], path: Path) -> str:
+    """The nearest key of the section, else a key that has this name elsewhere, else the keys of the section."""
+    *sections, word = path
+    known = list(_section_at(schema, tuple(sections)).model_fields)
+    close = nearest(word, known)
+    elsewhere = [key.name for key in keys(schema) if key.name.rpartition(".")[2] == word]
+    if close:
+        return f"did you mean {'.'.join([*sections, close])}?"
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return f"known here: {', '.join(known)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else yaml_text(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,191 @@
+"""From a preset or a YAML file and the command line to a checked `Config`.
+
+One rule: defaults < YAML < command line. Everything is merged as plain mappings and checked once, at the end, so that a
+file may leave open what the command line gives, and a rule across keys sees the final values.
+
+The command line is parsed here and not by a library (tyro, which `sgtm prepare` uses, starts from a finished default
+object, that is after validation): overrides are dotted keys whose values are YAML, as in a file. This covers unions and
+mappings such as `--data.channel.retain.unlabeled 0.75` without a syntax of their own.
+
+The test is `tests/unit/test_config.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+
+from sgtm.config.errors import ConfigError, explain_errors, nearest
+from sgtm.config.reference import field_at, section
+from sgtm.config.schema import Config
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: `off`, `no` and `on` are words, `1e-3` is a number; a key given twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value]
+        for i, (key, _) in enumerate(node.value):
+            if key.value in names[:i]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|false|True|False)$"), list("tfTF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_config(source: str | os.PathLike, overrides: list[str] | None = None) -> Config:
+    """The config of a preset name or YAML file with overrides as on the command line (`["--model.layers", "4"]`).
+
+    Raises ConfigError that names the file or key, what was found and what would be right; one line for each problem.
+    """
+    values = _read(_locate(str(source)))
+    given = parse_overrides(overrides or [])
+    for path, value in given.items():
+        _set(values, path, value)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain_errors(error, Config, values, str(source), set(given))) from None
+
+
+def save_config(config: Config, path: str | os.PathLike) -> None:
+    """Write every key of `config` as YAML; `load_config(path)` gives an equal config. Never leaves half a file."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(dump_config(config), "utf-8")
+    partial.replace(path)
+
+
+def dump_config(config: Config) -> str:
+    """Every key of `config` as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def is_override(argument: str) -> bool:
+    """Whether a command-line argument sets a config key: `--a.b`, or `--name` for a key at the top level."""
+    name = argument[2:].partition("=")[0]
+    top = {key for key, field in Config.model_fields.items() if not section(field)}
+    return argument.startswith("--") and ("." in name or name in top)
+
+
+def parse_overrides(arguments: list[str]) -> dict[tuple[str, ...], Any]:
+    """Values by path, from `--key value` and `--key=value`, each value read as YAML.
+
+    Raises ConfigError for an argument of another form and for a missing value.
+    """
+    values: dict[tuple[str, ...], Any] = {}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not is_override(argument):
+            raise ConfigError(f"{argument!r} is not an override; write --KEY VALUE, e.g. --train.steps 100")
+        name, equals, text = argument[2:].partition("=")
+        if not equals:
+            if not rest or is_override(rest[0]):
+                raise ConfigError(f"--{name}: no value given; write --{name} VALUE")
+            text = rest.pop(0)
+        path = _path(name)
+        field, inside = field_at(Config, path)
+        is_text = field is not None and not inside and field.annotation is str
+        values[path] = text if is_text else _parse(text, f"--{name}")
+    return values
+
+
+def _path(name: str) -> tuple[str, ...]:
+    """Where an override goes. Inside a mapping of plain values the rest is one key, dots and all."""
+    path = tuple(name.split("."))
+    field, inside = field_at(Config, path)
+    if field is None or len(inside) < 2:
+        return path
+    start = len(path) - len(inside)
+    of_mappings = get_origin(field.annotation) is dict and get_origin(get_args(field.annotation)[1]) is dict
+    if of_mappings:
+        return (*path[: start + 1], ".".join(inside[1:]))
+    return (*path[:start], ".".join(inside))
+
+
+def _set(values: dict, path: tuple[str, ...], value: Any) -> None:
+    for i, name in enumerate(path[:-1]):
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            key = ".".join(path[: i + 1])
+            raise ConfigError(f"--{'.'.join(path)}: {key} is {values!r}, not a mapping; set --{key} as a whole")
+    values[path[-1]] = value
+
+
+def _locate(source: str, beside: Path | None = None) -> Path:
+    """The file of a preset name or path; a path in a file is relative to that file."""
+    looks_like_file = source.endswith((".yaml", ".yml")) or "/" in source or os.sep in source
+    path = (beside or Path()) / source if looks_like_file else PRESETS / f"{source}.yaml"
+    if path.is_file():
+        return path
+    if looks_like_file:
+        raise ConfigError(f"{path}: no such file; give a YAML file or one of the presets: {', '.join(preset_names())}")
+    close = nearest(source, preset_names())
+    slip = f" (did you mean {close}?)" if close else ""
+    raise ConfigError(
+        f"unknown preset {source!r}{slip}; presets: {', '.join(preset_names())}; "
+        f"a file is named by its path, e.g. ./{source}.yaml"
+    )
+
+
+def _read(path: Path, chain: tuple[Path, ...] = ()) -> dict:
+    """The mapping of a file, with what it extends merged below it."""
+    if path.resolve() in chain:
+        raise ConfigError(f"{path}: extends leads back to itself: {' -> '.join(p.name for p in (*chain, path))}")
+    try:
+        values = _parse(path.read_text("utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds {type(values).__name__}, not a mapping of keys such as `model:` and `train:`")
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends: {base!r} must be a preset name or the path of a YAML file")
+    below = _read(_locate(base, path.parent), (*chain, path.resolve()))
+    return _merge(below, values)
+
+
+def _merge(below: dict, above: dict) -> dict:
+    """Sections are merged key by key; a value, a list or a mapping of data replaces what was there."""
+    merged = dict(below)
+    for name, value in above.items():
+        field = Config.model_fields.get(name)
+        both = isinstance(value, dict) and isinstance(below.get(name), dict)
+        merged[name] = {**below[name], **value} if field and section(field) and both else value
+    return merged
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark and "\n" in text else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"{where}:{line} not valid YAML: {problem}") from None

@@ -1,0 +1,212 @@
+"""From blocks of records to blocks of tokens, in parallel.
+
+Each block becomes one file, written under a temporary name and renamed, so that a finished block can be reused by a run
+that resumes. What a file holds depends on its block, the rules and the tokenizer alone.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from sgtm.data.readers import Block
+from sgtm.data.rules import Document, Rules
+from sgtm.data.store import DOCUMENT, SPAN, token_dtype
+from sgtm.data.tokenizer import for_plain_text
+
+
+class EncodedBlock(NamedTuple):
+    """Tokens end to end; `DOCUMENT`, its split a position in `splits`; `SPAN`, its documents counted in the block."""
+
+    tokens: np.ndarray
+    documents: np.ndarray
+    spans: np.ndarray
+    splits: np.ndarray
+    empty: int
+    dropped: int
+
+    def save(self, path: Path) -> None:
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with temporary.open("wb") as handle:
+            np.savez(handle, **self._asdict())
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> EncodedBlock:
+        with np.load(path) as stored:
+            arrays = {name: stored[name] for name in cls._fields}
+        return cls(**{**arrays, "empty": int(arrays["empty"]), "dropped": int(arrays["dropped"])})
+
+
+@dataclass
+class Encoder:
+    """Turns blocks into tokens. Picklable: a worker loads its own tokenizer."""
+
+    rules: Rules
+    tokenizer_file: Path
+    eos_id: int
+    vocab_size: int
+    shard_tokens: int
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "_tokenizer"}
+
+    def encode_to(self, path: Path, block: Block) -> None:
+        """Encodes a block into a file. Raises ValueError naming the record for anything the rules refuse."""
+        self.encode(block).save(path)
+
+    def encode(self, block: Block) -> EncodedBlock:
+        documents, wheres, empty, dropped = [], [], 0, 0
+        for path, where, fields in block.records():
+            document = self.rules.document(fields, path, where)
+            if document is None:
+                dropped += 1
+            elif not document.text.strip():
+                empty += 1
+            else:
+                documents.append(document)
+                wheres.append(where)
+        return self._tokenize(documents, wheres)._replace(empty=empty, dropped=dropped)
+
+    def _tokenize(self, documents: list[Document], wheres: list[str]) -> EncodedBlock:
+        texts = [document.text for document in documents]
+        # Offsets cost time, so they are asked for only where a span needs them.
+        spanned = any(document.spans for document in documents)
+        encode = self._loaded().encode_batch if spanned else self._loaded().encode_batch_fast
+        encodings = encode(texts, add_special_tokens=False)
+        index, spans = np.zeros(len(documents), DOCUMENT), []
+        categories, splits = list(self.rules.categories), sorted({document.split for document in documents})
+        pieces = []
+        for i, (document, encoding) in enumerate(zip(documents, encodings, strict=True)):
+            length = len(encoding.ids) + 1
+            if length > self.shard_tokens:
+                raise ValueError(
+                    f"{wheres[i]}: a document of {length} tokens is longer than a shard of {self.shard_tokens}; "
+                    f"raise --shard-tokens to at least {length}, or cut the document"
+                )
+            pieces.append(np.array([*encoding.ids, self.eos_id], token_dtype(self.vocab_size)))
+            split = splits.index(document.split)
+            index[i] = (document.id, 0, length, 0, categories.index(document.category), split)
+            if document.spans:
+                spans += [(i, *span) for span in token_spans(document.spans, encoding.offsets, categories)]
+        tokens = np.concatenate(pieces) if pieces else np.empty(0, token_dtype(self.vocab_size))
+        return EncodedBlock(tokens, index, np.array(spans, SPAN), np.array(splits, dtype=np.str_), 0, 0)
+
+    def _loaded(self) -> Tokenizer:
+        if not hasattr(self, "_tokenizer"):
+            self._tokenizer = for_plain_text(Tokenizer.from_file(str(self.tokenizer_file)))
+        return self._tokenizer
+
+
+def token_spans(
+    spans: tuple[tuple[int, int, str], ...], offsets: list[tuple[int, int]], categories: list[str]
+) -> list[tuple[int, int, int]]:
+    """(token start, token end, category) of spans given in characters: every token that overlaps a span is in it.
+
+    offsets  (start, end) in characters of each token, ascending. A token on the border of two spans goes to the first.
+    """
+    starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
+    found, used = [], 0
+    for start, end, category in spans:
+        first = max(used, int(np.searchsorted(ends, start, side="right")))
+        last = int(np.searchsorted(starts, end, side="left"))
+        if last > first:
+            found.append((first, last, categories.index(category)))
+            used = last
+    return found
+
+
+def encode_blocks(
+    encoder: Encoder, blocks: Iterator[Block], folder: Path, workers: int, advance: Callable[[int], None]
+) -> int:
+    """Encodes the blocks that `folder` does not hold yet; returns how many there are in all.
+
+    advance  is told the input bytes done
+
+    Raises the error of the first block that has one, and OSError where a worker process died.
+    """
+    count = 0
+    pending: deque[tuple[int, Future]] = deque()
+    with _Workers(workers) as pool:
+        for count, block in enumerate(blocks, 1):
+            path = block_file(folder, count - 1)
+            if path.exists():
+                advance(block.progress)
+                continue
+            if workers == 1:
+                encoder.encode_to(path, block)
+                advance(block.progress)
+                continue
+            pending.append((block.progress, pool.submit(encoder, path, block)))
+            while len(pending) > 2 * workers:
+                advance(_finish(pending))
+        while pending:
+            advance(_finish(pending))
+    return count
+
+
+def block_file(folder: Path, number: int) -> Path:
+    return folder / f"{number:08d}.npz"
+
+
+def _finish(pending: deque[tuple[int, Future]]) -> int:
+    progress, future = pending.popleft()
+    try:
+        future.result()
+    except BrokenProcessPool:
+        raise OSError(
+            "a worker process died, perhaps for lack of memory; run the same command again, it resumes"
+        ) from None
+    return progress
+
+
+class _Workers:
+    """A pool of fresh interpreters, started on demand; forks would copy the tokenizer's threads in an unknown state."""
+
+    def __init__(self, workers: int):
+        self.workers, self._pool = workers, None
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def submit(self, encoder: Encoder, path: Path, block: Block) -> Future:
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.workers, context, _start_worker, (encoder,))
+        return self._pool.submit(_work, path, block)
+
+    def __exit__(self, *error) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(encoder: Encoder) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is parallel enough
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    global _encoder
+    _encoder = encoder
+    # A worker blocks on its queue for ever when the parent is killed, unless it watches.
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _work(path: Path, block: Block) -> None:
+    _encoder.encode_to(path, block)

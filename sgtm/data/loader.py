@@ -1,0 +1,266 @@
+"""The order of training data: a pure function of (seed, step).
+
+An epoch is a permutation of label-pure *blocks* of sequences: one sequence for mixing `sequence` and `token`, a whole
+step for `step`, the share of one of `micro_blocks` for `micro`. Epoch follows epoch without a gap, and a global step
+takes the next blocks. There is no iterator state: step 1000 of a resumed run is step 1000.
+
+The promise: the set of sequences in a global step is the same for any number of ranks and any micro-batch, and so are
+its targets and labels, which every rank knows without reading the others' tokens (`tests/unit/test_data_loader.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from sgtm.config.schema import Config
+from sgtm.data.batch import Batch
+from sgtm.data.packing import Sequence, Stream, derived_seed, in_order, pack, shuffled
+from sgtm.data.store import Corpus
+from sgtm.masking.labels import FIRST_FORGET, RETAIN, UNLABELED
+
+_EPOCH_BLOCKS, _EPOCH_SEQUENCES = 3, 8  # + label
+PAD_MULTIPLE = 128
+
+
+class Place(NamedTuple):
+    """A sequence: which stream (the applied label, None for mixing `token`), and which of its sequences."""
+
+    stream: int | None
+    sequence: int
+
+
+class Loader:
+    """Micro-batches of one rank.
+
+    corpus  with a split `train`
+    config  model, masking, data and train decide what a step is
+
+    Raises ValueError where corpus and config do not fit (`check_corpus`), or a label has too few sequences for a block.
+    """
+
+    def __init__(self, corpus: Corpus, config: Config, rank: int = 0, world_size: int = 1):
+        check_corpus(corpus, config)
+        self.rank, self.world_size = rank, world_size
+        self.per_step, self.micro_batch = config.sequences_per_step, config.train.micro_batch
+        self.accumulation = config.accumulation(world_size)
+        self.mixing, self.seed = config.data.mixing, config.data.seed
+        self.micro_blocks = config.data.micro_blocks if self.mixing == "micro" else 1
+        self.block = {"micro": self.per_step // self.micro_blocks, "step": self.per_step}.get(self.mixing, 1)
+        self.isolated = _isolated(config)
+        self.streams: dict[int | None, Stream] = pack(
+            corpus,
+            corpus.select("train"),
+            config.space,
+            config.channel,
+            seed=self.seed,
+            context=config.model.context,
+            mixing=self.mixing,
+            upsample=config.data.upsample,
+            isolate_documents=self.isolated,
+            span_policy=config.masking.span_policy,
+        )
+        self._check_enough(config)
+        self._epoch = lru_cache(maxsize=2)(self._build_epoch)
+        self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="sgtm-loader")
+        self._ahead: tuple[int, Future] | None = None
+
+    @property
+    def blocks_per_epoch(self) -> int:
+        return sum(stream.sequences // self.block for stream in self.streams.values())
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.blocks_per_epoch * self.block / self.per_step
+
+    def step(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a global step, in order of accumulation; begins to read the next step."""
+        ahead, self._ahead = self._ahead, None
+        batches = ahead[1].result() if ahead and ahead[0] == step else self._read(step)
+        self._ahead = step + 1, self._prefetcher.submit(self._read, step + 1)
+        return batches
+
+    def step_targets(self, step: int) -> int:
+        """Number of targets in the global step, over all ranks."""
+        return self._count_targets(self.sequences(step))
+
+    def step_labels(self, step: int) -> frozenset[int]:
+        """Applied labels in the global step, over all ranks."""
+        return self._find_labels(self.sequences(step))
+
+    def sequences(self, step: int) -> list[Place]:
+        """The sequences of a global step, block after block; the same for any number of ranks and any micro-batch."""
+        per_epoch, per_step = self.blocks_per_epoch, self.per_step // self.block
+        found: list[Place] = []
+        for number in range(step * per_step, (step + 1) * per_step):
+            epoch, place = divmod(number, per_epoch)
+            found += self._block(epoch, place)
+        return found
+
+    def micro_batches(self, step: int, rank: int) -> list[list[Place]]:
+        """The sequences of each micro-batch of a rank, ordered forget, unlabeled, retain.
+
+        A block of mixing `micro` has accumulation indices of its own; for the other mixings the step is one pool. A
+        pool is sorted by label and dealt out like cards, so that every micro-batch gets an even share of each label.
+        """
+        step_sequences = self.sequences(step)
+        size = self.per_step // self.micro_blocks
+        micro_batches = []
+        for first in range(0, self.per_step, size):
+            pool = sorted(step_sequences[first : first + size], key=_label_order)
+            hands = size // self.micro_batch
+            micro_batches += [pool[hand::hands] for hand in range(rank, hands, self.world_size)]
+        return micro_batches
+
+    def _read(self, step: int) -> list[Batch]:
+        everything = self.sequences(step)
+        targets, labels = self._count_targets(everything), self._find_labels(everything)
+        return [
+            collate([self.streams[p.stream].read(p.sequence) for p in places], self.isolated, targets, labels)
+            for places in self.micro_batches(step, self.rank)
+        ]
+
+    def _count_targets(self, places: list[Place]) -> int:
+        return sum(
+            stream.target_count(np.array([p.sequence for p in places if p.stream == label], np.int64))
+            for label, stream in self.streams.items()
+        )
+
+    def _find_labels(self, places: list[Place]) -> frozenset[int]:
+        if None not in self.streams:
+            return frozenset(place.stream for place in places)
+        pieces = (piece for place in places for piece in self.streams[None].pieces(place.sequence))
+        return frozenset(piece.label for piece in pieces)
+
+    def _block(self, epoch: int, place: int) -> list[Place]:
+        blocks, sequences = self._epoch(epoch)
+        index = int(blocks[place])
+        for label, stream in self.streams.items():
+            count = stream.sequences // self.block
+            if index < count:
+                chosen = sequences[label][index * self.block : (index + 1) * self.block]
+                return [Place(label, int(sequence)) for sequence in chosen]
+            index -= count
+        raise AssertionError(f"epoch {epoch} has no block {place}")
+
+    def _build_epoch(self, epoch: int) -> tuple[np.ndarray, dict[int | None, np.ndarray]]:
+        """The order of an epoch's blocks, and by label the order of the sequences they are cut from."""
+        sequences = {
+            label: shuffled(stream.sequences, derived_seed(self.seed, _EPOCH_SEQUENCES + (label or 0), epoch))
+            for label, stream in self.streams.items()
+        }
+        return shuffled(self.blocks_per_epoch, derived_seed(self.seed, _EPOCH_BLOCKS, epoch)), sequences
+
+    def _check_enough(self, config: Config) -> None:
+        context = config.model.context
+        for label, stream in self.streams.items():
+            name = "split train" if label is None else f"label {config.space.labels[label]} in split train"
+            if stream.sequences < self.block:
+                raise ValueError(
+                    f"{name} has {stream.tokens} tokens, {stream.sequences} sequences of {context}; a block of "
+                    f"data.mixing: {self.mixing} takes {self.block}. Give more data, upsample it, or lower "
+                    f"train.tokens_per_step"
+                )
+        found = self.blocks_per_epoch * self.block
+        if found < self.per_step:
+            raise ValueError(
+                f"split train has {found} sequences of {context} tokens, fewer than the {self.per_step} of a step; "
+                f"give more data or lower train.tokens_per_step"
+            )
+
+
+def evaluation_batches(
+    corpus: Corpus,
+    config: Config,
+    split: str,
+    category: str,
+    *,
+    max_sequences: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """Micro-batches of one category of one split, under its true label; the same on every call.
+
+    Documents come in a fixed shuffled order, packed as in training. Every rank gets the same number of batches, because
+    under ZeRO-3 a forward pass is a collective; what has no next token, padding included, has target `IGNORE`.
+    `step_targets` is the number of targets of the whole evaluation, over all ranks: a mean loss is the sum of the
+    losses divided by it. Without documents of this category in the split there are no batches.
+
+    Raises ValueError for a split or category that the corpus does not have.
+    """
+    documents = corpus.select(split, category)
+    if not len(documents):
+        return
+    context, micro_batch = config.model.context, config.train.micro_batch
+    label, isolated = config.space.label(corpus.categories[category]), _isolated(config)
+    stream = in_order(corpus, documents[shuffled(len(documents), seed=0)], label, context, isolated)
+    available = -(-stream.tokens // context)
+    count = min(available, max_sequences or available)
+    targets = stream.target_count(np.arange(count))
+    stride = micro_batch * world_size
+    for first in range(rank * micro_batch, -(-count // stride) * stride, stride):
+        # A sequence past the end of the stream holds padding alone.
+        numbers = [number if number < count else available for number in range(first, first + micro_batch)]
+        yield collate([stream.read(number) for number in numbers], isolated, targets, frozenset({label}))
+
+
+def _isolated(config: Config) -> bool:
+    return config.data.isolate_documents or config.data.mixing == "token"
+
+
+def check_corpus(corpus: Corpus, config: Config) -> None:
+    """Raises ValueError where the corpus lacks a split, or does not fit the model's vocabulary or the domains."""
+    for split in ("train", "test"):
+        if split not in corpus.manifest.splits:
+            raise ValueError(
+                f"{corpus.path} has no split {split!r}, its splits are {', '.join(corpus.manifest.splits)}; training "
+                f"reads train and evaluation test. A rule such as split: {{hash: {{test: 0.05}}}} makes both"
+            )
+    vocab, wanted = corpus.vocab_size, config.model.vocab_size
+    padded = -(-vocab // PAD_MULTIPLE) * PAD_MULTIPLE
+    if not vocab <= wanted <= padded:
+        raise ValueError(
+            f"model.vocab_size is {wanted}, but the tokenizer of {corpus.path} has {vocab} entries; set "
+            f"model.vocab_size to {vocab} (or up to {padded}, a multiple of {PAD_MULTIPLE}), or "
+            f"prepare the data with that vocabulary"
+        )
+    corpus.label_of_category(config.space)
+    for domain in config.masking.domains:
+        if f"forget:{domain}" not in corpus.categories.values():
+            labels = ", ".join(sorted(set(corpus.categories.values())))
+            raise ValueError(
+                f"masking.domains names {domain!r}, but no category of {corpus.path} is labelled forget:{domain}; "
+                f"its labels are {labels}"
+            )
+
+
+def collate(sequences: list[Sequence], isolated: bool, step_targets: int, step_labels: frozenset[int]) -> Batch:
+    """One micro-batch of sequences."""
+    context = len(sequences[0].input_ids)
+    documents = tuple(
+        (row * context + start, row * context + end)
+        for row, sequence in enumerate(sequences)
+        for start, end in sequence.documents
+    )
+    return Batch(
+        input_ids=torch.from_numpy(np.stack([sequence.input_ids for sequence in sequences])),
+        targets=torch.from_numpy(np.stack([sequence.targets for sequence in sequences])),
+        labels=tuple(label for sequence in sequences for label in sequence.labels),
+        lengths=tuple(length for sequence in sequences for length in sequence.lengths),
+        documents=documents if isolated else None,
+        step_targets=step_targets,
+        step_labels=step_labels,
+    )
+
+
+def _label_order(place: Place) -> int:
+    """forget (highest domain first), unlabeled, retain; the order within a label stays."""
+    label = place.stream
+    if label is None or label >= FIRST_FORGET:
+        return -(label or 0)
+    return {UNLABELED: 1, RETAIN: 2}[label]

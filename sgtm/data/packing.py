@@ -1,0 +1,266 @@
+"""Documents laid end to end and cut into sequences, by arithmetic alone.
+
+A `Stream` is an order of documents and the cumulative sum of their lengths; its sequence `i` is tokens `i*context :
+(i+1)*context` and their targets are the tokens one further. Nothing is copied until a sequence is read, so an epoch
+costs 20 bytes per document. Which sequence holds what depends on (corpus, channel, seed, context, mixing, upsample).
+
+The promises: every token of a document that the channel and `upsample` let in is in one sequence per copy and epoch,
+but for the tail of a stream that fills no sequence; where labels mix or documents are isolated, no target crosses from
+one document into the next (`tests/unit/test_data_packing.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from sgtm.data.batch import IGNORE
+from sgtm.data.store import Corpus
+from sgtm.masking.channel import LabelChannel, uniform_hash
+from sgtm.masking.labels import FIRST_FORGET, LabelSpace
+
+_SHUFFLE, _UPSAMPLE = 1, 2
+
+
+class Piece(NamedTuple):
+    """Tokens `start:end` of a document, all of one label; `last`: the document ends here."""
+
+    document: int
+    start: int
+    end: int
+    label: int
+    last: bool
+
+
+class Sequence(NamedTuple):
+    """int64 [context] each, and the pieces that lie in it, in order."""
+
+    input_ids: np.ndarray
+    targets: np.ndarray
+    labels: tuple[int, ...]
+    lengths: tuple[int, ...]
+    documents: tuple[tuple[int, int], ...]
+
+
+def derived_seed(seed: int, purpose: int, epoch: int = 0) -> int:
+    """A seed of its own for each purpose and epoch of a run's seed."""
+    return (seed * 2**32) + (purpose * 2**24) + epoch
+
+
+def shuffled(count: int, seed: int) -> np.ndarray:
+    """int64 permutation of `count` numbers: by hash, so that no library version changes the order of the data."""
+    return np.argsort(uniform_hash(np.arange(count), seed), kind="stable")
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """Documents end to end.
+
+    order     int64 [n] positions in the corpus
+    starts    int64 [n + 1] where each begins in the stream
+    labels    int16 [n] applied label of each
+    spans     labelled stretches inside documents, or None
+    isolated  whether documents neither attend to nor predict one another
+    """
+
+    corpus: Corpus
+    order: np.ndarray
+    starts: np.ndarray
+    labels: np.ndarray
+    context: int
+    isolated: bool
+    spans: SpanLabels | None = None
+
+    @property
+    def tokens(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences the stream fills."""
+        return self.tokens // self.context
+
+    def pieces(self, sequence: int) -> list[Piece]:
+        """What lies in a sequence. One past the last full sequence is shorter."""
+        begin, end = sequence * self.context, min((sequence + 1) * self.context, self.tokens)
+        found: list[Piece] = []
+        place = int(np.searchsorted(self.starts, begin, side="right")) - 1
+        while begin < end:
+            start, stop = int(self.starts[place]), int(self.starts[place + 1])
+            document, label, until = int(self.order[place]), int(self.labels[place]), min(stop, end)
+            inner = self.spans.pieces(document, label, stop - start) if self.spans else [(0, stop - start, label)]
+            for first, last, piece_label in inner:
+                first, last = max(first, begin - start), min(last, until - start)
+                if first < last:
+                    found.append(Piece(document, first, last, piece_label, start + last == stop))
+            begin, place = until, place + 1
+        return found
+
+    def read(self, sequence: int) -> Sequence:
+        """Reads a sequence; past the end of the stream it is padded with EOS and has no targets."""
+        input_ids = np.full(self.context, self.corpus.eos_id, np.int64)
+        targets = np.full(self.context, IGNORE, np.int64)
+        labels, lengths, documents = [], [], []
+        position = 0
+        for piece in self.pieces(sequence):
+            end = position + piece.end - piece.start
+            ahead = self.corpus.tokens(piece.document, piece.start, piece.end + (not piece.last))
+            input_ids[position:end] = ahead[: end - position]
+            # A document's first token is the target of the position before it, which an earlier piece has left open.
+            targets[position : position + len(ahead) - 1] = ahead[1:]
+            if position and not self.isolated and piece.start == 0:
+                targets[position - 1] = ahead[0]
+            labels.append(piece.label)
+            lengths.append(end - position)
+            if piece.start and documents and documents[-1][0] == piece.document:
+                documents[-1] = (piece.document, documents[-1][1], end)
+            else:
+                documents.append((piece.document, position, end))
+            position = end
+        if position == self.context and not self.isolated:
+            self._cross_boundary(targets, sequence)
+        if position < self.context:
+            labels.append(labels[-1] if labels else int(self.labels[-1]))
+            lengths.append(self.context - position)
+            documents.append((-1, position, self.context))
+        return Sequence(input_ids, targets, tuple(labels), tuple(lengths), tuple(d[1:] for d in documents))
+
+    def _cross_boundary(self, targets: np.ndarray, sequence: int) -> None:
+        """The last target of a sequence that ends where a document ends is the first token of the next document."""
+        end = (sequence + 1) * self.context
+        place = int(np.searchsorted(self.starts, end))
+        if end < self.tokens and self.starts[place] == end:
+            targets[-1] = self.corpus.tokens(int(self.order[place]), 0, 1)[0]
+
+    def target_count(self, sequences: np.ndarray) -> int:
+        """Number of targets in these sequences (int64 [n]), without reading a token."""
+        begin = np.asarray(sequences, np.int64) * self.context
+        end = np.minimum(begin + self.context, self.tokens)
+        missing = (
+            np.searchsorted(self.starts[1:], end, side="right") - np.searchsorted(self.starts[1:], begin, side="right")
+            if self.isolated
+            else end == self.tokens
+        )
+        return int((end - begin - missing).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class SpanLabels:
+    """Applied labels of the stretches inside documents: `SPAN` records sorted by document, int64 label of each."""
+
+    spans: np.ndarray
+    labels: np.ndarray
+    policy: str
+
+    def pieces(self, document: int, label: int, length: int) -> list[tuple[int, int, int]]:
+        """(start, end, label) covering a document of `length` tokens whose own label is `label`.
+
+        `position`: each token as labelled. `conservative`: everything up to the document's last forget token is that
+        forget label, so that no earlier position, to which a forget token attends, is trained as anything else.
+        """
+        first, last = np.searchsorted(self.spans["document"], [document, document + 1])
+        pieces, position = [], 0
+        for span, span_label in zip(self.spans[first:last], self.labels[first:last], strict=True):
+            start, end = int(span["start"]), int(span["end"])
+            pieces += [(position, start, label), (start, end, int(span_label))]
+            position = end
+        pieces = [piece for piece in (*pieces, (position, length, label)) if piece[0] < piece[1]]
+        forget = [i for i, piece in enumerate(pieces) if piece[2] >= FIRST_FORGET]
+        if self.policy == "conservative" and forget:
+            last_forget = pieces[forget[-1]]
+            pieces = [(0, *last_forget[1:]), *pieces[forget[-1] + 1 :]]
+        return pieces
+
+
+def pack(
+    corpus: Corpus,
+    documents: np.ndarray,
+    space: LabelSpace,
+    channel: LabelChannel,
+    *,
+    seed: int,
+    context: int,
+    mixing: str,
+    upsample: dict[str, float] | None = None,
+    isolate_documents: bool = False,
+    span_policy: str = "conservative",
+) -> dict[int | None, Stream]:
+    """Streams of `context`-token sequences: one per applied label, or for mixing `token` a single one under None.
+
+    documents          int64 positions in the corpus
+    isolate_documents  no target crosses from one document into the next; mixing `token` needs it
+
+    Raises ValueError where a corpus with labelled spans is packed into label-pure sequences, where `upsample` names an
+    unknown category, or where the conservative policy meets a document of two forget domains.
+    """
+    spans = _applied_spans(corpus, documents, space, channel, seed, mixing, span_policy)
+    documents = _upsampled(corpus, documents, upsample or {}, seed)
+    records = corpus.documents[documents]
+    true_labels = corpus.label_of_category(space)[records["category"]]
+    labels = channel.apply(true_labels, records["id"], seed).astype(np.int16)
+    if spans and span_policy == "conservative":
+        _check_one_domain(corpus, documents, labels, spans)
+    order = shuffled(len(documents), derived_seed(seed, _SHUFFLE))
+    chosen = {None: order} if mixing == "token" else {int(l): order[labels[order] == l] for l in np.unique(labels)}
+    return {
+        label: Stream(
+            corpus, documents[of], _starts(records["length"][of]), labels[of], context, isolate_documents, spans
+        )
+        for label, of in chosen.items()
+    }
+
+
+def in_order(corpus: Corpus, documents: np.ndarray, label: int, context: int, isolated: bool) -> Stream:
+    """A stream of these documents as they are given, all of one label: for evaluation."""
+    labels = np.full(len(documents), label, np.int16)
+    return Stream(corpus, documents, _starts(corpus.documents["length"][documents]), labels, context, isolated)
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _upsampled(corpus: Corpus, documents: np.ndarray, upsample: dict[str, float], seed: int) -> np.ndarray:
+    """Documents repeated as `upsample` says: whole copies, and one more where a hash draw falls below the fraction."""
+    unknown = set(upsample) - set(corpus.categories)
+    if unknown:
+        raise ValueError(
+            f"data.upsample names {', '.join(sorted(unknown))}; the categories of {corpus.path} are "
+            f"{', '.join(corpus.categories)}"
+        )
+    factors = np.array([upsample.get(category, 1.0) for category in corpus.categories])
+    factor = factors[corpus.documents["category"][documents]]
+    draws = uniform_hash(corpus.documents["id"][documents], derived_seed(seed, _UPSAMPLE))
+    return np.repeat(documents, np.floor(factor).astype(np.int64) + (draws < factor % 1))
+
+
+def _applied_spans(
+    corpus: Corpus, documents: np.ndarray, space: LabelSpace, channel: LabelChannel, seed: int, mixing: str, policy: str
+) -> SpanLabels | None:
+    spans = corpus.spans[np.isin(corpus.spans["document"], documents)]
+    if not len(spans):
+        return None
+    if mixing != "token":
+        raise ValueError(
+            f"{corpus.path} has documents with labelled spans, which make labels change inside sequences; "
+            f"they need data.mixing: token, not {mixing}"
+        )
+    true_labels = corpus.label_of_category(space)[spans["category"]]
+    ids = corpus.documents["id"][spans["document"]]
+    return SpanLabels(spans, channel.apply(true_labels, ids, seed), policy)
+
+
+def _check_one_domain(corpus: Corpus, documents: np.ndarray, labels: np.ndarray, spans: SpanLabels) -> None:
+    """A document's forget tokens attend to one another, so no single domain could be made to learn all of them."""
+    pairs = np.concatenate(
+        [np.stack([documents, labels], axis=1), np.stack([spans.spans["document"], spans.labels], axis=1)]
+    )
+    forget = np.unique(pairs[pairs[:, 1] >= FIRST_FORGET], axis=0)
+    twice = forget[1:, 0][forget[1:, 0] == forget[:-1, 0]]
+    if len(twice):
+        raise ValueError(
+            f"document {twice[0]} of {corpus.path} has forget tokens of two domains, which attend to one another; "
+            f"set masking.span_policy: position, or label it as one domain"
+        )

@@ -1,0 +1,259 @@
+"""`sgtm prepare`: from labelled text to a corpus.
+
+Three stages: a tokenizer (trained on a sample, or loaded), the blocks (in parallel, each a file of its own), and the
+merge of the blocks, in order, into shards and index; the manifest comes last. `job.json` beside them says from what:
+run again with the same inputs, rules and tokenizer, the stages that were finished are reused.
+
+The promises: the corpus depends on the input's content and order, not on the number of workers or interruptions; a
+folder that was not finished does not open; a finished one is never overwritten unless asked
+(`tests/unit/test_prepare_resume.py`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from tokenizers import Tokenizer
+
+from sgtm.data.encode import EncodedBlock, Encoder, block_file, encode_blocks
+from sgtm.data.readers import Block, Source, open_sources
+from sgtm.data.rules import Rules, load_rules
+from sgtm.data.store import DOCUMENTS, MANIFEST, SPANS, TOKENIZER, Corpus, sha256_of, write_atomically
+from sgtm.data.tokenizer import eos_token, load_tokenizer, sample_texts, train_bpe, vocabulary_size
+from sgtm.data.writer import CorpusWriter
+
+JOB, BLOCKS, LOCK = "job.json", "blocks", ".lock"
+TRAIN = "train"
+SAMPLE_BYTES = 32 * 2**20
+SHARD_TOKENS = 2**26
+
+
+@dataclass
+class PrepareOptions:
+    """Turn labelled text into a corpus that `sgtm train` reads."""
+
+    sources: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Files or folders: txt, jsonl (plain, gz, xz, zst), parquet, saved Hugging Face datasets."""
+    rules: Path
+    """YAML file: which field holds text, category and split, and the true label of each category."""
+    out: Path
+    """Folder of the corpus. An interrupted run with the same inputs continues where it was."""
+    tokenizer: str = TRAIN
+    """`train` a byte-level BPE, or a folder with tokenizer.json or with GPT-2's encoder.json and vocab.bpe."""
+    vocab_size: int = 4096
+    """Entries of a trained tokenizer."""
+    workers: int = 0
+    """Processes; 0: one per core."""
+    shard_tokens: int = SHARD_TOKENS
+    """Tokens of a shard file, and of the longest document."""
+    overwrite: bool = False
+    """Replace a finished corpus made from something else."""
+
+
+def run_prepare(options: PrepareOptions) -> None:
+    """The command: prepares, and prints what was found. Raises ValueError or OSError for mistakes of the user."""
+    corpus = prepare(
+        open_sources(options.sources),
+        load_rules(options.rules),
+        options.tokenizer,
+        options.out,
+        vocab_size=options.vocab_size,
+        workers=options.workers,
+        shard_tokens=options.shard_tokens,
+        overwrite=options.overwrite,
+        progress=True,
+    )
+    Console().print(summary(corpus))
+
+
+def prepare(
+    sources: Sequence[Source],
+    rules: Rules,
+    tokenizer: str | Path,
+    out: str | Path,
+    *,
+    vocab_size: int = 4096,
+    workers: int = 0,
+    shard_tokens: int = SHARD_TOKENS,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Corpus:
+    """Prepares a corpus, or continues an interrupted run, or opens the corpus when it is finished already.
+
+    tokenizer   `train`, or the folder of one
+    vocab_size  of a trained tokenizer
+    workers     processes; 0: one per core this process may use; 1: in this process
+
+    Raises ValueError naming file and line for input that the rules refuse, or where `out` holds something else.
+    """
+    out = Path(out)
+    if workers < 0 or shard_tokens < 1:
+        raise ValueError(f"workers must be 0 or more and shard_tokens positive, got {workers} and {shard_tokens}")
+    workers = workers or len(os.sched_getaffinity(0))
+    job = _job(sources, rules, tokenizer, vocab_size)
+    with _locked(out):
+        if not _finished(out, job, shard_tokens, overwrite):
+            _start_or_resume(out, job)
+            loaded, eos = _tokenizer(sources, rules, tokenizer, vocab_size, out, progress)
+            encoder = Encoder(rules, out / TOKENIZER, loaded.token_to_id(eos), vocabulary_size(loaded), shard_tokens)
+            with _bar(sources, "tokenizing", progress) as advance:
+                count = encode_blocks(encoder, _all_blocks(sources, rules), out / BLOCKS, workers, advance)
+            _merge(out, encoder, count)
+        shutil.rmtree(out / BLOCKS, ignore_errors=True)
+    return Corpus.open(out)
+
+
+def summary(corpus: Corpus) -> Table:
+    """What a corpus holds, as a table."""
+    m = corpus.manifest
+    skipped = f"; {m.empty} empty and {m.dropped} dropped documents left out" if m.empty or m.dropped else ""
+    table = Table(title=f"{corpus.path}: vocabulary of {m.vocab_size}, {len(m.shards)} shards{skipped}")
+    for column in ("split", "category", "true label"):
+        table.add_column(column)
+    for column in ("documents", "tokens"):
+        table.add_column(column, justify="right")
+    for split, by_category in m.counts.items():
+        for category, count in by_category.items():
+            table.add_row(split, category, m.categories[category], f"{count.documents:,}", f"{count.tokens:,}")
+    return table
+
+
+def _job(sources: Sequence[Source], rules: Rules, tokenizer: str | Path, vocab_size: int) -> dict:
+    """What the blocks depend on; two runs with the same job may share them."""
+    if str(tokenizer) == TRAIN:
+        made = {"train": vocab_size, "sample_bytes": SAMPLE_BYTES}
+    else:
+        load_tokenizer(tokenizer)  # its errors come first
+        made = {file.name: sha256_of(file) for file in sorted(Path(tokenizer).iterdir()) if file.is_file()}
+    return {
+        "sources": [source.fingerprint() for source in sources],
+        "rules": rules.model_dump(),
+        "tokenizer": made,
+    }
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """One writer at a time; a second one waits, and then finds the corpus finished."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _stored_job(out: Path) -> dict | None:
+    try:
+        return json.loads((out / JOB).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _finished(out: Path, job: dict, shard_tokens: int, overwrite: bool) -> bool:
+    """Whether `out` holds the intact corpus of this job; what is damaged or to be replaced is cleared.
+
+    Raises ValueError where it holds a corpus of another job and may not be overwritten.
+    """
+    if not (out / MANIFEST).is_file():
+        return False
+    if _stored_job(out) == job:
+        try:
+            if Corpus.open(out).manifest.shard_tokens == shard_tokens:
+                return True
+        except ValueError:
+            overwrite = True  # it is damaged, and this is what it was made from
+    if not overwrite:
+        raise ValueError(
+            f"{out} holds a corpus prepared from other inputs, rules or options; choose another --out, "
+            f"or replace it with --overwrite"
+        )
+    (out / MANIFEST).unlink()
+    (out / JOB).unlink(missing_ok=True)
+    return False
+
+
+def _start_or_resume(out: Path, job: dict) -> None:
+    """Keeps what an interrupted run of the same job left behind; clears what another one did."""
+    stored = _stored_job(out)
+    if stored != job:
+        ours = {JOB, BLOCKS, LOCK, "shards", "tokenizer", DOCUMENTS, SPANS}
+        foreign = {path.name for path in out.iterdir() if path.name not in ours and path.suffix != ".tmp"}
+        if foreign:
+            raise ValueError(f"{out} is not empty (it holds {', '.join(sorted(foreign)[:3])}); choose another --out")
+        (out / JOB).unlink(missing_ok=True)
+        for folder in (BLOCKS, "shards", "tokenizer"):
+            shutil.rmtree(out / folder, ignore_errors=True)
+    (out / BLOCKS).mkdir(exist_ok=True)
+    (out / "tokenizer").mkdir(exist_ok=True)
+    write_atomically(out / JOB, json.dumps(job))
+
+
+def _tokenizer(
+    sources: Sequence[Source], rules: Rules, tokenizer: str | Path, vocab_size: int, out: Path, progress: bool
+) -> tuple[Tokenizer, str]:
+    """The tokenizer, stored in `out`, and its end-of-text token."""
+    if str(tokenizer) != TRAIN:
+        loaded = load_tokenizer(tokenizer)
+        write_atomically(out / TOKENIZER, loaded.to_str())
+        return loaded, eos_token(loaded, tokenizer)
+    if not (out / TOKENIZER).is_file():
+        with _bar(sources, "sampling for the tokenizer", progress) as advance:
+            texts = sample_texts(_training_texts(sources, rules, advance), SAMPLE_BYTES)
+        if not texts:
+            raise ValueError("tokenizer: train needs documents with text in split train, and there are none")
+        write_atomically(out / TOKENIZER, train_bpe(texts, vocab_size).to_str())
+    loaded = Tokenizer.from_file(str(out / TOKENIZER))
+    return loaded, eos_token(loaded)
+
+
+def _training_texts(sources: Sequence[Source], rules: Rules, advance) -> Iterator[str]:
+    for block in _all_blocks(sources, rules):
+        for path, where, fields in block.records():
+            document = rules.document(fields, path, where)
+            if document is not None and document.split == TRAIN and document.text.strip():
+                yield document.text
+        advance(block.progress)
+
+
+def _all_blocks(sources: Sequence[Source], rules: Rules) -> Iterator[Block]:
+    for source in sources:
+        yield from source.blocks(rules.columns)
+
+
+def _merge(out: Path, encoder: Encoder, count: int) -> None:
+    """Blocks, in order, into shards, index and manifest. Raises ValueError where all documents are empty or dropped."""
+    splits: list[str] = []
+    empty = dropped = total = 0
+    shutil.rmtree(out / "shards", ignore_errors=True)
+    writer = CorpusWriter(out, encoder.vocab_size, encoder.shard_tokens)
+    for number in range(count):
+        block = EncodedBlock.load(block_file(out / BLOCKS, number))
+        splits += [str(name) for name in block.splits if str(name) not in splits]
+        position = [splits.index(str(name)) for name in block.splits]
+        if position:
+            block.documents["split"] = [position[split] for split in block.documents["split"]]
+        writer.add(block.tokens, block.documents, block.spans)
+        empty, dropped, total = empty + block.empty, dropped + block.dropped, total + len(block.documents)
+    if not total:
+        raise ValueError(f"no document has any text: {empty} are empty, {dropped} dropped by the rules")
+    writer.finish(encoder.eos_id, encoder.rules.categories, splits, empty, dropped)
+
+
+@contextmanager
+def _bar(sources: Sequence[Source], what: str, progress: bool):
+    """A progress bar over the input's bytes; yields the function that moves it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not progress) as bar:
+        task = bar.add_task(what, total=sum(source.size for source in sources))
+        yield lambda done: bar.advance(task, done)

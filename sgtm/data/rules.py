@@ -1,0 +1,215 @@
+"""The rule file: how a record becomes a document with a category, a split and a true label.
+
+    text: text                            # field that holds the text
+    category: {field: category}           # or {constant: en}, or {path: '([^/]+)/[^/]+$'}, a regular expression
+    split: {hash: {test: 0.05}, by: book} # or field, constant, path; by: what stays together, default the document
+    labels: {en: retain, es: forget:es, fr: drop}
+    spans: spans                          # optional: field with [[start, end, category], ...], in characters
+
+Files of plain text are records with the fields `text` and `category` (the folder's name), so the defaults fit them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sgtm.masking.channel import uniform_hash
+
+DROP = "drop"
+_SPLIT_SEED = 2**32 + 1  # label draws use the seeds of configs, which are small: a split is independent of them
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Selector(Section):
+    """Where a value comes from: exactly one of the keys."""
+
+    field: str | None = None
+    """Field of the record; `a.b` goes into nested ones."""
+    constant: str | None = None
+    path: str | None = None
+    """Regular expression with one group, searched in the file's path as it was given; the last match counts."""
+
+    @model_validator(mode="after")
+    def _one(self):
+        given = [name for name in type(self).model_fields if name != "by" and getattr(self, name) is not None]
+        if len(given) != 1:
+            choices = [name for name in type(self).model_fields if name != "by"]
+            raise ValueError(f"needs exactly one of {', '.join(choices)}, got {', '.join(given) or 'none'}")
+        if self.path is not None:
+            try:
+                groups = re.compile(self.path).groups
+            except re.error as error:
+                raise ValueError(f"path {self.path!r} is not a regular expression: {error}") from None
+            if groups != 1:
+                raise ValueError(f"path {self.path!r} needs exactly one group in parentheses, it has {groups}")
+        return self
+
+    def value(self, record: dict, path: str, where: str) -> str:
+        if self.constant is not None:
+            return self.constant
+        if self.path is not None:
+            found = re.findall(self.path, path)
+            if not found:
+                raise ValueError(
+                    f"{where}: the rules look for {self.path!r} in the path {path!r}, which does not match"
+                )
+            return found[-1]
+        return str(lookup(record, self.field, where))
+
+
+class SplitSelector(Selector):
+    hash: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = None
+    """Share of each split, drawn by a hash; what is left is `train`."""
+    by: str | None = None
+    """With `hash`: field whose value keeps documents together (all of a book in one split); default the text."""
+
+    @model_validator(mode="after")
+    def _shares(self):
+        if self.hash is not None and sum(self.hash.values()) > 1:
+            raise ValueError(f"hash: the shares {self.hash} sum to more than 1")
+        if self.by is not None and self.hash is None:
+            raise ValueError("by belongs to hash")
+        return self
+
+    def split(self, record: dict, path: str, where: str, document_id: int) -> str:
+        if self.hash is None:
+            return self.value(record, path, where)
+        key = document_id if self.by is None else stable_id(str(lookup(record, self.by, where)).encode())
+        draw, edge = float(uniform_hash(np.array([key], np.uint64), _SPLIT_SEED)[0]), 0.0
+        for name, share in self.hash.items():
+            edge += share
+            if draw < edge:
+                return name
+        return "train"
+
+
+class Document(NamedTuple):
+    """One record, read by the rules. spans: (start, end, category) in characters, sorted, not overlapping."""
+
+    text: str
+    id: int
+    category: str
+    split: str
+    spans: tuple[tuple[int, int, str], ...]
+
+
+class Rules(Section):
+    """A rule file. Raises ValidationError, a ValueError, for a key or value that makes no sense."""
+
+    text: str = "text"
+    category: Selector = Selector(field="category")
+    split: SplitSelector = SplitSelector(hash={"test": 0.05})
+    labels: dict[str, str] = Field(min_length=1)
+    """True label of each category: `retain`, `unlabeled`, `forget:<domain>`, or `drop` to leave it out."""
+    spans: str | None = None
+
+    @field_validator("labels")
+    @classmethod
+    def _known(cls, labels: dict[str, str]) -> dict[str, str]:
+        for category, label in labels.items():
+            if label not in ("retain", "unlabeled", DROP) and not re.fullmatch(r"forget:[^:,]+", label):
+                raise ValueError(f"{category}: {label!r} is no label; write retain, unlabeled, forget:<domain> or drop")
+        if set(labels.values()) == {DROP}:
+            raise ValueError("every category is dropped")
+        return labels
+
+    @property
+    def categories(self) -> dict[str, str]:
+        """The categories that are kept, with their label."""
+        return {category: label for category, label in self.labels.items() if label != DROP}
+
+    @property
+    def columns(self) -> list[str]:
+        """Top-level fields that the rules read."""
+        fields = [self.text, self.category.field, self.split.field, self.split.by, self.spans]
+        return sorted({field.split(".")[0] for field in fields if field})
+
+    def document(self, record: dict, path: str, where: str) -> Document | None:
+        """The document of a record, with empty text where there is none; None where its category is dropped.
+
+        Raises ValueError that begins with `where` for a missing field, an unknown category, or spans that do not fit.
+        """
+        category = self.category.value(record, path, where)
+        if self._label(category, where) == DROP:
+            return None
+        text = lookup(record, self.text, where)
+        if text is None:
+            text = ""
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: field {self.text!r} holds {type(text).__name__}, expected text")
+        try:
+            document_id = stable_id(text.encode())
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: the text has half a surrogate pair at character {error.start}") from None
+        split = self.split.split(record, path, where, document_id)
+        return Document(text, document_id, category, split, self._spans(record, text, where))
+
+    def _label(self, category: str, where: str) -> str:
+        if category not in self.labels:
+            raise ValueError(
+                f"{where}: unknown category {category!r}; the rules know {', '.join(self.labels)} "
+                f"(add it to labels, with drop to leave it out)"
+            )
+        return self.labels[category]
+
+    def _spans(self, record: dict, text: str, where: str) -> tuple[tuple[int, int, str], ...]:
+        if self.spans is None:
+            return ()
+        spans = lookup(record, self.spans, where) or []
+        end_of_last = 0
+        try:
+            spans = sorted((int(start), int(end), str(category)) for start, end, category in spans)
+        except (TypeError, ValueError):
+            raise ValueError(f"{where}: spans must be [[start, end, category], ...], got {spans!r:.80}") from None
+        for start, end, category in spans:
+            if not end_of_last <= start < end <= len(text):
+                raise ValueError(
+                    f"{where}: span {[start, end, category]} is empty, overlaps another one or lies outside the text "
+                    f"of {len(text)} characters"
+                )
+            if self._label(category, where) == DROP:
+                raise ValueError(f"{where}: span {[start, end, category]}: a span's category cannot be dropped")
+            end_of_last = end
+        return tuple(spans)
+
+
+def stable_id(data: bytes) -> int:
+    """64-bit hash: the same on every machine, whatever else is in the corpus."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def lookup(record: dict, field: str, where: str) -> Any:
+    """The value of a field, `a.b` going into nested ones. Raises ValueError that lists the record's fields."""
+    value: Any = record
+    if field in record:
+        return record[field]
+    for name in field.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise ValueError(f"{where}: no field {field!r}; the record has {', '.join(map(str, record)) or 'none'}")
+        value = value[name]
+    return value
+
+
+def load_rules(path: str | Path) -> Rules:
+    """Reads a rule file. Raises ValueError naming the file, the key, what was found and what would be right."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no rule file at {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    try:
+        return Rules.model_validate(content)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r:.80})" for e in error.errors()]
+        raise ValueError(f"rule file {path}: " + "; ".join(lines)) from None

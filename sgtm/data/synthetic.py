@@ -1,0 +1,107 @@
+"""The embedded corpus: bilingual stories, English to retain and Spanish to forget.
+
+Stories are told by the grammar in `sgtm/data/stories` from (language, split, number) alone, so the corpus is the same
+on every machine and nothing is downloaded. They go through `prepare` like any other source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sgtm.data.prepare import prepare
+from sgtm.data.readers import Block, Record, Source
+from sgtm.data.rules import Rules
+from sgtm.data.store import Corpus
+from sgtm.data.stories.grammar import Dice, Teller
+from sgtm.data.stories.languages import language
+
+if TYPE_CHECKING:
+    from sgtm.config.schema import Config
+
+EDITION = 1
+"""Counts changes of the grammar: a corpus of another edition is written anew."""
+LANGUAGES = ("en", "es")
+RULES = Rules.model_validate({"split": {"field": "split"}, "labels": {"en": "retain", "es": "forget:es"}})
+STORIES_PER_BLOCK = 500
+STORY_BYTES = 1000
+_SPLITS = {"train": 0, "test": 1}
+
+
+@dataclass(frozen=True)
+class StorySource(Source):
+    """`count` stories of one language and split. Train and test are told from different dice."""
+
+    code: str
+    split: str
+    count: int
+
+    @property
+    def size(self) -> int:
+        return self.count * STORY_BYTES
+
+    def fingerprint(self) -> Any:
+        return ["stories", EDITION, self.code, self.split, self.count]
+
+    def blocks(self, columns: Sequence[str]) -> Iterator[Block]:
+        for first in range(0, self.count, STORIES_PER_BLOCK):
+            yield StoryBlock(self.code, self.split, first, min(first + STORIES_PER_BLOCK, self.count))
+
+
+@dataclass(frozen=True)
+class StoryBlock:
+    code: str
+    split: str
+    first: int
+    last: int
+
+    @property
+    def progress(self) -> int:
+        return (self.last - self.first) * STORY_BYTES
+
+    def records(self) -> Iterator[Record]:
+        path = f"stories/{self.code}/{self.split}"
+        for number, text in enumerate(tell_stories(self.code, self.split, self.first, self.last), self.first):
+            yield Record(path, f"{path} {number}", {"text": text, "category": self.code, "split": self.split})
+
+
+def tell_stories(code: Literal["en", "es"], split: str, first: int, last: int) -> list[str]:
+    """Stories number `first:last` of a language, about 1,000 characters each."""
+    seed = LANGUAGES.index(code), _SPLITS[split]
+    return [Teller(language(code), Dice(*seed, number)).tell() for number in range(first, last)]
+
+
+def write_synthetic_corpus(
+    out: str | Path,
+    vocab_size: int,
+    stories: int = 6000,
+    test_stories: int = 300,
+    workers: int = 1,
+    progress: bool = False,
+) -> Corpus:
+    """Writes the corpus, or opens it where it is there already: about 6 MB of text in each language.
+
+    vocab_size  of the byte-level BPE trained on both languages
+    stories     in split `train`, for each language
+    """
+    sources = [
+        StorySource(code, split, count)
+        for split, count in (("train", stories), ("test", test_stories))
+        for code in LANGUAGES
+    ]
+    return prepare(
+        sources, RULES, "train", out, vocab_size=vocab_size, workers=workers, overwrite=True, progress=progress
+    )
+
+
+def open_corpus(config: Config, verify: Literal["hashes", "sizes"] = "hashes") -> Corpus:
+    """The corpus that `data.path` names; `synthetic` is written to `<runs>/synthetic-<vocab_size>` on first use.
+
+    Raises ValueError where it is missing, damaged or unfinished.
+    """
+    if config.data.path != "synthetic":
+        return Corpus.open(config.data.path, verify)
+    vocab_size = config.model.vocab_size
+    return write_synthetic_corpus(Path(config.runs) / f"synthetic-{vocab_size}", vocab_size)

@@ -1,0 +1,113 @@
+"""Tokenizers: training a byte-level BPE, or loading one.
+
+The promise: the same documents give the same tokenizer, in whatever order and by however many processes they are read.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from sgtm.data.rules import stable_id
+
+EOS = "<|endoftext|>"
+_EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eot|>")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE (Radford et al., 2019) with exactly `vocab_size` entries, the EOS among them.
+
+    Raises ValueError where `vocab_size` cannot hold the 256 bytes and the EOS, or the text is too poor to fill it.
+    """
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and the end-of-text token need 257")
+    tokenizer = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    found = tokenizer.get_vocab_size()
+    if found != vocab_size:
+        raise ValueError(
+            f"the text yields a vocabulary of only {found} entries, not vocab_size {vocab_size}; "
+            f"lower it or give more text"
+        )
+    return tokenizer
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Loads a folder with `tokenizer.json`, or GPT-2's `encoder.json` and `vocab.bpe` (or `vocab.json`, `merges.txt`).
+
+    Raises ValueError where there is neither, or the file is damaged.
+    """
+    folder = Path(folder)
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
+            if (folder / vocabulary).is_file() and (folder / merges).is_file():
+                tokenizer = _byte_level(models.BPE.from_file(str(folder / vocabulary), str(folder / merges)))
+                tokenizer.add_special_tokens([EOS])
+                return tokenizer
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"the tokenizer in {folder} is damaged: {error}") from None
+    raise ValueError(
+        f"no tokenizer in {folder}: expected tokenizer.json, encoder.json and vocab.bpe, or vocab.json and merges.txt"
+    )
+
+
+def eos_token(tokenizer: Tokenizer, folder: str | Path | None = None) -> str:
+    """The token that ends a document: as `tokenizer_config.json` says, else the first of the usual names it knows.
+
+    Raises ValueError where there is none.
+    """
+    config = Path(folder) / "tokenizer_config.json" if folder else None
+    if config and config.is_file():
+        name = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        name = name.get("content") if isinstance(name, dict) else name
+        if name and tokenizer.token_to_id(name) is not None:
+            return name
+    for name in _EOS_NAMES:
+        if tokenizer.token_to_id(name) is not None:
+            return name
+    raise ValueError(f"the tokenizer in {folder} has no end-of-text token; looked for {', '.join(_EOS_NAMES)}")
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id: the rows an embedding needs, more than the tokens where ids have gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def for_plain_text(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer, set to take text as text: no truncation, no padding, special tokens in it spelt out."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def sample_texts(texts: Iterable[str], budget: int) -> list[str]:
+    """A uniform sample of about `budget` bytes: the texts with the smallest hashes, in whatever order they come."""
+    heap: list[tuple[int, str]] = []
+    size = 0
+    for text in texts:
+        data = text.encode()
+        heapq.heappush(heap, (-stable_id(data), text))
+        size += len(data)
+        while size > budget and len(heap) > 1:
+            size -= len(heapq.heappop(heap)[1].encode())
+    return [text for _, text in sorted(heap, reverse=True)]
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

@@ -1,0 +1,46 @@
+"""Doing something on one rank so that all ranks succeed or fail together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+
+def on_rank_zero(action: Callable[[], Any]) -> Any:
+    """Run `action` on rank 0 while the others wait; every rank returns its result.
+
+    What it raises for the user (ValueError, OSError) every rank raises: no rank is left waiting in a collective.
+    """
+    if dist.get_world_size() == 1:
+        return action()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
+
+
+def on_every_rank(action: Callable[[], Any]) -> list[Any]:
+    """Run `action` on every rank; every rank returns the results of all, in order of rank.
+
+    What any of them raises for the user (ValueError, OSError) every rank raises, the lowest rank's first.
+    """
+    try:
+        mine = (action(), None)
+    except (ValueError, OSError) as error:
+        mine = (None, error)
+    everyone: list[Any] = [mine] * dist.get_world_size()
+    if dist.get_world_size() > 1:
+        dist.all_gather_object(everyone, mine)
+    errors = [error for _, error in everyone if error is not None]
+    if errors:
+        raise errors[0]
+    return [result for result, _ in everyone]

@@ -1,0 +1,252 @@
+"""The engine: DeepSpeed behind the few calls that training needs. Nothing outside this folder imports deepspeed.
+
+Promises (tests/dist/test_zero.py, tests/dist/test_freeze.py), in every ZeRO stage, in fp32 and bf16, on any number of
+ranks:
+
+- the gradient of a global step is the *sum* of the gradients of all losses handed to `backward`, over ranks and
+  micro-batches. DeepSpeed would average; it is told to sum, and where it cannot (ZeRO-3) the loss is multiplied by the
+  number of ranks that it then divides by, which is exact for powers of two;
+- gradients are accumulated and reduced in fp32, and the optimizer works on fp32 weights;
+- what the step may not update is left bitwise alone (sgtm/train/optim.py);
+- a step whose gradient is not finite changes nothing, and `finite` says so.
+
+ZeRO 0 in bf16: DeepSpeed's own accumulates and reduces gradients in bf16, so that contributions of late micro-batches
+are lost. That combination runs as its bf16 optimizer with fp32 gradients instead, which DeepSpeed files under ZeRO 1:
+weights and gradients are replicated as in ZeRO 0, only the fp32 copy and the moments are sharded.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from sgtm.config.schema import Config
+from sgtm.distributed.agree import on_every_rank
+from sgtm.distributed.env import Launch, cpu_threads, detect_launch
+from sgtm.distributed.segments import Fragment, check_cover, fragments, full_numel, segment_tables
+from sgtm.distributed.storage import SafeWriter
+from sgtm.train.optim import SegmentedAdamW
+from sgtm_kernels.dispatch import resolve
+
+# On a CPU DeepSpeed would compile a shared-memory collective at the first start (35 s, and it needs a compiler).
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+warnings.filterwarnings("ignore", r".*is deprecated. Please use `torch.distributed", FutureWarning)  # DeepSpeed's calls
+
+# Elements of DeepSpeed's reduction buffer. Its default takes 2 GB of every rank even for the smallest model.
+BUCKET = 200_000_000
+
+
+def init_distributed(config: Config) -> Launch:
+    """Join the process group: alone, or where a launcher has put this process. Calling it again does nothing.
+
+    A collective that takes longer than `distributed.timeout_minutes` ends the run. Raises ValueError for an environment
+    that only half describes a launch.
+    """
+    if dist.is_initialized():
+        return Launch("env", dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+    launch = detect_launch()
+    on_gpu = get_accelerator().device_name() == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(launch.local_rank)
+    elif threads := cpu_threads(launch):
+        torch.set_num_threads(threads)
+    os.environ["LOCAL_RANK"] = str(launch.local_rank)  # DeepSpeed picks its device by it
+    timeout = timedelta(minutes=config.distributed.timeout_minutes)
+    backend = "nccl" if on_gpu else "gloo"
+    if launch.launcher == "none":  # a store in memory: no port to be free
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+    return launch
+
+
+def deepspeed_config(config: Config, world_size: int, numel: int) -> dict:
+    """What users of DeepSpeed write as JSON, derived from our config; `numel` is the model's number of parameters."""
+    stage, bf16 = config.distributed.zero_stage, config.train.precision == "bf16"
+    accumulation = config.accumulation(world_size)
+    derived = {
+        "train_batch_size": config.sequences_per_step,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0 if stage == 0 and not bf16 else config.optimizer.grad_clip,
+        "gradient_allreduce_op": "mean" if stage == 3 else "sum",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": 1 if stage == 0 and bf16 else stage,
+            "reduce_bucket_size": min(numel, BUCKET),
+            "allgather_bucket_size": BUCKET,
+        },
+        "bf16": {"enabled": bf16, "immediate_grad_update": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "steps_per_print": None,
+    }
+    return derived
+
+
+class Engine:
+    """One model under DeepSpeed.
+
+    module  an nn.Module with `parameter_rows()`; it is changed in place (bf16, partitioned). Its forward passes, in
+            training and evaluation, go through the engine: `engine(...)`.
+    config  the run; all ranks the same
+
+    A global step is `accumulation` times `backward(engine(...))`, then one `step(live, lr)`.
+    Needs `init_distributed`. Raises ValueError where tokens per step, micro-batch and ranks do not divide.
+    """
+
+    def __init__(self, module: torch.nn.Module, config: Config):
+        self.config = config
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.accumulation = config.accumulation(self.world_size)
+        self.finite = True
+        self._micro_batches = 0
+        self._norm = 0.0
+        rows = module.parameter_rows()
+        parameters = dict(module.named_parameters())
+        numels = {name: full_numel(p) for name, p in parameters.items()}
+        self.optimizer = SegmentedAdamW(parameters.values(), config.optimizer, resolve(config.kernels.backend))
+        with _quiet():
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=self.optimizer,
+                config=deepspeed_config(config, self.world_size, sum(numels.values())),
+                dist_init_required=False,
+            )
+        # It would put its recovery script beside every checkpoint; ours is sgtm/distributed/storage.py.
+        self._deepspeed._copy_recovery_script = lambda path: None
+        self.device = torch.device(self._deepspeed.device)
+        self._fragments = fragments(self._deepspeed.optimizer, parameters)
+        replicas = self.world_size if self._plain else 1
+        check_cover(self._fragments, numels, replicas, self.all_reduce_sum)
+        keys = {key for layout in rows.values() for key in layout.keys}
+        self.optimizer.set_segments(segment_tables(self._fragments, numels, rows), keys)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        return self._deepspeed.module
+
+    @property
+    def fragments(self) -> list[Fragment]:
+        """Where this rank's share of every parameter lives in the optimizer's fp32 tensors."""
+        return self._fragments
+
+    @property
+    def is_boundary(self) -> bool:
+        """Whether all micro-batches of the global step have been through `backward`, so that `step` is next."""
+        return self._micro_batches == self.accumulation
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the client optimizer works on the parameters themselves: ZeRO 0 in fp32."""
+        return self._deepspeed.optimizer is self.optimizer
+
+    def __call__(self, *args, **kwargs):
+        return self._deepspeed(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of one micro-batch's loss, a scalar already divided by the global number of targets."""
+        if self.is_boundary:
+            raise RuntimeError(f"backward called more than {self.accumulation} times without step")
+        factor = self.world_size if self.config.distributed.zero_stage == 3 else 1
+        # Multiplied by 1 too: a hook of DeepSpeed on the forward's own output divides by the accumulation whatever
+        # `scale_wrt_gas` says, unless the loss is a tensor computed from it (0.19.8).
+        self._deepspeed.backward(loss * factor, scale_wrt_gas=False)
+        self._micro_batches += 1
+        if not self.is_boundary:
+            self._deepspeed.step()  # only counts the micro-batch
+
+    def step(self, live: frozenset[str], lr: float) -> None:
+        """Update the weights of the live keys (sgtm/model/rows.py); all others stay as they are, everything if none is.
+
+        If the global gradient is not finite nothing changes, moments and counts neither, and `finite` is False.
+        """
+        if not self.is_boundary:
+            raise RuntimeError(f"step called after {self._micro_batches} of {self.accumulation} micro-batches")
+        self.optimizer.begin_step(live, lr)
+        if self._plain:
+            self._clip()
+        self._deepspeed.step()
+        self._micro_batches = 0
+        if not self._plain:
+            self.finite = not self._deepspeed.optimizer.overflow
+            self._norm = self._deepspeed.get_global_grad_norm()
+
+    def _clip(self) -> None:
+        """ZeRO 0 in fp32: DeepSpeed neither reports the norm nor looks whether it is finite."""
+        parameters = list(self.module.parameters())
+        limit = self.config.optimizer.grad_clip or math.inf
+        self._norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        self.finite = bool(torch.isfinite(self._norm))
+        if not self.finite:
+            self.optimizer.begin_step(live=frozenset(), lr=0.0)
+
+    def grad_norm(self) -> float:
+        """Global L2 norm of the last step's gradient, before clipping; infinite where that was not finite."""
+        return float(self._norm) if self.finite else math.inf
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, as a new tensor on the engine's device."""
+        total = tensor.detach().to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def save(self, directory: Path, state: dict) -> dict[str, dict]:
+        """Write the weights, the optimizer and `state` into the existing `directory`, in DeepSpeed's layout.
+
+        state  comes back from `load`; rank 0's counts. The optimizer's counts by key travel with it.
+        Returns name -> {"bytes", "sha256"} of the files of all ranks. Every rank raises the OSError of any.
+        """
+        self._deepspeed.checkpoint_engine = writer = SafeWriter()
+        client_state = {"sgtm": {"state": state, "optimizer_steps": self.optimizer.steps}}
+        with _quiet():
+            self._deepspeed.save_checkpoint(
+                str(directory.parent), tag=directory.name, client_state=client_state, save_latest=False
+            )
+
+        def written() -> dict[str, dict]:
+            if writer.error is not None:
+                raise writer.error
+            return writer.files
+
+        return {name: entry for files in on_every_rank(written) for name, entry in files.items()}
+
+    def load(self, directory: Path) -> dict:
+        """Take over what `save` wrote with the same stage, precision and number of ranks; returns its `state`.
+
+        Under ZeRO-3 only into an engine that has not trained yet.
+        """
+        with _quiet():
+            _, client_state = self._deepspeed.load_checkpoint(str(directory.parent), tag=directory.name)
+        self.optimizer.steps = dict(client_state["sgtm"]["optimizer_steps"])
+        return client_state["sgtm"]["state"]
+
+
+@contextmanager
+def _quiet():
+    """DeepSpeed without what it prints, and without the warning that it does not know our optimizer."""
+    logger = logging.getLogger("DeepSpeed")
+
+    def unknown(record: logging.LogRecord) -> bool:
+        return "untested optimizer" not in record.getMessage()
+
+    logger.addFilter(unknown)
+    try:
+        with redirect_stdout(None):
+            yield
+    finally:
+        logger.removeFilter(unknown)

@@ -1,0 +1,90 @@
+"""The environment a rank runs in: who launched it, and defaults that must stand before deepspeed is imported.
+
+Alone, a process is rank 0 of 1 and needs nothing. Under `torchrun`, the `deepspeed` launcher or `srun` its place comes
+from the variables they set. Defaults never override what the user has set.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+
+TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Place of this process; `launcher` is `none`, `torchrun`, `deepspeed`, `srun` or `env` (set by hand)."""
+
+    launcher: str
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+def detect_launch(environ: dict[str, str] | None = None) -> Launch:
+    """Place of this process, from the environment.
+
+    Raises ValueError that names the variables where only some of what a launcher sets is there, or one is not a number.
+    """
+    env = dict(os.environ if environ is None else environ)
+    launcher = _launcher(env)
+    if launcher == "none":
+        return Launch("none")
+    if launcher == "srun":
+        slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+        env |= {name: env[source] for name, source in slurm.items() if source in env}
+    missing = [name for name in TORCH_VARIABLES if name not in env]
+    if missing:
+        raise ValueError(
+            f"launched by {launcher}, but {', '.join(missing)} not set; start with torchrun, deepspeed or "
+            f"launch/slurm.sbatch, or unset {', '.join(n for n in TORCH_VARIABLES if n in env)} to run one process"
+        )
+    local_size = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    try:
+        rank, size, local = (int(env[name]) for name in TORCH_VARIABLES[:3])
+        return Launch(launcher, rank, size, local, int(local_size.partition("(")[0]))
+    except ValueError:
+        seen = {name: env[name] for name in TORCH_VARIABLES[:3]}
+        raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers, got {seen}") from None
+
+
+def _launcher(env: dict[str, str]) -> str:
+    if "TORCHELASTIC_RUN_ID" in env:
+        return "torchrun"
+    if "RANK" in env and "CROSS_RANK" in env:
+        return "deepspeed"
+    if "RANK" in env or "WORLD_SIZE" in env:
+        return "env"
+    # SLURM_STEP_ID: inside srun. In a batch script's own shell SLURM_NTASKS is set, but nobody else is running.
+    if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        return "srun"
+    return "none"
+
+
+def set_defaults(cuda: bool) -> None:
+    """Environment defaults for this process and its children; call before deepspeed is imported."""
+    defaults = {
+        # torch and Triton compile into the home directory otherwise, which on clusters is shared and slow
+        "TRITON_CACHE_DIR": os.path.join(tempfile.gettempdir(), f"sgtm-triton-{os.getuid()}"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    if not cuda:
+        defaults["DS_ACCELERATOR"] = "cpu"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def cpu_threads(launch: Launch) -> int | None:
+    """Threads for each rank on a CPU, or None to keep torch's choice.
+
+    torchrun sets OMP_NUM_THREADS to 1, and without it every rank takes all cores: both are slow, so the cores of this
+    machine are divided between its ranks. A user's own OMP_NUM_THREADS above 1 stands.
+    """
+    if launch.local_world_size == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+        return None
+    return max(1, len(os.sched_getaffinity(0)) // launch.local_world_size)

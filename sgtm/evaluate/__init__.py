@@ -1,0 +1,1 @@
+"""What a trained model knows, with and without its forget groups."""

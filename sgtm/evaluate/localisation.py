@@ -1,0 +1,59 @@
+"""Where the gradient of a kind of data wants to go: its norm on each group's weights, relative to the weights' norm.
+
+Computed with nothing masked (strategy `none`), so that it shows what a group has to learn from each true label, not
+what the masks let through. If forget knowledge is localised, forget data pull on the forget group and little on
+retain.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from sgtm.config.schema import Config
+from sgtm.data.loader import evaluation_batches
+from sgtm.data.store import Corpus
+from sgtm.masking.strategy import build_tables
+from sgtm.model.transformer import Transformer
+from sgtm_kernels.plan import MaskPlan
+
+
+def gradient_norms(
+    model: Transformer, corpus: Corpus, config: Config, *, split: str, sequences: int, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """{true label: {group: |gradient of the mean loss| / |weights|}} over the rows that each group owns.
+
+    The gradient of a label is that of the mean loss over up to `sequences` sequences of each of its categories.
+    """
+    tables = build_tables(config.space, "none")
+    norms: dict[str, dict[str, float]] = {}
+    by_label: dict[str, list[str]] = {}
+    for category, label in corpus.categories.items():
+        by_label.setdefault(label, []).append(category)
+    for label, categories in by_label.items():
+        model.zero_grad(set_to_none=True)
+        count = 0.0
+        for category in categories:
+            for batch in evaluation_batches(corpus, config, split, category, max_sequences=sequences):
+                ids, targets = batch.input_ids.to(device), batch.targets.to(device)
+                plan = MaskPlan.uniform(tables, 0, *ids.shape)
+                count += int((targets >= 0).sum())
+                model(ids, targets, plan, 1.0 / config.train.tokens_per_step)[0].backward()
+        if count:
+            norms[label] = _relative_norms(model, config.train.tokens_per_step / count)
+    model.zero_grad(set_to_none=True)
+    return norms
+
+
+def _relative_norms(model: Transformer, factor: float) -> dict[str, float]:
+    squares = {group: [0.0, 0.0] for group in model.partition.groups}
+    parameters = dict(model.named_parameters())
+    for name, rows in model.parameter_rows().items():
+        for key, start, end in zip(rows.keys, rows.bounds[:-1], rows.bounds[1:], strict=True):
+            group = key.rpartition(".")[2]
+            if group in squares:
+                parameter = parameters[name]
+                squares[group][0] += float(parameter.grad[start:end].double().square().sum())
+                squares[group][1] += float(parameter.detach()[start:end].double().square().sum())
+    return {group: factor * math.sqrt(g / w) if w else 0.0 for group, (g, w) in squares.items()}

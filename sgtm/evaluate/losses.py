@@ -1,0 +1,63 @@
+"""Loss of every category, for the full model and for every set of removed domains.
+
+An ablated loss is a forward pass with those groups inactive: no weight is edited, so it works on a sharded model in
+training as on a loaded one. Losses are nats per target token, a mean over all tokens of the category's sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from sgtm.config.schema import Config
+from sgtm.data.batch import IGNORE
+from sgtm.data.loader import evaluation_batches
+from sgtm.data.store import Corpus
+from sgtm.masking.strategy import removal_tables
+from sgtm_kernels.plan import MaskPlan
+
+Losses = dict[str, dict[str, float]]
+
+
+def removal_name(removed: Iterable[str]) -> str:
+    """`full`, or `without <domain>[,<domain>...]`: the name of a set of removed domains in every output."""
+    removed = tuple(removed)
+    return f"without {','.join(removed)}" if removed else "full"
+
+
+@torch.no_grad()
+def category_losses(
+    forward: Callable,
+    corpus: Corpus,
+    config: Config,
+    *,
+    split: str,
+    sequences: int | None,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    all_reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda t: t,
+) -> Losses:
+    """Losses by removed set (`removal_name`) and category.
+
+    forward    `Transformer.forward` or an engine around it
+    split      of the corpus; sequences: at most this many of each category, None: all
+    Every rank takes its share of the sequences, with the same number of forward passes.
+    """
+    losses: Losses = {removal_name(removed): {} for removed in config.space.subsets()}
+    for category in corpus.categories:
+        sums = torch.zeros(len(losses) + 1, dtype=torch.float64, device=device)
+        for batch in evaluation_batches(
+            corpus, config, split, category, max_sequences=sequences, rank=rank, world_size=world_size
+        ):
+            ids, targets = batch.input_ids.to(device), batch.targets.to(device)
+            sums[-1] += (targets != IGNORE).sum()
+            for i, removed in enumerate(config.space.subsets()):
+                plan = MaskPlan.uniform(removal_tables(config.space, removed), 0, *ids.shape)
+                sums[i] += forward(ids, targets, plan, 1.0)[1].sum()
+        *totals, count = all_reduce_sum(sums).tolist()
+        if count:
+            for name, total in zip(losses, totals, strict=True):
+                losses[name][category] = total / count
+    return losses

@@ -1,0 +1,230 @@
+"""Checkpoints that are whole or not there.
+
+    <run>/checkpoints/latest                   name of the newest
+                      step_00000100/           what DeepSpeed wrote (so its universal checkpoint works), and
+                      step_00000100/manifest.json   size and SHA-256 of every file, the step, the ranks, the config
+                      .tmp-step_00000200/      one that was not finished; removed at the next start
+
+A checkpoint is written under a temporary name, flushed to the disk, renamed, and only then does `latest` move. So a run
+killed at any moment, or a disk that fills up, leaves the previous one in place. Resuming on as many ranks continues bit
+by bit (tests/dist/test_checkpoint.py): weights, moments and step counts come from the files, the learning rate and the
+data are functions of the step.
+
+All ranks call `save_checkpoint` and `load_checkpoint`, and see the same directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from sgtm.config.schema import Config
+from sgtm.distributed.agree import on_every_rank, on_rank_zero
+from sgtm.distributed.engine import Engine
+
+MANIFEST = "manifest.json"
+# What a run must share with its checkpoint to be its continuation, less what changes no number.
+SAME = (
+    "model",
+    "masking",
+    "data",
+    "optimizer",
+    "train.steps",
+    "train.tokens_per_step",
+    "train.precision",
+    "distributed.zero_stage",
+)
+MAY_DIFFER = ("model.activation_checkpointing",)
+
+
+def checkpoints_dir(run_dir: Path | str) -> Path:
+    return Path(run_dir) / "checkpoints"
+
+
+def save_checkpoint(engine: Engine, run_dir: Path | str, step: int, config: Config) -> Path:
+    """Save the run after `step` global steps, and drop checkpoints beyond `train.keep_last`.
+
+    Every rank raises OSError, naming the file, the reason and the checkpoint that remains, if any rank cannot write.
+    """
+    root = checkpoints_dir(run_dir)
+    final = root / f"step_{step:08d}"
+    temporary = root / f".tmp-{final.name}"
+    try:
+        on_rank_zero(lambda: _fresh(temporary))
+        files = engine.save(temporary, {"step": step, "random": _random_states(engine)})
+        on_rank_zero(lambda: _publish(temporary, final, files, step, engine.world_size, config))
+    except OSError as error:
+        on_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))
+        kept = find_latest(run_dir)
+        rest = f"the last whole one is {kept}" if kept else "there is no earlier one"
+        raise OSError(f"checkpoint {final} could not be saved: {error}; {rest}") from error
+    return final
+
+
+def find_latest(run_dir: Path | str) -> Path | None:
+    """The newest finished checkpoint of a run, or None; not verified."""
+    root = checkpoints_dir(run_dir)
+    pointer = root / "latest"
+    if pointer.is_file() and (named := root / pointer.read_text().strip()).is_dir():
+        return named
+    return next(iter(_finished(root)), None)
+
+
+def remove_unfinished(run_dir: Path | str) -> None:
+    """Remove what a killed run had begun to write. For the start of a run, on one rank."""
+    for path in checkpoints_dir(run_dir).glob(".tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_manifest(directory: Path) -> dict:
+    """The manifest of a checkpoint. Raises ValueError where it is missing or damaged."""
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        return {key: manifest[key] for key in ("step", "ranks", "config", "files")}
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: not a whole checkpoint") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def verify(directory: Path | str, share: tuple[int, int] = (0, 1)) -> None:
+    """Raise ValueError, naming the file, unless every file of a checkpoint is as it was written.
+
+    share  (i, n): look at every n-th file only, from the i-th, so that n ranks divide the reading
+    """
+    directory = Path(directory)
+    files = read_manifest(directory)["files"]
+    for name, entry in sorted(files.items())[share[0] :: share[1]]:
+        path = directory / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        if path.stat().st_size != entry["bytes"]:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, written were {entry['bytes']}: cut short?")
+        with open(path, "rb") as file:
+            if _sha256(file) != entry["sha256"]:
+                raise ValueError(f"{path} is damaged: its SHA-256 is not that of {MANIFEST}")
+
+
+def load_checkpoint(engine: Engine, directory: Path | str, config: Config) -> int:
+    """Continue from a checkpoint: weights, optimizer and random states; returns the number of global steps done.
+
+    Every rank raises ValueError for a damaged checkpoint, naming the newest whole one before it, and for one whose run
+    differs from `config`, naming the keys.
+    """
+    directory = Path(directory)
+    on_rank_zero(lambda: _refuse_other_run(directory, config, engine.world_size))
+    try:
+        on_every_rank(lambda: verify(directory, (engine.rank, engine.world_size)))
+    except ValueError as error:
+        raise ValueError(f"{error}. {on_rank_zero(lambda: _advice(directory))}") from None
+    state = engine.load(directory)
+    random = state["random"][engine.rank]
+    torch.set_rng_state(random["cpu"])
+    if engine.device.type == "cuda":
+        torch.cuda.set_rng_state(random["cuda"], engine.device)
+    return state["step"]
+
+
+def differences(saved: dict, config: Config) -> list[str]:
+    """`key: saved, now` for every key in which a saved config is another run than `config`."""
+    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    keys = [key for key in now | before if f"{key}.".startswith(tuple(f"{same}." for same in SAME))]
+    changed = [key for key in keys if before.get(key) != now.get(key) and key not in MAY_DIFFER]
+    return [f"{key}: {before.get(key)} in the checkpoint, {now.get(key)} now" for key in changed]
+
+
+def _flat(section: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _refuse_other_run(directory: Path, config: Config, ranks: int) -> None:
+    manifest = read_manifest(directory)
+    changed = differences(manifest["config"], config)
+    if manifest["ranks"] != ranks:
+        changed.append(f"ranks: {manifest['ranks']} in the checkpoint, {ranks} now")
+    if changed:
+        raise ValueError(f"{directory} belongs to another run:\n  " + "\n  ".join(changed))
+
+
+def _advice(damaged: Path) -> str:
+    for older in _finished(damaged.parent):
+        if older.name < damaged.name:
+            try:
+                verify(older)
+            except ValueError:
+                continue
+            return f"The newest whole checkpoint before it is {older}: remove {damaged} to resume from there"
+    return "There is no whole checkpoint before it"
+
+
+def _finished(root: Path) -> list[Path]:
+    """Checkpoints that were renamed to their final name, newest first."""
+    return sorted((path for path in root.glob("step_*") if (path / MANIFEST).is_file()), reverse=True)
+
+
+def _fresh(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+
+def _publish(temporary: Path, final: Path, files: dict[str, dict], step: int, ranks: int, config: Config) -> None:
+    manifest = {"step": step, "ranks": ranks, "config": config.model_dump(mode="json"), "files": files}
+    _write(temporary / MANIFEST, json.dumps(manifest, indent=1))
+    _sync(temporary)
+    if final.exists():  # the same step again: a run resumed from an earlier one, with the same content
+        replaced = final.with_name(f".tmp-replaced-{final.name}")
+        _fresh(replaced)
+        os.replace(final, replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
+    os.replace(temporary, final)
+    pointer = final.parent / "latest"
+    _write(pointer.with_name(".tmp-latest"), final.name + "\n")
+    os.replace(pointer.with_name(".tmp-latest"), pointer)
+    _sync(final.parent)
+    earlier = [path for path in _finished(final.parent) if path.name < final.name]
+    for path in earlier[config.train.keep_last - 1 :]:
+        shutil.rmtree(path)
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(directory: Path) -> None:
+    """Flush the names in a directory, as a rename is only safe on the disk when its directory is."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(file) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 22):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _random_states(engine: Engine) -> list[dict]:
+    """The random states of all ranks: of torch on the CPU and on the GPU of each."""
+    mine = {"cpu": torch.get_rng_state()}
+    if engine.device.type == "cuda":
+        mine["cuda"] = torch.cuda.get_rng_state(engine.device)
+    everyone = [mine] * engine.world_size
+    if engine.world_size > 1:
+        dist.all_gather_object(everyone, mine)
+    return everyone

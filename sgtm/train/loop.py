@@ -1,0 +1,177 @@
+"""The training loop.
+
+A run is a pure function of its config: the data order follows from (seed, step), the learning rate from the step, the
+initial weights from the seed. What a checkpoint holds besides weights and moments is therefore small, and a resumed run
+is bitwise the uninterrupted one on the same number of ranks (tests/e2e/test_resume.py).
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+from sgtm.config import Config
+from sgtm.config.load import save_config
+from sgtm.data.loader import Loader
+from sgtm.data.store import Corpus
+from sgtm.data.synthetic import open_corpus
+from sgtm.distributed.agree import on_rank_zero
+from sgtm.distributed.engine import Engine, init_distributed
+from sgtm.evaluate.losses import Losses, category_losses
+from sgtm.model.transformer import Transformer
+from sgtm.train.checkpoint import find_latest, load_checkpoint, save_checkpoint
+from sgtm.train.metrics import MetricsLog
+from sgtm.train.schedule import learning_rate
+from sgtm.train.step import LossTotals, dry_run, train_step
+from sgtm_kernels.dispatch import resolve
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Train (or go on training) a run; returns its directory `<runs>/<name>`.
+
+    resume     go on from the newest checkpoint of the run directory; from the beginning if it has none
+    overwrite  delete an existing run directory first
+
+    SIGTERM and SIGUSR1 save a checkpoint after the step in progress and return. Raises ValueError for what a user can
+    put right: a run directory that exists, data that do not fit the config, a damaged checkpoint.
+    """
+    launch = init_distributed(config)
+    run = Path(config.runs) / config.name
+    on_rank_zero(lambda: _claim(run, config, resume, overwrite))
+    corpus = _open_everywhere(config)
+    loader = Loader(corpus, config, launch.rank, launch.world_size)
+    torch.manual_seed(config.train.seed)
+    engine = Engine(Transformer(config.model, config.partition, resolve(config.kernels.backend)), config)
+    dry_run(engine, config.tables)
+    latest = find_latest(run) if resume else None
+    start = load_checkpoint(engine, latest, config) if latest else 0
+    with StopSignal() as stop, MetricsLog(run, config, rank=engine.rank, start=start) as log:
+        log.say(_arithmetic(config, engine, start))
+        _steps(config, run, engine, loader, corpus, log, stop, start)
+    return run
+
+
+def _steps(
+    config: Config,
+    run: Path,
+    engine: Engine,
+    loader: Loader,
+    corpus: Corpus,
+    log: MetricsLog,
+    stop: StopSignal,
+    start: int,
+) -> None:
+    space, every = config.space, config.train
+    totals = LossTotals(len(space.labels), engine.device)
+    seconds, logged = log.seconds, start
+    for step in range(start, every.steps):
+        began = time.perf_counter()
+        lr = learning_rate(step, config.optimizer, every.steps)
+        train_step(engine, loader.step(step), config.tables, lr, totals)
+        done = step + 1
+        stopping = stop.anywhere(engine)
+        last = done == every.steps or stopping
+        seconds += time.perf_counter() - began
+        if done % every.log_every == 0 or last:
+            elapsed, logged_before = seconds - log.seconds, logged
+            logged = done
+            log.step(
+                {
+                    "step": done,
+                    "tokens": done * every.tokens_per_step,
+                    "seconds": seconds,
+                    **_losses(totals, engine, space.labels),
+                    "lr": lr,
+                    "grad_norm": engine.grad_norm(),
+                    "tokens_per_second": (done - logged_before) * every.tokens_per_step / elapsed,
+                }
+            )
+        if last or (every.checkpoint_every and done % every.checkpoint_every == 0):
+            save_checkpoint(engine, run, done, config)
+        if stopping:
+            log.say(f"stopped by a signal after step {done} of {every.steps}, checkpoint saved; go on with --resume")
+            return
+        if last or (every.eval_every and done % every.eval_every == 0):
+            log.evaluation(done, _evaluate(engine, corpus, config))
+
+
+def _losses(totals: LossTotals, engine: Engine, labels: tuple[str, ...]) -> dict[str, float]:
+    """Mean loss over all targets and by applied label, of the labels that occurred."""
+    sums, counts = totals.take(engine)
+    by_label = {f"loss/{name}": s / n for name, s, n in zip(labels, sums.tolist(), counts.tolist(), strict=True) if n}
+    return {"loss": float(sums.sum() / counts.sum()), **by_label}
+
+
+def _evaluate(engine: Engine, corpus: Corpus, config: Config) -> Losses:
+    return category_losses(
+        engine,
+        corpus,
+        config,
+        split="test",
+        sequences=config.train.eval_sequences,
+        device=engine.device,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        all_reduce_sum=engine.all_reduce_sum,
+    )
+
+
+def _open_everywhere(config: Config) -> Corpus:
+    """The corpus on every rank, after rank 0 has written it where it is a synthetic one and not there yet."""
+    on_rank_zero(lambda: str(open_corpus(config).path))
+    return open_corpus(config)
+
+
+def _claim(run: Path, config: Config, resume: bool, overwrite: bool) -> None:
+    """Make the run directory, or refuse the one that is there."""
+    if run.exists() and any(run.iterdir()):
+        if overwrite:
+            shutil.rmtree(run)
+        elif not resume:
+            raise ValueError(
+                f"run directory {run} exists; go on with --resume, start over with --overwrite, or set another --name"
+            )
+    run.mkdir(parents=True, exist_ok=True)
+    if not (run / "config.yaml").exists():
+        save_config(config, run / "config.yaml")
+
+
+def _arithmetic(config: Config, engine: Engine, start: int) -> str:
+    t = config.train
+    parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters())
+    lines = [
+        f"{config.name}: {parameters:,} parameters, strategy {config.masking.strategy}, "
+        f"kernels {engine.optimizer.backend}",
+        f"{t.tokens_per_step:,} tokens per step = {engine.world_size} ranks x {engine.accumulation} accumulation x "
+        f"{t.micro_batch} sequences x {config.model.context} tokens",
+        f"ZeRO {config.distributed.zero_stage}, {t.precision}" + (f", resumed after step {start}" if start else ""),
+    ]
+    return "\n".join(lines)
+
+
+class StopSignal:
+    """Whether SIGTERM or SIGUSR1 has reached any rank; the old handlers return on exit."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __enter__(self) -> StopSignal:
+        self.received = False
+        self.previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, frame) -> None:
+        self.received = True
+
+    def anywhere(self, engine: Engine) -> bool:
+        """The same answer on all ranks; a collective call."""
+        if engine.world_size == 1:
+            return self.received
+        return bool(engine.all_reduce_sum(torch.tensor(float(self.received))) > 0)

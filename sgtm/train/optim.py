@@ -1,0 +1,93 @@
+"""AdamW that leaves what a step may not update bitwise alone.
+
+DeepSpeed hands an optimizer flat fp32 partitions, in which a weight's rows can begin and end anywhere. A *segment
+table* (sgtm/distributed/segments.py) says which elements of such a tensor belong to which key (sgtm/model/rows.py);
+padding belongs to none. Before each step the optimizer is told which keys are live. With `masked_update: exact`, a key
+that is not live keeps its weights, both moments and its own step count; with `zero_grad` every key is updated with
+whatever gradient it has, so that decay and stale momentum move masked weights, as in the reference implementation of
+the paper.
+
+tests/dist/test_freeze.py holds this in every ZeRO stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from sgtm.config.schema import OptimizerConfig
+from sgtm_kernels.adamw import Update, adamw
+
+
+class Segment(NamedTuple):
+    """Elements `start:end` of a flattened tensor of the optimizer; all have one key."""
+
+    start: int
+    end: int
+    key: str
+    decay: bool
+
+
+class SegmentedAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter, 2019) over segments of the tensors that DeepSpeed makes of the parameters.
+
+    config   `optimizer` section: betas, eps, weight_decay, masked_update; lr comes with each step
+    backend  resolved kernel backend
+    steps    number of updates each key has had; the same on all ranks, part of a checkpoint
+
+    State of a tensor: `exp_avg` and `exp_avg_sq`, fp32, of its shape (names known to DeepSpeed's universal checkpoint).
+    """
+
+    def __init__(self, params: Iterable[torch.nn.Parameter], config: OptimizerConfig, backend: str):
+        super().__init__(params, {"lr": config.lr, "betas": config.betas, "eps": config.eps})
+        self.config = config
+        self.backend = backend
+        self.steps: dict[str, int] = {}
+        self._tables: dict[torch.Tensor, list[Segment]] = {}
+        self._live: frozenset[str] = frozenset()
+        self._counted = True
+
+    def set_segments(self, tables: dict[torch.Tensor, list[Segment]], keys: Iterable[str]) -> None:
+        """Segment tables of this rank's tensors, and every key of the model (other ranks may own some alone).
+
+        The moments are allocated here, so that a run that will not fit in memory fails before its first step.
+        """
+        self._tables = tables
+        self.steps = dict.fromkeys(sorted(keys), 0)
+        for tensor in tables:
+            self.state[tensor] = {"exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
+
+    def begin_step(self, live: frozenset[str], lr: float) -> None:
+        """Which keys the coming step updates, and its learning rate. No live key at all: nothing is updated.
+
+        The counts advance with the first call of `step`: DeepSpeed calls it once for each of its groups, and not at all
+        where the gradient is not finite.
+        """
+        everything = live and self.config.masked_update == "zero_grad"
+        self._live = frozenset(self.steps) if everything else live & self.steps.keys()
+        self._counted = False
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Update the live segments of the tensors now in `param_groups` (ZeRO-3 puts one in at a time)."""
+        if not self._counted:
+            self._counted = True
+            for key in self._live:
+                self.steps[key] += 1
+        for group in self.param_groups:
+            updates = [update for tensor in group["params"] for update in self._updates(tensor)]
+            adamw(updates, group["lr"], self.config.betas, self.config.eps, self.backend)
+
+    def _updates(self, tensor: torch.Tensor) -> Iterable[Update]:
+        if tensor.grad is None:
+            return
+        state = self.state[tensor]
+        flat = [t.reshape(-1) for t in (tensor.detach(), tensor.grad, state["exp_avg"], state["exp_avg_sq"])]
+        for start, end, key, decay in self._tables[tensor]:
+            if key in self._live:
+                views = (t[start:end] for t in flat)
+                yield Update(*views, self.steps[key], self.config.weight_decay if decay else 0.0)
