@@ -12,7 +12,7 @@ import torch
 from sgtm.config import Config, load_config
 from sgtm.data.store import Corpus, write_atomically
 from sgtm.data.synthetic import open_corpus
-from sgtm.distributed.engine import consolidate
+from sgtm.distributed.storage import consolidate
 from sgtm.evaluate.localisation import gradient_norms
 from sgtm.evaluate.losses import category_losses
 from sgtm.model.transformer import Transformer

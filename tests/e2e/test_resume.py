@@ -1,0 +1,120 @@
+"""A run that is killed and resumed is bitwise the uninterrupted one.
+
+The command line is started as a user would, sent SIGTERM or SIGKILL in the middle, and resumed: weights, both moments,
+step counts and every logged loss must equal those of a run left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sgtm.distributed.storage import consolidate
+from sgtm.train.checkpoint import find_latest
+
+STEPS = 30
+OPTIONS = [f"--train.steps={STEPS}", "--train.checkpoint_every=5", "--train.tokens_per_step=1024"]
+
+
+def command(runs: Path, name: str, *extra: str) -> list[str]:
+    return [sys.executable, "-m", "sgtm", "train", "debug", f"--runs={runs}", f"--name={name}", *OPTIONS, *extra]
+
+
+def start(runs: Path, name: str, *extra: str) -> subprocess.Popen:
+    return subprocess.Popen(command(runs, name, *extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+def metrics(run: Path) -> list[dict]:
+    """Lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def wait_for_step(run: Path, step: int, deadline: float = 120) -> None:
+    end = time.monotonic() + deadline
+    while time.monotonic() < end:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{run} did not reach step {step} in {deadline} s")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    finish(start(runs, "whole"))
+    return runs / "whole"
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    assert metrics(run) == metrics(other)
+    ours, theirs = (consolidate(find_latest(path)) for path in (run, other))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert optimizer_state(run) == optimizer_state(other)
+
+
+def optimizer_state(run: Path) -> dict[str, bytes]:
+    """Bytes of every tensor, and every number, in the optimizer's files."""
+    found = {}
+    for file in sorted(find_latest(run).rglob("*optim_states.pt")):
+        pending = [(file.name, torch.load(file, weights_only=False))]
+        while pending:
+            name, value = pending.pop()
+            if isinstance(value, torch.Tensor):
+                found[name] = value.contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
+            elif isinstance(value, dict):
+                pending += [(f"{name}/{key}", item) for key, item in value.items()]
+            elif isinstance(value, list | tuple):
+                pending += [(f"{name}/{i}", item) for i, item in enumerate(value)]
+            elif isinstance(value, int | float | str):
+                found[name] = str(value).encode()
+    assert any("exp_avg_sq" in name for name in found)
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_and_resumed(uninterrupted: Path, number: signal.Signals):
+    runs = uninterrupted.parent
+    name = f"stopped-by-{number.name}"
+    process = start(runs, name)
+    wait_for_step(runs / name, 12)
+    os.kill(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    if number == signal.SIGTERM:
+        assert process.returncode == 0
+        assert "checkpoint saved" in output
+    else:
+        assert process.returncode == -signal.SIGKILL
+    assert 10 <= int(find_latest(runs / name).name.removeprefix("step_")) < STEPS
+    output = finish(start(runs, name, "--resume"))
+    assert "resumed after step" in output
+    assert_same_run(runs / name, uninterrupted)
+
+
+def test_an_existing_run_directory_is_refused(uninterrupted: Path):
+    process = start(uninterrupted.parent, "whole")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "--resume" in output and "--overwrite" in output and "Traceback" not in output
+
+
+def test_a_resumed_run_must_have_the_same_config(uninterrupted: Path):
+    process = start(uninterrupted.parent, "whole", "--resume", "--optimizer.lr=0.5")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "optimizer.lr" in output and "0.5" in output and "Traceback" not in output
