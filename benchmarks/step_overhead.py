@@ -40,7 +40,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write one JSON object per row")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = measure(one_micro_batch(args.preset, args.sequences), args.rounds)
+    config = one_micro_batch(args.preset, args.sequences)
+    setting = f"{args.preset}, batch {args.sequences} x {config.model.context}, {config.train.precision}"
+    rows = [{**row, "setting": setting} for row in measure(config, args.rounds)]
     show(rows)
     if args.json:
         write_rows(args.json, rows)

@@ -27,6 +27,7 @@ from sgtm.masking.strategy import PRESETS, build_tables
 from sgtm_kernels.plan import Tables
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Members = PositiveInt | dict[str, PositiveInt | list[NonNegativeInt]]
 
 
@@ -139,7 +140,7 @@ class OptimizerConfig(Section):
     """AdamW (Loshchilov and Hutter, 2019) with warm-up and cosine."""
 
     lr: PositiveFloat = 5e-4
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     """Of weight matrices and embeddings; norms and biases are not decayed."""
@@ -202,6 +203,7 @@ class Config(Section):
     name: str = "run"
     """Name of the run; its directory is `<runs>/<name>`."""
     runs: str = "runs"
+    """Folder of all run directories."""
     model: ModelConfig
     masking: MaskingConfig = MaskingConfig()
     data: DataConfig = DataConfig()

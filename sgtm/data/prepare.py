@@ -194,6 +194,8 @@ def _start_or_resume(out: Path, job: dict) -> None:
         (out / JOB).unlink(missing_ok=True)
         for folder in (BLOCKS, "shards", "tokenizer"):
             shutil.rmtree(out / folder, ignore_errors=True)
+    for leftover in out.rglob("*.tmp"):
+        leftover.unlink()
     (out / BLOCKS).mkdir(exist_ok=True)
     (out / "tokenizer").mkdir(exist_ok=True)
     write_atomically(out / JOB, json.dumps(job))

@@ -156,11 +156,9 @@ class JsonLines(Source):
         with self.file.open("rb") as handle:
             for chunk in _decompressed(handle, self.file):
                 rest += chunk
-                if len(rest) < BLOCK_BYTES or b"\n" not in chunk:
-                    continue
-                end = rest.rindex(b"\n") + 1
-                yield LineBlock(self.file, first, rest[:end], handle.tell() - read)
-                first, read, rest = first + rest.count(b"\n", 0, end), handle.tell(), rest[end:]
+                while end := rest.find(b"\n", BLOCK_BYTES - 1) + 1:
+                    yield LineBlock(self.file, first, rest[:end], handle.tell() - read)
+                    first, read, rest = first + rest.count(b"\n", 0, end), handle.tell(), rest[end:]
             yield LineBlock(self.file, first, rest, handle.tell() - read)
 
 

@@ -25,6 +25,8 @@ EDITION = 1
 """Counts changes of the grammar: a corpus of another edition is written anew."""
 LANGUAGES = ("en", "es")
 RULES = Rules.model_validate({"split": {"field": "split"}, "labels": {"en": "retain", "es": "forget:es"}})
+STORIES = 6000, 300
+"""Of each language, in train and test: about 6 MB of text in each."""
 STORIES_PER_BLOCK = 500
 STORY_BYTES = 1000
 _SPLITS = {"train": 0, "test": 1}
@@ -74,26 +76,18 @@ def tell_stories(code: Literal["en", "es"], split: str, first: int, last: int) -
 
 
 def write_synthetic_corpus(
-    out: str | Path,
-    vocab_size: int,
-    stories: int = 6000,
-    test_stories: int = 300,
-    workers: int = 1,
-    progress: bool = False,
+    out: str | Path, vocab_size: int, stories: int = STORIES[0], test_stories: int = STORIES[1]
 ) -> Corpus:
-    """Writes the corpus, or opens it where it is there already: about 6 MB of text in each language.
+    """Writes the corpus, or opens it where it is there already.
 
-    vocab_size  of the byte-level BPE trained on both languages
-    stories     in split `train`, for each language
+    vocab_size            of the byte-level BPE trained on both languages
+    stories, test_stories of each language in splits `train` and `test`
+
+    Raises ValueError where `vocab_size` is more than the stories can fill.
     """
-    sources = [
-        StorySource(code, split, count)
-        for split, count in (("train", stories), ("test", test_stories))
-        for code in LANGUAGES
-    ]
-    return prepare(
-        sources, RULES, "train", out, vocab_size=vocab_size, workers=workers, overwrite=True, progress=progress
-    )
+    counts = {"train": stories, "test": test_stories}
+    sources = [StorySource(code, split, count) for split, count in counts.items() for code in LANGUAGES]
+    return prepare(sources, RULES, "train", out, vocab_size=vocab_size, workers=1, overwrite=True)
 
 
 def open_corpus(config: Config, verify: Literal["hashes", "sizes"] = "hashes") -> Corpus:
@@ -104,4 +98,4 @@ def open_corpus(config: Config, verify: Literal["hashes", "sizes"] = "hashes") -
     if config.data.path != "synthetic":
         return Corpus.open(config.data.path, verify)
     vocab_size = config.model.vocab_size
-    return write_synthetic_corpus(Path(config.runs) / f"synthetic-{vocab_size}", vocab_size)
+    return write_synthetic_corpus(Path(config.runs) / f"synthetic-{vocab_size}", vocab_size, *STORIES)

@@ -17,6 +17,7 @@ weights and gradients are replicated as in ZeRO 0, only the fp32 copy and the mo
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
@@ -29,6 +30,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint.constants import (
+    UNIVERSAL_CHECKPOINT_INFO,
+    UNIVERSAL_CHECKPOINT_VERSION_KEY,
+    UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+)
 
 from sgtm.config.schema import Config
 from sgtm.distributed.agree import on_every_rank
@@ -67,18 +73,27 @@ def init_distributed(config: Config) -> Launch:
     if launch.launcher == "none":  # a store in memory: no port to be free
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    atexit.register(leave_distributed)
     return launch
+
+
+def leave_distributed() -> None:
+    """Leave the process group at the end of the process; gloo's threads would else abort a finished run now and then.
+
+    Without a barrier, and not with NCCL, where it can wait for ranks that have failed.
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 def deepspeed_config(config: Config, world_size: int, numel: int) -> dict:
     """What users of DeepSpeed write as JSON, derived from our config; `numel` is the model's number of parameters."""
     stage, bf16 = config.distributed.zero_stage, config.train.precision == "bf16"
-    accumulation = config.accumulation(world_size)
-    derived = {
+    return {
         "train_batch_size": config.sequences_per_step,
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": config.accumulation(world_size),
         "gradient_clipping": 0.0 if stage == 0 and not bf16 else config.optimizer.grad_clip,
         "gradient_allreduce_op": "mean" if stage == 3 else "sum",
         "zero_allow_untested_optimizer": True,
@@ -92,7 +107,6 @@ def deepspeed_config(config: Config, world_size: int, numel: int) -> dict:
         "communication_data_type": "fp32",
         "steps_per_print": None,
     }
-    return derived
 
 
 class Engine:
@@ -206,13 +220,17 @@ class Engine:
         dist.barrier()
 
     def save(self, directory: Path, state: dict) -> dict[str, dict]:
-        """Write the weights, the optimizer and `state` into the existing `directory`, in DeepSpeed's layout.
+        """Write the weights, the optimizer and `state` into the existing `directory`, in DeepSpeed's layout, with what
+        its conversion to a universal checkpoint asks for.
 
         state  comes back from `load`; rank 0's counts. The optimizer's counts by key travel with it.
         Returns name -> {"bytes", "sha256"} of the files of all ranks. Every rank raises the OSError of any.
         """
         self._deepspeed.checkpoint_engine = writer = SafeWriter()
-        client_state = {"sgtm": {"state": state, "optimizer_steps": self.optimizer.steps}}
+        client_state = {
+            "sgtm": {"state": state, "optimizer_steps": self.optimizer.steps},
+            UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE},
+        }
         with _quiet():
             self._deepspeed.save_checkpoint(
                 str(directory.parent), tag=directory.name, client_state=client_state, save_latest=False

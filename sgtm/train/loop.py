@@ -23,7 +23,7 @@ from sgtm.distributed.agree import on_rank_zero
 from sgtm.distributed.engine import Engine, init_distributed
 from sgtm.evaluate.losses import Losses, category_losses
 from sgtm.model.transformer import Transformer
-from sgtm.train.checkpoint import find_latest, load_checkpoint, save_checkpoint
+from sgtm.train.checkpoint import find_latest, load_checkpoint, remove_unfinished, save_checkpoint
 from sgtm.train.metrics import MetricsLog
 from sgtm.train.schedule import learning_rate
 from sgtm.train.step import LossTotals, dry_run, train_step
@@ -73,6 +73,8 @@ def _steps(
         lr = learning_rate(step, config.optimizer, every.steps)
         train_step(engine, loader.step(step), config.tables, lr, totals)
         done = step + 1
+        if not engine.finite:
+            log.say(f"step {done}: the gradient is not finite; nothing was updated")
         stopping = stop.anywhere(engine)
         last = done == every.steps or stopping
         seconds += time.perf_counter() - began
@@ -130,12 +132,15 @@ def _claim(run: Path, config: Config, resume: bool, overwrite: bool) -> None:
     """Make the run directory, or refuse the one that is there."""
     if run.exists() and any(run.iterdir()):
         if overwrite:
+            if not (run / "config.yaml").exists():
+                raise ValueError(f"{run} holds other files and no run (no config.yaml); it is not overwritten")
             shutil.rmtree(run)
         elif not resume:
             raise ValueError(
                 f"run directory {run} exists; go on with --resume, start over with --overwrite, or set another --name"
             )
     run.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(run)
     if not (run / "config.yaml").exists():
         save_config(config, run / "config.yaml")
 

@@ -35,6 +35,7 @@ class SegmentedAdamW(torch.optim.Optimizer):
 
     config   `optimizer` section: betas, eps, weight_decay, masked_update; lr comes with each step
     backend  resolved kernel backend
+    tables   segments of every tensor this rank owns a part of, by tensor
     steps    number of updates each key has had; the same on all ranks, part of a checkpoint
 
     State of a tensor: `exp_avg` and `exp_avg_sq`, fp32, of its shape (names known to DeepSpeed's universal checkpoint).
@@ -45,7 +46,7 @@ class SegmentedAdamW(torch.optim.Optimizer):
         self.config = config
         self.backend = backend
         self.steps: dict[str, int] = {}
-        self._tables: dict[torch.Tensor, list[Segment]] = {}
+        self.tables: dict[torch.Tensor, list[Segment]] = {}
         self._live: frozenset[str] = frozenset()
         self._counted = True
 
@@ -54,7 +55,7 @@ class SegmentedAdamW(torch.optim.Optimizer):
 
         The moments are allocated here, so that a run that will not fit in memory fails before its first step.
         """
-        self._tables = tables
+        self.tables = tables
         self.steps = dict.fromkeys(sorted(keys), 0)
         for tensor in tables:
             self.state[tensor] = {"exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
@@ -87,7 +88,7 @@ class SegmentedAdamW(torch.optim.Optimizer):
             return
         state = self.state[tensor]
         flat = [t.reshape(-1) for t in (tensor.detach(), tensor.grad, state["exp_avg"], state["exp_avg_sq"])]
-        for start, end, key, decay in self._tables[tensor]:
+        for start, end, key, decay in self.tables[tensor]:
             if key in self._live:
                 views = (t[start:end] for t in flat)
                 yield Update(*views, self.steps[key], self.config.weight_decay if decay else 0.0)

@@ -1,8 +1,8 @@
 """`train` gives the same losses in every ZeRO stage, on one rank and on two.
 
 In fp32 the runs differ only by the order in which gradients are summed; in bf16 also by where partial sums are rounded
-(seen: 5e-7 and 8e-4). `BOUND` holds for every loss logged in 20 steps. A broken mask exceeds it by far: every fault below
-changes table entries, and the losses differ by at least `BROKEN` times the bound.
+(seen: 5e-7 and 8e-4). `BOUND` holds for every loss logged in 20 steps. A broken mask exceeds it by far: every fault
+below changes table entries, and the losses differ by at least `BROKEN` times the bound.
 """
 
 from __future__ import annotations

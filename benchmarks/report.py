@@ -1,0 +1,94 @@
+"""Writes docs/results.md, and the results block of README.md, from the committed results files.
+
+    python benchmarks/report.py [--check]
+
+Every number in either comes from benchmarks/results/<device>/*.jsonl. `--check` writes nothing and exits 1 where a
+file is not what the results say (tests/unit/test_results.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from environment import RESULTS, read_rows
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = [path for path, text in documents().items() if not path.exists() or path.read_text() != text]
+    for path in stale:
+        if check:
+            print(f"{path} is not what the results files say; run python benchmarks/report.py", file=sys.stderr)
+        else:
+            path.write_text(documents()[path])
+    return int(check and bool(stale))
+
+
+def documents() -> dict[Path, str]:
+    """Text of every document that holds results."""
+    paths = sorted(RESULTS.glob("*/*.jsonl"))
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    block = "\n\n".join(section(path, "") for path in paths)
+    results = (
+        "# Results\n\nWritten by `benchmarks/report.py` from `benchmarks/results/`; do not edit by hand. "
+        "How to repeat them stands at the top of each script in `benchmarks/`.\n\n"
+    )
+    return {
+        ROOT / "docs" / "results.md": results + "\n\n".join(section(path, "../") for path in paths) + "\n",
+        readme: f"{before}{BEGIN}\n\n{block}\n\n{END}{rest.split(END)[1]}",
+    }
+
+
+def section(path: Path, up: str) -> str:
+    """Markdown of one results file; `up` leads from the document to the root of the repository."""
+    rows = read_rows(path)
+    first = rows[0]
+    text = novels(rows) if path.stem == "novels" else step_overhead(rows)
+    source = (
+        f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, commit {first['commit']}, "
+        f"{first['time'][:10]} ([{path.name}]({up}{path.relative_to(ROOT).as_posix()}))"
+    )
+    return f"{text}\n\n{source}"
+
+
+def novels(rows: list[dict]) -> str:
+    """Test losses in nats per token, for each run: full, and without the forget group."""
+    categories = list(rows[0]["losses"]["full"])
+    table = [["run", "model", *(f"{c}, nats" for c in categories)]]
+    for row in rows:
+        for removed, losses in row["losses"].items():
+            if removed == "full" or row["run"] == "novels":
+                table.append([row["run"], removed, *(f"{losses[c]:.3f}" for c in categories)])
+    r = rows[0]
+    about = (
+        f"{r['parameters']:,} parameters, {r['steps']:,} steps of {r['tokens'] // r['steps']:,} tokens; "
+        f"whole test split; {r['seconds'] / 60:.0f} minutes of training for the first run"
+    )
+    return f"## English and Spanish novels\n\n{about}.\n\n{markdown(table)}"
+
+
+def step_overhead(rows: list[dict]) -> str:
+    """Step times and memory, relative to the unmasked step of the same code in the same round."""
+    table = [["row", "tokens/s", "ratio p20 / p50 / p80", "of", "peak memory ratio"]]
+    for r in rows:
+        spread = " / ".join(f"{r['ratio'][p]:.2f}" for p in ("p20", "p50", "p80"))
+        table.append([r["row"], f"{r['tokens_per_second']:,.0f}", spread, r["ratio_of"], f"{r['memory_ratio']:.2f}"])
+    about = f"One training step, AdamW included, {rows[0]['rounds']} interleaved rounds; {rows[0]['setting']}."
+    return f"## What a masked step costs\n\n{about}\n\n{markdown(table)}"
+
+
+def markdown(table: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

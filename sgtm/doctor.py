@@ -1,0 +1,213 @@
+"""`sgtm doctor`: what this machine has, what is missing for what, as plain text for a bug report.
+
+Nothing here fails: a package that is absent, or a kernel backend that does not import, is a finding. Nothing compiled
+is required, so no compiler is looked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+import psutil
+
+# fmt: off
+PACKAGES = (
+    "torch", "deepspeed", "triton", "flash-attn", "transformers", "tokenizers", "datasets", "pyarrow", "safetensors",
+    "numpy", "pydantic", "tyro", "wandb", "rich", "matplotlib", "zstandard",
+)
+# fmt: on
+
+# What each serves; everything else in PACKAGES is needed by everything and installed with sgtm.
+OPTIONAL = {
+    "triton": "Triton kernels; it comes with CUDA builds of torch on Linux",
+    "flash-attn": "flash attention of that package; torch's own is used instead",
+    "wandb": "wandb.mode offline and online",
+}
+LAUNCHERS = {
+    "torchrun": "several processes on one machine, or several machines with one command on each",
+    "deepspeed": "the deepspeed launcher",
+    "pdsh": "the deepspeed launcher over several machines",
+    "srun": "Slurm, launch/slurm.sbatch",
+}
+# fmt: off
+VARIABLES = (
+    "SGTM_KERNELS", "SGTM_TRACEBACK", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "DS_BUILD_OPS", "OMP_NUM_THREADS",
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "NCCL_DEBUG",
+    "NCCL_SOCKET_IFNAME", "TRITON_CACHE_DIR", "TRITON_INTERPRET", "TORCHINDUCTOR_CACHE_DIR",
+    "PYTORCH_CUDA_ALLOC_CONF", "PYTHONPATH", "HF_HOME", "HF_HUB_OFFLINE", "WANDB_MODE",
+)
+# fmt: on
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+GIB = 2**30
+
+
+def findings() -> dict:
+    """Everything the doctor sees, by section; plain JSON types only."""
+    import torch
+
+    from sgtm import __version__
+
+    installed = {name: _installed(name) for name in PACKAGES}
+    return {
+        "software": {
+            "sgtm": __version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "executable": sys.executable,
+            **{name: found or "not installed" for name, found in installed.items()},
+        },
+        "cpu": _cpu(),
+        "memory": _memory(),
+        "gpus": _gpus(),
+        "backends": _backends(),
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "missing": {
+            **{name: use for name, use in OPTIONAL.items() if installed[name] is None},
+            **{name: use for name, use in LAUNCHERS.items() if not _launcher(name)},
+            **({} if torch.cuda.is_available() else {"GPU": "training at speed; on the CPU everything runs, slowly"}),
+        },
+    }
+
+
+def print_findings(as_json: bool = False) -> None:
+    """Print the findings as aligned text, or as JSON."""
+    found = findings()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for section, entries in found.items():
+        print(f"{section if section != 'missing' else 'missing (and what for)'}:")
+        width = max(map(len, entries), default=0)
+        for name, value in entries.items():
+            print(f"  {name:<{width}}  {value}")
+        if not entries:
+            print("  none" if section != "environment" else "  nothing set")
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _launcher(name: str) -> str | None:
+    """A launcher on the PATH, or beside the interpreter, where a virtual environment has its own."""
+    return shutil.which(name) or shutil.which(name, path=os.path.dirname(sys.executable))
+
+
+def _cpu() -> dict:
+    import torch
+
+    flags = _cpu_flags()
+    return {
+        "model": _cpu_model(),
+        "cores": f"{psutil.cpu_count(logical=False)} ({psutil.cpu_count()} threads), {_usable_cores()} usable here",
+        "torch threads": torch.get_num_threads(),
+        "instructions": ", ".join(flag for flag in CPU_FLAGS if flag in flags) or "none of " + ", ".join(CPU_FLAGS),
+        "bf16 matmul": _matmul_ratio(),
+    }
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpuinfo(field: str) -> str:
+    """A field of the first processor in /proc/cpuinfo; empty where there is no such file."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next((line.partition(":")[2].strip() for line in file if line.startswith(field)), "")
+    except OSError:
+        return ""
+
+
+def _cpu_flags() -> set[str]:
+    return set(_cpuinfo("flags").split())
+
+
+def _cpu_model() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _matmul_ratio(size: int = 512, repeats: int = 3) -> str:
+    """Time of a bf16 matmul against fp32: below 1, `train.precision: bf16` is worth it on this CPU."""
+    import torch
+
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(size, size, dtype=dtype)
+        times = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times[1:])
+    ratio = seconds[torch.bfloat16] / seconds[torch.float32]
+    return f"{ratio:.2f} of the time of fp32 ({2 * size**3 / seconds[torch.bfloat16] / 1e9:.0f} GFLOP/s)"
+
+
+def _memory() -> dict:
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(os.getcwd())
+    shared = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None
+    return {
+        "RAM": f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free",
+        "disk here": f"{disk.free / GIB:.1f} of {disk.total / GIB:.1f} GiB free",
+        "/dev/shm": "absent" if shared is None else f"{shared / GIB:.1f} GiB",
+    }
+
+
+def _gpus() -> dict:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    found = {"CUDA of torch": torch.version.cuda or f"ROCm {torch.version.hip}", "driver": _driver()}
+    for i in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(i)
+        free, total = torch.cuda.mem_get_info(i)
+        capability = f"sm_{device.major}{device.minor}"
+        found[f"cuda:{i}"] = f"{device.name}, {capability}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    return found
+
+
+def _driver() -> str:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def _backends() -> dict:
+    """For every op the kernel backends that import here, the one that `auto` takes marked."""
+    from sgtm_kernels import dispatch
+
+    try:
+        chosen = dispatch.resolve("auto")
+    except ValueError as error:
+        return {"auto": f"broken: {error}"}
+    found = {}
+    for op in dispatch.OPS:
+        states = []
+        for backend in dispatch.BACKENDS:
+            mark = " (auto)" if backend == chosen else ""
+            states.append(f"{backend}{mark}{_import_problem(f'sgtm_kernels.{op}.{backend}')}")
+        found[op] = ", ".join(states)
+    return found
+
+
+def _import_problem(module: str) -> str:
+    try:
+        import_module(module)
+    except Exception as error:  # a broken driver or build can raise anything; that is the finding
+        return f" broken: {type(error).__name__}: {error}"
+    return ""

@@ -1,0 +1,178 @@
+"""The page of a run: one HTML file that needs nothing else, and its figures as PNGs beside it.
+
+Promises, each in `tests/unit/test_report.py`: the page asks the network for nothing; its table holds exactly the
+figures of `summary.json`; and whatever a run does not have yet is named instead of shown.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from sgtm.config.schema import Config
+from sgtm.report import figures, palette
+from sgtm.report.figures import Drawing, draw
+from sgtm.report.findings import conditions, loss_rows, sentences, signed
+from sgtm.report.record import Record, is_forgotten, read_record, removed_domains
+from sgtm_kernels.plan import KINDS, PARTS
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A figure of the page: its caption, and what is missing where it could not be drawn."""
+
+    name: str
+    caption: str
+    missing: str
+    drawing: Drawing | None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A strategy table: a number for each label (row) and column."""
+
+    title: str
+    meaning: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[float, ...]], ...]
+
+
+EXHIBITS = (
+    (
+        figures.ablation,
+        "Held-out loss in nats per token. Ring: the full model. Dot: the same weights with the domain's heads and "
+        "neurons inactive. The number is the difference; bold where it is meant to rise.",
+        "No ablation has been measured yet: sgtm eval writes it to summary.json.",
+    ),
+    (
+        figures.loss_curves,
+        "Training loss in nats per token, by the label the tokens were trained as, against the optimizer step.",
+        "No training losses yet: metrics.jsonl holds no steps.",
+    ),
+    (
+        figures.evaluations,
+        "Held-out loss in nats per token while training: the full model (solid) and without a domain (dashed).",
+        "Fewer than two evaluations during training: set train.eval_every to see them.",
+    ),
+    (
+        figures.gradient_norms,
+        "Gradient norm of each group relative to the norm of its weights (no unit), by what the data truly are, with "
+        "nothing masked. Shades span four decades.",
+        "Gradient norms have not been measured: summary.json holds none.",
+    ),
+    (
+        figures.partition,
+        "Who owns what: every layer's query heads and MLP neurons at their original indices, by group.",
+        "The partition is unknown: config.yaml is missing.",
+    ),
+    (
+        figures.speed,
+        "Throughput in tokens per second over all ranks, and the global gradient norm before clipping.",
+        "No throughput yet: metrics.jsonl holds no steps.",
+    ),
+)
+
+
+def write_report(run: Path) -> Path:
+    """Write `report/index.html` and its PNGs into the run directory and return the page's path.
+
+    Works on a run at any age: what is missing is said on the page. Raises ValueError if `run` is not a directory or
+    one of its files is damaged.
+    """
+    record = read_record(run)
+    exhibits = [Exhibit(p.__name__, caption, missing, draw(p.__name__, record, p)) for p, caption, missing in EXHIBITS]
+    folder = run / "report"
+    folder.mkdir(exist_ok=True)
+    for exhibit in exhibits:
+        picture = folder / f"{exhibit.name}.png"
+        picture.unlink(missing_ok=True)  # an older report's figure must not outlive its data
+        if exhibit.drawing:
+            picture.write_bytes(exhibit.drawing.png)
+    page = folder / "index.html"
+    draft = folder / "index.html.tmp"
+    draft.write_text(render(record, exhibits), encoding="utf-8")
+    os.replace(draft, page)
+    return page
+
+
+def render(record: Record, exhibits: list[Exhibit]) -> str:
+    """The page as HTML."""
+    environment = Environment(
+        loader=PackageLoader("sgtm.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"code": _code, "svg": lambda drawing: Markup(drawing.svg)}
+    told = sentences(record)
+    summary = record.summary
+    return environment.get_template("page.html.j2").render(
+        record=record,
+        headline=told[0],
+        others=told[1:],
+        facts=_facts(record),
+        rows=loss_rows(summary),
+        conditions=conditions(summary),
+        baselines=summary.get("baselines") or {},
+        versions=summary.get("versions") or {},
+        signed=signed,
+        is_forgotten=is_forgotten,
+        removed_domains=removed_domains,
+        exhibits=exhibits,
+        grids=strategy_grids(record.config) if record.config else [],
+        light=palette.css(palette.LIGHT),
+        dark=palette.css(palette.DARK),
+    )
+
+
+def strategy_grids(config: Config) -> list[Grid]:
+    """The strategy's tables; parts of `update` that are alike share one."""
+    tables = config.tables
+    parts_of: dict[tuple, list[str]] = {}
+    for part in PARTS:
+        parts_of.setdefault(tables.update[part], []).append(part)
+    grids = [
+        ("active", "the group's output, forward", tables.groups, tables.active),
+        ("route", "the gradient through that output", tables.groups, tables.route),
+    ]
+    for table, parts in parts_of.items():
+        which = "" if len(parts) == len(PARTS) else f" ({', '.join(parts)})"
+        grids.append((f"update{which}", "the token's share in the group's weight gradient", tables.groups, table))
+    joint = tuple(zip(*(tables.update_joint[kind] for kind in KINDS), strict=True))
+    grids.append(("update_joint", "the same, for parameters that belong to no group", KINDS, joint))
+    return [
+        Grid(title, meaning, columns, tuple(zip(tables.labels, table, strict=True)))
+        for title, meaning, columns, table in grids
+    ]
+
+
+def _facts(record: Record) -> list[tuple[str, str]]:
+    """(what, value) of the run as a whole; only what is known."""
+    last = record.steps[-1] if record.steps else {}
+    known = {**{key: last.get(key) for key in ("tokens", "tokens_per_second", "seconds")}, "steps": last.get("step")}
+    known |= {key: value for key, value in record.summary.items() if value is not None}
+    facts = []
+    if record.config:
+        masking = record.config.masking
+        facts += [("strategy", masking.strategy), ("domains", ", ".join(masking.domains))]
+    written = {
+        "parameters": lambda n: f"{n / 1e6:,.2f} M" if n < 1e9 else f"{n / 1e9:,.2f} B",
+        "steps": lambda n: f"{n:,}",
+        "tokens": lambda n: f"{n / 1e6:,.2f} M" if n < 1e9 else f"{n / 1e9:,.2f} B",
+        "tokens_per_second": lambda n: f"{n:,.0f}",
+        "seconds": lambda s: f"{s:.0f} s" if s < 120 else f"{s / 60:.1f} min" if s < 7200 else f"{s / 3600:.1f} h",
+    }
+    names = {"tokens_per_second": "tokens per second", "seconds": "training time"}
+    facts += [(names.get(key, key), form(known[key])) for key, form in written.items() if known.get(key) is not None]
+    return facts
+
+
+def _code(sentence: str) -> Markup:
+    """Escaped text whose `words` in backticks are code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(sentence))))

@@ -1,0 +1,93 @@
+"""Reading back what a run has written.
+
+A run may be young, killed or not yet evaluated, so every piece may be missing; a piece that is there but damaged is an
+error that names it. The one exception is the last line of `metrics.jsonl`, which a killed run leaves half written.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from sgtm.config import load_config
+from sgtm.config.schema import Config
+
+PREFIX = "without "
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run directory.
+
+    config, config_text  the schema and the file as written, or None and "" where there is no `config.yaml`
+    steps, evals         lines of `metrics.jsonl` by kind, in order of step; a step repeated after a resume counts once,
+                         as it was last seen
+    summary              `summary.json`, empty before the evaluation
+    """
+
+    run: Path
+    config: Config | None
+    config_text: str
+    steps: list[dict]
+    evals: list[dict]
+    summary: dict
+
+    @property
+    def name(self) -> str:
+        return self.summary.get("name") or (self.config.name if self.config else self.run.resolve().name)
+
+
+def read_record(run: Path) -> Record:
+    """Everything a run directory holds about the run. Raises ValueError if it is none, or a file in it is damaged."""
+    if not run.is_dir():
+        raise ValueError(f"{run} is not a run directory; `sgtm train` makes one at <runs>/<name>")
+    config_file = run / "config.yaml"
+    found = config_file.is_file()
+    lines = _read_lines(run / "metrics.jsonl")
+    return Record(
+        run,
+        load_config(str(config_file), []) if found else None,
+        config_file.read_text(encoding="utf-8") if found else "",
+        _last_of_each_step(lines, "step"),
+        _last_of_each_step(lines, "eval"),
+        _read_summary(run / "summary.json"),
+    )
+
+
+def removed_domains(key: str) -> tuple[str, ...]:
+    """Domains of a losses key: `full` has none, `without a,b` two."""
+    return tuple(key.removeprefix(PREFIX).split(",")) if key.startswith(PREFIX) else ()
+
+
+def is_forgotten(true_label: str, domains: tuple[str, ...]) -> bool:
+    """Whether removing these domains is meant to raise the loss of a category with this true label."""
+    return true_label in {f"forget:{domain}" for domain in domains}
+
+
+def _read_lines(file: Path) -> list[dict]:
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines()
+    parsed = []
+    for number, line in enumerate(lines, 1):
+        try:
+            parsed.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise ValueError(f"{file}, line {number}: not a JSON object: {line[:80]!r}") from None
+    return parsed
+
+
+def _last_of_each_step(lines: list[dict], kind: str) -> list[dict]:
+    by_step = {line["step"]: line for line in lines if line.get("kind") == kind}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _read_summary(file: Path) -> dict:
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); run `sgtm eval` again") from None

@@ -1,0 +1,50 @@
+"""The losses of a run as tables for the terminal."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sgtm.report.findings import LossRow, conditions, loss_rows, signed
+from sgtm.report.record import is_forgotten, removed_domains
+
+LARGE = 0.1  # nats: what a removal may cost the categories it is not meant for
+
+
+def print_summary(summary: dict, console: Console | None = None) -> None:
+    """Print the losses of a `summary.json`, a table for each removal: a row per category, nats per token.
+
+    A difference that is meant (a removed domain's loss rising) is green; any other above 0.1 nat is red.
+    """
+    console = console or Console()
+    console.print(f"[bold]{summary.get('name', 'run')}[/]: held-out loss, nats per token")
+    rows = loss_rows(summary)
+    for condition in conditions(summary) or [None]:
+        console.print(_table(rows, condition))
+
+
+def _table(rows: list[LossRow], condition: str | None) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("category")
+    table.add_column("true label", style="dim")
+    table.add_column("full", justify="right")
+    if condition:
+        table.add_column(condition, justify="right")
+        table.add_column("difference", justify="right")
+    for row in rows:
+        cells = [row.category, row.true_label, f"{row.losses['full']:.3f}"]
+        if condition in row.losses:
+            cells += [f"{row.losses[condition]:.3f}", _difference(row, condition)]
+        table.add_row(*cells)
+    return table
+
+
+def _difference(row: LossRow, condition: str) -> Text:
+    difference = row.difference(condition)
+    if is_forgotten(row.true_label, removed_domains(condition)) and difference > 0:
+        style = "green"
+    else:
+        style = "" if abs(difference) <= LARGE else "red"
+    return Text(signed(difference, 3), style=style)

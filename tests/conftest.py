@@ -1,0 +1,34 @@
+"""The environment of every test: one thread, no network, nothing logged elsewhere, deepspeed on the CPU.
+
+Set before torch and deepspeed are imported, and inherited by the processes that distributed tests start.
+"""
+
+import os
+
+for name, value in {
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "DS_BUILD_OPS": "0",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "disabled",
+    "WANDB_SILENT": "true",
+    "MPLBACKEND": "Agg",
+}.items():
+    os.environ.setdefault(name, value)
+for name in ("SGTM_KERNELS", "SGTM_TRACEBACK", "RANK", "WORLD_SIZE", "LOCAL_RANK"):  # a test sets what it needs
+    os.environ.pop(name, None)
+
+import pytest  # noqa: E402 (after the environment)
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu are skipped where there is none, and only there."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,176 @@
+"""Tiny models of both families with two domains, and global steps of every mixing: what tests of whole models share."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from sgtm.config.schema import ModelConfig
+from sgtm.data.batch import IGNORE, Batch
+from sgtm.masking.labels import LabelSpace
+from sgtm.masking.partition import build_partition
+from sgtm.masking.strategy import build_tables
+from sgtm.model.transformer import Transformer
+from sgtm_kernels.plan import MaskPlan, Tables, merge_runs
+
+SPACE = LabelSpace(("bio", "code"))
+UNLABELED, RETAIN, BIO, CODE = range(4)
+CONTEXT, VOCAB = 12, 41
+
+FAMILIES = {
+    "gpt_neo": ModelConfig(
+        layers=2,
+        hidden_size=16,
+        heads=4,
+        intermediate_size=10,
+        vocab_size=VOCAB,
+        context=CONTEXT,
+        window=5,
+        head_bias=True,
+        init_std=0.3,
+    ),
+    "llama": ModelConfig(
+        family="llama",
+        layers=2,
+        hidden_size=16,
+        heads=8,
+        kv_heads=4,
+        head_dim=4,
+        intermediate_size=10,
+        vocab_size=VOCAB,
+        context=CONTEXT,
+        tie_embeddings=False,
+        init_std=0.3,
+    ),
+}
+MIXINGS = ("step", "micro", "sequence", "token")
+
+# Every preset with each of its joint settings.
+STRATEGIES = {
+    name: partial(build_tables, SPACE, *name.split("+"))
+    for name in (
+        "sgtm",
+        "sgtm+masked",
+        "no_mlp_out",
+        "no_mlp_out+masked",
+        "no_attn_out",
+        "no_attn_out+masked",
+        "no_out",
+        "no_out+masked",
+        "gradient_routing",
+        "activation_masking",
+        "gram",
+        "none",
+    )
+}
+
+
+def model_of(family: str, backend: str = "runs", masked_layers=None, seed: int = 0, **changes) -> Transformer:
+    """Unequal groups; every parameter random and far from 0, biases and norms included."""
+    config = FAMILIES[family].model_copy(update=changes)
+    share = config.heads // config.num_kv_heads
+    partition = build_partition(
+        SPACE,
+        layers=config.layers,
+        heads=config.heads,
+        kv_heads=config.num_kv_heads,
+        neurons=config.intermediate_size,
+        forget_heads=share,
+        forget_neurons={"bio": 3, "code": 1},
+        masked_layers=masked_layers,
+    )
+    torch.manual_seed(seed)
+    model = Transformer(config, partition, backend)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def random_step(mixing: str, seed: int = 0, label: int = BIO, sequences: int = 2) -> list[Batch]:
+    """The micro-batches of one global step.
+
+    step      `label` for everything, `sequences` in a micro-batch
+    micro     label-pure micro-batches
+    sequence  label-pure sequences, sorted: domains, unlabeled, retain
+    token     documents isolated, labels change inside the sequences
+    """
+    if mixing == "step":
+        pieces = [[(label, CONTEXT)] * sequences] * 2
+    elif mixing == "micro":
+        pieces = [[(applied, CONTEXT)] * 2 for applied in (BIO, RETAIN, CODE, UNLABELED)]
+    elif mixing == "sequence":
+        pieces = [[(applied, CONTEXT) for applied in (CODE, BIO, BIO, UNLABELED, RETAIN)]] * 2
+    else:
+        rng, pieces = random.Random(seed), []
+        for _ in range(2):
+            order = [rng.sample((UNLABELED, RETAIN, BIO, CODE), 3) for _ in range(4)]
+            lengths = [(5, 1, CONTEXT - 6), (2, 6, CONTEXT - 8)]
+            pieces.append([pair for labels in order for pair in zip(labels, rng.choice(lengths), strict=True)])
+    batches = [_batch(batch, mixing == "token") for batch in pieces]
+    everything = frozenset(applied for batch in batches for applied in batch.labels)
+    count = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
+    batches = [replace(batch, step_targets=count, step_labels=everything) for batch in batches]
+    return [with_content(batch, range(4), seed) for batch in batches]
+
+
+def _batch(pieces: list[tuple[int, int]], isolated: bool) -> Batch:
+    labels, lengths = zip(*pieces, strict=True)
+    rows = sum(lengths) // CONTEXT
+    ends = torch.tensor(lengths).cumsum(0)
+    documents = tuple((end - n, end) for end, n in zip(ends.tolist(), lengths, strict=True)) if isolated else None
+    targets = torch.zeros(rows * CONTEXT, dtype=torch.long)
+    targets[ends - 1] = IGNORE  # nothing is predicted across a document's end
+    return Batch(
+        torch.zeros(rows, CONTEXT, dtype=torch.long), targets.view(rows, -1), labels, lengths, documents, 0, frozenset()
+    )
+
+
+def with_content(batch: Batch, labels: Iterable[int], seed: int) -> Batch:
+    """The batch with other random tokens, and so other targets, wherever the label is one of `labels`."""
+    generator = torch.Generator().manual_seed(seed)
+    fresh = torch.randint(VOCAB, (batch.input_ids.numel(),), generator=generator)
+    ids, targets, start = batch.input_ids.flatten().clone(), batch.targets.flatten().clone(), 0
+    for label, length in zip(batch.labels, batch.lengths, strict=True):
+        if label in labels:
+            ids[start : start + length] = fresh[start : start + length]
+            targets[start : start + length - 1] = ids[start + 1 : start + length]
+        start += length
+    return replace(batch, input_ids=ids.view_as(batch.input_ids), targets=targets.view_as(batch.targets))
+
+
+def plan_of(batch: Batch, tables: Tables) -> MaskPlan:
+    return MaskPlan(tables, merge_runs(batch.labels, batch.lengths), *batch.input_ids.shape, batch.documents)
+
+
+def gradients(model: Transformer, batches: list[Batch], tables: Tables) -> dict[str, torch.Tensor]:
+    """Gradient of every parameter, accumulated over the step."""
+    model.zero_grad(set_to_none=True)
+    for batch in batches:
+        loss, _ = model(batch.input_ids, batch.targets, plan_of(batch, tables), 1 / batch.step_targets)
+        loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def by_key(model: Transformer, tensors: dict[str, torch.Tensor]) -> dict[tuple[str, str, int], torch.Tensor]:
+    """Row ranges of gradients or weights, by (key, parameter, first element)."""
+    pieces = {}
+    for name, rows in model.parameter_rows().items():
+        flat = tensors[name].flatten()
+        for start, end, key in rows.segments(flat.numel() // rows.bounds[-1]):
+            pieces[key, name, start] = flat[start:end]
+    return pieces
+
+
+def contribution(tables: Tables, key: str, label: int) -> float:
+    """Weight of a label's tokens in the gradient of the rows with this key; 0 is what non-interference promises for."""
+    if key == "always":
+        return 1.0
+    if "." in key:
+        part, group = key.split(".")
+        return tables.contribution(part, label, tables.groups.index(group))
+    return max(abs(tables.update_joint[kind][label]) for kind in key.split("+"))

@@ -1,0 +1,80 @@
+"""Which backend runs: named ones never fall back, every op has the same functions in each.
+
+Faults tried, each seen to fail: the environment ignored; a contradiction resolved silently; a typo taken for `auto`; an op
+without one of its functions in one backend.
+"""
+
+import inspect
+from importlib import import_module
+
+import pytest
+import torch
+
+from sgtm_kernels.dispatch import BACKENDS, DEFAULT, OPS, pick, resolve
+from sgtm_kernels.plan import MaskPlan
+from sgtm_kernels.testing import random_tables
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    monkeypatch.delenv("SGTM_KERNELS", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "expected"),
+    [
+        ("auto", None, DEFAULT),
+        ("auto", "", DEFAULT),
+        ("auto", "auto", DEFAULT),
+        ("auto", "reference", "reference"),
+        ("reference", None, "reference"),
+        ("reference", "auto", "reference"),
+        ("runs", "runs", "runs"),
+    ],
+)
+def test_resolve(monkeypatch, name, environment, expected):
+    if environment is not None:
+        monkeypatch.setenv("SGTM_KERNELS", environment)
+    assert resolve(name) == expected
+
+
+def test_a_contradiction_is_an_error(monkeypatch):
+    monkeypatch.setenv("SGTM_KERNELS", "runs")
+    with pytest.raises(ValueError, match=r"'reference' but SGTM_KERNELS='runs'"):
+        resolve("reference")
+
+
+def test_unknown_backends_are_errors(monkeypatch):
+    with pytest.raises(ValueError, match=r"backend: unknown kernel backend 'run'"):
+        resolve("run")
+    monkeypatch.setenv("SGTM_KERNELS", "tritn")
+    with pytest.raises(ValueError, match=r"SGTM_KERNELS: unknown kernel backend 'tritn'"):
+        resolve("auto")
+
+
+@pytest.mark.parametrize(("op", "backend"), [("linear", "auto"), ("matmul", "runs"), ("linear", "cuda")])
+def test_pick_refuses_what_does_not_exist(op, backend):
+    with pytest.raises(ValueError, match="no backend"):
+        pick(op, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_backends_have_the_functions_of_their_op(op, backend):
+    """Every public op function exists in every backend, and reaches it: no backend is another in disguise."""
+    package, module = import_module(f"sgtm_kernels.{op}"), pick(op, backend)
+    functions = [name for name in package.__all__ if inspect.isfunction(getattr(package, name))]
+    assert functions
+    for name in functions:
+        assert getattr(module, name).__module__ == f"sgtm_kernels.{op}.{backend}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_op_runs_in_the_backend_it_is_given(monkeypatch, backend):
+    from sgtm_kernels.mlp import gelu
+
+    called = []
+    monkeypatch.setattr(pick("mlp", backend), "gelu", lambda *args: called.append(backend))
+    plan = MaskPlan.uniform(random_tables(0), 0, 1, 2)
+    gelu(torch.zeros(1, 2, 4), plan, (0, 2, 3, 4), backend)
+    assert called == [backend]

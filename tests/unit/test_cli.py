@@ -1,0 +1,172 @@
+"""The command line: what each command calls, and that a user's mistake is a message and never a traceback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sgtm.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The functions behind the commands, replaced by ones that note their arguments."""
+    noted = []
+
+    def module(name, function, result=None):
+        def note(*args, **options):
+            noted.append((function, args, options))
+            return result
+
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**{function: note}))
+
+    module("sgtm.train.loop", "train", Path("runs/quickstart"))
+    module("sgtm.evaluate.run", "evaluate_run", {"losses": {}})
+    module("sgtm.model.export", "export_run")
+    monkeypatch.setattr(
+        "sgtm.report.write_report", lambda run: noted.append(("write_report", (run,), {})) or run / "x.html"
+    )
+    monkeypatch.setattr("sgtm.report.print_summary", lambda summary: noted.append(("print_summary", (summary,), {})))
+    return noted
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "config.yaml").write_text("extends: debug\n")
+    return tmp_path
+
+
+def test_train_takes_overrides_anywhere(calls):
+    assert main(["train", "--train.steps", "30", "debug", "--overwrite", "--name=mine"]) == 0
+    ((function, (config,), options),) = calls
+    assert (function, config.train.steps, config.name) == ("train", 30, "mine")
+    assert options == {"resume": False, "overwrite": True}
+
+
+def test_train_under_the_deepspeed_launcher(calls):
+    """It puts --local_rank before everything else."""
+    assert main(["--local_rank=1", "train", "debug", "--resume"]) == 0
+    assert main(["train", "--local-rank", "0", "debug", "--train.steps", "20"]) == 0
+    assert [options["resume"] for _, _, options in calls] == [True, False]
+    assert calls[1][1][0].train.steps == 20
+
+
+def test_quickstart_trains_evaluates_reports_and_prints(calls, capsys):
+    assert main(["quickstart", "--train.steps", "60"]) == 0
+    assert [function for function, _, _ in calls] == ["train", "evaluate_run", "write_report", "print_summary"]
+    assert calls[0][1][0].name == "quickstart" and calls[0][1][0].train.steps == 60
+    assert calls[0][2] == {"overwrite": True}
+    assert "report: runs/quickstart/x.html" in capsys.readouterr().out
+
+
+def test_commands_on_a_run(calls, run, tmp_path):
+    assert main(["eval", str(run), "--sequences", "8"]) == 0
+    assert calls[0] == ("evaluate_run", (run,), {"split": "test", "sequences": 8})
+    assert main(["export", str(run), "--remove", "es", "--out", str(tmp_path / "out")]) == 0
+    assert calls[2] == ("export_run", (run, ["es"], tmp_path / "out"), {})
+    assert main(["report", str(run)]) == 0
+    assert calls[3] == ("write_report", (run,), {})
+
+
+def test_prepare_makes_its_options_from_the_dataclass(monkeypatch):
+    noted = []
+    monkeypatch.setattr("sgtm.data.prepare.run_prepare", noted.append)
+    arguments = "prepare a.jsonl b --rules r.yaml --out corpus --vocab-size 300 --overwrite"
+    assert main(arguments.split()) == 0
+    (options,) = noted
+    assert options.sources == (Path("a.jsonl"), Path("b"))
+    assert (options.rules, options.out, options.vocab_size) == (Path("r.yaml"), Path("corpus"), 300)
+    assert options.overwrite
+
+
+def test_config_prints_presets_and_a_whole_config(capsys):
+    assert main(["config"]) == 0
+    assert "tinystories-64m" in capsys.readouterr().out.splitlines()
+    assert main(["config", "debug", "--train.steps", "77"]) == 0
+    assert "  steps: 77\n" in capsys.readouterr().out
+
+
+def test_train_help_lists_the_keys(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--help"])
+    assert exit.value.code == 0
+    assert "--optimizer.masked_update  one of exact, zero_grad [exact]" in capsys.readouterr().out
+
+
+MISTAKES = {
+    "preset": (["train", "debgu"], "error: unknown preset 'debgu'"),
+    "key": (["train", "debug", "--train.step", "3"], "error: debug: train.step: unknown key"),
+    "both": (
+        ["train", "debug", "--resume", "--overwrite"],
+        "error: --resume continues a run and --overwrite deletes it",
+    ),
+    "no run": (["eval", "no/such"], "error: no/such: not a run directory (no config.yaml in it)"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistake_is_a_message_and_status_2(case, capsys, monkeypatch):
+    monkeypatch.delenv("SGTM_TRACEBACK", raising=False)
+    arguments, expected = MISTAKES[case]
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(expected)
+    assert "Traceback" not in printed.err and not printed.out
+
+
+def test_traceback_on_demand(monkeypatch):
+    monkeypatch.setenv("SGTM_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="unknown preset"):
+        main(["train", "debgu"])
+
+
+def raising(monkeypatch, error):
+    def train(*args, **options):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "sgtm.train.loop", SimpleNamespace(train=train))
+    return main(["train", "debug"])
+
+
+def test_errors_of_the_system_are_named_by_file(monkeypatch, capsys):
+    assert raising(monkeypatch, OSError(28, "No space left on device", "runs/debug/model.pt")) == 2
+    assert capsys.readouterr().err == "error: runs/debug/model.pt: No space left on device\n"
+
+
+def test_interrupt_and_own_bugs_are_not_dressed_up(monkeypatch, capsys):
+    assert raising(monkeypatch, KeyboardInterrupt()) == 130
+    with pytest.raises(RuntimeError):
+        raising(monkeypatch, RuntimeError("a bug"))
+
+
+def test_ranks_speak_once_about_the_config_and_each_for_itself_otherwise(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(["train", "debgu"]) == 2
+    assert capsys.readouterr().err == ""
+    assert raising(monkeypatch, ValueError("shard 2: hash differs")) == 2
+    assert capsys.readouterr().err == "error: rank 3: shard 2: hash differs\n"
+
+
+def test_help_is_instant():
+    """No command's modules are imported before it runs; torch alone takes a second."""
+    code = "import sys; from sgtm.cli import main; main([]); main(['eval', 'x']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.endswith("False\n")
+
+
+def test_module_runs_under_torchrun():
+    """`-m sgtm` is found, and a mistake is told once for both ranks."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "sgtm", "train", "debgu"],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count("error: rank 0: unknown preset 'debgu'") == 1
+    assert done.stderr.count("unknown preset") == 1

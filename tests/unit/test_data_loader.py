@@ -1,0 +1,226 @@
+"""The order of data: pure in (seed, step), the same for any number of ranks, even in labels."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from corpora import build, config_for, mixed_records, record
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sgtm.data.batch import IGNORE, Batch
+from sgtm.data.loader import Loader, evaluation_batches
+from sgtm.data.store import Corpus
+from sgtm.masking.labels import RETAIN, UNLABELED
+
+MIXINGS = ("step", "micro", "sequence", "token")
+FORGET = 2
+CHANNEL = {"retain": {"retain": 0.5, "unlabeled": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Corpus:
+    return build(tmp_path_factory.mktemp("loader") / "corpus", mixed_records(120))
+
+
+def config(mixing: str, **options):
+    return config_for(mixing=mixing, channel=CHANNEL, **{"micro_blocks": 2, **options})
+
+
+def rows(batches: list[Batch]) -> list[tuple]:
+    """Every sequence with its targets, in order."""
+    return [
+        (*ids.tolist(), *targets.tolist())
+        for batch in batches
+        for ids, targets in zip(batch.input_ids, batch.targets, strict=True)
+    ]
+
+
+def token_labels(batch: Batch) -> np.ndarray:
+    return np.repeat(batch.labels, batch.lengths).reshape(batch.input_ids.shape)
+
+
+def global_step(corpus, run, step, world_size) -> list[Batch]:
+    return [batch for rank in range(world_size) for batch in Loader(corpus, run, rank, world_size).step(step)]
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_a_step_is_a_function_of_its_number(corpus, mixing):
+    loader = Loader(corpus, config(mixing))
+    in_order = [rows(loader.step(step)) for step in range(12)]
+    for step in (11, 3, 4, 0):
+        assert rows(loader.step(step)) == in_order[step]  # after the prefetch of another step
+        assert rows(Loader(corpus, config(mixing)).step(step)) == in_order[step]
+    assert rows(Loader(corpus, config(mixing, seed=1)).step(0)) != in_order[0]
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+@given(step=st.integers(0, 200), world_size=st.sampled_from([1, 2, 4]), micro_batch=st.sampled_from([1, 2]))
+@settings(max_examples=15, deadline=None)
+def test_a_step_holds_the_same_sequences_for_any_world_size_and_micro_batch(
+    corpus, mixing, step, world_size, micro_batch
+):
+    whole = global_step(corpus, config(mixing, sequences=16), step, 1)
+    parts = global_step(corpus, config(mixing, sequences=16, micro_batch=micro_batch), step, world_size)
+    assert Counter(rows(whole)) == Counter(rows(parts))
+    assert {batch.step_labels for batch in parts} == {whole[0].step_labels}
+    assert {batch.step_targets for batch in parts} == {whole[0].step_targets}
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_targets_and_labels_of_a_step_are_the_real_ones(corpus, mixing, isolated):
+    run = config(mixing, isolate_documents=isolated)
+    loader = Loader(corpus, run, rank=1, world_size=2)
+    for step in range(25):
+        batches = global_step(corpus, run, step, 2)
+        assert sum(int((batch.targets != IGNORE).sum()) for batch in batches) == loader.step_targets(step)
+        assert {label for batch in batches for label in batch.labels} == loader.step_labels(step)
+        assert batches[0].step_targets == loader.step_targets(step)
+        assert batches[0].step_labels == loader.step_labels(step)
+
+
+def test_other_ranks_tokens_are_not_read(corpus, monkeypatch):
+    loader = Loader(corpus, config("token"))
+    monkeypatch.setattr(Corpus, "tokens", lambda *args: pytest.fail("a token was read"))
+    assert loader.step_targets(0) > 0 and loader.step_labels(0)
+
+
+@pytest.mark.parametrize("mixing", ["step", "micro", "sequence"])
+def test_sequences_are_label_pure(corpus, mixing):
+    for step in range(20):
+        for batch in global_step(corpus, config(mixing), step, 2):
+            labels = token_labels(batch)
+            assert (labels == labels[:, :1]).all() and batch.documents is None
+
+
+def test_step_mixing_has_one_label_per_step(corpus):
+    loader = Loader(corpus, config("step"))
+    labels = [loader.step_labels(step) for step in range(40)]
+    assert all(len(found) == 1 for found in labels) and len(set(labels)) == 3
+
+
+def test_micro_mixing_has_one_label_per_accumulation_index(corpus):
+    seen = set()
+    for step in range(20):
+        ranks = [Loader(corpus, config("micro"), rank, 2).step(step) for rank in range(2)]
+        by_index = [{int(label) for batch in batches for label in batch.labels} for batches in zip(*ranks, strict=True)]
+        assert all(len(labels) == 1 for labels in by_index)
+        seen.add(tuple(min(labels) for labels in by_index))
+    assert len(seen) > 3
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_sequence_mixing_is_sorted_and_even(corpus, world_size):
+    for step in range(20):
+        batches = global_step(corpus, config("sequence", sequences=16, micro_batch=4), step, world_size)
+        counts = [Counter(token_labels(batch)[:, 0].tolist()) for batch in batches]
+        for label in (FORGET, UNLABELED, RETAIN):
+            shares = [count[label] for count in counts]
+            assert max(shares) - min(shares) <= 1
+        for batch in batches:
+            places = [(FORGET, UNLABELED, RETAIN).index(label) for label in batch.labels]
+            assert places == sorted(places)
+
+
+@pytest.mark.parametrize(("mixing", "isolated"), [("token", False), ("sequence", True), ("step", True)])
+def test_isolated_ranges_cover_the_micro_batch_and_stay_in_their_sequence(corpus, mixing, isolated):
+    for batch in global_step(corpus, config(mixing, isolate_documents=isolated), 3, 1):
+        size, context = batch.input_ids.shape
+        edges = [0, *(end for _, end in batch.documents)]
+        assert [start for start, _ in batch.documents] == edges[:-1] and edges[-1] == size * context
+        assert all(start // context == (end - 1) // context for start, end in batch.documents)
+        ends = batch.input_ids.flatten() == corpus.eos_id
+        assert (batch.targets.flatten()[ends] == IGNORE).all()
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_an_epoch_holds_every_block_once(corpus, mixing):
+    loader = Loader(corpus, config(mixing))
+    blocks = loader.blocks_per_epoch * loader.block
+    steps = 2 * blocks // loader.per_step
+    places = [place for step in range(steps + 1) for place in loader.sequences(step)]
+    first, second = places[:blocks], places[blocks : 2 * blocks]
+    assert len(set(first)) == len(set(second)) == blocks
+    assert first != second
+    if mixing != "token":
+        assert [place.stream for place in first] != [place.stream for place in second]
+    if loader.block == 1:
+        assert blocks == sum(stream.sequences for stream in loader.streams.values())
+        assert set(first) == set(second)
+    assert loader.steps_per_epoch == blocks / 8
+
+
+def test_batches_are_as_documented(corpus):
+    (batch, *_) = Loader(corpus, config("sequence")).step(0)
+    assert batch.input_ids.dtype == batch.targets.dtype == torch.int64
+    assert batch.input_ids.shape == batch.targets.shape == (2, 16)
+    assert sum(batch.lengths) == 32
+    assert (batch.input_ids[:, 1:] == batch.targets[:, :-1]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"domains": ["bio"]}, r"labelled forget:es, but masking\.domains is \['bio'\]"),
+        ({"domains": ["es", "bio"]}, r"masking\.domains names 'bio', but no category .* labelled forget:bio"),
+        ({"sequences": 2048}, "fewer than the 2048 of a step"),
+        ({"sequences": 256, "mixing": "step"}, "a block of data.mixing: step takes 256"),
+        ({"context": 4096}, r"label \S+ in split train has \d+ tokens, 0 sequences of 4096"),
+        ({"upsample": {"fr": 1.0}}, r"data\.upsample names fr"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_corpus_is_named(corpus, options, message):
+    with pytest.raises(ValueError, match=message):
+        Loader(corpus, config(**{"mixing": "sequence", **options}))
+
+
+@pytest.mark.parametrize(("vocab", "fits"), [(256, False), (257, True), (384, True), (385, False)])
+def test_the_vocabulary_may_be_padded_but_not_wrong(corpus, vocab, fits):
+    run = config("sequence")
+    run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": vocab})})
+    if fits:
+        Loader(corpus, run)
+    else:
+        with pytest.raises(ValueError, match=f"model.vocab_size is {vocab}, but the tokenizer of .* has 257 entries"):
+            Loader(corpus, run)
+
+
+def test_a_corpus_without_test_split_is_refused_before_training(tmp_path):
+    corpus = build(tmp_path / "corpus", [record(0), record(1, "es")])
+    with pytest.raises(ValueError, match="has no split 'test'"):
+        Loader(corpus, config("sequence"))
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("limit", [None, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_sees_every_token_once_with_equal_batches_on_all_ranks(corpus, isolated, limit, world_size):
+    run = config("sequence", isolate_documents=isolated)
+    ranks = [
+        list(evaluation_batches(corpus, run, "test", "es", max_sequences=limit, rank=r, world_size=world_size))
+        for r in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    batches = [batch for batches in ranks for batch in batches]
+    assert {batch.input_ids.shape for batch in batches} == {(2, 16)}
+    assert {label for batch in batches for label in batch.labels} == {FORGET}
+    found = Counter(int(t) for batch in batches for t in batch.targets.flatten() if t != IGNORE)
+    assert {batch.step_targets for batch in batches} == {found.total()}
+    documents = corpus.select("test", "es")
+    tokens = Counter(int(t) for document in documents for t in corpus.tokens(int(document))[isolated:])
+    if limit is None:
+        missing = tokens - found
+        assert missing.total() == (0 if isolated else 1) and not found - tokens
+    else:
+        assert 16 < found.total() <= 48
+    again = evaluation_batches(corpus, run, "test", "es", max_sequences=limit, world_size=world_size)
+    assert rows(ranks[0]) == rows(list(again))
+
+
+def test_evaluation_of_a_category_without_documents_has_no_batches(tmp_path):
+    corpus = build(tmp_path / "corpus", [record(0), record(1, "es"), record(2, split="test")])
+    assert list(evaluation_batches(corpus, config("sequence"), "test", "es")) == []
+    with pytest.raises(ValueError, match="no category 'fr'"):
+        next(evaluation_batches(corpus, config("sequence"), "test", "fr"))

@@ -1,0 +1,109 @@
+"""Tokenizers are trained alike from the same documents, and text comes back as it went in."""
+
+import json
+
+import pytest
+from corpora import mixed_records, write_jsonl
+from tokenizers import Tokenizer
+
+from sgtm.data.encode import token_spans
+from sgtm.data.prepare import prepare
+from sgtm.data.readers import open_sources
+from sgtm.data.rules import Rules
+from sgtm.data.synthetic import tell_stories
+from sgtm.data.tokenizer import (
+    EOS,
+    eos_token,
+    for_plain_text,
+    load_tokenizer,
+    sample_texts,
+    train_bpe,
+    vocabulary_size,
+)
+
+STORIES = tell_stories("en", "train", 0, 20) + tell_stories("es", "train", 0, 20)
+
+
+def test_training_depends_on_the_set_of_documents_alone():
+    samples = [sample_texts(order, 20_000) for order in (STORIES, STORIES[::-1])]
+    assert samples[0] == samples[1]
+    assert 15_000 < sum(len(text.encode()) for text in samples[0]) <= 20_000
+    assert train_bpe(samples[0], 400).to_str() == train_bpe(samples[1], 400).to_str()
+
+
+def test_the_vocabulary_has_exactly_the_size_asked_for():
+    tokenizer = train_bpe(STORIES, 700)
+    assert tokenizer.get_vocab_size() == vocabulary_size(tokenizer) == 700
+    assert eos_token(tokenizer) == EOS
+    with pytest.raises(ValueError, match="256 bytes and the end-of-text token need 257"):
+        train_bpe(STORIES, 256)
+    with pytest.raises(ValueError, match=r"only \d+ entries, not vocab_size 5000"):
+        train_bpe(["too little"], 5000)
+
+
+@pytest.mark.parametrize("text", ["¿Qué? ñandú 🍒", f"a {EOS} b", "  two  spaces\n\n", "\x00\x7f"])
+def test_any_text_comes_back(text):
+    tokenizer = for_plain_text(train_bpe(STORIES, 400))
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_to_id(EOS) not in ids
+
+
+def test_a_tokenizer_that_truncates_is_set_not_to():
+    tokenizer = train_bpe(STORIES, 400)
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=50)
+    ids = for_plain_text(tokenizer).encode("a long sentence that is not cut").ids
+    assert tokenizer.decode(ids) == "a long sentence that is not cut"
+
+
+@pytest.mark.parametrize("names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")])
+def test_gpt2_folders(tmp_path, names):
+    trained = train_bpe(STORIES, 400)
+    model = json.loads(trained.to_str())["model"]
+    (tmp_path / names[0]).write_text(json.dumps(model["vocab"]))
+    merges = "\n".join(" ".join(merge) for merge in model["merges"])
+    (tmp_path / names[1]).write_text(f"#version: 0.2\n{merges}\n")
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode(STORIES[3]).ids == trained.encode(STORIES[3]).ids
+    assert loaded.get_vocab_size() == 400 and eos_token(loaded, tmp_path) == EOS
+
+
+def test_bad_tokenizer_folders(tmp_path):
+    with pytest.raises(ValueError, match=r"no tokenizer in .*: expected tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
+    with pytest.raises(ValueError, match="is damaged"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_end_of_text_token_is_the_one_the_folder_names(tmp_path):
+    tokenizer = train_bpe(STORIES, 400)
+    tokenizer.add_special_tokens(["<stop>"])
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<stop>"}}')
+    assert eos_token(tokenizer, tmp_path) == "<stop>"
+    bare = Tokenizer.from_str(tokenizer.to_str().replace(EOS, "<unusual>"))
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        eos_token(bare)
+
+
+def test_prepare_with_a_folder_uses_its_vocabulary(tmp_path):
+    (tmp_path / "mine").mkdir()
+    tokenizer = train_bpe(STORIES, 400)
+    tokenizer.save(str(tmp_path / "mine/tokenizer.json"))
+    rules = Rules.model_validate(
+        {"split": {"field": "split"}, "labels": {"en": "retain", "es": "forget:es", "web": "unlabeled"}}
+    )
+    source = write_jsonl(tmp_path / "a.jsonl", mixed_records(5))
+    corpus = prepare(open_sources([source]), rules, tmp_path / "mine", tmp_path / "out", workers=1)
+    assert corpus.vocab_size == 400
+    assert corpus.tokens(0).tolist() == [*tokenizer.encode(mixed_records(5)[0]["text"]).ids, corpus.eos_id]
+
+
+def test_a_token_that_touches_a_span_is_in_it():
+    offsets = [(0, 3), (3, 7), (7, 9), (9, 9), (9, 12)]
+    assert token_spans(((4, 5, "b"),), offsets, ["a", "b"]) == [(1, 2, 1)]
+    assert token_spans(((2, 8, "a"),), offsets, ["a"]) == [(0, 3, 0)]
+    assert token_spans(((3, 7, "a"),), offsets, ["a"]) == [(1, 2, 0)]
+    assert token_spans(((0, 12, "a"),), offsets, ["a"]) == [(0, 5, 0)]
+    assert token_spans(((0, 4, "a"), (4, 8, "b")), offsets, ["a", "b"]) == [(0, 2, 0), (2, 3, 1)]

@@ -1,0 +1,45 @@
+"""`sgtm doctor` finds what is there, says what is missing, and survives what is broken."""
+
+import json
+import sys
+
+import torch
+
+from sgtm.doctor import findings, print_findings
+from sgtm_kernels.dispatch import BACKENDS, DEFAULT, OPS
+
+
+def test_json_holds_every_section(capsys, monkeypatch):
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    print_findings(as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["software"]["torch"] == torch.__version__
+    assert set(found["backends"]) == set(OPS)
+    assert found["environment"]["NCCL_DEBUG"] == "INFO"
+    assert ("GPU" in found["missing"]) == (not torch.cuda.is_available()) == (not found["gpus"])
+
+
+def test_text_is_plain_and_complete(capsys):
+    print_findings()
+    out = capsys.readouterr().out
+    assert "\033" not in out
+    for section in ("software:", "cpu:", "memory:", "gpus:", "backends:", "environment:", "missing (and what for):"):
+        assert f"\n{section}\n" in f"\n{out}"
+
+
+def test_absent_package_is_missing_with_its_use(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sgtm_kernels.linear.runs", None)  # importing it raises
+    monkeypatch.setattr("sgtm.doctor._installed", lambda name: None if name == "wandb" else "1.0")
+    found = findings()
+    assert found["software"]["wandb"] == "not installed"
+    assert "wandb.mode" in found["missing"]["wandb"]
+    assert "triton" not in found["missing"]
+    assert "runs (auto) broken: " in found["backends"]["linear"]
+    assert "broken" not in found["backends"]["mlp"]
+
+
+def test_backends_mark_the_default_and_report_a_wrong_choice(monkeypatch):
+    monkeypatch.delenv("SGTM_KERNELS", raising=False)
+    assert findings()["backends"]["mlp"] == ", ".join(f"{b} (auto)" if b == DEFAULT else b for b in BACKENDS)
+    monkeypatch.setenv("SGTM_KERNELS", "nonsense")
+    assert "nonsense" in findings()["backends"]["auto"]

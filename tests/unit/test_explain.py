@@ -1,0 +1,81 @@
+"""`sgtm explain` against a model counted by hand."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from sgtm.config import load_config, preset_names
+from sgtm.masking.explain import explain, print_explanation
+
+# debug: 2 layers, hidden size 32, 4 heads of 8, 64 neurons, vocabulary 512, context 64; 1 head and 8 neurons are es.
+D, LAYERS = 32, 2
+RETAIN = LAYERS * (3 * 24 * D + 24 * D + 56 * (D + 1) + 56 * D)
+ES = LAYERS * (3 * 8 * D + 8 * D + 8 * (D + 1) + 8 * D)
+OUT_BIAS, NORMS, FINAL_NORM, EMBEDDING, POSITION = LAYERS * 2 * D, LAYERS * 4 * D, 2 * D, 512 * D, 64 * D
+JOINT = OUT_BIAS + NORMS + FINAL_NORM + EMBEDDING + POSITION
+
+
+def text(*overrides: str) -> str:
+    console = Console(width=160, record=True, file=io.StringIO())
+    print_explanation(load_config("debug", list(overrides)), console)
+    return console.export_text()
+
+
+def row(printed: str, name: str) -> list[str]:
+    """Cells of the table row that begins with `name`."""
+    (line,) = [line for line in printed.splitlines() if line.startswith(f"│ {name} ")]
+    return [cell.strip() for cell in line.strip("│").split("│")][1:]
+
+
+def test_counts_by_group_and_label():
+    found = explain(load_config("debug"))
+    assert (found.owned("retain"), found.owned("es"), found.total) == (RETAIN, ES, RETAIN + ES + JOINT)
+    assert found.updated("unlabeled") == found.total
+    assert found.updated("retain") == RETAIN + JOINT
+    assert found.updated("forget:es") == ES + JOINT - OUT_BIAS
+
+
+def test_joint_masked_leaves_only_the_final_norm():
+    found = explain(load_config("debug", ["--masking.joint", "masked"]))
+    assert found.updated("forget:es") == ES + FINAL_NORM
+
+
+def test_unmasked_layers_are_updated_by_everyone():
+    found = explain(load_config("debug", ["--masking.masked_layers", "[1]"]))
+    layer = (RETAIN + ES + OUT_BIAS + NORMS) // LAYERS
+    assert found.owned("es") == ES // 2
+    assert found.updated("forget:es") == layer + (ES // 2) + (NORMS // 2) + FINAL_NORM + EMBEDDING + POSITION
+
+
+def test_strategy_none_masks_nothing():
+    found = explain(load_config("debug", ["--masking.strategy", "none"]))
+    assert {found.updated(label) for label in found.updates} == {found.total}
+
+
+def test_tables_say_who_runs_and_who_learns():
+    printed = text()
+    assert row(printed, "retain mlp_out") == [f"{LAYERS * 56 * D:,}", "yes", "yes", "-"]
+    assert row(printed, "es attn_in") == [f"{LAYERS * 24 * D:,}", "yes", "-", "yes"]
+    assert row(printed, "joint mlp_out_bias") == [f"{LAYERS * D:,}", "yes", "yes", "-"]
+    assert row(printed, "may update")[1:] == [
+        f"{n:,}" for n in (RETAIN + ES + JOINT, RETAIN + JOINT, ES + JOINT - OUT_BIAS)
+    ]
+    assert "│ es     │ runs      │ off    │ runs      │" in printed
+    assert row(printed, "accumulation") == ["micro-batches of 2 sequences: 4 on 1, 2 on 2, 1 on 4 ranks"]
+    assert "75%" in printed and "25%" in printed
+
+
+def test_weights_and_stopped_gradients_are_shown():
+    printed = text("--masking.strategy", "gradient_routing", "--masking.overrides.update.retain.retain.mlp_in", "0.5")
+    assert row(printed, "retain mlp_in")[1:] == ["yes", "x 0.5", "-"]
+    assert "runs, gradients stop" in printed
+    head_only = text("--masking.overrides.update_joint.retain.embedding", "0")
+    assert row(head_only, "joint embedding+head")[1:] == ["yes", "- / yes", "yes"]
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_can_be_explained(name):
+    found = explain(load_config(name))
+    forget = found.config.space.labels[-1]
+    assert 0 < found.updated(forget) < found.updated("retain") < found.total

@@ -1,0 +1,205 @@
+"""The exported folder: it loads without our code, computes what our model does, and what was removed is not in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sgtm.config import Config, load_config
+from sgtm.data.tokenizer import EOS, train_bpe
+from sgtm.masking.strategy import removal_tables
+from sgtm.model import export
+from sgtm.model.export import export_run
+from sgtm.model.transformer import Transformer
+from sgtm_kernels.plan import MaskPlan
+
+GPT_NEO = """\
+name: small
+model: {layers: 2, hidden_size: 32, heads: 4, intermediate_size: 24, vocab_size: 257, context: 16, window: 4}
+masking: {domains: [es, fr], forget_heads: {es: [0], fr: [2]}, forget_neurons: {es: [1, 8, 20], fr: 4}}
+train: {tokens_per_step: 64, precision: fp32}
+"""
+LLAMA = GPT_NEO.replace("window: 4", "family: llama, kv_heads: 4, tie_embeddings: false")
+SOME_LAYERS = LLAMA.replace("masking: {", "masking: {masked_layers: [1], ")
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+    """A tokenizer of 257 tokens in the place of a corpus, and one thread."""
+    torch.set_num_threads(1)
+    tokenizer = train_bpe([], 257)
+    monkeypatch.setattr(export, "open_corpus", lambda config, verify: SimpleNamespace(tokenizer=tokenizer))
+
+
+def make_run(run: Path, text: str) -> Transformer:
+    """A run directory whose one checkpoint holds the returned model's random weights, no two of them alike."""
+    run.mkdir()
+    (run / "config.yaml").write_text(text)
+    config = load_config(str(run / "config.yaml"))
+    torch.manual_seed(0)
+    model = Transformer(config.model, config.partition, "reference")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    distinct = (torch.randperm(total) + 0.5).div_(total).sub_(0.5)
+    for parameter in model.parameters():
+        parameter.data.copy_(distinct[: parameter.numel()].view_as(parameter))
+        distinct = distinct[parameter.numel() :]
+    checkpoint = run / "checkpoints" / "step_00000007"
+    checkpoint.mkdir(parents=True)
+    weights = checkpoint / "mp_rank_00_model_states.pt"
+    torch.save({"module": model.state_dict()}, weights)
+    entry = {"bytes": weights.stat().st_size, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    manifest = {"step": 7, "ranks": 1, "config": config.model_dump(mode="json"), "files": {weights.name: entry}}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (run / "checkpoints" / "latest").write_text(checkpoint.name)
+    return model
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def values(weights: dict[str, torch.Tensor]) -> set[float]:
+    return {value for tensor in weights.values() for value in tensor.flatten().tolist()}
+
+
+def owned(model: Transformer, group: str) -> set[float]:
+    """Every weight in the rows that a group owns."""
+    found: set[float] = set()
+    for name, parameter in model.named_parameters():
+        rows = model.parameter_rows()[name]
+        for key, start, end in zip(rows.keys, rows.bounds[:-1], rows.bounds[1:], strict=True):
+            if key.endswith(f".{group}"):
+                found |= set(parameter[start:end].detach().flatten().tolist())
+    return found
+
+
+@pytest.mark.parametrize("text", [GPT_NEO, LLAMA, SOME_LAYERS], ids=["gpt_neo", "llama", "some-layers"])
+@pytest.mark.parametrize("remove", [[], ["es"], ["fr", "es"]], ids=["full", "es", "both"])
+def test_export_loads_computes_the_same_and_lacks_what_was_removed(tmp_path, text, remove):
+    model = make_run(tmp_path / "run", text)
+    out = export_run(tmp_path / "run", remove, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
+    ids = torch.randint(257, (2, 16))
+    plan = MaskPlan.uniform(removal_tables(load_config(str(tmp_path / "run/config.yaml")).space, remove), 0, 2, 16)
+    with torch.no_grad():
+        ours, theirs = model.logits(ids, plan), loaded(ids).logits
+    torch.testing.assert_close(theirs, ours, rtol=2e-5, atol=2e-5 * ours.abs().max().item())
+
+    written = values(tensors(out))
+    for group in ("es", "fr"):
+        weights = owned(model, group)
+        assert len(weights) > 500
+        assert weights.isdisjoint(written) if group in remove else weights <= written
+    assert owned(model, "retain") <= written
+
+
+def test_removed_units_are_physically_gone_or_exactly_zero(tmp_path):
+    """GPT-Neo: 3 of 24 neurons gone, head 0 zero. Llama: head 0 gone too. In one layer of two: all of it zero."""
+    shapes = {}
+    for name, text in {"gpt_neo": GPT_NEO, "llama": LLAMA, "some": SOME_LAYERS}.items():
+        make_run(tmp_path / name, text)
+        out = export_run(tmp_path / name, ["es"], tmp_path / f"{name}-out")
+        shapes[name] = tensors(out), json.loads((out / "sgtm_export.json").read_text())
+
+    weights, record = shapes["gpt_neo"]
+    assert weights["transformer.h.1.mlp.c_fc.weight"].shape == (21, 32)
+    assert weights["transformer.h.1.mlp.c_fc.bias"].shape == (21,)
+    for part in ("q", "k", "v"):
+        projection = weights[f"transformer.h.1.attn.attention.{part}_proj.weight"]
+        assert projection.shape == (32, 32) and not projection[:8].any() and projection[8:].all()
+    w_o = weights["transformer.h.1.attn.attention.out_proj.weight"]
+    assert not w_o[:, :8].any() and w_o[:, 8:].all()
+    assert record["how"] == {"heads": "zeroed", "neurons": "physically removed"}
+
+    weights, record = shapes["llama"]
+    assert weights["model.layers.0.self_attn.q_proj.weight"].shape == (24, 32)
+    assert weights["model.layers.0.mlp.down_proj.weight"].shape == (32, 21)
+    assert record["how"] == {"heads": "physically removed", "neurons": "physically removed"}
+    assert record["architecture"] == "mistral"  # LlamaConfig refuses 3 heads of width 32
+
+    weights, record = shapes["some"]
+    assert weights["model.layers.0.mlp.gate_proj.weight"].all()
+    gate = weights["model.layers.1.mlp.gate_proj.weight"]
+    assert [n for n in range(24) if not gate[n].any()] == [1, 8, 20]
+    assert record["how"] == {"heads": "zeroed", "neurons": "zeroed"}
+
+
+def test_folder_says_what_it_is(tmp_path):
+    make_run(tmp_path / "run", GPT_NEO)
+    out = export_run(tmp_path / "run", ["es"], tmp_path / "deep" / "out")
+    record = json.loads((out / "sgtm_export.json").read_text())
+    manifest = (tmp_path / "run/checkpoints/step_00000007/manifest.json").read_bytes()
+    assert record["removed"] == ["es"]
+    assert record["checkpoint"] == {
+        "name": "step_00000007",
+        "step": 7,
+        "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
+    }
+    assert record["partition"]["groups"] == ["retain", "es", "fr"]
+    assert record["partition"]["kinds"][0]["head_order"] == [1, 3, 0, 2]
+    assert "without its domains `es`" in (out / "README.md").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.eos_token == EOS and tokenizer.decode(tokenizer("año")["input_ids"]) == "año"
+    model_config = json.loads((out / "config.json").read_text())
+    assert model_config["eos_token_id"] == tokenizer.eos_token_id
+    assert [entry.name for entry in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_a_corpus_that_is_gone_costs_the_tokenizer_only(tmp_path, monkeypatch, caplog):
+    def gone(config: Config, verify: str):
+        raise ValueError("no corpus at data")
+
+    monkeypatch.setattr(export, "open_corpus", gone)
+    make_run(tmp_path / "run", GPT_NEO)
+    with caplog.at_level(logging.WARNING):
+        out = export_run(tmp_path / "run", [], tmp_path / "out")
+    assert "without a tokenizer: no corpus at data" in caplog.text
+    assert (out / "model.safetensors").exists() and not (out / "tokenizer.json").exists()
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
+    make_run(tmp_path / "run", GPT_NEO)
+    out = tmp_path / "out"
+    out.mkdir()
+    export_run(tmp_path / "run", [], out)  # empty: taken
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    with pytest.raises(ValueError, match="not an empty folder"):
+        export_run(tmp_path / "run", ["es"], out)
+    assert before == {file.name: file.read_bytes() for file in out.iterdir()}
+
+
+def test_failures_leave_nothing_behind(tmp_path, monkeypatch):
+    make_run(tmp_path / "run", GPT_NEO)
+    with pytest.raises(ValueError, match="cannot remove 'de'; domains: es, fr"):
+        export_run(tmp_path / "run", ["de"], tmp_path / "out")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "_save_model", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_run(tmp_path / "run", [], tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_no_run_no_checkpoint_or_a_damaged_one_is_named(tmp_path):
+    with pytest.raises(ValueError, match="not a run directory"):
+        export_run(tmp_path / "nowhere", [], tmp_path / "out")
+    make_run(tmp_path / "run", GPT_NEO)
+    weights = next((tmp_path / "run/checkpoints").rglob("*.pt"))
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"mp_rank_00_model_states\.pt has \d+ bytes"):
+        export_run(tmp_path / "run", [], tmp_path / "out")
+    for file in sorted((tmp_path / "run/checkpoints").rglob("*"), reverse=True):
+        file.rmdir() if file.is_dir() else file.unlink()
+    with pytest.raises(ValueError, match="no checkpoint yet"):
+        export_run(tmp_path / "run", [], tmp_path / "out")

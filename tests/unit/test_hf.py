@@ -1,0 +1,233 @@
+"""Hugging Face, both ways: nothing lost, nothing added, the same logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, MistralConfig
+
+from sgtm.config.schema import ModelConfig
+from sgtm.masking.labels import LabelSpace
+from sgtm.masking.partition import Partition, build_partition
+from sgtm.masking.strategy import removal_tables
+from sgtm.model.hf import from_hf_state, model_config_from_hf, to_hf_state
+from sgtm.model.transformer import Transformer
+from sgtm_kernels.plan import MaskPlan
+
+SPACE = LabelSpace(("bio", "code"))
+
+GPT_NEO = ModelConfig(
+    layers=3, hidden_size=32, heads=8, intermediate_size=40, vocab_size=61, context=24, window=5, norm_eps=1e-3
+)
+LLAMA = ModelConfig(
+    family="llama",
+    layers=2,
+    hidden_size=32,
+    heads=8,
+    kv_heads=4,
+    head_dim=6,
+    intermediate_size=40,
+    vocab_size=61,
+    context=24,
+    tie_embeddings=False,
+    rope_theta=500.0,
+)
+LLAMA_TIED = LLAMA.model_copy(update={"kv_heads": None, "head_dim": None, "tie_embeddings": True})
+
+COUNTED = {"forget_heads": 2, "forget_neurons": 7}
+LISTED = {
+    "forget_heads": {"bio": [4, 5], "code": [0, 1]},
+    "forget_neurons": {"bio": [39, 3, 17], "code": [0, 20, 21, 22, 5]},
+}
+CASES = {
+    "gpt_neo": (GPT_NEO, COUNTED),
+    "gpt_neo-listed": (GPT_NEO, LISTED),
+    "gpt_neo-one-layer": (GPT_NEO, {**LISTED, "masked_layers": [1]}),
+    "gpt_neo-global": (GPT_NEO.model_copy(update={"window": None}), LISTED),
+    "llama": (LLAMA, COUNTED),
+    "llama-listed": (LLAMA, LISTED),
+    "llama-one-layer": (LLAMA, {**LISTED, "masked_layers": [0]}),
+    "llama-tied": (LLAMA_TIED, LISTED),
+}
+REMOVALS = [(), ("bio",), ("code",), ("bio", "code")]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def partition_of(config: ModelConfig, **masking) -> Partition:
+    return build_partition(
+        SPACE,
+        layers=config.layers,
+        heads=config.heads,
+        kv_heads=config.num_kv_heads,
+        neurons=config.intermediate_size,
+        **masking,
+    )
+
+
+def random_model(config: ModelConfig, partition: Partition) -> Transformer:
+    """Every parameter random and far from 0, biases and norms included."""
+    model = Transformer(config, partition, "reference")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def load_hf(state, config):
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES)
+def case(request):
+    config, masking = request.param
+    partition = partition_of(config, **masking)
+    return config, partition, random_model(config, partition)
+
+
+def test_import_of_an_export_is_bitwise_the_original(case):
+    config, partition, model = case
+    state = model.state_dict()
+    back = from_hf_state(*to_hf_state(state, config, partition), partition)
+    assert back.keys() == state.keys()
+    for name in state:
+        assert torch.equal(back[name], state[name]), name
+
+
+def test_export_of_an_import_is_bitwise_the_original(case):
+    config, partition, _ = case
+    hf = load_hf(*to_hf_state(random_model(config, partition).state_dict(), config, partition))
+    for parameter in hf.parameters():
+        torch.nn.init.normal_(parameter)
+    ours = from_hf_state(hf.state_dict(), hf.config, partition)
+    again, shape = to_hf_state(ours, model_config_from_hf(hf.config), partition)
+    assert shape.to_dict() == hf.config.to_dict() | {"dtype": None, "architectures": None, "_name_or_path": ""}
+    assert again.keys() == hf.state_dict().keys()
+    for name, tensor in hf.state_dict().items():
+        assert torch.equal(again[name], tensor), name
+
+
+@pytest.mark.parametrize("removed", REMOVALS, ids=lambda removed: "-".join(removed) or "full")
+def test_logits_are_those_of_our_model_with_the_groups_inactive(case, removed):
+    config, partition, model = case
+    ids = torch.randint(config.vocab_size, (3, config.context))
+    plan = MaskPlan.uniform(removal_tables(SPACE, removed), 0, *ids.shape)
+    with torch.no_grad():
+        ours = model.logits(ids, plan)
+        theirs = load_hf(*to_hf_state(model.state_dict(), config, partition, removed))(ids).logits
+    assert ours.std() > 0.3
+    torch.testing.assert_close(theirs, ours, rtol=2e-5, atol=2e-5 * ours.abs().max().item())
+
+
+def test_logits_of_an_import_are_those_of_the_original(case):
+    config, partition, model = case
+    hf = load_hf(*to_hf_state(model.state_dict(), config, partition))
+    for parameter in hf.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.load_state_dict(from_hf_state(hf.state_dict(), hf.config, partition))
+    ids = torch.randint(config.vocab_size, (2, config.context))
+    with torch.no_grad():
+        ours = model.logits(ids, MaskPlan.uniform(removal_tables(SPACE, ()), 0, *ids.shape))
+        theirs = hf(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5 * theirs.abs().max().item())
+
+
+def test_removed_groups_leave_nothing_behind(case):
+    """Every weight of a removed group is a value of its own, and no such value is in the export; all others are."""
+    config, partition, model = case
+    state = {name: marked(torch.full_like(tensor, 1.0)) for name, tensor in model.state_dict().items()}
+    for name, rows in model.parameter_rows().items():
+        for key, start, end in zip(rows.keys, rows.bounds[:-1], rows.bounds[1:], strict=True):
+            if key.endswith(".bio"):
+                state[name][start:end] = -marked(state[name][start:end])
+    hf, shape = to_hf_state(state, config, partition, ["bio"])
+    exported = {value for tensor in hf.values() for value in tensor.flatten().tolist()}
+    assert not any(value < 0 for value in exported)
+    kept = {value for tensor in state.values() for value in tensor.flatten().tolist() if value > 0}
+    assert kept <= exported
+    whole = all(partition.masked(i) for i in range(config.layers))
+    assert shape.intermediate_size == (config.intermediate_size - partition.layers[0].neurons[1] if whole else 40)
+    heads = config.heads - partition.layers[0].heads[1] if whole and config.family == "llama" else config.heads
+    assert shape.num_attention_heads == heads
+
+
+_marks = iter(range(1, 1 << 24))
+
+
+def marked(tensor: torch.Tensor) -> torch.Tensor:
+    """Distinct positive values, exact in fp32."""
+    return torch.tensor([float(next(_marks)) for _ in range(tensor.numel())]).view_as(tensor)
+
+
+def test_head_counts_that_llama_refuses_become_mistral():
+    config = LLAMA.model_copy(update={"head_dim": 4})
+    partition = partition_of(config, forget_heads=2, forget_neurons=1)
+    state = random_model(config, partition).state_dict()
+    assert isinstance(to_hf_state(state, config, partition)[1], LlamaConfig)
+    shape = to_hf_state(state, config, partition, ["bio"])[1]  # 32 is not a multiple of 6 heads
+    assert isinstance(shape, MistralConfig) and shape.sliding_window is None and shape.head_dim == 4
+    assert isinstance(to_hf_state(state, config, partition, ["bio", "code"])[1], LlamaConfig)
+
+
+def test_unknown_domain_and_head_bias_are_refused():
+    partition = partition_of(GPT_NEO, **COUNTED)
+    model = random_model(GPT_NEO, partition)
+    with pytest.raises(ValueError, match="cannot remove 'chem'; domains: bio, code"):
+        to_hf_state(model.state_dict(), GPT_NEO, partition, ["chem"])
+    with pytest.raises(ValueError, match="head_bias"):
+        to_hf_state(model.state_dict(), GPT_NEO.model_copy(update={"head_bias": True}), partition)
+
+
+def llama(**changes) -> LlamaConfig:
+    return LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1, vocab_size=61, **changes)
+
+
+def neo(**changes) -> GPTNeoConfig:
+    shape = {"hidden_size": 32, "num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]]}
+    return GPTNeoConfig(**shape | changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (llama(attention_bias=True), "attention_bias"),
+        (llama(mlp_bias=True), "mlp_bias"),
+        (llama(hidden_act="gelu"), "hidden_act"),
+        (llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), "rope_parameters"),
+        (MistralConfig(hidden_size=32, num_attention_heads=8, sliding_window=16), "sliding_window"),
+        (neo(activation_function="relu"), "activation_function"),
+        (neo(tie_word_embeddings=False), "tie_word_embeddings"),
+        (neo(attention_types=[[["local"], 2]]), "attention_layers"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.model_type,
+)
+def test_what_cannot_be_computed_is_refused_by_name(config, key):
+    with pytest.raises(ValueError, match=f"config: {key} is"):
+        model_config_from_hf(config)
+
+
+def test_dropout_is_reported_and_left_out(caplog):
+    assert model_config_from_hf(neo(resid_dropout=0.1)) == model_config_from_hf(neo())
+    assert "resid_dropout" in caplog.text
+
+
+def test_a_shape_that_does_not_fit_the_partition_is_refused():
+    partition = partition_of(GPT_NEO, **COUNTED)
+    with pytest.raises(ValueError, match="partition is of 3 layers"):
+        from_hf_state({}, neo(), partition)
+
+
+def test_missing_and_surplus_tensors_are_named():
+    partition = partition_of(LLAMA, **COUNTED)
+    hf, shape = to_hf_state(random_model(LLAMA, partition).state_dict(), LLAMA, partition)
+    surplus = hf | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"q_proj\.bias"):
+        from_hf_state(surplus, shape, partition)
+    del hf["model.norm.weight"]
+    with pytest.raises(ValueError, match=r"lack 'model\.norm\.weight'"):
+        from_hf_state(hf, shape, partition)

@@ -1,0 +1,123 @@
+"""What is installed, what imports what, and that `kernels/` never passes for Hugging Face's package of that name."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted([*(ROOT / "sgtm").rglob("*.py"), *(ROOT / "kernels" / "sgtm_kernels").rglob("*.py")])
+
+
+def python(code: str, **environ: str) -> str:
+    """Output of `python -c CODE` in the repository root, which puts the root first on the path."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_an_installed_kernels_package_wins_over_our_folder(tmp_path):
+    """A folder without __init__.py yields to any real package on the path, even a later one; with one it would not."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("")
+    found = python("import kernels; print(kernels.__file__)", PYTHONPATH=str(tmp_path))
+    assert found == str(tmp_path / "kernels" / "__init__.py")
+
+
+def test_no_code_of_ours_is_importable_as_kernels(tmp_path):
+    spec = "import importlib.util as u; s = u.find_spec('kernels'); print(s.origin if s else None)"
+    assert not python(spec).startswith(str(ROOT / "kernels"))
+    elsewhere = subprocess.run([sys.executable, "-c", spec], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert not elsewhere.stdout.startswith(str(ROOT))
+
+
+def test_transformers_imports_models_from_the_repository_root():
+    code = (
+        "from transformers import AutoModelForCausalLM, LlamaForCausalLM\n"
+        "from transformers.utils import is_kernels_available\n"
+        "from importlib.metadata import packages_distributions as names\n"
+        "print(is_kernels_available() and 'kernels' not in names())"
+    )
+    assert python(code) == "False"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> set[str]:
+    """Names of the files in the wheel, built from a copy so that no earlier build leaks in."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("sgtm", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("tests", "benchmarks", "kernels"):  # a bare find_packages() would take these
+        (source / name).mkdir(exist_ok=True)
+        (source / name / "__init__.py").touch()
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    out = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out), "."]
+    subprocess.run(pip, cwd=source, check=True, capture_output=True, timeout=120)
+    (built,) = out.glob("*.whl")
+    return set(zipfile.ZipFile(built).namelist())
+
+
+def test_wheel_holds_our_two_packages_only(wheel):
+    tops = {name.split("/")[0] for name in wheel}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"sgtm", "sgtm_kernels"}
+
+
+def test_wheel_holds_every_file_of_ours(wheel):
+    """Catches a folder without __init__.py and a template or preset left out: both run from a checkout only."""
+    packages = (ROOT / "sgtm", ROOT / "kernels" / "sgtm_kernels")
+    files = [path for package in packages for path in package.rglob("*") if path.is_file()]
+    ours = {str(path.relative_to(ROOT)).removeprefix("kernels/") for path in files if "__pycache__" not in path.parts}
+    assert {"sgtm/config/presets/quickstart.yaml", "sgtm_kernels/plan.py"} <= ours
+    assert ours - wheel == set()
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of the packages that a module imports, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_only_the_distributed_folder_imports_deepspeed():
+    importers = {path.relative_to(ROOT).parts[:2] for path in SOURCES if "deepspeed" in imports(path)}
+    assert importers == {("sgtm", "distributed")}
+
+
+def test_kernels_depend_on_torch_alone():
+    allowed = {*sys.stdlib_module_names, "torch", "triton", "sgtm_kernels"}
+    modules = [path for path in SOURCES if path.is_relative_to(ROOT / "kernels")]
+    foreign = {str(path.relative_to(ROOT)): imports(path) - allowed for path in modules}
+    assert len(foreign) > 10
+    assert not {path: names for path, names in foreign.items() if names}
+
+
+def test_kernels_import_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\nimport sgtm_kernels.linear, sgtm_kernels.attention, sgtm_kernels.mlp"
+    )
+    python(code)
+
+
+def test_no_file_is_a_drawer():
+    """No file over 400 lines, none whose name says nothing."""
+    drawers = [path.name for path in SOURCES if path.stem in ("utils", "helpers", "misc", "common", "manager")]
+    long = {path.name: n for path in SOURCES if (n := len(path.read_text("utf-8").splitlines())) > 400}
+    assert (drawers, long) == ([], {})

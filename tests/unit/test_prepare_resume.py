@@ -1,0 +1,185 @@
+"""A corpus depends on its input alone: not on the number of workers, and not on where `prepare` was killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from corpora import BYTES, contents, mixed_records, texts, write_jsonl
+
+from sgtm.data import prepare as prepare_module
+from sgtm.data import readers
+from sgtm.data.prepare import prepare
+from sgtm.data.readers import open_sources
+from sgtm.data.rules import Rules
+from sgtm.data.store import MANIFEST, Corpus
+
+RULES = Rules.model_validate(
+    {"split": {"field": "split"}, "labels": {"en": "retain", "es": "forget:es", "web": "unlabeled"}}
+)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the project catches it."""
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 5000)
+    return write_jsonl(tmp_path / "a.jsonl", mixed_records())
+
+
+def run(source: Path, out: Path, **options) -> Corpus:
+    options = {"vocab_size": BYTES, "workers": 1, "shard_tokens": 1000, **options}
+    return prepare(open_sources([source]), RULES, "train", out, **options)
+
+
+def kill_at(monkeypatch, moment: int) -> None:
+    """Dies at the `moment`-th time a file is flushed, before or after, or is about to get or has got its name."""
+    clock = [0]
+
+    def counted(original):
+        def call(*args):
+            for act in (lambda: None, lambda: original(*args)):
+                result = act()
+                if clock[0] == moment:
+                    raise Killed
+                clock[0] += 1
+            return result
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", counted(os.fsync))
+    monkeypatch.setattr(Path, "replace", counted(Path.replace))
+
+
+def test_killed_at_any_moment_it_does_not_open_and_resumes_to_the_same_bytes(source, tmp_path):
+    expected = contents(run(source, tmp_path / "whole").path)
+    assert sum(name.startswith("shards/") for name in expected) > 3
+    opened = 0
+    for moment in range(1000):
+        out = tmp_path / f"killed-{moment}"
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, moment)
+            try:
+                run(source, out)
+                break
+            except Killed:
+                pass
+        if (out / MANIFEST).exists():
+            assert texts(Corpus.open(out)) == texts(Corpus.open(tmp_path / "whole"))
+            opened += 1
+        else:
+            with pytest.raises(ValueError, match="interrupted"):
+                Corpus.open(out)
+        assert contents(run(source, out).path) == expected
+    assert moment > 20 and opened == 1
+
+
+def test_finished_blocks_are_reused_and_only_by_the_same_job(source, tmp_path, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "_merge", lambda *args: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            run(source, tmp_path / "out")
+    blocks = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/blocks").iterdir()}
+    assert len(blocks) == 3
+    kept = []
+    original = prepare_module._merge
+
+    def merge(out, *rest):
+        kept.append({path: path.stat().st_mtime_ns for path in (out / "blocks").iterdir()})
+        original(out, *rest)
+
+    monkeypatch.setattr(prepare_module, "_merge", merge)
+    run(source, tmp_path / "out")
+    assert kept.pop() == blocks
+    assert not (tmp_path / "out/blocks").exists()
+
+    (tmp_path / "out" / MANIFEST).unlink()  # interrupted again, but now the input is another
+    write_jsonl(source, mixed_records(20))
+    assert len(run(source, tmp_path / "out").documents) == 60
+
+
+def test_shards_of_an_interrupted_merge_do_not_stay(source, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sgtm.data.writer.CorpusWriter.finish", lambda *args: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            run(source, tmp_path / "out", shard_tokens=100)
+    assert contents(run(source, tmp_path / "out").path) == contents(run(source, tmp_path / "fresh").path)
+
+
+def test_one_worker_or_two(source, tmp_path):
+    assert contents(run(source, tmp_path / "one").path) == contents(run(source, tmp_path / "two", workers=2).path)
+
+
+def test_a_worker_names_the_bad_line_too(source, tmp_path):
+    with source.open("a") as handle:
+        handle.write('{"text": "x", "category": "it", "split": "test"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:181: unknown category 'it'"):
+        prepare(open_sources([source]), RULES, tokenizer_folder(tmp_path), tmp_path / "out", workers=2)
+
+
+def tokenizer_folder(tmp_path) -> Path:
+    run(write_jsonl(tmp_path / "b.jsonl", mixed_records(5)), tmp_path / "other")
+    return tmp_path / "other/tokenizer"
+
+
+def test_sigkill_leaves_no_workers_and_no_corpus(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", mixed_records(150))
+    script = (
+        "import sys; from sgtm.data import readers; from sgtm.data.prepare import *\n"
+        "if __name__ == '__main__':\n"
+        "    readers.BLOCK_BYTES = 500\n"
+        "    rules = Rules.model_validate_json(sys.argv[3])\n"
+        "    prepare(open_sources([sys.argv[1]]), rules, 'train', sys.argv[2], vocab_size=257, workers=2)\n"
+    )
+    (tmp_path / "job.py").write_text(script)
+    root = Path(prepare_module.__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    command = [sys.executable, str(tmp_path / "job.py"), str(source), str(tmp_path / "out"), RULES.model_dump_json()]
+    process = subprocess.Popen(command, env=environment)
+    try:
+        wait_for(lambda: len(list((tmp_path / "out").glob("blocks/*.npz"))) >= 5, process)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert len(workers) >= 2
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+    with pytest.raises(ValueError, match="interrupted"):
+        Corpus.open(tmp_path / "out")
+    subprocess.run(command, env=environment, check=True)
+    assert sorted(texts(Corpus.open(tmp_path / "out"))) == sorted(r["text"] for r in mixed_records(150))
+
+
+def wait_for(condition, process, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.002)
+
+
+def test_a_finished_corpus_is_only_replaced_when_asked(source, tmp_path):
+    before = contents(run(source, tmp_path / "out").path)
+    assert contents(run(source, tmp_path / "out").path) == before
+    with pytest.raises(ValueError, match=r"prepared from other inputs.*--overwrite"):
+        run(source, tmp_path / "out", shard_tokens=999)
+    assert contents(tmp_path / "out") == before
+    assert run(source, tmp_path / "out", shard_tokens=999, overwrite=True).manifest.shard_tokens == 999
+
+
+def test_a_damaged_corpus_is_prepared_again(source, tmp_path):
+    before = contents(run(source, tmp_path / "out").path)
+    (tmp_path / "out/shards/00001.bin").write_bytes(b"")
+    assert contents(run(source, tmp_path / "out").path) == before
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"not empty \(it holds thesis\.tex\)"):
+        run(source, tmp_path / "out")

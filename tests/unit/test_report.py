@@ -1,0 +1,239 @@
+"""The report: what the page shows is what the run wrote, at any age of the run, without the network."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sgtm.config.schema import Config
+from sgtm.report import print_summary, write_report
+from sgtm.report.findings import sentences
+from sgtm.report.page import strategy_grids
+from sgtm.report.record import read_record
+
+CONFIG = """\
+name: trial
+model: {layers: 3, hidden_size: 32, heads: 4, intermediate_size: 64, vocab_size: 512, context: 64}
+masking: {domains: [es, fr], forget_heads: {es: [0], fr: 1}, forget_neurons: 8, masked_layers: [1, 2]}
+train: {steps: 90, tokens_per_step: 512}
+optimizer: {warmup_steps: 2}
+"""
+SUMMARY = {
+    "name": "trial",
+    "losses": {
+        "full": {"es": 3.3456789, "en": 3.1234567, "fr": 2.5},
+        "without es": {"es": 6.5551, "en": 3.1412, "fr": 2.4},
+        "without es,fr": {"es": 6.6, "en": 3.2, "fr": 5.25},
+    },
+    "true_labels": {"en": "retain", "es": "forget:es", "fr": "forget:fr"},
+    "seconds": 361.2,
+    "tokens_per_second": 9012.3,
+    "steps": 90,
+    "tokens": 46080,
+    "parameters": 1313792,
+    "gradient_norms": {"retain": {"retain": 0.02, "es": 0.0}, "forget:es": {"retain": 1e-4, "es": 0.03}},
+    "baselines": {"no filter": {"en": 3.0125}},
+    "versions": {"torch": "9.8.7+test"},
+}
+FIGURES = ("ablation", "loss_curves", "evaluations", "gradient_norms", "partition", "speed")
+
+
+def step(n: int, **more) -> str:
+    line = {"kind": "step", "step": n, "tokens": n * 512, "loss": 4.0, "loss/retain": 3.0 + 1 / n, "lr": 1e-3}
+    return json.dumps(line | {"grad_norm": 1.0, "tokens_per_second": 9e3, "seconds": n / 10} | more)
+
+
+def evaluation(n: int) -> str:
+    losses = {"full": {"en": 3.0, "es": 3.1}, "without es": {"en": 3.0, "es": 5.0}}
+    return json.dumps({"kind": "eval", "step": n, "losses": losses})
+
+
+def write_run(folder: Path) -> Path:
+    (folder / "config.yaml").write_text(CONFIG)
+    lines = [step(n) for n in range(1, 91)] + [evaluation(n) for n in (30, 60, 90)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """The page of a run that has everything."""
+    return write_report(write_run(tmp_path_factory.mktemp("run")))
+
+
+class Page(HTMLParser):
+    """Tags opened and not closed, figures, tables as rows of cell texts, and the exact values of `<data>`."""
+
+    VOID = ("meta", "br", "link", "img")
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self.text, self.source = "", file.read_text(encoding="utf-8")
+        self.open, self.ids, self.rows, self.values, self.sources = [], [], [], [], []
+        self.feed(self.source)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.sources += [attrs[key] for key in ("src", "href", "xlink:href") if key in attrs]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag == "data":
+            self.values.append(float(attrs["value"]))
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data.strip()
+
+
+def test_page_is_whole_and_needs_no_network(written):
+    page = Page(written)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids)) and set(FIGURES) <= set(page.ids)
+    assert page.source.count("<svg") == len(FIGURES)
+    assert all(source.startswith("#") and source[1:] in page.ids for source in page.sources)
+    assert set(re.findall(r"url\(#([^)]*)\)", page.source)) <= set(page.ids)
+    assert "//" not in re.sub(r"<!--.*?-->", "", page.source, flags=re.S)
+    assert "#1b1d21" not in page.source.replace("--ink: #1b1d21", "")  # figures follow light and dark
+
+
+def test_pngs_lie_beside_the_page(written):
+    for name in FIGURES:
+        assert (written.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_table_is_the_summary_to_the_last_digit(written):
+    page = Page(written)
+    losses = SUMMARY["losses"]
+    expected = [losses[key][category] for category in ("en", "es", "fr") for key in losses]
+    expected.insert(3, 3.0125)
+    assert page.values == expected
+    assert page.rows[0] == ["category", "true label", "full", "without es", "Δ", "without es,fr", "Δ", "no filter"]
+    assert page.rows[2] == ["es", "forget:es", "3.346", "6.555", "+3.209", "6.600", "+3.254", "–"]
+    assert page.rows[3][3:5] == ["2.400", "−0.100"]
+    assert "9.8.7+test" in page.text and "forget_heads" in page.text and "1.31 M" in page.text
+
+
+def test_headline_says_what_happened(written):
+    first, second = sentences(read_record(written.parent.parent))
+    assert first == "Removing `es` raises the loss on es by 3.21 nats, on en by 0.02 and lowers it on fr by 0.10."
+    assert second == "Removing `es` and `fr` raises the loss on es by 3.25 nats, on fr by 2.75 and on en by 0.08."
+    assert "Removing es raises the loss on es by 3.21 nats" in Page(written).text
+
+
+def test_many_kept_categories_are_averaged_and_the_worst_named(run):
+    full = {"es": 3.0} | dict.fromkeys("abcd", 2.0)
+    losses = {"full": full, "without es": {"es": 4.0, "a": 2.0, "b": 2.1, "c": 2.3, "d": 2.0}}
+    (run / "summary.json").write_text(json.dumps({"losses": losses, "true_labels": {"es": "forget:es"}}))
+    (sentence,) = sentences(read_record(run))
+    assert sentence == (
+        "Removing `es` raises the loss on es by 1.00 nats and on the 4 other categories by 0.10 on average "
+        "(at most 0.30, on c)."
+    )
+
+
+def test_no_effect_and_no_number_are_said(run):
+    losses = {"full": {"en": 3.0, "es": 3.0}, "without es": {"en": 3.004, "es": math.nan}}
+    (run / "summary.json").write_text(json.dumps({"losses": losses, "true_labels": SUMMARY["true_labels"]}))
+    (sentence,) = sentences(read_record(run))
+    assert sentence == "Removing `es` makes the loss infinite or undefined on es and leaves it unchanged on en."
+    write_report(run)
+
+
+@pytest.mark.parametrize(
+    ("missing", "headline", "said", "figures"),
+    [
+        (["summary.json"], "Not evaluated yet: 90 of 90 steps trained", "has not been evaluated", 4),
+        (["summary.json", "metrics.jsonl"], "Nothing trained yet.", "No training losses yet", 1),
+        (["config.yaml"], "Removing es raises", "The partition is unknown", 5),
+        (["summary.json", "metrics.jsonl", "config.yaml"], "Nothing trained yet.", "The strategy is unknown", 0),
+    ],
+    ids=["no evaluation", "no training", "no config", "nothing"],
+)
+def test_what_is_missing_is_said(run, missing, headline, said, figures):
+    for name in missing:
+        (run / name).unlink()
+    (run / "report").mkdir()
+    (run / "report" / "ablation.png").write_bytes(b"of an earlier report")
+    page = Page(write_report(run))
+    assert page.open == [] and headline in page.text and said in page.text
+    assert page.source.count("<svg") == len(list((run / "report").glob("*.png"))) == figures
+
+
+def test_an_evaluation_of_the_full_model_alone(run):
+    (run / "summary.json").write_text(json.dumps({"losses": {"full": {"en": 3.0}}}))
+    page = Page(write_report(run))
+    assert "The full model's loss is 3.00 on en" in page.text and page.values == [3.0]
+
+
+def test_half_a_last_line_is_forgiven_and_a_repeated_step_counts_once(run):
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(step(80, loss=1.5) + "\n" + '{"kind": "st')
+    steps = read_record(run).steps
+    assert [line["step"] for line in steps] == list(range(1, 91))
+    assert steps[79]["loss"] == 1.5
+
+
+def test_damage_is_named(run, tmp_path):
+    (run / "metrics.jsonl").write_text(step(1) + "\n{oops}\n" + step(2) + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a JSON object"):
+        write_report(run)
+    (run / "metrics.jsonl").unlink()
+    (run / "summary.json").write_text('{"losses":')
+    with pytest.raises(ValueError, match=r"summary\.json is not valid JSON"):
+        write_report(run)
+    with pytest.raises(ValueError, match="not a run directory"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_names_from_outside_are_escaped(run):
+    (run / "summary.json").write_text(json.dumps(SUMMARY | {"name": "<script>alert(1)</script>"}))
+    assert "<script" not in write_report(run).read_text()
+
+
+def test_strategy_grids_hold_the_tables(run):
+    config: Config = read_record(run).config
+    grids = {grid.title: dict(grid.rows) for grid in strategy_grids(config)}
+    assert grids["active"]["retain"] == (1.0, 0.0, 0.0)
+    assert grids["update"]["forget:fr"] == (0.0, 1.0, 1.0)
+    assert grids["update_joint"]["forget:es"][:3] == (0.0, 0.0, 1.0)
+    (run / "config.yaml").write_text(CONFIG.replace("masking: {", "masking: {strategy: no_mlp_out, "))
+    titles = [grid.title for grid in strategy_grids(read_record(run).config)]
+    assert titles == ["active", "route", "update (attn_in, attn_out, mlp_in)", "update (mlp_out)", "update_joint"]
+
+
+def test_terminal_table_has_the_figures_in_eighty_columns():
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_summary(SUMMARY, console)
+    text = console.export_text()
+    assert re.search(r"category +true label +full +without es +difference", text)
+    assert re.search(r"es +forget:es +3\.346 +6\.555 +\+3\.209", text)
+    assert re.search(r"fr +forget:fr +2\.500 +5\.250 +\+2\.750", text)
+    assert "…" not in text

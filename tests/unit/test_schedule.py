@@ -1,0 +1,45 @@
+"""The learning rate is the warm-up and cosine it says it is, at every step."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from sgtm.config.schema import OptimizerConfig
+from sgtm.train.schedule import learning_rate
+
+CONFIG = OptimizerConfig(lr=2e-3, warmup_steps=10, warmup_start=0.1, final_lr=0.05)
+TOTAL = 110
+
+
+def test_corners():
+    rates = {step: learning_rate(step, CONFIG, TOTAL) for step in (0, 5, 10, 60, 110)}
+    expected = {0: 2e-4, 5: 1.1e-3, 10: 2e-3, 60: 2e-3 * (0.05 + 0.95 / 2), 110: 1e-4}
+    assert rates == pytest.approx(expected, rel=1e-12)
+
+
+def test_matches_the_formula_everywhere():
+    for step in range(TOTAL):
+        if step < 10:
+            share = 0.1 + 0.9 * step / 10
+        else:
+            share = 0.05 + 0.95 * (1 + math.cos(math.pi * (step - 10) / 100)) / 2
+        assert learning_rate(step, CONFIG, TOTAL) == pytest.approx(2e-3 * share, rel=1e-12)
+
+
+def test_rises_then_falls_without_a_jump():
+    rates = [learning_rate(step, CONFIG, TOTAL) for step in range(TOTAL + 1)]
+    assert rates.index(max(rates)) == 10
+    assert all(a < b for a, b in pairwise(rates[:11]))
+    assert all(a > b for a, b in pairwise(rates[10:]))
+    assert max(abs(a - b) for a, b in pairwise(rates)) < 2e-3 * 0.1
+
+
+@pytest.mark.parametrize("total", [1, 10, 11])
+def test_short_runs_divide_by_nothing(total):
+    config = CONFIG.model_copy(update={"warmup_steps": 0 if total == 1 else 10})
+    rates = [learning_rate(step, config, total) for step in range(total + 5)]
+    assert all(0 < rate <= 2e-3 for rate in rates)
+    assert rates[-1] == pytest.approx(1e-4)

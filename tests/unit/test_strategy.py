@@ -1,0 +1,164 @@
+"""The presets' tables, spelled out by hand for two domains from the definitions of the methods.
+
+Rows are the labels unlabeled, retain, forget:bio, forget:code; columns the groups retain, bio, code.
+
+Faults tried, each seen to fail: one entry of each table flipped; a variant exempting the other part, or its weight
+without its bias; `joint: masked` reaching `final_norm` or `head_bias`; `cross_domain` ignored; an override transposed;
+`gram` with active foreign groups under `cross_domain: active`; `removal_tables` removing the next group.
+"""
+
+import pytest
+
+from sgtm.masking.labels import LabelSpace
+from sgtm.masking.strategy import PRESETS, build_tables, removal_tables
+from sgtm_kernels.plan import KINDS, PARTS
+
+SPACE = LabelSpace(("bio", "code"))
+ONES = ((1, 1, 1),) * 4
+ALL = (1, 1, 1, 1)
+
+ACTIVE = (
+    (1, 1, 1),
+    (1, 0, 0),
+    (1, 1, 0),
+    (1, 0, 1),
+)
+ACTIVE_ACROSS = (
+    (1, 1, 1),
+    (1, 0, 0),
+    (1, 1, 1),
+    (1, 1, 1),
+)
+NOT_RETAIN = (
+    (1, 1, 1),
+    (1, 1, 1),
+    (0, 1, 1),
+    (0, 1, 1),
+)
+OWN_ONLY = (
+    (1, 1, 1),
+    (1, 0, 0),
+    (0, 1, 0),
+    (0, 0, 1),
+)
+NOT_FORGET = (1, 1, 0, 0)
+FREE = dict.fromkeys(KINDS, ALL)
+MASKED = dict.fromkeys(("embedding", "position", "head", "norm"), NOT_FORGET)
+BOTH_BIASES = {"attn_out_bias": NOT_FORGET, "mlp_out_bias": NOT_FORGET}
+
+
+def update(*exempt: str) -> dict:
+    return {part: ONES if part in exempt else NOT_RETAIN for part in PARTS}
+
+
+# name: active, route, update, update_joint where it is not 1
+EXPECTED = {
+    "none": (ONES, ONES, update(*PARTS), {}),
+    "sgtm": (ACTIVE, ONES, update(), BOTH_BIASES),
+    "no_mlp_out": (ACTIVE, ONES, update("mlp_out"), {"attn_out_bias": NOT_FORGET}),
+    "no_attn_out": (ACTIVE, ONES, update("attn_out"), {"mlp_out_bias": NOT_FORGET}),
+    "no_out": (ACTIVE, ONES, update("mlp_out", "attn_out"), {}),
+    "gradient_routing": (ACTIVE, NOT_RETAIN, update(*PARTS), {}),
+    "activation_masking": (OWN_ONLY, ONES, update(*PARTS), {}),
+    "gram": (ACTIVE, ONES, update(), {}),
+}
+
+
+def assert_tables(tables, active, route, updates, joint):
+    assert tables.labels == ("unlabeled", "retain", "forget:bio", "forget:code")
+    assert tables.groups == ("retain", "bio", "code")
+    assert tables.active == active
+    assert tables.route == route
+    assert tables.update == updates
+    assert tables.update_joint == FREE | joint
+
+
+def test_every_preset_is_spelled_out():
+    assert set(EXPECTED) == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_preset(name):
+    assert_tables(build_tables(SPACE, name), *EXPECTED[name])
+
+
+@pytest.mark.parametrize("name", ["sgtm", "no_mlp_out", "no_attn_out", "no_out"])
+def test_joint_masked(name):
+    *tables, joint = EXPECTED[name]
+    assert_tables(build_tables(SPACE, name, joint="masked"), *tables, joint | MASKED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_cross_domain_active(name):
+    rest = EXPECTED[name][1:]
+    across = {"none": ONES, "gram": ACTIVE, "activation_masking": ((1, 1, 1), (1, 0, 0), (0, 1, 1), (0, 1, 1))}
+    assert_tables(build_tables(SPACE, name, cross_domain="active"), across.get(name, ACTIVE_ACROSS), *rest)
+
+
+def test_one_domain_and_none():
+    one = build_tables(LabelSpace(("es",)), "sgtm")
+    assert one.active == ((1, 1), (1, 0), (1, 1))
+    assert one.update["mlp_in"] == ((1, 1), (1, 1), (0, 1))
+    assert one.update_joint["mlp_out_bias"] == (1, 1, 0)
+    assert build_tables(LabelSpace(()), "sgtm").active == ((1,), (1,))
+
+
+def test_overrides():
+    overrides = {
+        "active.unlabeled.code": 0.25,
+        "route.forget:bio.retain": -1.0,
+        "update.forget:code.retain.mlp_out": 0.1,
+        "update_joint.retain.final_norm": 0.5,
+    }
+    tables = build_tables(SPACE, "sgtm", overrides=overrides)
+    changed = update()
+    changed["mlp_out"] = ((1, 1, 1), (1, 1, 1), (0, 1, 1), (0.1, 1, 1))
+    assert_tables(
+        tables,
+        ((1, 1, 0.25), *ACTIVE[1:]),
+        ((1, 1, 1), (1, 1, 1), (-1, 1, 1), (1, 1, 1)),
+        changed,
+        BOTH_BIASES | {"final_norm": (1, 0.5, 1, 1)},
+    )
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "update.forget:bio.retain",
+        "update.forget:bio.retain.mlp",
+        "active.forget:chem.retain",
+        "active.retain.chem",
+        "active.retain.bio.mlp_in",
+        "update_joint.retain.bias",
+        "update_joint.retain",
+        "weight.retain.bio",
+        "labels.retain.bio",
+        "active",
+        "",
+    ],
+)
+def test_an_override_that_names_nothing(key):
+    with pytest.raises(ValueError, match="names no table entry") as error:
+        build_tables(SPACE, "sgtm", overrides={key: 0.0})
+    assert repr(key) in str(error.value)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"unknown strategy 'sgmt'.*gradient_routing"):
+        build_tables(SPACE, "sgmt")
+    for name in ("none", "gradient_routing", "activation_masking", "gram"):
+        with pytest.raises(ValueError, match=f"joint: masked .* not of strategy '{name}'"):
+            build_tables(SPACE, name, joint="masked")
+
+
+@pytest.mark.parametrize(
+    ("removed", "row"), [((), (1, 1, 1)), (("bio",), (1, 0, 1)), (("code",), (1, 1, 0)), (("code", "bio"), (1, 0, 0))]
+)
+def test_removal(removed, row):
+    assert_tables(removal_tables(SPACE, removed), (row,) * 4, ONES, update(*PARTS), {})
+
+
+def test_removing_what_does_not_exist():
+    with pytest.raises(ValueError, match="unknown domain 'chem'"):
+        removal_tables(SPACE, ["chem"])
