@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sgtm_kernels.plan import MaskPlan, Tables, merge_runs
+
 IGNORE = -100
 
 
@@ -31,3 +33,8 @@ class Batch:
     documents: tuple[tuple[int, int], ...] | None
     step_targets: int
     step_labels: frozenset[int]
+
+    def plan(self, tables: Tables) -> MaskPlan:
+        """The masks of this micro-batch under a strategy."""
+        runs = merge_runs(list(self.labels), list(self.lengths))
+        return MaskPlan(tables, runs, *self.input_ids.shape, documents=self.documents)

@@ -12,11 +12,11 @@ import math
 import torch
 
 from sgtm.config.schema import Config
+from sgtm.data.batch import IGNORE
 from sgtm.data.loader import evaluation_batches
 from sgtm.data.store import Corpus
 from sgtm.masking.strategy import build_tables
 from sgtm.model.transformer import Transformer
-from sgtm_kernels.plan import MaskPlan
 
 
 def gradient_norms(
@@ -37,9 +37,8 @@ def gradient_norms(
         for category in categories:
             for batch in evaluation_batches(corpus, config, split, category, max_sequences=sequences):
                 ids, targets = batch.input_ids.to(device), batch.targets.to(device)
-                plan = MaskPlan.uniform(tables, 0, *ids.shape)
-                count += int((targets >= 0).sum())
-                model(ids, targets, plan, 1.0 / config.train.tokens_per_step)[0].backward()
+                count += int((targets != IGNORE).sum())
+                model(ids, targets, batch.plan(tables), 1.0 / config.train.tokens_per_step)[0].backward()
         if count:
             norms[label] = _relative_norms(model, config.train.tokens_per_step / count)
     model.zero_grad(set_to_none=True)

@@ -15,7 +15,6 @@ from sgtm.data.batch import IGNORE
 from sgtm.data.loader import evaluation_batches
 from sgtm.data.store import Corpus
 from sgtm.masking.strategy import removal_tables
-from sgtm_kernels.plan import MaskPlan
 
 Losses = dict[str, dict[str, float]]
 
@@ -54,7 +53,7 @@ def category_losses(
             ids, targets = batch.input_ids.to(device), batch.targets.to(device)
             sums[-1] += (targets != IGNORE).sum()
             for i, removed in enumerate(config.space.subsets()):
-                plan = MaskPlan.uniform(removal_tables(config.space, removed), 0, *ids.shape)
+                plan = batch.plan(removal_tables(config.space, removed))
                 sums[i] += forward(ids, targets, plan, 1.0)[1].sum()
         *totals, count = all_reduce_sum(sums).tolist()
         if count:

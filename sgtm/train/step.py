@@ -13,13 +13,7 @@ import torch
 from sgtm.data.batch import IGNORE, Batch
 from sgtm.distributed.engine import Engine
 from sgtm.model.rows import live_keys
-from sgtm_kernels.plan import MaskPlan, Tables, merge_runs
-
-
-def plan_of(batch: Batch, tables: Tables) -> MaskPlan:
-    """The masks of a micro-batch under a strategy."""
-    runs = merge_runs(list(batch.labels), list(batch.lengths))
-    return MaskPlan(tables, runs, *batch.input_ids.shape, documents=batch.documents)
+from sgtm_kernels.plan import Tables
 
 
 def target_counts(batch: Batch, labels: int) -> torch.Tensor:
@@ -58,7 +52,7 @@ def train_step(engine: Engine, batches: list[Batch], tables: Tables, lr: float, 
     """
     for batch in batches:
         ids, targets = (t.to(engine.device, non_blocking=True) for t in (batch.input_ids, batch.targets))
-        loss, sums = engine(ids, targets, plan_of(batch, tables), 1.0 / batch.step_targets)
+        loss, sums = engine(ids, targets, batch.plan(tables), 1.0 / batch.step_targets)
         engine.backward(loss)
         if totals is not None:
             totals.add(sums, target_counts(batch, len(tables.labels)))

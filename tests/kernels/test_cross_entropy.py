@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.cross_entropy import runs as cross_entropy_runs
+from sgtm_kernels.plan import MaskPlan, merge_runs
 from sgtm_kernels.testing import (
     BINARY,
     LAYOUTS,
@@ -130,6 +131,22 @@ def test_non_interference(layout, dtype, backend):
             assert torch.equal(old, new) == (plan.tables.update_joint[kind][label] == 0)
         new_sums = linear_cross_entropy(new_x, weight, bias, new_t, plan, SCALE, backend)[1]
         assert [i for i in range(4) if new_sums[i] != sums[i]] == [label]
+
+
+def test_partial_sums_are_added_in_fp32(monkeypatch):
+    """Every token predicts 0 for a target of 1: gradients of 256 and then six times 1, which bf16 would not add."""
+    monkeypatch.setattr(cross_entropy_runs, "CHUNK_BYTES", 2**20)
+    lengths, tables = [256, *[1] * 12], random_tables(0, (1.0,))
+    joint = dict.fromkeys(tables.update_joint, (1.0, 0.0, 1.0, 1.0))
+    tables = type(tables)(tables.labels, tables.groups, tables.active, tables.route, tables.update, joint)
+    plan = MaskPlan(tables, merge_runs([i % 2 for i in range(13)], lengths), 1, sum(lengths))
+    x, weight = torch.ones(1, plan.tokens, WIDTH).bfloat16(), torch.zeros(VOCAB, WIDTH).bfloat16().requires_grad_()
+    bias = torch.eye(VOCAB)[0].mul(200).bfloat16().requires_grad_()
+    t = torch.ones(1, plan.tokens, dtype=torch.long)
+    loss, _ = linear_cross_entropy(x, weight, bias, t, plan, 1.0, "runs")
+    loss.backward()
+    assert bias.grad.tolist() == [262.0, -262.0, *[0.0] * (VOCAB - 2)]
+    assert weight.grad[:, 0].tolist() == bias.grad.tolist()
 
 
 @by_backend

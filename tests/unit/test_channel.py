@@ -75,11 +75,13 @@ def test_a_document_is_drawn_by_its_id_alone():
     assert (channel.apply(true, ids, seed=3) != applied).any()
 
 
-def test_a_row_that_sums_to_less_than_1_by_rounding_never_leaks(monkeypatch):
+@pytest.mark.parametrize(("draw", "applied"), [(0.0, 1), (1 - 2.0**-53, 2)])
+def test_the_smallest_and_the_largest_draw(monkeypatch, draw, applied):
+    """Neither reaches a label of probability 0, though the row sums to 1 only but for rounding."""
     matrix = np.eye(4)
-    matrix[0] = [1 / 3, 1 / 3, 1 / 3 - 5e-10, 0]
-    monkeypatch.setattr("sgtm.masking.channel.uniform_hash", lambda ids, seed: np.full(len(ids), 1 - 2.0**-53))
-    assert LabelChannel(matrix).apply(np.zeros(1, np.int64), np.zeros(1, np.int64), seed=0) == [2]
+    matrix[0] = [0, 1 / 3, 2 / 3 - 5e-10, 0]
+    monkeypatch.setattr("sgtm.masking.channel.uniform_hash", lambda ids, seed: np.full(len(ids), draw))
+    assert LabelChannel(matrix).apply(np.zeros(1, np.int64), np.zeros(1, np.int64), seed=0) == [applied]
 
 
 @pytest.mark.parametrize(
