@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -97,9 +97,9 @@ def _range(bounds: tuple) -> str:
     """Pydantic wraps limits in FieldInfo where they come from a nested Annotated."""
     flat = [limit for bound in bounds for limit in (bound.metadata if isinstance(bound, FieldInfo) else [bound])]
     low = next((b for b in flat if isinstance(b, (Gt, Ge))), None)
-    high = next((b.le for b in flat if isinstance(b, Le)), None)
+    high = next((b for b in flat if isinstance(b, (Le, Lt))), None)
     if isinstance(low, Ge) and high is not None:
-        return f" from {low.ge} to {high}"
+        return f" from {low.ge} to {high.le}" if isinstance(high, Le) else f" from {low.ge} to below {high.lt}"
     if low is None:
         return ""
     return f" above {low.gt}" if isinstance(low, Gt) else f", {low.ge} or more"

@@ -86,7 +86,7 @@ VALUES = [  # key, text on the command line, how it is shown, what is right
     ("optimizer.final_lr", "2", "2", "number from 0 to 1"),
     ("optimizer.lr", "inf", "'inf'", "number above 0"),
     ("optimizer.grad_clip", "-1", "-1", "number, 0 or more"),
-    ("optimizer.betas", "[0.9, 2]", "[0.9, 2]", "list of 2: number from 0 to 1, number from 0 to 1"),
+    ("optimizer.betas", "[0.9, 2]", "[0.9, 2]", "list of 2: number from 0 to below 1, number from 0 to below 1"),
     ("wandb.mode", "of", "'of'", "one of off, offline, online"),
     ("masking.domains", "es", "'es'", "list of text"),
     ("masking.percent", "x", "'x'", "number above 0 or mapping of text to number above 0 or null"),
