@@ -124,7 +124,8 @@ def _batch(pieces: list[tuple[int, int]], isolated: bool) -> Batch:
     ends = torch.tensor(lengths).cumsum(0)
     documents = tuple((end - n, end) for end, n in zip(ends.tolist(), lengths, strict=True)) if isolated else None
     targets = torch.zeros(rows * CONTEXT, dtype=torch.long)
-    targets[ends - 1] = IGNORE  # nothing is predicted across a document's end
+    if isolated:
+        targets[ends - 1] = IGNORE  # nothing is predicted across a document's end
     return Batch(
         torch.zeros(rows, CONTEXT, dtype=torch.long), targets.view(rows, -1), labels, lengths, documents, 0, frozenset()
     )
@@ -133,12 +134,14 @@ def _batch(pieces: list[tuple[int, int]], isolated: bool) -> Batch:
 def with_content(batch: Batch, labels: Iterable[int], seed: int) -> Batch:
     """The batch with other random tokens, and so other targets, wherever the label is one of `labels`."""
     generator = torch.Generator().manual_seed(seed)
-    fresh = torch.randint(VOCAB, (batch.input_ids.numel(),), generator=generator)
+    fresh, following = torch.randint(VOCAB, (2, batch.input_ids.numel()), generator=generator)
     ids, targets, start = batch.input_ids.flatten().clone(), batch.targets.flatten().clone(), 0
     for label, length in zip(batch.labels, batch.lengths, strict=True):
         if label in labels:
             ids[start : start + length] = fresh[start : start + length]
             targets[start : start + length - 1] = ids[start + 1 : start + length]
+            if batch.documents is None:  # the text goes on in a sequence that is not here
+                targets[start + length - 1] = following[start]
         start += length
     return replace(batch, input_ids=ids.view_as(batch.input_ids), targets=targets.view_as(batch.targets))
 

@@ -75,3 +75,17 @@ def test_same_losses(losses, precision: str, ranks: int):
 def test_a_broken_mask_exceeds_the_bound_by_far(losses, precision: str, fault: str):
     broken = losses(precision, 1, (1,), (FAULTS[fault],))[1]
     assert largest_difference(broken, losses(precision, 1)[0]) > BROKEN * BOUND[precision]
+
+
+def test_activation_checkpointing_under_zero3(losses):
+    found = losses("fp32", 2, (3,), ("--model.activation_checkpointing=true",))[3]
+    assert largest_difference(found, losses("fp32", 1)[0]) <= BOUND["fp32"]
+
+
+@pytest.mark.parametrize("mixing", ["step", "micro", "token"])
+def test_same_losses_however_labels_mix(losses, mixing: str):
+    """`sequence` is the preset's; `micro` needs the accumulation to be a multiple of its blocks."""
+    options = (f"--data.mixing={mixing}", "--data.micro_blocks=2")
+    expected = losses("fp32", 1, (0,), options)[0]
+    for stage, found in losses("fp32", 2, (1, 3), options).items():
+        assert largest_difference(found, expected) <= BOUND["fp32"], f"ZeRO {stage}, {mixing}"
