@@ -47,7 +47,6 @@ setup(
         "rich>=13",
         "matplotlib>=3.9",
         "jinja2>=3.1",
-        "jinja2>=3.1",
         "psutil>=6",
         "wandb>=0.20",
     ],

@@ -23,3 +23,8 @@ fi
 # Compiled kernels go to a disk of the node: on a shared home directory, ranks of different nodes race for the same files.
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/sgtm-triton-$(id -u)}"
 export PYTHONUNBUFFERED="${PYTHONUNBUFFERED:-1}" # a killed rank's last words reach the log
+
+# torchrun passes on to its workers what ends a run early, SLURM's SIGUSR1 too, and gives them this long to save a
+# checkpoint before it kills them (its own default is 30 s).
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"

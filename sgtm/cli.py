@@ -2,7 +2,8 @@
 
 Thin: every command parses its arguments, calls one function elsewhere and prints where the result is. Modules are
 imported when their command runs, so `sgtm --help` and most mistakes are answered at once. A user's mistake (ValueError,
-OSError) is one message on stderr and exit status 2; `SGTM_TRACEBACK=1` shows where it came from.
+OSError) is one message on stderr and exit status 2; `SGTM_TRACEBACK=1` shows where it came from. Output that nobody
+reads any more (`sgtm explain debug | head`) ends the command without a word.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --mask
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 after an interrupt."""
+    """Run one command; returns the exit status: 0, 1 if nobody reads stdout, 2 for a user's mistake, 130 interrupted."""
     try:
         arguments = _without_local_rank(sys.argv[1:] if argv is None else argv)
-        return _dispatch(arguments)
+        status = _dispatch(arguments)
+        sys.stdout.flush()  # a closed pipe shows here, and not in the interpreter's own flush at exit
+        return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 1
         if os.environ.get("SGTM_TRACEBACK", "0") not in ("", "0"):
             raise
         _print_error(error)
@@ -91,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("eval", _eval, "losses by category, full and with every subset of domains removed")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN", help="run directory, e.g. runs/quickstart")
     evaluate.add_argument("--split", default="test", help="split of the prepared data (default: test)")
-    evaluate.add_argument("--sequences", type=int, help="sequences per category (default: all)")
+    evaluate.add_argument("--sequences", type=_positive, metavar="N", help="sequences per category (default: all)")
     export = command("export", _export, "write a Hugging Face model, with domains removed or without")
     export.add_argument("run_dir", type=Path, metavar="RUN")
     export.add_argument("--remove", nargs="+", default=[], metavar="DOMAIN", help="domains to remove (default: none)")
@@ -201,11 +206,30 @@ def _quickstart(options) -> None:
     from sgtm.report import print_summary, write_report
     from sgtm.train.loop import train
 
-    run = train(config, overwrite=True)
+    run = train(config, overwrite=_is_quickstart(Path(config.runs) / config.name))
     summary = evaluate_run(run)
     page = write_report(run)
     print_summary(summary)
     print(f"report: {page}")
+
+
+def _is_quickstart(run: Path) -> bool:
+    """Whether this is an earlier quickstart, which the next one may replace; a run of another name is somebody's work.
+
+    Read as text, so that a config of an older version counts too: top-level keys are not indented.
+    """
+    file = run / "config.yaml"
+    return file.is_file() and "name: quickstart" in file.read_text("utf-8", "replace").splitlines()
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return number
 
 
 def _check_run(run: Path) -> None:
@@ -228,9 +252,20 @@ def _without_local_rank(argv: list[str]) -> list[str]:
     return kept
 
 
+def _nobody_reads() -> bool:
+    """Whether it was stdout's pipe that broke, and no other; if so, what is still buffered goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def _print_error(error: ValueError | OSError) -> None:
     """One message. What every rank finds alike (a config) only rank 0 says; anything else each rank says for itself."""
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+    ranks = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # of srun, which sets no RANK
     if rank != "0":
         from sgtm.config import ConfigError
 
@@ -239,6 +274,6 @@ def _print_error(error: ValueError | OSError) -> None:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    where = "" if os.environ.get("WORLD_SIZE", "1") == "1" else f"rank {rank}: "
+    where = "" if ranks == "1" else f"rank {rank}: "
     red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
     print(f"{red}error:{plain} {where}{text}", file=sys.stderr)

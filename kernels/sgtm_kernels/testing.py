@@ -17,8 +17,8 @@ from sgtm_kernels.plan import KINDS, MAX_SLICES, PARTS, MaskPlan, Tables, merge_
 BINARY = (0.0, 1.0)
 FLOATS = (0.0, 1.0, 0.5, -1.0, 2.0)
 
-# How labels lie in a micro-batch: one label; sequences sorted by label; sequences in any order, more runs than MAX_SLICES;
-# a few runs that begin and end inside sequences; more such runs than MAX_SLICES.
+# How labels lie in a micro-batch: one label; sequences sorted by label; sequences in any order (9 and above: more runs
+# than MAX_SLICES); a few runs that begin and end inside sequences; more such runs than MAX_SLICES.
 LAYOUTS = ("uniform", "sorted", "unsorted", "ragged", "tokens")
 
 

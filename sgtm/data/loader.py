@@ -189,11 +189,15 @@ def evaluation_batches(
     Documents come in a fixed shuffled order, packed as in training. Every rank gets the same number of batches, because
     under ZeRO-3 a forward pass is a collective; what has no next token, padding included, has target `IGNORE`.
     `step_targets` is the number of targets of the whole evaluation, over all ranks: a mean loss is the sum of the
-    losses divided by it. Without documents of this category in the split there are no batches.
+    losses divided by it.
+
+    Documents with labelled spans are left out: a category's loss is of that category's tokens alone, and theirs are of
+    several, each read after the others. Where no other document of this category is in the split there are no batches.
 
     Raises ValueError for a split or category that the corpus does not have.
     """
     documents = corpus.select(split, category)
+    documents = documents[~np.isin(documents, corpus.spans["document"])]
     if not len(documents):
         return
     context, micro_batch = config.model.context, config.train.micro_batch

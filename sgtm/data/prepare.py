@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -113,6 +113,25 @@ def prepare(
             _merge(out, encoder, count)
         shutil.rmtree(out / BLOCKS, ignore_errors=True)
     return Corpus.open(out)
+
+
+def open_prepared(
+    sources: Sequence[Source],
+    rules: Rules,
+    tokenizer: str | Path,
+    out: str | Path,
+    *,
+    vocab_size: int = 4096,
+    verify: Literal["hashes", "sizes"] = "hashes",
+) -> Corpus | None:
+    """What `prepare` finished writing from exactly this, or None. Takes no lock and writes nothing.
+
+    Raises ValueError naming the file where the finished corpus is damaged (`verify`: see `Corpus.open`).
+    """
+    out = Path(out)
+    if not (out / MANIFEST).is_file() or _stored_job(out) != _job(sources, rules, tokenizer, vocab_size):
+        return None
+    return Corpus.open(out, verify)
 
 
 def summary(corpus: Corpus) -> Table:

@@ -74,7 +74,7 @@ def open_sources(paths: Iterable[str | Path]) -> list[Source]:
 def _discover(path: Path) -> Iterator[Source]:
     if path.is_dir():
         if (path / "dataset_dict.json").is_file():
-            for split in json.loads((path / "dataset_dict.json").read_text())["splits"]:
+            for split in _splits(path / "dataset_dict.json"):
                 yield SavedDataset(path / split, split)
         elif (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
             yield SavedDataset(path, None)
@@ -93,6 +93,18 @@ def _discover(path: Path) -> Iterator[Source]:
         yield Parquet(path)
     else:
         raise ValueError(f"cannot read {path}: expected {', '.join(SUFFIXES)} or a saved Hugging Face dataset")
+
+
+def _splits(file: Path) -> list[str]:
+    """The splits of a saved `DatasetDict`, each in a folder of its name."""
+    try:
+        splits = json.loads(file.read_text(encoding="utf-8"))["splits"]
+        if isinstance(splits, list) and all(isinstance(split, str) for split in splits):
+            return splits
+        problem = f"splits is {splits!r}"
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise ValueError(f'{file} is damaged ({problem}); expected {{"splits": ["train", ...]}}; save the dataset again')
 
 
 def _file_fingerprint(path: Path) -> list:

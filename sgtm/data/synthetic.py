@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sgtm.data.prepare import prepare
+from sgtm.data.prepare import open_prepared, prepare
 from sgtm.data.readers import Block, Record, Source
 from sgtm.data.rules import Rules
 from sgtm.data.store import Corpus
@@ -85,17 +85,40 @@ def write_synthetic_corpus(
 
     Raises ValueError where `vocab_size` is more than the stories can fill.
     """
-    counts = {"train": stories, "test": test_stories}
-    sources = [StorySource(code, split, count) for split, count in counts.items() for code in LANGUAGES]
+    sources = _sources(stories, test_stories)
     return prepare(sources, RULES, "train", out, vocab_size=vocab_size, workers=1, overwrite=True)
 
 
-def open_corpus(config: Config, verify: Literal["hashes", "sizes"] = "hashes") -> Corpus:
-    """The corpus that `data.path` names; `synthetic` is written to `<runs>/synthetic-<vocab_size>` on first use.
+def open_corpus(config: Config, verify: Literal["hashes", "sizes"] = "hashes", *, write: bool = True) -> Corpus:
+    """The corpus that `data.path` names; `synthetic` is `<runs>/synthetic-<vocab_size>`.
+
+    verify  see `Corpus.open`
+    write   whether `synthetic` is written where it is missing, damaged or of another edition; what reads a run's
+            results passes False, because an evaluation must not make its own data
 
     Raises ValueError where it is missing, damaged or unfinished.
     """
     if config.data.path != "synthetic":
         return Corpus.open(config.data.path, verify)
     vocab_size = config.model.vocab_size
-    return write_synthetic_corpus(Path(config.runs) / f"synthetic-{vocab_size}", vocab_size, *STORIES)
+    out = Path(config.runs) / f"synthetic-{vocab_size}"
+    try:
+        corpus = open_prepared(_sources(*STORIES), RULES, "train", out, vocab_size=vocab_size, verify=verify)
+    except ValueError:
+        if not write:
+            raise
+        corpus = None
+    if corpus is not None:
+        return corpus
+    if not write:
+        relative = f"; runs: {config.runs} is relative to the directory it ran in, and this is {Path.cwd()}"
+        raise ValueError(
+            f"no synthetic corpus of this version at {out}, where `sgtm train` writes it"
+            f"{'' if out.is_absolute() else relative}"
+        )
+    return write_synthetic_corpus(out, vocab_size, *STORIES)
+
+
+def _sources(stories: int, test_stories: int) -> list[StorySource]:
+    counts = {"train": stories, "test": test_stories}
+    return [StorySource(code, split, count) for split, count in counts.items() for code in LANGUAGES]

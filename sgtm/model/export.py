@@ -17,13 +17,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from sgtm.config import Config, load_config
 from sgtm.data.synthetic import open_corpus
-from sgtm.data.tokenizer import eos_token
 from sgtm.distributed.storage import consolidate
 from sgtm.masking.partition import Partition
 from sgtm.model.hf import to_hf_state
@@ -84,12 +82,12 @@ def _save_tokenizer(config: Config, hf_config: PretrainedConfig, folder: Path) -
     Weights outlive corpora, so a corpus that is gone costs the export its tokenizer and a warning, no more.
     """
     try:
-        tokenizer: Tokenizer = open_corpus(config, "sizes").tokenizer
+        corpus = open_corpus(config, "sizes", write=False)
+        tokenizer = corpus.tokenizer
     except (ValueError, OSError) as error:
         log.warning("exported without a tokenizer: %s", error)
         return False
-    end = eos_token(tokenizer)
-    hf_config.eos_token_id = tokenizer.token_to_id(end)
+    hf_config.eos_token_id, end = corpus.eos_id, tokenizer.id_to_token(corpus.eos_id)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, model_max_length=config.model.context)
     wrapped.save_pretrained(folder)
     return True

@@ -1,10 +1,12 @@
-"""The two promises of the method under real DeepSpeed: every ZeRO stage, one and two ranks, seen through the optimizer.
+"""The two promises of the method under real DeepSpeed, seen through the optimizer: every ZeRO stage, 1 and 2 ranks.
 
-Twin runs differ in nothing but the content of one label's tokens in their last step. Whatever those tokens may not update
-must end with the same bits: weights and both moments. Then steps of one label alone leave the same things where they
-were.
+Twin runs differ in nothing but the content of one label's tokens in their last step. Whatever those tokens may not
+update must end with the same bits: weights and both moments. Then steps of one label alone leave the same things
+where they were.
 
-Faults tried, each seen to fail: FAULTS
+Faults tried, each seen to fail: the mask dropped from one part of one op; documents not isolated; a segment reaching
+into the next; frozen segments updated; too many keys live; momentum decayed without an update; the labels of runs
+swapped.
 """
 
 import pytest
@@ -25,6 +27,7 @@ from families import (
 )
 
 from sgtm.config.schema import Config
+from sgtm.distributed.segments import full_numel
 from sgtm.distributed.testing import run_ranks
 from sgtm.model.rows import live_keys
 
@@ -74,14 +77,13 @@ def train_step(engine, batches) -> None:
 
 def state_of(engine) -> dict:
     """Weights and moments by (key, (what, parameter, first element)); 0 where another rank owns them."""
-    state, rows = {}, engine.module.parameter_rows()
-    numels = {name: getattr(p, "ds_numel", p.numel()) for name, p in engine.module.named_parameters()}
+    state = {}
+    numels = {name: full_numel(p) for name, p in engine.module.named_parameters()}
     for what in ("weight", "exp_avg", "exp_avg_sq"):
         flat = {name: torch.zeros(numel) for name, numel in numels.items()}
         for tensor, offset, name, start, end in engine.fragments:
             source = tensor if what == "weight" else engine.optimizer.state[tensor][what]
             flat[name][start:end] = source.detach().reshape(-1)[offset : offset + end - start]
-        assert rows.keys() == flat.keys()
         for (key, name, start), piece in by_key(engine.module, flat).items():
             state[key, (what, name, start)] = piece
     return state
@@ -132,4 +134,4 @@ def all_cases() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_promises(world_size):
-    run_ranks(all_cases, world_size)
+    run_ranks(all_cases, world_size, timeout=240)

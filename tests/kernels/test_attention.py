@@ -1,9 +1,11 @@
-"""Causal attention by groups of heads, with `active` and `route`, documents, windows, grouped queries and rotary positions.
+"""Causal attention by groups of heads: `active` and `route`, documents, windows, grouped queries, rotary positions.
 
-Faults tried, each seen to fail: a window one too wide or one too narrow; the second block's first key off by one; documents
-ignored, or not shifted to their slice of sequences; a document's row wrong; query heads sharing the wrong KV head; rotary
-on k only, or its halves swapped; `route` applied forward; a stopped slice with a backward; an inactive slice computed; the
-route factor without `active`; the sequences of two neighbouring runs swapped; scale forgotten in one branch.
+Faults tried, each seen to fail: a window one too wide or too narrow, or ignored where it is more than half the
+sequence; the band shifted by one key; documents ignored, not shifted to their slice of sequences, or all taken from
+the first sequence; query heads sharing the wrong KV head; rotary on k alone, or the other way round; `route` applied
+forward; a stopped slice with a backward; an inactive slice computed; the route factor without `active`, `active`
+without `route`; neighbouring runs swapped, or only the first of them; attention that is not causal; no gradient
+instead of 0; the gradient scaled in place; the scale forgotten.
 """
 
 import math

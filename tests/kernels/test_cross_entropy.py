@@ -2,9 +2,10 @@
 
 Chunks are made small, so that runs begin and end inside them.
 
-Faults tried, each seen to fail: a chunk skipped; slices clipped to the wrong chunk; the bias under the head's table; ignored
-targets counted; `scale` forgotten in one gradient; dX from masked tokens dropped; sums scaled; sums of neighbouring labels
-swapped; logits overwritten before dX; the incoming gradient ignored; gradients computed under `no_grad`.
+Faults tried, each seen to fail: a chunk skipped; a slice cut short in its chunk; the bias under the head's table;
+ignored targets counted in the loss, or in the gradient; `scale` or the incoming gradient forgotten; a slice's weight
+ignored; partial sums added in bf16; dX without the tokens that may not update the head; sums scaled, or under the
+next label; gradients computed under `no_grad`.
 """
 
 import pytest

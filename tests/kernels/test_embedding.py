@@ -1,7 +1,7 @@
 """Masked table lookup: only tokens that may update the table are scattered into its gradient.
 
-Faults tried, each seen to fail: a slice dropped; a weight ignored; the ids of one slice with the gradients of another; all
-tokens scattered; the kind's name swapped; accumulation in bf16.
+Faults tried, each seen to fail: a slice dropped; a weight ignored; the ids of one slice with the gradients of
+another; no slice at all left unhandled; all tokens scattered; the table of `position`; accumulation in bf16.
 """
 
 import pytest

@@ -1,9 +1,9 @@
 """Masked linear layers: dW and db by label and group, everything else the plain layer's.
 
-Faults tried, each seen to fail: a slice dropped from dW; a slice's weight ignored; the first or last token of a slice left
-out; a group boundary off by one row; rows nobody may update left unwritten; the token-level branch without its weights;
-the bias of the out side under the in side's table; dX computed from masked dY; masked rows of dX zeroed; `contribution`
-replaced by `update`; slices taken from another part.
+Faults tried, each seen to fail: a slice dropped from dW; a slice's weight ignored, in dW or db; the first or the last
+token of a slice left out; a group boundary off by one row; rows nobody may update left unwritten; the token-level
+branch without its weights, on either operand, or in the bias; the out side's bias under the rows' table; dX from a
+masked gradient; `contribution` replaced by `update`; the slices of another part; partial sums added in bf16.
 """
 
 from itertools import pairwise

@@ -1,8 +1,8 @@
 """The MLP's non-linearity: `active` in the forward pass, `route` in the backward pass.
 
-Faults tried, each seen to fail: `route` applied forward; `active` forgotten backward; `route` forgotten; a group boundary
-off by one column; gate and up swapped; the factor squared; a run one token short; columns nobody wrote; scaling a copy of
-a strided tensor.
+Faults tried, each seen to fail: `route` applied forward; `active` or `route` forgotten backward; a group boundary off
+by one column; gate and up swapped, forward or backward; the factor squared, or ignored token by token; a run one
+token short; the copy of a strided input or gradient scaled instead of the result.
 """
 
 from itertools import pairwise

@@ -1,8 +1,8 @@
 """LayerNorm and RMSNorm: weight and bias learn by label, the output and dX are the plain norm's.
 
-Faults tried, each seen to fail: the token range of another kind; a slice dropped; the bias gradient unmasked; dX from a
-masked gradient; `normalized` without its mean; eps left out; the weight missing in RMSNorm's dX; the mean over tokens
-instead of columns.
+Faults tried, each seen to fail: the tokens of another kind; the bias or the weight gradient unmasked; dX from a
+masked gradient; the normalised input without its mean; eps left out; the weight missing in RMSNorm's dX; the mean
+over tokens instead of columns.
 """
 
 import pytest

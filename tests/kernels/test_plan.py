@@ -1,9 +1,9 @@
 """MaskPlan and Tables against per-token arithmetic.
 
-Faults tried, each seen to fail: slices merged across a gap; slices merged with differing weights; a slice one token short;
-row ranges merged over groups with other tokens; the last group's end off by one; `contribution` without `active` or
-without `route`, or with `route` on the out side; `plain` true for a weight other than 1; token weights cached under
-another label vector; `merge_runs` keeping an empty piece or gluing two labels.
+Faults tried, each seen to fail: slices merged across a gap, or with differing weights; a slice one token short; row
+ranges merged over groups with other tokens; a range one row short; `contribution` without `active`, without `route`,
+or with `route` on the out side; `plain` true for a weight other than 1; token weights cached under another label
+vector; `merge_runs` keeping an empty piece or gluing two labels; `whole_sequences` looking at the first run alone.
 """
 
 from itertools import pairwise
@@ -84,7 +84,7 @@ def test_nothing_masked_is_one_piece_of_work():
 
 
 def test_sorted_sgtm_batch_is_two_pieces_of_work():
-    """The case the design is built for: forget tokens first, retain rows learn from the rest, forget rows from the start."""
+    """The case the design is built for: retain rows learn from the last tokens, forget rows from the first."""
     ones, update = ((1.0, 1.0),) * 3, ((1.0, 1.0), (1.0, 1.0), (0.0, 1.0))
     active = ((1.0, 1.0), (1.0, 0.0), (1.0, 1.0))
     tables = Tables(

@@ -1,7 +1,7 @@
 """Labels and groups of a list of domains.
 
-Faults tried, each seen to fail: groups offset by one; labels without `unlabeled`; reserved or repeated names accepted;
-subsets without the empty or the full one, or in the order of their bit masks.
+Faults tried, each seen to fail: groups offset by one; labels in another order; repeated or reserved names, or a
+comma, accepted; subsets without the empty one, or in the order of their bit masks.
 """
 
 import pytest

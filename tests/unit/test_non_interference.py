@@ -1,15 +1,16 @@
 """Promise 1 on whole models: what tokens may not update does not know, in any bit, what those tokens are.
 
-For every preset, family, backend and mixing, all tokens of one label are replaced by others (and their targets with them).
-The gradient of a row range, or joint parameter, must keep every bit exactly where the strategy's tables say that the
-label contributes nothing, and must change where it contributes: so the variants' exempt parts (`no_mlp_out` and its like)
-are not promised, and seen not to hold. Replacing forget tokens is the promise for the retain group; replacing retain
-tokens, or another domain's, is the promise for a domain's group. That a group gets exactly 0 from a step without any token
-that may update it is checked by mixing `step`.
+For every preset, family, backend and mixing, all tokens of one label are replaced by others (and their targets with
+them). The gradient of a row range, or joint parameter, must keep every bit exactly where the strategy's tables say
+that the label contributes nothing, and must change where it contributes: so the variants' exempt parts (`no_mlp_out`
+and its like) are not promised, and seen not to hold. Replacing forget tokens is the promise for the retain group;
+replacing retain tokens, or another domain's, is the promise for a domain's group. That a group gets exactly 0 from a
+step without any token that may update it is checked by mixing `step`.
 
-Faults tried, each seen to fail: the mask dropped from one part; a group boundary off by one; the retain group's mask given
-to the first domain; labels of runs swapped; documents not isolated; the route not applied; bias and norm masks dropped;
-another domain's group left active; a slice one token too long.
+Faults tried, each seen to fail: the mask dropped from one part, from the output biases, the embedding or the head; a
+group boundary off by one; the retain group's mask given to the first domain; the labels of runs swapped; documents
+not isolated; the blocks' norms unmasked; retain tokens with active forget groups; a slice one token too long; weights
+of 1e-8 for 0 in the token-level branch.
 """
 
 import pytest

@@ -1,8 +1,9 @@
 """The row layout: every element of every parameter has one key, and a key lives exactly when its rows learn.
 
-Faults tried, each seen to fail: one part's bounds used for another; gate and up counted once; KV rows left out of `w_qkv`;
-a norm of an unmasked layer under `norm`; a bias under the wrong kind; `live_keys` without `always`, without the tied key,
-from one of the labels only, or from `update` without `active`; a domain's rows under the next domain's key.
+Faults tried, each seen to fail: KV rows counted once in `w_qkv`; KV bounds for head bounds; gate and up counted once;
+a boundary off by one, in the layout or in the op; a norm or bias of an unmasked layer under its kind; a bias under
+the wrong kind; the domains' keys swapped; `live_keys` without `always`, without the tied key, from all labels instead
+of any, or from `update` without `active`.
 """
 
 from itertools import pairwise

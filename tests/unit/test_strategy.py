@@ -2,9 +2,11 @@
 
 Rows are the labels unlabeled, retain, forget:bio, forget:code; columns the groups retain, bio, code.
 
-Faults tried, each seen to fail: one entry of each table flipped; a variant exempting the other part, or its weight
-without its bias; `joint: masked` reaching `final_norm` or `head_bias`; `cross_domain` ignored; an override transposed;
-`gram` with active foreign groups under `cross_domain: active`; `removal_tables` removing the next group.
+Faults tried, each seen to fail: a domain's row masked instead of retain's; one bias forgotten; `joint: masked`
+reaching `final_norm`, or missing the norms; `route` for `active` and the reverse; forget groups inactive under
+`unlabeled` instead of `retain`; `cross_domain` ignored, either way, or by `gram`; a variant exempting the other part,
+or its weight without its bias; an override transposed; `removal_tables` removing the group before; `joint` accepted
+everywhere.
 """
 
 import pytest

@@ -1,8 +1,8 @@
 """The two model families as a whole.
 
-Faults tried, each seen to fail: checkpointing without the plan; a window on the wrong layers; the head's gradient lost
-where it is tied; a residual connection dropped; rotary positions left out; the loss divided by the batch; sums in the
-order of groups; an ablation that leaves a group's heads; logits without their bias.
+Faults tried, each seen to fail: checkpointing with another plan; the window on the wrong layers; rotary positions
+left out; the loss divided by the batch; sums under the next label; an ablation of the wrong group; logits without
+their bias, or without the last norm; the wrong norm before the MLP; no limit on the length.
 """
 
 import pytest
