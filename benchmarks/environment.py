@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -16,15 +17,29 @@ RESULTS = Path(__file__).parent / "results"
 
 def environment() -> dict:
     """Device, threads, commit, versions and time (UTC)."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "threads": torch.get_num_threads(),
-        "commit": git.stdout.strip(),
+        "commit": output("git", "describe", "--always", "--dirty"),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
+        "versions": {name: installed(name) for name in ("torch", "triton", "deepspeed", "transformers")},
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def output(*command: str) -> str | None:
+    """What a command prints, or None where there is no such command."""
+    if shutil.which(command[0]) is None:
+        return None
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def cpu_name() -> str:

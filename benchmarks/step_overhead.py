@@ -11,6 +11,7 @@ process (or of the CUDA allocator) during a step, in turn as well. The report gi
 from __future__ import annotations
 
 import argparse
+import ctypes
 import time
 from pathlib import Path
 
@@ -147,6 +148,7 @@ def peak_growth(step) -> float:
         before = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, or the step would grow into it unseen
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark VmHWM (Linux)
     before = status_mib("VmRSS")
     step()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --mask
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 if nobody reads stdout, 2 for a user's mistake, 130 interrupted."""
+    """Run one command; returns the exit status: 0, 1 if nobody reads stdout, 2 for a mistake, 130 interrupted."""
     try:
         arguments = _without_local_rank(sys.argv[1:] if argv is None else argv)
         status = _dispatch(arguments)
@@ -149,7 +150,9 @@ def _train(options) -> None:
 
 
 def _eval(options) -> None:
-    _check_run(options.run_dir)
+    from sgtm.config.load import load_run_config
+
+    load_run_config(options.run_dir)  # before anything heavy is imported
     from sgtm.evaluate.run import evaluate_run
     from sgtm.report import print_summary
 
@@ -157,7 +160,9 @@ def _eval(options) -> None:
 
 
 def _export(options) -> None:
-    _check_run(options.run_dir)
+    from sgtm.config.load import load_run_config
+
+    load_run_config(options.run_dir)  # before anything heavy is imported
     from sgtm.model.export import export_run
 
     export_run(options.run_dir, options.remove, options.out)
@@ -165,7 +170,9 @@ def _export(options) -> None:
 
 
 def _report(options) -> None:
-    _check_run(options.run_dir)
+    from sgtm.config.load import load_run_config
+
+    load_run_config(options.run_dir)  # before anything heavy is imported
     from sgtm.report import write_report
 
     print(write_report(options.run_dir))
@@ -232,12 +239,6 @@ def _positive(text: str) -> int:
     return number
 
 
-def _check_run(run: Path) -> None:
-    if not (run / "config.yaml").is_file():
-        known = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml")))
-        raise ValueError(f"{run}: not a run directory (no config.yaml in it); runs here: {known or 'none'}")
-
-
 def _without_local_rank(argv: list[str]) -> list[str]:
     """The deepspeed launcher adds `--local_rank=N`; the environment says the same."""
     kept, skip = [], False
@@ -253,13 +254,16 @@ def _without_local_rank(argv: list[str]) -> list[str]:
 
 
 def _nobody_reads() -> bool:
-    """Whether it was stdout's pipe that broke, and no other; if so, what is still buffered goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+    """Whether stdout is a pipe whose reader has gone, so that no other broken pipe passes for it.
+
+    If so, what is still buffered goes nowhere, or the interpreter would fail on it at exit.
+    """
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    return gone
 
 
 def _print_error(error: ValueError | OSError) -> None:

@@ -70,6 +70,14 @@ def load_config(source: str | os.PathLike, overrides: list[str] | None = None) -
         raise ConfigError(explain_errors(error, Config, values, str(source), set(given))) from None
 
 
+def load_run_config(run: Path) -> Config:
+    """The config of a run directory. Raises ConfigError for a folder that is none, naming those there are."""
+    if not (run / "config.yaml").is_file():
+        known = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml")))
+        raise ConfigError(f"{run}: not a run directory (no config.yaml in it); runs here: {known or 'none'}")
+    return load_config(run / "config.yaml")
+
+
 def save_config(config: Config, path: str | os.PathLike) -> None:
     """Write every key of `config` as YAML; `load_config(path)` gives an equal config. Never leaves half a file."""
     path = Path(path)

@@ -110,11 +110,13 @@ class MaskingConfig(Section):
     forget_neurons: Members = 64
     """Neurons per layer, likewise."""
     percent: PositiveFloat | dict[str, PositiveFloat] | None = None
-    """Instead of both: percent of each layer's heads and neurons."""
+    """Percent of each layer's heads and neurons; where set, forget_heads and forget_neurons are not used."""
     masked_layers: list[NonNegativeInt] | None = None
     """Layers that have groups; None: all."""
     span_policy: Literal["conservative", "position"] = "conservative"
-    """Labelled spans inside a document: train everything up to the last forget token as forget, or as labelled."""
+    """Labelled spans inside a document: train everything up to the last forget token as forget, or as labelled. With
+    `position` the gradient at a retain position holds losses of later forget tokens that attend to it, so forget
+    knowledge leaks into retain weights."""
 
 
 class DataConfig(Section):
@@ -200,7 +202,7 @@ class WandbConfig(Section):
 class Config(Section):
     """One run."""
 
-    name: str = "run"
+    name: Annotated[str, Field(pattern=r"^[\w][\w.+-]*$")] = "run"
     """Name of the run; its directory is `<runs>/<name>`."""
     runs: str = "runs"
     """Folder of all run directories."""
@@ -215,6 +217,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self):
+        if self.masking.strategy == "gram" and self.masking.cross_domain == "active":
+            raise ValueError("masking.cross_domain active: strategy gram has other domains' groups inactive")
         if self.train.tokens_per_step % self.model.context:
             raise ValueError(
                 f"train.tokens_per_step {self.train.tokens_per_step} is not a multiple of "

@@ -116,6 +116,11 @@ class Corpus:
         return cls(path, manifest, documents, spans)
 
     @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the manifest, which holds that of every file: equal for equal corpora."""
+        return sha256_of(self.path / MANIFEST)
+
+    @property
     def vocab_size(self) -> int:
         return self.manifest.vocab_size
 

@@ -1,8 +1,8 @@
 """Where the gradient of a kind of data wants to go: its norm on each group's weights, relative to the weights' norm.
 
 Computed with nothing masked (strategy `none`), so that it shows what a group has to learn from each true label, not
-what the masks let through. If forget knowledge is localised, forget data pull on the forget group and little on
-retain.
+what the masks let through; in fp32, as gradients of many micro-batches add up. If forget knowledge is localised,
+forget data pull on the forget group and little on retain.
 """
 
 from __future__ import annotations

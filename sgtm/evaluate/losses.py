@@ -6,7 +6,7 @@ training as on a loaded one. Losses are nats per target token, a mean over all t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 
@@ -14,15 +14,10 @@ from sgtm.config.schema import Config
 from sgtm.data.batch import IGNORE
 from sgtm.data.loader import evaluation_batches
 from sgtm.data.store import Corpus
+from sgtm.masking.labels import removal_name
 from sgtm.masking.strategy import removal_tables
 
 Losses = dict[str, dict[str, float]]
-
-
-def removal_name(removed: Iterable[str]) -> str:
-    """`full`, or `without <domain>[,<domain>...]`: the name of a set of removed domains in every output."""
-    removed = tuple(removed)
-    return f"without {','.join(removed)}" if removed else "full"
 
 
 @torch.no_grad()

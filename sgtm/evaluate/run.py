@@ -9,40 +9,27 @@ from pathlib import Path
 
 import torch
 
-from sgtm.config import Config, load_config
-from sgtm.data.store import Corpus, write_atomically
+from sgtm.config import Config
+from sgtm.data.loader import check_corpus
+from sgtm.data.store import write_atomically
 from sgtm.data.synthetic import open_corpus
 from sgtm.distributed.storage import consolidate
 from sgtm.evaluate.localisation import gradient_norms
 from sgtm.evaluate.losses import category_losses
 from sgtm.model.transformer import Transformer
 from sgtm.report.record import read_record
-from sgtm.train.checkpoint import find_latest
+from sgtm.train.checkpoint import open_run, read_manifest
 from sgtm_kernels.dispatch import resolve
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "numpy")
 
 
-def load_run(run: Path) -> tuple[Config, Transformer]:
-    """Config and model of the newest checkpoint of a run directory, in the precision it was trained in.
-
-    Raises ValueError for a folder that is no run or has no checkpoint.
-    """
-    config_file = run / "config.yaml"
-    if not config_file.exists():
-        raise ValueError(
-            f"{run} is not a run directory: it has no config.yaml; `sgtm train` makes one at <runs>/<name>"
-        )
-    config = load_config(str(config_file), [])
-    latest = find_latest(run)
-    if latest is None:
-        raise ValueError(f"{run} has no checkpoint yet; train first")
+def load_model(config: Config, checkpoint: Path) -> Transformer:
+    """The model of a checkpoint in fp32, on the GPU where there is one."""
     with torch.device("meta"):
         model = Transformer(config.model, config.partition, resolve(config.kernels.backend))
-    model.load_state_dict(consolidate(latest), assign=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    return config, model.to(device, dtype).requires_grad_()
+    model.load_state_dict(consolidate(checkpoint), assign=True)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_()
 
 
 def evaluate_run(run: Path, split: str = "test", sequences: int | None = None) -> dict:
@@ -50,23 +37,35 @@ def evaluate_run(run: Path, split: str = "test", sequences: int | None = None) -
 
     split      of the corpus to evaluate on
     sequences  at most this many sequences of each category; None: all of them
+
+    Losses are computed in the precision of the training, gradient norms in fp32. Raises ValueError for a folder that is
+    no run, a damaged checkpoint, and data that are not those of the run.
     """
-    config, model = load_run(run)
-    corpus: Corpus = open_corpus(config)
+    config, checkpoint = open_run(run)
+    corpus = open_corpus(config, write=False)
+    check_corpus(corpus, config)
+    manifest = read_manifest(checkpoint)
+    if manifest["corpus"] != corpus.fingerprint:
+        raise ValueError(f"{run} was trained on other data than {corpus.path} holds now: prepared anew since?")
+    model = load_model(config, checkpoint)
     device = next(model.parameters()).device
-    losses = category_losses(model, corpus, config, split=split, sequences=sequences, device=device)
     norms = gradient_norms(model, corpus, config, split=split, sequences=config.train.eval_sequences, device=device)
-    steps = read_record(run).steps
-    last = steps[-1] if steps else {"seconds": 0.0, "tokens": 0, "step": 0}
+    if config.train.precision == "bf16":
+        model = model.bfloat16()
+    losses = category_losses(model, corpus, config, split=split, sequences=sequences, device=device)
+    steps = manifest["step"]
+    tokens = steps * config.train.tokens_per_step
+    seconds = max((line["seconds"] for line in read_record(run).steps if line["step"] <= steps), default=0.0)
     summary = {
         "name": config.name,
         "losses": losses,
         "true_labels": dict(corpus.categories),
         "split": split,
-        "seconds": round(last["seconds"], 3),
-        "tokens_per_second": round(last["tokens"] / last["seconds"], 1) if last["seconds"] else None,
-        "steps": last["step"],
-        "tokens": last["tokens"],
+        "sequences": sequences,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+        "steps": steps,
+        "tokens": tokens,
         "parameters": sum(p.numel() for p in model.parameters()),
         "gradient_norms": norms,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},

@@ -6,9 +6,22 @@ neuron belongs to a *group*: `retain` (0), then one group per domain (1, 2, ...)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 UNLABELED, RETAIN, FIRST_FORGET = 0, 1, 2
+FULL, WITHOUT = "full", "without "
+
+
+def removal_name(removed: Iterable[str]) -> str:
+    """`full`, or `without <domain>[,<domain>...]`: the name of a set of removed domains in every output."""
+    removed = tuple(removed)
+    return WITHOUT + ",".join(removed) if removed else FULL
+
+
+def removed_domains(name: str) -> tuple[str, ...]:
+    """Inverse of `removal_name`."""
+    return tuple(name.removeprefix(WITHOUT).split(",")) if name.startswith(WITHOUT) else ()
 
 
 @dataclass(frozen=True)

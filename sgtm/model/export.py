@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
-from sgtm.config import Config, load_config
+from sgtm.config import Config
 from sgtm.data.synthetic import open_corpus
 from sgtm.distributed.storage import consolidate
 from sgtm.masking.partition import Partition
 from sgtm.model.hf import to_hf_state
-from sgtm.train.checkpoint import MANIFEST, find_latest, read_manifest, verify
+from sgtm.train.checkpoint import MANIFEST, open_run, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +40,9 @@ def export_run(run: Path, remove: Sequence[str], out: Path) -> Path:
     unknown, the model has no Hugging Face form, or `out` is not empty; then nothing is left behind.
     """
     run, out = Path(run), Path(out)
-    if not (run / "config.yaml").is_file():
-        raise ValueError(
-            f"{run} is not a run directory: it has no config.yaml; `sgtm train` makes one at <runs>/<name>"
-        )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; export to a new one")
-    config = load_config(str(run / "config.yaml"), [])
-    checkpoint = find_latest(run)
-    if checkpoint is None:
-        raise ValueError(f"{run} has no checkpoint yet; train first")
-    verify(checkpoint)
+    config, checkpoint = open_run(run)
     state, hf_config = to_hf_state(consolidate(checkpoint), config.model, config.partition, remove)
 
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")

@@ -19,10 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from sgtm.masking.labels import removed_domains
 from sgtm.masking.partition import LayerPartition
 from sgtm.report.findings import conditions, loss_rows, signed
 from sgtm.report.palette import GRID, INK, LIGHT, MUTED, PAPER, RETAIN, of_label, of_removal, themed
-from sgtm.report.record import Record, is_forgotten, removed_domains
+from sgtm.report.record import Record, is_forgotten
 
 WIDTH = 4.6  # inches
 DASHES = ("-", "--", ":", "-.")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sgtm.report.record import Record, is_forgotten, removed_domains
+from sgtm.masking.labels import removed_domains
+from sgtm.report.record import Record, is_forgotten
 
 UNCHANGED = 0.005  # nats: below this a difference prints as 0.00
 NAMED = 3  # so many kept categories are named in a sentence; more are averaged

@@ -15,10 +15,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from sgtm.config.schema import Config
+from sgtm.masking.labels import removed_domains
 from sgtm.report import figures, palette
 from sgtm.report.figures import Drawing, draw
 from sgtm.report.findings import conditions, loss_rows, sentences, signed
-from sgtm.report.record import Record, is_forgotten, read_record, removed_domains
+from sgtm.report.record import Record, is_forgotten, read_record
 from sgtm_kernels.plan import KINDS, PARTS
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from sgtm.config import load_config
 from sgtm.config.schema import Config
-
-PREFIX = "without "
+from sgtm.train.metrics import read_metrics
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def read_record(run: Path) -> Record:
         raise ValueError(f"{run} is not a run directory; `sgtm train` makes one at <runs>/<name>")
     config_file = run / "config.yaml"
     found = config_file.is_file()
-    lines = _read_lines(run / "metrics.jsonl")
+    lines = read_metrics(run / "metrics.jsonl")
     return Record(
         run,
         load_config(str(config_file), []) if found else None,
@@ -55,28 +54,9 @@ def read_record(run: Path) -> Record:
     )
 
 
-def removed_domains(key: str) -> tuple[str, ...]:
-    """Domains of a losses key: `full` has none, `without a,b` two."""
-    return tuple(key.removeprefix(PREFIX).split(",")) if key.startswith(PREFIX) else ()
-
-
 def is_forgotten(true_label: str, domains: tuple[str, ...]) -> bool:
     """Whether removing these domains is meant to raise the loss of a category with this true label."""
     return true_label in {f"forget:{domain}" for domain in domains}
-
-
-def _read_lines(file: Path) -> list[dict]:
-    if not file.is_file():
-        return []
-    lines = file.read_text(encoding="utf-8").splitlines()
-    parsed = []
-    for number, line in enumerate(lines, 1):
-        try:
-            parsed.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(f"{file}, line {number}: not a JSON object: {line[:80]!r}") from None
-    return parsed
 
 
 def _last_of_each_step(lines: list[dict], kind: str) -> list[dict]:

@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sgtm.masking.labels import removed_domains
 from sgtm.report.findings import LossRow, conditions, loss_rows, signed
-from sgtm.report.record import is_forgotten, removed_domains
+from sgtm.report.record import is_forgotten
 
 LARGE = 0.1  # nats: what a removal may cost the categories it is not meant for
 

@@ -22,8 +22,8 @@ import shutil
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
+from sgtm.config.load import load_run_config
 from sgtm.config.schema import Config
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.distributed.engine import Engine
@@ -47,9 +47,13 @@ def checkpoints_dir(run_dir: Path | str) -> Path:
     return Path(run_dir) / "checkpoints"
 
 
-def save_checkpoint(engine: Engine, run_dir: Path | str, step: int, config: Config) -> Path:
+def save_checkpoint(
+    engine: Engine, run_dir: Path | str, step: int, config: Config, corpus: str = "", progress: object = None
+) -> Path:
     """Save the run after `step` global steps, and drop checkpoints beyond `train.keep_last`.
 
+    corpus    fingerprint of the data, which a resumed run must share
+    progress  whatever this rank needs to go on in the middle of an interval; `load_checkpoint` gives it back
     Every rank raises OSError, naming the file, the reason and the checkpoint that remains, if any rank cannot write.
     """
     root = checkpoints_dir(run_dir)
@@ -57,8 +61,15 @@ def save_checkpoint(engine: Engine, run_dir: Path | str, step: int, config: Conf
     temporary = root / f".tmp-{final.name}"
     try:
         on_rank_zero(lambda: _fresh(temporary))
-        files = engine.save(temporary, {"step": step, "random": _random_states(engine)})
-        on_rank_zero(lambda: _publish(temporary, final, files, step, engine.world_size, config))
+        ranks = on_every_rank(lambda: {"random": _random_state(engine), "progress": progress})
+        files = engine.save(temporary, {"step": step, "ranks": ranks})
+        manifest = {
+            "step": step,
+            "ranks": engine.world_size,
+            "corpus": corpus,
+            "config": config.model_dump(mode="json"),
+        }
+        on_rank_zero(lambda: _publish(temporary, final, {**manifest, "files": files}, config.train.keep_last))
     except OSError as error:
         on_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))
         kept = find_latest(run_dir)
@@ -87,7 +98,7 @@ def read_manifest(directory: Path) -> dict:
     path = Path(directory) / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        return {key: manifest[key] for key in ("step", "ranks", "config", "files")}
+        return {key: manifest[key] for key in ("step", "ranks", "corpus", "config", "files")}
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: not a whole checkpoint") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -112,24 +123,41 @@ def verify(directory: Path | str, share: tuple[int, int] = (0, 1)) -> None:
                 raise ValueError(f"{path} is damaged: its SHA-256 is not that of {MANIFEST}")
 
 
-def load_checkpoint(engine: Engine, directory: Path | str, config: Config) -> int:
-    """Continue from a checkpoint: weights, optimizer and random states; returns the number of global steps done.
+def load_checkpoint(engine: Engine, directory: Path | str, config: Config, corpus: str = "") -> tuple[int, object]:
+    """Continue from a checkpoint: weights, optimizer and random states.
 
+    Returns the number of global steps done, and what this rank saved as `progress`.
     Every rank raises ValueError for a damaged checkpoint, naming the newest whole one before it, and for one whose run
     differs from `config`, naming the keys.
     """
     directory = Path(directory)
-    on_rank_zero(lambda: _refuse_other_run(directory, config, engine.world_size))
+    on_rank_zero(lambda: _refuse_other_run(directory, config, corpus, engine.world_size))
     try:
         on_every_rank(lambda: verify(directory, (engine.rank, engine.world_size)))
     except ValueError as error:
         raise ValueError(f"{error}. {on_rank_zero(lambda: _advice(directory))}") from None
     state = engine.load(directory)
-    random = state["random"][engine.rank]
-    torch.set_rng_state(random["cpu"])
+    mine = state["ranks"][engine.rank]
+    torch.set_rng_state(mine["random"]["cpu"])
     if engine.device.type == "cuda":
-        torch.cuda.set_rng_state(random["cuda"], engine.device)
-    return state["step"]
+        torch.cuda.set_rng_state(mine["random"]["cuda"], engine.device)
+    return state["step"], mine["progress"]
+
+
+def open_run(run_dir: Path | str) -> tuple[Config, Path]:
+    """Config and newest checkpoint, verified, of a run that is to be evaluated or exported.
+
+    Raises ValueError for a folder that is no run, has no checkpoint, or whose newest checkpoint is damaged.
+    """
+    config = load_run_config(Path(run_dir))
+    latest = find_latest(run_dir)
+    if latest is None:
+        raise ValueError(f"{run_dir} has no checkpoint yet; train first")
+    try:
+        verify(latest)
+    except ValueError as error:
+        raise ValueError(f"{error}. {_advice(latest)}") from None
+    return config, latest
 
 
 def differences(saved: dict, config: Config) -> list[str]:
@@ -147,9 +175,11 @@ def _flat(section: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def _refuse_other_run(directory: Path, config: Config, ranks: int) -> None:
+def _refuse_other_run(directory: Path, config: Config, corpus: str, ranks: int) -> None:
     manifest = read_manifest(directory)
     changed = differences(manifest["config"], config)
+    if manifest["corpus"] != corpus:
+        changed.append(f"data.path: {config.data.path} has been prepared anew since, with other content")
     if manifest["ranks"] != ranks:
         changed.append(f"ranks: {manifest['ranks']} in the checkpoint, {ranks} now")
     if changed:
@@ -177,8 +207,7 @@ def _fresh(temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def _publish(temporary: Path, final: Path, files: dict[str, dict], step: int, ranks: int, config: Config) -> None:
-    manifest = {"step": step, "ranks": ranks, "config": config.model_dump(mode="json"), "files": files}
+def _publish(temporary: Path, final: Path, manifest: dict, keep_last: int) -> None:
     _write(temporary / MANIFEST, json.dumps(manifest, indent=1))
     _sync(temporary)
     if final.exists():  # the same step again: a run resumed from an earlier one, with the same content
@@ -192,7 +221,7 @@ def _publish(temporary: Path, final: Path, files: dict[str, dict], step: int, ra
     os.replace(pointer.with_name(".tmp-latest"), pointer)
     _sync(final.parent)
     earlier = [path for path in _finished(final.parent) if path.name < final.name]
-    for path in earlier[config.train.keep_last - 1 :]:
+    for path in earlier[keep_last - 1 :]:
         shutil.rmtree(path)
 
 
@@ -219,12 +248,9 @@ def _sha256(file) -> str:
     return digest.hexdigest()
 
 
-def _random_states(engine: Engine) -> list[dict]:
-    """The random states of all ranks: of torch on the CPU and on the GPU of each."""
-    mine = {"cpu": torch.get_rng_state()}
+def _random_state(engine: Engine) -> dict:
+    """The random state of this rank: of torch on the CPU and on its GPU."""
+    state = {"cpu": torch.get_rng_state()}
     if engine.device.type == "cuda":
-        mine["cuda"] = torch.cuda.get_rng_state(engine.device)
-    everyone = [mine] * engine.world_size
-    if engine.world_size > 1:
-        dist.all_gather_object(everyone, mine)
-    return everyone
+        state["cuda"] = torch.cuda.get_rng_state(engine.device)
+    return state

@@ -19,7 +19,7 @@ from sgtm.config.load import save_config
 from sgtm.data.loader import Loader
 from sgtm.data.store import Corpus
 from sgtm.data.synthetic import open_corpus
-from sgtm.distributed.agree import on_rank_zero
+from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.distributed.engine import Engine, init_distributed
 from sgtm.evaluate.losses import Losses, category_losses
 from sgtm.model.transformer import Transformer
@@ -42,16 +42,24 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     launch = init_distributed(config)
     run = Path(config.runs) / config.name
     on_rank_zero(lambda: _claim(run, config, resume, overwrite))
-    corpus = _open_everywhere(config)
-    loader = Loader(corpus, config, launch.rank, launch.world_size)
     torch.manual_seed(config.train.seed)
     engine = Engine(Transformer(config.model, config.partition, resolve(config.kernels.backend)), config)
     dry_run(engine, config.tables)
-    latest = find_latest(run) if resume else None
-    start = load_checkpoint(engine, latest, config) if latest else 0
-    with StopSignal() as stop, MetricsLog(run, config, rank=engine.rank, start=start) as log:
+    corpus = _open_everywhere(config)
+    loader = Loader(corpus, config, launch.rank, launch.world_size)
+    totals = LossTotals(len(config.space.labels), engine.device)
+    start = 0
+    if resume and (latest := on_rank_zero(lambda: find_latest(run))):
+        start, saved = load_checkpoint(engine, latest, config, corpus.fingerprint)
+        totals.restore(saved)
+    on_rank_zero(lambda: save_config(config, run / "config.yaml"))
+    log = MetricsLog(run, config, rank=engine.rank, start=start)
+    evaluated = on_rank_zero(log.open)
+    with StopSignal() as stop, log:
         log.say(_arithmetic(config, engine, start))
-        _steps(config, run, engine, loader, corpus, log, stop, start)
+        if start and _evaluation_due(config, start) and start not in evaluated:
+            log.evaluation(start, _evaluate(engine, corpus, config))
+        _steps(config, run, engine, loader, corpus, log, stop, totals, start)
     return run
 
 
@@ -63,10 +71,10 @@ def _steps(
     corpus: Corpus,
     log: MetricsLog,
     stop: StopSignal,
+    totals: LossTotals,
     start: int,
 ) -> None:
     space, every = config.space, config.train
-    totals = LossTotals(len(space.labels), engine.device)
     seconds, logged = log.seconds, start
     for step in range(start, every.steps):
         began = time.perf_counter()
@@ -75,11 +83,11 @@ def _steps(
         done = step + 1
         if not engine.finite:
             log.say(f"step {done}: the gradient is not finite; nothing was updated")
-        stopping = stop.anywhere(engine)
-        last = done == every.steps or stopping
+        last = done == every.steps
+        stopping = stop.anywhere(engine) and not last
         seconds += time.perf_counter() - began
         if done % every.log_every == 0 or last:
-            elapsed, logged_before = seconds - log.seconds, logged
+            elapsed, tokens = seconds - log.seconds, (done - logged) * every.tokens_per_step
             logged = done
             log.step(
                 {
@@ -89,16 +97,21 @@ def _steps(
                     **_losses(totals, engine, space.labels),
                     "lr": lr,
                     "grad_norm": engine.grad_norm(),
-                    "tokens_per_second": (done - logged_before) * every.tokens_per_step / elapsed,
+                    "tokens_per_second": tokens / elapsed,
                 }
             )
-        if last or (every.checkpoint_every and done % every.checkpoint_every == 0):
-            save_checkpoint(engine, run, done, config)
+        if last or stopping or (every.checkpoint_every and done % every.checkpoint_every == 0):
+            save_checkpoint(engine, run, done, config, corpus.fingerprint, totals.state())
         if stopping:
             log.say(f"stopped by a signal after step {done} of {every.steps}, checkpoint saved; go on with --resume")
             return
-        if last or (every.eval_every and done % every.eval_every == 0):
+        if _evaluation_due(config, done):
             log.evaluation(done, _evaluate(engine, corpus, config))
+
+
+def _evaluation_due(config: Config, done: int) -> bool:
+    every = config.train.eval_every
+    return done == config.train.steps or (every > 0 and done % every == 0)
 
 
 def _losses(totals: LossTotals, engine: Engine, labels: tuple[str, ...]) -> dict[str, float]:
@@ -125,7 +138,9 @@ def _evaluate(engine: Engine, corpus: Corpus, config: Config) -> Losses:
 def _open_everywhere(config: Config) -> Corpus:
     """The corpus on every rank, after rank 0 has written it where it is a synthetic one and not there yet."""
     on_rank_zero(lambda: str(open_corpus(config).path))
-    return open_corpus(config, "sizes")  # rank 0 has checked the hashes
+    corpora: list[Corpus] = []
+    on_every_rank(lambda: corpora.append(open_corpus(config, "sizes")))  # rank 0 has checked the hashes
+    return corpora[0]
 
 
 def _claim(run: Path, config: Config, resume: bool, overwrite: bool) -> None:
@@ -141,8 +156,6 @@ def _claim(run: Path, config: Config, resume: bool, overwrite: bool) -> None:
             )
     run.mkdir(parents=True, exist_ok=True)
     remove_unfinished(run)
-    if not (run / "config.yaml").exists():
-        save_config(config, run / "config.yaml")
 
 
 def _arithmetic(config: Config, engine: Engine, start: int) -> str:

@@ -9,6 +9,7 @@ losses: {"full": {category: nats}, "without <domain>": {...}}.
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sgtm.config.schema import Config
+from sgtm.data.store import write_atomically
 
 
 class MetricsLog:
@@ -26,20 +28,22 @@ class MetricsLog:
     """
 
     def __init__(self, run: Path, config: Config, *, rank: int, start: int):
-        self.config, self.active = config, rank == 0
+        self.run, self.config, self.active, self.start = run, config, rank == 0, start
         self.seconds = 0.0
-        if not self.active:
-            return
-        self.path = run / "metrics.jsonl"
-        kept = _lines_until(self.path, start)
+
+    def open(self) -> set[int]:
+        """Begin to write, on rank 0; returns the steps that have been evaluated. ValueError where wandb refuses."""
+        self.path = self.run / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] <= self.start]
         self.seconds = max((line["seconds"] for line in kept if line["kind"] == "step"), default=0.0)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = self.path.open("a", buffering=1)
         self.console = Console()
         self.progress = _progress(self.console) if self.console.is_terminal else None
-        self.wandb = _start_wandb(run, config)
+        self.wandb = _start_wandb(self.run, self.config)
         if self.progress:
-            self.task = self.progress.add_task("", total=config.train.steps, completed=start, text="")
+            self.task = self.progress.add_task("", total=self.config.train.steps, completed=self.start, text="")
+        return {line["step"] for line in kept if line["kind"] == "eval"}
 
     def __enter__(self) -> MetricsLog:
         if self.active and self.progress:
@@ -83,7 +87,7 @@ class MetricsLog:
             (self.progress.console if self.progress else self.console).print(text, highlight=False, soft_wrap=True)
 
     def _write(self, line: dict) -> None:
-        self.file.write(json.dumps(line) + "\n")
+        self.file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
         if self.wandb:
             flat = {f"eval/{k}/{c}": v for k, by in line.get("losses", {}).items() for c, v in by.items()}
             self.wandb.log({k: v for k, v in {**line, **flat}.items() if isinstance(v, int | float)}, step=line["step"])
@@ -99,17 +103,27 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _lines_until(path: Path, step: int) -> list[dict]:
-    """Whole lines up to this step; a last line cut short by a kill is not one."""
+def read_metrics(path: Path) -> list[dict]:
+    """Lines of `metrics.jsonl`, none without a file; the last one, where a kill has cut it short, is left out.
+
+    Raises ValueError naming the line for any other that is not JSON.
+    """
+    texts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
+            lines.append(json.loads(text))
         except json.JSONDecodeError:
-            break
-        if line["step"] <= step:
-            lines.append(line)
+            if number < len(texts):
+                raise ValueError(f"{path}, line {number}: not a JSON object: {text[:80]!r}") from None
     return lines
+
+
+def _finite(value):
+    """The same without infinities and NaNs, which JSON does not have: null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _start_wandb(run: Path, config: Config):
@@ -119,11 +133,15 @@ def _start_wandb(run: Path, config: Config):
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    return wandb.init(
-        project=config.wandb.project,
-        entity=config.wandb.entity,
-        name=config.name,
-        mode=config.wandb.mode,
-        dir=str(run),
-        config=config.model_dump(mode="json"),
-    )
+    w = config.wandb
+    try:
+        return wandb.init(
+            project=w.project,
+            entity=w.entity,
+            name=config.name,
+            mode=w.mode,
+            dir=str(run),
+            config=config.model_dump(mode="json"),
+        )
+    except wandb.Error as error:
+        raise ValueError(f"wandb.mode {w.mode}: {error}; log in with `wandb login` or set wandb.mode offline") from None

@@ -31,6 +31,14 @@ class LossTotals:
         self.sums = torch.zeros(labels, dtype=torch.float64, device=device)
         self.counts = torch.zeros(labels, dtype=torch.int64)
 
+    def state(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What has been gathered on this rank since `take`, for a checkpoint."""
+        return self.sums.cpu(), self.counts
+
+    def restore(self, state: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.sums.copy_(state[0])
+        self.counts.copy_(state[1])
+
     def add(self, sums: torch.Tensor, counts: torch.Tensor) -> None:
         self.sums += sums
         self.counts += counts
@@ -79,4 +87,11 @@ def dry_run(engine: Engine, tables: Tables) -> None:
         step_targets=config.train.tokens_per_step,
         step_labels=frozenset({0}),
     )
-    train_step(engine, [batch] * engine.accumulation, tables, 0.0, None)
+    try:
+        train_step(engine, [batch] * engine.accumulation, tables, 0.0, None)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"a step does not fit into memory ({str(error).split('.')[0]}); lower train.micro_batch "
+            f"{config.train.micro_batch}, raise distributed.zero_stage {config.distributed.zero_stage}, or set "
+            f"model.activation_checkpointing"
+        ) from None

@@ -74,7 +74,7 @@ def continue_everywhere(folder: str) -> None:
         for batch in tiny_step(config, 9, MIXED, other.rank, other.world_size):
             other.backward(other(*batch)[0])
         other.step(frozenset(), 0.0)
-        assert load_checkpoint(other, find_latest(run), config) == 2
+        assert load_checkpoint(other, find_latest(run), config)[0] == 2
         torch.rand(3)
         assert train(other, (2, 3)) == losses, f"{case}: resumed losses differ"
         assert fingerprint(other) == expected, f"{case}: the resumed run is another one"
@@ -160,7 +160,7 @@ def damage(folder: str) -> None:
         other = config.model_copy(update={section: getattr(config, section).model_copy(update={key: value})})
         assert f"{section}.{key}: {getattr(getattr(config, section), key)} in the checkpoint, {value}" in message(other)
     same = config.model_copy(update={"name": "x", "train": config.train.model_copy(update={"log_every": 3})})
-    assert load_checkpoint(engine, newest, same) == 2
+    assert load_checkpoint(engine, newest, same)[0] == 2
 
     manifest = json.loads((newest / "manifest.json").read_text())
     alone(lambda: (newest / "manifest.json").write_text(json.dumps(manifest | {"ranks": 8})))
@@ -196,7 +196,7 @@ def full_disk(stage: int, run: Path) -> None:
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["latest", "step_00000002", "step_00000003"], "keep_last: 2"
     again = new_engine(config, seed=3)
-    assert load_checkpoint(again, find_latest(run), config) == 3
+    assert load_checkpoint(again, find_latest(run), config)[0] == 3
 
 
 def damage_and_full_disk(folder: str) -> None:

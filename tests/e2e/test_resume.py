@@ -1,12 +1,12 @@
 """A run that is killed and resumed is bitwise the uninterrupted one.
 
 The command line is started as a user would, sent SIGTERM or SIGKILL in the middle, and resumed: weights, both moments,
-step counts and every logged loss must equal those of a run left alone.
+step counts, every logged loss and every evaluation must equal those of a run left alone. Logging, evaluations and
+checkpoints have intervals that do not divide one another.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,9 +19,16 @@ import torch
 
 from sgtm.distributed.storage import consolidate
 from sgtm.train.checkpoint import find_latest
+from sgtm.train.metrics import read_metrics
 
 STEPS = 30
-OPTIONS = [f"--train.steps={STEPS}", "--train.checkpoint_every=5", "--train.tokens_per_step=1024"]
+OPTIONS = [
+    f"--train.steps={STEPS}",
+    "--train.checkpoint_every=5",
+    "--train.tokens_per_step=1024",
+    "--train.eval_every=6",
+    "--train.log_every=4",
+]
 
 
 def command(runs: Path, name: str, *extra: str) -> list[str]:
@@ -40,14 +47,14 @@ def finish(process: subprocess.Popen) -> str:
 
 def metrics(run: Path) -> list[dict]:
     """Lines of metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(run / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
 
 
 def wait_for_step(run: Path, step: int, deadline: float = 120) -> None:
     end = time.monotonic() + deadline
     while time.monotonic() < end:
-        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+        if any(line["step"] >= step for line in read_metrics(run / "metrics.jsonl")):
             return
         time.sleep(0.01)
     raise AssertionError(f"{run} did not reach step {step} in {deadline} s")

@@ -1,8 +1,9 @@
 """Losses and gradients of the method's reference implementation (GPT-Neo, random weights), matched to fp32 rounding.
 
-`gptneo_small.npz` holds, for parameter masking (our `sgtm`) and gradient routing, the loss and every gradient of one batch
-trained as unlabeled ("default"), forget or retain. Each case runs through both backends, as a whole batch of one label
-and inside a micro-batch that mixes all three: there the gradient is the sum of the pure ones, each weighted by its tokens.
+`gptneo_small.npz` holds, for parameter masking (our `sgtm`) and gradient routing, the loss and every gradient of one
+batch trained as unlabeled ("default"), forget or retain. Each case runs through both backends, as a whole batch of
+one label and inside a micro-batch that mixes all three: there the gradient is the sum of the pure ones, each weighted
+by its tokens.
 """
 
 import json
