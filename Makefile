@@ -22,6 +22,9 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 quickstart: install
 	$(BIN)/sgtm quickstart
 
+# Two processes: most tests use one thread.
+PYTEST_ARGS ?= -n 2
+
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 

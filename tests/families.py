@@ -97,7 +97,7 @@ def random_step(mixing: str, seed: int = 0, label: int = BIO, sequences: int = 2
     step      `label` for everything, `sequences` in a micro-batch
     micro     label-pure micro-batches
     sequence  label-pure sequences, sorted: domains, unlabeled, retain
-    token     documents isolated, labels change inside the sequences
+    token     documents isolated, labels change inside the sequences: more runs than ops take as slices
     """
     if mixing == "step":
         pieces = [[(label, CONTEXT)] * sequences] * 2
@@ -108,7 +108,7 @@ def random_step(mixing: str, seed: int = 0, label: int = BIO, sequences: int = 2
     else:
         rng, pieces = random.Random(seed), []
         for _ in range(2):
-            order = [rng.sample((UNLABELED, RETAIN, BIO, CODE), 3) for _ in range(4)]
+            order = [rng.sample((UNLABELED, RETAIN, BIO, CODE), 3) for _ in range(8)]
             lengths = [(5, 1, CONTEXT - 6), (2, 6, CONTEXT - 8)]
             pieces.append([pair for labels in order for pair in zip(labels, rng.choice(lengths), strict=True)])
     batches = [_batch(batch, mixing == "token") for batch in pieces]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from sgtm.cli import main
+from sgtm.config.load import load_config, save_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,12 +57,21 @@ def test_train_under_the_deepspeed_launcher(calls):
     assert calls[1][1][0].train.steps == 20
 
 
-def test_quickstart_trains_evaluates_reports_and_prints(calls, capsys):
-    assert main(["quickstart", "--train.steps", "60"]) == 0
+def test_quickstart_trains_evaluates_reports_and_prints(calls, capsys, tmp_path):
+    assert main(["quickstart", "--train.steps", "60", "--runs", str(tmp_path)]) == 0
     assert [function for function, _, _ in calls] == ["train", "evaluate_run", "write_report", "print_summary"]
     assert calls[0][1][0].name == "quickstart" and calls[0][1][0].train.steps == 60
-    assert calls[0][2] == {"overwrite": True}
     assert "report: runs/quickstart/x.html" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("stored", "overwrite"), [("quickstart", True), ("novels", False), (None, False)])
+def test_quickstart_replaces_a_quickstart_and_nobodys_work(calls, tmp_path, stored, overwrite):
+    name = stored or "novels"
+    if stored:
+        (tmp_path / name).mkdir()
+        save_config(load_config("quickstart", ["--name", stored]), tmp_path / name / "config.yaml")
+    assert main(["quickstart", "--name", name, "--runs", str(tmp_path)]) == 0
+    assert calls[0][2] == {"overwrite": overwrite}
 
 
 def test_commands_on_a_run(calls, run, tmp_path):
@@ -71,6 +81,27 @@ def test_commands_on_a_run(calls, run, tmp_path):
     assert calls[2] == ("export_run", (run, ["es"], tmp_path / "out"), {})
     assert main(["report", str(run)]) == 0
     assert calls[3] == ("write_report", (run,), {})
+
+
+@pytest.mark.parametrize("number", ["0", "-4", "many"])
+def test_evaluation_takes_a_positive_number_of_sequences(calls, run, capsys, number):
+    with pytest.raises(SystemExit) as exit:
+        main(["eval", str(run), f"--sequences={number}"])
+    assert exit.value.code == 2 and not calls
+    assert f"argument --sequences: expected a whole number above 0, got '{number}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_ends_the_command_without_a_word(unbuffered):
+    """Buffered output breaks the pipe at the end, unbuffered in the middle."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "sgtm", "config"],
+        cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}, stdout=writer, stderr=subprocess.PIPE, timeout=60,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_prepare_makes_its_options_from_the_dataclass(monkeypatch):
@@ -138,6 +169,11 @@ def test_errors_of_the_system_are_named_by_file(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: runs/debug/model.pt: No space left on device\n"
 
 
+def test_another_broken_pipe_is_told(monkeypatch, capfd):
+    assert raising(monkeypatch, BrokenPipeError(32, "Broken pipe")) == 2
+    assert capfd.readouterr().err == "error: Broken pipe\n"
+
+
 def test_interrupt_and_own_bugs_are_not_dressed_up(monkeypatch, capsys):
     assert raising(monkeypatch, KeyboardInterrupt()) == 130
     with pytest.raises(RuntimeError):
@@ -153,9 +189,21 @@ def test_ranks_speak_once_about_the_config_and_each_for_itself_otherwise(monkeyp
     assert capsys.readouterr().err == "error: rank 3: shard 2: hash differs\n"
 
 
+def test_ranks_under_srun_speak_once_too(monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    for rank, expected in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        assert main(["train", "debgu"]) == 2
+        assert capsys.readouterr().err.count("error: rank 0: unknown preset 'debgu'") == expected
+
+
 def test_help_is_instant():
-    """No command's modules are imported before it runs; torch alone takes a second."""
-    code = "import sys; from sgtm.cli import main; main([]); main(['eval', 'x']); print('torch' in sys.modules)"
+    """No command's modules are imported before it runs; torch alone takes a second, and deepspeed several."""
+    code = (
+        "import sys; from sgtm.cli import main\n"
+        "main([]); assert 'torch' not in sys.modules\n"
+        "main(['eval', 'x']); print('deepspeed' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.endswith("False\n")
 

@@ -219,6 +219,21 @@ def test_evaluation_sees_every_token_once_with_equal_batches_on_all_ranks(corpus
     assert rows(ranks[0]) == rows(list(again))
 
 
+def test_evaluation_leaves_documents_with_spans_out(tmp_path):
+    """Their tokens are of several categories, and a loss of one category must not hold another's."""
+    documents = [
+        record(0),
+        record(1, split="test"),
+        record(2, split="test", spans=[[3, 9, "es"]]),
+        record(3, "web", split="test", spans=[[0, 4, "es"]]),
+    ]
+    corpus = build(tmp_path / "corpus", documents)
+    run = config("token")
+    found = [int(t) for batch in evaluation_batches(corpus, run, "test", "en") for t in batch.targets.flatten()]
+    assert [t for t in found if t != IGNORE] == corpus.tokens(1)[1:].tolist()
+    assert list(evaluation_batches(corpus, run, "test", "web")) == []
+
+
 def test_evaluation_of_a_category_without_documents_has_no_batches(tmp_path):
     corpus = build(tmp_path / "corpus", [record(0), record(1, "es"), record(2, split="test")])
     assert list(evaluation_batches(corpus, config("sequence"), "test", "es")) == []

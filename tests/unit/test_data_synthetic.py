@@ -76,21 +76,63 @@ def test_the_corpus_is_the_same_wherever_it_is_written(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.bin")} == before
 
 
-def test_a_config_opens_it_by_name(tmp_path, monkeypatch):
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> Config:
+    """A small model on a small synthetic corpus."""
     monkeypatch.setattr("sgtm.data.synthetic.STORIES", (60, 5))
     model = {"layers": 1, "hidden_size": 16, "heads": 4, "intermediate_size": 16, "vocab_size": 600, "context": 32}
-    config = Config.model_validate(
+    return Config.model_validate(
         {
-            "runs": str(tmp_path),
+            "runs": str(tmp_path / "runs"),
             "model": model,
             "masking": {"domains": ["es"], "forget_neurons": 2},
             "data": {"path": "synthetic"},
             "train": {"tokens_per_step": 256, "micro_batch": 2},
         }
     )
+
+
+def test_a_config_opens_it_by_name(config, tmp_path):
     corpus = open_corpus(config)
-    assert corpus.path == tmp_path / "synthetic-600"
+    assert corpus.path == tmp_path / "runs" / "synthetic-600"
     assert Loader(corpus, config).step(0)[0].step_targets == 256
     missing = config.model_copy(update={"data": config.data.model_copy(update={"path": str(tmp_path / "no")})})
     with pytest.raises(ValueError, match="no corpus at"):
         open_corpus(missing)
+
+
+def test_a_finished_corpus_is_opened_as_asked_and_without_the_lock(config, monkeypatch):
+    shard = open_corpus(config).path / "shards/00000.bin"
+    with monkeypatch.context() as patch:
+        patch.setattr("sgtm.data.synthetic.prepare", lambda *a, **k: pytest.fail("prepared again, under its lock"))
+        assert open_corpus(config).vocab_size == 600
+        content = bytearray(shard.read_bytes())
+        content[0] ^= 1
+        shard.write_bytes(content)
+        open_corpus(config, "sizes")
+        with pytest.raises(ValueError, match=r"00000\.bin was changed"):
+            open_corpus(config, write=False)
+    open_corpus(config)  # damaged, so written again
+    content[0] ^= 1
+    assert shard.read_bytes() == content
+
+
+def test_a_corpus_of_another_edition_is_written_anew(config, monkeypatch):
+    path = open_corpus(config).path
+    before = (path / "job.json").read_text()
+    monkeypatch.setattr("sgtm.data.synthetic.EDITION", 99)
+    with pytest.raises(ValueError, match="no synthetic corpus of this version"):
+        open_corpus(config, write=False)
+    assert (path / "job.json").read_text() == before
+    open_corpus(config)
+    assert (path / "job.json").read_text() == before.replace('"stories", 1', '"stories", 99')
+
+
+def test_what_only_reads_writes_no_corpus(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"at {tmp_path}/runs/synthetic-600, where `sgtm train` writes it$"):
+        open_corpus(config, write=False)
+    relative = config.model_copy(update={"runs": "runs"})
+    with pytest.raises(ValueError, match=rf"at runs/synthetic-600, .* runs: runs is relative .* this is {tmp_path}$"):
+        open_corpus(relative, write=False)
+    assert not list(tmp_path.iterdir())

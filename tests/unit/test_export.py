@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sgtm.config import Config, load_config
+from sgtm.data import synthetic
 from sgtm.data.tokenizer import EOS, train_bpe
 from sgtm.masking.strategy import removal_tables
 from sgtm.model import export
@@ -36,7 +38,8 @@ def surroundings(monkeypatch):
     """A tokenizer of 257 tokens in the place of a corpus, and one thread."""
     torch.set_num_threads(1)
     tokenizer = train_bpe([], 257)
-    monkeypatch.setattr(export, "open_corpus", lambda config, verify: SimpleNamespace(tokenizer=tokenizer))
+    corpus = SimpleNamespace(tokenizer=tokenizer, eos_id=tokenizer.token_to_id(EOS))
+    monkeypatch.setattr(export, "open_corpus", lambda config, verify, write: corpus)
 
 
 def make_run(run: Path, text: str) -> Transformer:
@@ -56,7 +59,8 @@ def make_run(run: Path, text: str) -> Transformer:
     weights = checkpoint / "mp_rank_00_model_states.pt"
     torch.save({"module": model.state_dict()}, weights)
     entry = {"bytes": weights.stat().st_size, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
-    manifest = {"step": 7, "ranks": 1, "config": config.model_dump(mode="json"), "files": {weights.name: entry}}
+    manifest = {"step": 7, "ranks": 1, "corpus": "", "config": config.model_dump(mode="json")}
+    manifest["files"] = {weights.name: entry}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     (run / "checkpoints" / "latest").write_text(checkpoint.name)
     return model
@@ -154,8 +158,29 @@ def test_folder_says_what_it_is(tmp_path):
     assert [entry.name for entry in (tmp_path / "deep").iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("others", [[], [EOS]], ids=["unusual", "beside-a-usual-one"])
+def test_the_end_of_text_is_the_one_that_the_corpus_was_written_with(tmp_path, monkeypatch, others):
+    """Its name may be any, and another token may have a usual one."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.add_special_tokens([*others, "<stop>"])
+    corpus = SimpleNamespace(tokenizer=tokenizer, eos_id=len(others))
+    monkeypatch.setattr(export, "open_corpus", lambda config, verify, write: corpus)
+    make_run(tmp_path / "run", GPT_NEO)
+    out = export_run(tmp_path / "run", [], tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(out).eos_token == "<stop>"
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == len(others)
+
+
+def test_export_writes_no_corpus(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(export, "open_corpus", synthetic.open_corpus)
+    make_run(tmp_path / "run", GPT_NEO + f"data: {{path: synthetic}}\nruns: {tmp_path}\n")
+    export_run(tmp_path / "run", [], tmp_path / "out")
+    assert "without a tokenizer: no synthetic corpus" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
 def test_a_corpus_that_is_gone_costs_the_tokenizer_only(tmp_path, monkeypatch, caplog):
-    def gone(config: Config, verify: str):
+    def gone(config: Config, verify: str, write: bool):
         raise ValueError("no corpus at data")
 
     monkeypatch.setattr(export, "open_corpus", gone)

@@ -1,12 +1,21 @@
-"""Where a process thinks it is, from the variables of each launcher."""
+"""Where a process thinks it is, from the variables of each launcher; what the scripts of launch/ start."""
 
 from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from sgtm.distributed import env
 from sgtm.distributed.env import Launch, detect_launch
 
+ROOT = Path(__file__).parents[2]
 ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 PLACE = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 
@@ -65,3 +74,51 @@ def test_defaults_do_not_override(monkeypatch):
     assert "DS_ACCELERATOR" not in env.os.environ
     env.set_defaults(cuda=False)
     assert env.os.environ["TRITON_CACHE_DIR"] == "/mine" and env.os.environ["DS_ACCELERATOR"] == "cpu"
+
+
+def with_commands(folder: Path, **scripts: str) -> dict[str, str]:
+    """An environment whose PATH begins with these commands."""
+    for name, text in scripts.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, "PATH": path, "VIRTUAL_ENV": sys.prefix}
+
+
+def test_slurm_starts_the_ranks_themselves(tmp_path):
+    """Anything between srun and the rank would keep SLURM's SIGUSR1 to itself. Two nodes of four, srun a stand-in."""
+    note = f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n"
+    environ = with_commands(tmp_path, srun=note, scontrol='#!/bin/sh\necho "$3" | tr , "\\n"\n')
+    job = {"SLURM_JOB_NODELIST": "node-3,node-4", "SLURM_JOB_ID": "70123", "SLURM_CPUS_PER_TASK": "8"}
+    done = subprocess.run(
+        ["bash", ROOT / "launch" / "slurm.sbatch", "my.yaml", "--resume"],
+        env={**environ, **job, "SLURM_SUBMIT_DIR": str(ROOT)}, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    arguments, found = json.loads(done.stdout)
+    options = [argument for argument in arguments if argument.startswith("--") and argument != "--resume"]
+    assert options == ["--kill-on-bad-exit=1", "--cpus-per-task=8"]
+    assert arguments[len(options) :] == ["python", "-m", "sgtm", "train", "my.yaml", "--resume"]
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("node-3", "29523")
+    step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+    assert detect_launch({**found, **step, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}) == Launch("srun", 5, 8, 1, 4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_torchrun_passes_on_what_ends_a_run_early_and_waits(tmp_path, number):
+    worker = (
+        "trap 'echo USR1 >> got; exit 0' USR1; trap 'echo TERM >> got; exit 0' TERM\n"
+        'echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" > waits; for i in $(seq 600); do sleep 0.1; done\n'
+    )
+    environ = with_commands(tmp_path, worker=f"#!/bin/bash\n{worker}")
+    start = f"source {ROOT}/launch/env.sh; exec torchrun --standalone --nproc-per-node 1 --no-python worker"
+    launched = subprocess.Popen(["bash", "-c", start], cwd=tmp_path, env=environ, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "waits").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        launched.send_signal(number)
+        launched.wait(timeout=30)
+    finally:
+        launched.kill()
+    assert (tmp_path / "got").read_text() == f"{number.name.removeprefix('SIG')}\n"
+    assert int((tmp_path / "waits").read_text()) == 300

@@ -10,7 +10,7 @@ step without any token that may update it is checked by mixing `step`.
 Faults tried, each seen to fail: the mask dropped from one part, from the output biases, the embedding or the head; a
 group boundary off by one; the retain group's mask given to the first domain; the labels of runs swapped; documents
 not isolated; the blocks' norms unmasked; retain tokens with active forget groups; a slice one token too long; weights
-of 1e-8 for 0 in the token-level branch.
+of 0.001 for 0 in the token-level branch.
 """
 
 import pytest

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,22 @@ def test_kernels_import_without_triton():
         "import sys; sys.modules['triton'] = None\nimport sgtm_kernels.linear, sgtm_kernels.attention, sgtm_kernels.mlp"
     )
     python(code)
+
+
+def test_no_requirement_is_listed_twice():
+    names = re.findall(r'^ +"([a-z0-9-]+)>=', (ROOT / "setup.py").read_text("utf-8"), re.MULTILINE)
+    assert len(names) > 10 and len(names) == len(set(names))
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_git_ignores_no_file_of_ours():
+    """A rule of .gitignore for a build folder also hits a source folder of that name. Rules count for tracked files
+    too: the next file beside them would be left out."""
+    files = [*SOURCES, *(ROOT / "tests").rglob("test_*.py")]
+    listed = "\n".join(str(path.relative_to(ROOT)) for path in files)
+    git = ["git", "check-ignore", "--no-index", "--stdin"]
+    done = subprocess.run(git, cwd=ROOT, input=listed, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")  # 1: none is ignored
 
 
 def test_no_file_is_a_drawer():

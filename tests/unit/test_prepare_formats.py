@@ -77,6 +77,13 @@ def test_saved_datasets(tmp_path):
     assert texts(one) == KEPT
 
 
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"splits": "train"}', '{"splits": [1]}'])
+def test_a_damaged_list_of_splits_is_named(tmp_path, content):
+    (tmp_path / "dataset_dict.json").write_text(content)
+    with pytest.raises(ValueError, match=r"dataset_dict\.json is damaged \(.+\); expected"):
+        open_sources([tmp_path])
+
+
 def test_text_folders(tmp_path):
     for category, name, text in [("en", "a", "first"), ("en", "b", "second"), ("es", "a", "tercero"), ("es", "z", "")]:
         (tmp_path / "books" / category).mkdir(parents=True, exist_ok=True)
