@@ -81,7 +81,11 @@ def step_overhead(rows: list[dict]) -> str:
     for r in rows:
         spread = " / ".join(f"{r['ratio'][p]:.2f}" for p in ("p20", "p50", "p80"))
         table.append([r["row"], f"{r['tokens_per_second']:,.0f}", spread, r["ratio_of"], f"{r['memory_ratio']:.2f}"])
-    about = f"One training step, AdamW included, {rows[0]['rounds']} interleaved rounds; {rows[0]['setting']}."
+    about = (
+        f"One training step, AdamW included, {rows[0]['rounds']} interleaved rounds; {rows[0]['setting']}. The "
+        "comparison with Hugging Face holds for the C library's default allocator: `benchmarks/LOG.md` says what "
+        "another one changes."
+    )
     return f"## What a masked step costs\n\n{about}\n\n{markdown(table)}"
 
 
