@@ -72,7 +72,7 @@ def novels(rows: list[dict]) -> str:
         f"{r['parameters']:,} parameters, {r['steps']:,} steps of {r['tokens'] // r['steps']:,} tokens; "
         f"whole test split; {r['seconds'] / 60:.0f} minutes of training for the first run"
     )
-    return f"## English and Spanish novels\n\n{about}.\n\n{markdown(table)}"
+    return f"### English and Spanish novels\n\n{about}.\n\n{markdown(table)}"
 
 
 def step_overhead(rows: list[dict]) -> str:
@@ -86,7 +86,7 @@ def step_overhead(rows: list[dict]) -> str:
         "comparison with Hugging Face holds for the C library's default allocator: `benchmarks/LOG.md` says what "
         "another one changes."
     )
-    return f"## What a masked step costs\n\n{about}\n\n{markdown(table)}"
+    return f"### What a masked step costs\n\n{about}\n\n{markdown(table)}"
 
 
 def markdown(table: list[list[str]]) -> str:

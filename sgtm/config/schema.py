@@ -114,9 +114,10 @@ class MaskingConfig(Section):
     masked_layers: list[NonNegativeInt] | None = None
     """Layers that have groups; None: all."""
     span_policy: Literal["conservative", "position"] = "conservative"
-    """Labelled spans inside a document: train everything up to the last forget token as forget, or as labelled. With
-    `position` the gradient at a retain position holds losses of later forget tokens that attend to it, so forget
-    knowledge leaks into retain weights."""
+    """Labelled spans inside a document: train everything up to the last forget token as forget, or as labelled. Either
+    way tokens of different labels attend to one another in such a document. `position` leaks: the loss of a forget
+    token flows back to the earlier retain positions it reads and updates retain weights. `conservative` has no such
+    path, but what follows the last forget token reads it, so its gradient depends on what the forget text says."""
 
 
 class DataConfig(Section):

@@ -36,8 +36,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     resume     go on from the newest checkpoint of the run directory; from the beginning if it has none
     overwrite  delete an existing run directory first
 
-    SIGTERM and SIGUSR1 save a checkpoint after the step in progress and return. Raises ValueError for what a user can
-    put right: a run directory that exists, data that do not fit the config, a damaged checkpoint.
+    SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint after the step in progress and return. Raises ValueError for what a
+    user can put right: a run directory that exists, data that do not fit the config, a damaged checkpoint.
     """
     launch = init_distributed(config)
     run = Path(config.runs) / config.name
@@ -59,6 +59,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         log.say(_arithmetic(config, engine, start))
         if start and _evaluation_due(config, start) and start not in evaluated:
             log.evaluation(start, _evaluate(engine, corpus, config))
+        if resume and not start:
+            log.say(f"{run} has no checkpoint: training from the beginning")
         _steps(config, run, engine, loader, corpus, log, stop, totals, start)
     return run
 
@@ -107,6 +109,7 @@ def _steps(
             return
         if _evaluation_due(config, done):
             log.evaluation(done, _evaluate(engine, corpus, config))
+    log.say(f"done: {run}; next: sgtm eval {run}")
 
 
 def _evaluation_due(config: Config, done: int) -> bool:
@@ -163,7 +166,7 @@ def _arithmetic(config: Config, engine: Engine, start: int) -> str:
     parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters())
     lines = [
         f"{config.name}: {parameters:,} parameters, strategy {config.masking.strategy}, "
-        f"kernels {engine.optimizer.backend}",
+        f"kernels {engine.module.backend}",
         f"{t.tokens_per_step:,} tokens per step = {engine.world_size} ranks x {engine.accumulation} accumulation x "
         f"{t.micro_batch} sequences x {config.model.context} tokens",
         f"ZeRO {config.distributed.zero_stage}, {t.precision}" + (f", resumed after step {start}" if start else ""),
@@ -172,9 +175,12 @@ def _arithmetic(config: Config, engine: Engine, start: int) -> str:
 
 
 class StopSignal:
-    """Whether SIGTERM or SIGUSR1 has reached any rank; the old handlers return on exit."""
+    """Whether SIGTERM, SIGUSR1 or Ctrl-C has reached any rank; a second Ctrl-C interrupts at once.
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    The old handlers return on exit.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __enter__(self) -> StopSignal:
         self.received = False
@@ -186,6 +192,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number, frame) -> None:
+        if number == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
         self.received = True
 
     def anywhere(self, engine: Engine) -> bool:

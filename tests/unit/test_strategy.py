@@ -9,8 +9,11 @@ or its weight without its bias; an override transposed; `removal_tables` removin
 everywhere.
 """
 
+import json
+
 import pytest
 
+from sgtm.config import load_config
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.strategy import PRESETS, build_tables, removal_tables
 from sgtm_kernels.plan import KINDS, PARTS
@@ -164,3 +167,13 @@ def test_removal(removed, row):
 def test_removing_what_does_not_exist():
     with pytest.raises(ValueError, match="unknown domain 'chem'"):
         removal_tables(SPACE, ["chem"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("strategy", "no_out"), ("joint", "masked"), ("cross_domain", "active"), ("overrides", {"active.retain.b": 1.0})],
+)
+def test_the_config_hands_on_every_key(key, value):
+    plain = load_config("debug", ["--masking.domains=[a, b]"])
+    changed = load_config("debug", ["--masking.domains=[a, b]", f"--masking.{key}={json.dumps(value)}"])
+    assert changed.tables != plain.tables
