@@ -40,7 +40,7 @@ def start(runs: Path, name: str, *extra: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=250)
     assert process.returncode == 0, output
     return output
 
@@ -51,7 +51,7 @@ def metrics(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
 
 
-def wait_for_step(run: Path, step: int, deadline: float = 120) -> None:
+def wait_for_step(run: Path, step: int, deadline: float = 200) -> None:
     end = time.monotonic() + deadline
     while time.monotonic() < end:
         if any(line["step"] >= step for line in read_metrics(run / "metrics.jsonl")):
@@ -101,7 +101,7 @@ def test_killed_and_resumed(uninterrupted: Path, number: signal.Signals):
     process = start(runs, name)
     wait_for_step(runs / name, 12)
     os.kill(process.pid, number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=200)
     if number == signal.SIGTERM:
         assert process.returncode == 0
         assert "checkpoint saved" in output
@@ -115,13 +115,13 @@ def test_killed_and_resumed(uninterrupted: Path, number: signal.Signals):
 
 def test_an_existing_run_directory_is_refused(uninterrupted: Path):
     process = start(uninterrupted.parent, "whole")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == 2
     assert "--resume" in output and "--overwrite" in output and "Traceback" not in output
 
 
 def test_a_resumed_run_must_have_the_same_config(uninterrupted: Path):
     process = start(uninterrupted.parent, "whole", "--resume", "--optimizer.lr=0.5")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == 2
     assert "optimizer.lr" in output and "0.5" in output and "Traceback" not in output

@@ -1,7 +1,7 @@
 """Evaluation against cross-entropy by hand: each set of removed domains, every category, one rank and two.
 
-Faults tried, each seen to fail: nothing removed; only the first domain removed; the wrong split; categories mixed up;
-the share of one rank counted twice.
+Faults tried, each seen to fail: nothing removed; the wrong split; one category for all; the share of one rank counted
+twice.
 """
 
 from __future__ import annotations
