@@ -1,6 +1,6 @@
 """What only a whole `train` can break: the freeze it asks for, the dry run, the backend it was told to use.
 
-Faults tried, each seen to fail: every key live in every step; a dry run that updates; the backend of the config ignored.
+Faults tried, each seen to fail: every key live in every step; a dry run that updates; the config's backend ignored.
 """
 
 from __future__ import annotations
