@@ -82,7 +82,7 @@ def run(backend: str, strategy: str, labels: list[str]):
     gradients = {name: p.grad for name, p in model.named_parameters()}
     head_bias = gradients.pop("head_bias")
     theirs, _ = to_hf_state(gradients, without_head_bias(model.config), model.partition)
-    return float(loss), sums, {**theirs, "lm_head.bias": head_bias}
+    return float(loss.detach()), sums, {**theirs, "lm_head.bias": head_bias}
 
 
 def golden_gradients(case: str) -> dict[str, torch.Tensor]:
