@@ -51,7 +51,7 @@ def section(path: Path, up: str) -> str:
     """Markdown of one results file; `up` leads from the document to the root of the repository."""
     rows = read_rows(path)
     first = rows[0]
-    text = novels(rows) if path.stem == "novels" else step_overhead(rows)
+    text = step_overhead(rows) if path.stem == "step_overhead" else runs(path.stem, rows)
     source = (
         f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, commit {first['commit']}, "
         f"{first['time'][:10]} ([{path.name}]({up}{path.relative_to(ROOT).as_posix()}))"
@@ -59,20 +59,23 @@ def section(path: Path, up: str) -> str:
     return f"{text}\n\n{source}"
 
 
-def novels(rows: list[dict]) -> str:
-    """Test losses in nats per token, for each run: full, and without the forget group."""
+TITLES = {"novels": "English and Spanish novels", "quickstart": "Quickstart: the embedded stories"}
+
+
+def runs(name: str, rows: list[dict]) -> str:
+    """Test losses in nats per token: the first run full and without each set of domains, its baselines full."""
     categories = list(rows[0]["losses"]["full"])
     table = [["run", "model", *(f"{c}, nats" for c in categories)]]
     for row in rows:
         for removed, losses in row["losses"].items():
-            if removed == "full" or row["run"] == "novels":
+            if removed == "full" or row is rows[0]:
                 table.append([row["run"], removed, *(f"{losses[c]:.3f}" for c in categories)])
     r = rows[0]
     about = (
         f"{r['parameters']:,} parameters, {r['steps']:,} steps of {r['tokens'] // r['steps']:,} tokens; "
         f"whole test split; {r['seconds'] / 60:.0f} minutes of training for the first run"
     )
-    return f"### English and Spanish novels\n\n{about}.\n\n{markdown(table)}"
+    return f"### {TITLES[name]}\n\n{about}.\n\n{markdown(table)}"
 
 
 def step_overhead(rows: list[dict]) -> str:
