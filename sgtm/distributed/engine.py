@@ -38,7 +38,7 @@ from deepspeed.checkpoint.constants import (
 
 from sgtm.config.schema import Config
 from sgtm.distributed.agree import on_every_rank
-from sgtm.distributed.env import Launch, cpu_threads, detect_launch
+from sgtm.distributed.env import Launch, cpu_threads, detect_launch, keep_freed_memory
 from sgtm.distributed.segments import Fragment, check_cover, fragments, full_numel, segment_tables
 from sgtm.distributed.storage import SafeWriter
 from sgtm.train.optim import SegmentedAdamW
@@ -65,8 +65,10 @@ def init_distributed(config: Config) -> Launch:
     on_gpu = get_accelerator().device_name() == "cuda"
     if on_gpu:
         torch.cuda.set_device(launch.local_rank)
-    elif threads := cpu_threads(launch):
-        torch.set_num_threads(threads)
+    else:
+        keep_freed_memory()
+        if threads := cpu_threads(launch):
+            torch.set_num_threads(threads)
     os.environ["LOCAL_RANK"] = str(launch.local_rank)  # DeepSpeed picks its device by it
     timeout = timedelta(minutes=config.distributed.timeout_minutes)
     backend = "nccl" if on_gpu else "gloo"

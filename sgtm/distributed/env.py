@@ -6,6 +6,7 @@ from the variables they set. Defaults never override what the user has set.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import tempfile
 from dataclasses import dataclass
@@ -88,3 +89,17 @@ def cpu_threads(launch: Launch) -> int | None:
     if launch.local_world_size == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
         return None
     return max(1, len(os.sched_getaffinity(0)) // launch.local_world_size)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep what is freed, for the rest of the process; does nothing with another C library.
+
+    It gives large blocks back to the system at every free, so that each step on a CPU pays for its pages again: a
+    third of the step at the TinyStories shapes (benchmarks/step_overhead.py). The process then stays as large as it has
+    been at its largest.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)

@@ -5,7 +5,9 @@ sequence; the band shifted by one key; documents ignored, not shifted to their s
 the first sequence; query heads sharing the wrong KV head; rotary on k alone, or the other way round; `route` applied
 forward; a stopped slice with a backward; an inactive slice computed; the route factor without `active`, `active`
 without `route`; neighbouring runs swapped, or only the first of them; attention that is not causal; no gradient
-instead of 0; the gradient scaled in place; the scale forgotten.
+instead of 0; the gradient scaled in place; the scale forgotten. In blocks.py: a
+window or a diagonal off by one, one of the two masks left out, the keys of another block or another sequence, sums of
+blocks overwritten or begun at 1, the scale left out of one gradient, dk and dv swapped, heads in another order.
 """
 
 import math
@@ -15,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sgtm_kernels.attention import HeadLayout, attention
+from sgtm_kernels.attention import HeadLayout, attention, blocks
 from sgtm_kernels.attention.op import rotate
 from sgtm_kernels.attention.reference import visible_keys
 from sgtm_kernels.mlp.reference import mask_groups
@@ -42,6 +44,13 @@ SCALE = 0.7
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """In bf16 `runs` takes blocks of 4 queries, on however few heads."""
+    monkeypatch.setattr(blocks, "HEADS", 1)
+    monkeypatch.setattr(blocks, "ROWS", 4)
 
 
 def columns(heads: HeadLayout) -> int:
@@ -203,7 +212,8 @@ def test_documents_do_not_see_one_another(window, layout, dtype, backend):
 
 @by_dtype
 @by_layout
-def test_nothing_masked_is_torchs_attention(layout, dtype):
+def test_nothing_masked_is_torchs_attention(layout, dtype, monkeypatch):
+    monkeypatch.undo()
     plan = random_plan(11, random_tables(12, (1.0,)), layout, 10, 13)
 
     def plain(qkv):
@@ -287,3 +297,25 @@ def test_uniform_weights_average_the_visible_values():
         out = op(heads, plan, backend, window)(qkv)[0, :, 0].tolist()
         want = [sum(range(max(0, s - window + 1), s + 1)) / min(s + 1, window) for s in range(8)]
         assert all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(out, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "seq_len", "window"), [(33, 33, 200, 70), (16, 4, 130, None), (8, 8, 64, 9)]
+)
+def test_blocks_of_queries_are_as_accurate_as_torch(heads, kv_heads, seq_len, window, monkeypatch):
+    monkeypatch.undo()
+    shapes = [(2, n, seq_len, 8) for n in (heads, kv_heads, kv_heads)]
+    inputs = [random_like(torch.empty(shape, dtype=torch.bfloat16), i) for i, shape in enumerate(shapes)]
+    distance = torch.arange(seq_len)[:, None] - torch.arange(seq_len)
+    seen = (distance >= 0) & (distance < (window or seq_len))
+
+    def plain(q, k, v):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=SCALE, enable_gqa=True)
+        return out.transpose(1, 2).flatten(2)
+
+    assert blocks.pays(inputs[0])
+    ours = forward_backward(lambda q, k, v: blocks.attend(q, k, v, SCALE, window), *inputs)
+    theirs = forward_backward(plain, *inputs)
+    exact = forward_backward(plain, *(x.double() for x in inputs))
+    for name, *values in zip(("y", "dq", "dk", "dv"), ours, theirs, exact, strict=True):
+        assert_accurate(*values, name=name)

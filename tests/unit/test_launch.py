@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -122,3 +123,23 @@ def test_torchrun_passes_on_what_ends_a_run_early_and_waits(tmp_path, number):
         launched.kill()
     assert (tmp_path / "got").read_text() == f"{number.name.removeprefix('SIG')}\n"
     assert int((tmp_path / "waits").read_text()) == 300
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+def test_a_run_on_a_cpu_keeps_freed_memory():
+    """Once it has been there, memory for tensors of every size is there: none of their pages is faulted in again."""
+    code = """
+import resource, torch
+from sgtm.config import load_config
+from sgtm.distributed.engine import init_distributed
+init_distributed(load_config("debug", []))
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(mib * 2**20, dtype=torch.uint8) for mib in (64, 40, 100, 64, 33)]
+    del tensors
+print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    environ = {k: v for k, v in os.environ.items() if k not in (*env.TORCH_VARIABLES, "LD_PRELOAD")}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.split("faults ")[1]) < 20_000  # of 77,056 pages of 4 KiB

@@ -1,7 +1,8 @@
 """Attention on slices: an inactive (label, group) pair is not computed, a stopped one has no backward.
 
 Groups are slices of the head axis and runs of whole sequences slices of the batch axis, each handed to
-`scaled_dot_product_attention`; where labels change inside sequences the output is scaled token by token instead.
+`scaled_dot_product_attention` (on a CPU to blocks.py, where that pays); where labels change inside sequences the output
+is scaled token by token instead.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
+from sgtm_kernels.attention import blocks
 from sgtm_kernels.attention.op import rotate
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan
 from sgtm_kernels.scale import products, scale_columns_
@@ -85,16 +87,18 @@ def _attend(q, k, v, scale: float, window: int | None, documents) -> torch.Tenso
 
 def _causal(q, k, v, scale: float, window: int | None) -> torch.Tensor:
     """Causal attention of every sequence, [B, S, heads * d]."""
+    if blocks.pays(q):
+        return blocks.attend(q, k, v, scale, window)
     sdpa = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
     if window is None or window >= q.shape[2]:
         return sdpa(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
     # A block of `window` queries sees keys of its own block and of the one before: a band of the square.
     q, k, v = (x.split(window, dim=2) for x in (q, k, v))
-    blocks = [sdpa(q[0], k[0], v[0], is_causal=True)]
+    parts = [sdpa(q[0], k[0], v[0], is_causal=True)]
     for i in range(1, len(q)):
         keys, values = torch.cat(k[i - 1 : i + 1], dim=2), torch.cat(v[i - 1 : i + 1], dim=2)
-        blocks.append(sdpa(q[i], keys, values, attn_mask=_band(q[i].shape[2], window, q[i].dtype, q[i].device)))
-    return torch.cat(blocks, dim=2).transpose(1, 2).flatten(2)
+        parts.append(sdpa(q[i], keys, values, attn_mask=_band(q[i].shape[2], window, q[i].dtype, q[i].device)))
+    return torch.cat(parts, dim=2).transpose(1, 2).flatten(2)
 
 
 @lru_cache(maxsize=32)

@@ -80,18 +80,21 @@ class _Sum:
 def _softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, gradient: bool) -> torch.Tensor:
     """Token losses [n]; overwrites logits [n, V] with the gradient of their sum, softmax - one_hot (0: no target)."""
     wide = torch.promote_types(logits.dtype, torch.float32)
-    losses = torch.empty(len(targets), dtype=wide, device=logits.device)
     ignored = targets == IGNORE
     index = targets.masked_fill(ignored, 0)[:, None]
+    losses = torch.empty(len(targets), dtype=wide, device=logits.device)
+    z_buffer, p_buffer = torch.empty(2, min(ROWS, len(targets)), logits.shape[1], dtype=wide, device=logits.device)
     for start in range(0, len(targets), ROWS):
         rows = slice(start, start + ROWS)
-        log_p = torch.log_softmax(logits[rows], dim=-1, dtype=wide)
-        losses[rows] = log_p.gather(1, index[rows]).squeeze(1).neg()
+        n = len(index[rows])
+        z, p = z_buffer[:n].copy_(logits[rows]), p_buffer[:n]
+        torch.softmax(z, dim=-1, out=p)
+        # The largest probability is 1 / sum(exp(z - max z)): the log of the sum without exponentials of its own.
+        log_sum = z.amax(-1) - p.amax(-1).log_()
+        losses[rows] = log_sum - z.gather(1, index[rows]).squeeze(1)
         if gradient:
-            p = log_p.exp_()
-            p.scatter_add_(1, index[rows], torch.full_like(index[rows], -1, dtype=wide))
-            logits[rows] = p
-    if gradient:
+            logits[rows] = p.scatter_add_(1, index[rows], torch.full_like(index[rows], -1, dtype=wide))
+    if gradient and (logits.is_cuda or ignored.any()):  # to ask a GPU would be to wait for it
         logits.masked_fill_(ignored[:, None], 0)
     return losses.masked_fill_(ignored, 0)
 
