@@ -2,22 +2,24 @@
 
     python benchmarks/step_overhead.py [--preset tinystories-18m] [--sequences 4] [--rounds 15] [--json FILE]
 
-One process, one model, one engine: in every round each row takes one full training step (forward, backward, AdamW), in
-turn, so that a row is compared with `none` in the same round while the machine's speed drifts. A row's `ratio` is its
-step time over that of `none` (for Hugging Face: its tokens/s relative to ours). Peak memory is the growth of the
-process (or of the CUDA allocator) during a step, in turn as well. The report gives p20/p50/p80 over the rounds.
+One model, one engine: in every round each row takes one full training step (forward, backward, AdamW), in turn, so
+that a row is compared with `none` in the same round while the machine's speed drifts. A row's `ratio` is its step time
+over that of `none`; for Hugging Face, which runs in processes of its own (hugging_face.py), our unmasked tokens/s over
+its. Peak memory is the growth of the process (or of the CUDA allocator) during a step, in turn as well. The report
+gives p20/p50/p80 over the rounds, and the project's target beside what was measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from environment import write_rows
+from hugging_face import Peer
+from memory import peak_growth
 from rich.console import Console
 from rich.table import Table
 
@@ -28,8 +30,18 @@ from sgtm.masking.strategy import build_tables
 from sgtm.model.transformer import Transformer
 from sgtm.train.step import LossTotals, train_step
 from sgtm_kernels.dispatch import resolve
+from sgtm_kernels.plan import Tables
 
+FOREIGN = "Hugging Face eager"
 UNLABELED, RETAIN, FORGET = 0, 1, 2
+# Of the ratio to `none`; by matmul work alone a pure forget step with joint parameters free cannot be below 0.92 at the
+# 18M shape (benchmarks/LOG.md), so its target is for the masks that the paper's Wikipedia models train with.
+TARGETS = {
+    "nothing masked": "<= 1.02",
+    "25 % forget sequences": "<= 1.00",
+    "pure forget, joint masked": "<= 0.85",
+    "Hugging Face eager, bf16 autocast": ">= 3",
+}
 
 
 def main() -> None:
@@ -71,104 +83,64 @@ def measure(config: Config, rounds: int) -> list[dict]:
         "pure forget, joint masked": (build_tables(config.space, "sgtm", joint="masked"), [FORGET] * n),
         "pure retain": (config.tables, [RETAIN] * n),
     }
-    ways = {name: our_step(engine, config, tables, labels) for name, (tables, labels) in ours.items()}
-    for variant in ("bf16 autocast", "bf16 weights"):
-        ways[f"Hugging Face eager, {variant}"] = hugging_face_step(config, variant)
-    for step in ways.values():
-        step()
+    ways = {name: Ours(engine, config, tables, labels) for name, (tables, labels) in ours.items()}
+    for precision in ("bf16 autocast", "bf16 weights"):
+        ways[f"{FOREIGN}, {precision}"] = Peer(config, precision)
+        if not torch.cuda.is_available():
+            ways[f"{FOREIGN}, {precision}, freed memory kept"] = Peer(config, precision, "kept")
+    for way in ways.values():
+        way.step()
     times = {name: [] for name in ways}
     memory = {name: [] for name in ways}
     for _ in range(rounds):
-        for name, step in ways.items():
-            began = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - began)
+        for name, way in ways.items():
+            times[name].append(way.step())
     for _ in range(min(rounds, 5)):
-        for name, step in ways.items():
-            memory[name].append(peak_growth(step))
+        for name, way in ways.items():
+            memory[name].append(way.peak())
     tokens = config.train.tokens_per_step
     return [
         row(name, np.array(times[name]), memory[name], np.array(times["none"]), memory["none"], tokens) for name in ways
     ]
 
 
-def our_step(engine: Engine, config: Config, tables, labels: list[int]):
-    ids = torch.randint(config.model.vocab_size, (len(labels), config.model.context + 1))
-    batch = Batch(
-        input_ids=ids[:, :-1].contiguous(),
-        targets=ids[:, 1:].contiguous(),
-        labels=tuple(labels),
-        lengths=(config.model.context,) * len(labels),
-        documents=None,
-        step_targets=config.train.tokens_per_step,
-        step_labels=frozenset(labels),
-    )
-    totals = LossTotals(len(tables.labels), engine.device)
-    return lambda: train_step(engine, [batch], tables, config.optimizer.lr, totals)
+class Ours:
+    """Our own training step on one batch of random tokens with these labels."""
 
+    def __init__(self, engine: Engine, config: Config, tables: Tables, labels: list[int]):
+        ids = torch.randint(config.model.vocab_size, (len(labels), config.model.context + 1))
+        batch = Batch(
+            input_ids=ids[:, :-1].contiguous(),
+            targets=ids[:, 1:].contiguous(),
+            labels=tuple(labels),
+            lengths=(config.model.context,) * len(labels),
+            documents=None,
+            step_targets=config.train.tokens_per_step,
+            step_labels=frozenset(labels),
+        )
+        totals = LossTotals(len(tables.labels), engine.device)
+        self._take = lambda: train_step(engine, [batch], tables, config.optimizer.lr, totals)
 
-def hugging_face_step(config: Config, variant: str):
-    """Unmasked GPT-Neo in eager attention with torch's fused AdamW, on the same shape."""
-    from transformers import GPTNeoForCausalLM
+    def step(self) -> float:
+        """Seconds of one step."""
+        began = time.perf_counter()
+        self._take()
+        return time.perf_counter() - began
 
-    from sgtm.model.hf_config import hf_config
-
-    m = config.model
-    shape = hf_config(m, heads=m.heads, kv_heads=m.num_kv_heads, neurons=m.intermediate_size)
-    shape.attention_dropout = shape.embed_dropout = shape.resid_dropout = 0.0
-    shape._attn_implementation = "eager"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = GPTNeoForCausalLM(shape).to(device)
-    autocast = variant == "bf16 autocast"
-    if not autocast:
-        model = model.bfloat16()
-    o = config.optimizer
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True
-    )
-    ids = torch.randint(m.vocab_size, (config.sequences_per_step, m.context), device=device)
-
-    def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
-
-
-def peak_growth(step) -> float:
-    """MiB by which memory grows at most during a step."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, or the step would grow into it unseen
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark VmHWM (Linux)
-    before = status_mib("VmRSS")
-    step()
-    return status_mib("VmHWM") - before
-
-
-def status_mib(key: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) / 1024
+    def peak(self) -> float:
+        """MiB by which memory grows at most during a step."""
+        return peak_growth(self._take)
 
 
 def row(name: str, seconds: np.ndarray, memory: list, base: np.ndarray, base_memory: list, tokens: int) -> dict:
-    foreign = name.startswith("Hugging Face")
-    ratios = base / seconds if foreign else seconds / base
+    ratios = seconds / base
     return {
         "row": name,
         "seconds": percentiles(seconds),
         "tokens_per_second": round(tokens / float(np.median(seconds)), 1),
         "ratio": percentiles(ratios),
-        "ratio_of": "tokens/s, to ours unmasked" if foreign else "step time, to none",
+        "ratio_of": "our unmasked tokens/s, to its" if name.startswith(FOREIGN) else "step time, to none",
+        "target": TARGETS.get(name),
         "peak_mib": round(float(np.median(memory)), 1),
         "memory_ratio": round(float(np.median(memory) / np.median(base_memory)), 4),
         "rounds": len(seconds),
@@ -180,11 +152,16 @@ def percentiles(values: np.ndarray) -> dict[str, float]:
 
 
 def show(rows: list[dict]) -> None:
-    table = Table("row", "tokens/s", "step p20/p50/p80 (s)", "ratio p20/p50/p80", "peak MiB", "memory ratio")
+    table = Table("row", "tokens/s", "step p20/p50/p80 (s)", "ratio p20/p50/p80", "target", "peak MiB", "memory ratio")
     for r in rows:
         spread = [" / ".join(f"{r[key][p]:.3f}" for p in ("p20", "p50", "p80")) for key in ("seconds", "ratio")]
         table.add_row(
-            r["row"], f"{r['tokens_per_second']:,.0f}", *spread, f"{r['peak_mib']:.0f}", f"{r['memory_ratio']:.3f}"
+            r["row"],
+            f"{r['tokens_per_second']:,.0f}",
+            *spread,
+            r["target"] or "",
+            f"{r['peak_mib']:.0f}",
+            f"{r['memory_ratio']:.3f}",
         )
     Console().print(table)
 
