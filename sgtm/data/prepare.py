@@ -28,13 +28,13 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from sgtm.data.encode import EncodedBlock, Encoder, block_file, encode_blocks
-from sgtm.data.readers import Block, Source, open_sources
+from sgtm.data.readers import SUFFIXES, Block, Source, open_sources
 from sgtm.data.rules import Rules, load_rules
-from sgtm.data.store import DOCUMENTS, MANIFEST, SPANS, TOKENIZER, Corpus, sha256_of, write_atomically
+from sgtm.data.store import DOCUMENTS, LOCK, MANIFEST, SPANS, TOKENIZER, Corpus, sha256_of, write_atomically
 from sgtm.data.tokenizer import eos_token, load_tokenizer, sample_texts, train_bpe, vocabulary_size
 from sgtm.data.writer import CorpusWriter
 
-JOB, BLOCKS, LOCK = "job.json", "blocks", ".lock"
+JOB, BLOCKS = "job.json", "blocks"
 TRAIN = "train"
 SAMPLE_BYTES = 32 * 2**20
 SHARD_TOKENS = 2**26
@@ -44,11 +44,13 @@ SHARD_TOKENS = 2**26
 class PrepareOptions:
     """Turn labelled text into a corpus that `sgtm train` reads."""
 
-    sources: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    sources: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA...", help_behavior_hint="(required)")
+    ]
     """Files or folders: txt, jsonl (plain, gz, xz, zst), parquet, saved Hugging Face datasets."""
-    rules: Path
-    """YAML file: which field holds text, category and split, and the true label of each category."""
-    out: Path
+    rules: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(required)")] = None
+    """YAML file: which field holds text, category and split, and the true label of each category (docs/data.md)."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(required)")] = None
     """Folder of the corpus. An interrupted run with the same inputs continues where it was."""
     tokenizer: str = TRAIN
     """`train` a byte-level BPE, or a folder with tokenizer.json or with GPT-2's encoder.json and vocab.bpe."""
@@ -64,6 +66,13 @@ class PrepareOptions:
 
 def run_prepare(options: PrepareOptions) -> None:
     """The command: prepares, and prints what was found. Raises ValueError or OSError for mistakes of the user."""
+    missing = [name for name, (given, _) in _required(options).items() if not given]
+    if missing:
+        described = "\n".join(f"  {name:8}{about}" for name, (_, about) in _required(options).items())
+        raise ValueError(
+            f"sgtm prepare: no {', no '.join(missing)}; write: sgtm prepare DATA... --rules FILE --out FOLDER\n"
+            f"{described}"
+        )
     corpus = prepare(
         open_sources(options.sources),
         load_rules(options.rules),
@@ -76,6 +85,15 @@ def run_prepare(options: PrepareOptions) -> None:
         progress=True,
     )
     Console().print(summary(corpus))
+
+
+def _required(options: PrepareOptions) -> dict[str, tuple[object, str]]:
+    """What was given for each argument that must be, and what it takes."""
+    return {
+        "DATA": (options.sources, f"files ({', '.join(SUFFIXES)}), folders of them, saved Hugging Face datasets"),
+        "--rules": (options.rules, "YAML file with the true label of each category; docs/data.md has examples"),
+        "--out": (options.out, "folder of the corpus, what data.path of the training names"),
+    }
 
 
 def prepare(

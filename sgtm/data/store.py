@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST, TOKENIZER, DOCUMENTS, SPANS = "manifest.json", "tokenizer/tokenizer.json", "documents.npy", "spans.npy"
+LOCK = ".lock"
+"""The first thing that `prepare` writes into a folder."""
 
 # id: stable 64-bit hash of the text, what label draws depend on. offset, length: in tokens. category and split:
 # positions in the manifest's lists. The true label is the category's, so it is stored once, in the manifest.
@@ -200,9 +202,13 @@ def _read_manifest(path: Path) -> Manifest:
     if not path.is_dir():
         raise ValueError(f"no corpus at {path}: the folder does not exist; write it with `sgtm prepare`")
     if not (path / MANIFEST).is_file():
+        if (path / LOCK).exists():
+            raise ValueError(
+                f"the corpus {path} is not finished: `sgtm prepare` was interrupted or ended with an error. Run the "
+                f"same command again, it goes on where it stopped: sgtm prepare DATA... --rules FILE --out {path}"
+            )
         raise ValueError(
-            f"{path} has no {MANIFEST}: `sgtm prepare` was interrupted (run the same command again, it resumes), "
-            f"or this folder is not a corpus"
+            f"{path} is not a corpus (no {MANIFEST} in it); `sgtm prepare DATA... --rules FILE --out FOLDER` makes one"
         )
     try:
         content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))

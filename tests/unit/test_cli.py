@@ -115,6 +115,35 @@ def test_prepare_makes_its_options_from_the_dataclass(monkeypatch):
     assert options.overwrite
 
 
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [
+        ([], "no DATA, no --rules, no --out"),
+        (["a.txt", "--out", "x"], "no --rules"),
+        (["--rules", "r", "--out", "x"], "no DATA"),
+    ],
+)
+def test_prepare_says_what_it_needs_and_reads(arguments, missing, capsys):
+    assert main(["prepare", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: sgtm prepare: {missing}; write: sgtm prepare DATA... --rules FILE --out FOLDER")
+    assert ".txt, .jsonl, .jsonl.gz, .jsonl.xz, .jsonl.zst, .parquet), folders" in message and "╭" not in message
+
+
+def test_training_on_an_unfinished_corpus_says_how_to_finish_it(tmp_path):
+    """The rules refuse the second line, so that preparation ends in the middle."""
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "category": "en"}\n{"text": "x", "category": "it"}\n')
+    (tmp_path / "rules.yaml").write_text("labels: {en: retain}\n")
+    out = str(tmp_path / "corpus")
+    assert main(["prepare", str(tmp_path / "a.jsonl"), "--rules", str(tmp_path / "rules.yaml"), "--out", out]) == 2
+    done = subprocess.run(
+        [sys.executable, "-m", "sgtm", "train", "debug", f"--data.path={out}", f"--runs={tmp_path}/runs"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"error: the corpus {out} is not finished" in done.stderr and f"--rules FILE --out {out}" in done.stderr
+
+
 def test_config_prints_presets_and_a_whole_config(capsys):
     assert main(["config"]) == 0
     assert "tinystories-64m" in capsys.readouterr().out.splitlines()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from corpora import build, mixed_records, record, texts
 
-from sgtm.data.store import DOCUMENT, DOCUMENTS, MANIFEST, SPANS, Corpus, StoredFile, sha256_of, token_dtype
+from sgtm.data.store import DOCUMENT, DOCUMENTS, LOCK, MANIFEST, SPANS, Corpus, StoredFile, sha256_of, token_dtype
 from sgtm.masking.labels import LabelSpace
 
 
@@ -78,7 +78,12 @@ def test_a_changed_missing_or_truncated_file_is_named(folder, name):
 
 def test_a_folder_without_manifest_or_none_at_all(folder):
     (folder / MANIFEST).unlink()
-    with pytest.raises(ValueError, match=r"no manifest\.json: `sgtm prepare` was interrupted"):
+    with pytest.raises(
+        ValueError, match=r"copy is not finished: .*interrupted.* Run the same command again.*--out .*copy"
+    ):
+        Corpus.open(folder)
+    (folder / LOCK).unlink()
+    with pytest.raises(ValueError, match=r"copy is not a corpus \(no manifest\.json in it\); `sgtm prepare DATA"):
         Corpus.open(folder)
     with pytest.raises(ValueError, match="the folder does not exist"):
         Corpus.open(folder / "nowhere")
