@@ -38,12 +38,12 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 def _line(problem: dict, schema: type[BaseModel], values: dict, given: set[Path]) -> str:
     path = tuple(str(part) for part in problem["loc"])
+    if problem["type"] == "value_error":  # a rule of ours, in its own words
+        return ": ".join(filter(None, [".".join(path), problem["msg"].removeprefix("Value error, ")]))
     field, inside = field_at(schema, path)
     if field is not None:  # what follows the key are union members and positions, pydantic's own
         path = path[: len(path) - len(inside)]
     key = ".".join(path)
-    if problem["type"] == "value_error":  # a rule across keys, in its own words
-        return ": ".join(filter(None, [key, problem["msg"].removeprefix("Value error, ")]))
     if problem["type"] == "missing":
         return f"{key}: missing; it takes: {_takes(schema, path)}"
     origin = " on the command line" if any(one[: len(path)] == path for one in given) else ""

@@ -117,7 +117,7 @@ def parse_overrides(arguments: list[str]) -> dict[tuple[str, ...], Any]:
         path = _path(name)
         field, inside = field_at(Config, path)
         is_text = field is not None and not inside and field.annotation is str
-        values[path] = text if is_text else _parse(text, f"--{name}")
+        values[path] = text if is_text else parse_yaml(text, f"--{name}")
     return values
 
 
@@ -164,7 +164,7 @@ def _read(path: Path, chain: tuple[Path, ...] = ()) -> dict:
     if path.resolve() in chain:
         raise ConfigError(f"{path}: extends leads back to itself: {' -> '.join(p.name for p in (*chain, path))}")
     try:
-        values = _parse(path.read_text("utf-8"), str(path))
+        values = parse_yaml(path.read_text("utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     values = {} if values is None else values
@@ -189,7 +189,8 @@ def _merge(below: dict, above: dict) -> dict:
     return merged
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """The content of YAML 1.2. Raises ConfigError that begins with `where` and names line and column."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:

@@ -7,22 +7,25 @@
     spans: spans                          # optional: field with [[start, end, category], ...], in characters
 
 Files of plain text are records with the fields `text` and `category` (the folder's name), so the defaults fit them.
+`docs/data.md` is the reference for users.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sgtm.masking.channel import uniform_hash
 
 DROP = "drop"
+LABELS = ("retain", "unlabeled", DROP)
+"""What a category may be but for `forget:<domain>`."""
 _SPLIT_SEED = 2**32 + 1  # label draws use the seeds of configs, which are small: a split is independent of them
 
 
@@ -38,6 +41,15 @@ class Selector(Section):
     constant: str | None = None
     path: str | None = None
     """Regular expression with one group, searched in the file's path as it was given; the last match counts."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_bare_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(
+                f"found {value!r}; write {{field: {value}}} for a field of the record, or {{constant: {value}}}"
+            )
+        return value
 
     @model_validator(mode="after")
     def _one(self):
@@ -103,22 +115,40 @@ class Document(NamedTuple):
     spans: tuple[tuple[int, int, str], ...]
 
 
+def _known_label(label: Any) -> str:
+    if isinstance(label, str) and (label in LABELS or re.fullmatch(r"forget:[^:,]+", label)):
+        return label
+    domain = re.fullmatch(r"(?i)forget[\s:_-]+([^:,]+)", str(label))
+    slip = f" (did you mean forget:{domain[1]}?)" if domain else did_you_mean(str(label), LABELS)
+    raise ValueError(f"found {label!r:.80}, but it takes: retain, unlabeled, forget:<domain> or drop{slip}")
+
+
 class Rules(Section):
     """A rule file. Raises ValidationError, a ValueError, for a key or value that makes no sense."""
 
     text: str = "text"
+    """Field that holds the text."""
     category: Selector = Selector(field="category")
     split: SplitSelector = SplitSelector(hash={"test": 0.05})
-    labels: dict[str, str] = Field(min_length=1)
+    labels: dict[str, Annotated[str, BeforeValidator(_known_label)]] = Field({}, validate_default=True)
     """True label of each category: `retain`, `unlabeled`, `forget:<domain>`, or `drop` to leave it out."""
     spans: str | None = None
+    """Field with `[[start, end, category], ...]`, in characters."""
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _named(cls, labels: Any) -> Any:
+        if not labels or not isinstance(labels, dict):
+            found = f"found {labels!r:.80}, but it" if labels else "missing; it"
+            raise ValueError(f"{found} takes the true label of each category: {{web: retain, virology: forget:bio}}")
+        odd = [category for category in labels if not isinstance(category, str)]
+        if odd:
+            raise ValueError(f"{odd[0]!r} is read as {type(odd[0]).__name__}; put the name of the category in quotes")
+        return labels
 
     @field_validator("labels")
     @classmethod
-    def _known(cls, labels: dict[str, str]) -> dict[str, str]:
-        for category, label in labels.items():
-            if label not in ("retain", "unlabeled", DROP) and not re.fullmatch(r"forget:[^:,]+", label):
-                raise ValueError(f"{category}: {label!r} is no label; write retain, unlabeled, forget:<domain> or drop")
+    def _some_kept(cls, labels: dict[str, str]) -> dict[str, str]:
         if set(labels.values()) == {DROP}:
             raise ValueError("every category is dropped")
         return labels
@@ -157,8 +187,8 @@ class Rules(Section):
     def _label(self, category: str, where: str) -> str:
         if category not in self.labels:
             raise ValueError(
-                f"{where}: unknown category {category!r}; the rules know {', '.join(self.labels)} "
-                f"(add it to labels, with drop to leave it out)"
+                f"{where}: unknown category {category!r}{did_you_mean(category, self.labels)}; the rules know "
+                f"{', '.join(self.labels)} (add it to labels, with drop to leave it out)"
             )
         return self.labels[category]
 
@@ -195,21 +225,36 @@ def lookup(record: dict, field: str, where: str) -> Any:
         return record[field]
     for name in field.split("."):
         if not isinstance(value, dict) or name not in value:
-            raise ValueError(f"{where}: no field {field!r}; the record has {', '.join(map(str, record)) or 'none'}")
+            slip, known = did_you_mean(field, map(str, record)), ", ".join(map(str, record)) or "none"
+            raise ValueError(f"{where}: no field {field!r}{slip}; the record has {known}")
         value = value[name]
     return value
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)` where `word` may be a slip of a known one, else nothing."""
+    from sgtm.config.errors import nearest  # not at the top: the worker processes do without torch
+
+    folded = {name.casefold(): name for name in known}
+    close = nearest(word.casefold(), folded)
+    return f" (did you mean {folded[close]}?)" if close else ""
+
+
 def load_rules(path: str | Path) -> Rules:
     """Reads a rule file. Raises ValueError naming the file, the key, what was found and what would be right."""
+    from sgtm.config.errors import explain_errors
+    from sgtm.config.load import parse_yaml
+
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise ValueError(f"no rule file at {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds {type(content).__name__}, not a mapping of keys such as `labels:`")
     try:
         return Rules.model_validate(content)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r:.80})" for e in error.errors()]
-        raise ValueError(f"rule file {path}: " + "; ".join(lines)) from None
+        raise ValueError(explain_errors(error, Rules, content, str(path), set())) from None

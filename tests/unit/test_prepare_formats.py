@@ -13,7 +13,7 @@ from pyarrow import parquet
 from sgtm.data import readers
 from sgtm.data.prepare import PrepareOptions, prepare, run_prepare
 from sgtm.data.readers import open_sources
-from sgtm.data.rules import Rules, load_rules
+from sgtm.data.rules import Rules
 from sgtm.data.store import Corpus
 
 RULES = {"split": {"constant": "train"}, "labels": {"en": "retain", "es": "forget:es", "fr": "drop"}}
@@ -145,9 +145,10 @@ GOOD = json.dumps({"text": "good", "category": "en"}).encode() + b"\n"
     ("line", "message"),
     [
         (b'{"text": "x", "category": "it"}\n', r"a.jsonl:2: unknown category 'it'; the rules know en, es, fr"),
+        (b'{"text": "x", "category": "En"}\n', r"a.jsonl:2: unknown category 'En' \(did you mean en\?\)"),
         (b'{"text": "x", "category": "en"\n', r"a.jsonl:2: not JSON"),
         (b'{"text": "\xff", "category": "en"}\n', r"a.jsonl:2: not UTF-8 at byte 10 of the line"),
-        (b'{"txt": "x", "category": "en"}\n', r"a.jsonl:2: no field 'text'; the record has txt, category"),
+        (b'{"txt": "x", "category": "en"}\n', r"a.jsonl:2: no field 'text' .*txt\?\); the record has txt, category"),
         (b'{"text": 3, "category": "en"}\n', r"a.jsonl:2: field 'text' holds int, expected text"),
         (b'["text"]\n', r"a.jsonl:2: expected a JSON object, got list"),
         (b'{"text": "\\ud800", "category": "en"}\n', r"a.jsonl:2: the text has half a surrogate pair"),
@@ -224,25 +225,6 @@ def test_only_empty_documents_is_an_error(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": " \n", "category": "en"}])
     with pytest.raises(ValueError, match="there are none"):
         prepared(tmp_path, source)
-
-
-@pytest.mark.parametrize(
-    ("rules", "message"),
-    [
-        ("labels: {en: retian}", r"labels.*'retian' is no label; write retain"),
-        ("labels: {}", "labels"),
-        ("labels: {en: drop}", "every category is dropped"),
-        ("txt: body\nlabels: {en: retain}", "txt: Extra inputs"),
-        ("category: {field: a, constant: b}\nlabels: {en: retain}", "category.*exactly one of"),
-        ("split: {path: 'train'}\nlabels: {en: retain}", "split.*exactly one group"),
-        ("split: {hash: {test: 0.7, val: 0.5}}\nlabels: {en: retain}", "sum to more than 1"),
-        ("labels: [", "is not YAML"),
-    ],
-)
-def test_a_bad_rule_file_is_named(tmp_path, rules, message):
-    (tmp_path / "rules.yaml").write_text(rules)
-    with pytest.raises(ValueError, match=rf"(?s)rules\.yaml.*{message}"):
-        load_rules(tmp_path / "rules.yaml")
 
 
 def test_the_command_prints_what_it_found(tmp_path, capsys):
