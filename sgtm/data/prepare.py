@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,14 +24,15 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from tokenizers import Tokenizer
 
 from sgtm.data.encode import EncodedBlock, Encoder, block_file, encode_blocks
 from sgtm.data.readers import SUFFIXES, Block, Source, open_sources
 from sgtm.data.rules import Rules, load_rules
 from sgtm.data.store import DOCUMENTS, LOCK, MANIFEST, SPANS, TOKENIZER, Corpus, sha256_of, write_atomically
+from sgtm.data.summary import summary, warnings
 from sgtm.data.tokenizer import eos_token, load_tokenizer, sample_texts, train_bpe, vocabulary_size
 from sgtm.data.writer import CorpusWriter
 
@@ -73,9 +75,10 @@ def run_prepare(options: PrepareOptions) -> None:
             f"sgtm prepare: no {', no '.join(missing)}; write: sgtm prepare DATA... --rules FILE --out FOLDER\n"
             f"{described}"
         )
+    sources, rules = open_sources(options.sources), load_rules(options.rules)
     corpus = prepare(
-        open_sources(options.sources),
-        load_rules(options.rules),
+        sources,
+        rules,
         options.tokenizer,
         options.out,
         vocab_size=options.vocab_size,
@@ -85,6 +88,8 @@ def run_prepare(options: PrepareOptions) -> None:
         progress=True,
     )
     Console().print(summary(corpus))
+    for warning in warnings(corpus, rules):
+        Console(stderr=True).print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
 
 
 def _required(options: PrepareOptions) -> dict[str, tuple[object, str]]:
@@ -150,21 +155,6 @@ def open_prepared(
     if not (out / MANIFEST).is_file() or _stored_job(out) != _job(sources, rules, tokenizer, vocab_size):
         return None
     return Corpus.open(out, verify)
-
-
-def summary(corpus: Corpus) -> Table:
-    """What a corpus holds, as a table."""
-    m = corpus.manifest
-    skipped = f"; {m.empty} empty and {m.dropped} dropped documents left out" if m.empty or m.dropped else ""
-    table = Table(title=f"{corpus.path}: vocabulary of {m.vocab_size}, {len(m.shards)} shards{skipped}")
-    for column in ("split", "category", "true label"):
-        table.add_column(column)
-    for column in ("documents", "tokens"):
-        table.add_column(column, justify="right")
-    for split, by_category in m.counts.items():
-        for category, count in by_category.items():
-            table.add_row(split, category, m.categories[category], f"{count.documents:,}", f"{count.tokens:,}")
-    return table
 
 
 def _job(sources: Sequence[Source], rules: Rules, tokenizer: str | Path, vocab_size: int) -> dict:
@@ -247,21 +237,28 @@ def _tokenizer(
         write_atomically(out / TOKENIZER, loaded.to_str())
         return loaded, eos_token(loaded, tokenizer)
     if not (out / TOKENIZER).is_file():
+        splits: Counter[str] = Counter()
         with _bar(sources, "sampling for the tokenizer", progress) as advance:
-            texts = sample_texts(_training_texts(sources, rules, advance), SAMPLE_BYTES)
+            texts = sample_texts(_training_texts(sources, rules, advance, splits), SAMPLE_BYTES)
         if not texts:
-            raise ValueError("tokenizer: train needs documents with text in split train, and there are none")
+            found = ", ".join(f"{count:,} in {split}" for split, count in splits.most_common()) or "none at all"
+            raise ValueError(
+                f"no document with text is in split train, which the tokenizer is made from; found: {found}"
+            )
         write_atomically(out / TOKENIZER, train_bpe(texts, vocab_size).to_str())
     loaded = Tokenizer.from_file(str(out / TOKENIZER))
     return loaded, eos_token(loaded)
 
 
-def _training_texts(sources: Sequence[Source], rules: Rules, advance) -> Iterator[str]:
+def _training_texts(sources: Sequence[Source], rules: Rules, advance, splits: Counter[str]) -> Iterator[str]:
+    """Texts of split `train`; counts the documents of every split in `splits`."""
     for block in _all_blocks(sources, rules):
         for path, where, fields in block.records():
             document = rules.document(fields, path, where)
-            if document is not None and document.split == TRAIN and document.text.strip():
-                yield document.text
+            if document is not None and document.text.strip():
+                splits[document.split] += 1
+                if document.split == TRAIN:
+                    yield document.text
         advance(block.progress)
 
 
@@ -285,7 +282,7 @@ def _merge(out: Path, encoder: Encoder, count: int) -> None:
         writer.add(block.tokens, block.documents, block.spans)
         empty, dropped, total = empty + block.empty, dropped + block.dropped, total + len(block.documents)
     if not total:
-        raise ValueError(f"no document has any text: {empty} are empty, {dropped} dropped by the rules")
+        raise ValueError(f"no document has any text: {empty:,} are empty, {dropped:,} dropped by the rules")
     writer.finish(encoder.eos_id, encoder.rules.categories, splits, empty, dropped)
 
 

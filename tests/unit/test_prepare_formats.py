@@ -11,7 +11,7 @@ from corpora import BYTES, texts, write_jsonl
 from pyarrow import parquet
 
 from sgtm.data import readers
-from sgtm.data.prepare import PrepareOptions, prepare, run_prepare
+from sgtm.data.prepare import prepare
 from sgtm.data.readers import open_sources
 from sgtm.data.rules import Rules
 from sgtm.data.store import Corpus
@@ -223,13 +223,18 @@ def test_other_bad_sources(tmp_path):
 
 def test_only_empty_documents_is_an_error(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": " \n", "category": "en"}])
-    with pytest.raises(ValueError, match="there are none"):
+    with pytest.raises(ValueError, match=r"no document with text is in split train, .* found: none at all"):
         prepared(tmp_path, source)
+    folder = tokenizer_of(tmp_path)
+    with pytest.raises(ValueError, match="no document has any text: 1 are empty, 0 dropped"):
+        prepare(open_sources([source]), Rules.model_validate(RULES), folder, tmp_path / "out")
 
 
-def test_the_command_prints_what_it_found(tmp_path, capsys):
-    source = write_jsonl(tmp_path / "a.jsonl", RECORDS)
-    (tmp_path / "rules.yaml").write_text("split: {constant: train}\nlabels: {en: retain, es: 'forget:es', fr: drop}\n")
-    run_prepare(PrepareOptions((source,), tmp_path / "rules.yaml", tmp_path / "out", vocab_size=BYTES, workers=1))
-    printed = capsys.readouterr().out
-    assert "forget:es" in printed and "1 empty and 1 dropped" in " ".join(printed.split())
+def test_no_training_documents_is_an_error_that_says_where_they_are(tmp_path):
+    records = [
+        {**fields, "split": name}
+        for fields, name in zip(RECORDS, ("training", "training", "test", "dev", "dev"), strict=True)
+    ]
+    source = write_jsonl(tmp_path / "a.jsonl", records)
+    with pytest.raises(ValueError, match=r"split train, .* found: 2 in training, 1 in dev"):
+        prepared(tmp_path, source, rules={**RULES, "split": {"field": "split"}})

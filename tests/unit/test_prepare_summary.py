@@ -1,0 +1,75 @@
+"""What `sgtm prepare` prints at its end: the counts, and what is likely a mistake."""
+
+import pytest
+import yaml
+from corpora import BYTES, record, write_jsonl
+
+from sgtm.data.prepare import PrepareOptions, run_prepare
+
+RULES = {"split": {"field": "split"}, "labels": {"en": "retain", "es": "forget:es"}}
+
+
+@pytest.fixture
+def printed(tmp_path, capsys):
+    """Prepares records and returns what was printed: (lines of stdout, warnings)."""
+
+    def run(records, **rules):
+        source = write_jsonl(tmp_path / "a.jsonl", records)
+        (tmp_path / "rules.yaml").write_text(yaml.safe_dump({**RULES, **rules}, sort_keys=False))
+        options = {"vocab_size": BYTES, "workers": 1, "overwrite": True}
+        run_prepare(PrepareOptions((source,), tmp_path / "rules.yaml", tmp_path / "out", **options))
+        shown, errors = capsys.readouterr()
+        warnings = [line for line in errors.splitlines() if line]
+        assert all(line.startswith("warning: ") for line in warnings)
+        return shown, [line.removeprefix("warning: ") for line in warnings]
+
+    return run
+
+
+def both_splits(category: str, test_tokens: int, number: int = 0) -> list[dict]:
+    """A training document, and a test document of this many tokens, the EOS included."""
+    return [record(number, category), record(number + 1, category, test_tokens - 1, "test")]
+
+
+GOOD = [*both_splits("en", 1000), *both_splits("es", 1500)]
+
+
+def test_the_counts(printed):
+    records = [*GOOD, {"text": " ", "category": "en", "split": "train"}, record(9, "fr")]
+    shown, _ = printed(records, labels={**RULES["labels"], "fr": "drop"})
+    assert "forget:es" in shown and "1 empty and 1 dropped" in " ".join(shown.split())
+
+
+def test_nothing_to_warn_of(printed):
+    assert printed(GOOD)[1] == []
+
+
+def test_a_tiny_and_a_missing_test_split(printed):
+    records = [*both_splits("en", 999), *both_splits("es", 1000), record(7, "fr"), record(8, "de", 2000, "test")]
+    assert printed(records, labels={**RULES["labels"], "fr": "retain", "de": "retain"})[1] == [
+        "category en has only 999 tokens in split test: its loss in an evaluation is not reliable",
+        "category fr has no document in split test: it has no loss in an evaluation",
+        "category de has no document in split train: nothing of it is learned",
+    ]
+
+
+def test_a_missing_split(printed):
+    warnings = printed([record(0), record(1, "es")])[1]
+    assert warnings == ["no document is in split test; evaluation needs it (rules: split)"]
+    split = {"hash": {"test": 0, "dev": 1e-9}}
+    assert printed([record(2), record(3, "es")], split=split)[1] == [
+        "no document is in split test; evaluation needs it (rules: split)",
+        "split.hash of the rules: no document fell into dev",
+    ]
+
+
+def test_labels_that_matched_nothing(printed):
+    labels = {**RULES["labels"], "fr": "retain", "de": "drop"}
+    assert printed(GOOD, labels=labels)[1] == ["labels of the rules: no document is of category de, fr"]
+    assert printed([*GOOD, record(9, "de")], labels=labels)[1] == ["labels of the rules: no document is of category fr"]
+
+
+def test_a_category_of_spans_alone_is_matched(printed):
+    spanned = [{"spans": [], **fields} for fields in GOOD]
+    spanned[0]["spans"] = [[0, 4, "toxin"]]
+    assert printed(spanned, spans="spans", labels={**RULES["labels"], "toxin": "forget:bio"})[1] == []
