@@ -60,6 +60,7 @@ def evaluate_run(run: Path, split: str = "test", sequences: int | None = None) -
         "name": config.name,
         "losses": losses,
         "true_labels": dict(corpus.categories),
+        "counts": corpus.manifest.model_dump(mode="json")["counts"],
         "split": split,
         "sequences": sequences,
         "seconds": round(seconds, 3),

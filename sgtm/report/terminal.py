@@ -17,13 +17,30 @@ LARGE = 0.1  # nats: what a removal may cost the categories it is not meant for
 def print_summary(summary: dict, console: Console | None = None) -> None:
     """Print the losses of a `summary.json`, a table for each removal: a row per category, nats per token.
 
-    A difference that is meant (a removed domain's loss rising) is green; any other above 0.1 nat is red.
+    A difference that is meant (a removed domain's loss rising) is green; any other above 0.1 nat is red. Below them,
+    how many tokens of each category the corpus has, and the categories of which there was nothing to measure.
     """
     console = console or Console()
     console.print(f"[bold]{summary.get('name', 'run')}[/]: held-out loss, nats per token")
     rows = loss_rows(summary)
     for condition in conditions(summary) or [None]:
         console.print(_table(rows, condition))
+    if summary.get("counts"):
+        console.print(_tokens(summary))
+        unmeasured = [c for c in summary["true_labels"] if c not in summary["losses"]["full"]]
+        if unmeasured:
+            console.print(f"no loss of {', '.join(unmeasured)}: no documents to measure in split {summary['split']}")
+
+
+def _tokens(summary: dict) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("tokens of")
+    for split in summary["counts"]:
+        table.add_column(split, justify="right")
+    for category in summary["true_labels"]:
+        counts = [by.get(category, {"tokens": 0})["tokens"] for by in summary["counts"].values()]
+        table.add_row(category, *(f"{tokens:,}" for tokens in counts))
+    return table
 
 
 def _table(rows: list[LossRow], condition: str | None) -> Table:

@@ -229,6 +229,17 @@ def test_strategy_grids_hold_the_tables(run):
     assert titles == ["active", "route", "update (attn_in, attn_out, mlp_in)", "update (mlp_out)", "update_joint"]
 
 
+def test_terminal_table_has_the_tokens_and_names_what_has_no_loss():
+    console = Console(width=80, record=True, file=io.StringIO())
+    tokens = {"train": {"en": 1234567, "es": 40}, "test": {"en": 5}}
+    counts = {split: {c: {"documents": 1, "tokens": n} for c, n in by.items()} for split, by in tokens.items()}
+    losses = {"full": {"en": 3.0}, "without es": {"en": 3.0}}
+    print_summary({**SUMMARY, "losses": losses, "split": "test", "counts": counts}, console)
+    text = console.export_text()
+    assert re.search(r"tokens of +train +test *\n.*\n *en +1,234,567 +5 *\n *es +40 +0 *\n *fr +0 +0", text)
+    assert "no loss of es, fr: no documents to measure in split test" in text
+
+
 def test_terminal_table_has_the_figures_in_eighty_columns():
     console = Console(width=80, record=True, file=io.StringIO())
     print_summary(SUMMARY, console)
