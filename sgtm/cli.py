@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     command("prepare", None, "tokenize a corpus into shards (sgtm prepare --help for its options)", add_help=False)
-    train = configured("train", _train, "train a model")
+    train = configured("train", _train, "train a model, or go on with a run: sgtm train RUN --resume")
     train.add_argument("--resume", action="store_true", help="continue from the run's newest checkpoint")
     train.add_argument("--overwrite", action="store_true", help="delete the run directory if it exists")
     evaluate = command("eval", _eval, "losses by category, full and with every subset of domains removed")
@@ -138,11 +138,19 @@ def _prepare(argv: list[str]) -> int:
 
 
 def _train(options) -> None:
-    from sgtm.config import load_config
+    from sgtm.config import load_config, preset_names
+    from sgtm.config.load import load_run_config
 
     if options.resume and options.overwrite:
         raise ValueError("--resume continues a run and --overwrite deletes it; give one of them")
-    config = load_config(options.config, options.overrides)
+    overrides, folder = options.overrides, Path(options.config)
+    if folder.is_dir() and options.config not in preset_names():
+        load_run_config(folder)
+        if not options.resume:
+            raise ValueError(f"{folder} is a run directory; go on with it: sgtm train {folder} --resume")
+        options.config = folder / "config.yaml"
+        overrides = [f"--runs={folder.parent}", f"--name={folder.name}", *overrides]  # it may have been moved
+    config = load_config(options.config, overrides)
 
     from sgtm.train.loop import train
 

@@ -178,12 +178,14 @@ def _flat(section: dict, prefix: str = "") -> dict[str, object]:
 def _refuse_other_run(directory: Path, config: Config, corpus: str, ranks: int) -> None:
     manifest = read_manifest(directory)
     changed = differences(manifest["config"], config)
+    own = f"\nsgtm train {directory.parents[1]} --resume takes those of the run; for others, set another --name"
+    remedy = own if changed else ""
     if manifest["corpus"] != corpus:
         changed.append(f"data.path: {config.data.path} has been prepared anew since, with other content")
     if manifest["ranks"] != ranks:
         changed.append(f"ranks: {manifest['ranks']} in the checkpoint, {ranks} now")
     if changed:
-        raise ValueError(f"{directory} belongs to another run:\n  " + "\n  ".join(changed))
+        raise ValueError(f"{directory} was written with other settings:\n  " + "\n  ".join(changed) + remedy)
 
 
 def _advice(damaged: Path) -> str:

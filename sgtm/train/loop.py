@@ -37,11 +37,12 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     overwrite  delete an existing run directory first
 
     SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint after the step in progress and return. Raises ValueError for what a
-    user can put right: a run directory that exists, data that do not fit the config, a damaged checkpoint.
+    user can put right: a run directory that exists, data that do not fit the config, a damaged checkpoint. Then no run
+    directory has been made, and none deleted.
     """
     launch = init_distributed(config)
     run = Path(config.runs) / config.name
-    on_rank_zero(lambda: _claim(run, config, resume, overwrite))
+    on_rank_zero(lambda: _refuse(run, resume, overwrite))
     torch.manual_seed(config.train.seed)
     engine = Engine(Transformer(config.model, config.partition, resolve(config.kernels.backend)), config)
     dry_run(engine, config.tables)
@@ -52,11 +53,13 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     if resume and (latest := on_rank_zero(lambda: find_latest(run))):
         start, saved = load_checkpoint(engine, latest, config, corpus.fingerprint)
         totals.restore(saved)
-    on_rank_zero(lambda: save_config(config, run / "config.yaml"))
+    on_rank_zero(lambda: _claim(run, config, resume, overwrite))
     log = MetricsLog(run, config, rank=engine.rank, start=start)
     evaluated = on_rank_zero(log.open)
     with StopSignal() as stop, log:
         log.say(_arithmetic(config, engine, start))
+        if start == config.train.steps:
+            log.say(f"{run} is complete: all of its {start} steps were trained before")
         if start and _evaluation_due(config, start) and start not in evaluated:
             log.evaluation(start, _evaluate(engine, corpus, config))
         if resume and not start:
@@ -146,19 +149,26 @@ def _open_everywhere(config: Config) -> Corpus:
     return corpora[0]
 
 
+def _refuse(run: Path, resume: bool, overwrite: bool) -> None:
+    """Raises ValueError for a run directory that is there and may not be used; changes nothing."""
+    if not run.exists() or not any(run.iterdir()):
+        return
+    if overwrite and not (run / "config.yaml").exists():
+        raise ValueError(f"{run} holds other files and no run (no config.yaml); it is not overwritten")
+    if not (resume or overwrite):
+        raise ValueError(
+            f"run directory {run} exists; go on with --resume, start over with --overwrite, or set another --name"
+        )
+
+
 def _claim(run: Path, config: Config, resume: bool, overwrite: bool) -> None:
-    """Make the run directory, or refuse the one that is there."""
-    if run.exists() and any(run.iterdir()):
-        if overwrite:
-            if not (run / "config.yaml").exists():
-                raise ValueError(f"{run} holds other files and no run (no config.yaml); it is not overwritten")
-            shutil.rmtree(run)
-        elif not resume:
-            raise ValueError(
-                f"run directory {run} exists; go on with --resume, start over with --overwrite, or set another --name"
-            )
+    """Make the run directory, which is the first thing that is written of a run."""
+    _refuse(run, resume, overwrite)  # again: another process may have made it since
+    if overwrite and run.exists():
+        shutil.rmtree(run)
     run.mkdir(parents=True, exist_ok=True)
     remove_unfinished(run)
+    save_config(config, run / "config.yaml")
 
 
 def _arithmetic(config: Config, engine: Engine, start: int) -> str:

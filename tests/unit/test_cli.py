@@ -49,6 +49,29 @@ def test_train_takes_overrides_anywhere(calls):
     assert options == {"resume": False, "overwrite": True}
 
 
+def test_a_run_is_resumed_by_its_directory(calls, tmp_path, capsys):
+    """With the settings it was made with, wherever it lies now; without --resume it is not trained over."""
+    run = tmp_path / "moved" / "mine"
+    run.mkdir(parents=True)
+    save_config(load_config("debug", ["--name=old", "--runs=elsewhere", "--train.steps=30"]), run / "config.yaml")
+    assert main(["train", f"{run}/", "--resume", "--train.log_every", "7"]) == 0
+    ((_, (config,), options),) = calls
+    assert (config.runs, config.name) == (str(run.parent), "mine")
+    assert (config.train.steps, config.train.log_every, options["resume"]) == (30, 7, True)
+    assert main(["train", str(run)]) == 2
+    assert capsys.readouterr().err == f"error: {run} is a run directory; go on with it: sgtm train {run} --resume\n"
+    assert main(["train", str(tmp_path), "--resume"]) == 2
+    assert "not a run directory (no config.yaml in it)" in capsys.readouterr().err
+    assert len(calls) == 1
+
+
+def test_a_preset_is_not_taken_for_a_directory_of_its_name(calls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("debug").mkdir()
+    assert main(["train", "debug"]) == 0
+    assert calls[0][1][0].runs == "runs"
+
+
 def test_train_under_the_deepspeed_launcher(calls):
     """It puts --local_rank before everything else."""
     assert main(["--local_rank=1", "train", "debug", "--resume"]) == 0

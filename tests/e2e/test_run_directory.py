@@ -1,0 +1,78 @@
+"""Run directories: a refused run leaves none and harms none, a finished one says so, an unevaluated one is reported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sgtm.data.store import Corpus
+
+STEPS = 3
+
+
+def sgtm(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "sgtm", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+
+
+def train(runs: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return sgtm("train", "debug", f"--runs={runs}", f"--train.steps={STEPS}", *arguments)
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    done = train(runs, "--name=whole")
+    assert done.returncode == 0, done.stderr
+    return runs / "whole"
+
+
+@pytest.mark.parametrize("mistake", ["--masking.domains=[bio]", "--data.path=nowhere", "--train.micro_batch=3"])
+def test_a_refused_run_leaves_no_directory_and_the_old_one_as_it_was(finished: Path, mistake: str):
+    runs, before = finished.parent, contents(finished)
+    refused = train(runs, "--name=refused", mistake)
+    assert refused.returncode == 2 and "error: " in refused.stderr
+    assert sorted(path.name for path in runs.iterdir()) == ["synthetic-512", "whole"]
+    assert train(runs, "--name=whole", mistake, "--overwrite").returncode == 2
+    assert contents(finished) == before
+
+
+def test_a_finished_run_says_so(finished: Path):
+    done = sgtm("train", finished, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert f"{finished} is complete: all of its {STEPS} steps were trained before" in " ".join(done.stdout.split())
+
+
+def test_other_settings_are_listed_with_both_values(finished: Path):
+    done = sgtm("train", finished, "--resume", "--optimizer.lr=0.5", "--train.steps=9", "--train.log_every=2")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"error: {finished}/checkpoints/step_{STEPS:08d} was written with other settings:",
+        "  optimizer.lr: 0.001 in the checkpoint, 0.5 now",
+        f"  train.steps: {STEPS} in the checkpoint, 9 now",
+        f"sgtm train {finished} --resume takes those of the run; for others, set another --name",
+    ]
+
+
+def test_report_and_evaluation(finished: Path):
+    """The report of a run without evaluation says what is missing; the evaluation knows the corpus's counts."""
+    assert sgtm("report", finished).returncode == 0
+    assert "has not been evaluated" in (finished / "report/index.html").read_text("utf-8")
+    done = sgtm("eval", finished, "--sequences=2")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((finished / "summary.json").read_text("utf-8"))
+    manifest = Corpus.open(finished.parent / "synthetic-512").manifest
+    assert set(summary["losses"]) == {"full", "without es"} and set(summary["losses"]["full"]) == {"en", "es"}
+    for split in ("train", "test"):
+        for category in ("en", "es"):
+            tokens = manifest.counts[split][category].tokens
+            assert summary["counts"][split][category]["tokens"] == tokens
+            assert f"{tokens:,}" in done.stdout
