@@ -46,7 +46,12 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if argv[0] == "prepare":
         return _prepare(argv[1:])  # tyro makes its options from the dataclass
-    options = parser.parse_args(argv)
+    options, rest = parser.parse_known_args(argv)
+    if rest:
+        from sgtm.config.load import QUOTES
+
+        list_cut_up = overrides and not any(argument.startswith("-") for argument in rest)
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{QUOTES if list_cut_up else ''}")
     if hasattr(options, "config"):
         options.overrides = overrides
     return options.run(options) or 0

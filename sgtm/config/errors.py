@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from sgtm.config.reference import describe_field, field_at, keys, section, yaml_text
 
@@ -49,7 +51,20 @@ def _line(problem: dict, schema: type[BaseModel], values: dict, given: set[Path]
     origin = " on the command line" if any(one[: len(path)] == path for one in given) else ""
     if problem["type"] in ("extra_forbidden", "invalid_key"):
         return f"{key}: unknown key{origin}; {_suggestion(schema, path)}"
-    return f"{key}: found {_shown(_value_at(values, path))}{origin}, but it takes: {_takes(schema, path)}"
+    value = _value_at(values, path)
+    syntax = _syntax(field, key, value) if origin and field is not None else ""
+    return f"{key}: found {_shown(value)}{origin}, but it takes: {_takes(schema, path)}{syntax}"
+
+
+def _syntax(field: FieldInfo, key: str, value: Any) -> str:
+    """How a list or mapping is written on the command line, where something else was given for one."""
+    takes = describe_field(field)
+    if isinstance(value, (list, dict)):
+        return ""
+    if takes.startswith("list of"):
+        items = re.split(r"[\s,]+", value) if isinstance(value, str) else [value]
+        return f"; write --{key} '{yaml_text(items)}'"
+    return f"; write --{key} '{{NAME: VALUE}}'" if takes.startswith("mapping of") else ""
 
 
 def _value_at(values: Any, path: Path) -> Any:

@@ -24,6 +24,7 @@ from sgtm.config.errors import ConfigError, explain_errors, nearest
 from sgtm.config.reference import field_at, section
 from sgtm.config.schema import Config
 
+QUOTES = "; a list or mapping is one argument, in quotes: --masking.domains '[bio, chem]'"
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -117,8 +118,16 @@ def parse_overrides(arguments: list[str]) -> dict[tuple[str, ...], Any]:
         path = _path(name)
         field, inside = field_at(Config, path)
         is_text = field is not None and not inside and field.annotation is str
-        values[path] = text if is_text else parse_yaml(text, f"--{name}")
+        values[path] = text if is_text else _parse_value(text, name)
     return values
+
+
+def _parse_value(text: str, name: str) -> Any:
+    try:
+        return parse_yaml(text, f"--{name}")
+    except ConfigError as error:
+        cut = text.startswith(("[", "{")) and not text.endswith(("]", "}"))
+        raise ConfigError(f"{error}{QUOTES}" if cut else str(error)) from None
 
 
 def _path(name: str) -> tuple[str, ...]:

@@ -66,6 +66,8 @@ def _save_model(state: dict[str, Tensor], hf_config: PretrainedConfig, folder: P
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     model.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):  # written for the owner alone, unlike everything else
+        weights.chmod((folder / "config.json").stat().st_mode)
 
 
 def _save_tokenizer(config: Config, hf_config: PretrainedConfig, folder: Path) -> bool:

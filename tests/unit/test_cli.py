@@ -202,6 +202,18 @@ def test_mistake_is_a_message_and_status_2(case, capsys, monkeypatch):
     assert "Traceback" not in printed.err and not printed.out
 
 
+@pytest.mark.parametrize("values", [["bio", "es"], ["[bio,", "es]"]])
+def test_a_list_that_the_shell_cut_up_is_recognized(values, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "debug", "--masking.domains", *values])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"unrecognized arguments: {values[1]}; a list or mapping is one argument, in quotes: --" in error
+    with pytest.raises(SystemExit):
+        main(["train", "debug", "--train.steps", "3", "--resmue"])
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --resmue\n")
+
+
 def test_traceback_on_demand(monkeypatch):
     monkeypatch.setenv("SGTM_TRACEBACK", "1")
     with pytest.raises(ValueError, match="unknown preset"):

@@ -79,6 +79,8 @@ def test_overrides_reach_into_mappings():
     }
 
 
+CHANNEL = "mapping of text to (mapping of text to number from 0 to 1)"
+BETAS = "list of 2: number from 0 to below 1, number from 0 to below 1"
 VALUES = [  # key, text on the command line, how it is shown, what is right
     ("train.steps", "abc", "'abc'", "whole number above 0"),
     ("train.steps", "1.5", "1.5", "whole number above 0"),
@@ -86,11 +88,20 @@ VALUES = [  # key, text on the command line, how it is shown, what is right
     ("optimizer.final_lr", "2", "2", "number from 0 to 1"),
     ("optimizer.lr", "inf", "'inf'", "number above 0"),
     ("optimizer.grad_clip", "-1", "-1", "number, 0 or more"),
-    ("optimizer.betas", "[0.9, 2]", "[0.9, 2]", "list of 2: number from 0 to below 1, number from 0 to below 1"),
+    ("optimizer.betas", "[0.9, 2]", "[0.9, 2]", BETAS),
+    ("optimizer.betas", "0.9,0.95", "'0.9,0.95'", f"{BETAS}; write --optimizer.betas '[0.9, 0.95]'"),
     ("wandb.mode", "of", "'of'", "one of off, offline, online"),
-    ("masking.domains", "es", "'es'", "list of text"),
+    ("masking.domains", "es", "'es'", "list of text; write --masking.domains '[es]'"),
+    ("masking.domains", "bio, es", "'bio, es'", "list of text; write --masking.domains '[bio, es]'"),
+    (
+        "masking.masked_layers",
+        "3",
+        "3",
+        "list of (whole number, 0 or more) or null; write --masking.masked_layers '[3]'",
+    ),
     ("masking.percent", "x", "'x'", "number above 0 or mapping of text to number above 0 or null"),
-    ("data.channel", "{retain: 1}", "{retain: 1}", "mapping of text to (mapping of text to number from 0 to 1)"),
+    ("data.channel", "{retain: 1}", "{retain: 1}", CHANNEL),
+    ("data.channel", "retain=1", "'retain=1'", f"{CHANNEL}; write --data.channel '{{NAME: VALUE}}'"),
 ]
 
 
@@ -121,6 +132,7 @@ FORMS = [
     (["train.steps=3"], "'train.steps=3' is not an override; write --KEY VALUE"),
     (["--train.steps"], "--train.steps: no value given; write --train.steps VALUE"),
     (["--train.steps", "[a"], "--train.steps: not valid YAML"),
+    (["--masking.domains", "[a,"], "<stream end>'; a list or mapping is one argument, in quotes: --masking.domains '["),
     (["--model.layers.x", "3"], "model.layers is 2, not a mapping; set --model.layers as a whole"),
 ]
 RULES = [

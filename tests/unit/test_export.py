@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,6 +157,17 @@ def test_folder_says_what_it_is(tmp_path):
     model_config = json.loads((out / "config.json").read_text())
     assert model_config["eos_token_id"] == tokenizer.eos_token_id
     assert [entry.name for entry in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_every_file_is_readable_for_whom_the_umask_lets(tmp_path, umask, mode):
+    make_run(tmp_path / "run", LLAMA)
+    before = os.umask(umask)
+    try:
+        out = export_run(tmp_path / "run", ["es"], tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in out.iterdir()} == {p.name: mode for p in out.iterdir()}
 
 
 @pytest.mark.parametrize("others", [[], [EOS]], ids=["unusual", "beside-a-usual-one"])
