@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from sgtm.config.errors import ConfigError, explain_errors, nearest
 from sgtm.config.reference import field_at, section
 from sgtm.config.schema import Config
+from sgtm.files import write_atomically
 
 QUOTES = "; a list or mapping is one argument, in quotes: --masking.domains '[bio, chem]'"
 PRESETS = Path(__file__).parent / "presets"
@@ -81,10 +82,7 @@ def load_run_config(run: Path) -> Config:
 
 def save_config(config: Config, path: str | os.PathLike) -> None:
     """Write every key of `config` as YAML; `load_config(path)` gives an equal config. Never leaves half a file."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(dump_config(config), "utf-8")
-    partial.replace(path)
+    write_atomically(Path(path), dump_config(config))
 
 
 def dump_config(config: Config) -> str:

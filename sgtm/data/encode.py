@@ -25,6 +25,7 @@ from sgtm.data.readers import Block
 from sgtm.data.rules import Document, Rules
 from sgtm.data.store import DOCUMENT, SPAN, token_dtype
 from sgtm.data.tokenizer import for_plain_text
+from sgtm.files import replacing
 
 
 class EncodedBlock(NamedTuple):
@@ -38,12 +39,8 @@ class EncodedBlock(NamedTuple):
     dropped: int
 
     def save(self, path: Path) -> None:
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with temporary.open("wb") as handle:
-            np.savez(handle, **self._asdict())
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+        with replacing(path) as file:
+            np.savez(file, **self._asdict())
 
     @classmethod
     def load(cls, path: Path) -> EncodedBlock:

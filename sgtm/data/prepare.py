@@ -31,10 +31,11 @@ from tokenizers import Tokenizer
 from sgtm.data.encode import EncodedBlock, Encoder, block_file, encode_blocks
 from sgtm.data.readers import SUFFIXES, Block, Source, open_sources
 from sgtm.data.rules import Rules, load_rules
-from sgtm.data.store import DOCUMENTS, LOCK, MANIFEST, SPANS, TOKENIZER, Corpus, sha256_of, write_atomically
+from sgtm.data.store import DOCUMENTS, LOCK, MANIFEST, SPANS, TOKENIZER, Corpus
 from sgtm.data.summary import summary, warnings
 from sgtm.data.tokenizer import eos_token, load_tokenizer, sample_texts, train_bpe, vocabulary_size
 from sgtm.data.writer import CorpusWriter
+from sgtm.files import sha256_of, write_atomically
 
 JOB, BLOCKS = "job.json", "blocks"
 TRAIN = "train"

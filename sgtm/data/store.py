@@ -15,7 +15,6 @@ missing, cut short or changed, or an index that points outside its shard is a Va
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sgtm.files import sha256_of, write_atomically  # noqa: F401 (imported from here by sgtm/train/metrics.py)
 from sgtm.masking.labels import LabelSpace
 
 if TYPE_CHECKING:
@@ -173,29 +173,6 @@ class Corpus:
         if number not in self._shards:
             self._shards[number] = np.memmap(self.path / self.manifest.shards[number], self.manifest.dtype, mode="r")
         return self._shards[number]
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
-
-
-def _digest(handle) -> str:
-    """`hashlib.file_digest` for Python 3.10."""
-    digest = hashlib.sha256()
-    while chunk := handle.read(2**20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file under a temporary name, flushes and renames it: it is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
 
 
 def _read_manifest(path: Path) -> Manifest:

@@ -22,10 +22,9 @@ from sgtm.data.store import (
     Count,
     Manifest,
     StoredFile,
-    sha256_of,
     token_dtype,
-    write_atomically,
 )
+from sgtm.files import sha256_of, write_atomically
 
 
 class CorpusWriter:

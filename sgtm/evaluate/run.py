@@ -11,11 +11,11 @@ import torch
 
 from sgtm.config import Config
 from sgtm.data.loader import check_corpus
-from sgtm.data.store import write_atomically
 from sgtm.data.synthetic import open_corpus
 from sgtm.distributed.storage import consolidate
 from sgtm.evaluate.localisation import gradient_norms
 from sgtm.evaluate.losses import category_losses
+from sgtm.files import write_atomically
 from sgtm.model.transformer import Transformer
 from sgtm.report.record import read_record
 from sgtm.train.checkpoint import open_run, read_manifest

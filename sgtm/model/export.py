@@ -6,7 +6,6 @@ when it is complete. `tests/unit/test_export.py` looks into the written file for
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from sgtm.config import Config
 from sgtm.data.synthetic import open_corpus
 from sgtm.distributed.storage import consolidate
+from sgtm.files import sha256_of
 from sgtm.masking.partition import Partition
 from sgtm.model.hf import to_hf_state
 from sgtm.train.checkpoint import MANIFEST, open_run, read_manifest
@@ -103,7 +103,7 @@ def _record(config: Config, checkpoint: Path, hf_config: PretrainedConfig, remov
         "checkpoint": {
             "name": checkpoint.name,
             "step": read_manifest(checkpoint)["step"],
-            "manifest_sha256": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest(),
+            "manifest_sha256": sha256_of(checkpoint / MANIFEST),
         },
         "strategy": config.masking.strategy,
         "partition": _described(config.partition),

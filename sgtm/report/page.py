@@ -6,7 +6,6 @@ figures of `summary.json`; and whatever a run does not have yet is named instead
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from sgtm.config.schema import Config
+from sgtm.files import write_atomically
 from sgtm.masking.labels import removed_domains
 from sgtm.report import figures, palette
 from sgtm.report.figures import Drawing, draw
@@ -95,9 +95,7 @@ def write_report(run: Path) -> Path:
         if exhibit.drawing:
             picture.write_bytes(exhibit.drawing.png)
     page = folder / "index.html"
-    draft = folder / "index.html.tmp"
-    draft.write_text(render(record, exhibits), encoding="utf-8")
-    os.replace(draft, page)
+    write_atomically(page, render(record, exhibits))
     return page
 
 

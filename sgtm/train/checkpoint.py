@@ -15,7 +15,6 @@ All ranks call `save_checkpoint` and `load_checkpoint`, and see the same directo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from sgtm.config.load import load_run_config
 from sgtm.config.schema import Config
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.distributed.engine import Engine
+from sgtm.files import sha256_of, write_atomically
 
 MANIFEST = "manifest.json"
 # What a run must share with its checkpoint to be its continuation, less what changes no number.
@@ -89,8 +89,11 @@ def find_latest(run_dir: Path | str) -> Path | None:
 
 def remove_unfinished(run_dir: Path | str) -> None:
     """Remove what a killed run had begun to write. For the start of a run, on one rank."""
-    for path in checkpoints_dir(run_dir).glob(".tmp-*"):
+    root = checkpoints_dir(run_dir)
+    for path in root.glob(".tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in root.glob("*.tmp"):
+        path.unlink()
 
 
 def read_manifest(directory: Path) -> dict:
@@ -118,9 +121,8 @@ def verify(directory: Path | str, share: tuple[int, int] = (0, 1)) -> None:
             raise ValueError(f"{path} is missing")
         if path.stat().st_size != entry["bytes"]:
             raise ValueError(f"{path} has {path.stat().st_size} bytes, written were {entry['bytes']}: cut short?")
-        with open(path, "rb") as file:
-            if _sha256(file) != entry["sha256"]:
-                raise ValueError(f"{path} is damaged: its SHA-256 is not that of {MANIFEST}")
+        if sha256_of(path) != entry["sha256"]:
+            raise ValueError(f"{path} is damaged: its SHA-256 is not that of {MANIFEST}")
 
 
 def load_checkpoint(engine: Engine, directory: Path | str, config: Config, corpus: str = "") -> tuple[int, object]:
@@ -210,7 +212,7 @@ def _fresh(temporary: Path) -> None:
 
 
 def _publish(temporary: Path, final: Path, manifest: dict, keep_last: int) -> None:
-    _write(temporary / MANIFEST, json.dumps(manifest, indent=1))
+    write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
     _sync(temporary)
     if final.exists():  # the same step again: a run resumed from an earlier one, with the same content
         replaced = final.with_name(f".tmp-replaced-{final.name}")
@@ -218,20 +220,11 @@ def _publish(temporary: Path, final: Path, manifest: dict, keep_last: int) -> No
         os.replace(final, replaced)
         shutil.rmtree(replaced, ignore_errors=True)
     os.replace(temporary, final)
-    pointer = final.parent / "latest"
-    _write(pointer.with_name(".tmp-latest"), final.name + "\n")
-    os.replace(pointer.with_name(".tmp-latest"), pointer)
+    write_atomically(final.parent / "latest", final.name + "\n")
     _sync(final.parent)
     earlier = [path for path in _finished(final.parent) if path.name < final.name]
     for path in earlier[keep_last - 1 :]:
         shutil.rmtree(path)
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync(directory: Path) -> None:
@@ -241,13 +234,6 @@ def _sync(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sha256(file) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 22):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _random_state(engine: Engine) -> dict:

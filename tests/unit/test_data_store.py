@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from corpora import build, mixed_records, record, texts
 
-from sgtm.data.store import DOCUMENT, DOCUMENTS, LOCK, MANIFEST, SPANS, Corpus, StoredFile, sha256_of, token_dtype
+from sgtm.data.store import DOCUMENT, DOCUMENTS, LOCK, MANIFEST, SPANS, Corpus, StoredFile, token_dtype
+from sgtm.files import sha256_of
 from sgtm.masking.labels import LabelSpace
 
 
