@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from sgtm.data.prepare import open_prepared, prepare
 from sgtm.data.readers import Block, Record, Source
@@ -17,9 +17,6 @@ from sgtm.data.rules import Rules
 from sgtm.data.store import Corpus
 from sgtm.data.stories.grammar import Dice, Teller
 from sgtm.data.stories.languages import language
-
-if TYPE_CHECKING:
-    from sgtm.config.schema import Config
 
 EDITION = 1
 """Counts changes of the grammar: a corpus of another edition is written anew."""
@@ -89,19 +86,16 @@ def write_synthetic_corpus(
     return prepare(sources, RULES, "train", out, vocab_size=vocab_size, workers=1, overwrite=True)
 
 
-def open_corpus(config: Config, verify: Literal["hashes", "sizes"] = "hashes", *, write: bool = True) -> Corpus:
-    """The corpus that `data.path` names; `synthetic` is `<runs>/synthetic-<vocab_size>`.
+def open_synthetic(
+    runs: str | Path, vocab_size: int, verify: Literal["hashes", "sizes"] = "hashes", *, write: bool = True
+) -> Corpus:
+    """The corpus at `<runs>/synthetic-<vocab_size>`, of `STORIES`.
 
-    verify  see `Corpus.open`
-    write   whether `synthetic` is written where it is missing, damaged or of another edition; what reads a run's
-            results passes False, because an evaluation must not make its own data
+    write  whether it is written where it is missing, damaged or of another edition
 
-    Raises ValueError where it is missing, damaged or unfinished.
+    Raises ValueError where it is and `write` is False.
     """
-    if config.data.path != "synthetic":
-        return Corpus.open(config.data.path, verify)
-    vocab_size = config.model.vocab_size
-    out = Path(config.runs) / f"synthetic-{vocab_size}"
+    out = Path(runs) / f"synthetic-{vocab_size}"
     try:
         corpus = open_prepared(_sources(*STORIES), RULES, "train", out, vocab_size=vocab_size, verify=verify)
     except ValueError:
@@ -111,7 +105,7 @@ def open_corpus(config: Config, verify: Literal["hashes", "sizes"] = "hashes", *
     if corpus is not None:
         return corpus
     if not write:
-        relative = f"; runs: {config.runs} is relative to the directory it ran in, and this is {Path.cwd()}"
+        relative = f"; runs: {runs} is relative to the directory it ran in, and this is {Path.cwd()}"
         raise ValueError(
             f"no synthetic corpus of this version at {out}, where `sgtm train` writes it"
             f"{'' if out.is_absolute() else relative}"

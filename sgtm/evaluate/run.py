@@ -11,7 +11,7 @@ import torch
 
 from sgtm.config import Config
 from sgtm.data.loader import check_corpus
-from sgtm.data.synthetic import open_corpus
+from sgtm.data.open import open_corpus
 from sgtm.distributed.storage import consolidate
 from sgtm.evaluate.localisation import gradient_norms
 from sgtm.evaluate.losses import category_losses

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from sgtm.config import Config
-from sgtm.data.synthetic import open_corpus
+from sgtm.data.open import open_corpus
 from sgtm.distributed.storage import consolidate
 from sgtm.files import sha256_of
 from sgtm.masking.partition import Partition

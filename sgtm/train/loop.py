@@ -17,8 +17,8 @@ import torch
 from sgtm.config import Config
 from sgtm.config.load import save_config
 from sgtm.data.loader import Loader
+from sgtm.data.open import open_corpus
 from sgtm.data.store import Corpus
-from sgtm.data.synthetic import open_corpus
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.distributed.engine import Engine, init_distributed
 from sgtm.evaluate.losses import Losses, category_losses

@@ -13,7 +13,7 @@ from functools import cache
 import pytest
 
 from sgtm.config import load_config
-from sgtm.data.synthetic import open_corpus
+from sgtm.data.open import open_corpus
 from sgtm.distributed.testing import run_ranks
 
 STAGES = (0, 1, 2, 3)

@@ -23,7 +23,7 @@ OVERRIDES = [
 def train_and_watch(runs: str) -> dict:
     """Counts of updates by key, what they should be, and whether the dry run changed a bit; on every rank."""
     from sgtm.data.loader import Loader
-    from sgtm.data.synthetic import open_corpus
+    from sgtm.data.open import open_corpus
     from sgtm.model.rows import live_keys
     from sgtm.train import loop
 

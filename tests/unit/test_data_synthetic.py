@@ -8,9 +8,10 @@ from corpora import contents, texts
 
 from sgtm.config.schema import Config
 from sgtm.data.loader import Loader
+from sgtm.data.open import open_corpus
 from sgtm.data.stories.grammar import Dice, Teller
 from sgtm.data.stories.languages import SpanishNoun, language
-from sgtm.data.synthetic import open_corpus, tell_stories, write_synthetic_corpus
+from sgtm.data.synthetic import tell_stories, write_synthetic_corpus
 
 
 def words(code: str) -> Counter:

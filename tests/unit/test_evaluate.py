@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from sgtm.config import load_config
 from sgtm.data.batch import IGNORE
 from sgtm.data.loader import evaluation_batches
-from sgtm.data.synthetic import open_corpus
+from sgtm.data.open import open_corpus
 from sgtm.evaluate.localisation import gradient_norms
 from sgtm.evaluate.losses import category_losses
 from sgtm.model.transformer import Transformer

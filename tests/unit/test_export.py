@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sgtm.config import Config, load_config
-from sgtm.data import synthetic
+from sgtm.data.open import open_corpus
 from sgtm.data.tokenizer import EOS, train_bpe
 from sgtm.masking.strategy import removal_tables
 from sgtm.model import export
@@ -184,7 +184,7 @@ def test_the_end_of_text_is_the_one_that_the_corpus_was_written_with(tmp_path, m
 
 
 def test_export_writes_no_corpus(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(export, "open_corpus", synthetic.open_corpus)
+    monkeypatch.setattr(export, "open_corpus", open_corpus)
     make_run(tmp_path / "run", GPT_NEO + f"data: {{path: synthetic}}\nruns: {tmp_path}\n")
     export_run(tmp_path / "run", [], tmp_path / "out")
     assert "without a tokenizer: no synthetic corpus" in caplog.text
