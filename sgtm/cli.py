@@ -193,7 +193,7 @@ def _report(options) -> None:
 
 def _explain(options) -> None:
     from sgtm.config import load_config
-    from sgtm.masking.explain import print_explanation
+    from sgtm.explain import print_explanation
 
     print_explanation(load_config(options.config, options.overrides))
 
