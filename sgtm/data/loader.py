@@ -74,10 +74,6 @@ class Loader:
     def blocks_per_epoch(self) -> int:
         return sum(stream.sequences // self.block for stream in self.streams.values())
 
-    @property
-    def steps_per_epoch(self) -> float:
-        return self.blocks_per_epoch * self.block / self.per_step
-
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a global step, in order of accumulation; begins to read the next step."""
         ahead, self._ahead = self._ahead, None

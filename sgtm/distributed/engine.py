@@ -218,9 +218,6 @@ class Engine:
         dist.all_reduce(total)
         return total
 
-    def barrier(self) -> None:
-        dist.barrier()
-
     def save(self, directory: Path, state: dict) -> dict[str, dict]:
         """Write the weights, the optimizer and `state` into the existing `directory`, in DeepSpeed's layout, with what
         its conversion to a universal checkpoint asks for.

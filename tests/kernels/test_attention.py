@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from sgtm_kernels.attention import HeadLayout, attention, blocks
 from sgtm_kernels.attention.op import rotate
 from sgtm_kernels.attention.reference import visible_keys
+from sgtm_kernels.dispatch import BACKENDS
 from sgtm_kernels.mlp.reference import mask_groups
 from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.testing import (
@@ -34,7 +35,6 @@ from sgtm_kernels.testing import (
     token_mask,
 )
 
-BACKENDS = ["reference", "runs"]
 # Three groups of unequal size; grouped queries; a domain that has neurons but no head.
 PLAIN = HeadLayout((3, 1, 2), (3, 1, 2), 4)
 GROUPED = HeadLayout((4, 2, 6), (2, 1, 3), 4)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.cross_entropy import runs as cross_entropy_runs
+from sgtm_kernels.dispatch import BACKENDS
 from sgtm_kernels.plan import MaskPlan, merge_runs
 from sgtm_kernels.testing import (
     BINARY,
@@ -27,7 +28,6 @@ from sgtm_kernels.testing import (
     token_mask,
 )
 
-BACKENDS = ["reference", "runs"]
 VOCAB, WIDTH, SCALE = 19, 12, 0.37
 
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)

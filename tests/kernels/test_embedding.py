@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sgtm_kernels.dispatch import BACKENDS
 from sgtm_kernels.embedding import embedding
 from sgtm_kernels.testing import (
     BINARY,
@@ -21,7 +22,6 @@ from sgtm_kernels.testing import (
     token_mask,
 )
 
-BACKENDS = ["reference", "runs"]
 VOCAB, WIDTH = 17, 8
 
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)

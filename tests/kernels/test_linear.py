@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sgtm_kernels.dispatch import BACKENDS
 from sgtm_kernels.linear import linear_in, linear_out
 from sgtm_kernels.plan import MaskPlan, merge_runs
 from sgtm_kernels.testing import (
@@ -27,7 +28,6 @@ from sgtm_kernels.testing import (
     token_mask,
 )
 
-BACKENDS = ["reference", "runs"]
 BOUNDS = (0, 21, 24, 40)  # 40 rows in three groups: more than columns, fewer, more
 WIDTH = 12
 SIDES = {"in": (linear_in, "mlp_in", WIDTH, BOUNDS[-1]), "out": (linear_out, "attn_out", BOUNDS[-1], WIDTH)}

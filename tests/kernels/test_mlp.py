@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sgtm_kernels.dispatch import BACKENDS
 from sgtm_kernels.mlp import gelu, swiglu
 from sgtm_kernels.testing import (
     BINARY,
@@ -25,7 +26,6 @@ from sgtm_kernels.testing import (
     token_mask,
 )
 
-BACKENDS = ["reference", "runs"]
 BOUNDS = (0, 21, 24, 40)
 NEURONS = BOUNDS[-1]
 OPS = {"gelu": (gelu, NEURONS), "swiglu": (swiglu, 2 * NEURONS)}

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sgtm_kernels.dispatch import BACKENDS
 from sgtm_kernels.norm import layer_norm, rms_norm
 from sgtm_kernels.testing import (
     BINARY,
@@ -22,7 +23,6 @@ from sgtm_kernels.testing import (
     token_mask,
 )
 
-BACKENDS = ["reference", "runs"]
 WIDTH, EPS = 40, 1e-3
 
 by_norm = pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])

@@ -33,8 +33,7 @@ from families import (
 )
 
 from sgtm.masking.strategy import build_tables
-
-BACKENDS = ["reference", "runs"]
+from sgtm_kernels.dispatch import BACKENDS
 
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
 by_family = pytest.mark.parametrize("family", FAMILIES)
