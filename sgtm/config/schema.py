@@ -170,6 +170,9 @@ class TrainConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: NonNegativeInt = 0
     """Of the initial weights."""
+    init_from: str | None = None
+    """Hugging Face folder (GPT-Neo, Llama, or Mistral without a sliding window) whose weights the run starts from;
+    `model` must describe that model, whose context may be longer. None: random weights."""
     eval_every: NonNegativeInt = 0
     """Steps between evaluations; 0: only at the end."""
     eval_sequences: PositiveInt = 64

@@ -38,6 +38,7 @@ SAME = (
     "train.steps",
     "train.tokens_per_step",
     "train.precision",
+    "train.init_from",
     "distributed.zero_stage",
 )
 MAY_DIFFER = ("model.activation_checkpointing",)

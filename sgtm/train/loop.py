@@ -43,14 +43,14 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     launch = init_distributed(config)
     run = Path(config.runs) / config.name
     on_rank_zero(lambda: _refuse(run, resume, overwrite))
-    torch.manual_seed(config.train.seed)
-    engine = Engine(Transformer(config.model, config.partition, resolve(config.kernels.backend)), config)
+    latest = on_rank_zero(lambda: find_latest(run)) if resume else None
+    engine = Engine(_initial_model(config, load=latest is None), config)
     dry_run(engine, config.tables)
     corpus = _open_everywhere(config)
     loader = Loader(corpus, config, launch.rank, launch.world_size)
     totals = LossTotals(len(config.space.labels), engine.device)
     start = 0
-    if resume and (latest := on_rank_zero(lambda: find_latest(run))):
+    if latest is not None:
         start, saved = load_checkpoint(engine, latest, config, corpus.fingerprint)
         totals.restore(saved)
     on_rank_zero(lambda: _claim(run, config, resume, overwrite))
@@ -141,6 +141,20 @@ def _evaluate(engine: Engine, corpus: Corpus, config: Config) -> Losses:
     )
 
 
+def _initial_model(config: Config, load: bool) -> Transformer:
+    """The model before the first step; `load`: with the weights that `train.init_from` names, if any."""
+    torch.manual_seed(config.train.seed)
+    model = Transformer(config.model, config.partition, resolve(config.kernels.backend))
+    folder = config.train.init_from
+    if load and folder:
+        from sgtm.model.pretrained import load_pretrained  # transformers takes seconds to import
+
+        states: list[dict] = []
+        on_every_rank(lambda: states.append(load_pretrained(folder, config.model, config.partition)))
+        model.load_state_dict(states[0])
+    return model
+
+
 def _open_everywhere(config: Config) -> Corpus:
     """The corpus on every rank, after rank 0 has written it where it is a synthetic one and not there yet."""
     on_rank_zero(lambda: str(open_corpus(config).path))
@@ -181,6 +195,8 @@ def _arithmetic(config: Config, engine: Engine, start: int) -> str:
         f"{t.micro_batch} sequences x {config.model.context} tokens",
         f"ZeRO {config.distributed.zero_stage}, {t.precision}" + (f", resumed after step {start}" if start else ""),
     ]
+    if config.train.init_from and not start:
+        lines.append(f"weights from {config.train.init_from}")
     return "\n".join(lines)
 
 

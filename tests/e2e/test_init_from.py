@@ -1,0 +1,103 @@
+"""A run that starts from a Hugging Face folder: the folder's weights in every ZeRO stage, and only at the start.
+
+Faults tried, each seen to fail: the folder not loaded; loaded again on resume.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from sgtm.config import Config, load_config
+from sgtm.distributed.testing import run_ranks
+
+STILL = ["--optimizer.lr=1e-30", "--optimizer.warmup_steps=0", "--train.steps=1"]
+LONGER = ["--train.steps=4", "--train.checkpoint_every=2", "--distributed.zero_stage=3"]
+
+
+def config(runs: str, name: str, *options: str) -> Config:
+    return load_config("debug", [f"--runs={runs}", f"--name={name}", *options])
+
+
+def evaluation(run: Path) -> dict:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return lines[-1]["losses"]["full"]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    from sgtm.distributed.storage import consolidate
+    from sgtm.train.checkpoint import find_latest
+
+    return consolidate(find_latest(run))
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def start_and_resume(runs: str, stages: tuple[int, ...]) -> dict:
+    """Evaluation and weights of a run, of those that start from its export, and of one stopped and resumed."""
+    from sgtm.distributed.agree import on_rank_zero
+    from sgtm.model.export import export_run
+    from sgtm.train.loop import train
+
+    def results(*options: str, resume: bool = False) -> tuple[dict, dict]:
+        """Evaluation and weights of a run, which rank 0 writes."""
+        run = train(config(runs, *options), resume=resume)
+        return on_rank_zero(lambda: (evaluation(run), weights(run)))
+
+    folder = Path(runs, "folder")
+    start = f"--train.init_from={folder}"
+    found: dict = {"first": results("first")}
+    on_rank_zero(lambda: export_run(Path(runs, "first"), [], folder))
+    for stage in stages:
+        found[stage] = results(f"zero{stage}", start, *STILL, f"--distributed.zero_stage={stage}")
+    found["longer"] = results("longer", start, *LONGER)
+    for gone in (Path(runs, "longer/checkpoints/step_00000004"), folder):
+        on_rank_zero(lambda path=gone: shutil.rmtree(path))
+    try:
+        results("longer", f"--train.init_from={runs}/first", *LONGER, resume=True)
+    except ValueError as error:
+        found["refused"] = str(error)
+    found["resumed"] = results("longer", start, *LONGER, resume=True)
+    return found
+
+
+CASES = {1: (0, 1, 2), 2: (3,)}  # ranks: ZeRO stages
+
+
+@pytest.fixture(scope="module", params=CASES)
+def found(request, tmp_path_factory) -> dict:
+    runs = str(tmp_path_factory.mktemp("runs"))
+    return run_ranks(start_and_resume, request.param, runs, CASES[request.param], timeout=280)[0]
+
+
+def test_it_starts_with_the_weights_of_the_folder_in_every_stage(found):
+    losses, first = found["first"]
+    for stage in found.keys() & {0, 1, 2, 3}:
+        again, started = found[stage]
+        assert again == pytest.approx(losses, rel=1e-6), f"ZeRO {stage}"
+        assert started.keys() == first.keys()
+        for name in first:
+            torch.testing.assert_close(started[name], first[name], rtol=0, atol=1e-20)
+
+
+def test_a_resumed_run_goes_on_without_the_folder(found):
+    assert found["resumed"][0] == found["longer"][0]
+    assert same(found["resumed"][1], found["longer"][1])
+    assert "another run" in found["refused"] and "train.init_from: " in found["refused"]
+
+
+def test_a_folder_that_is_none_is_named(tmp_path):
+    with pytest.raises(AssertionError, match=r"train\.init_from \S+nowhere: no config\.json there"):
+        run_ranks(start_from_nowhere, 1, str(tmp_path))
+
+
+def start_from_nowhere(runs: str) -> None:
+    from sgtm.train.loop import train
+
+    train(config(runs, "run", f"--train.init_from={runs}/nowhere"))
