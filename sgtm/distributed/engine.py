@@ -57,7 +57,7 @@ def init_distributed(config: Config) -> Launch:
     """Join the process group: alone, or where a launcher has put this process. Calling it again does nothing.
 
     A collective that takes longer than `distributed.timeout_minutes` ends the run. Raises ValueError for an environment
-    that only half describes a launch.
+    that only half describes a launch, and ConnectionError where the ranks do not meet.
     """
     if dist.is_initialized():
         return Launch("env", dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
@@ -75,9 +75,20 @@ def init_distributed(config: Config) -> Launch:
     if launch.launcher == "none":  # a store in memory: no port to be free
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+        _meet(launch, backend, timeout)
     atexit.register(leave_distributed)
     return launch
+
+
+def _meet(launch: Launch, backend: str, timeout: timedelta) -> None:
+    try:
+        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    except dist.DistError as error:
+        raise ConnectionError(
+            f"the ranks did not meet at MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT "
+            f"{os.environ['MASTER_PORT']} within distributed.timeout_minutes {timeout.total_seconds() / 60:g}: rank "
+            f"{launch.rank} of {launch.world_size} says {str(error).splitlines()[0]}"
+        ) from None
 
 
 def leave_distributed() -> None:

@@ -43,13 +43,29 @@ def detect_launch(environ: dict[str, str] | None = None) -> Launch:
             f"launched by {launcher}, but {', '.join(missing)} not set; start with torchrun, deepspeed or "
             f"launch/slurm.sbatch, or unset {', '.join(n for n in TORCH_VARIABLES if n in env)} to run one process"
         )
-    local_size = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env.get("SLURM_STEP_TASKS_PER_NODE", "1")
     try:
         rank, size, local = (int(env[name]) for name in TORCH_VARIABLES[:3])
-        return Launch(launcher, rank, size, local, int(local_size.partition("(")[0]))
+        local_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or 0)
     except ValueError:
         seen = {name: env[name] for name in TORCH_VARIABLES[:3]}
         raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers, got {seen}") from None
+    return Launch(launcher, rank, size, local, local_size or _slurm_tasks_here(env))
+
+
+def _slurm_tasks_here(env: dict[str, str]) -> int:
+    """Ranks on this node by SLURM's account of the step, one count for each node: `2,1`, `4(x2)`, `2(x3),1`.
+
+    1 where there is none. Raises ValueError for anything else.
+    """
+    text, node = env.get("SLURM_STEP_TASKS_PER_NODE", "1"), env.get("SLURM_NODEID", "0")
+    try:
+        counts: list[int] = []
+        for item in text.split(","):
+            count, _, times = item.partition("(x")
+            counts += [int(count)] * int(times.removesuffix(")") or 1)
+        return counts[int(node)]
+    except (ValueError, IndexError):
+        raise ValueError(f"SLURM_STEP_TASKS_PER_NODE {text!r} says nothing of node SLURM_NODEID {node!r}") from None
 
 
 def _launcher(env: dict[str, str]) -> str:

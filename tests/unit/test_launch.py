@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -49,6 +50,19 @@ def test_place_of_the_process(variables, expected):
     assert detect_launch(variables) == expected
 
 
+@pytest.mark.parametrize(
+    ("tasks", "counts"), [("3", [3]), ("4(x2)", [4, 4]), ("2,1", [2, 1]), ("2(x3),1", [2, 2, 2, 1])]
+)
+def test_slurm_counts_the_ranks_of_each_node(tasks, counts):
+    step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "7", "SLURM_PROCID": "6", "SLURM_LOCALID": "0", **ADDRESS}
+    step["SLURM_STEP_TASKS_PER_NODE"] = tasks
+    found = [detect_launch({**step, "SLURM_NODEID": str(node)}).local_world_size for node in range(len(counts))]
+    assert found == counts
+    for wrong in ({"SLURM_NODEID": str(len(counts))}, {"SLURM_STEP_TASKS_PER_NODE": f"{tasks}(y)"}):
+        with pytest.raises(ValueError, match="SLURM_STEP_TASKS_PER_NODE"):
+            detect_launch(step | wrong)
+
+
 def test_half_a_launch_names_what_is_missing():
     with pytest.raises(ValueError, match=r"MASTER_ADDR, MASTER_PORT not set.*unset RANK, WORLD_SIZE, LOCAL_RANK"):
         detect_launch(PLACE)
@@ -56,6 +70,25 @@ def test_half_a_launch_names_what_is_missing():
         detect_launch({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
     with pytest.raises(ValueError, match=r"whole numbers.*'RANK': 'one'"):
         detect_launch({**PLACE, **ADDRESS, "RANK": "one"})
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_do_not_meet_are_one_message(rank, tmp_path):
+    """Rank 0 waits for nobody, rank 1 finds nobody."""
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+        if rank == 0:
+            reserved.close()
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        command = [sys.executable, "-m", "sgtm", "train", "debug", f"--runs={tmp_path}"]
+        done = subprocess.run(
+            [*command, "--distributed.timeout_minutes=0.03"], capture_output=True, text=True, timeout=200,
+            env={**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert f"error: rank {rank}: the ranks did not meet at MASTER_ADDR 127.0.0.1, MASTER_PORT {port}" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_cores_are_divided_between_ranks_unless_the_user_has_said(monkeypatch):
