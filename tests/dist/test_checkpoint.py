@@ -62,7 +62,8 @@ def continue_everywhere(folder: str) -> None:
         config = tiny_config(stage, precision)
         engine = new_engine(config)
         train(engine, (0, 1))
-        saved = save_checkpoint(engine, run, 2, config)
+        torch.rand(1 + engine.rank)  # as a rank's own draws would
+        saved = save_checkpoint(engine, run, 2, config, progress=f"of rank {engine.rank}")
         torch.rand(3)
         masters = {f.name: [] for f in engine.fragments}
         for f in engine.fragments:
@@ -74,7 +75,7 @@ def continue_everywhere(folder: str) -> None:
         for batch in tiny_step(config, 9, MIXED, other.rank, other.world_size):
             other.backward(other(*batch)[0])
         other.step(frozenset(), 0.0)
-        assert load_checkpoint(other, find_latest(run), config)[0] == 2
+        assert load_checkpoint(other, find_latest(run), config) == (2, f"of rank {other.rank}")
         torch.rand(3)
         assert train(other, (2, 3)) == losses, f"{case}: resumed losses differ"
         assert fingerprint(other) == expected, f"{case}: the resumed run is another one"

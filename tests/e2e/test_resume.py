@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -31,12 +32,13 @@ OPTIONS = [
 ]
 
 
-def command(runs: Path, name: str, *extra: str) -> list[str]:
-    return [sys.executable, "-m", "sgtm", "train", "debug", f"--runs={runs}", f"--name={name}", *OPTIONS, *extra]
+TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def start(runs: Path, name: str, *extra: str) -> subprocess.Popen:
-    return subprocess.Popen(command(runs, name, *extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(runs: Path, name: str, *extra: str, launcher: list[str] | None = None) -> subprocess.Popen:
+    """The command line, under `launcher` where there is one."""
+    command = [sys.executable, *(launcher or []), "-m", "sgtm", "train", "debug", f"--runs={runs}", f"--name={name}"]
+    return subprocess.Popen([*command, *OPTIONS, *extra], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -111,6 +113,36 @@ def test_killed_and_resumed(uninterrupted: Path, number: signal.Signals):
     output = finish(start(runs, name, "--resume"))
     assert "resumed after step" in output
     assert_same_run(runs / name, uninterrupted)
+
+
+def test_two_ranks_stopped_killed_and_resumed(tmp_path: Path):
+    """SIGTERM to the launcher, then SIGKILL to it and both ranks, in one run under torchrun and ZeRO-2."""
+
+    def launch(name: str, *extra: str) -> subprocess.Popen:
+        return start(tmp_path, name, "--distributed.zero_stage=2", *extra, launcher=TWO_RANKS)
+
+    process = launch("killed")
+    wait_for_step(tmp_path / "killed", 8)
+    process.terminate()
+    output, _ = process.communicate(timeout=200)
+    assert "checkpoint saved" in output and "terminate called" not in output, output
+    assert output.count("Traceback") == 1, "torchrun's own: " + output
+    stopped = int(find_latest(tmp_path / "killed").name.removeprefix("step_"))
+    assert 8 <= stopped < STEPS - 8
+
+    process = launch("killed", "--resume")
+    wait_for_step(tmp_path / "killed", stopped + 6)
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert len(everyone) == 3, everyone
+    for one in everyone:
+        one.kill()
+    process.communicate(timeout=200)
+    assert stopped < int(find_latest(tmp_path / "killed").name.removeprefix("step_")) < STEPS
+
+    assert "resumed after step" in finish(launch("killed", "--resume"))
+    finish(launch("whole"))
+    assert len(list(find_latest(tmp_path / "whole").glob("*optim_states.pt"))) == 2
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_an_existing_run_directory_is_refused(uninterrupted: Path):
