@@ -46,6 +46,8 @@ from sgtm_kernels.dispatch import resolve
 
 # On a CPU DeepSpeed would compile a shared-memory collective at the first start (35 s, and it needs a compiler).
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# Its bf16 optimizer prints the memory in use, and collects garbage each time: a second of every start.
+deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
 
 warnings.filterwarnings("ignore", r".*is deprecated. Please use `torch.distributed", FutureWarning)  # DeepSpeed's calls
 

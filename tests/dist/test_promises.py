@@ -1,23 +1,38 @@
 """The two promises of the method under real DeepSpeed, seen through the optimizer: every ZeRO stage, 1 and 2 ranks.
 
 Twin runs differ in nothing but the content of one label's tokens in their last step. Whatever those tokens may not
-update must end with the same bits: weights and both moments. Then steps of one label alone leave the same things
-where they were.
+update must end with the same bits: weights and both moments. Then a step of that label alone leaves the same things
+where they were. What the label may update must differ, and move. `none` keeps no label from anything, so there all
+must move; in exchange, twin runs that differ in nothing but the labels end with the same bits.
 
-Faults tried, each seen to fail: the mask dropped from one part of one op; documents not isolated; a segment reaching
-into the next; frozen segments updated; too many keys live; momentum decayed without an update; the labels of runs
-swapped.
+Any two values of the axes below meet in a case (strategy, stage and ranks all three), and every case runs on 1 and 2
+ranks. Faults tried, each seen to fail: the mask dropped from one part, from a bias, the norms, the embedding or the
+positions; the masks of one strategy ignored; documents not isolated; the labels of runs swapped; a segment reaching
+into the next; rows cut one element off under ZeRO-3 (2 ranks); frozen segments updated; too many keys live; momentum or
+weights decayed without an update; one rank that does not freeze, or does not mask; `none` that masks, or weighs by label.
+
+Not seen here: `active` or `route` ignored by an op, as the weights stay masked (tests/kernels, tests/unit/test_transformer.py).
 """
+
+import gc
+from collections import Counter
+from dataclasses import replace
+from itertools import combinations, product
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from families import (
     BIO,
+    CODE,
     CONTEXT,
     FAMILIES,
+    MIXINGS,
     RETAIN,
     SPACE,
+    STRATEGIES,
+    UNLABELED,
     by_key,
     contribution,
     model_of,
@@ -31,38 +46,66 @@ from sgtm.distributed.segments import full_numel
 from sgtm.distributed.testing import run_ranks
 from sgtm.model.rows import live_keys
 
-# stage, precision, family, mixing, strategy
-CASES = [
-    (0, "fp32", "gpt_neo", "sequence", "sgtm+masked"),
-    (0, "bf16", "llama", "token", "sgtm"),
-    (1, "fp32", "llama", "token", "gram"),
-    (1, "bf16", "gpt_neo", "sequence", "sgtm+masked"),
-    (2, "fp32", "gpt_neo", "token", "no_mlp_out+masked"),
-    (2, "bf16", "llama", "sequence", "activation_masking"),
-    (3, "fp32", "llama", "sequence", "sgtm+masked"),
-    (3, "bf16", "gpt_neo", "token", "gradient_routing"),
-]
+
+class Case(NamedTuple):
+    stage: int
+    strategy: str
+    mixing: str
+    model: tuple[str, str]  # family and backend, one axis: an op of one family's has a backend of its own
+    precision: str
+    domain: int
 
 
-def config_of(stage: int, precision: str, family: str, mixing: str, strategy: str) -> Config:
-    name, _, joint = strategy.partition("+")
-    share = FAMILIES[family].heads // FAMILIES[family].num_kv_heads
-    micro_batch = len(random_step(mixing)[0].input_ids)
+BACKENDS = ("reference", "runs")
+MODELS = tuple(product(FAMILIES, BACKENDS))
+AXES = Case((0, 1, 2, 3), tuple(STRATEGIES), MIXINGS, MODELS, ("fp32", "bf16"), (BIO, CODE))
+
+
+def pairs(case: tuple) -> list[tuple]:
+    """The values of every two axes."""
+    return list(combinations(enumerate(case), 2))
+
+
+def covering_cases() -> list[Case]:
+    """Every strategy in every stage, with the values of the other axes whose pairs have been seen least so far."""
+    seen, cases = Counter(), []
+    for start in product(*AXES[:2]):
+        candidates = (Case(*start, *rest) for rest in product(*AXES[2:]))
+        cases.append(max(candidates, key=lambda case: sum(0.1 ** seen[pair] for pair in pairs(case))))
+        seen.update(pairs(cases[-1]))
+    return cases
+
+
+def test_any_two_values_meet_in_a_case():
+    met = {pair for case in covering_cases() for pair in pairs(case)}
+    assert met == {pair for case in product(*AXES) for pair in pairs(case)}
+
+
+def config_of(case: Case) -> Config:
+    (family, backend), batches = case.model, random_step(case.mixing)
+    shape = FAMILIES[family]
+    name, _, joint = case.strategy.partition("+")
+    sequences = len(batches[0].input_ids)
     return Config.model_validate(
         {
-            "model": FAMILIES[family].model_dump(),
+            "model": shape.model_dump(),
             "masking": {
                 "domains": list(SPACE.domains),
                 "strategy": name,
                 "joint": joint or "free",
-                "forget_heads": share,
+                "forget_heads": shape.heads // shape.num_kv_heads,
                 "forget_neurons": {"bio": 3, "code": 1},
             },
             "optimizer": {"lr": 1e-2, "warmup_steps": 0, "grad_clip": 0.0},
-            "train": {"steps": 8, "tokens_per_step": 2 * micro_batch * CONTEXT, "micro_batch": micro_batch}
-            | {"precision": precision},
-            "data": {"mixing": mixing},
-            "distributed": {"zero_stage": stage, "timeout_minutes": 1},
+            "train": {
+                "steps": 8,
+                "tokens_per_step": len(batches) * sequences * CONTEXT,
+                "micro_batch": sequences,
+                "precision": case.precision,
+            },
+            "data": {"mixing": case.mixing, "micro_blocks": 2},
+            "kernels": {"backend": backend},
+            "distributed": {"zero_stage": case.stage, "timeout_minutes": 1},
         }
     )
 
@@ -97,41 +140,54 @@ def moved_keys(old: dict, new: dict) -> set[str]:
     return set().union(*everyone)
 
 
-def check_case(case: tuple) -> None:
+def trained(case: Case, steps: list) -> tuple:
+    """A new engine that has been through these steps, and its state."""
     from sgtm.distributed.engine import Engine
 
-    config = config_of(*case)
-    steps = [random_step(case[3], seed) for seed in (1, 2)]
+    engine = Engine(model_of(*case.model), config_of(case))
+    for batches in steps:
+        train_step(engine, batches)
+    return engine, state_of(engine)
 
-    def trained(replaced: tuple[int, ...] = ()):
-        engine = Engine(model_of(case[2]), config)
-        train_step(engine, steps[0])
-        train_step(engine, [with_content(batch, replaced, seed=9) for batch in steps[1]])
-        return engine, state_of(engine)
 
-    engine, state = trained()
-    keys = {key for key, _ in state}
-    for label in (BIO, RETAIN):
-        free = {key for key in keys if contribution(config.tables, key, label) == 0}
-        assert len(free) >= 2, "the promise says nothing here"
-        moved = moved_keys(state, trained((label,))[1])
+def unlabeled(batch):
+    """The same tokens without a label."""
+    return replace(batch, labels=(UNLABELED,) * len(batch.labels), step_labels=frozenset({UNLABELED}))
+
+
+def check_case(case: Case) -> None:
+    config = config_of(case)
+    tables, sequences = config.tables, config.train.micro_batch
+    for label in (case.domain, RETAIN):
+        first, last = random_step(case.mixing, 1, UNLABELED), random_step(case.mixing, 2, label)
+        engine, state = trained(case, [first, last])
+        keys = {key for key, _ in state}
+        free = {key for key in keys if contribution(tables, key, label) == 0}
+        assert not free if case.strategy == "none" else len(free) >= 2, f"{case} {label}: what is promised is {free}"
+        other = trained(case, [first, [with_content(batch, [label], seed=9) for batch in last]])[1]
+        moved = moved_keys(state, other)
         assert moved == keys - free, f"{case} {label}: broken {moved & free}, vacuous {keys - free - moved}"
 
-    for label in (BIO, RETAIN):
-        before = state_of(engine)
-        train_step(engine, random_step("step", 3, label, sequences=config.train.micro_batch))
-        free = {key for key in keys if contribution(config.tables, key, label) == 0}
-        assert moved_keys(before, state_of(engine)) == keys - free, f"{case}: a step of {label} alone"
+        alone = random_step("step", 3, label, sequences) * (engine.accumulation * engine.world_size // 2)
+        train_step(engine, alone)
+        assert moved_keys(state, state_of(engine)) == keys - free, f"{case}: a step of {label} alone"
+
+    if case.strategy == "none":
+        bare = trained(case, [[unlabeled(batch) for batch in batches] for batches in (first, last)])[1]
+        assert not moved_keys(state, bare), f"{case}: the labels change {moved_keys(state, bare)}"
 
 
 def all_cases() -> None:
     from sgtm.distributed.engine import init_distributed
 
-    init_distributed(config_of(*CASES[0]))
-    for case in CASES:
+    cases = covering_cases()
+    init_distributed(config_of(cases[0]))
+    for case in cases:
         check_case(case)
+        if case is cases[0]:
+            gc.freeze()  # everything is imported, and DeepSpeed collects garbage at each start of ZeRO-3: 0.3 s
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_promises(world_size):
-    run_ranks(all_cases, world_size, timeout=240)
+    run_ranks(all_cases, world_size, timeout=280)
