@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 from pathlib import Path
 
 from rich.console import Console
@@ -127,21 +128,31 @@ def _finite(value):
 
 
 def _start_wandb(run: Path, config: Config):
-    """The wandb run, or None. `offline` writes below the run directory, to be synced later with `wandb sync`."""
+    """The wandb run, or None. `offline` writes below the run directory, to be synced later with `wandb sync`.
+
+    Its id is kept in the run directory, so that a resumed run goes on in the same wandb run.
+    """
     if config.wandb.mode == "off":
         return None
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    w = config.wandb
+    w, kept = config.wandb, run / "wandb.id"
+    if not kept.exists():
+        write_atomically(kept, secrets.token_hex(4) + "\n")
     try:
         return wandb.init(
             project=w.project,
             entity=w.entity,
             name=config.name,
+            id=kept.read_text().strip(),
+            resume="allow",
             mode=w.mode,
             dir=str(run),
             config=config.model_dump(mode="json"),
+            allow_val_change=True,  # what a resumed run may change
         )
     except wandb.Error as error:
-        raise ValueError(f"wandb.mode {w.mode}: {error}; log in with `wandb login` or set wandb.mode offline") from None
+        raise ValueError(
+            f"wandb.mode {w.mode}: {error}; log in with `wandb login`, or set wandb.mode offline"
+        ) from None

@@ -1,9 +1,13 @@
-"""An offline wandb run, read back through wandb's own messages, holds what metrics.jsonl holds."""
+"""An offline wandb run, read back through wandb's own messages, holds what metrics.jsonl holds, also when resumed."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,24 +20,40 @@ OVERRIDES = ["--train.steps=4", "--train.eval_every=2", "--wandb.mode=offline", 
 
 
 def train_offline(runs: str) -> str:
-    from sgtm.train.loop import train
+    """A run, ended by a signal after its second step and resumed."""
+    from sgtm.train import loop
 
-    return str(train(load_config("debug", [*OVERRIDES, f"--runs={runs}"])))
+    config, inner = load_config("debug", [*OVERRIDES, f"--runs={runs}"]), loop.train_step
+
+    def stopped(engine, *args):
+        inner(engine, *args)
+        if engine.optimizer.steps["final_norm"] == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    loop.train_step = stopped
+    loop.train(config)
+    loop.train_step = inner
+    return str(loop.train(config, resume=True))
 
 
-def read_history(run: Path) -> list[dict]:
-    """Rows of the run's history, from the records that `wandb sync` would upload."""
+def read_segments(run: Path) -> list[tuple[str, list[dict]]]:
+    """Id and rows of the history of every start of the run, from the records that `wandb sync` would upload."""
     from wandb.proto import wandb_internal_pb2
 
-    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
-    rows = []
-    for data in records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return rows
+    segments = []
+    for file in sorted(run.glob("wandb/offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime_ns):
+        ids, rows = [], []
+        for data in records(file.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "run":
+                ids.append(record.run.run_id)
+            elif record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
+        assert len(set(ids)) == 1
+        segments.append((ids[0], rows))
+    return segments
 
 
 def records(data: bytes) -> Iterator[bytes]:
@@ -55,8 +75,11 @@ def records(data: bytes) -> Iterator[bytes]:
 
 def test_offline_run(tmp_path: Path):
     run = Path(run_ranks(train_offline, 1, str(tmp_path), timeout=200, env={"WANDB_MODE": "offline"})[0])
+    segments = read_segments(run)
+    assert [sorted({row["_step"] for row in rows}) for _, rows in segments] == [[1, 2], [2, 3, 4]]
+    assert {run_id for run_id, _ in segments} == {(run / "wandb.id").read_text().strip()}
     logged: dict[int, dict] = {}
-    for row in read_history(run):
+    for row in (row for _, rows in segments for row in rows):
         logged.setdefault(row["_step"], {}).update(row)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert {line["kind"] for line in lines} == {"step", "eval"}
@@ -69,3 +92,15 @@ def test_offline_run(tmp_path: Path):
             for removed, by_category in line["losses"].items():
                 for category, value in by_category.items():
                     assert row[f"eval/{removed}/{category}"] == pytest.approx(value)
+
+
+def test_online_without_a_login_is_one_message(tmp_path: Path):
+    """Not a question at the terminal, for which the other ranks would wait."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    done = subprocess.run(
+        [sys.executable, "-m", "sgtm", "train", "debug", f"--runs={tmp_path}", "--wandb.mode=online"],
+        env={**environ, "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "wandb.mode online: " in done.stderr and "wandb login" in done.stderr and "Traceback" not in done.stderr
