@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sgtm.files import sha256_of, write_atomically  # noqa: F401 (imported from here by sgtm/train/metrics.py)
+from sgtm.files import sha256_of
 from sgtm.masking.labels import LabelSpace
 
 if TYPE_CHECKING:

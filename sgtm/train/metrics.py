@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sgtm.config.schema import Config
-from sgtm.data.store import write_atomically
+from sgtm.files import write_atomically
 
 
 class MetricsLog:
