@@ -19,6 +19,15 @@ OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --mask
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 if nobody reads stdout, 2 for a mistake, 130 interrupted."""
+    status = _run(argv)
+    if "sgtm.distributed.engine" in sys.modules:
+        from sgtm.distributed.engine import end_rank
+
+        end_rank(status)
+    return status
+
+
+def _run(argv: list[str] | None) -> int:
     try:
         arguments = _without_local_rank(sys.argv[1:] if argv is None else argv)
         status = _dispatch(arguments)

@@ -21,6 +21,7 @@ import atexit
 import logging
 import math
 import os
+import sys
 import warnings
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -94,12 +95,25 @@ def _meet(launch: Launch, backend: str, timeout: timedelta) -> None:
 
 
 def leave_distributed() -> None:
-    """Leave the process group at the end of the process; gloo's threads would else abort a finished run now and then.
+    """Leave the process group at the end of the process.
 
     Without a barrier, and not with NCCL, where it can wait for ranks that have failed.
     """
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
+
+
+def end_rank(status: int) -> None:
+    """End this process now, after what `atexit` has to do, if it is one of several gloo ranks; else do nothing.
+
+    gloo's threads live on while anything holds the group, as DeepSpeed does, and one that asks for the interpreter
+    while that is torn down aborts a run which has ended well ("terminate called without an active exception").
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo" and dist.get_world_size() > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def deepspeed_config(config: Config, world_size: int, numel: int) -> dict:

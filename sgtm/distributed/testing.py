@@ -88,6 +88,8 @@ def _wait(ranks: list[subprocess.Popen], deadline: float) -> str:
 def _main(folder: str) -> None:
     import torch.distributed as dist
 
+    from sgtm.distributed.engine import end_rank
+
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     file, name, args = pickle.loads(Path(folder, "task").read_bytes())
@@ -98,7 +100,7 @@ def _main(folder: str) -> None:
     result = getattr(module, name)(*args)
     Path(folder, f"result{rank}").write_bytes(pickle.dumps(result))
     dist.barrier()
-    dist.destroy_process_group()
+    end_rank(0)
 
 
 if __name__ == "__main__":
