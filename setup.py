@@ -59,7 +59,5 @@ setup(
             "ruff>=0.12",
             "setuptools>=77",
         ],
-        # Nothing needs these: Triton comes with CUDA builds of torch, and flash-attn is used only where it is faster.
-        "gpu": ["triton>=3.7", "flash-attn>=2.7"],
     },
 )

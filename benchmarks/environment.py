@@ -32,7 +32,7 @@ def output(*command: str) -> str | None:
     """What a command prints, or None where there is no such command."""
     if shutil.which(command[0]) is None:
         return None
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=RESULTS.parent).stdout.strip()
 
 
 def installed(package: str) -> str | None:

@@ -39,8 +39,12 @@ class Peer:
         return self._answer("peak")
 
     def _answer(self, question: str) -> float:
-        self.ask.send(question)
-        return self.ask.recv()
+        try:
+            self.ask.send(question)
+            return self.ask.recv()
+        except (EOFError, OSError):
+            self.process.join(10)
+            raise RuntimeError(f"the process of Hugging Face's model ended with {self.process.exitcode}") from None
 
 
 def _serve(asked, config: Config, precision: str, allocator: str, threads: int) -> None:
@@ -53,8 +57,12 @@ def _serve(asked, config: Config, precision: str, allocator: str, threads: int) 
             question = asked.recv()
         except EOFError:
             return
-        began = time.perf_counter()
-        asked.send(peak_growth(step) if question == "peak" else step() and time.perf_counter() - began)
+        if question == "peak":
+            asked.send(peak_growth(step))
+        else:
+            began = time.perf_counter()
+            step()  # its loss.item() waits for a GPU
+            asked.send(time.perf_counter() - began)
 
 
 def hugging_face_step(config: Config, precision: str):

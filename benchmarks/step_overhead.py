@@ -123,13 +123,20 @@ class Ours:
 
     def step(self) -> float:
         """Seconds of one step."""
+        wait_for_device()
         began = time.perf_counter()
         self._take()
+        wait_for_device()
         return time.perf_counter() - began
 
     def peak(self) -> float:
         """MiB by which memory grows at most during a step."""
         return peak_growth(self._take)
+
+
+def wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def row(name: str, seconds: np.ndarray, memory: list, base: np.ndarray, base_memory: list, tokens: int) -> dict:

@@ -20,7 +20,7 @@ import psutil
 
 # fmt: off
 PACKAGES = (
-    "torch", "deepspeed", "triton", "flash-attn", "transformers", "tokenizers", "datasets", "pyarrow", "safetensors",
+    "torch", "deepspeed", "triton", "transformers", "tokenizers", "datasets", "pyarrow", "safetensors",
     "numpy", "pydantic", "tyro", "wandb", "rich", "matplotlib", "zstandard",
 )
 # fmt: on
@@ -28,8 +28,6 @@ PACKAGES = (
 # What each serves; everything else in PACKAGES is needed by everything and installed with sgtm.
 OPTIONAL = {
     "triton": "Triton kernels; it comes with CUDA builds of torch on Linux",
-    "flash-attn": "flash attention of that package; torch's own is used instead",
-    "wandb": "wandb.mode offline and online",
 }
 LAUNCHERS = {
     "torchrun": "several processes on one machine, or several machines with one command on each",

@@ -111,8 +111,8 @@ def keep_freed_memory() -> None:
     """Let glibc's malloc keep what is freed, for the rest of the process; does nothing with another C library.
 
     It gives large blocks back to the system at every free, so that each step on a CPU pays for its pages again: a
-    third of the step at the TinyStories shapes (benchmarks/step_overhead.py). The process then stays as large as it has
-    been at its largest.
+    third of the step at the TinyStories shapes (benchmarks/LOG.md, 2026-11-21). The process then stays as large as it
+    has been at its largest.
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

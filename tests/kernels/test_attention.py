@@ -212,7 +212,7 @@ def test_documents_do_not_see_one_another(window, layout, dtype, backend):
 
 @by_dtype
 @by_layout
-def test_nothing_masked_is_torchs_attention(layout, dtype, monkeypatch):
+def test_nothing_masked_is_torchs_attention_of_few_heads(layout, dtype, monkeypatch):
     monkeypatch.undo()
     plan = random_plan(11, random_tables(12, (1.0,)), layout, 10, 13)
 

@@ -188,3 +188,16 @@ def test_gradcheck(backend):
     torch.autograd.gradcheck(
         op(plan, backend, targets(3, 11)), [d.requires_grad_() for d in inputs(3, 11)], fast_mode=True
     )
+
+
+@by_backend
+def test_logits_far_from_zero_cost_no_precision(backend):
+    """The loss is that of the differences between logits, however large they all are."""
+    plan = random_plan(20, random_tables(21), "uniform", 2, 9)
+    x, weight, bias = inputs(2, 9, torch.float32)
+    t = targets(2, 9)
+    exact = forward_backward(plain(t), x.double(), weight.double(), bias.double() + 300)
+    theirs = forward_backward(plain(t), x, weight, bias + 300)
+    ours = forward_backward(op(plan, backend, t), x, weight, bias + 300)
+    for name, *values in zip(("loss", "dx"), ours, theirs, exact, strict=False):
+        assert_accurate(*values, name=name)

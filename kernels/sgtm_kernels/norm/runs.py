@@ -25,7 +25,7 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, eps, plan, tokens):
         y, mean, rstd = torch.ops.aten.native_layer_norm(x, weight.shape, weight, bias, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.plan, ctx.tokens = plan, tokens
+        ctx.plan, ctx.tokens, ctx.eps = plan, tokens, eps
         return y
 
     @staticmethod
@@ -34,8 +34,9 @@ class _LayerNorm(torch.autograd.Function):
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(
             dy, x, weight.shape, mean, rstd, weight, bias, [True, False, False]
         )
-        accumulate = torch.promote_types(x.dtype, torch.float32)
-        normalized = ((x - mean) * rstd).to(accumulate)
+        # On a CPU torch hands over the statistics of a bf16 input in bf16, too coarse for a sum over all tokens.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normalized = F.layer_norm(wide, weight.shape, eps=ctx.eps)
         dw = token_sum((normalized * dy).flatten(0, 1), ctx.plan, ctx.tokens)
         db = token_sum(dy.flatten(0, 1), ctx.plan, ctx.tokens)
         return dx, dw.to(weight.dtype), db.to(bias.dtype), None, None, None
