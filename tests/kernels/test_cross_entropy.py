@@ -191,16 +191,30 @@ def test_gradcheck(backend):
 
 
 @by_backend
-def test_logits_far_from_zero_cost_no_precision(backend):
-    """The loss is that of the differences between logits, however large they all are."""
+@pytest.mark.parametrize(("step", "offset"), [(1 / 8, 4096), (16, 0)])
+def test_logits_far_from_zero_cost_no_precision(step, offset, backend):
+    """The loss is that of the differences between logits, however large they or their differences are."""
     plan = random_plan(20, random_tables(21), "uniform", 2, 9)
-    x, weight, bias = (torch.zeros_like(leaf) for leaf in inputs(2, 9, torch.float32))
-    x[..., 0] = 1
-    weight[:, 0] = torch.arange(VOCAB) / 8  # every logit is exact, 4096 and a few eighths
-    bias += 4096
+    x, weight, bias = exact_logits(torch.float32, step, offset)
     t = targets(2, 9)
     exact = forward_backward(plain(t), x.double(), weight.double(), bias.double())
     theirs = forward_backward(plain(t), x, weight, bias)
     ours = forward_backward(op(plan, backend, t), x, weight, bias)
     for name, *values in zip(("loss", "dx"), ours, theirs, exact, strict=False):
         assert_accurate(*values, name=name)
+
+
+@by_backend
+def test_losses_of_bf16_logits_are_in_fp32(backend):
+    plan = random_plan(20, random_tables(21), "uniform", 2, 9)
+    data, t = exact_logits(torch.bfloat16, 1 / 8, 0), targets(2, 9)
+    loss = op(plan, backend, t)(*data)
+    torch.testing.assert_close(loss.double(), plain(t)(*(x.double() for x in data)), rtol=1e-6, atol=0)
+
+
+def exact_logits(dtype: torch.dtype, step: float, offset: float) -> list[torch.Tensor]:
+    """x, weight, bias whose logits are `offset + step * index`, without rounding."""
+    x, weight, bias = (torch.zeros_like(leaf) for leaf in inputs(2, 9, dtype))
+    x[..., 0] = 1
+    weight[:, 0] = torch.arange(VOCAB) * step
+    return [x, weight, bias + offset]
