@@ -30,10 +30,10 @@ setup(
         "sgtm.data.stories": ["*.yaml"],
         "sgtm.report": ["*.j2"],
     },
-    entry_points={"console_scripts": ["sgtm = sgtm.cli:main"]},
+    entry_points={"console_scripts": ["sgtm = sgtm.__main__:run"]},
     install_requires=[
         "torch>=2.13",
-        "deepspeed>=0.19",
+        "deepspeed>=0.19,<0.20",
         "transformers>=5",
         "tokenizers>=0.22",
         "datasets>=4",

@@ -19,15 +19,6 @@ OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --mask
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 if nobody reads stdout, 2 for a mistake, 130 interrupted."""
-    status = _run(argv)
-    if "sgtm.distributed.engine" in sys.modules:
-        from sgtm.distributed.engine import end_rank
-
-        end_rank(status)
-    return status
-
-
-def _run(argv: list[str] | None) -> int:
     try:
         arguments = _without_local_rank(sys.argv[1:] if argv is None else argv)
         status = _dispatch(arguments)
@@ -290,8 +281,9 @@ def _nobody_reads() -> bool:
 
 def _print_error(error: ValueError | OSError) -> None:
     """One message. What every rank finds alike (a config) only rank 0 says; anything else each rank says for itself."""
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
-    ranks = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # of srun, which sets no RANK
+    from sgtm.distributed.env import rank_and_size
+
+    rank, ranks = rank_and_size()
     if rank != "0":
         from sgtm.config import ConfigError
 

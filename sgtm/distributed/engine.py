@@ -17,20 +17,15 @@ weights and gradients are replicated as in ZeRO 0, only the fp32 copy and the mo
 
 from __future__ import annotations
 
-import atexit
 import logging
 import math
-import os
-import sys
 import warnings
 from contextlib import contextmanager, redirect_stdout
-from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint.constants import (
     UNIVERSAL_CHECKPOINT_INFO,
     UNIVERSAL_CHECKPOINT_VERSION_KEY,
@@ -39,81 +34,34 @@ from deepspeed.checkpoint.constants import (
 
 from sgtm.config.schema import Config
 from sgtm.distributed.agree import on_every_rank
-from sgtm.distributed.env import Launch, cpu_threads, detect_launch, keep_freed_memory
+from sgtm.distributed.env import device_type
+from sgtm.distributed.process_group import init_distributed as init_distributed
 from sgtm.distributed.segments import Fragment, check_cover, fragments, full_numel, segment_tables
-from sgtm.distributed.storage import SafeWriter
+from sgtm.distributed.writer import SafeWriter
 from sgtm.train.optim import SegmentedAdamW
 from sgtm_kernels.dispatch import resolve
 
-# On a CPU DeepSpeed would compile a shared-memory collective at the first start (35 s, and it needs a compiler).
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+def _replace(owner: object, name: str, value: object) -> None:
+    """Set a private name of DeepSpeed. Raises RuntimeError where it is not there: setting it would change nothing."""
+    if name not in (owner if isinstance(owner, dict) else dir(owner)):
+        where = "__compatible_ops__" if isinstance(owner, dict) else getattr(owner, "__name__", type(owner).__name__)
+        raise RuntimeError(f"deepspeed {deepspeed.__version__} has no {name} in {where}; SGTM needs 0.19 (setup.py)")
+    if isinstance(owner, dict):
+        owner[name] = value
+    else:
+        setattr(owner, name, value)
+
+
+if device_type() == "cpu":  # it would compile a shared-memory collective at the first start (35 s, with a compiler)
+    _replace(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
 # Its bf16 optimizer prints the memory in use, and collects garbage each time: a second of every start.
-deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
+_replace(deepspeed.runtime.bf16_optimizer, "see_memory_usage", lambda *args, **kwargs: None)
 
 warnings.filterwarnings("ignore", r".*is deprecated. Please use `torch.distributed", FutureWarning)  # DeepSpeed's calls
 
 # Elements of DeepSpeed's reduction buffer. Its default takes 2 GB of every rank even for the smallest model.
 BUCKET = 200_000_000
-
-
-def init_distributed(config: Config) -> Launch:
-    """Join the process group: alone, or where a launcher has put this process. Calling it again does nothing.
-
-    A collective that takes longer than `distributed.timeout_minutes` ends the run. Raises ValueError for an environment
-    that only half describes a launch, and ConnectionError where the ranks do not meet.
-    """
-    if dist.is_initialized():
-        return Launch("env", dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
-    launch = detect_launch()
-    on_gpu = get_accelerator().device_name() == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(launch.local_rank)
-    else:
-        keep_freed_memory()
-        if threads := cpu_threads(launch):
-            torch.set_num_threads(threads)
-    os.environ["LOCAL_RANK"] = str(launch.local_rank)  # DeepSpeed picks its device by it
-    timeout = timedelta(minutes=config.distributed.timeout_minutes)
-    backend = "nccl" if on_gpu else "gloo"
-    if launch.launcher == "none":  # a store in memory: no port to be free
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        _meet(launch, backend, timeout)
-    atexit.register(leave_distributed)
-    return launch
-
-
-def _meet(launch: Launch, backend: str, timeout: timedelta) -> None:
-    try:
-        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
-    except dist.DistError as error:
-        raise ConnectionError(
-            f"the ranks did not meet at MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT "
-            f"{os.environ['MASTER_PORT']} within distributed.timeout_minutes {timeout.total_seconds() / 60:g}: rank "
-            f"{launch.rank} of {launch.world_size} says {str(error).splitlines()[0]}"
-        ) from None
-
-
-def leave_distributed() -> None:
-    """Leave the process group at the end of the process.
-
-    Without a barrier, and not with NCCL, where it can wait for ranks that have failed.
-    """
-    if dist.is_initialized() and dist.get_backend() == "gloo":
-        dist.destroy_process_group()
-
-
-def end_rank(status: int) -> None:
-    """End this process now, after what `atexit` has to do, if it is one of several gloo ranks; else do nothing.
-
-    gloo's threads live on while anything holds the group, as DeepSpeed does, and one that asks for the interpreter
-    while that is torn down aborts a run which has ended well ("terminate called without an active exception").
-    """
-    if dist.is_initialized() and dist.get_backend() == "gloo" and dist.get_world_size() > 1:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
 
 
 def deepspeed_config(config: Config, world_size: int, numel: int) -> dict:
@@ -168,7 +116,7 @@ class Engine:
                 dist_init_required=False,
             )
         # It would put its recovery script beside every checkpoint; ours is sgtm/distributed/storage.py.
-        self._deepspeed._copy_recovery_script = lambda path: None
+        _replace(self._deepspeed, "_copy_recovery_script", lambda path: None)
         self.device = torch.device(self._deepspeed.device)
         self._fragments = fragments(self._deepspeed.optimizer, parameters)
         replicas = self.world_size if self._plain else 1
@@ -252,7 +200,8 @@ class Engine:
         state  comes back from `load`; rank 0's counts. The optimizer's counts by key travel with it.
         Returns name -> {"bytes", "sha256"} of the files of all ranks. Every rank raises the OSError of any.
         """
-        self._deepspeed.checkpoint_engine = writer = SafeWriter()
+        writer = SafeWriter()
+        _replace(self._deepspeed, "checkpoint_engine", writer)
         client_state = {
             "sgtm": {"state": state, "optimizer_steps": self.optimizer.steps},
             UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE},

@@ -9,7 +9,10 @@ from __future__ import annotations
 import ctypes
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
 
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -34,14 +37,13 @@ def detect_launch(environ: dict[str, str] | None = None) -> Launch:
     launcher = _launcher(env)
     if launcher == "none":
         return Launch("none")
-    if launcher == "srun":
-        slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-        env |= {name: env[source] for name, source in slurm.items() if source in env}
+    said_by = ("SLURM_STEP_ID",) if launcher == "srun" else (*TORCH_VARIABLES, "TORCHELASTIC_RUN_ID")
+    env = _in_torch_names(env)
     missing = [name for name in TORCH_VARIABLES if name not in env]
     if missing:
         raise ValueError(
             f"launched by {launcher}, but {', '.join(missing)} not set; start with torchrun, deepspeed or "
-            f"launch/slurm.sbatch, or unset {', '.join(n for n in TORCH_VARIABLES if n in env)} to run one process"
+            f"launch/slurm.sbatch, or unset {', '.join(n for n in said_by if n in env)} to run one process"
         )
     try:
         rank, size, local = (int(env[name]) for name in TORCH_VARIABLES[:3])
@@ -50,6 +52,25 @@ def detect_launch(environ: dict[str, str] | None = None) -> Launch:
         seen = {name: env[name] for name in TORCH_VARIABLES[:3]}
         raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers, got {seen}") from None
     return Launch(launcher, rank, size, local, local_size or _slurm_tasks_here(env))
+
+
+def rank_and_size(environ: Mapping[str, str] | None = None) -> tuple[str, str]:
+    """Rank and number of ranks as the launcher has written them, unchecked: for messages."""
+    env = _in_torch_names(dict(os.environ if environ is None else environ))
+    return env.get("RANK", "0"), env.get("WORLD_SIZE", "1")
+
+
+def _in_torch_names(env: dict[str, str]) -> dict[str, str]:
+    """The variables, and under srun what it says of this process by the names of torch."""
+    if _launcher(env) != "srun":
+        return env
+    found = {"RANK": env.get("SLURM_PROCID"), "WORLD_SIZE": _step_tasks(env), "LOCAL_RANK": env.get("SLURM_LOCALID")}
+    return env | {name: value for name, value in found.items() if value is not None}
+
+
+def _step_tasks(env: dict[str, str]) -> str:
+    """Processes of this step; SLURM_NTASKS is what the job may start, also where an interactive step has one."""
+    return env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
 
 
 def _slurm_tasks_here(env: dict[str, str]) -> int:
@@ -76,7 +97,7 @@ def _launcher(env: dict[str, str]) -> str:
     if "RANK" in env or "WORLD_SIZE" in env:
         return "env"
     # SLURM_STEP_ID: inside srun. In a batch script's own shell SLURM_NTASKS is set, but nobody else is running.
-    if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+    if "SLURM_STEP_ID" in env and _step_tasks(env) != "1":
         return "srun"
     return "none"
 
@@ -94,6 +115,27 @@ def set_defaults(cuda: bool) -> None:
         defaults["DS_ACCELERATOR"] = "cpu"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def device_type() -> str:
+    """`cuda` or `cpu`: what DS_ACCELERATOR says, else whether there is a GPU."""
+    return os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def gpu_of(launch: Launch, visible: int) -> int:
+    """Index of this rank's GPU among the `visible` ones; 0 where the launcher shows each rank its own alone.
+
+    Raises ValueError where the ranks of this node are more than its GPUs.
+    """
+    if visible == 1:
+        return 0
+    if launch.local_rank >= visible:
+        ranks = max(launch.local_world_size, launch.local_rank + 1)
+        raise ValueError(
+            f"{ranks} ranks on this node, but {visible} GPUs are visible to rank {launch.rank}; start one rank for "
+            f"each GPU, or set CUDA_VISIBLE_DEVICES"
+        )
+    return launch.local_rank
 
 
 def cpu_threads(launch: Launch) -> int | None:

@@ -88,7 +88,7 @@ def _wait(ranks: list[subprocess.Popen], deadline: float) -> str:
 def _main(folder: str) -> None:
     import torch.distributed as dist
 
-    from sgtm.distributed.engine import end_rank
+    from sgtm.distributed.process_group import end_rank
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)

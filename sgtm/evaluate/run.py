@@ -12,6 +12,7 @@ import torch
 from sgtm.config import Config
 from sgtm.data.loader import check_corpus
 from sgtm.data.open import open_corpus
+from sgtm.distributed.env import device_type
 from sgtm.distributed.storage import consolidate
 from sgtm.evaluate.localisation import gradient_norms
 from sgtm.evaluate.losses import category_losses
@@ -25,11 +26,11 @@ LIBRARIES = ("torch", "deepspeed", "transformers", "numpy")
 
 
 def load_model(config: Config, checkpoint: Path) -> Transformer:
-    """The model of a checkpoint in fp32, on the GPU where there is one."""
+    """The model of a checkpoint in fp32, on the device that training takes."""
     with torch.device("meta"):
         model = Transformer(config.model, config.partition, resolve(config.kernels.backend))
     model.load_state_dict(consolidate(checkpoint), assign=True)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_()
+    return model.to(device_type()).requires_grad_()
 
 
 def evaluate_run(run: Path, split: str = "test", sequences: int | None = None) -> dict:

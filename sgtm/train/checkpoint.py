@@ -19,14 +19,17 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from sgtm.config.load import load_run_config
 from sgtm.config.schema import Config
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
-from sgtm.distributed.engine import Engine
 from sgtm.files import sha256_of, write_atomically
+
+if TYPE_CHECKING:
+    from sgtm.distributed.engine import Engine  # evaluation and export read checkpoints without DeepSpeed
 
 MANIFEST = "manifest.json"
 # What a run must share with its checkpoint to be its continuation, less what changes no number.

@@ -20,7 +20,8 @@ from sgtm.data.loader import Loader
 from sgtm.data.open import open_corpus
 from sgtm.data.store import Corpus
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
-from sgtm.distributed.engine import Engine, init_distributed
+from sgtm.distributed.engine import Engine
+from sgtm.distributed.process_group import init_distributed
 from sgtm.evaluate.losses import Losses, category_losses
 from sgtm.model.transformer import Transformer
 from sgtm.train.checkpoint import find_latest, load_checkpoint, remove_unfinished, save_checkpoint

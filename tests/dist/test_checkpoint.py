@@ -46,7 +46,8 @@ def fingerprint(engine) -> str:
 
 
 def new_engine(config, seed: int = 0):
-    from sgtm.distributed.engine import Engine, init_distributed
+    from sgtm.distributed.engine import Engine
+    from sgtm.distributed.process_group import init_distributed
 
     init_distributed(config)
     return Engine(tiny_model(config, seed), config)

@@ -69,7 +69,8 @@ def changed(old: dict, new: dict) -> tuple[set[str], set[str]]:
 
 
 def check_freeze(stage: int, precision: str, masked_update: str) -> None:
-    from sgtm.distributed.engine import Engine, init_distributed
+    from sgtm.distributed.engine import Engine
+    from sgtm.distributed.process_group import init_distributed
 
     case = f"ZeRO {stage} {precision} {masked_update}"
     config = tiny_config(stage, precision, optimizer={"masked_update": masked_update})

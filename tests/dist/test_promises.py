@@ -178,7 +178,7 @@ def check_case(case: Case) -> None:
 
 
 def all_cases() -> None:
-    from sgtm.distributed.engine import init_distributed
+    from sgtm.distributed.process_group import init_distributed
 
     cases = covering_cases()
     init_distributed(config_of(cases[0]))

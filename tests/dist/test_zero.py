@@ -106,7 +106,8 @@ def check_not_finite(engine, case: str) -> None:
 
 def every_case() -> dict:
     """Checks that need the engine; returns what is compared between stages and numbers of ranks."""
-    from sgtm.distributed.engine import Engine, init_distributed
+    from sgtm.distributed.engine import Engine
+    from sgtm.distributed.process_group import init_distributed
 
     init_distributed(tiny_config())
     seen = {}
@@ -158,7 +159,8 @@ def test_three_ranks():
 
 
 def three_ranks() -> list:
-    from sgtm.distributed.engine import Engine, init_distributed
+    from sgtm.distributed.engine import Engine
+    from sgtm.distributed.process_group import init_distributed
 
     losses = []
     for stage in (0, 1, 2, 3):

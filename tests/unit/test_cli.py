@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sgtm.__main__ import run as run_process
 from sgtm.cli import main
 from sgtm.config.load import load_config, save_config
 
@@ -238,6 +239,31 @@ def test_another_broken_pipe_is_told(monkeypatch, capfd):
     assert capfd.readouterr().err == "error: Broken pipe\n"
 
 
+def test_a_process_ends_as_a_rank_after_it_has_told_its_error(monkeypatch, capsys):
+    """Whether the command succeeds, is refused or breaks; `main` itself never ends its caller."""
+    ended = []
+    monkeypatch.setitem(sys.modules, "sgtm.distributed.process_group", SimpleNamespace(end_rank=ended.append))
+    for train, status in ((lambda *a, **k: None, 0), (_refuse, 2), (_break, 1)):
+        monkeypatch.setitem(sys.modules, "sgtm.train.loop", SimpleNamespace(train=train))
+        monkeypatch.setattr(sys, "argv", ["sgtm", "train", "debug"])
+        assert (run_process(), ended) == (status, [status])
+        ended.clear()
+    assert capsys.readouterr().err.splitlines()[-1] == "RuntimeError: a bug"
+    monkeypatch.setitem(sys.modules, "sgtm.train.loop", SimpleNamespace(train=_refuse))
+    assert (main(["train", "debug"]), ended) == (2, [])
+    monkeypatch.setenv("SGTM_TRACEBACK", "1")
+    assert (run_process(), ended) == (1, [1])
+    assert capsys.readouterr().err.splitlines()[-1] == "ValueError: a mistake"
+
+
+def _refuse(*args, **options):
+    raise ValueError("a mistake")
+
+
+def _break(*args, **options):
+    raise RuntimeError("a bug")
+
+
 def test_interrupt_and_own_bugs_are_not_dressed_up(monkeypatch, capsys):
     assert raising(monkeypatch, KeyboardInterrupt()) == 130
     with pytest.raises(RuntimeError):
@@ -254,6 +280,7 @@ def test_ranks_speak_once_about_the_config_and_each_for_itself_otherwise(monkeyp
 
 
 def test_ranks_under_srun_speak_once_too(monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     for rank, expected in (("0", 1), ("1", 0)):
         monkeypatch.setenv("SLURM_PROCID", rank)

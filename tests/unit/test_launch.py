@@ -27,6 +27,7 @@ PLACE = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
     [
         ({}, Launch("none")),
         ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, Launch("none")),  # a batch script's own shell
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, Launch("none")),  # interactive step
         (
             {**PLACE, **ADDRESS, "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"},
             Launch("torchrun", 5, 8, 1, 4),
@@ -66,7 +67,7 @@ def test_slurm_counts_the_ranks_of_each_node(tasks, counts):
 def test_half_a_launch_names_what_is_missing():
     with pytest.raises(ValueError, match=r"MASTER_ADDR, MASTER_PORT not set.*unset RANK, WORLD_SIZE, LOCAL_RANK"):
         detect_launch(PLACE)
-    with pytest.raises(ValueError, match="srun, but MASTER_ADDR, MASTER_PORT not set"):
+    with pytest.raises(ValueError, match=r"srun, but MASTER_ADDR, MASTER_PORT not set.*or unset SLURM_STEP_ID to run"):
         detect_launch({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
     with pytest.raises(ValueError, match=r"whole numbers.*'RANK': 'one'"):
         detect_launch({**PLACE, **ADDRESS, "RANK": "one"})
@@ -89,6 +90,22 @@ def test_ranks_that_do_not_meet_are_one_message(rank, tmp_path):
     assert done.returncode == 2, done.stderr
     assert f"error: rank {rank}: the ranks did not meet at MASTER_ADDR 127.0.0.1, MASTER_PORT {port}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_rank_takes_a_gpu_that_is_there():
+    ranks = [Launch("torchrun", rank, 4, rank, 4) for rank in range(4)]
+    assert [env.gpu_of(rank, 4) for rank in ranks] == [0, 1, 2, 3]
+    assert [env.gpu_of(rank, 1) for rank in ranks] == [0, 0, 0, 0]
+    with pytest.raises(ValueError, match="4 ranks on this node, but 2 GPUs are visible to rank 3"):
+        env.gpu_of(ranks[3], 2)
+
+
+def test_one_place_says_which_device(monkeypatch):
+    monkeypatch.setattr(env.torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert env.device_type() == "cuda"
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert env.device_type() == "cpu"
 
 
 def test_cores_are_divided_between_ranks_unless_the_user_has_said(monkeypatch):
@@ -164,7 +181,7 @@ def test_a_run_on_a_cpu_keeps_freed_memory():
     code = """
 import resource, torch
 from sgtm.config import load_config
-from sgtm.distributed.engine import init_distributed
+from sgtm.distributed.process_group import init_distributed
 init_distributed(load_config("debug", []))
 for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

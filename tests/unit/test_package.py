@@ -102,6 +102,21 @@ def test_only_the_distributed_folder_imports_deepspeed():
     assert importers == {("sgtm", "distributed")}
 
 
+def test_evaluation_and_export_do_not_import_deepspeed():
+    assert python("import sgtm.evaluate.run, sgtm.model.export, sys; print('deepspeed' in sys.modules)") == "False"
+
+
+def test_a_version_of_deepspeed_without_a_name_that_we_replace_is_refused():
+    code = (
+        "from types import SimpleNamespace as N\nfrom sgtm.distributed.engine import _replace\n"
+        "there = N(a=1); _replace(there, 'a', 2); ops = {'a': 1}; _replace(ops, 'a', 2); print(there.a, ops['a'])\n"
+        "for owner in (N(), {}):\n"
+        "    try: _replace(owner, 'a', 2)\n"
+        "    except RuntimeError as error: print('has no a in' in str(error))"
+    )
+    assert python(code).splitlines() == ["2 2", "True", "True"]
+
+
 def test_kernels_depend_on_torch_alone():
     allowed = {*sys.stdlib_module_names, "torch", "triton", "sgtm_kernels"}
     modules = [path for path in SOURCES if path.is_relative_to(ROOT / "kernels")]

@@ -1,0 +1,84 @@
+"""Joining the process group of a run, and leaving it; torch alone, without DeepSpeed."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from sgtm.config.schema import Config
+from sgtm.distributed.env import Launch, cpu_threads, detect_launch, device_type, gpu_of, keep_freed_memory
+
+_joined: Launch | None = None
+
+
+def init_distributed(config: Config) -> Launch:
+    """Join the process group: alone, or where a launcher has put this process. Called again it returns the same.
+
+    A collective that takes longer than `distributed.timeout_minutes` ends the run. Raises ValueError for an environment
+    that only half describes a launch and for more ranks than GPUs, ConnectionError where the ranks do not meet.
+    """
+    global _joined
+    if not dist.is_initialized():
+        _joined = _join(config)
+    elif _joined is None:  # the caller has made the group
+        _joined = Launch("env", dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+    return _joined
+
+
+def _join(config: Config) -> Launch:
+    launch = detect_launch()
+    index, on_gpu = launch.local_rank, device_type() == "cuda"
+    if on_gpu:
+        index = gpu_of(launch, torch.cuda.device_count())
+        torch.cuda.set_device(index)
+    else:
+        keep_freed_memory()
+        if threads := cpu_threads(launch):
+            torch.set_num_threads(threads)
+    os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed picks its device by it
+    timeout = timedelta(minutes=config.distributed.timeout_minutes)
+    backend = "nccl" if on_gpu else "gloo"
+    if launch.launcher == "none":  # a store in memory: no port to be free
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        _meet(launch, backend, timeout)
+    atexit.register(leave_distributed)
+    return launch
+
+
+def _meet(launch: Launch, backend: str, timeout: timedelta) -> None:
+    try:
+        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    except dist.DistError as error:
+        raise ConnectionError(
+            f"the ranks did not meet at MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT "
+            f"{os.environ['MASTER_PORT']} within distributed.timeout_minutes {timeout.total_seconds() / 60:g}: rank "
+            f"{launch.rank} of {launch.world_size} says {str(error).splitlines()[0]}"
+        ) from None
+
+
+def leave_distributed() -> None:
+    """Leave the process group at the end of the process.
+
+    Without a barrier, and not with NCCL, where it can wait for ranks that have failed.
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+
+
+def end_rank(status: int) -> None:
+    """End this process now, after what `atexit` has to do, if it is one of several gloo ranks; else do nothing.
+
+    gloo's threads live on while anything holds the group, as DeepSpeed does, and one that asks for the interpreter
+    while that is torn down aborts a run which has ended well ("terminate called without an active exception").
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo" and dist.get_world_size() > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
