@@ -27,6 +27,7 @@ from sgtm.config.load import load_run_config
 from sgtm.config.schema import Config
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.files import sha256_of, write_atomically
+from sgtm_kernels.dispatch import resolve
 
 if TYPE_CHECKING:
     from sgtm.distributed.engine import Engine  # evaluation and export read checkpoints without DeepSpeed
@@ -40,8 +41,10 @@ SAME = (
     "optimizer",
     "train.steps",
     "train.tokens_per_step",
+    "train.micro_batch",
     "train.precision",
     "train.init_from",
+    "kernels.backend",
     "distributed.zero_stage",
 )
 MAY_DIFFER = ("model.activation_checkpointing",)
@@ -71,7 +74,7 @@ def save_checkpoint(
             "step": step,
             "ranks": engine.world_size,
             "corpus": corpus,
-            "config": config.model_dump(mode="json"),
+            "config": _resolved(config),
         }
         on_rank_zero(lambda: _publish(temporary, final, {**manifest, "files": files}, config.train.keep_last))
     except OSError as error:
@@ -168,10 +171,18 @@ def open_run(run_dir: Path | str) -> tuple[Config, Path]:
 
 def differences(saved: dict, config: Config) -> list[str]:
     """`key: saved, now` for every key in which a saved config is another run than `config`."""
-    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    before, now = _flat(saved), _flat(_resolved(config))
     keys = [key for key in now | before if f"{key}.".startswith(tuple(f"{same}." for same in SAME))]
     changed = [key for key in keys if before.get(key) != now.get(key) and key not in MAY_DIFFER]
-    return [f"{key}: {before.get(key)} in the checkpoint, {now.get(key)} now" for key in changed]
+    by = {"kernels.backend": " by SGTM_KERNELS"} if os.environ.get("SGTM_KERNELS") else {}
+    return [f"{key}: {before.get(key)} in the checkpoint, {now.get(key)} now{by.get(key, '')}" for key in changed]
+
+
+def _resolved(config: Config) -> dict:
+    """The config with the kernel backend that runs: another one adds in another order."""
+    values = config.model_dump(mode="json")
+    values["kernels"]["backend"] = resolve(config.kernels.backend)
+    return values
 
 
 def _flat(section: dict, prefix: str = "") -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -156,11 +157,15 @@ def damage(folder: str) -> None:
         ("data", "seed", 5),
         ("optimizer", "lr", 0.5),
         ("train", "tokens_per_step", 96),
+        ("train", "micro_batch", 4),
         ("train", "precision", "fp32"),
         ("distributed", "zero_stage", 3),
     ]:
         other = config.model_copy(update={section: getattr(config, section).model_copy(update={key: value})})
         assert f"{section}.{key}: {getattr(getattr(config, section), key)} in the checkpoint, {value}" in message(other)
+    os.environ["SGTM_KERNELS"] = "reference"
+    assert "kernels.backend: runs in the checkpoint, reference now by SGTM_KERNELS" in message()
+    del os.environ["SGTM_KERNELS"]
     same = config.model_copy(update={"name": "x", "train": config.train.model_copy(update={"log_every": 3})})
     assert load_checkpoint(engine, newest, same)[0] == 2
 
