@@ -86,11 +86,15 @@ def save_checkpoint(
 
 
 def find_latest(run_dir: Path | str) -> Path | None:
-    """The newest finished checkpoint of a run, or None; not verified."""
+    """The newest finished checkpoint of a run, or None; not verified.
+
+    That is the one `latest` names, and where it names none (an empty or damaged file) the newest there is.
+    """
     root = checkpoints_dir(run_dir)
     pointer = root / "latest"
-    if pointer.is_file() and (named := root / pointer.read_text().strip()).is_dir():
-        return named
+    name = pointer.read_text("utf-8", "replace").strip() if pointer.is_file() else ""
+    if name.startswith("step_") and "\0" not in name and (root / name).is_dir():
+        return root / name
     return next(iter(_finished(root)), None)
 
 

@@ -7,6 +7,7 @@ is bitwise the uninterrupted one on the same number of ranks (tests/e2e/test_res
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import time
@@ -23,6 +24,7 @@ from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.distributed.engine import Engine
 from sgtm.distributed.process_group import init_distributed
 from sgtm.evaluate.losses import Losses, category_losses
+from sgtm.files import write_atomically
 from sgtm.model.transformer import Transformer
 from sgtm.train.checkpoint import find_latest, load_checkpoint, remove_unfinished, save_checkpoint
 from sgtm.train.metrics import MetricsLog
@@ -38,8 +40,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     overwrite  delete an existing run directory first
 
     SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint after the step in progress and return. Raises ValueError for what a
-    user can put right: a run directory that exists, data that do not fit the config, a damaged checkpoint. Then no run
-    directory has been made, and none deleted.
+    user can put right: a run directory that exists, data that do not fit the config, a damaged checkpoint, wandb
+    without a login. Then no run directory has been made, and none deleted.
     """
     launch = init_distributed(config)
     run = Path(config.runs) / config.name
@@ -54,9 +56,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     if latest is not None:
         start, saved = load_checkpoint(engine, latest, config, corpus.fingerprint)
         totals.restore(saved)
-    on_rank_zero(lambda: _claim(run, config, resume, overwrite))
     log = MetricsLog(run, config, rank=engine.rank, start=start)
-    evaluated = on_rank_zero(log.open)
+    evaluated = on_rank_zero(lambda: _begin(run, config, log, resume, overwrite))
     with StopSignal() as stop, log:
         log.say(_arithmetic(config, engine, start))
         if start == config.train.steps:
@@ -176,14 +177,34 @@ def _refuse(run: Path, resume: bool, overwrite: bool) -> None:
         )
 
 
-def _claim(run: Path, config: Config, resume: bool, overwrite: bool) -> None:
-    """Make the run directory, which is the first thing that is written of a run."""
+def _begin(run: Path, config: Config, log: MetricsLog, resume: bool, overwrite: bool) -> set[int]:
+    """Make the run directory and open its log; returns the steps that have been evaluated.
+
+    An old run is set aside, as `.<name>.replaced-<process>`, and deleted only when nothing can be refused any more.
+    """
     _refuse(run, resume, overwrite)  # again: another process may have made it since
-    if overwrite and run.exists():
-        shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
+    run = run.resolve()  # of a link, what it points to is replaced
+    aside = run.with_name(f".{run.name}.replaced-{os.getpid()}") if overwrite and run.exists() else None
+    if aside:
+        run.rename(aside)
+    file, new = run / "config.yaml", not run.exists() or not any(run.iterdir())
+    earlier = file.read_text("utf-8") if file.exists() else None
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        save_config(config, file)
+        evaluated = log.open()
+    except BaseException:
+        if new:
+            shutil.rmtree(run, ignore_errors=True)
+        elif earlier is not None:
+            write_atomically(file, earlier)
+        if aside:
+            aside.rename(run)
+        raise
     remove_unfinished(run)
-    save_config(config, run / "config.yaml")
+    if aside:
+        shutil.rmtree(aside)
+    return evaluated
 
 
 def _arithmetic(config: Config, engine: Engine, start: int) -> str:

@@ -33,7 +33,11 @@ class MetricsLog:
         self.seconds = 0.0
 
     def open(self) -> set[int]:
-        """Begin to write, on rank 0; returns the steps that have been evaluated. ValueError where wandb refuses."""
+        """Begin to write, on rank 0; returns the steps that have been evaluated.
+
+        Raises ValueError where wandb refuses, before `metrics.jsonl` is touched.
+        """
+        self.wandb = _start_wandb(self.run, self.config)
         self.path = self.run / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["step"] <= self.start]
         self.seconds = max((line["seconds"] for line in kept if line["kind"] == "step"), default=0.0)
@@ -41,7 +45,6 @@ class MetricsLog:
         self.file = self.path.open("a", buffering=1)
         self.console = Console()
         self.progress = _progress(self.console) if self.console.is_terminal else None
-        self.wandb = _start_wandb(self.run, self.config)
         if self.progress:
             self.task = self.progress.add_task("", total=self.config.train.steps, completed=self.start, text="")
         return {line["step"] for line in kept if line["kind"] == "eval"}

@@ -95,7 +95,7 @@ def test_offline_run(tmp_path: Path):
 
 
 def test_online_without_a_login_is_one_message(tmp_path: Path):
-    """Not a question at the terminal, for which the other ranks would wait."""
+    """Not a question at the terminal, for which the other ranks would wait; no run directory is left."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     done = subprocess.run(
         [sys.executable, "-m", "sgtm", "train", "debug", f"--runs={tmp_path}", "--wandb.mode=online"],
@@ -104,3 +104,4 @@ def test_online_without_a_login_is_one_message(tmp_path: Path):
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "wandb.mode online: " in done.stderr and "wandb login" in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["synthetic-512"]

@@ -1,0 +1,145 @@
+"""What the training loop decides, without training: the run directory, signals, a gradient that is not finite.
+
+Faults tried, each seen to fail: the old run deleted before the log opens, or lost where it is a link; a refused first
+start, or the new config of a refused resume, left behind; a folder that is no run overwritten; SIGUSR1 not handled; a
+second Ctrl-C swallowed; stopped without a checkpoint; the message about the gradient left out.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tiny import tiny_config
+
+from sgtm.train import loop
+from sgtm.train.loop import StopSignal
+
+
+class Log:
+    """A log that opens, or is refused as wandb refuses one; remembers what was said."""
+
+    seconds = 0.0
+
+    def __init__(self, run: Path | None = None, refused: bool = False):
+        self.run, self.refused, self.said = run, refused, []
+
+    def open(self) -> set[int]:
+        (self.run / "wandb.id").write_text("id")
+        if self.refused:
+            raise ValueError("wandb.mode online: no login")
+        return {3}
+
+    def step(self, values: dict) -> None: ...
+
+    def evaluation(self, step: int, losses: dict) -> None: ...
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def begin(run: Path, refused: bool = False, resume: bool = False, overwrite: bool = False) -> set[int]:
+    return loop._begin(run, tiny_config(), Log(run, refused), resume, overwrite)
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A run that somebody has trained for weeks."""
+    run = tmp_path / "runs" / "old"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("name: old\n")
+    (run / "checkpoints" / "weights").write_text("weeks")
+    return run
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_refused_overwrite_leaves_the_old_run(old: Path, link: bool):
+    run = old
+    if link:
+        run = old.parent / "link"
+        run.symlink_to(old)
+    before = contents(old.parent)
+    with pytest.raises(ValueError, match="no login"):
+        begin(run, refused=True, overwrite=True)
+    assert contents(old.parent) == before
+    assert begin(run, overwrite=True) == {3}
+    assert set(contents(old)) == {"config.yaml", "wandb.id"} and "layers: 2" in (old / "config.yaml").read_text()
+    assert {path.name for path in old.parent.iterdir()} == {"old", run.name}
+
+
+def test_a_refused_resume_leaves_the_config(old: Path):
+    with pytest.raises(ValueError, match="no login"):
+        begin(old, refused=True, resume=True)
+    assert contents(old) == {"config.yaml": b"name: old\n", "checkpoints/weights": b"weeks", "wandb.id": b"id"}
+    begin(old, resume=True)
+    assert "layers: 2" in (old / "config.yaml").read_text() and (old / "checkpoints/weights").exists()
+
+
+def test_a_refused_first_start_leaves_no_directory(tmp_path: Path):
+    with pytest.raises(ValueError, match="no login"):
+        begin(tmp_path / "new", refused=True)
+    assert not list(tmp_path.iterdir())
+    assert begin(tmp_path / "new") == {3}
+
+
+def test_a_folder_that_is_no_run_is_never_overwritten(tmp_path: Path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years")
+    with pytest.raises(ValueError, match=r"thesis holds other files and no run .*not overwritten"):
+        begin(tmp_path / "thesis", overwrite=True)
+    assert contents(tmp_path) == {"thesis/chapter.tex": b"years"}
+    with pytest.raises(ValueError, match="exists; go on with --resume"):
+        begin(tmp_path / "thesis")
+
+
+def run_steps(monkeypatch, log: Log, *, signals: dict[int, signal.Signals], finite: bool = True) -> list[int]:
+    """Five steps that do nothing but raise these signals; returns the steps after which a checkpoint was saved."""
+    saved: list[int] = []
+    engine = SimpleNamespace(world_size=1, finite=finite, grad_norm=lambda: 1.0)
+    config = tiny_config(train={"steps": 5, "log_every": 100, "eval_every": 0})
+
+    def train_step(engine, batches, *rest):
+        for number in [signals[batches]] if batches in signals else []:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(loop, "save_checkpoint", lambda engine, run, done, *rest: saved.append(done))
+    monkeypatch.setattr(loop, "_losses", lambda *rest: {"loss": 1.0})
+    monkeypatch.setattr(loop, "_evaluate", lambda *rest: {})
+    loader, totals = SimpleNamespace(step=lambda step: step + 1), SimpleNamespace(state=dict)
+    with StopSignal() as stop:
+        loop._steps(config, Path("run"), engine, loader, SimpleNamespace(fingerprint=""), log, stop, totals, 0)
+    return saved
+
+
+@pytest.mark.parametrize("number", StopSignal.SIGNALS)
+def test_a_signal_saves_after_the_step_in_progress_and_stops(monkeypatch, number):
+    before, log = [signal.getsignal(one) for one in StopSignal.SIGNALS], Log()
+    assert {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT} == set(StopSignal.SIGNALS)
+    assert run_steps(monkeypatch, log, signals={3: number}) == [3]
+    assert log.said == ["stopped by a signal after step 3 of 5, checkpoint saved; go on with --resume"]
+    assert [signal.getsignal(one) for one in StopSignal.SIGNALS] == before
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # a scheduler repeats itself; only a person is in a hurry
+
+
+def test_a_gradient_that_is_not_finite_is_said(monkeypatch):
+    log = Log()
+    assert run_steps(monkeypatch, log, signals={}, finite=False) == [5]
+    assert log.said[:2] == [f"step {n}: the gradient is not finite; nothing was updated" for n in (1, 2)]
+    log = Log()
+    run_steps(monkeypatch, log, signals={})
+    assert len(log.said) == 1
