@@ -37,7 +37,8 @@ def export_run(run: Path, remove: Sequence[str], out: Path) -> Path:
     sgtm_export.json: what was removed and how, from which checkpoint (by hash), and the partition.
 
     Returns `out`. Raises ValueError where there is no run or checkpoint, the checkpoint is damaged, a domain is
-    unknown, the model has no Hugging Face form, or `out` is not empty; then nothing is left behind.
+    unknown, the model has no Hugging Face form, `data.path` holds other data than those of the run, or `out` is not
+    empty; then nothing is left behind.
     """
     run, out = Path(run), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -48,7 +49,7 @@ def export_run(run: Path, remove: Sequence[str], out: Path) -> Path:
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        tokenizer = _save_tokenizer(config, hf_config, partial)
+        tokenizer = _save_tokenizer(run, config, read_manifest(checkpoint)["corpus"], hf_config, partial)
         _save_model(state, hf_config, partial)
         record = _record(config, checkpoint, hf_config, sorted(set(remove)), tokenizer)
         (partial / "sgtm_export.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -70,8 +71,10 @@ def _save_model(state: dict[str, Tensor], hf_config: PretrainedConfig, folder: P
         weights.chmod((folder / "config.json").stat().st_mode)
 
 
-def _save_tokenizer(config: Config, hf_config: PretrainedConfig, folder: Path) -> bool:
+def _save_tokenizer(run: Path, config: Config, trained_on: str, hf_config: PretrainedConfig, folder: Path) -> bool:
     """Write the corpus's tokenizer and enter its end-of-text token into the model's config.
+
+    trained_on  fingerprint of the run's corpus; another one's tokenizer would make the model speak gibberish
 
     Weights outlive corpora, so a corpus that is gone costs the export its tokenizer and a warning, no more.
     """
@@ -81,6 +84,11 @@ def _save_tokenizer(config: Config, hf_config: PretrainedConfig, folder: Path) -
     except (ValueError, OSError) as error:
         log.warning("exported without a tokenizer: %s", error)
         return False
+    if corpus.fingerprint != trained_on:
+        raise ValueError(
+            f"{run} was trained on other data than {corpus.path} holds now: prepared anew since? Its tokenizer may be "
+            f"another one; put the data back, or move them away to export without a tokenizer"
+        )
     hf_config.eos_token_id, end = corpus.eos_id, tokenizer.id_to_token(corpus.eos_id)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, model_max_length=config.model.context)
     wrapped.save_pretrained(folder)

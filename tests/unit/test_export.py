@@ -39,7 +39,7 @@ def surroundings(monkeypatch):
     """A tokenizer of 257 tokens in the place of a corpus, and one thread."""
     torch.set_num_threads(1)
     tokenizer = train_bpe([], 257)
-    corpus = SimpleNamespace(tokenizer=tokenizer, eos_id=tokenizer.token_to_id(EOS))
+    corpus = SimpleNamespace(tokenizer=tokenizer, eos_id=tokenizer.token_to_id(EOS), fingerprint="of the run")
     monkeypatch.setattr(export, "open_corpus", lambda config, verify, write: corpus)
 
 
@@ -60,7 +60,7 @@ def make_run(run: Path, text: str) -> Transformer:
     weights = checkpoint / "mp_rank_00_model_states.pt"
     torch.save({"module": model.state_dict()}, weights)
     entry = {"bytes": weights.stat().st_size, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
-    manifest = {"step": 7, "ranks": 1, "corpus": "", "config": config.model_dump(mode="json")}
+    manifest = {"step": 7, "ranks": 1, "corpus": "of the run", "config": config.model_dump(mode="json")}
     manifest["files"] = {weights.name: entry}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     (run / "checkpoints" / "latest").write_text(checkpoint.name)
@@ -175,7 +175,7 @@ def test_the_end_of_text_is_the_one_that_the_corpus_was_written_with(tmp_path, m
     """Its name may be any, and another token may have a usual one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.add_special_tokens([*others, "<stop>"])
-    corpus = SimpleNamespace(tokenizer=tokenizer, eos_id=len(others))
+    corpus = SimpleNamespace(tokenizer=tokenizer, eos_id=len(others), fingerprint="of the run")
     monkeypatch.setattr(export, "open_corpus", lambda config, verify, write: corpus)
     make_run(tmp_path / "run", GPT_NEO)
     out = export_run(tmp_path / "run", [], tmp_path / "out")
@@ -201,6 +201,15 @@ def test_a_corpus_that_is_gone_costs_the_tokenizer_only(tmp_path, monkeypatch, c
         out = export_run(tmp_path / "run", [], tmp_path / "out")
     assert "without a tokenizer: no corpus at data" in caplog.text
     assert (out / "model.safetensors").exists() and not (out / "tokenizer.json").exists()
+
+
+def test_the_tokenizer_of_other_data_is_refused(tmp_path, monkeypatch):
+    other = SimpleNamespace(tokenizer=train_bpe([], 257), eos_id=0, fingerprint="prepared anew", path="data")
+    monkeypatch.setattr(export, "open_corpus", lambda config, verify, write: other)
+    make_run(tmp_path / "run", GPT_NEO)
+    with pytest.raises(ValueError, match=f"{tmp_path}/run was trained on other data than data holds now"):
+        export_run(tmp_path / "run", [], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
