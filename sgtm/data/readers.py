@@ -191,6 +191,10 @@ class LineBlock:
                 raise ValueError(f"{where}: not UTF-8 at byte {error.start} of the line: {error.reason}") from None
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: not JSON: {error.msg} at character {error.pos}") from None
+            except RecursionError:
+                raise ValueError(f"{where}: not JSON that can be read: nested too deeply") from None
+            except ValueError as error:  # a number of more digits than Python converts
+                raise ValueError(f"{where}: not JSON that can be read: {error}") from None
             if not text:
                 continue
             if not isinstance(record, dict):

@@ -27,6 +27,7 @@ DROP = "drop"
 LABELS = ("retain", "unlabeled", DROP)
 """What a category may be but for `forget:<domain>`."""
 _SPLIT_SEED = 2**32 + 1  # label draws use the seeds of configs, which are small: a split is independent of them
+_ROUNDING = 1e-9  # 0.33 + 0.56 + 0.11 is 1.0000000000000002
 
 
 class Section(BaseModel):
@@ -76,7 +77,11 @@ class Selector(Section):
                     f"{where}: the rules look for {self.path!r} in the path {path!r}, which does not match"
                 )
             return found[-1]
-        return str(lookup(record, self.field, where))
+        value = lookup(record, self.field, where)
+        if value is None or isinstance(value, list | dict):
+            found = "null" if value is None else type(value).__name__
+            raise ValueError(f"{where}: field {self.field!r} holds {found}, expected text")
+        return str(value)
 
 
 class SplitSelector(Selector):
@@ -87,7 +92,7 @@ class SplitSelector(Selector):
 
     @model_validator(mode="after")
     def _shares(self):
-        if self.hash is not None and sum(self.hash.values()) > 1:
+        if self.hash is not None and sum(self.hash.values()) > 1 + _ROUNDING:
             raise ValueError(f"hash: the shares {self.hash} sum to more than 1")
         if self.by is not None and self.hash is None:
             raise ValueError("by belongs to hash")
@@ -100,7 +105,7 @@ class SplitSelector(Selector):
         draw, edge = float(uniform_hash(np.array([key], np.uint64), _SPLIT_SEED)[0]), 0.0
         for name, share in self.hash.items():
             edge += share
-            if draw < edge:
+            if draw < edge or edge > 1 - _ROUNDING:  # no draw is left for `train` where the shares sum to 1
                 return name
         return "train"
 
@@ -198,9 +203,11 @@ class Rules(Section):
         spans = lookup(record, self.spans, where) or []
         end_of_last = 0
         try:
-            spans = sorted((int(start), int(end), str(category)) for start, end, category in spans)
+            spans = sorted((_position(start), _position(end), str(category)) for start, end, category in spans)
         except (TypeError, ValueError):
-            raise ValueError(f"{where}: spans must be [[start, end, category], ...], got {spans!r:.80}") from None
+            raise ValueError(
+                f"{where}: spans must be [[start, end, category], ...] in whole numbers, got {spans!r:.80}"
+            ) from None
         for start, end, category in spans:
             if not end_of_last <= start < end <= len(text):
                 raise ValueError(
@@ -211,6 +218,13 @@ class Rules(Section):
                 raise ValueError(f"{where}: span {[start, end, category]}: a span's category cannot be dropped")
             end_of_last = end
         return tuple(spans)
+
+
+def _position(value: Any) -> int:
+    """A whole number, or text of one, as Arrow has no lists of numbers and text. Raises TypeError or ValueError."""
+    if isinstance(value, bool | float):
+        raise TypeError
+    return int(value)
 
 
 def stable_id(data: bytes) -> int:

@@ -150,7 +150,11 @@ GOOD = json.dumps({"text": "good", "category": "en"}).encode() + b"\n"
         (b'{"text": "\xff", "category": "en"}\n', r"a.jsonl:2: not UTF-8 at byte 10 of the line"),
         (b'{"txt": "x", "category": "en"}\n', r"a.jsonl:2: no field 'text' .*txt\?\); the record has txt, category"),
         (b'{"text": 3, "category": "en"}\n', r"a.jsonl:2: field 'text' holds int, expected text"),
+        (b'{"text": "x", "category": null}\n', r"a.jsonl:2: field 'category' holds null, expected text"),
+        (b'{"text": "x", "category": ["en"]}\n', r"a.jsonl:2: field 'category' holds list, expected text"),
         (b'["text"]\n', r"a.jsonl:2: expected a JSON object, got list"),
+        (b'{"a": %s}\n' % (b"[" * 100_000), r"a.jsonl:2: not JSON that can be read: nested too deeply"),
+        (b'{"a": %s}\n' % (b"7" * 5000), r"a.jsonl:2: not JSON that can be read: .*4300 digits"),
         (b'{"text": "\\ud800", "category": "en"}\n', r"a.jsonl:2: the text has half a surrogate pair"),
         (b'{"text": "%s", "category": "en"}\n' % (b"x" * 50), r":2: a document of 51 tokens is longer than a shard"),
     ],
@@ -172,6 +176,10 @@ def test_a_bad_line_is_named(tmp_path, line, message):
         ([[0, 2, "it"]], "unknown category 'it'"),
         ([[0, 2, "fr"]], "cannot be dropped"),
         ([3], "spans must be"),
+        ([[0.5, 2, "es"]], r"in whole numbers, got \[\[0.5, 2, 'es'\]\]"),
+        ([[0, 2.0, "es"]], "in whole numbers"),
+        ([[False, 2, "es"]], "in whole numbers"),
+        ([[0, float("inf"), "es"]], r"in whole numbers, got \[\[0, inf, 'es'\]\]"),
     ],
 )
 def test_bad_spans_are_named(tmp_path, spans, message):

@@ -4,11 +4,17 @@ import re
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from sgtm.config.reference import keys
 from sgtm.config.schema import DataConfig
+from sgtm.data.readers import open_sources
 from sgtm.data.rules import Rules, load_rules
+from sgtm.masking.channel import LabelChannel
+from sgtm.masking.labels import LabelSpace
 
 ROOT = Path(__file__).parents[2]
 TAKES = "but it takes: retain, unlabeled, forget:<domain> or drop"
@@ -87,3 +93,63 @@ def test_the_documentation_has_exactly_the_keys_there_are():
 def test_the_documentation_has_exactly_the_mixings_there_are():
     text = (ROOT / "docs/data.md").read_text("utf-8").partition("`data.mixing`")[2]
     assert re.findall(r"^\| `([a-z]+)`", text, re.M) == list(get_args(DataConfig.model_fields["mixing"].annotation))
+
+
+def splits_of(shares: dict[str, float], count: int = 20_000) -> np.ndarray:
+    rules = Rules(split={"hash": shares}, labels={"a": "retain"})
+    return np.array([rules.split.split({}, "", "", i * 0x9E3779B97F4A7C15 % 2**64) for i in range(count)])
+
+
+@pytest.mark.parametrize(
+    "shares", [{"test": 0.2, "val": 0.3, "dev": 0.1}, {"train": 0.33, "test": 0.56, "val": 0.11}, {"test": 1}]
+)
+def test_every_split_gets_its_share_and_train_the_rest(shares):
+    found = splits_of(shares)
+    expected = {"train": 1 - sum(shares.values()), **shares}
+    for name, share in expected.items():
+        assert np.mean(found == name) == pytest.approx(share, abs=0.015)
+    assert set(found) <= set(shares) or sum(shares.values()) < 0.99
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_the_split_says_nothing_of_the_applied_label(seed):
+    ids = np.random.default_rng(0).integers(0, 2**63, 20_000).astype(np.uint64)
+    rules = Rules(split={"hash": {"test": 0.1}}, labels={"a": "retain"})
+    test = np.array([rules.split.split({}, "", "", int(i)) == "test" for i in ids])
+    channel = LabelChannel.from_rows(LabelSpace(("es",)), {"retain": {"retain": 0.5, "unlabeled": 0.5}})
+    applied = channel.apply(np.ones(len(ids), np.int64), ids, seed)
+    assert set(applied) == {0, 1} and applied[test].mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_spans_are_sorted_and_may_be_text():
+    rules = Rules(split={"constant": "train"}, labels={"a": "retain", "b": "forget:b"}, spans="spans")
+    record = {"text": "0123456789", "category": "a", "spans": [["7", "9", "b"], [0, 2, "b"], [3, 4, "b"]]}
+    assert rules.document(record, "", "").spans == ((0, 2, "b"), (3, 4, "b"), (7, 9, "b"))
+
+
+def test_every_field_that_the_rules_read_is_read(tmp_path):
+    """Of a table the other columns stay on the disk."""
+    record = {
+        "body": "text",
+        "meta": {"kind": "a"},
+        "source": {"book": "b1"},
+        "marks": [["0", "2", "a"]],
+        "unused": 1,
+    }
+    parquet.write_table(pa.Table.from_pylist([record]), tmp_path / "a.parquet")
+    rules = Rules.model_validate(
+        {
+            "text": "body",
+            "category": {"field": "meta.kind"},
+            "split": {"hash": {"test": 0.5}, "by": "source.book"},
+            "labels": {"a": "retain"},
+            "spans": "marks",
+        }
+    )
+    (source,) = open_sources([tmp_path / "a.parquet"])
+    (block,) = source.blocks(rules.columns)
+    (found,) = block.records()
+    assert set(found.fields) == set(record) - {"unused"}
+    assert rules.document(found.fields, found.path, found.where).spans == ((0, 2, "a"),)
+    by_field = Rules.model_validate({"split": {"field": "part"}, "labels": {"a": "retain"}})
+    assert by_field.columns == ["category", "part", "text"]
