@@ -124,6 +124,37 @@ def test_sequence_mixing_is_sorted_and_even(corpus, world_size):
             assert places == sorted(places)
 
 
+def test_of_several_domains_the_highest_comes_first(tmp_path):
+    """What the collator's runs are sorted by: the last group's rows first."""
+    labels = {"en": "retain", "es": "forget:es", "fr": "forget:fr", "web": "unlabeled"}
+    documents = [record(n, category, 33, "train" if n else "test") for n in range(40) for category in labels]
+    corpus = build(tmp_path / "corpus", documents, labels)
+    run = config("sequence", sequences=16, micro_batch=16, domains=("es", "fr"))
+    seen = set()
+    for step in range(5):
+        (batch,) = global_step(corpus, run, step, 1)
+        seen |= set(batch.labels)
+        places = [(FORGET + 1, FORGET, UNLABELED, RETAIN).index(label) for label in batch.labels]
+        assert places == sorted(places)
+    assert seen == {UNLABELED, RETAIN, FORGET, FORGET + 1}
+
+
+def test_sequences_meet_others_in_every_epoch_and_under_every_label(tmp_path):
+    """Blocks of 4 sequences: which ones share a block is drawn anew for each epoch and each label."""
+    documents = [record(n, category, 31, "train" if n else "test") for n in range(41) for category in ("en", "es")]
+    corpus = build(tmp_path / "corpus", documents)
+    loader = Loader(corpus, config_for(context=32, sequences=4, mixing="step"))
+    assert {stream.sequences for stream in loader.streams.values()} == {40}
+    blocks: dict[tuple[int, int], set[frozenset]] = {}
+    for step in range(2 * loader.blocks_per_epoch):
+        places = loader.sequences(step)
+        (label,) = {place.stream for place in places}
+        key = (step // loader.blocks_per_epoch, label)
+        blocks.setdefault(key, set()).add(frozenset(place.sequence for place in places))
+    assert [len(found) for found in blocks.values()] == [10] * 4
+    assert len({frozenset(found) for found in blocks.values()}) == 4
+
+
 @pytest.mark.parametrize(("mixing", "isolated"), [("token", False), ("sequence", True), ("step", True)])
 def test_isolated_ranges_cover_the_micro_batch_and_stay_in_their_sequence(corpus, mixing, isolated):
     for batch in global_step(corpus, config(mixing, isolate_documents=isolated), 3, 1):
@@ -216,6 +247,16 @@ def test_evaluation_sees_every_token_once_with_equal_batches_on_all_ranks(corpus
         assert 16 < found.total() <= 48
     again = evaluation_batches(corpus, run, "test", "es", max_sequences=limit, world_size=world_size)
     assert rows(ranks[0]) == rows(list(again))
+
+
+def test_a_short_evaluation_is_a_sample_of_the_whole_split(tmp_path):
+    """Input is often sorted, by source or by date: its beginning stands for nothing."""
+    documents = [record(n, length=15, split="test" if n else "train") for n in range(101)] + [record(0, "es")]
+    corpus = build(tmp_path / "corpus", documents)
+    batches = evaluation_batches(corpus, config("sequence"), "test", "en", max_sequences=20)
+    text = corpus.tokenizer.decode([int(t) for batch in batches for t in batch.input_ids.flatten()])
+    seen = [int(piece[:6]) for piece in text.split("en")[1:]]
+    assert len(set(seen)) == 20 and 30 < sum(seen) / 20 < 70 and seen != sorted(seen)
 
 
 def test_evaluation_leaves_documents_with_spans_out(tmp_path):

@@ -1,7 +1,7 @@
 """Evaluation against cross-entropy by hand: each set of removed domains, every category, one rank and two.
 
 Faults tried, each seen to fail: nothing removed; the wrong split; one category for all; the share of one rank counted
-twice.
+twice; gradient norms of a sum and not of a mean, squared, or of the last of a label's categories alone.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from corpora import build, config_for, record
 
 from sgtm.config import load_config
 from sgtm.data.batch import IGNORE
@@ -16,6 +17,7 @@ from sgtm.data.loader import evaluation_batches
 from sgtm.data.open import open_corpus
 from sgtm.evaluate.localisation import gradient_norms
 from sgtm.evaluate.losses import category_losses
+from sgtm.masking.strategy import build_tables
 from sgtm.model.transformer import Transformer
 
 CPU = torch.device("cpu")
@@ -88,3 +90,37 @@ def test_gradient_norms_of_each_label_and_group(setting):
     assert all(value > 0 for row in found.values() for value in row.values())
     assert found["retain"] != found["forget:es"]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_gradient_norms_are_those_of_the_mean_loss_over_all_categories_of_a_label(tmp_path):
+    labels = {"en": "retain", "de": "retain", "es": "forget:es"}
+    documents = [
+        record(n, category, 20 + 5 * n, split) for n in range(5) for category in labels for split in ("train", "test")
+    ]
+    corpus, config = build(tmp_path / "corpus", documents, labels), config_for()
+    torch.manual_seed(0)
+    model = Transformer(config.model, config.partition, "runs")
+    found = gradient_norms(model, corpus, config, split="test", sequences=100, device=CPU)
+
+    other = Transformer(config.model, config.partition, "reference")
+    other.load_state_dict(model.state_dict())
+    tables = build_tables(config.space, "none")
+    for label, categories in {"retain": ["en", "de"], "forget:es": ["es"]}.items():
+        total, count = 0.0, 0
+        for category in categories:
+            for batch in evaluation_batches(corpus, config, "test", category):
+                logits, targets = other.logits(batch.input_ids, batch.plan(tables)), batch.targets.flatten()
+                total = total + F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
+                count += int((targets != IGNORE).sum())
+        other.zero_grad()
+        (total / count).backward()
+        for group in ("retain", "es"):
+            gradients, weights = [], []
+            for name, parameter in other.named_parameters():
+                rows = other.parameter_rows()[name]
+                for key, start, end in zip(rows.keys, rows.bounds[:-1], rows.bounds[1:], strict=True):
+                    if key.endswith(f".{group}"):
+                        gradients.append(parameter.grad[start:end].flatten())
+                        weights.append(parameter[start:end].detach().flatten())
+            expected = float(torch.cat(gradients).norm() / torch.cat(weights).norm())
+            assert found[label][group] == pytest.approx(expected, rel=1e-4)

@@ -1,7 +1,8 @@
 """A file is there whole or as it was, whatever happens while it is written.
 
 Faults tried, each seen to fail: written in place; the temporary file left behind after an error; renamed before it is
-flushed to the disk; only the first block hashed.
+flushed to the disk; flushed while bytes were in Python's own buffer; one temporary name for two processes; only the
+first block hashed.
 """
 
 import hashlib
@@ -50,3 +51,27 @@ def test_hash(tmp_path, size):
     path = tmp_path / "file"
     path.write_bytes(os.urandom(size))
     assert sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_every_byte_is_flushed_before_the_rename(tmp_path, monkeypatch):
+    path, seen, flush = tmp_path / "file", [], os.fsync
+
+    def watched(descriptor):
+        seen.append((os.fstat(descriptor).st_size, path.exists()))
+        flush(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", watched)
+    write_atomically(path, "some bytes")
+    assert seen == [(10, False)]
+
+
+def test_two_processes_write_the_same_file(tmp_path, monkeypatch):
+    """The later one wins, and neither sees the other's half."""
+    path = tmp_path / "file"
+    monkeypatch.setattr(files.os, "getpid", lambda: 1)
+    with replacing(path) as file:
+        file.write(b"first process")
+        monkeypatch.setattr(files.os, "getpid", lambda: 2)
+        write_atomically(path, "second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first process" and os.listdir(tmp_path) == ["file"]

@@ -28,6 +28,7 @@ PLACE = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
         ({}, Launch("none")),
         ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, Launch("none")),  # a batch script's own shell
         ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, Launch("none")),  # interactive step
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, Launch("none")),  # srun of one: alone
         (
             {**PLACE, **ADDRESS, "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"},
             Launch("torchrun", 5, 8, 1, 4),
