@@ -2,17 +2,16 @@
 
 Three stages: a tokenizer (trained on a sample, or loaded), the blocks (in parallel, each a file of its own), and the
 merge of the blocks, in order, into shards and index; the manifest comes last. `job.json` beside them says from what:
-run again with the same inputs, rules and tokenizer, the stages that were finished are reused.
+run again with the same inputs, rules and tokenizer, the stages that were finished are reused
+(`sgtm/data/folder.py`).
 
 The promises: the corpus depends on the input's content and order, not on the number of workers or interruptions; a
-folder that was not finished does not open; a finished one is never overwritten unless asked
-(`tests/unit/test_prepare_resume.py`).
+folder that was not finished does not open; a finished one is never overwritten unless asked, and then stays until the
+new one is complete (`tests/unit/test_prepare_resume.py`).
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import shutil
 from collections import Counter
@@ -29,15 +28,15 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from tokenizers import Tokenizer
 
 from sgtm.data.encode import EncodedBlock, Encoder, block_file, encode_blocks
+from sgtm.data.folder import BLOCKS, clear, locked, place_to_build, put_in_place, stored_job
 from sgtm.data.readers import SUFFIXES, Block, Source, open_sources
 from sgtm.data.rules import Rules, load_rules
-from sgtm.data.store import DOCUMENTS, LOCK, MANIFEST, SPANS, TOKENIZER, Corpus
+from sgtm.data.store import MANIFEST, TOKENIZER, Corpus
 from sgtm.data.summary import summary, warnings
 from sgtm.data.tokenizer import eos_token, load_tokenizer, sample_texts, train_bpe, vocabulary_size
 from sgtm.data.writer import CorpusWriter
 from sgtm.files import sha256_of, write_atomically
 
-JOB, BLOCKS = "job.json", "blocks"
 TRAIN = "train"
 SAMPLE_BYTES = 32 * 2**20
 SHARD_TOKENS = 2**26
@@ -64,7 +63,7 @@ class PrepareOptions:
     shard_tokens: int = SHARD_TOKENS
     """Tokens of a shard file, and of the longest document."""
     overwrite: bool = False
-    """Replace a finished corpus made from something else."""
+    """Replace a finished corpus made from something else; it stays until the new one is complete."""
 
 
 def run_prepare(options: PrepareOptions) -> None:
@@ -127,15 +126,17 @@ def prepare(
         raise ValueError(f"workers must be 0 or more and shard_tokens positive, got {workers} and {shard_tokens}")
     workers = workers or len(os.sched_getaffinity(0))
     job = _job(sources, rules, tokenizer, vocab_size)
-    with _locked(out):
-        if not _finished(out, job, shard_tokens, overwrite):
-            _start_or_resume(out, job)
-            loaded, eos = _tokenizer(sources, rules, tokenizer, vocab_size, out, progress)
-            encoder = Encoder(rules, out / TOKENIZER, loaded.token_to_id(eos), vocabulary_size(loaded), shard_tokens)
+    with locked(out):
+        place = place_to_build(out, job, shard_tokens, overwrite)
+        if place is not None:
+            loaded, eos = _tokenizer(sources, rules, tokenizer, vocab_size, place, progress)
+            encoder = Encoder(rules, place / TOKENIZER, loaded.token_to_id(eos), vocabulary_size(loaded), shard_tokens)
             with _bar(sources, "tokenizing", progress) as advance:
-                count = encode_blocks(encoder, _all_blocks(sources, rules), out / BLOCKS, workers, advance)
-            _merge(out, encoder, count)
-        shutil.rmtree(out / BLOCKS, ignore_errors=True)
+                count = encode_blocks(encoder, _all_blocks(sources, rules), place / BLOCKS, workers, advance)
+            _merge(place, encoder, count)
+            if place != out:
+                put_in_place(out)
+            clear(out)
     return Corpus.open(out)
 
 
@@ -153,7 +154,7 @@ def open_prepared(
     Raises ValueError naming the file where the finished corpus is damaged (`verify`: see `Corpus.open`).
     """
     out = Path(out)
-    if not (out / MANIFEST).is_file() or _stored_job(out) != _job(sources, rules, tokenizer, vocab_size):
+    if not (out / MANIFEST).is_file() or stored_job(out) != _job(sources, rules, tokenizer, vocab_size):
         return None
     return Corpus.open(out, verify)
 
@@ -170,63 +171,6 @@ def _job(sources: Sequence[Source], rules: Rules, tokenizer: str | Path, vocab_s
         "rules": rules.model_dump(),
         "tokenizer": made,
     }
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One writer at a time; a second one waits, and then finds the corpus finished."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _stored_job(out: Path) -> dict | None:
-    try:
-        return json.loads((out / JOB).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def _finished(out: Path, job: dict, shard_tokens: int, overwrite: bool) -> bool:
-    """Whether `out` holds the intact corpus of this job; what is damaged or to be replaced is cleared.
-
-    Raises ValueError where it holds a corpus of another job and may not be overwritten.
-    """
-    if not (out / MANIFEST).is_file():
-        return False
-    if _stored_job(out) == job:
-        try:
-            if Corpus.open(out).manifest.shard_tokens == shard_tokens:
-                return True
-        except ValueError:
-            overwrite = True  # it is damaged, and this is what it was made from
-    if not overwrite:
-        raise ValueError(
-            f"{out} holds a corpus prepared from other inputs, rules or options; choose another --out, "
-            f"or replace it with --overwrite"
-        )
-    (out / MANIFEST).unlink()
-    (out / JOB).unlink(missing_ok=True)
-    return False
-
-
-def _start_or_resume(out: Path, job: dict) -> None:
-    """Keeps what an interrupted run of the same job left behind; clears what another one did."""
-    stored = _stored_job(out)
-    if stored != job:
-        ours = {JOB, BLOCKS, LOCK, "shards", "tokenizer", DOCUMENTS, SPANS}
-        foreign = {path.name for path in out.iterdir() if path.name not in ours and path.suffix != ".tmp"}
-        if foreign:
-            raise ValueError(f"{out} is not empty (it holds {', '.join(sorted(foreign)[:3])}); choose another --out")
-        (out / JOB).unlink(missing_ok=True)
-        for folder in (BLOCKS, "shards", "tokenizer"):
-            shutil.rmtree(out / folder, ignore_errors=True)
-    for leftover in out.rglob("*.tmp"):
-        leftover.unlink()
-    (out / BLOCKS).mkdir(exist_ok=True)
-    (out / "tokenizer").mkdir(exist_ok=True)
-    write_atomically(out / JOB, json.dumps(job))
 
 
 def _tokenizer(

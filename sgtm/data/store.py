@@ -182,7 +182,8 @@ def _read_manifest(path: Path) -> Manifest:
         if (path / LOCK).exists():
             raise ValueError(
                 f"the corpus {path} is not finished: `sgtm prepare` was interrupted or ended with an error. Run the "
-                f"same command again, it goes on where it stopped: sgtm prepare DATA... --rules FILE --out {path}"
+                f"same command again; it goes on where it stopped, or says what is wrong: "
+                f"sgtm prepare DATA... --rules FILE --out {path}"
             )
         raise ValueError(
             f"{path} is not a corpus (no {MANIFEST} in it); `sgtm prepare DATA... --rules FILE --out FOLDER` makes one"

@@ -172,6 +172,44 @@ def test_a_finished_corpus_is_only_replaced_when_asked(source, tmp_path):
     assert run(source, tmp_path / "out", shard_tokens=999, overwrite=True).manifest.shard_tokens == 999
 
 
+def test_overwriting_killed_at_any_moment_leaves_the_old_corpus_or_resumes_to_the_new(source, tmp_path):
+    """There is a moment in between, while the files are moved, in which neither opens."""
+    other = write_jsonl(tmp_path / "b.jsonl", mixed_records(10))
+    expected, opened = contents(run(source, tmp_path / "whole").path), {"old": 0, "new": 0, "none": 0}
+    for moment in range(1000):
+        out = tmp_path / f"killed-{moment}"
+        before = contents(run(other, out).path)
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, moment)
+            try:
+                run(source, out, overwrite=True)
+                break
+            except Killed:
+                pass
+        if not (out / MANIFEST).exists():
+            opened["none"] += 1
+        elif texts(Corpus.open(out)) == texts(Corpus.open(tmp_path / "whole")):
+            opened["new"] += 1
+        else:
+            assert contents(out).items() >= before.items()
+            opened["old"] += 1
+        assert contents(run(source, out, overwrite=True).path) == expected
+    assert opened["old"] > 20 and opened["none"] == 11 and opened["new"] == 1
+
+
+@pytest.mark.parametrize("refused", ["vocabulary", "category"])
+def test_overwriting_with_what_is_refused_leaves_the_old_corpus(source, tmp_path, refused):
+    before = contents(run(source, tmp_path / "out").path)
+    if refused == "category":
+        write_jsonl(source, [*mixed_records(), {"text": "x", "category": "it", "split": "test"}])
+    with pytest.raises(ValueError, match=r"vocabulary of only|unknown category 'it'"):
+        run(source, tmp_path / "out", overwrite=True, vocab_size=4096 if refused == "vocabulary" else BYTES)
+    Corpus.open(tmp_path / "out")
+    assert contents(tmp_path / "out").items() >= before.items()
+    if refused == "vocabulary":
+        assert contents(run(source, tmp_path / "out").path) == before
+
+
 def test_a_damaged_corpus_is_prepared_again(source, tmp_path):
     before = contents(run(source, tmp_path / "out").path)
     (tmp_path / "out/shards/00001.bin").write_bytes(b"")

@@ -1,0 +1,102 @@
+"""The folder that `prepare` writes: who may, what is in it already, and how a finished corpus is replaced.
+
+A corpus that replaces another is built in a folder inside it and takes its place when it is complete. So the old one
+opens until then, whatever the new one's input, rules or vocabulary are refused for (`tests/unit/test_prepare_resume.py`
+kills it at every stage).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sgtm.data.store import DOCUMENTS, LOCK, MANIFEST, SPANS, Corpus
+from sgtm.files import write_atomically
+
+JOB, BLOCKS, REPLACEMENT = "job.json", "blocks", ".replacement"
+_PARTS = ("shards", "tokenizer", DOCUMENTS, SPANS, JOB, MANIFEST)
+"""What is moved, the manifest last."""
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """One writer at a time; a second one waits, and then finds the corpus finished."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def stored_job(out: Path) -> dict | None:
+    """What the folder was made from, as far as it got; None where nothing says so."""
+    try:
+        return json.loads((out / JOB).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def place_to_build(out: Path, job: dict, shard_tokens: int, overwrite: bool) -> Path | None:
+    """Where the corpus of this job is to be built, ready for it; None where `out` holds it already, intact.
+
+    What an interrupted run of the same job left behind is kept, what another one did is cleared.
+
+    Raises ValueError where `out` holds a corpus of another job and may not be overwritten, or something else.
+    """
+    if not (out / MANIFEST).is_file() and (out / REPLACEMENT / MANIFEST).is_file():
+        put_in_place(out)  # a run was killed while it did
+    place = out
+    if (out / MANIFEST).is_file():
+        if stored_job(out) == job:
+            try:
+                if Corpus.open(out).manifest.shard_tokens == shard_tokens:
+                    clear(out)
+                    return None
+            except ValueError:
+                overwrite = True  # it is damaged, and this is what it was made from
+        if not overwrite:
+            raise ValueError(
+                f"{out} holds a corpus prepared from other inputs, rules or options; choose another --out, "
+                f"or replace it with --overwrite"
+            )
+        place = out / REPLACEMENT
+        place.mkdir(exist_ok=True)
+    _start_or_resume(place, job)
+    return place
+
+
+def put_in_place(out: Path) -> None:
+    """Moves the finished replacement over the corpus of `out`; killed in the middle, it can be done again."""
+    replacement = out / REPLACEMENT
+    (out / MANIFEST).unlink(missing_ok=True)
+    for name in _PARTS:
+        if (replacement / name).exists():
+            if (out / name).is_dir():
+                shutil.rmtree(out / name)
+            (replacement / name).replace(out / name)
+
+
+def clear(out: Path) -> None:
+    """Removes what a finished corpus needs no more."""
+    for name in (BLOCKS, REPLACEMENT):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _start_or_resume(place: Path, job: dict) -> None:
+    if stored_job(place) != job:
+        ours = {*_PARTS, BLOCKS, LOCK, REPLACEMENT}
+        foreign = {path.name for path in place.iterdir() if path.name not in ours and path.suffix != ".tmp"}
+        if foreign:
+            raise ValueError(f"{place} is not empty (it holds {', '.join(sorted(foreign)[:3])}); choose another --out")
+        (place / JOB).unlink(missing_ok=True)
+        for folder in (BLOCKS, "shards", "tokenizer"):
+            shutil.rmtree(place / folder, ignore_errors=True)
+    (place / MANIFEST).unlink(missing_ok=True)
+    for leftover in place.rglob("*.tmp"):
+        leftover.unlink()
+    (place / BLOCKS).mkdir(exist_ok=True)
+    (place / "tokenizer").mkdir(exist_ok=True)
+    write_atomically(place / JOB, json.dumps(job))
