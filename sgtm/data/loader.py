@@ -22,6 +22,7 @@ from sgtm.config.schema import Config
 from sgtm.data.batch import Batch
 from sgtm.data.packing import Sequence, Stream, derived_seed, in_order, pack, shuffled
 from sgtm.data.store import Corpus
+from sgtm.data.summary import labels_of
 from sgtm.masking.labels import FIRST_FORGET, RETAIN, UNLABELED
 
 _EPOCH_BLOCKS, _EPOCH_SEQUENCES = 3, 8  # + label
@@ -225,9 +226,9 @@ def check_corpus(corpus: Corpus, config: Config) -> None:
     padded = -(-vocab // PAD_MULTIPLE) * PAD_MULTIPLE
     if not vocab <= wanted <= padded:
         raise ValueError(
-            f"model.vocab_size is {wanted}, but the tokenizer of {corpus.path} has {vocab} entries; set "
-            f"model.vocab_size to {vocab} (or up to {padded}, a multiple of {PAD_MULTIPLE}), or "
-            f"prepare the data with that vocabulary"
+            f"model.vocab_size is {wanted}, but the tokenizer of {corpus.path} has {vocab} entries; train with "
+            f"--model.vocab_size {vocab}{f' (up to {padded} is fine)' if padded > vocab else ''}, or prepare the data "
+            f"anew with a tokenizer of {wanted} entries: --vocab-size {wanted}"
         )
     corpus.label_of_category(config.space)
     for domain in config.masking.domains:
@@ -237,6 +238,13 @@ def check_corpus(corpus: Corpus, config: Config) -> None:
                 f"masking.domains names {domain!r}, but no category of {corpus.path} is labelled forget:{domain}; "
                 f"its labels are {labels}"
             )
+
+
+def only_forget(corpus: Corpus, config: Config) -> bool:
+    """Whether a masked run would train on nothing that is retain or unlabeled, after the label channel."""
+    true_labels = [config.space.label(label) for label in labels_of(corpus, "train")]
+    applied = config.channel.matrix[true_labels].sum(0)
+    return config.masking.strategy != "none" and not applied[[RETAIN, UNLABELED]].any()
 
 
 def collate(sequences: list[Sequence], isolated: bool, step_targets: int, step_labels: frozenset[int]) -> Batch:

@@ -176,6 +176,11 @@ class Corpus:
 
 
 def _read_manifest(path: Path) -> Manifest:
+    if path.is_file():
+        raise ValueError(
+            f"{path} is a file, and data.path names the folder that `sgtm prepare` makes of it: "
+            f"sgtm prepare {path} --rules FILE --out FOLDER"
+        )
     if not path.is_dir():
         raise ValueError(f"no corpus at {path}: the folder does not exist; write it with `sgtm prepare`")
     if not (path / MANIFEST).is_file():

@@ -11,6 +11,8 @@ from sgtm.data.store import Corpus
 FEW_TOKENS = 1000
 """A category's test split with fewer is tiny: where losses of tokens spread by 3 nats, their mean is good to 0.1."""
 
+ONLY_FORGET = "nothing in split train is retain or unlabeled: the model without its domains learns next to nothing"
+
 
 def summary(corpus: Corpus) -> Table:
     """What a corpus holds, as a table."""
@@ -43,6 +45,9 @@ def warnings(corpus: Corpus, rules: Rules) -> list[str]:
         for split, share in (rules.split.hash or {}).items()
         if share and split not in (*m.splits, "test")
     ]
+    trained = labels_of(corpus, "train")
+    if trained and trained.isdisjoint(("retain", "unlabeled")):
+        found.append(f"{ONLY_FORGET} (rules: labels)")
     unmatched = [category for category, label in rules.labels.items() if label == DROP and not m.dropped]
     in_spans = {list(m.categories)[number] for number in np.unique(corpus.spans["category"])}
     for category in m.categories:
@@ -54,6 +59,13 @@ def warnings(corpus: Corpus, rules: Rules) -> list[str]:
     if unmatched:
         found.append(f"labels of the rules: no document is of category {', '.join(unmatched)}")
     return found
+
+
+def labels_of(corpus: Corpus, split: str) -> set[str]:
+    """True labels of a split's documents, and of labelled spans in whatever split."""
+    m = corpus.manifest
+    in_spans = {list(m.categories)[number] for number in np.unique(corpus.spans["category"])}
+    return {m.categories[category] for category in {*m.counts.get(split, {}), *in_spans}}
 
 
 def _split_warnings(category: str, tokens: dict[str, int]) -> list[str]:

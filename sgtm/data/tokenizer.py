@@ -37,7 +37,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if found != vocab_size:
         raise ValueError(
             f"the text yields a vocabulary of only {found} entries, not vocab_size {vocab_size}; "
-            f"lower it or give more text"
+            f"give more text, or set --vocab-size {found}"
         )
     return tokenizer
 

@@ -17,9 +17,10 @@ import torch
 
 from sgtm.config import Config
 from sgtm.config.load import save_config
-from sgtm.data.loader import Loader
+from sgtm.data.loader import Loader, only_forget
 from sgtm.data.open import open_corpus
 from sgtm.data.store import Corpus
+from sgtm.data.summary import ONLY_FORGET
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.distributed.engine import Engine
 from sgtm.distributed.process_group import init_distributed
@@ -60,6 +61,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     evaluated = on_rank_zero(lambda: _begin(run, config, log, resume, overwrite))
     with StopSignal() as stop, log:
         log.say(_arithmetic(config, engine, start))
+        if only_forget(corpus, config):
+            log.say(f"warning: {ONLY_FORGET}")
         if start == config.train.steps:
             log.say(f"{run} is complete: all of its {start} steps were trained before")
         if start and _evaluation_due(config, start) and start not in evaluated:

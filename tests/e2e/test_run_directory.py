@@ -45,6 +45,12 @@ def test_a_refused_run_leaves_no_directory_and_the_old_one_as_it_was(finished: P
     assert contents(finished) == before
 
 
+def test_a_run_on_nothing_but_forget_data_is_warned_of(finished: Path, tmp_path: Path):
+    corpus = f"--data.path={finished.parent / 'synthetic-512'}"
+    forget = train(tmp_path, corpus, "--data.channel={retain: {'forget:es': 1}}")
+    assert forget.returncode == 0 and "warning: nothing in split train is retain" in forget.stdout
+
+
 def test_a_finished_run_says_so(finished: Path):
     done = sgtm("train", finished, "--resume")
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,7 @@
 """The order of data: pure in (seed, step), the same for any number of ranks, even in labels."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgtm.data.batch import IGNORE, Batch
-from sgtm.data.loader import Loader, evaluation_batches
+from sgtm.data.loader import Loader, check_corpus, evaluation_batches, only_forget
 from sgtm.data.store import Corpus
 from sgtm.masking.labels import RETAIN, UNLABELED
 
@@ -25,7 +26,7 @@ def corpus(tmp_path_factory) -> Corpus:
 
 
 def config(mixing: str, **options):
-    return config_for(mixing=mixing, channel=CHANNEL, **{"micro_blocks": 2, **options})
+    return config_for(mixing=mixing, **{"channel": CHANNEL, "micro_blocks": 2, **options})
 
 
 def rows(batches: list[Batch]) -> list[tuple]:
@@ -215,6 +216,24 @@ def test_the_vocabulary_may_be_padded_but_not_wrong(corpus, vocab, fits):
     else:
         with pytest.raises(ValueError, match=f"model.vocab_size is {vocab}, but the tokenizer of .* has 257 entries"):
             Loader(corpus, run)
+
+
+def test_how_to_mend_the_vocabulary(corpus):
+    """No choice is offered where the size is a multiple of 128 already."""
+    run = config("sequence")
+    with pytest.raises(ValueError, match=r"train with --model\.vocab_size 257 \(up to 384 is fine\), or .*-size 512$"):
+        check_corpus(corpus, run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": 512})}))
+    round_one = SimpleNamespace(vocab_size=256, manifest=corpus.manifest, path="data")
+    with pytest.raises(ValueError, match=r"train with --model\.vocab_size 256, or prepare .*--vocab-size 257$"):
+        check_corpus(round_one, run)
+
+
+def test_nothing_but_forget_data_is_seen_after_the_label_channel(corpus):
+    everything = {"retain": {"forget:es": 1}, "unlabeled": {"forget:es": 1}}
+    assert not only_forget(corpus, config("sequence"))
+    assert only_forget(corpus, config("sequence", channel=everything))
+    assert not only_forget(corpus, config("sequence", channel={**everything, "unlabeled": {"forget:es": 0.9}}))
+    assert not only_forget(corpus, config("sequence", channel=everything, masking={"strategy": "none"}))
 
 
 def test_a_corpus_without_test_split_is_refused_before_training(tmp_path):

@@ -86,6 +86,8 @@ def test_a_folder_without_manifest_or_none_at_all(folder):
     (folder / LOCK).unlink()
     with pytest.raises(ValueError, match=r"copy is not a corpus \(no manifest\.json in it\); `sgtm prepare DATA"):
         Corpus.open(folder)
+    with pytest.raises(ValueError, match=r"spans\.npy is a file.*sgtm prepare \S+spans\.npy --rules"):
+        Corpus.open(folder / SPANS)
     with pytest.raises(ValueError, match="the folder does not exist"):
         Corpus.open(folder / "nowhere")
 

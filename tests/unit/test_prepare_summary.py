@@ -53,6 +53,17 @@ def test_a_tiny_and_a_missing_test_split(printed):
     ]
 
 
+def test_nothing_but_forget_data(printed):
+    """Retain data in the test split alone do not count, and unlabeled data do."""
+    forget = [*both_splits("es", 1500), record(8, "en", 1000, "test")]
+    assert printed(forget)[1] == [
+        "nothing in split train is retain or unlabeled: the model without its domains learns next to nothing "
+        "(rules: labels)",
+        "category en has no document in split train: nothing of it is learned",
+    ]
+    assert printed(GOOD, labels={"en": "unlabeled", "es": "forget:es"})[1] == []
+
+
 def test_a_missing_split(printed):
     warnings = printed([record(0), record(1, "es")])[1]
     assert warnings == ["no document is in split test; evaluation needs it (rules: split)"]
