@@ -16,6 +16,8 @@ from pathlib import Path
 
 OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --masking.strategy none"
 
+CONFIGURED = ("train", "explain", "config", "quickstart")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 if nobody reads stdout, 2 for a mistake, 130 interrupted."""
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dispatch(argv: list[str]) -> int:
     overrides: list[str] = []
-    if argv and argv[0] in ("train", "explain", "config", "quickstart"):
+    if argv and argv[0] in CONFIGURED:
         argv, overrides = split_overrides(argv)
     parser = _parser()
     if not argv:
@@ -51,7 +53,8 @@ def _dispatch(argv: list[str]) -> int:
         from sgtm.config.load import QUOTES
 
         list_cut_up = overrides and not any(argument.startswith("-") for argument in rest)
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{QUOTES if list_cut_up else ''}")
+        hint = QUOTES if list_cut_up else _key_meant(rest) if argv[0] in CONFIGURED else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if hasattr(options, "config"):
         options.overrides = overrides
     return options.run(options) or 0
@@ -72,6 +75,20 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
         else:
             rest.append(argument)
     return rest, overrides
+
+
+def _key_meant(arguments: list[str]) -> str:
+    """What an unknown option may be a slip of, as `--steps` of `--train.steps`; empty where there is nothing near."""
+    from sgtm.config.errors import nearest
+    from sgtm.config.reference import keys
+    from sgtm.config.schema import Config
+
+    known = {name: [f"--{name}"] for name in ("resume", "overwrite")}
+    for key in keys(Config):
+        known.setdefault(key.name.rpartition(".")[2], []).append(f"--{key.name}")
+    options = [argument[2:].partition("=")[0] for argument in arguments if argument[:2] == "--"]
+    meant = [option for word in options if (close := nearest(word, known)) for option in known[close]]
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def _parser() -> argparse.ArgumentParser:

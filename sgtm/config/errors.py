@@ -19,17 +19,21 @@ class ConfigError(ValueError):
     """A config that the user has to mend; the message says how."""
 
 
-def explain_errors(error: ValidationError, schema: type[BaseModel], values: dict, source: str, given: set[Path]) -> str:
+def explain_errors(
+    error: ValidationError, schema: type[BaseModel], values: dict, source: str, given: set[Path], merged: str = ""
+) -> str:
     """The message for pydantic's errors about `values`.
 
     source  the preset or file
     given   paths that the command line set
+    merged  all that the values come from, which a rule across keys is told of; default `source`
     """
     lines: dict[str, None] = {}  # an ordered set: a union reports one error for each of its members
     for problem in error.errors(include_url=False):
         lines[_line(problem, schema, values, given)] = None
     if len(lines) == 1:
-        return f"{source}: {next(iter(lines))}"
+        across = error.errors()[0]["type"] == "value_error" and not error.errors()[0]["loc"]
+        return f"{merged or source if across else source}: {next(iter(lines))}"
     return f"{source}: {len(lines)} problems\n" + "\n".join(f"  {line}" for line in lines)
 
 

@@ -62,14 +62,15 @@ def load_config(source: str | os.PathLike, overrides: list[str] | None = None) -
 
     Raises ConfigError that names the file or key, what was found and what would be right; one line for each problem.
     """
-    values = _read(_locate(str(source)))
+    values, extended = _read(_locate(str(source)))
     given = parse_overrides(overrides or [])
     for path, value in given.items():
         _set(values, path, value)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(explain_errors(error, Config, values, str(source), set(given))) from None
+        parts = [str(source), *extended, *(["the command line"] if given else [])]
+        raise ConfigError(explain_errors(error, Config, values, str(source), set(given), " + ".join(parts))) from None
 
 
 def load_run_config(run: Path) -> Config:
@@ -166,8 +167,8 @@ def _locate(source: str, beside: Path | None = None) -> Path:
     )
 
 
-def _read(path: Path, chain: tuple[Path, ...] = ()) -> dict:
-    """The mapping of a file, with what it extends merged below it."""
+def _read(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict, list[str]]:
+    """The mapping of a file, with what it extends merged below it, and the names of that."""
     if path.resolve() in chain:
         raise ConfigError(f"{path}: extends leads back to itself: {' -> '.join(p.name for p in (*chain, path))}")
     try:
@@ -179,11 +180,11 @@ def _read(path: Path, chain: tuple[Path, ...] = ()) -> dict:
         raise ConfigError(f"{path}: holds {type(values).__name__}, not a mapping of keys such as `model:` and `train:`")
     base = values.pop("extends", None)
     if base is None:
-        return values
+        return values, []
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends: {base!r} must be a preset name or the path of a YAML file")
-    below = _read(_locate(base, path.parent), (*chain, path.resolve()))
-    return _merge(below, values)
+    below, extended = _read(_locate(base, path.parent), (*chain, path.resolve()))
+    return _merge(below, values), [base, *extended]
 
 
 def _merge(below: dict, above: dict) -> dict:

@@ -230,7 +230,8 @@ class Config(Section):
             )
         if self.optimizer.warmup_steps > self.train.steps:
             raise ValueError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than train.steps {self.train.steps}"
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than train.steps {self.train.steps}; "
+                f"lower it, e.g. --optimizer.warmup_steps {self.train.steps // 10}"
             )
         _ = self.space, self.tables, self.partition, self.channel  # their errors are the user's
         return self

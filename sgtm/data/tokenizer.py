@@ -37,7 +37,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if found != vocab_size:
         raise ValueError(
             f"the text yields a vocabulary of only {found} entries, not vocab_size {vocab_size}; "
-            f"give more text, or set --vocab-size {found}"
+            f"give more text, or lower it: --vocab-size {found} (of the synthetic data: --model.vocab_size {found})"
         )
     return tokenizer
 

@@ -210,9 +210,22 @@ def test_a_list_that_the_shell_cut_up_is_recognized(values, capsys):
     assert exit.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"unrecognized arguments: {values[1]}; a list or mapping is one argument, in quotes: --" in error
+
+
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("--resmue", "; did you mean --resume?"),
+        ("--steps=5", "; did you mean --train.steps?"),
+        ("--warmup-steps=5", "; did you mean --optimizer.warmup_steps?"),
+        ("--seed=5", "; did you mean --data.seed or --train.seed?"),
+        ("--xyzzy", ""),
+    ],
+)
+def test_the_key_that_an_unknown_option_may_mean(argument, hint, capsys):
     with pytest.raises(SystemExit):
-        main(["train", "debug", "--train.steps", "3", "--resmue"])
-    assert capsys.readouterr().err.endswith("unrecognized arguments: --resmue\n")
+        main(["train", "debug", "--train.steps", "3", argument])
+    assert capsys.readouterr().err.endswith(f"unrecognized arguments: {argument}{hint}\n")
 
 
 def test_traceback_on_demand(monkeypatch):

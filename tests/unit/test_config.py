@@ -155,6 +155,15 @@ def test_wrong_form_and_broken_rule(overrides, expected):
     assert expected in found and "\n" not in found
 
 
+def test_a_rule_across_keys_names_all_that_the_values_come_from(write):
+    """None of them alone is wrong."""
+    rule = "optimizer.warmup_steps 2 is more than train.steps 1; lower it, e.g. --optimizer.warmup_steps 0"
+    path = write("extends: debug\ntrain: {log_every: 1}\n")
+    assert message(path, "--train.steps", "1") == f"{path} + debug + the command line: {rule}"
+    path = write("extends: debug\ntrain: {steps: 1}\n")
+    assert message(path) == f"{path} + debug: {rule}"
+
+
 def test_every_problem_has_its_line():
     lines = message("debug", "--train.steps", "0", "--model.layers", "x", "--masking.forget_heads", "0").splitlines()
     assert lines[0] == "debug: 3 problems"

@@ -37,9 +37,9 @@ def test_the_vocabulary_has_exactly_the_size_asked_for():
     assert eos_token(tokenizer) == EOS
     with pytest.raises(ValueError, match="256 bytes and the end-of-text token need 257"):
         train_bpe(STORIES, 256)
-    with pytest.raises(ValueError, match=r"only 2\d\d entries, not vocab_size 5000;.*--vocab-size 2\d\d$") as error:
+    with pytest.raises(ValueError, match=r"only 2\d\d entries, not vocab_size 5000;.*--vocab-size 2\d\d ") as error:
         train_bpe(["too little"], 5000)
-    assert train_bpe(["too little"], int(str(error.value).split()[-1]))
+    assert train_bpe(["too little"], int(str(error.value).split()[-1].rstrip(")")))
 
 
 @pytest.mark.parametrize("text", ["¿Qué? ñandú 🍒", f"a {EOS} b", "  two  spaces\n\n", "\x00\x7f"])
