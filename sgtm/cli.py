@@ -16,6 +16,7 @@ from pathlib import Path
 
 OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --masking.strategy none"
 
+SOURCE = "PRESET|FILE.yaml", "preset (see sgtm config) or file"
 CONFIGURED = ("train", "explain", "config", "quickstart")
 
 
@@ -107,13 +108,15 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    def configured(name, run, about, nargs=None):
+    def configured(name, run, about, nargs=None, or_run=("", "")):
         sub = command(name, run, about, epilog=OVERRIDES)
-        sub.add_argument("config", nargs=nargs, metavar="PRESET|FILE.yaml", help="preset (see sgtm config) or file")
+        takes, means = (f"{text}{more}" for text, more in zip(SOURCE, or_run, strict=True))
+        sub.add_argument("config", nargs=nargs, metavar=takes, help=means)
         return sub
 
     command("prepare", None, "tokenize a corpus into shards (sgtm prepare --help for its options)", add_help=False)
-    train = configured("train", _train, "train a model, or go on with a run: sgtm train RUN --resume")
+    or_run = "|RUN", ", or with --resume a run directory"
+    train = configured("train", _train, "train a model, or go on with a run: sgtm train RUN --resume", or_run=or_run)
     train.add_argument("--resume", action="store_true", help="continue from the run's newest checkpoint")
     train.add_argument("--overwrite", action="store_true", help="delete the run directory if it exists")
     evaluate = command("eval", _eval, "losses by category, full and with every subset of domains removed")
@@ -166,6 +169,9 @@ def _train(options) -> None:
     if options.resume and options.overwrite:
         raise ValueError("--resume continues a run and --overwrite deletes it; give one of them")
     overrides, folder = options.overrides, Path(options.config)
+    no_such = options.resume and not folder.exists() and folder.suffix not in (".yaml", ".yml")
+    if no_such and ("/" in options.config or Path("runs", options.config).is_dir()):
+        load_run_config(folder)  # it names the runs that there are
     if folder.is_dir() and options.config not in preset_names():
         load_run_config(folder)
         if not options.resume:

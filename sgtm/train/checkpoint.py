@@ -27,6 +27,7 @@ from sgtm.config.load import load_run_config
 from sgtm.config.schema import Config
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.files import sha256_of, write_atomically
+from sgtm.train.resume import resume_command
 from sgtm_kernels.dispatch import resolve
 
 if TYPE_CHECKING:
@@ -204,7 +205,8 @@ def _refuse_other_run(directory: Path, config: Config, corpus: str, ranks: int) 
     if manifest["corpus"] != corpus:
         changed.append(f"data.path: {config.data.path} has been prepared anew since, with other content")
     if manifest["ranks"] != ranks:
-        changed.append(f"ranks: {manifest['ranks']} in the checkpoint, {ranks} now")
+        command = resume_command(directory.parents[1], manifest["ranks"])
+        changed.append(f"ranks: {manifest['ranks']} in the checkpoint, {ranks} now; start it with: {command}")
     if changed:
         raise ValueError(f"{directory} was written with other settings:\n  " + "\n  ".join(changed) + remedy)
 

@@ -29,6 +29,7 @@ from sgtm.files import write_atomically
 from sgtm.model.transformer import Transformer
 from sgtm.train.checkpoint import find_latest, load_checkpoint, remove_unfinished, save_checkpoint
 from sgtm.train.metrics import MetricsLog
+from sgtm.train.resume import resume_command
 from sgtm.train.schedule import learning_rate
 from sgtm.train.step import LossTotals, dry_run, train_step
 from sgtm_kernels.dispatch import resolve
@@ -113,7 +114,8 @@ def _steps(
         if last or stopping or (every.checkpoint_every and done % every.checkpoint_every == 0):
             save_checkpoint(engine, run, done, config, corpus.fingerprint, totals.state())
         if stopping:
-            log.say(f"stopped by a signal after step {done} of {every.steps}, checkpoint saved; go on with --resume")
+            command = resume_command(run, engine.world_size)
+            log.say(f"stopped by a signal after step {done} of {every.steps}, checkpoint saved; go on: {command}")
             return
         if _evaluation_due(config, done):
             log.evaluation(done, _evaluate(engine, corpus, config))

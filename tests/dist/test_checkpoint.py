@@ -171,7 +171,8 @@ def damage(folder: str) -> None:
 
     manifest = json.loads((newest / "manifest.json").read_text())
     alone(lambda: (newest / "manifest.json").write_text(json.dumps(manifest | {"ranks": 8})))
-    assert "ranks: 8 in the checkpoint, 2 now" in message()
+    command = f"torchrun --standalone --nproc_per_node 8 -m sgtm train {run} --resume"
+    assert f"ranks: 8 in the checkpoint, 2 now; start it with: {command}" in message()
 
     (run / f"checkpoints/.tmp-step_0000000{5 + engine.rank}").mkdir()
     alone(lambda: remove_unfinished(run))

@@ -106,7 +106,7 @@ def test_killed_and_resumed(uninterrupted: Path, number: signal.Signals):
     output, _ = process.communicate(timeout=200)
     if number == signal.SIGTERM:
         assert process.returncode == 0
-        assert "checkpoint saved" in output
+        assert f"checkpoint saved; go on: sgtm train {runs / name} --resume" in " ".join(output.split())
     else:
         assert process.returncode == -signal.SIGKILL
     assert 10 <= int(find_latest(runs / name).name.removeprefix("step_")) < STEPS

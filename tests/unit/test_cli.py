@@ -66,6 +66,16 @@ def test_a_run_is_resumed_by_its_directory(calls, tmp_path, capsys):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("name", ["runs/smal", "smal", "small"])
+def test_resuming_a_run_that_is_not_there_names_those_that_are(calls, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/small").mkdir(parents=True)
+    save_config(load_config("debug"), "runs/small/config.yaml")
+    assert main(["train", name, "--resume"]) == 2
+    known = "" if name == "smal" else "not a run directory (no config.yaml in it); runs here: runs/small"
+    assert (known or "unknown preset 'smal'") in capsys.readouterr().err
+
+
 def test_a_preset_is_not_taken_for_a_directory_of_its_name(calls, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("debug").mkdir()
@@ -179,7 +189,8 @@ def test_train_help_lists_the_keys(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["train", "--help"])
     assert exit.value.code == 0
-    assert "--optimizer.masked_update  one of exact, zero_grad [exact]" in capsys.readouterr().out
+    assert "PRESET|FILE.yaml|RUN" in (printed := capsys.readouterr().out)
+    assert "--optimizer.masked_update  one of exact, zero_grad [exact]" in printed
 
 
 MISTAKES = {
