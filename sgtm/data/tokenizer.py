@@ -48,6 +48,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises ValueError where there is neither, or the file is damaged.
     """
     folder = Path(folder)
+    if not folder.exists():
+        raise ValueError(f"no tokenizer at {folder}: no such folder; names of the Hugging Face hub are not looked up")
     try:
         if (folder / "tokenizer.json").is_file():
             return Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -67,6 +67,7 @@ def evaluate_run(run: Path, split: str = "test", sequences: int | None = None) -
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
         "steps": steps,
+        "of_steps": config.train.steps,
         "tokens": tokens,
         "parameters": sum(p.numel() for p in model.parameters()),
         "gradient_norms": norms,

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -36,9 +37,11 @@ def export_run(run: Path, remove: Sequence[str], out: Path) -> Path:
     The folder holds config.json, model.safetensors (fp32), the tokenizer of the prepared corpus, a model card, and
     sgtm_export.json: what was removed and how, from which checkpoint (by hash), and the partition.
 
-    Returns `out`. Raises ValueError where there is no run or checkpoint, the checkpoint is damaged, a domain is
-    unknown, the model has no Hugging Face form, `data.path` holds other data than those of the run, or `out` is not
-    empty; then nothing is left behind.
+    Returns `out`, and says on stderr which step that is.
+
+    Raises ValueError where there is no run or checkpoint, the checkpoint is damaged, a domain is unknown, the model has
+    no Hugging Face form, `data.path` holds other data than those of the run, or `out` is not empty; then nothing is left
+    behind.
     """
     run, out = Path(run), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -55,6 +58,7 @@ def export_run(run: Path, remove: Sequence[str], out: Path) -> Path:
         (partial / "sgtm_export.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(_card(record, out.name), encoding="utf-8")
         os.replace(partial, out)
+        print(f"exported: step {record['checkpoint']['step']} of {config.train.steps}", file=sys.stderr)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -48,6 +48,10 @@ def load_pretrained(folder: Path | str, config: ModelConfig, partition: Partitio
 
 
 def _read_config(folder: Path) -> PretrainedConfig:
+    if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"it is a run directory; export it first: sgtm export {folder} --out FOLDER")
+    if not folder.exists():
+        raise ValueError("there is no such folder; names of the Hugging Face hub are not looked up")
     if not (folder / "config.json").is_file():
         raise ValueError("no config.json there; give a folder written by `save_pretrained` or `sgtm export`")
     try:

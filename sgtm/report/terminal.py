@@ -21,7 +21,9 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
     how many tokens of each category the corpus has, and the categories of which there was nothing to measure.
     """
     console = console or Console()
-    console.print(f"[bold]{summary.get('name', 'run')}[/]: held-out loss, nats per token")
+    steps, all_steps = summary.get("steps"), summary.get("of_steps")
+    partly = f" at step {steps} of {all_steps}" if steps != all_steps and all_steps else ""
+    console.print(f"[bold]{summary.get('name', 'run')}[/]: held-out loss{partly}, nats per token", highlight=False)
     rows = loss_rows(summary)
     for condition in conditions(summary) or [None]:
         console.print(_table(rows, condition))

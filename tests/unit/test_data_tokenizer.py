@@ -73,6 +73,8 @@ def test_gpt2_folders(tmp_path, names):
 def test_bad_tokenizer_folders(tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer in .*: expected tokenizer\.json"):
         load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"no tokenizer at gpt2: no such folder; names of the Hugging Face hub"):
+        load_tokenizer("gpt2")
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(ValueError, match="is damaged"):
         load_tokenizer(tmp_path)

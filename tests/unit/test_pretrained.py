@@ -104,6 +104,15 @@ def test_what_differs_from_the_config_is_named(tmp_path, name, keys):
     assert sorted(found) == sorted(lines)
 
 
+def test_a_run_directory_and_a_name_of_the_hub_are_refused_with_the_remedy(tmp_path):
+    config = MODELS["gpt_neo"]
+    with pytest.raises(ValueError, match=r"train\.init_from gpt2: .*names of the Hugging Face hub are not looked up"):
+        load_pretrained("gpt2", config, partition_of(config))
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ValueError, match=rf"export it first: sgtm export {tmp_path} --out FOLDER"):
+        load_pretrained(tmp_path, config, partition_of(config))
+
+
 def test_another_family_is_refused(tmp_path):
     write(tmp_path, MODELS["llama-tied"])
     with pytest.raises(ValueError, match=r"model\.family: llama there, gpt_neo in the config"):

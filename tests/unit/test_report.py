@@ -240,6 +240,14 @@ def test_terminal_table_has_the_tokens_and_names_what_has_no_loss():
     assert "no loss of es, fr: no documents to measure in split test" in text
 
 
+@pytest.mark.parametrize("of_steps", [90, 200])
+def test_terminal_headline_says_that_a_run_is_not_finished(of_steps):
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_summary({**SUMMARY, "of_steps": of_steps}, console)
+    partly = "" if of_steps == 90 else " at step 90 of 200"
+    assert console.export_text().startswith(f"trial: held-out loss{partly}, nats per token\n")
+
+
 def test_terminal_table_has_the_figures_in_eighty_columns():
     console = Console(width=80, record=True, file=io.StringIO())
     print_summary(SUMMARY, console)
