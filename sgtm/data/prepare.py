@@ -137,6 +137,8 @@ def prepare(
             if place != out:
                 put_in_place(out)
             clear(out)
+        elif progress:
+            Console().print(f"{out} is complete already; nothing was done", highlight=False, soft_wrap=True)
     return Corpus.open(out)
 
 

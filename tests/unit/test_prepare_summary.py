@@ -11,10 +11,12 @@ RULES = {"split": {"field": "split"}, "labels": {"en": "retain", "es": "forget:e
 
 @pytest.fixture
 def printed(tmp_path, capsys):
-    """Prepares records and returns what was printed: (lines of stdout, warnings)."""
+    """Prepares records, or None for the last ones, and returns what was printed: (lines of stdout, warnings)."""
 
     def run(records, **rules):
-        source = write_jsonl(tmp_path / "a.jsonl", records)
+        source = tmp_path / "a.jsonl"
+        if records is not None:
+            write_jsonl(source, records)
         (tmp_path / "rules.yaml").write_text(yaml.safe_dump({**RULES, **rules}, sort_keys=False))
         options = {"vocab_size": BYTES, "workers": 1, "overwrite": True}
         run_prepare(PrepareOptions((source,), tmp_path / "rules.yaml", tmp_path / "out", **options))
@@ -38,6 +40,13 @@ def test_the_counts(printed):
     records = [*GOOD, {"text": " ", "category": "en", "split": "train"}, record(9, "fr")]
     shown, _ = printed(records, labels={**RULES["labels"], "fr": "drop"})
     assert "forget:es" in shown and "1 empty and 1 dropped" in " ".join(shown.split())
+
+
+def test_a_finished_corpus_says_that_nothing_was_done(printed, tmp_path):
+    done = f"{tmp_path / 'out'} is complete already; nothing was done\n"
+    assert done not in printed(GOOD)[0]
+    again = printed(None)[0]
+    assert again.startswith(done) and "tokenizing" not in again and "forget:es" in again
 
 
 def test_nothing_to_warn_of(printed):
