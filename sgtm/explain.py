@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sgtm.config.schema import Config
+from sgtm.data.loader import check_corpus
+from sgtm.data.open import open_corpus
 from sgtm.model.rows import ALWAYS, live_keys
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import PARTS
@@ -71,13 +73,30 @@ def _place(key: str, groups: tuple[str, ...]) -> tuple:
 
 
 def print_explanation(config: Config, console: Console | None = None) -> None:
-    """Model and arithmetic, partition, forward pass and updates, each as a table."""
+    """Model and arithmetic, partition, forward pass and updates, each as a table, and a line on the data."""
     console = console or Console()
     found = explain(config)
     for table in (_model_table(found), _partition_table(found), _forward_table(config), _updates_table(found)):
         console.print(table)
     if config.data.channel:
         console.print(_channel_table(config))
+    console.print(data_line(config), highlight=False, soft_wrap=True, markup=False)
+
+
+def data_line(config: Config) -> str:
+    """Whether the corpus is there and fits, and how often the run goes through it; file sizes alone are checked."""
+    try:
+        corpus = open_corpus(config, "sizes", write=False)
+    except (ValueError, OSError) as error:
+        written = config.data.path == "synthetic"
+        return "data: synthetic, which `sgtm train` writes" if written else f"data: {error}"
+    try:
+        check_corpus(corpus, config)
+    except ValueError as error:
+        return f"data do not fit: {error}"
+    there = sum(count.tokens for count in corpus.manifest.counts["train"].values())
+    taken = config.train.steps * config.train.tokens_per_step
+    return f"data: {corpus.path} has {there:,} tokens in split train; the run takes {taken:,}, {taken / there:.2f} x"
 
 
 def _model_table(found: Explanation) -> Table:

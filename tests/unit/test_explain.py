@@ -3,10 +3,11 @@
 import io
 
 import pytest
+from corpora import build, record
 from rich.console import Console
 
 from sgtm.config import load_config, preset_names
-from sgtm.explain import explain, print_explanation
+from sgtm.explain import data_line, explain, print_explanation
 
 # debug: 2 layers, hidden size 32, 4 heads of 8, 64 neurons, vocabulary 512, context 64; 1 head and 8 neurons are es.
 D, LAYERS = 32, 2
@@ -26,6 +27,19 @@ def row(printed: str, name: str) -> list[str]:
     """Cells of the table row that begins with `name`."""
     (line,) = [line for line in printed.splitlines() if line.startswith(f"│ {name} ")]
     return [cell.strip() for cell in line.strip("│").split("│")][1:]
+
+
+def test_the_line_on_the_data(tmp_path):
+    corpus = build(tmp_path / "corpus", [record(0), record(1, "es", 99), record(2, split="test")])
+    path = f"--data.path={corpus.path}"
+    found = data_line(load_config("debug", [path, "--model.vocab_size=257", "--train.steps=3"]))
+    assert found == f"data: {corpus.path} has 121 tokens in split train; the run takes 1,536, {1536 / 121:.2f} x"
+    assert f"data do not fit: model.vocab_size is 512, but the tokenizer of {corpus.path} has 257" in " ".join(
+        text(path).split()
+    )
+    assert data_line(load_config("debug", ["--data.path=no"])).startswith("data: no corpus at no:")
+    synthetic = data_line(load_config("debug", [f"--runs={tmp_path}"]))
+    assert synthetic == "data: synthetic, which `sgtm train` writes" and not (tmp_path / "synthetic-512").exists()
 
 
 def test_counts_by_group_and_label():
