@@ -40,8 +40,8 @@ def export_run(run: Path, remove: Sequence[str], out: Path) -> Path:
     Returns `out`, and says on stderr which step that is.
 
     Raises ValueError where there is no run or checkpoint, the checkpoint is damaged, a domain is unknown, the model has
-    no Hugging Face form, `data.path` holds other data than those of the run, or `out` is not empty; then nothing is left
-    behind.
+    no Hugging Face form, `data.path` holds other data than those of the run, or `out` is not empty; then nothing is
+    left behind.
     """
     run, out = Path(run), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

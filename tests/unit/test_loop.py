@@ -123,7 +123,7 @@ def test_a_signal_saves_after_the_step_in_progress_and_stops(monkeypatch, number
     before, log = [signal.getsignal(one) for one in StopSignal.SIGNALS], Log()
     assert {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT} == set(StopSignal.SIGNALS)
     assert run_steps(monkeypatch, log, signals={3: number}) == [3]
-    assert log.said == ["stopped by a signal after step 3 of 5, checkpoint saved; go on with --resume"]
+    assert log.said == ["stopped by a signal after step 3 of 5, checkpoint saved; go on: sgtm train run --resume"]
     assert [signal.getsignal(one) for one in StopSignal.SIGNALS] == before
 
 
