@@ -12,13 +12,15 @@ from pathlib import Path
 
 import torch
 
+from sgtm.doctor import cpu_model
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def environment() -> dict:
     """Device, threads, commit, versions and time (UTC)."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model(),
         "threads": torch.get_num_threads(),
         "commit": output("git", "describe", "--always", "--dirty"),
         "python": platform.python_version(),
@@ -40,12 +42,6 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.processor()
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

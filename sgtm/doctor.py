@@ -107,7 +107,7 @@ def _cpu() -> dict:
 
     flags = _cpu_flags()
     return {
-        "model": _cpu_model(),
+        "model": cpu_model(),
         "cores": f"{psutil.cpu_count(logical=False)} ({psutil.cpu_count()} threads), {_usable_cores()} usable here",
         "torch threads": torch.get_num_threads(),
         "instructions": ", ".join(flag for flag in CPU_FLAGS if flag in flags) or "none of " + ", ".join(CPU_FLAGS),
@@ -132,7 +132,8 @@ def _cpu_flags() -> set[str]:
     return set(_cpuinfo("flags").split())
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Name of the processor, as the system gives it."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 

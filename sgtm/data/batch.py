@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from sgtm_kernels.cross_entropy.runs import IGNORE
 from sgtm_kernels.plan import MaskPlan, Tables, merge_runs
 
-IGNORE = -100
+__all__ = ["IGNORE", "Batch"]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ one document into the next (`tests/unit/test_data_packing.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -154,13 +155,18 @@ class SpanLabels:
     labels: np.ndarray
     policy: str
 
+    @cached_property
+    def _documents(self) -> np.ndarray:
+        """Document of each, end to end: a search in the field of the records would copy it every time."""
+        return np.ascontiguousarray(self.spans["document"])
+
     def pieces(self, document: int, label: int, length: int) -> list[tuple[int, int, int]]:
         """(start, end, label) covering a document of `length` tokens whose own label is `label`.
 
         `position`: each token as labelled. `conservative`: everything up to the document's last forget token is that
         forget label, so that no earlier position, to which a forget token attends, is trained as anything else.
         """
-        first, last = np.searchsorted(self.spans["document"], [document, document + 1])
+        first, last = np.searchsorted(self._documents, [document, document + 1])
         pieces, position = [], 0
         for span, span_label in zip(self.spans[first:last], self.labels[first:last], strict=True):
             start, end = int(span["start"]), int(span["end"])

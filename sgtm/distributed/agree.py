@@ -28,6 +28,13 @@ def on_rank_zero(action: Callable[[], Any]) -> Any:
     return result
 
 
+def together(action: Callable[[], Any]) -> Any:
+    """Run `action` on every rank; each returns its own result, which stays where it is. Errors as `on_every_rank`."""
+    results: list[Any] = []
+    on_every_rank(lambda: results.append(action()))
+    return results[0]
+
+
 def on_every_rank(action: Callable[[], Any]) -> list[Any]:
     """Run `action` on every rank; every rank returns the results of all, in order of rank.
 

@@ -18,8 +18,8 @@ from sgtm.evaluate.localisation import gradient_norms
 from sgtm.evaluate.losses import category_losses
 from sgtm.files import write_atomically
 from sgtm.model.transformer import Transformer
-from sgtm.report.record import read_record
 from sgtm.train.checkpoint import open_run, read_manifest
+from sgtm.train.metrics import read_metrics
 from sgtm_kernels.dispatch import resolve
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "numpy")
@@ -56,7 +56,8 @@ def evaluate_run(run: Path, split: str = "test", sequences: int | None = None) -
     losses = category_losses(model, corpus, config, split=split, sequences=sequences, device=device)
     steps = manifest["step"]
     tokens = steps * config.train.tokens_per_step
-    seconds = max((line["seconds"] for line in read_record(run).steps if line["step"] <= steps), default=0.0)
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step" and line["step"] <= steps]
+    seconds = max((line["seconds"] for line in lines), default=0.0)
     summary = {
         "name": config.name,
         "losses": losses,

@@ -21,8 +21,6 @@ from sgtm.config.schema import ModelConfig
 from sgtm.masking.partition import LayerPartition, Partition
 from sgtm.model.hf_config import hf_config, model_config_from_hf
 
-__all__ = ["from_hf_state", "model_config_from_hf", "to_hf_state"]
-
 State = dict[str, Tensor]
 
 

@@ -1,7 +1,8 @@
 """Weights to start from: a Hugging Face folder, into the groups of a run's partition.
 
-Promises that the model computes what the folder's does (`tests/e2e/test_init_from.py`): whatever differs between the
-two is refused by name before a weight is read, but for a shorter context.
+Promises that the model computes what the folder's does in evaluation (`tests/unit/test_pretrained.py`): whatever
+differs between the two is refused by name, but for a shorter context. Dropout, which training here does not have, is
+left out with a warning.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from sgtm.config.schema import ModelConfig
+from sgtm.data.store import Corpus
+from sgtm.data.tokenizer import load_tokenizer
 from sgtm.masking.partition import Partition
-from sgtm.model.hf import from_hf_state, model_config_from_hf
+from sgtm.model.hf import from_hf_state
+from sgtm.model.hf_config import model_config_from_hf
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX, TOKENIZER = "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
 # Keys of ModelConfig that shape no function: how weights are drawn, and what is recomputed.
 FREE = {"init_std", "activation_checkpointing"}
 
@@ -45,6 +49,26 @@ def load_pretrained(folder: Path | str, config: ModelConfig, partition: Partitio
     if "position" in state:
         state["position"] = state["position"][: config.context]
     return state
+
+
+def check_tokenizer(folder: Path | str, corpus: Corpus) -> None:
+    """Raises ValueError where the folder has a tokenizer in which an id of the corpus stands for another token.
+
+    Vocabularies of one size pass for one another everywhere else, and the weights would read gibberish.
+    """
+    folder = Path(folder)
+    if not (folder / TOKENIZER).is_file():
+        return
+    theirs = {i: token for token, i in load_tokenizer(folder).get_vocab(with_added_tokens=True).items()}
+    ours = corpus.tokenizer.get_vocab(with_added_tokens=True)
+    other = sorted((i, token) for token, i in ours.items() if theirs.get(i, token) != token)
+    if other:
+        i, token = other[0]
+        raise ValueError(
+            f"train.init_from {folder} has another tokenizer than the corpus {corpus.path}: {len(other)} ids stand for "
+            f"other tokens, {i} for {theirs[i]!r} there and {token!r} in the corpus; prepare the data with "
+            f"--tokenizer {folder}"
+        )
 
 
 def _read_config(folder: Path) -> PretrainedConfig:

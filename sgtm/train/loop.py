@@ -21,9 +21,10 @@ from sgtm.data.loader import Loader, only_forget
 from sgtm.data.open import open_corpus
 from sgtm.data.store import Corpus
 from sgtm.data.summary import ONLY_FORGET
-from sgtm.distributed.agree import on_every_rank, on_rank_zero
+from sgtm.distributed.agree import on_every_rank, on_rank_zero, together
 from sgtm.distributed.engine import Engine
 from sgtm.distributed.process_group import init_distributed
+from sgtm.distributed.segments import full_numel
 from sgtm.evaluate.losses import Losses, category_losses
 from sgtm.files import write_atomically
 from sgtm.model.transformer import Transformer
@@ -52,6 +53,10 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     engine = Engine(_initial_model(config, load=latest is None), config)
     dry_run(engine, config.tables)
     corpus = _open_everywhere(config)
+    if latest is None and config.train.init_from:
+        from sgtm.model.pretrained import check_tokenizer
+
+        on_rank_zero(lambda: check_tokenizer(config.train.init_from, corpus))
     loader = Loader(corpus, config, launch.rank, launch.world_size)
     totals = LossTotals(len(config.space.labels), engine.device)
     start = 0
@@ -156,18 +161,14 @@ def _initial_model(config: Config, load: bool) -> Transformer:
     if load and folder:
         from sgtm.model.pretrained import load_pretrained  # transformers takes seconds to import
 
-        states: list[dict] = []
-        on_every_rank(lambda: states.append(load_pretrained(folder, config.model, config.partition)))
-        model.load_state_dict(states[0])
+        model.load_state_dict(together(lambda: load_pretrained(folder, config.model, config.partition)))
     return model
 
 
 def _open_everywhere(config: Config) -> Corpus:
     """The corpus on every rank, after rank 0 has written it where it is a synthetic one and not there yet."""
     on_rank_zero(lambda: str(open_corpus(config).path))
-    corpora: list[Corpus] = []
-    on_every_rank(lambda: corpora.append(open_corpus(config, "sizes")))  # rank 0 has checked the hashes
-    return corpora[0]
+    return together(lambda: open_corpus(config, "sizes"))  # rank 0 has checked the hashes
 
 
 def _refuse(run: Path, resume: bool, overwrite: bool) -> None:
@@ -214,7 +215,7 @@ def _begin(run: Path, config: Config, log: MetricsLog, resume: bool, overwrite: 
 
 def _arithmetic(config: Config, engine: Engine, start: int) -> str:
     t = config.train
-    parameters = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters())
+    parameters = sum(full_numel(p) for p in engine.module.parameters())
     lines = [
         f"{config.name}: {parameters:,} parameters, strategy {config.masking.strategy}, "
         f"kernels {engine.module.backend}",

@@ -10,7 +10,8 @@ from sgtm.config.schema import ModelConfig
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition, build_partition
 from sgtm.masking.strategy import removal_tables
-from sgtm.model.hf import from_hf_state, model_config_from_hf, to_hf_state
+from sgtm.model.hf import from_hf_state, to_hf_state
+from sgtm.model.hf_config import model_config_from_hf
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import MaskPlan
 

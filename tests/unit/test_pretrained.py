@@ -3,12 +3,13 @@
 Which heads and neurons become the domains' is `tests/unit/test_hf.py`'s: the whole model's logits cannot tell.
 
 Faults tried, each seen to fail: only the first file of several read; the context compared for equality; positions not
-cut; a key left out of the comparison; shapes not checked.
+cut; a key left out of the comparison; shapes not checked; tokenizers not compared.
 """
 
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sgtm.config.schema import ModelConfig
+from sgtm.data.tokenizer import train_bpe
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import build_partition
 from sgtm.masking.strategy import removal_tables
 from sgtm.model.hf_config import hf_config
-from sgtm.model.pretrained import load_pretrained
+from sgtm.model.pretrained import check_tokenizer, load_pretrained
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import MaskPlan
 
@@ -155,3 +157,17 @@ def test_a_folder_that_cannot_be_read_is_an_error_that_says_why(tmp_path, damage
     damage(tmp_path)
     with pytest.raises(ValueError, match=rf"train\.init_from {tmp_path}: .*{message}"):
         load_pretrained(tmp_path, MODELS["gpt_neo"], partition_of(MODELS["gpt_neo"]))
+
+
+def test_a_corpus_of_another_tokenizer_of_the_same_size_is_refused(tmp_path):
+    ours, theirs = (train_bpe([word * 9], 259) for word in ("abab ", "cdcd "))
+    corpus = SimpleNamespace(path="data/mine", tokenizer=ours)
+    check_tokenizer(tmp_path, corpus)  # a folder without one says nothing
+    ours.save(str(tmp_path / "tokenizer.json"))
+    check_tokenizer(tmp_path, corpus)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    message = (
+        rf"init_from {tmp_path} has another tokenizer than the corpus data/mine: 2 ids .*257 for 'cd' there and 'ab'"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_tokenizer(tmp_path, corpus)
