@@ -1,6 +1,6 @@
 """A run that is killed and resumed is bitwise the uninterrupted one.
 
-The command line is started as a user would, sent SIGTERM or SIGKILL in the middle, and resumed: weights, both moments,
+The command line is started, waits in a step (paused.py), is sent SIGTERM or SIGKILL and resumed: weights, both moments,
 step counts, every logged loss and every evaluation must equal those of a run left alone. Logging, evaluations and
 checkpoints have intervals that do not divide one another.
 """
@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -35,9 +36,12 @@ OPTIONS = [
 TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def start(runs: Path, name: str, *extra: str, launcher: list[str] | None = None) -> subprocess.Popen:
-    """The command line, under `launcher` where there is one."""
-    command = [sys.executable, *(launcher or []), "-m", "sgtm", "train", "debug", f"--runs={runs}", f"--name={name}"]
+def start(
+    runs: Path, name: str, *extra: str, launcher: list[str] | None = None, pause: int | None = None
+) -> subprocess.Popen:
+    """The command line, under `launcher` where there is one; `pause`: it waits in its step of that number."""
+    sgtm = ["-m", "sgtm"] if pause is None else [str(Path(__file__).with_name("paused.py")), str(pause)]
+    command = [sys.executable, *(launcher or []), *sgtm, "train", "debug", f"--runs={runs}", f"--name={name}"]
     return subprocess.Popen([*command, *OPTIONS, *extra], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -100,7 +104,7 @@ def optimizer_state(run: Path) -> dict[str, bytes]:
 def test_killed_and_resumed(uninterrupted: Path, number: signal.Signals):
     runs = uninterrupted.parent
     name = f"stopped-by-{number.name}"
-    process = start(runs, name)
+    process = start(runs, name, pause=14)
     wait_for_step(runs / name, 12)
     os.kill(process.pid, number)
     output, _ = process.communicate(timeout=200)
@@ -109,7 +113,7 @@ def test_killed_and_resumed(uninterrupted: Path, number: signal.Signals):
         assert f"checkpoint saved; go on: sgtm train {runs / name} --resume" in " ".join(output.split())
     else:
         assert process.returncode == -signal.SIGKILL
-    assert 10 <= int(find_latest(runs / name).name.removeprefix("step_")) < STEPS
+    assert find_latest(runs / name).name == ("step_00000014" if number == signal.SIGTERM else "step_00000010")
     output = finish(start(runs, name, "--resume"))
     assert "resumed after step" in output
     assert_same_run(runs / name, uninterrupted)
@@ -118,26 +122,24 @@ def test_killed_and_resumed(uninterrupted: Path, number: signal.Signals):
 def test_two_ranks_stopped_killed_and_resumed(tmp_path: Path):
     """SIGTERM to the launcher, then SIGKILL to it and both ranks, in one run under torchrun and ZeRO-2."""
 
-    def launch(name: str, *extra: str) -> subprocess.Popen:
-        return start(tmp_path, name, "--distributed.zero_stage=2", *extra, launcher=TWO_RANKS)
+    def launch(name: str, *extra: str, pause: int | None = None) -> subprocess.Popen:
+        return start(tmp_path, name, "--distributed.zero_stage=2", *extra, launcher=TWO_RANKS, pause=pause)
 
-    process = launch("killed")
+    process = launch("killed", pause=10)
     wait_for_step(tmp_path / "killed", 8)
     process.terminate()
     output, _ = process.communicate(timeout=200)
     assert "checkpoint saved" in output and "terminate called" not in output, output
     assert output.count("Traceback") == 1, "torchrun's own: " + output
-    stopped = int(find_latest(tmp_path / "killed").name.removeprefix("step_"))
-    assert 8 <= stopped < STEPS - 8
+    assert find_latest(tmp_path / "killed").name == "step_00000010"
 
-    process = launch("killed", "--resume")
-    wait_for_step(tmp_path / "killed", stopped + 6)
-    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    assert len(everyone) == 3, everyone
-    for one in everyone:
-        one.kill()
+    process = launch("killed", "--resume", pause=8)
+    wait_for_step(tmp_path / "killed", 16)
+    for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
     process.communicate(timeout=200)
-    assert stopped < int(find_latest(tmp_path / "killed").name.removeprefix("step_")) < STEPS
+    assert find_latest(tmp_path / "killed").name == "step_00000015"
 
     assert "resumed after step" in finish(launch("killed", "--resume"))
     finish(launch("whole"))
