@@ -25,7 +25,8 @@ from rich.table import Table
 
 from sgtm.config import Config, load_config
 from sgtm.data.batch import Batch
-from sgtm.distributed.engine import Engine, init_distributed
+from sgtm.distributed.engine import Engine
+from sgtm.distributed.process_group import init_distributed
 from sgtm.masking.strategy import build_tables
 from sgtm.model.transformer import Transformer
 from sgtm.train.step import LossTotals, train_step

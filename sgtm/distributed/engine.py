@@ -35,7 +35,6 @@ from deepspeed.checkpoint.constants import (
 from sgtm.config.schema import Config
 from sgtm.distributed.agree import on_every_rank
 from sgtm.distributed.env import device_type
-from sgtm.distributed.process_group import init_distributed as init_distributed
 from sgtm.distributed.segments import Fragment, check_cover, fragments, full_numel, segment_tables
 from sgtm.distributed.writer import SafeWriter
 from sgtm.train.optim import SegmentedAdamW

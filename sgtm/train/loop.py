@@ -21,7 +21,7 @@ from sgtm.data.loader import Loader, only_forget
 from sgtm.data.open import open_corpus
 from sgtm.data.store import Corpus
 from sgtm.data.summary import ONLY_FORGET
-from sgtm.distributed.agree import on_every_rank, on_rank_zero, together
+from sgtm.distributed.agree import on_rank_zero, together
 from sgtm.distributed.engine import Engine
 from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.segments import full_numel

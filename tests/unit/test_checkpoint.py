@@ -30,8 +30,7 @@ def manifest_of(folder: Path, corpus: str = "of the run") -> dict:
         path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for path in folder.iterdir()
     }
-    config = CONFIG.model_dump(mode="json")
-    return {"step": 1, "ranks": 1, "corpus": corpus, "config": config, "files": files}
+    return {"step": 1, "ranks": 1, "corpus": corpus, "config": checkpoint._resolved(CONFIG), "files": files}
 
 
 def make(run: Path, *steps: int) -> list[Path]:
