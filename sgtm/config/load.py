@@ -12,6 +12,7 @@ The test is `tests/unit/test_config.py`.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -200,9 +201,15 @@ def _merge(below: dict, above: dict) -> dict:
 def parse_yaml(text: str, where: str) -> Any:
     """The content of YAML 1.2. Raises ConfigError that begins with `where` and names line and column."""
     try:
-        return yaml.load(text, _Loader)
+        content = yaml.load(text, _Loader)
+        json.dumps(content, default=str, skipkeys=True)  # refuses a mapping that an anchor puts into itself
+        return content
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark and "\n" in text else ""
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"{where}:{line} not valid YAML: {problem}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply") from None
+    except ValueError as error:  # a number of too many digits, a date there is not, a circle
+        raise ConfigError(f"{where}: cannot be read: {error}") from None

@@ -68,18 +68,29 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def eos_token(tokenizer: Tokenizer, folder: str | Path | None = None) -> str:
     """The token that ends a document: as `tokenizer_config.json` says, else the first of the usual names it knows.
 
-    Raises ValueError where there is none.
+    Raises ValueError where there is none, or that file is damaged.
     """
     config = Path(folder) / "tokenizer_config.json" if folder else None
     if config and config.is_file():
-        name = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        name = name.get("content") if isinstance(name, dict) else name
+        name = _named_eos(config)
         if name and tokenizer.token_to_id(name) is not None:
             return name
     for name in _EOS_NAMES:
         if tokenizer.token_to_id(name) is not None:
             return name
     raise ValueError(f"the tokenizer in {folder} has no end-of-text token; looked for {', '.join(_EOS_NAMES)}")
+
+
+def _named_eos(config: Path) -> str | None:
+    try:
+        name = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+        name = name.get("content") if isinstance(name, dict) else name
+        if name is None or isinstance(name, str):
+            return name
+        problem = f"eos_token is {name!r:.80}"
+    except (ValueError, AttributeError) as error:
+        problem = str(error)
+    raise ValueError(f'{config} is damaged ({problem}); expected {{"eos_token": "TEXT"}}')
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

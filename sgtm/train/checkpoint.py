@@ -113,11 +113,17 @@ def read_manifest(directory: Path) -> dict:
     path = Path(directory) / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        return {key: manifest[key] for key in ("step", "ranks", "corpus", "config", "files")}
+        manifest = {key: manifest[key] for key in ("step", "ranks", "corpus", "config", "files")}
+        sizes = [(entry["bytes"], entry["sha256"]) for entry in manifest["files"].values()]
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: not a whole checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: it lacks or misstates {error}") from None
+    if not sizes:
+        raise ValueError(f"{path} is damaged: it lists no files")
+    return manifest
 
 
 def verify(directory: Path | str, share: tuple[int, int] = (0, 1)) -> None:

@@ -20,7 +20,7 @@ from tiny import tiny_config
 from sgtm.evaluate import run as evaluation
 from sgtm.evaluate.run import evaluate_run
 from sgtm.train import checkpoint
-from sgtm.train.checkpoint import _advice, _publish, _refuse_other_run, find_latest, open_run
+from sgtm.train.checkpoint import _advice, _publish, _refuse_other_run, find_latest, open_run, verify
 
 CONFIG = tiny_config()
 
@@ -86,6 +86,17 @@ def test_what_is_advised_is_whole(tmp_path: Path):
         open_run(tmp_path)
     (oldest / "weights").unlink()
     assert _advice(newest) == "There is no whole checkpoint before it"
+
+
+@pytest.mark.parametrize(
+    "damage", [{"files": []}, {"files": {}}, {"files": {"weights": {}}}, {"files": {"weights": {"bytes": 9}}}], ids=str
+)
+def test_a_damaged_manifest_is_named(tmp_path: Path, damage: dict):
+    (saved,) = make(tmp_path, 1)
+    file = saved / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    with pytest.raises(ValueError, match=r"step_00000001/manifest\.json is damaged: "):
+        verify(saved)
 
 
 def test_a_run_is_not_resumed_on_other_data(tmp_path: Path):

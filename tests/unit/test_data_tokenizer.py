@@ -80,6 +80,13 @@ def test_bad_tokenizer_folders(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["[]", "{", '{"eos_token": 5}', '{"eos_token": {"content": 5}}'])
+def test_a_damaged_tokenizer_config_is_named(tmp_path, content):
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is damaged \(.+\); expected"):
+        eos_token(train_bpe([], 257), tmp_path)
+
+
 def test_the_end_of_text_token_is_the_one_the_folder_names(tmp_path):
     tokenizer = train_bpe(STORIES, 400)
     tokenizer.add_special_tokens(["<stop>"])

@@ -65,6 +65,22 @@ def test_a_bad_rule_file_is_told_by_file_and_key(tmp_path, rules, message):
     assert str(caught.value) == f"{tmp_path / 'rules.yaml'}: {message}"
 
 
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ("labels: &a {b: *a}", "cannot be read: Circular reference"),
+        ("labels: &a [*a]", "cannot be read: Circular reference"),
+        ("labels: " + "[" * 3000, "nested too deeply"),
+        ("labels: " + "7" * 5000, "cannot be read: .*4300 digits"),
+    ],
+    ids=["mapping", "list", "deep", "long"],
+)
+def test_yaml_that_cannot_be_read_is_named(tmp_path, rules, message):
+    (tmp_path / "rules.yaml").write_text(rules)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/rules\.yaml: {message}"):
+        load_rules(tmp_path / "rules.yaml")
+
+
 def test_a_bare_no_is_a_language(tmp_path):
     """YAML 1.1 reads it as false."""
     (tmp_path / "rules.yaml").write_text("labels: {no: retain, on: drop}")
