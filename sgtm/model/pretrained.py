@@ -39,8 +39,8 @@ def load_pretrained(folder: Path | str, config: ModelConfig, partition: Partitio
     """
     folder = Path(folder)
     try:
-        theirs = _read_config(folder)
-        _compare(model_config_from_hf(theirs), config)
+        theirs, described = _read_config(folder)
+        _compare(described, config)
         weights = _read_weights(folder)
         _check_shapes(weights, theirs)
         state = from_hf_state(weights, theirs, partition)
@@ -71,7 +71,7 @@ def check_tokenizer(folder: Path | str, corpus: Corpus) -> None:
         )
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
+def _read_config(folder: Path) -> tuple[PretrainedConfig, ModelConfig]:
     if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"it is a run directory; export it first: sgtm export {folder} --out FOLDER")
     if not folder.exists():
@@ -79,8 +79,12 @@ def _read_config(folder: Path) -> PretrainedConfig:
     if not (folder / "config.json").is_file():
         raise ValueError("no config.json there; give a folder written by `save_pretrained` or `sgtm export`")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
+        theirs = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers does not check types, and huggingface_hub has errors of its own
+        raise ValueError(f"its config.json cannot be read: {error}") from None
+    try:
+        return theirs, model_config_from_hf(theirs)
+    except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"its config.json cannot be read: {error}") from None
 
 
@@ -112,7 +116,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
     except FileNotFoundError as error:
         raise ValueError(f"no weights as safetensors ({error})") from None
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the weights are damaged ({error})") from None
 
 

@@ -138,6 +138,14 @@ def damage_activation(folder):
     (folder / "config.json").write_text(json.dumps(config | {"activation_function": "relu"}))
 
 
+def with_config(**keys):
+    def damage(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | keys))
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -146,11 +154,31 @@ def damage_activation(folder):
         (damage_activation, "activation_function is 'relu'"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "weights are damaged"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no weights as safetensors"),
+        (with_config(num_layers="two"), r"config\.json cannot be read"),
+        (with_config(attention_types=5), r"config\.json cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json cannot be read"),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": []}'),
+            "weights are damaged",
+        ),
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be read"),
         (lambda folder: (folder / "config.json").write_text("{}"), r"config\.json cannot be read"),
         (lambda folder: (folder / "config.json").unlink(), r"no config\.json there"),
     ],
-    ids=["shape", "name", "activation", "damaged", "missing", "not JSON", "no model", "no config"],
+    ids=[
+        "shape",
+        "name",
+        "activation",
+        "damaged",
+        "missing",
+        "type",
+        "types",
+        "list",
+        "index",
+        "not JSON",
+        "no model",
+        "no config",
+    ],
 )
 def test_a_folder_that_cannot_be_read_is_an_error_that_says_why(tmp_path, damage, message):
     write(tmp_path, MODELS["gpt_neo"])
