@@ -89,11 +89,11 @@ def test_it_starts_with_the_weights_of_the_folder_in_every_stage(found):
 def test_a_resumed_run_goes_on_without_the_folder(found):
     assert found["resumed"][0] == found["longer"][0]
     assert same(found["resumed"][1], found["longer"][1])
-    assert "another run" in found["refused"] and "train.init_from: " in found["refused"]
+    assert "other settings" in found["refused"] and "train.init_from: " in found["refused"]
 
 
 def test_a_folder_that_is_none_is_named(tmp_path):
-    with pytest.raises(AssertionError, match=r"train\.init_from \S+nowhere: no config\.json there"):
+    with pytest.raises(AssertionError, match=r"train\.init_from \S+nowhere: there is no such folder"):
         run_ranks(start_from_nowhere, 1, str(tmp_path))
 
 

@@ -113,7 +113,9 @@ def test_killed_and_resumed(uninterrupted: Path, number: signal.Signals):
         assert f"checkpoint saved; go on: sgtm train {runs / name} --resume" in " ".join(output.split())
     else:
         assert process.returncode == -signal.SIGKILL
-    assert find_latest(runs / name).name == ("step_00000014" if number == signal.SIGTERM else "step_00000010")
+    # The signal comes before or while the 14th step waits for it, and is heeded after the step in progress.
+    expected = {"step_00000013", "step_00000014"} if number == signal.SIGTERM else {"step_00000010"}
+    assert find_latest(runs / name).name in expected
     output = finish(start(runs, name, "--resume"))
     assert "resumed after step" in output
     assert_same_run(runs / name, uninterrupted)
@@ -131,7 +133,7 @@ def test_two_ranks_stopped_killed_and_resumed(tmp_path: Path):
     output, _ = process.communicate(timeout=200)
     assert "checkpoint saved" in output and "terminate called" not in output, output
     assert output.count("Traceback") == 1, "torchrun's own: " + output
-    assert find_latest(tmp_path / "killed").name == "step_00000010"
+    assert find_latest(tmp_path / "killed").name in {"step_00000009", "step_00000010"}
 
     process = launch("killed", "--resume", pause=8)
     wait_for_step(tmp_path / "killed", 16)
