@@ -12,7 +12,7 @@ import torch
 from sgtm.config.schema import ModelConfig
 from sgtm.data.batch import IGNORE, Batch
 from sgtm.masking.labels import LabelSpace
-from sgtm.masking.partition import build_partition
+from sgtm.masking.partition import Partition, build_partition
 from sgtm.masking.strategy import build_tables
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import MaskPlan, Tables, merge_runs
@@ -69,20 +69,24 @@ STRATEGIES = {
 }
 
 
+def partition_of(space: LabelSpace, model: ModelConfig, **masking) -> Partition:
+    """`masking`: forget_heads, forget_neurons, masked_layers."""
+    return build_partition(
+        space,
+        layers=model.layers,
+        heads=model.heads,
+        kv_heads=model.num_kv_heads,
+        neurons=model.intermediate_size,
+        **masking,
+    )
+
+
 def model_of(family: str, backend: str = "runs", masked_layers=None, seed: int = 0, **changes) -> Transformer:
     """Unequal groups; every parameter random and far from 0, biases and norms included."""
     config = FAMILIES[family].model_copy(update=changes)
     share = config.heads // config.num_kv_heads
-    partition = build_partition(
-        SPACE,
-        layers=config.layers,
-        heads=config.heads,
-        kv_heads=config.num_kv_heads,
-        neurons=config.intermediate_size,
-        forget_heads=share,
-        forget_neurons={"bio": 3, "code": 1},
-        masked_layers=masked_layers,
-    )
+    masking = {"forget_heads": share, "forget_neurons": {"bio": 3, "code": 1}, "masked_layers": masked_layers}
+    partition = partition_of(SPACE, config, **masking)
     torch.manual_seed(seed)
     model = Transformer(config, partition, backend)
     with torch.no_grad():

@@ -49,7 +49,7 @@ def warnings(corpus: Corpus, rules: Rules) -> list[str]:
     if trained and trained.isdisjoint(("retain", "unlabeled")):
         found.append(f"{ONLY_FORGET} (rules: labels)")
     unmatched = [category for category, label in rules.labels.items() if label == DROP and not m.dropped]
-    in_spans = {list(m.categories)[number] for number in np.unique(corpus.spans["category"])}
+    in_spans = _span_categories(corpus)
     for category in m.categories:
         tokens = {split: by[category].tokens if category in by else 0 for split, by in m.counts.items()}
         if any(tokens.values()):
@@ -64,8 +64,12 @@ def warnings(corpus: Corpus, rules: Rules) -> list[str]:
 def labels_of(corpus: Corpus, split: str) -> set[str]:
     """True labels of a split's documents, and of labelled spans in whatever split."""
     m = corpus.manifest
-    in_spans = {list(m.categories)[number] for number in np.unique(corpus.spans["category"])}
-    return {m.categories[category] for category in {*m.counts.get(split, {}), *in_spans}}
+    return {m.categories[category] for category in {*m.counts.get(split, {}), *_span_categories(corpus)}}
+
+
+def _span_categories(corpus: Corpus) -> set[str]:
+    names = list(corpus.manifest.categories)
+    return {names[number] for number in np.unique(corpus.spans["category"])}
 
 
 def _split_warnings(category: str, tokens: dict[str, int]) -> list[str]:

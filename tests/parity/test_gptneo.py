@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import partition_of
 
 from sgtm.config.schema import ModelConfig
 from sgtm.data.batch import IGNORE
 from sgtm.masking.labels import LabelSpace
-from sgtm.masking.partition import build_partition
 from sgtm.masking.strategy import build_tables
 from sgtm.model.hf import from_hf_state, to_hf_state
 from sgtm.model.hf_config import hf_config
@@ -47,12 +47,9 @@ def build_model(backend: str) -> Transformer:
         window=META["window_size"],
         head_bias=True,
     )
-    partition = build_partition(
+    partition = partition_of(
         SPACE,
-        layers=config.layers,
-        heads=config.heads,
-        kv_heads=config.heads,
-        neurons=config.intermediate_size,
+        config,
         forget_heads=META["num_heads"] - META["retain_heads"],
         forget_neurons=META["intermediate_size"] - META["retain_neurons"],
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import partition_of
 from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, MistralConfig
 
 from sgtm.config.schema import ModelConfig
 from sgtm.masking.labels import LabelSpace
-from sgtm.masking.partition import Partition, build_partition
+from sgtm.masking.partition import Partition
 from sgtm.masking.strategy import removal_tables
 from sgtm.model.hf import from_hf_state, to_hf_state
 from sgtm.model.hf_config import model_config_from_hf
@@ -59,17 +60,6 @@ def one_thread():
     torch.manual_seed(0)
 
 
-def partition_of(config: ModelConfig, **masking) -> Partition:
-    return build_partition(
-        SPACE,
-        layers=config.layers,
-        heads=config.heads,
-        kv_heads=config.num_kv_heads,
-        neurons=config.intermediate_size,
-        **masking,
-    )
-
-
 def random_model(config: ModelConfig, partition: Partition) -> Transformer:
     """Every parameter random and far from 0, biases and norms included."""
     model = Transformer(config, partition, "reference")
@@ -87,7 +77,7 @@ def load_hf(state, config):
 @pytest.fixture(params=CASES.values(), ids=CASES)
 def case(request):
     config, masking = request.param
-    partition = partition_of(config, **masking)
+    partition = partition_of(SPACE, config, **masking)
     return config, partition, random_model(config, partition)
 
 
@@ -167,7 +157,7 @@ def marked(tensor: torch.Tensor) -> torch.Tensor:
 
 def test_head_counts_that_llama_refuses_become_mistral():
     config = LLAMA.model_copy(update={"head_dim": 4})
-    partition = partition_of(config, forget_heads=2, forget_neurons=1)
+    partition = partition_of(SPACE, config, forget_heads=2, forget_neurons=1)
     state = random_model(config, partition).state_dict()
     assert isinstance(to_hf_state(state, config, partition)[1], LlamaConfig)
     shape = to_hf_state(state, config, partition, ["bio"])[1]  # 32 is not a multiple of 6 heads
@@ -176,7 +166,7 @@ def test_head_counts_that_llama_refuses_become_mistral():
 
 
 def test_unknown_domain_and_head_bias_are_refused():
-    partition = partition_of(GPT_NEO, **COUNTED)
+    partition = partition_of(SPACE, GPT_NEO, **COUNTED)
     model = random_model(GPT_NEO, partition)
     with pytest.raises(ValueError, match="cannot remove 'chem'; domains: bio, code"):
         to_hf_state(model.state_dict(), GPT_NEO, partition, ["chem"])
@@ -218,13 +208,13 @@ def test_dropout_is_reported_and_left_out(caplog):
 
 
 def test_a_shape_that_does_not_fit_the_partition_is_refused():
-    partition = partition_of(GPT_NEO, **COUNTED)
+    partition = partition_of(SPACE, GPT_NEO, **COUNTED)
     with pytest.raises(ValueError, match="partition is of 3 layers"):
         from_hf_state({}, neo(), partition)
 
 
 def test_missing_and_surplus_tensors_are_named():
-    partition = partition_of(LLAMA, **COUNTED)
+    partition = partition_of(SPACE, LLAMA, **COUNTED)
     hf, shape = to_hf_state(random_model(LLAMA, partition).state_dict(), LLAMA, partition)
     surplus = hf | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(1)}
     with pytest.raises(ValueError, match=r"q_proj\.bias"):

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from families import partition_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sgtm.config.schema import ModelConfig
 from sgtm.data.tokenizer import train_bpe
 from sgtm.masking.labels import LabelSpace
-from sgtm.masking.partition import build_partition
+from sgtm.masking.partition import Partition
 from sgtm.masking.strategy import removal_tables
 from sgtm.model.hf_config import hf_config
 from sgtm.model.pretrained import check_tokenizer, load_pretrained
@@ -39,17 +40,9 @@ def changed(config: ModelConfig, **keys) -> ModelConfig:
     return ModelConfig.model_validate(config.model_dump() | keys)
 
 
-def partition_of(config: ModelConfig):
+def es_partition(config: ModelConfig) -> Partition:
     share = config.heads // config.num_kv_heads
-    return build_partition(
-        SPACE,
-        layers=config.layers,
-        heads=config.heads,
-        kv_heads=config.num_kv_heads,
-        neurons=config.intermediate_size,
-        forget_heads={"es": list(range(share))},
-        forget_neurons={"es": [20, 1, 3]},
-    )
+    return partition_of(SPACE, config, forget_heads={"es": list(range(share))}, forget_neurons={"es": [20, 1, 3]})
 
 
 def write(folder, config: ModelConfig, **options) -> AutoModelForCausalLM:
@@ -69,8 +62,8 @@ def test_the_model_computes_what_the_folder_does(tmp_path, name, context, option
     hf = write(tmp_path, MODELS[name], **options)
     assert (tmp_path / "model.safetensors").exists() != ("max_shard_size" in options)
     config = changed(MODELS[name], context=context, init_std=0.5)
-    model = Transformer(config, partition_of(config))
-    model.load_state_dict(load_pretrained(tmp_path, config, partition_of(config)))
+    model = Transformer(config, es_partition(config))
+    model.load_state_dict(load_pretrained(tmp_path, config, es_partition(config)))
     ids = torch.randint(61, (2, context))
     with torch.no_grad():
         ours = model.logits(ids, MaskPlan.uniform(removal_tables(SPACE, ()), 0, *ids.shape))
@@ -99,7 +92,7 @@ def test_what_differs_from_the_config_is_named(tmp_path, name, keys):
     write(tmp_path, MODELS[name])
     config = changed(MODELS[name], **keys)
     with pytest.raises(ValueError, match=rf"train\.init_from {tmp_path}: it is another model") as caught:
-        load_pretrained(tmp_path, config, partition_of(config))
+        load_pretrained(tmp_path, config, es_partition(config))
     before = MODELS[name].model_dump()
     lines = [f"  model.{key}: {before[key]} there, {value} in the config" for key, value in keys.items()]
     found = [line for line in str(caught.value).splitlines()[1:] if "head_dim" in keys or "head_dim" not in line]
@@ -109,16 +102,16 @@ def test_what_differs_from_the_config_is_named(tmp_path, name, keys):
 def test_a_run_directory_and_a_name_of_the_hub_are_refused_with_the_remedy(tmp_path):
     config = MODELS["gpt_neo"]
     with pytest.raises(ValueError, match=r"train\.init_from gpt2: .*names of the Hugging Face hub are not looked up"):
-        load_pretrained("gpt2", config, partition_of(config))
+        load_pretrained("gpt2", config, es_partition(config))
     (tmp_path / "config.yaml").touch()
     with pytest.raises(ValueError, match=rf"export it first: sgtm export {tmp_path} --out FOLDER"):
-        load_pretrained(tmp_path, config, partition_of(config))
+        load_pretrained(tmp_path, config, es_partition(config))
 
 
 def test_another_family_is_refused(tmp_path):
     write(tmp_path, MODELS["llama-tied"])
     with pytest.raises(ValueError, match=r"model\.family: llama there, gpt_neo in the config"):
-        load_pretrained(tmp_path, MODELS["gpt_neo"], partition_of(MODELS["gpt_neo"]))
+        load_pretrained(tmp_path, MODELS["gpt_neo"], es_partition(MODELS["gpt_neo"]))
 
 
 def damage_shape(folder):
@@ -184,7 +177,7 @@ def test_a_folder_that_cannot_be_read_is_an_error_that_says_why(tmp_path, damage
     write(tmp_path, MODELS["gpt_neo"])
     damage(tmp_path)
     with pytest.raises(ValueError, match=rf"train\.init_from {tmp_path}: .*{message}"):
-        load_pretrained(tmp_path, MODELS["gpt_neo"], partition_of(MODELS["gpt_neo"]))
+        load_pretrained(tmp_path, MODELS["gpt_neo"], es_partition(MODELS["gpt_neo"]))
 
 
 def test_a_corpus_of_another_tokenizer_of_the_same_size_is_refused(tmp_path):

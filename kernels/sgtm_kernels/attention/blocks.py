@@ -17,7 +17,7 @@ import torch
 ROWS = 64  # queries of a block at most: half a block of scores beyond the diagonal is computed in vain
 BUFFER = 2**20  # scores of a block at most: 4 MiB in fp32, which stays in the cache
 
-# Measured against SDPA on two cores: 1.9 times as fast with 31 heads of 8, 1.4 with 8 of 24; with one head, slower.
+# Where it beat SDPA on two cores, forward and backward together (benchmarks/LOG.md, 2026-11-22).
 HEADS, HEAD_DIM = 8, 32
 
 
