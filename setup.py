@@ -58,6 +58,7 @@ setup(
             "hypothesis>=6",
             "ruff>=0.12",
             "setuptools>=77",
+            'triton>=3.7; platform_system == "Linux"',  # its interpreter and its compiler, which need no GPU
         ],
     },
 )

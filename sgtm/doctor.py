@@ -199,7 +199,9 @@ def _backends() -> dict:
         states = []
         for backend in dispatch.BACKENDS:
             mark = " (auto)" if backend == chosen else ""
-            states.append(f"{backend}{mark}{_import_problem(f'sgtm_kernels.{op}.{backend}')}")
+            problem = dispatch.unusable(backend)
+            problem = f" unusable: {problem}" if problem else _import_problem(dispatch.module_name(op, backend))
+            states.append(f"{backend}{mark}{problem}")
         found[op] = ", ".join(states)
     return found
 

@@ -24,6 +24,8 @@ import pytest  # noqa: E402 (after the environment)
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels in fp32 and fp16; bf16 would be wrong there
 
 
 def pytest_collection_modifyitems(items):

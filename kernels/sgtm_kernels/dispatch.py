@@ -1,8 +1,9 @@
 """Which backend runs an op.
 
 Every op is a folder with one module per backend; all backends of an op have the same functions. `reference` is plain
-PyTorch through autograd, the oracle of the tests; `runs` works on row and token slices. A backend named explicitly,
-in a config or in the environment variable SGTM_KERNELS, never falls back to another.
+PyTorch through autograd, the oracle of the tests; `runs` works on row and token slices; `triton` fuses the masks into
+kernels. A backend named explicitly, in a config or in the environment variable SGTM_KERNELS, never falls back to
+another: where Triton is missing, or there is neither a CUDA device nor its interpreter, naming `triton` is an error.
 """
 
 from __future__ import annotations
@@ -10,17 +11,22 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
+import torch
+
 OPS = ("linear", "mlp", "attention", "norm", "embedding", "cross_entropy", "adamw")
-BACKENDS = ("reference", "runs")
-DEFAULT = "runs"
+BACKENDS = ("reference", "runs", "triton")
+DEFAULT = "runs"  # on a GPU too, until `triton` has been measured there (benchmarks/LOG.md)
+_MODULES = {"triton": "kernel"}  # of an op's folder, where it is not the backend's name
 
 
 def resolve(name: str = "auto") -> str:
     """Backend that `name` stands for: `auto` follows SGTM_KERNELS, else is `runs`.
 
-    Raises ValueError for an unknown backend, and where `name` and SGTM_KERNELS both name one and differ.
+    Raises ValueError for an unknown backend, for one that cannot run here, and where `name` and SGTM_KERNELS both name
+    one and differ.
     """
     wanted = os.environ.get("SGTM_KERNELS") or "auto"
     for source, value in (("backend", name), ("SGTM_KERNELS", wanted)):
@@ -28,8 +34,21 @@ def resolve(name: str = "auto") -> str:
             raise ValueError(f"{source}: unknown kernel backend {value!r}; known: auto, {', '.join(BACKENDS)}")
     if "auto" not in (name, wanted) and name != wanted:
         raise ValueError(f"the config asks for kernel backend {name!r} but SGTM_KERNELS={wanted!r}; set one of them")
-    named = [value for value in (name, wanted) if value != "auto"]
-    return named[0] if named else DEFAULT
+    chosen = next((value for value in (name, wanted) if value != "auto"), DEFAULT)
+    if problem := unusable(chosen):
+        raise ValueError(f"kernel backend {chosen!r} was asked for, but {problem}")
+    return chosen
+
+
+def unusable(backend: str) -> str | None:
+    """Why this backend cannot run here, or None."""
+    if backend != "triton":
+        return None
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "there is no CUDA device (TRITON_INTERPRET=1 runs it, slowly, in Triton's interpreter)"
+    return None
 
 
 @cache
@@ -37,4 +56,8 @@ def pick(op: str, backend: str) -> ModuleType:
     """The module of one op in one (resolved) backend."""
     if op not in OPS or backend not in BACKENDS:
         raise ValueError(f"no backend {backend!r} of op {op!r}; ops: {', '.join(OPS)}; backends: {', '.join(BACKENDS)}")
-    return import_module(f"sgtm_kernels.{op}.{backend}")
+    return import_module(module_name(op, backend))
+
+
+def module_name(op: str, backend: str) -> str:
+    return f"sgtm_kernels.{op}.{_MODULES.get(backend, backend)}"

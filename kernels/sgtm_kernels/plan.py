@@ -12,6 +12,7 @@ exact zero), so its content cannot change a bit of the result. `tests/kernels` c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -189,4 +190,16 @@ class MaskPlan:
             lengths = torch.tensor([run.end - run.start for run in self.runs])
             values = torch.tensor([by_label[run.label] for run in self.runs], dtype=like.dtype)
             self._weights[key] = torch.repeat_interleave(values, lengths).to(like.device, non_blocking=True)
+        return self._weights[key]
+
+    def factors(self, by_group: Sequence[tuple[float, ...]], device: torch.device) -> torch.Tensor:
+        """fp32 [groups, tokens]: each token's factor for each group, what a kernel reads; cached in the plan.
+
+        by_group  for every group its factors by label
+        """
+        key = (tuple(by_group), device)
+        if key not in self._weights:
+            like = torch.empty(0, dtype=torch.float32)
+            rows = [self.token_weights(by_label, like) for by_label in by_group]
+            self._weights[key] = torch.stack(rows).to(device, non_blocking=True)
         return self._weights[key]

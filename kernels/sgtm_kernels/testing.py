@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 
+from sgtm_kernels.dispatch import BACKENDS
 from sgtm_kernels.plan import KINDS, MAX_SLICES, PARTS, MaskPlan, Tables, merge_runs
 
 BINARY = (0.0, 1.0)
@@ -20,6 +21,20 @@ FLOATS = (0.0, 1.0, 0.5, -1.0, 2.0)
 # How labels lie in a micro-batch: one label; sequences sorted by label; sequences in any order (9 and above: more runs
 # than MAX_SLICES); a few runs that begin and end inside sequences; more such runs than MAX_SLICES.
 LAYOUTS = ("uniform", "sorted", "unsorted", "ragged", "tokens")
+
+
+EXACT = ("reference", "runs")  # backends that run in fp64
+FAST = ("runs", "triton")
+
+
+def backends_and_dtypes(backends: Sequence[str] = BACKENDS) -> list[tuple[str, torch.dtype]]:
+    """Every backend in fp32 and in the half precision that it is tested in."""
+    return [(backend, dtype) for backend in backends for dtype in (torch.float32, low_precision(backend))]
+
+
+def low_precision(backend: str) -> torch.dtype:
+    """Half precision that a backend is tested in: bf16, but fp16 in Triton's interpreter, which is wrong in bf16."""
+    return torch.float16 if backend == "triton" and not torch.cuda.is_available() else torch.bfloat16
 
 
 @contextmanager

@@ -193,7 +193,7 @@ class DistributedConfig(Section):
 
 
 class KernelsConfig(Section):
-    backend: Literal["auto", "reference", "runs"] = "auto"
+    backend: Literal["auto", "reference", "runs", "triton"] = "auto"
     """`auto` follows the environment variable SGTM_KERNELS, else `runs`. A named backend never falls back."""
 
 

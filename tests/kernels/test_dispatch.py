@@ -5,12 +5,13 @@ one backend served for another, by `pick` or by an op.
 """
 
 import inspect
+import sys
 from importlib import import_module
 
 import pytest
 import torch
 
-from sgtm_kernels.dispatch import BACKENDS, DEFAULT, OPS, pick, resolve
+from sgtm_kernels.dispatch import BACKENDS, DEFAULT, OPS, module_name, pick, resolve, unusable
 from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.testing import random_tables
 
@@ -52,6 +53,16 @@ def test_unknown_backends_are_errors(monkeypatch):
         resolve("auto")
 
 
+def test_triton_by_name_needs_a_device_or_the_interpreter(monkeypatch):
+    assert unusable("triton") is None and resolve("triton") == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"'triton' was asked for, but there is no CUDA device"):
+        resolve("triton")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "not installed" in unusable("triton") and resolve("auto") == DEFAULT
+
+
 @pytest.mark.parametrize(("op", "backend"), [("linear", "auto"), ("matmul", "runs"), ("linear", "cuda")])
 def test_pick_refuses_what_does_not_exist(op, backend):
     with pytest.raises(ValueError, match="no backend"):
@@ -66,7 +77,7 @@ def test_backends_have_the_functions_of_their_op(op, backend):
     functions = [name for name in package.__all__ if inspect.isfunction(getattr(package, name))]
     assert functions
     for name in functions:
-        assert getattr(module, name).__module__ == f"sgtm_kernels.{op}.{backend}"
+        assert getattr(module, name).__module__ == module_name(op, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

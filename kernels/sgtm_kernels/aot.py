@@ -1,0 +1,164 @@
+"""Compile every Triton kernel ahead of time, without a GPU, and look at what came out.
+
+    python -m sgtm_kernels.aot [--op linear,mlp] [--arch 80,90,100] [--jobs 2]
+
+Every kernel, in every configuration that its op can launch, for sm_80, sm_90 and sm_100: it must compile, fit into
+the shared memory of the architecture, spill no register (stack of 0; an exception is listed with its reason beside the
+kernel) and have tensor-core instructions where it is meant to. Prints a table and exits 1 where one does not hold.
+Source of the limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+from sgtm_kernels.dispatch import OPS, module_name
+
+SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a thread block
+TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel in one configuration. An op's kernel.py lists its own in `launches() -> list[Launch]`.
+
+    kernel     the `@triton.jit` function
+    signature  type of every argument that is not a constexpr: `*bf16`, `*fp32`, `i32`, `fp32`, ...
+    constants  value of every constexpr
+    unaligned  arguments that are not multiples of 16 (pointers: of 16 bytes); all others are compiled as such
+    tensor_cores  whether it must use them
+    spill      why registers may spill here; None: they may not
+    """
+
+    kernel: Callable
+    signature: dict[str, str]
+    constants: dict[str, object]
+    num_warps: int = 4
+    num_stages: int = 3
+    unaligned: tuple[str, ...] = ()
+    tensor_cores: bool = False
+    spill: str | None = None
+
+    @property
+    def name(self) -> str:
+        values = " ".join(f"{k}={v}" for k, v in self.constants.items())
+        dtypes = "/".join(sorted({t[1:] for t in self.signature.values() if t.startswith("*")}))
+        return f"{self.kernel.__name__} {dtypes} {values} warps={self.num_warps} stages={self.num_stages}"
+
+
+@dataclass
+class Outcome:
+    """What the compiler made of one launch on one architecture; `problems` is empty where all is well."""
+
+    name: str
+    arch: int
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    tensor_cores: bool = False
+    problems: list[str] = field(default_factory=list)
+
+
+def all_launches(ops: tuple[str, ...] = OPS) -> list[tuple[str, int, Launch]]:
+    """(op, index, launch) of every op that has kernels."""
+    return [(op, i, launch) for op in ops for i, launch in enumerate(_of(op))]
+
+
+def _of(op: str) -> list[Launch]:
+    module = import_module(module_name(op, "triton"))
+    return module.launches() if hasattr(module, "launches") else []
+
+
+def examine(launch: Launch, arch: int) -> Outcome:
+    """Compile one launch for one architecture and check it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    outcome = Outcome(launch.name, arch)
+    names = launch.kernel.arg_names
+    aligned = [n for n, kind in launch.signature.items() if n not in launch.unaligned and kind[0] in "*iu"]
+    source = ASTSource(
+        launch.kernel,
+        {n: launch.signature.get(n, "constexpr") for n in names},
+        {(names.index(n),): value for n, value in launch.constants.items()},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    except Exception as error:  # whatever the compiler raises is the finding
+        outcome.problems.append(f"does not compile: {type(error).__name__}: {str(error)[:500]}")
+        return outcome
+    outcome.shared = compiled.metadata.shared
+    usage, sass = disassemble(compiled.asm["cubin"])
+    outcome.registers, outcome.stack = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK"))
+    outcome.tensor_cores = TENSOR_CORES.search(sass) is not None
+    if outcome.shared > SHARED_BYTES[arch]:
+        outcome.problems.append(f"{outcome.shared} bytes of shared memory, {SHARED_BYTES[arch]} there are")
+    if outcome.stack and launch.spill is None:
+        outcome.problems.append(f"spills: {outcome.stack} bytes of stack")
+    if launch.tensor_cores and not outcome.tensor_cores:
+        outcome.problems.append("no tensor-core instruction")
+    return outcome
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and SASS of a cubin, by the cuobjdump and nvdisasm that come with Triton."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        environ = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+        return tuple(
+            subprocess.run(
+                [tools / "cuobjdump", flag, path], capture_output=True, text=True, check=True, env=environ
+            ).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+
+
+def _examine(job: tuple[str, int, int]) -> Outcome:
+    op, index, arch = job
+    return examine(_of(op)[index], arch)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", default=",".join(OPS))
+    parser.add_argument("--arch", default="80,90,100")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
+    arches = [int(arch) for arch in args.arch.split(",")]
+    jobs = [(op, i, arch) for op, i, _ in all_launches(tuple(args.op.split(","))) for arch in arches]
+    failed = 0
+    write = partial(print, flush=True)
+    write(f"{'arch':>5} {'regs':>4} {'stack':>5} {'shared':>7} {'tensor cores':12}  kernel")
+    with ProcessPoolExecutor(args.jobs) as pool:
+        for o in pool.map(_examine, jobs):
+            cores = "yes" if o.tensor_cores else "-"
+            write(f"{o.arch:5} {o.registers:4} {o.stack:5} {o.shared:7} {cores:12}  {o.name}")
+            for problem in o.problems:
+                write(f"      PROBLEM: {problem}")
+            failed += bool(o.problems)
+    write(f"{len(jobs)} compiled, {failed} with problems")
+    return int(failed > 0 or not jobs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
