@@ -1,0 +1,43 @@
+"""The ahead-of-time suite: every kernel of every op compiles for every architecture; what it must refuse, it refuses.
+
+Faults tried, each seen to fail: no limit on shared memory; the stack not looked at; every kernel said to use tensor
+cores; a kernel that does not compile passed over; a status of 0 with problems.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sgtm_kernels.dispatch import OPS
+
+# Compiled in processes of their own: here Triton is in its interpreter.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+ENVIRONMENT["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+
+
+def run(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=timeout
+    )
+
+
+def test_faults_are_told():
+    found = run(str(Path(__file__).with_name("faulty_kernels.py")))
+    assert found.returncode == 0, found.stderr
+    for name, problems in json.loads(found.stdout).items():
+        if name in ("fine", "tensor cores", "allowed to spill"):
+            assert problems == []
+        else:
+            assert any(name in problem for problem in problems), (name, problems)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_every_kernel_compiles_everywhere(op):
+    suite = run("-m", "sgtm_kernels.aot", "--op", op, "--jobs", "1")
+    assert suite.returncode == 0, suite.stdout + suite.stderr
+    assert " 0 with problems" in suite.stdout
