@@ -5,23 +5,33 @@ Chunks are made small, so that runs begin and end inside them.
 Faults tried, each seen to fail: a chunk skipped; a slice cut short in its chunk; the bias under the head's table;
 ignored targets counted in the loss, or in the gradient; `scale` or the incoming gradient forgotten; a slice's weight
 ignored; partial sums added in bf16; dX without the tokens that may not update the head; sums scaled, or under the
-next label; gradients computed under `no_grad`; the maximum of the logits subtracted too late.
+next label; gradients computed under `no_grad`; the maximum of the logits subtracted too late. In the kernel: the padding of the last block counted; the sum not
+rescaled at a new maximum, or of the last block only, the maximum too; the last partial block left without a gradient,
+or written beyond the row; the stride of packed rows; -1 in every block, or one column on; an ignored row left, zeroed
+short or written beyond its end, its loss not written; a target that does not exist looked up; a gradient nobody asked
+for; the device asked for a value.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.cross_entropy import runs as cross_entropy_runs
-from sgtm_kernels.dispatch import BACKENDS
+from sgtm_kernels.dispatch import BACKENDS, pick
 from sgtm_kernels.plan import MaskPlan, merge_runs
 from sgtm_kernels.testing import (
     BINARY,
+    EXACT,
+    FAST,
     LAYOUTS,
     assert_accurate,
     assert_same_bits,
+    backends_and_dtypes,
     forward_backward,
+    low_precision,
+    poisoned_memory,
     random_like,
     random_plan,
     random_tables,
@@ -32,13 +42,19 @@ VOCAB, WIDTH, SCALE = 19, 12, 0.37
 
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
-by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+by_exact = pytest.mark.parametrize("backend", EXACT)
+by_fast = pytest.mark.parametrize("backend", FAST)
+by_backend_and_dtype = pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes())
+by_fast_and_dtype = pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes(FAST))
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(cross_entropy_runs, "CHUNK_BYTES", 24 * VOCAB * 4)
+    """Of 24 tokens in fp32; the kernel takes 19 logits in two blocks."""
+    for backend in FAST:
+        monkeypatch.setattr(pick("cross_entropy", backend), "CHUNK_BYTES", 24 * VOCAB * 4)
     monkeypatch.setattr(cross_entropy_runs, "ROWS", 5)
+    monkeypatch.setattr(pick("cross_entropy", "triton"), "BLOCK", 16)
 
 
 def targets(batch: int, seq_len: int, seed: int = 3) -> torch.Tensor:
@@ -65,7 +81,7 @@ def plain(t: torch.Tensor):
     return loss
 
 
-@by_backend
+@by_exact
 @by_layout
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_formula_in_fp64(with_bias, layout, backend):
@@ -87,28 +103,27 @@ def test_formula_in_fp64(with_bias, layout, backend):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
-@by_dtype
+@by_fast_and_dtype
 @by_layout
-@pytest.mark.parametrize(("batch", "seq_len"), [(1, 1), (9, 7), (10, 100)])
-def test_runs_are_as_accurate_as_torch(batch, seq_len, layout, dtype):
+@pytest.mark.parametrize(("batch", "seq_len"), [(1, 1), (9, 7), (10, 25)])
+def test_as_accurate_as_torch(batch, seq_len, layout, backend, dtype):
     plan = random_plan(3, random_tables(4), layout, batch, seq_len)
     t = targets(batch, seq_len)
     exact, theirs, ours = (
         forward_backward(op(plan, backend, t), *inputs(batch, seq_len, d))
-        for backend, d in (("reference", torch.float64), ("reference", dtype), ("runs", dtype))
+        for backend, d in (("reference", torch.float64), ("reference", dtype), (backend, dtype))
     )
     assert ours[0].dtype == torch.float32
     for name, *values in zip(("loss", "dx", "dw", "db"), ours, theirs, exact, strict=True):
         assert_accurate(*values, name=name)
 
 
-@by_backend
-@by_dtype
+@by_backend_and_dtype
 @by_layout
 def test_loss_and_dx_do_not_know_of_masks(layout, dtype, backend):
-    t, data = targets(10, 13), inputs(10, 13, dtype)
-    masked = random_plan(5, random_tables(6, (0.0,)), layout, 10, 13)
-    free = random_plan(5, random_tables(6, (1.0,)), layout, 10, 13)
+    t, data = targets(9, 5), inputs(9, 5, dtype)
+    masked = random_plan(5, random_tables(6, (0.0,)), layout, 9, 5)
+    free = random_plan(5, random_tables(6, (1.0,)), layout, 9, 5)
     loss, dx, *learned = forward_backward(op(masked, backend, t), *data)
     free_loss, free_dx, *_ = forward_backward(op(free, backend, t), *data)
     assert_same_bits(loss, free_loss, "loss")
@@ -116,38 +131,45 @@ def test_loss_and_dx_do_not_know_of_masks(layout, dtype, backend):
     assert all(bool((d == 0).all()) for d in learned)
 
 
-@by_backend
-@by_dtype
+@by_backend_and_dtype
 @by_layout
 def test_non_interference(layout, dtype, backend):
-    plan = random_plan(9, random_tables(10, BINARY), layout, 10, 13)
-    t, (x, weight, bias) = targets(10, 13), (d.requires_grad_() for d in inputs(10, 13, dtype))
-    before = torch.autograd.grad(op(plan, backend, t)(x, weight, bias), (weight, bias))
-    sums = linear_cross_entropy(x, weight, bias, t, plan, SCALE, backend)[1]
+    plan = random_plan(9, random_tables(10, BINARY), layout, 9, 5)
+    x, weight, bias = (d.requires_grad_() for d in inputs(9, 5, dtype))
+
+    def learned(x, t):
+        loss, sums = linear_cross_entropy(x, weight, bias, t, plan, SCALE, backend)
+        return torch.autograd.grad(loss, (weight, bias)), sums
+
+    t, other_t = targets(9, 5), targets(9, 5, seed=8)
+    before, sums = learned(x, t)
     for label in {run.label for run in plan.runs}:
         mine = token_mask(plan, [label])
-        new_x, new_t = x.detach().where(~mine[..., None], 1 - 3 * x), t.where(~mine, targets(10, 13, seed=8))
-        after = torch.autograd.grad(op(plan, backend, new_t)(new_x, weight, bias), (weight, bias))
+        after, new_sums = learned(x.detach().where(~mine[..., None], 1 - 3 * x), t.where(~mine, other_t))
         for kind, old, new in zip(("head", "head_bias"), before, after, strict=True):
             assert torch.equal(old, new) == (plan.tables.update_joint[kind][label] == 0)
-        new_sums = linear_cross_entropy(new_x, weight, bias, new_t, plan, SCALE, backend)[1]
         assert [i for i in range(4) if new_sums[i] != sums[i]] == [label]
 
 
-def test_partial_sums_are_added_in_fp32(monkeypatch):
-    """Every token predicts 0 for a target of 1: gradients of 256 and then six times 1, which bf16 would not add."""
-    monkeypatch.setattr(cross_entropy_runs, "CHUNK_BYTES", 2**20)
+@by_fast
+def test_partial_sums_are_added_in_fp32(monkeypatch, backend):
+    """Every token predicts 0 for a target of 1: in dW 256 (2048 in fp16) and then six times 1, which half precision
+    would not add."""
+    monkeypatch.setattr(pick("cross_entropy", backend), "CHUNK_BYTES", 2**20)
+    dtype = low_precision(backend)
+    first = 1 if dtype is torch.bfloat16 else 8
     lengths, tables = [256, *[1] * 12], random_tables(0, (1.0,))
     joint = dict.fromkeys(tables.update_joint, (1.0, 0.0, 1.0, 1.0))
     tables = type(tables)(tables.labels, tables.groups, tables.active, tables.route, tables.update, joint)
     plan = MaskPlan(tables, merge_runs([i % 2 for i in range(13)], lengths), 1, sum(lengths))
-    x, weight = torch.ones(1, plan.tokens, WIDTH).bfloat16(), torch.zeros(VOCAB, WIDTH).bfloat16().requires_grad_()
-    bias = torch.eye(VOCAB)[0].mul(200).bfloat16().requires_grad_()
+    x, weight = torch.ones(1, plan.tokens, WIDTH).to(dtype), torch.zeros(VOCAB, WIDTH).to(dtype).requires_grad_()
+    x[:, :256] = first
+    bias = torch.eye(VOCAB)[0].mul(200).to(dtype).requires_grad_()
     t = torch.ones(1, plan.tokens, dtype=torch.long)
-    loss, _ = linear_cross_entropy(x, weight, bias, t, plan, 1.0, "runs")
+    loss, _ = linear_cross_entropy(x, weight, bias, t, plan, 1.0, backend)
     loss.backward()
     assert bias.grad.tolist() == [262.0, -262.0, *[0.0] * (VOCAB - 2)]
-    assert weight.grad[:, 0].tolist() == bias.grad.tolist()
+    assert weight.grad[:, 0].tolist() == [256.0 * first + 6, -256.0 * first - 6, *[0.0] * (VOCAB - 2)]
 
 
 @by_backend
@@ -157,32 +179,33 @@ def test_nothing_to_predict(backend):
     assert loss == 0 and all(bool((d == 0).all()) for d in gradients)
 
 
+@by_fast
 @pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])
-def test_only_what_is_asked_for(needed):
+def test_only_what_is_asked_for(needed, backend):
     """Each gradient alone is the one computed with all others."""
     plan, t, data = random_plan(13, random_tables(14), "ragged", 6, 9), targets(6, 9), inputs(6, 9, torch.float32)
     together = [d.clone().requires_grad_() for d in data]
-    every = torch.autograd.grad(op(plan, "runs", t)(*together), together)
+    every = torch.autograd.grad(op(plan, backend, t)(*together), together)
     alone = [d.clone().requires_grad_(need) for d, need in zip(data, needed, strict=True)]
-    (one,) = torch.autograd.grad(op(plan, "runs", t)(*alone), [d for d in alone if d.requires_grad])
+    (one,) = torch.autograd.grad(op(plan, backend, t)(*alone), [d for d in alone if d.requires_grad])
     assert_same_bits(one, every[needed.index(True)])
 
 
-def test_evaluation_computes_no_gradient(monkeypatch):
+@by_fast
+def test_evaluation_computes_no_gradient(monkeypatch, backend):
     plan, t = random_plan(13, random_tables(14), "sorted", 6, 9), targets(6, 9)
     data = [d.requires_grad_() for d in inputs(6, 9, torch.float32)]
     asked = []
-    original = cross_entropy_runs._softmax_gradient_
-    monkeypatch.setattr(
-        cross_entropy_runs, "_softmax_gradient_", lambda *args: asked.append(args[2]) or original(*args)
-    )
+    module = pick("cross_entropy", backend)
+    original = module._softmax_gradient_
+    monkeypatch.setattr(module, "_softmax_gradient_", lambda *args: asked.append(args[2]) or original(*args))
     with torch.no_grad():
-        loss = op(plan, "runs", t)(*data)
+        loss = op(plan, backend, t)(*data)
     assert set(asked) == {False}
-    assert_same_bits(loss, op(plan, "runs", t)(*data).detach())
+    assert_same_bits(loss, op(plan, backend, t)(*data).detach())
 
 
-@by_backend
+@by_exact
 def test_gradcheck(backend):
     plan = random_plan(13, random_tables(14, (1.0,)), "ragged", 3, 11)
     torch.autograd.gradcheck(
@@ -205,9 +228,9 @@ def test_logits_far_from_zero_cost_no_precision(step, offset, backend):
 
 
 @by_backend
-def test_losses_of_bf16_logits_are_in_fp32(backend):
+def test_losses_of_half_precision_logits_are_in_fp32(backend):
     plan = random_plan(20, random_tables(21), "uniform", 2, 9)
-    data, t = exact_logits(torch.bfloat16, 1 / 8, 0), targets(2, 9)
+    data, t = exact_logits(low_precision(backend), 1 / 8, 0), targets(2, 9)
     loss = op(plan, backend, t)(*data)
     torch.testing.assert_close(loss.double(), plain(t)(*(x.double() for x in data)), rtol=1e-6, atol=0)
 
@@ -218,3 +241,94 @@ def exact_logits(dtype: torch.dtype, step: float, offset: float) -> list[torch.T
     x[..., 0] = 1
     weight[:, 0] = torch.arange(VOCAB) * step
     return [x, weight, bias + offset]
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a GPU would be waited for: a value read by Python, or a shape that depends on values."""
+
+    NAMES = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "index.Tensor", "unique", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(f"aten.{name}" in str(func) for name in self.NAMES):
+            self.found.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@by_layout
+def test_the_kernel_waits_for_nothing(layout):
+    plan, t = random_plan(15, random_tables(16, (1.0,)), layout, 4, 9), targets(4, 9)
+    data = [d.requires_grad_() for d in inputs(4, 9, torch.float32)]
+    with Waits() as waits:
+        loss, _ = linear_cross_entropy(*data, t, plan, SCALE, "triton")
+        loss.backward()
+    assert not waits.found and data[1].grad.abs().sum() > 0
+    with Waits() as waits:
+        bool((t == -100).any())
+        t[t == -100]
+    assert len(waits.found) == 2, "the counter counts"
+
+
+@by_fast
+def test_chunks_that_may_not_update_the_head_skip_its_matmul(monkeypatch, backend):
+    """Sixteen sequences of 6 tokens in four chunks; only the fifth and sixth, in the second chunk, update the head."""
+    added = []
+    original = cross_entropy_runs._Sum.add
+    monkeypatch.setattr(
+        cross_entropy_runs._Sum, "add", lambda self, *args: added.append(args[0].shape) or original(self, *args)
+    )
+    tables = random_tables(0, (1.0,))
+    joint = tables.update_joint | {"head": (0.0, 1.0, 1.0, 1.0)}
+    tables = type(tables)(tables.labels, tables.groups, tables.active, tables.route, tables.update, joint)
+    plan = MaskPlan(tables, merge_runs([int(i in (4, 5)) for i in range(16)], [6] * 16), 16, 6)
+    forward_backward(op(plan, backend, targets(16, 6)), *inputs(16, 6, torch.float32)[:2])
+    assert added == [(VOCAB, WIDTH)]
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("vocab", [1, 7, 1000, 50257])
+def test_the_kernel_on_rows_of_any_length(monkeypatch, vocab, gradient):
+    """Against fp64, with the blocks it really has. Ignored targets: exactly 0, whatever lies in their row."""
+    monkeypatch.undo()
+    kernel, n = pick("cross_entropy", "triton"), 6
+    rows = random_like(torch.empty(n, vocab), 1) * 5
+    rows[2] += 1000  # the exponentials would overflow without the maximum
+    t = torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(2))
+    t[3] = -100
+    z = rows.clone().requires_grad_()
+    expected = F.cross_entropy(z.double(), t, reduction="none")
+    (slope,) = torch.autograd.grad(expected.sum(), z)
+    with poisoned_memory():
+        room = torch.empty(n, vocab + 5)  # padding that is not to be read or written
+        room[:, :vocab] = rows
+        room[3, :vocab] = 3e38
+        losses = kernel._softmax_gradient_(room[:, :vocab], t, gradient)
+    assert losses[3] == 0 and bool(room[:, vocab:].isnan().all())
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-6, atol=1e-5)
+    if gradient:
+        assert bool((room[3, :vocab] == 0).all())
+        torch.testing.assert_close(room[:, :vocab].double(), slope.double(), rtol=1e-5, atol=1e-7)
+    else:
+        assert_same_bits(room[4, :vocab], rows[4])
+
+
+@pytest.mark.parametrize("wrong", [-1, VOCAB, 2**40])
+def test_a_target_that_does_not_exist_makes_the_loss_nan(wrong):
+    """And is not looked up: torch on a GPU would stop the process."""
+    t = targets(2, 3)
+    t[1, 1] = wrong
+    plan = random_plan(17, random_tables(18), "uniform", 2, 3)
+    assert op(plan, "triton", t)(*inputs(2, 3, torch.float32)).isnan()
+
+
+@pytest.mark.parametrize("vocab", [19, 50257, 50304])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_of_logits_begin_at_multiples_of_128_bytes(dtype, vocab):
+    kernel = pick("cross_entropy", "triton")
+    x, weight = torch.ones(3, 2, dtype=dtype), torch.ones(vocab, 2, dtype=dtype)
+    logits = kernel._logits(x, weight, None)
+    assert logits.shape == (3, vocab) and bool((logits == 2).all())
+    assert logits.stride(0) * logits.element_size() % 128 == 0 and logits.stride(0) - vocab < 128

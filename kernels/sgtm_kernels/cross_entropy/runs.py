@@ -2,10 +2,13 @@
 
 The loss is linear in `scale`, so the backward pass only multiplies by the incoming gradient. A chunk whose tokens may
 not update the head skips that matmul; where a single slice of tokens updates it, its gradient is that matmul's
-result, else the partial results are added in fp32.
+result, else the partial results are added in fp32. The chunks are those of every backend that has a `ChunkOps`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,25 +24,43 @@ CHUNK_BYTES = 2**28
 ROWS, GPU_ROWS = 64, 1024
 
 
+class ChunkOps(NamedTuple):
+    """What a backend does with a chunk of n tokens.
+
+    logits      (x [n, D], weight, bias) -> logits [n, V], which may be overwritten
+    gradient_   (logits, targets [n], wanted) -> token losses [n]; where `wanted`, overwrites the logits with the
+                gradient of the sum of the losses, softmax - one_hot (0: no target)
+    chunk_bytes a chunk's logits take at most this much
+    """
+
+    logits: Callable[..., torch.Tensor]
+    gradient_: Callable[..., torch.Tensor]
+    chunk_bytes: int
+
+
 def linear_cross_entropy(x, weight, bias, targets, plan: MaskPlan, scale):
-    loss, losses = _LinearCrossEntropy.apply(x, weight, bias, targets, plan, scale, torch.is_grad_enabled())
+    return in_chunks(x, weight, bias, targets, plan, scale, ChunkOps(F.linear, _softmax_gradient_, CHUNK_BYTES))
+
+
+def in_chunks(x, weight, bias, targets, plan: MaskPlan, scale, ops: ChunkOps):
+    loss, losses = _LinearCrossEntropy.apply(x, weight, bias, targets, plan, scale, torch.is_grad_enabled(), ops)
     return loss, label_sums(losses, plan)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, targets, plan, scale, training):
+    def forward(ctx, x, weight, bias, targets, plan, scale, training, ops):
         need_x, need_w, need_b = (needed and training for needed in ctx.needs_input_grad[:3])
         flat, targets = x.flatten(0, 1), targets.flatten()
         wide = torch.promote_types(x.dtype, torch.float32)
         losses = torch.empty(plan.tokens, dtype=wide, device=x.device)
         dx = torch.empty_like(flat) if need_x else None
         dw, db = _Sum(weight), _Sum(bias)
-        chunk = max(ROWS, CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
+        chunk = max(ROWS, ops.chunk_bytes // (weight.shape[0] * weight.element_size()))
         for start in range(0, plan.tokens, chunk):
             end = min(start + chunk, plan.tokens)
-            logits = F.linear(flat[start:end], weight, bias)
-            losses[start:end] = _softmax_gradient_(logits, targets[start:end], need_x or need_w or need_b)
+            logits = ops.logits(flat[start:end], weight, bias)
+            losses[start:end] = ops.gradient_(logits, targets[start:end], need_x or need_w or need_b)
             if need_x:
                 torch.mm(logits, weight, out=dx[start:end])
             if need_w:
@@ -48,6 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_b:
                 for s, e, factor in _clipped(plan.joint("head_bias"), start, end):
                     db.add(logits[s - start : e - start].sum(0), factor)
+            del logits  # or the next chunk's would be made beside it
         ctx.scale = scale
         ctx.save_for_backward(
             dx.view_as(x) if need_x else None, dw.total() if need_w else None, db.total() if need_b else None
@@ -58,7 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss, _):
         factor = dloss * ctx.scale
-        return (*(None if g is None else g * factor for g in ctx.saved_tensors), None, None, None, None)
+        return (*(None if g is None else g * factor for g in ctx.saved_tensors), *[None] * 5)
 
 
 class _Sum:
@@ -79,7 +101,7 @@ class _Sum:
 
 
 def _softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, gradient: bool) -> torch.Tensor:
-    """Token losses [n]; overwrites logits [n, V] with the gradient of their sum, softmax - one_hot (0: no target)."""
+    """`ChunkOps.gradient_` in torch, a few rows at a time."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     ignored = targets == IGNORE
     index = targets.masked_fill(ignored, 0)[:, None]

@@ -1,0 +1,102 @@
+"""LM head and cross-entropy on cuBLAS, with one Triton kernel for each chunk: logits in, losses and gradient out.
+
+The kernel reads a token's logits twice and writes their gradient over them once: the maximum and the sum of the
+exponentials come out of one pass, in fp32, and nothing of the logits' size exists beside them. Rows of logits begin at
+multiples of 128 bytes, whatever the vocabulary: with 50,257 columns in bf16 every other row of a packed matrix would
+begin between two words, for the loads of this kernel and for those of three matmuls.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sgtm_kernels.aot import Launch
+from sgtm_kernels.cross_entropy.runs import IGNORE, ChunkOps, in_chunks
+from sgtm_kernels.plan import MaskPlan
+
+# A chunk's logits: 10,683 tokens of 50,257 in bf16. Every further chunk reads and writes the head's gradient in fp32.
+CHUNK_BYTES = 2**30
+ROW_BYTES = 128  # rows of logits begin at multiples of it
+# Logits of a row that are in flight at a time. Many warps for a row, so that few rows are in flight and the second
+# pass finds them in the L2 cache: on 132 multiprocessors two rows of 100 kB each are 27 MB.
+BLOCK, WARPS = 8192, 32
+
+
+def linear_cross_entropy(x, weight, bias, targets, plan: MaskPlan, scale):
+    return in_chunks(x, weight, bias, targets, plan, scale, ChunkOps(_logits, _softmax_gradient_, CHUNK_BYTES))
+
+
+def _logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """F.linear for x [n, D], with padded rows."""
+    vocab, step = weight.shape[0], ROW_BYTES // x.element_size()
+    out = x.new_empty(len(x), triton.cdiv(vocab, step) * step)[:, :vocab]
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, gradient: bool) -> torch.Tensor:
+    n, vocab = logits.shape
+    losses = torch.empty(n, dtype=torch.float32, device=logits.device)
+    block, warps = _tile(vocab)
+    token_losses[(n,)](
+        logits, targets, losses, logits.stride(0), vocab,
+        IGNORE=IGNORE, GRADIENT=gradient, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return losses
+
+
+def _tile(vocab: int) -> tuple[int, int]:
+    """Block and warps for a row of this length."""
+    block = min(BLOCK, triton.next_power_of_2(vocab))
+    return block, max(1, block * WARPS // BLOCK)
+
+
+@triton.jit
+def token_losses(
+    logits, targets, losses, row, vocab, IGNORE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Program t: the loss of token t, and the gradient over its logits. A target that does not exist gives NaN."""
+    token = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + token)
+    z_at = logits + token * row
+    column = tl.arange(0, BLOCK)
+    if target == IGNORE:
+        tl.store(losses + token, 0.0)
+        if GRADIENT:
+            nothing = tl.zeros([BLOCK], dtype=logits.dtype.element_ty)
+            for start in range(0, vocab, BLOCK):
+                tl.store(z_at + start + column, nothing, mask=start + column < vocab)
+    else:
+        exists = (target >= 0) & (target < vocab)
+        z_target = tl.load(z_at + target, mask=exists, other=float("nan")).to(tl.float32)
+        largest = -3.4028234663852886e38  # finite, so that a block of -inf is a sum of 0
+        total = 0.0
+        for start in range(0, vocab, BLOCK):
+            inside = start + column < vocab
+            z = tl.load(z_at + start + column, mask=inside, other=float("-inf")).to(tl.float32)
+            before = largest
+            largest = tl.maximum(before, tl.max(z, 0))
+            total = total * tl.exp(before - largest) + tl.sum(tl.exp(z - largest), 0)
+        tl.store(losses + token, largest - z_target + tl.log(total))
+        if GRADIENT:
+            scale = 1.0 / total
+            for start in range(0, vocab, BLOCK):
+                inside = start + column < vocab
+                z = tl.load(z_at + start + column, mask=inside, other=float("-inf")).to(tl.float32)
+                p = tl.exp(z - largest) * scale - tl.where(start + column == target, 1.0, 0.0)
+                tl.store(z_at + start + column, p.to(logits.dtype.element_ty), mask=inside)
+
+
+def launches() -> list[Launch]:
+    """Everything that dispatch can launch, for the ahead-of-time suite."""
+    found = []
+    for dtype in ("bf16", "fp16", "fp32"):
+        signature = {"logits": f"*{dtype}", "targets": "*i64", "losses": "*fp32", "row": "i32", "vocab": "i32"}
+        for vocab in (37, 4096, 50257, 128256):
+            block, warps = _tile(vocab)
+            unaligned = ("targets", "losses", *("vocab",) * (vocab % 16 != 0))
+            for gradient in (False, True):
+                constants = {"IGNORE": IGNORE, "GRADIENT": gradient, "BLOCK": block}
+                found.append(Launch(token_losses, signature, constants, num_warps=warps, unaligned=unaligned))
+    return found
