@@ -1,12 +1,13 @@
 # make quickstart    train, ablate and show a small bilingual model: under ten minutes on two cores
 # make test          run all tests
-# Both make the virtual environment .venv on first use; PYTHON=... chooses the interpreter (3.10 to 3.12).
+# make gpu           on a machine with a GPU: tests and timings of the kernels, by PYTHON as it is; GPU_ARGS="--only mlp"
+# The first two make the virtual environment .venv on first use; PYTHON=... chooses the interpreter (3.10 to 3.12).
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test gpu lint clean
 
 install: $(STAMP)
 
@@ -27,6 +28,9 @@ PYTEST_ARGS ?= -n 2
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sgtm.doctor import cpu_model
@@ -49,6 +50,10 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     shared = environment()
     path.write_text("".join(json.dumps({**row, **shared}) + "\n" for row in rows))
+
+
+def percentiles(values: np.ndarray) -> dict[str, float]:
+    return {f"p{p}": round(float(np.percentile(values, p)), 4) for p in (20, 50, 80)}
 
 
 def read_rows(path: Path) -> list[dict]:

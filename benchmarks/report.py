@@ -51,7 +51,10 @@ def section(path: Path, up: str) -> str:
     """Markdown of one results file; `up` leads from the document to the root of the repository."""
     rows = read_rows(path)
     first = rows[0]
-    text = step_overhead(rows) if path.stem == "step_overhead" else runs(path.stem, rows)
+    if "roofline_share" in first:
+        text = ops(rows)
+    else:
+        text = step_overhead(rows) if path.stem == "step_overhead" else runs(path.stem, rows)
     source = (
         f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, commit {first['commit']}, "
         f"{first['time'][:10]} ([{path.name}]({up}{path.relative_to(ROOT).as_posix()}))"
@@ -82,14 +85,35 @@ def step_overhead(rows: list[dict]) -> str:
     """Step times and memory, relative to the unmasked step of the same code in the same round."""
     table = [["row", "tokens/s", "ratio p20 / p50 / p80", "target", "of", "peak memory ratio"]]
     for r in rows:
-        spread = " / ".join(f"{r['ratio'][p]:.3f}" for p in ("p20", "p50", "p80"))
         tokens, memory = f"{r['tokens_per_second']:,.0f}", f"{r['memory_ratio']:.3f}"
-        table.append([r["row"], tokens, spread, r["target"] or "", r["ratio_of"], memory])
+        table.append([r["row"], tokens, spread(r["ratio"]), r["target"] or "", r["ratio_of"], memory])
     about = (
         f"One training step, AdamW included, {rows[0]['rounds']} interleaved rounds; {rows[0]['setting']}. On a CPU "
         "ours keeps freed memory; Hugging Face's runs as it comes, and once more with freed memory kept."
     )
     return f"### What a masked step costs\n\n{about}\n\n{markdown(table)}"
+
+
+def ops(rows: list[dict]) -> str:
+    """Time of each op under each mask, relative to nothing masked, to public code and to the roofline."""
+    table = [["op", "shape", "backend", "mask", "us", "to unmasked", "to public", "of the roofline", "public"]]
+    for r in rows:
+        spreads = [spread(r[key]) if key in r else "" for key in ("ratio_unmasked", "ratio_public")]
+        share = f"{r['roofline_share']['p50']:.0%}"
+        microseconds = f"{r['microseconds']['p50']:,.0f}"
+        table.append([r["variant"], r["shape"], r["backend"], r["mask"], microseconds, *spreads, share, r["public"]])
+    r = rows[0]
+    about = (
+        f"Forward and backward in {r['dtype']}, p50 of the time and p20 / p50 / p80 of the ratios, in interleaved "
+        "rounds (`benchmarks/ops.py`); public: the fastest of the public calls, which mask nothing. Roofline: "
+        f"{r['roofline']['tflops']['p50']:.0f} TFLOP/s, {r['roofline']['gb_per_second']['p50']:.0f} GB/s. Triton "
+        f"{r['versions']['triton']}, driver {r['driver']}; tests on the device: {r.get('tests', 'not run')}."
+    )
+    return f"### What a masked op costs\n\n{about}\n\n{markdown(table)}"
+
+
+def spread(values: dict[str, float]) -> str:
+    return " / ".join(f"{values[p]:.3f}" for p in ("p20", "p50", "p80"))
 
 
 def markdown(table: list[list[str]]) -> str:

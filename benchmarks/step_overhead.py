@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from environment import write_rows
+from environment import percentiles, write_rows
 from hugging_face import Peer
 from memory import peak_growth
 from rich.console import Console
@@ -153,10 +153,6 @@ def row(name: str, seconds: np.ndarray, memory: list, base: np.ndarray, base_mem
         "memory_ratio": round(float(np.median(memory) / np.median(base_memory)), 4),
         "rounds": len(seconds),
     }
-
-
-def percentiles(values: np.ndarray) -> dict[str, float]:
-    return {f"p{p}": round(float(np.percentile(values, p)), 4) for p in (20, 50, 80)}
 
 
 def show(rows: list[dict]) -> None:

@@ -300,6 +300,7 @@ def test_uniform_weights_average_the_visible_values():
         assert all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(out, want, strict=True))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "seq_len", "window", "scale", "buffer"),
     [

@@ -1,0 +1,335 @@
+"""The masked ops as they are timed: inputs, our call, the best public equivalents, and the work each mask leaves.
+
+The masks are those of `sgtm` with one domain and the joint parameters masked (the paper's Wikipedia setting), since
+norms, embeddings and the head are not masked at all with them free. Needs torch and `sgtm_kernels`, nothing of `sgtm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timing import Way
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.adamw import adamw as torch_adamw
+
+from sgtm_kernels.adamw import Update, adamw
+from sgtm_kernels.attention import HeadLayout, attention
+from sgtm_kernels.cross_entropy import linear_cross_entropy
+from sgtm_kernels.embedding import embedding
+from sgtm_kernels.linear import linear_in, linear_out
+from sgtm_kernels.mlp import gelu, swiglu
+from sgtm_kernels.norm import layer_norm, rms_norm
+from sgtm_kernels.plan import KINDS, PARTS, MaskPlan, Run, Tables, merge_runs
+
+UNLABELED, RETAIN, FORGET = 0, 1, 2
+ONES = ((1.0, 1.0),) * 3
+NONE = Tables(
+    ("unlabeled", "retain", "forget"),
+    ("retain", "forget"),
+    ONES,
+    ONES,
+    dict.fromkeys(PARTS, ONES),
+    dict.fromkeys(KINDS, (1.0,) * 3),
+)
+FREE = ("final_norm", "head_bias")  # joint parameters that forget tokens always update
+SGTM = Tables(
+    NONE.labels,
+    NONE.groups,
+    ((1.0, 1.0), (1.0, 0.0), (1.0, 1.0)),
+    ONES,
+    dict.fromkeys(PARTS, ((1.0, 1.0), (1.0, 1.0), (0.0, 1.0))),
+    {kind: (1.0, 1.0, float(kind in FREE)) for kind in KINDS},
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer of a model, and the micro-batch it sees. With fewer KV heads than heads, the MLP is gated."""
+
+    batch: int
+    seq_len: int
+    width: int
+    heads: int
+    kv_heads: int
+    neurons: int
+    vocab: int
+    forget_heads: int
+    forget_neurons: int
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq_len
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def gated(self) -> bool:
+        return self.kv_heads < self.heads
+
+    @property
+    def layout(self) -> HeadLayout:
+        share = self.heads // self.kv_heads
+        groups = (self.heads - self.forget_heads, self.forget_heads)
+        return HeadLayout(groups, tuple(n // share for n in groups), self.head_dim)
+
+
+# Twenty sequences: one is 5 %.
+SHAPES = {
+    "124m": Shape(20, 1024, 768, 12, 12, 3072, 50257, 1, 256),
+    "254m": Shape(20, 1024, 1024, 32, 32, 4096, 50257, 1, 64),
+    "llama-1b": Shape(4, 4096, 2048, 32, 8, 8192, 128256, 4, 1024),
+    "tiny": Shape(4, 12, 24, 6, 6, 40, 97, 1, 8),
+    "tiny-llama": Shape(4, 12, 24, 6, 3, 40, 97, 2, 8),
+}
+
+
+def plans(shape: Shape) -> dict[str, MaskPlan]:
+    """The micro-batch under every mask; `unmasked` is what the others are compared with. A share of forget sequences
+    that this batch cannot have is left out."""
+    found = {
+        "unmasked": MaskPlan.uniform(NONE, UNLABELED, shape.batch, shape.seq_len),
+        "nothing masked": MaskPlan.uniform(SGTM, UNLABELED, shape.batch, shape.seq_len),
+    }
+    for percent in (5, 25):
+        n, rest = divmod(shape.batch * percent, 100)
+        if not rest:
+            labels = [FORGET] * n + [UNLABELED] * (shape.batch - n)
+            found[f"{percent} % forget"] = MaskPlan(
+                SGTM, merge_runs(labels, [shape.seq_len] * shape.batch), shape.batch, shape.seq_len
+            )
+    edges = range(0, shape.tokens, shape.seq_len // 4)
+    runs = tuple(Run(UNLABELED if i % 4 else FORGET, t, t + shape.seq_len // 4) for i, t in enumerate(edges))
+    merged = merge_runs([run.label for run in runs], [run.end - run.start for run in runs])
+    found["25 % forget in every sequence"] = MaskPlan(SGTM, merged, shape.batch, shape.seq_len)
+    found["pure forget"] = MaskPlan.uniform(SGTM, FORGET, shape.batch, shape.seq_len)
+    found["pure retain"] = MaskPlan.uniform(SGTM, RETAIN, shape.batch, shape.seq_len)
+    return found
+
+
+def forget_share(plan: MaskPlan) -> float:
+    return sum(run.end - run.start for run in plan.runs if run.label == FORGET) / plan.tokens
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on its inputs, forward and backward.
+
+    ours    (plan, backend) -> a call of ours
+    public  calls of public code that do the same unmasked
+    work    plan -> (floating-point operations of matmuls, bytes moved at least) that this mask leaves to do
+    """
+
+    ours: Callable[[MaskPlan, str], Way]
+    public: dict[str, Way]
+    work: Callable[[MaskPlan], tuple[float, float]]
+
+
+class Inputs:
+    """Random tensors, and public code as fast as it gets: compiled on CUDA, as it is elsewhere."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self.compiled = device.type == "cuda"
+
+    def random(self, *size: int, learned: bool = True) -> torch.Tensor:
+        return torch.randn(size, device=self.device, dtype=self.dtype).mul_(0.1).requires_grad_(learned)
+
+    def integers(self, high: int, *size: int) -> torch.Tensor:
+        return torch.randint(high, size, device=self.device)
+
+    def public(self, name: str, function: Callable, leaves: list[torch.Tensor], dy: torch.Tensor) -> dict[str, Way]:
+        found = {name: both(function, leaves, dy)}
+        if self.compiled:
+            found[f"{name}, compiled"] = both(torch.compile(function, fullgraph=True, dynamic=False), leaves, dy)
+        return found
+
+
+def both(function: Callable[..., torch.Tensor], leaves: list[torch.Tensor], dy: torch.Tensor) -> Way:
+    """Forward and backward."""
+    return lambda: torch.autograd.grad(function(*leaves), leaves, dy)
+
+
+def _updating(tokens) -> int:
+    return sum(end - start for start, end, _ in tokens.slices)
+
+
+def linear(s: Shape, make: Inputs, side: str) -> Case:
+    """The MLP's linear layers; the rows are the neurons (gates and ups of a gated one), `w_out` is input-major."""
+    fold = 2 if s.gated and side == "in" else 1
+    rows = fold * s.neurons
+    bounds = (0, fold * (s.neurons - s.forget_neurons), rows)
+    x = make.random(s.batch, s.seq_len, s.width if side == "in" else rows)
+    weight = make.random(rows, s.width)
+    leaves = [x, weight] if s.gated else [x, weight, make.random(rows if side == "in" else s.width)]
+    dy = make.random(s.batch, s.seq_len, rows if side == "in" else s.width, learned=False)
+    op, part = (linear_in, "mlp_in") if side == "in" else (linear_out, "mlp_out")
+
+    def ours(plan, backend):
+        return both(lambda x, w, b=None: op(x, w, b, plan, part, bounds, backend), leaves, dy)
+
+    def work(plan):
+        dw = sum((r.end - r.start) * _updating(r.tokens) for r in plan.rows(part, bounds)) / (rows * s.tokens)
+        each = s.tokens * rows + s.tokens * s.width + rows * s.width  # operands and result of a matmul
+        return (2 + dw) * 2 * s.tokens * rows * s.width, (2 + dw) * each * x.element_size()
+
+    plain = F.linear if side == "in" else lambda x, w, b=None: F.linear(x, w.t(), b)
+    return Case(ours, {"F.linear": both(plain, leaves, dy)}, work)
+
+
+def mlp(s: Shape, make: Inputs) -> Case:
+    bounds = (0, s.neurons - s.forget_neurons, s.neurons)
+    x = make.random(s.batch, s.seq_len, s.neurons * (1 + s.gated))
+    dy = make.random(s.batch, s.seq_len, s.neurons, learned=False)
+    op = swiglu if s.gated else gelu
+
+    def plain(x):
+        if not s.gated:
+            return F.gelu(x, approximate="tanh")
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    return Case(
+        lambda plan, backend: both(lambda x: op(x, plan, bounds, backend), [x], dy),
+        make.public("F.silu" if s.gated else "F.gelu", plain, [x], dy),
+        lambda plan: (0, (3 * x.numel() + 2 * dy.numel()) * x.element_size()),
+    )
+
+
+def attend(s: Shape, make: Inputs) -> Case:
+    """Causal, no window; a public call gets the heads as views of one projection, as ours does."""
+    layout, whole = s.layout, HeadLayout((s.heads,), (s.kv_heads,), s.head_dim)
+    qkv = make.random(s.batch, s.seq_len, (s.heads + 2 * s.kv_heads) * s.head_dim)
+    dy = make.random(s.batch, s.seq_len, s.width, learned=False)
+    scale = s.head_dim**-0.5
+
+    def ours(plan, backend):
+        return both(lambda qkv: attention(qkv, layout, plan, scale=scale, backend=backend), [qkv], dy)
+
+    def sdpa(qkv, backend=None):
+        q, k, v = whole.split(qkv)[0]
+        plain = partial(F.scaled_dot_product_attention, is_causal=True, scale=scale, enable_gqa=s.gated)
+        if backend is None:
+            out = plain(q, k, v)
+        else:
+            with sdpa_kernel(backend):
+                out = plain(q, k, v)
+        return out.transpose(1, 2).flatten(2)
+
+    public = {"SDPA": both(sdpa, [qkv], dy)}
+    if make.compiled:
+        for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
+            public[f"SDPA, {name}"] = both(partial(sdpa, backend=backend), [qkv], dy)
+
+    def work(plan):
+        heads = s.heads * s.batch  # where labels change inside sequences, every head of every sequence
+        if plan.whole_sequences:
+            active = [sum(n for n, on in zip(layout.heads, row, strict=True) if on) for row in plan.tables.active]
+            heads = sum((run.end - run.start) // s.seq_len * active[run.label] for run in plan.runs)
+        return heads * 7 * s.seq_len**2 * s.head_dim, (3 * qkv.numel() + 3 * dy.numel()) * qkv.element_size()
+
+    return Case(ours, public, work)
+
+
+def norm(s: Shape, make: Inputs) -> Case:
+    x, weight = make.random(s.batch, s.seq_len, s.width), make.random(s.width)
+    dy = make.random(s.batch, s.seq_len, s.width, learned=False)
+    leaves = [x, weight] if s.gated else [x, weight, make.random(s.width)]
+
+    def ours(plan, backend):
+        if s.gated:
+            return both(lambda x, w: rms_norm(x, w, 1e-5, plan, "norm", backend), leaves, dy)
+        return both(lambda x, w, b: layer_norm(x, w, b, 1e-5, plan, "norm", backend), leaves, dy)
+
+    def plain(x, w, b=None):
+        return F.rms_norm(x, (s.width,), w, 1e-5) if s.gated else F.layer_norm(x, (s.width,), w, b, 1e-5)
+
+    public = make.public("F.rms_norm" if s.gated else "F.layer_norm", plain, leaves, dy)
+    return Case(ours, public, lambda plan: (0, 5 * x.numel() * x.element_size()))
+
+
+def embed(s: Shape, make: Inputs) -> Case:
+    ids, weight = make.integers(s.vocab, s.batch, s.seq_len), make.random(s.vocab, s.width)
+    dy = make.random(s.batch, s.seq_len, s.width, learned=False)
+
+    def work(plan):
+        rows = 2 * s.tokens + _updating(plan.joint("embedding")) + s.vocab
+        return 0, rows * s.width * weight.element_size()
+
+    return Case(
+        lambda plan, backend: both(lambda w: embedding(ids, w, plan, "embedding", backend), [weight], dy),
+        {"F.embedding": both(lambda w: F.embedding(ids, w), [weight], dy)},
+        work,
+    )
+
+
+def cross_entropy(s: Shape, make: Inputs) -> Case:
+    x, weight = make.random(s.batch, s.seq_len, s.width), make.random(s.vocab, s.width)
+    targets, one = make.integers(s.vocab, s.batch, s.seq_len), torch.ones((), device=make.device)
+
+    def ours(plan, backend):
+        def loss(x, w):
+            return linear_cross_entropy(x, w, None, targets, plan, 1 / s.tokens, backend)[0]
+
+        return both(loss, [x, weight], one)
+
+    def plain(x, w):
+        return F.cross_entropy(F.linear(x, w).flatten(0, 1).float(), targets.flatten())
+
+    def chunked(x, w):
+        return F.linear_cross_entropy(x.flatten(0, 1), w, targets.flatten()).float()
+
+    public = make.public("F.cross_entropy", plain, [x, weight], one)
+    public["F.linear_cross_entropy"] = both(chunked, [x, weight], one)
+
+    def work(plan):
+        matmul = 2 * s.tokens * s.vocab * s.width
+        dw = _updating(plan.joint("head")) / s.tokens
+        return (2 + dw) * matmul, (2 * x.numel() + (2 + (dw > 0)) * weight.numel()) * x.element_size()
+
+    return Case(ours, public, work)
+
+
+def optimize(s: Shape, make: Inputs) -> Case:
+    """AdamW on the MLP's weights of four layers, fp32; rows that no token of the micro-batch may update are out."""
+    rows, bounds = s.neurons, (0, s.neurons - s.forget_neurons, s.neurons)
+    sets = [[torch.rand(rows, s.width, device=make.device) for _ in range(4)] for _ in range(8)]
+    counts = [torch.zeros((), device=make.device) for _ in sets]
+    betas = (0.9, 0.95)
+
+    def live(plan):
+        return [(r.start, r.end) for r in plan.rows("mlp_in", bounds) if r.tokens.slices]
+
+    def ours(plan, backend):
+        updates = [
+            Update(*(t[start:end].view(-1) for t in tensors), 10, 0.1) for tensors in sets for start, end in live(plan)
+        ]
+        return lambda: adamw(updates, 1e-6, betas, 1e-8, backend)
+
+    def plain():
+        columns = [list(column) for column in zip(*sets, strict=True)]
+        torch_adamw(
+            *columns, [], counts, fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1], lr=1e-6,
+            weight_decay=0.1, eps=1e-8, maximize=False,
+        )  # fmt: skip
+
+    def work(plan):
+        return 0, 7 * 4 * len(sets) * s.width * sum(end - start for start, end in live(plan))
+
+    return Case(ours, {"torch AdamW, fused": plain}, work)
+
+
+CASES: dict[str, dict[str, Callable[[Shape, Inputs], Case]]] = {
+    "linear": {"linear_in": partial(linear, side="in"), "linear_out": partial(linear, side="out")},
+    "mlp": {"activation": mlp},
+    "attention": {"attention": attend},
+    "norm": {"norm": norm},
+    "embedding": {"embedding": embed},
+    "cross_entropy": {"linear_cross_entropy": cross_entropy},
+    "adamw": {"adamw": optimize},
+}

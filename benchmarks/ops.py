@@ -1,0 +1,145 @@
+"""What each masked op costs: against the same code with nothing masked, against public code, and of the roofline.
+
+    python benchmarks/ops.py [--only linear,mlp] [--backend runs,triton] [--shape 254m] [--json FILE]
+
+For every op, forward and backward of one layer: in every round each way of doing it takes its turn, ours under each
+mask and the public ones, so that ratios are of times of the same round. A row is one mask in one backend:
+
+    microseconds     of one call
+    ratio_unmasked   to the same backend with strategy `none`
+    ratio_public     to the fastest of the public calls (which do not mask anything)
+    roofline_share   of the time that the work left by the mask would take at the rates of a big matmul and a device
+                     copy, timed in the same rounds
+
+each as p20/p50/p80. On CUDA with events (timing.py). `--only` takes ops, `--backend` those to compare (by default all
+that run here); the masks and the work stand in op_cases.py. Needs nothing but torch, numpy and `sgtm_kernels`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from environment import percentiles, write_rows
+from op_cases import CASES, SHAPES, Case, Inputs, Shape, forget_share, plans
+from timing import COPY, MATMUL, Clock, Roofline
+
+from sgtm_kernels.dispatch import module_name, unusable
+
+FAST = ("runs", "triton")
+BASE = "unmasked"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", type=_names(CASES), default=list(CASES), help=f"ops, of {','.join(CASES)}")
+    parser.add_argument("--backend", type=_names(FAST), help="runs,triton (default: those that run here)")
+    parser.add_argument("--shape", type=_names(SHAPES), default=["254m"], help=f"of {','.join(SHAPES)}")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=8, help="fewer rounds of an op where this is over (default 8)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--json", type=Path, help="write one JSON object per row")
+    args = parser.parse_args()
+    device, dtype = torch.device(args.device), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    for backend in args.backend or ():
+        for op in args.only:
+            if problem := missing(op, backend):
+                parser.error(f"--backend {backend}: {problem}")
+    torch.manual_seed(0)
+    clock, roofline, rows = Clock(device), Roofline(device, dtype), []
+    for name in args.shape:
+        for op in args.only:
+            backends = [b for b in args.backend or FAST if not missing(op, b)]
+            for variant, build in CASES[op].items():
+                shape = SHAPES[name]
+                measured = measure(build(shape, Inputs(device, dtype)), shape, backends, clock, roofline, args)
+                head = {"op": op, "variant": variant, "shape": name, "dtype": args.dtype}
+                rows += [head | row for row in measured]
+                show(f"{variant}, {name}, {args.dtype}", measured)
+    if args.json:
+        write_rows(args.json, rows)
+    return 0
+
+
+def _names(known):
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def missing(op: str, backend: str) -> str | None:
+    """Why this backend of the op cannot be timed here, or None."""
+    if problem := unusable(backend):
+        return problem
+    return None if find_spec(module_name(op, backend)) else f"op {op!r} has no backend {backend!r}"
+
+
+def measure(case: Case, shape: Shape, backends: list[str], clock: Clock, roofline: Roofline, args) -> list[dict]:
+    """Rows of one op: the public calls, then every backend under every mask."""
+    masks = plans(shape)
+    ours = {(backend, mask): case.ours(plan, backend) for backend in backends for mask, plan in masks.items()}
+    public = {name: way for name, way in case.public.items() if works(name, way)}
+    times = clock.rounds({**public, **ours, **roofline.ways}, args.rounds, args.seconds)
+    best = min(public, key=lambda name: np.median(times[name]))
+    peaks = [{key: times[key][i] for key in (MATMUL, COPY)} for i in range(len(times[COPY]))]
+    rates = {name: percentiles(values) for name, values in roofline.rates(times).items()}
+
+    def row(key, plan, **what) -> dict:
+        ideal = [roofline.ideal(*case.work(plan), peak) for peak in peaks]
+        return what | {
+            "microseconds": percentiles(1e6 * np.array(times[key])),
+            "ratio_public": _ratio(times[key], times[best]),
+            "public": best,
+            "roofline_share": _ratio(ideal, times[key]),
+            "roofline": rates,
+            "forget_share": round(forget_share(plan), 4),
+            "rounds": len(times[key]),
+        }
+
+    rows = [row(name, masks[BASE], backend="public", mask=name) for name in public]
+    for backend, mask in ours:
+        of = {"ratio_unmasked": _ratio(times[backend, mask], times[backend, BASE])}
+        rows.append(row((backend, mask), masks[mask], backend=backend, mask=mask) | of)
+    return rows
+
+
+def works(name: str, way) -> bool:
+    """Public code that cannot do it (a head size that a backend does not have) is left out, and said so."""
+    try:
+        way()
+    except (RuntimeError, NotImplementedError) as error:
+        print(f"left out: {name}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+    return True
+
+
+def _ratio(times: list[float], of: list[float]) -> dict[str, float]:
+    return percentiles(np.array(times) / np.array(of))
+
+
+def show(title: str, rows: list[dict]) -> None:
+    rates = rows[0]["roofline"]
+    print(
+        f"\n{title}: {rows[0]['rounds']} rounds; matmul {rates['tflops']['p50']:.4g} TFLOP/s, "
+        f"copy {rates['gb_per_second']['p50']:.4g} GB/s; ratios p20 / p50 / p80, public: {rows[0]['public']}"
+    )
+    print(f"{'backend':8} {'mask':32} {'us':>10}  {'to unmasked':22} {'to public':22} {'of the roofline':16}")
+    for r in rows:
+        spread = [" / ".join(f"{v:.3f}" for v in r.get(k, {}).values()) for k in ("ratio_unmasked", "ratio_public")]
+        share = f"{r['roofline_share']['p50']:.1%}"
+        print(
+            f"{r['backend']:8} {r['mask']:32} {r['microseconds']['p50']:10.1f}  {spread[0]:22} {spread[1]:22} {share}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

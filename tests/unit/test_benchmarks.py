@@ -1,0 +1,204 @@
+"""The GPU script and the benchmark of the ops, as far as they go without a GPU and without the packages of `sgtm`.
+
+Faults tried, each seen to fail: an import of `sgtm`, or of rich, in either script or in a test of the kernels; the
+timeout option left strict; results written after red tests; the ways in one order in every round; rounds that do not
+pair; the masks without their work; a ratio upside down; tensors of a kernel's test left on the CPU.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+ABSENT = (
+    "deepspeed", "pydantic", "tyro", "rich", "yaml", "datasets", "pyarrow", "wandb", "matplotlib", "jinja2", "psutil",
+    "hypothesis", "pytest_timeout", "xdist", "sgtm",
+)  # fmt: skip
+BLOCK = f"""
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in {ABSENT} else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+pytestmark = pytest.mark.usefixtures("benchmarks")
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The script, on a machine that says it has a GPU."""
+    import gpu
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA T0 (80GB)")
+    return gpu
+
+
+@pytest.fixture
+def bare(tmp_path) -> dict[str, str]:
+    """Environment of a machine with torch, Triton, numpy and pytest alone; pytest finds no plugin there."""
+    (tmp_path / "sitecustomize.py").write_text(BLOCK)
+    path = os.pathsep.join([str(tmp_path), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+def execute(command: list[str], environ: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
+
+
+def test_without_a_gpu_it_says_so(bare):
+    done = execute([sys.executable, "benchmarks/gpu.py"], bare | {"CUDA_VISIBLE_DEVICES": ""})
+    assert (done.returncode, done.stdout) == (1, "") and "no CUDA device" in done.stderr
+
+
+def test_the_kernels_tests_are_collected_on_a_bare_machine(bare, gpu):
+    """All of them but those of plan.py; and a plain pytest, with the strict options, is refused there."""
+    done = execute([*gpu.test_command([]), "--collect-only"], bare)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for path in (ROOT / "tests" / "kernels").glob("test_*.py"):
+        assert (f"tests/kernels/{path.name}" in done.stdout) == (path.name != "test_plan.py")
+    assert execute([sys.executable, "-m", "pytest", "--collect-only", "tests/kernels/test_norm.py"], bare).returncode
+    blocked = execute([sys.executable, "-c", "import sgtm"], bare)
+    assert "No module named 'sgtm'" in blocked.stderr
+
+
+def test_tests_of_one_op_run_on_a_bare_machine(bare, gpu):
+    done = execute([*gpu.test_command(["norm"]), "-k", "runs and uniform and not test_dx"], bare)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+    assert "test_norm" in str(gpu.test_command(["norm"])) and "test_mlp" not in str(gpu.test_command(["norm"]))
+
+
+def tiny(gpu, to: Path, *more: str) -> list[str]:
+    return [*gpu.ops_command([], "tiny,tiny-llama", to), "--backend", "runs", "--device", "cpu", "--rounds", "3", *more]
+
+
+def test_every_op_is_timed_under_every_mask(bare, gpu, tmp_path):
+    from op_cases import CASES, SHAPES, plans
+
+    done = execute(tiny(gpu, tmp_path / "ops.jsonl"), bare)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "ops.jsonl").read_text().splitlines()]
+    ours = [(r["shape"], r["variant"], r["mask"]) for r in rows if r["backend"] == "runs"]
+    shapes = ("tiny", "tiny-llama")
+    assert ours == [(s, v, m) for s in shapes for op in CASES for v in CASES[op] for m in plans(SHAPES[s])]
+    for row in rows:
+        assert row["rounds"] == 3 and row["versions"]["torch"] and row["commit"] is not None
+        for key in ("microseconds", "ratio_public", "roofline_share"):
+            assert 0 < row[key]["p20"] <= row[key]["p50"] <= row[key]["p80"]
+        assert ("ratio_unmasked" in row) == (row["backend"] == "runs")
+        if row["mask"] in ("unmasked", row["public"]):
+            key = "ratio_unmasked" if row["backend"] == "runs" else "ratio_public"
+            assert row[key] == {"p20": 1, "p50": 1, "p80": 1}
+    from report import ops as table
+
+    assert table(rows).count("\n|") == len(rows) + 2
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-llama", "254m"])
+def test_the_work_that_each_mask_leaves(name):
+    """dW of a linear layer and of the head, heads of attention, rows of AdamW: counted from the plan alone."""
+    from op_cases import CASES, SHAPES, Inputs, plans
+
+    shape, meta = SHAPES[name], Inputs(torch.device("meta"), torch.bfloat16)
+    masks = plans(shape)
+    share = shape.forget_neurons / shape.neurons
+
+    def relative(op, variant, index=0):
+        work = CASES[op][variant](shape, meta).work
+        return {mask: work(plan)[index] / work(masks["unmasked"])[index] for mask, plan in masks.items()}
+
+    third = {"nothing masked": 1, "unmasked": 1, "pure forget": (2 + share) / 3, "pure retain": 1 - share / 3}
+    quarter = 1 - 0.25 * (1 - share) / 3
+    for side in ("linear_in", "linear_out"):
+        assert relative("linear", side) == pytest.approx(
+            {m: third.get(m, quarter if m.startswith("25") else 1 - 0.05 * (1 - share) / 3) for m in masks}
+        )
+    head = relative("cross_entropy", "linear_cross_entropy")
+    assert (head["pure forget"], head["pure retain"]) == pytest.approx((2 / 3, 1))
+    heads = relative("attention", "attention")
+    assert (heads["pure forget"], heads["pure retain"]) == pytest.approx((1, 1 - shape.forget_heads / shape.heads))
+    adamw = relative("adamw", "adamw", index=1)
+    assert (adamw["pure forget"], adamw["pure retain"]) == pytest.approx((share, 1 - share))
+
+
+def test_rounds_are_paired_and_their_order_changes():
+    from timing import Clock
+
+    calls = []
+    ways = {name: lambda name=name: calls.append(name) for name in "abcd"}
+    times = Clock(torch.device("cpu")).rounds(ways, 20, seconds=60)
+    assert {name: len(found) for name, found in times.items()} == dict.fromkeys("abcd", 20)
+    rounds = ["".join(calls[i : i + 4]) for i in range(8, len(calls), 4)]
+    assert all(sorted(order) == list("abcd") for order in rounds) and len(set(rounds)) > 5
+    assert len(Clock(torch.device("cpu")).rounds(ways, 20, seconds=0)["a"]) == 3
+
+
+def test_the_roofline_is_the_slower_of_the_two_rates():
+    from timing import COPY, MATMUL, Roofline
+
+    roofline = Roofline(torch.device("cpu"), torch.float32)
+    times = {MATMUL: 2.0, COPY: 0.5}
+    assert roofline.ideal(3 * roofline.flops, roofline.bytes, times) == 6.0
+    assert roofline.ideal(roofline.flops, 8 * roofline.bytes, times) == 4.0
+    assert roofline.rates({MATMUL: [2.0], COPY: [0.5]})["tflops"] == [roofline.flops / 2e12]
+
+
+def test_red_tests_leave_nothing(gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "test_command", lambda only: [sys.executable, "-c", "print('2 failed'); exit(3)"])
+    monkeypatch.setattr(gpu, "ops_command", lambda *args: pytest.fail("timed after red tests"))
+    assert gpu.main(["--results", str(tmp_path)]) == 3
+    assert list(tmp_path.iterdir()) == [] and "red tests (2 failed)" in capsys.readouterr().err
+
+
+def test_green_tests_and_timings_become_a_results_file(gpu, monkeypatch, tmp_path):
+    original = gpu.ops_command
+    monkeypatch.setattr(gpu, "test_command", lambda only: [sys.executable, "-c", f"print({len(only)}, 'passed')"])
+    monkeypatch.setattr(
+        gpu, "ops_command", lambda *args: [*original(*args), "--backend", "runs", "--device", "cpu", "--rounds", "3"]
+    )
+    options = ["--only", "mlp,norm", "--shape", "tiny", "--commit", "v1-3-gabc", "--results", str(tmp_path)]
+    assert gpu.main(options) == 0
+    (path,) = tmp_path.rglob("*.jsonl")
+    assert path.parent.name == "nvidia-t0-80gb" and path.name[10:] == "_v1-3-gabc.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["op"] for row in rows} == {"mlp", "norm"}
+    assert all(row["tests"] == "2 passed" and row["commit"] == "v1-3-gabc" for row in rows)
+    assert all(key in row for row in rows for key in ("device", "driver", "versions", "time"))
+
+
+def test_kernel_tests_put_their_tensors_on_the_gpu():
+    """Fixture and generators of tests/kernels/conftest.py, with the device `meta` for a GPU."""
+    spec = importlib.util.spec_from_file_location("conftest_of_kernels", ROOT / "tests" / "kernels" / "conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+
+    def drawn():
+        generator = torch.Generator().manual_seed(1)
+        return torch.randn(3, generator=generator), torch.randint(5, (2,), generator=generator)
+
+    plain = drawn()
+    with conftest.tensors_on("meta"):
+        assert torch.zeros(2).is_meta and torch.tensor([1.0]).is_meta and all(x.is_meta for x in drawn())
+        assert torch.zeros(2, device="cpu").device.type == "cpu"
+    with conftest.tensors_on("cpu"):
+        assert all(torch.equal(x, y) for x, y in zip(plain, drawn(), strict=True))
+    assert torch.zeros(2).device.type == "cpu"
