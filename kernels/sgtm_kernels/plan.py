@@ -187,8 +187,9 @@ class MaskPlan:
         """[tokens] tensor of each token's weight, in the dtype and on the device of `like`; cached in the plan."""
         key = (by_label, like.dtype, like.device)
         if key not in self._weights:
-            lengths = torch.tensor([run.end - run.start for run in self.runs])
-            values = torch.tensor([by_label[run.label] for run in self.runs], dtype=like.dtype)
+            # Named: on a default device of the process, repeat_interleave would wait for it.
+            lengths = torch.tensor([run.end - run.start for run in self.runs], device="cpu")
+            values = torch.tensor([by_label[run.label] for run in self.runs], dtype=like.dtype, device="cpu")
             self._weights[key] = torch.repeat_interleave(values, lengths).to(like.device, non_blocking=True)
         return self._weights[key]
 
@@ -199,7 +200,7 @@ class MaskPlan:
         """
         key = (tuple(by_group), device)
         if key not in self._weights:
-            like = torch.empty(0, dtype=torch.float32)
+            like = torch.empty(0, dtype=torch.float32, device="cpu")
             rows = [self.token_weights(by_label, like) for by_label in by_group]
             self._weights[key] = torch.stack(rows).to(device, non_blocking=True)
         return self._weights[key]

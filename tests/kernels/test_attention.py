@@ -157,7 +157,7 @@ def test_runs_are_as_accurate_as_torch(batch, seq_len, window, documents, layout
     def plain(qkv):  # torch's own attention, with all masks as one
         outputs = []
         for q, k, v in heads.split(qkv):
-            mask = visible_keys(plan, window, "cpu")[:, None]
+            mask = visible_keys(plan, window, qkv.device)[:, None]
             q, k = rotate(q, rotary), rotate(k, rotary)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=SCALE, enable_gqa=True)
             outputs.append(out.transpose(1, 2).flatten(2))

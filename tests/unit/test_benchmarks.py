@@ -1,8 +1,9 @@
 """The GPU script and the benchmark of the ops, as far as they go without a GPU and without the packages of `sgtm`.
 
-Faults tried, each seen to fail: an import of `sgtm`, or of rich, in either script or in a test of the kernels; the
-timeout option left strict; results written after red tests; the ways in one order in every round; rounds that do not
-pair; the masks without their work; a ratio upside down; tensors of a kernel's test left on the CPU.
+Faults tried, each seen to fail: an import of `sgtm` or of rich in a script, or in a test of the kernels; the timeout
+option left strict; results written after red tests; the ways in one order in every round; the work of a mask without
+the mask; a ratio, or a share, upside down; the slowest public call; the first round's rates for all rounds; the
+tensors of a kernel's test left on the CPU.
 """
 
 import importlib.util
@@ -160,6 +161,32 @@ def test_the_roofline_is_the_slower_of_the_two_rates():
     assert roofline.ideal(3 * roofline.flops, roofline.bytes, times) == 6.0
     assert roofline.ideal(roofline.flops, 8 * roofline.bytes, times) == 4.0
     assert roofline.rates({MATMUL: [2.0], COPY: [0.5]})["tflops"] == [roofline.flops / 2e12]
+
+
+def test_a_row_is_a_call_against_calls_of_the_same_round():
+    """Two rounds, the second at half the speed: ratios and shares of the roofline do not see it."""
+    from op_cases import SHAPES, Case
+    from ops import measure
+    from timing import COPY, MATMUL, Roofline
+
+    class TwoRounds:
+        def rounds(self, ways, rounds, seconds):
+            once = {"slow": 8.0, "fast": 2.0, MATMUL: 1.0, COPY: 1.0} | {("runs", "unmasked"): 4.0}
+            return {name: [once.get(name, 1.0), 2 * once.get(name, 1.0)] for name in ways}
+
+    roofline = Roofline(torch.device("cpu"), torch.float32)
+    public = {"slow": lambda: 0, "fast": lambda: 0, "broken": lambda: torch.ones(2) @ torch.ones(3)}
+    case = Case(lambda plan, backend: lambda: 0, public, lambda plan: (roofline.flops, 0))
+    args = type("Args", (), {"rounds": 2, "seconds": 1})
+    rows = {r["mask"]: r for r in measure(case, SHAPES["tiny"], ["runs"], TwoRounds(), roofline, args)}
+    assert "broken" not in rows and {r["public"] for r in rows.values()} == {"fast"}
+    for mask, unmasked, to_public, share in [
+        ("slow", None, 4, 0.125),
+        ("unmasked", 1, 2, 0.25),
+        ("pure forget", 0.25, 0.5, 1),
+    ]:
+        got = [rows[mask].get(key, {"p50": None}) for key in ("ratio_unmasked", "ratio_public", "roofline_share")]
+        assert [set(values.values()) for values in got] == [{unmasked}, {to_public}, {share}]
 
 
 def test_red_tests_leave_nothing(gpu, monkeypatch, tmp_path, capsys):

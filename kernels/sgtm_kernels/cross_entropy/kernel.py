@@ -16,7 +16,7 @@ from sgtm_kernels.aot import Launch
 from sgtm_kernels.cross_entropy.runs import IGNORE, ChunkOps, in_chunks
 from sgtm_kernels.plan import MaskPlan
 
-# A chunk's logits: 10,683 tokens of 50,257 in bf16. Every further chunk reads and writes the head's gradient in fp32.
+# A chunk's logits: 10,682 tokens of 50,257 in bf16. Every further chunk reads and writes the head's gradient in fp32.
 CHUNK_BYTES = 2**30
 ROW_BYTES = 128  # rows of logits begin at multiples of it
 # Logits of a row that are in flight at a time. Many warps for a row, so that few rows are in flight and the second

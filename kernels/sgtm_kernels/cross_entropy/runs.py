@@ -17,7 +17,7 @@ from sgtm_kernels.cross_entropy.reference import label_sums
 from sgtm_kernels.plan import MaskPlan, Slice, Updaters
 
 IGNORE = -100
-# A chunk's logits take at most this much, in the dtype of the model: 2,668 tokens of 50,257 logits in bf16.
+# A chunk's logits take at most this much, in the dtype of the model: 2,670 tokens of 50,257 logits in bf16.
 CHUNK_BYTES = 2**28
 # Tokens whose softmax is in flight in fp32 at a time. On a CPU 13 MB of 50,257 logits, which stay in the cache; on a
 # GPU more, as every block costs nine launches.
