@@ -39,6 +39,7 @@ class Launch:
     unaligned  arguments that are not multiples of 16 (pointers: of 16 bytes); all others are compiled as such
     tensor_cores  whether it must use them
     spill      why registers may spill here; None: they may not
+    first_arch  the oldest architecture that it is launched on
     """
 
     kernel: Callable
@@ -49,6 +50,7 @@ class Launch:
     unaligned: tuple[str, ...] = ()
     tensor_cores: bool = False
     spill: str | None = None
+    first_arch: int = 80
 
     @property
     def name(self) -> str:
@@ -145,7 +147,8 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
     arches = [int(arch) for arch in args.arch.split(",")]
-    jobs = [(op, i, arch) for op, i, _ in all_launches(tuple(args.op.split(","))) for arch in arches]
+    found = all_launches(tuple(args.op.split(",")))
+    jobs = [(op, i, arch) for op, i, launch in found for arch in arches if arch >= launch.first_arch]
     failed = 0
     write = partial(print, flush=True)
     write(f"{'arch':>5} {'regs':>4} {'stack':>5} {'shared':>7} {'tensor cores':12}  kernel")

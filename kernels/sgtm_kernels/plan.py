@@ -12,11 +12,11 @@ exact zero), so its content cannot change a bit of the result. `tests/kernels` c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -26,6 +26,8 @@ KINDS = ("attn_out_bias", "mlp_out_bias", "norm", "final_norm", "embedding", "po
 # Up to this many token ranges, a weight gradient is a sum of matmuls over slices; beyond it, one matmul over a copy of
 # dY (or X) whose rows are scaled by their weight. A slice costs a launch, a copy costs a pass over the activations.
 MAX_SLICES = 8
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class MaskPlan:
     batch: int
     seq_len: int
     documents: tuple[tuple[int, int], ...] | None = None
-    _weights: dict = field(default_factory=dict, repr=False)
+    _cache: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         edges = [0, *(run.end for run in self.runs)]
@@ -185,22 +187,30 @@ class MaskPlan:
 
     def token_weights(self, by_label: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
         """[tokens] tensor of each token's weight, in the dtype and on the device of `like`; cached in the plan."""
-        key = (by_label, like.dtype, like.device)
-        if key not in self._weights:
+
+        def make() -> torch.Tensor:
             # Named: on a default device of the process, repeat_interleave would wait for it.
             lengths = torch.tensor([run.end - run.start for run in self.runs], device="cpu")
             values = torch.tensor([by_label[run.label] for run in self.runs], dtype=like.dtype, device="cpu")
-            self._weights[key] = torch.repeat_interleave(values, lengths).to(like.device, non_blocking=True)
-        return self._weights[key]
+            return torch.repeat_interleave(values, lengths).to(like.device, non_blocking=True)
+
+        return self.cached((by_label, like.dtype, like.device), make)
 
     def factors(self, by_group: Sequence[tuple[float, ...]], device: torch.device) -> torch.Tensor:
         """fp32 [groups, tokens]: each token's factor for each group, what a kernel reads; cached in the plan.
 
         by_group  for every group its factors by label
         """
-        key = (tuple(by_group), device)
-        if key not in self._weights:
+
+        def make() -> torch.Tensor:
             like = torch.empty(0, dtype=torch.float32, device="cpu")
             rows = [self.token_weights(by_label, like) for by_label in by_group]
-            self._weights[key] = torch.stack(rows).to(device, non_blocking=True)
-        return self._weights[key]
+            return torch.stack(rows).to(device, non_blocking=True)
+
+        return self.cached((tuple(by_group), device), make)
+
+    def cached(self, key: tuple, make: Callable[[], T]) -> T:
+        """What `make` returns for this key, made once: every layer of a model asks one plan for the same tensors."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]

@@ -13,6 +13,7 @@ import triton.language as tl
 from sgtm_kernels.aot import Launch
 from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.scale import products
+from sgtm_kernels.tiles import factor_of, place
 
 TOKENS, NEURONS = 32, 64  # of a tile
 
@@ -56,30 +57,6 @@ def _launch(kernel, tensors, plan: MaskPlan, bounds, by_group, gated: bool) -> N
 
 
 @triton.jit
-def _place(bounds: tl.constexpr, neuron):
-    """Group of each neuron, its first neuron and its width."""
-    group = tl.zeros_like(neuron)
-    start = tl.zeros_like(neuron)
-    width = tl.zeros_like(neuron) + bounds[1]
-    for i in tl.static_range(1, len(bounds) - 1):
-        inside = neuron >= bounds[i]
-        group = tl.where(inside, i, group)
-        start = tl.where(inside, bounds[i], start)
-        width = tl.where(inside, bounds[i + 1] - bounds[i], width)
-    return group, start, width
-
-
-@triton.jit
-def _factor(factors, tokens, token, group, bounds: tl.constexpr):
-    """[BT, BN]: the factor of each token for the group of each neuron."""
-    factor = tl.load(factors + token, mask=token < tokens, other=1.0)[:, None] + tl.zeros_like(group)[None, :]
-    for i in tl.static_range(1, len(bounds) - 1):
-        row = tl.load(factors + i * tokens + token, mask=token < tokens, other=1.0)
-        factor = tl.where(group[None, :] == i, row[:, None], factor)
-    return factor
-
-
-@triton.jit
 def _gelu(x):
     """tanh-GELU and its derivative: 0.5 x (1 + tanh u) is x sigmoid(2u), which does not cancel."""
     u2 = 1.5957691216057308 * (x + 0.044715 * x * x * x)
@@ -96,7 +73,7 @@ def activation_forward(
     neuron = tl.program_id(1) * BN + tl.arange(0, BN)
     neurons: tl.constexpr = BOUNDS[len(BOUNDS) - 1]
     inside = (token < tokens)[:, None] & (neuron < neurons)[None, :]
-    group, start, width = _place(BOUNDS, neuron)
+    group, start, width = place(BOUNDS, neuron)
     if GATED:
         gate_at = x + token[:, None] * (2 * neurons) + (start + neuron)[None, :]
         gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
@@ -105,7 +82,7 @@ def activation_forward(
     else:
         value, _ = _gelu(tl.load(x + token[:, None] * neurons + neuron[None, :], mask=inside, other=0.0).to(tl.float32))
     if MASKED:
-        factor = _factor(factors, tokens, token, group, BOUNDS)
+        factor = factor_of(factors, tokens, token, group, BOUNDS)
         value = tl.where(factor == 0.0, 0.0, value * factor)
     tl.store(y + token[:, None] * neurons + neuron[None, :], value.to(y.dtype.element_ty), mask=inside)
 
@@ -119,10 +96,10 @@ def activation_backward(
     neuron = tl.program_id(1) * BN + tl.arange(0, BN)
     neurons: tl.constexpr = BOUNDS[len(BOUNDS) - 1]
     inside = (token < tokens)[:, None] & (neuron < neurons)[None, :]
-    group, start, width = _place(BOUNDS, neuron)
+    group, start, width = place(BOUNDS, neuron)
     out = tl.load(dy + token[:, None] * neurons + neuron[None, :], mask=inside, other=0.0).to(tl.float32)
     if MASKED:
-        factor = _factor(factors, tokens, token, group, BOUNDS)
+        factor = factor_of(factors, tokens, token, group, BOUNDS)
         out = tl.where(factor == 0.0, 0.0, out * factor)
     if GATED:
         gate_at = token[:, None] * (2 * neurons) + (start + neuron)[None, :]
