@@ -52,7 +52,7 @@ class Attention(nn.Module):
         self.b_o = nn.Parameter(torch.zeros(config.hidden_size)) if neo else None
 
     def forward(self, x: torch.Tensor, plan: MaskPlan, rotary) -> torch.Tensor:
-        qkv = linear_in(x, self.w_qkv, None, plan, "attn_in", self.in_bounds, self.backend)
+        qkv = linear_in(x, self.w_qkv, None, plan, "attn_in", self.in_bounds, self.backend, overwrite=True)
         heads = attention(
             qkv, self.layout, plan, scale=self.scale, window=self.window, rotary=rotary, backend=self.backend
         )
@@ -70,7 +70,7 @@ class MLP(nn.Module):
         self.b_out = None if self.gated else nn.Parameter(torch.zeros(config.hidden_size))
 
     def forward(self, x: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
-        pre = linear_in(x, self.w_in, self.b_in, plan, "mlp_in", self.in_bounds, self.backend)
+        pre = linear_in(x, self.w_in, self.b_in, plan, "mlp_in", self.in_bounds, self.backend, overwrite=True)
         hidden = (swiglu if self.gated else gelu)(pre, plan, self.bounds, self.backend)
         return linear_out(hidden, self.w_out, self.b_out, plan, "mlp_out", self.bounds, self.backend)
 

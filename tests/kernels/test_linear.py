@@ -4,6 +4,13 @@ Faults tried, each seen to fail: a slice dropped from dW; a slice's weight ignor
 token of a slice left out; a group boundary off by one row; rows nobody may update left unwritten; the token-level
 branch without its weights, on either operand, or in the bias; the out side's bias under the rows' table; dX from a
 masked gradient; `contribution` replaced by `update`; the slices of another part; partial sums added in bf16.
+In the kernels: a factor ignored, or only its zeros written in place; a strip one tile short; its sums at a wrong
+stride; all but the last partial sums lost; the last block of the copy, token or column of a tile left out; factors at
+a wrong stride; what is masked read; the unmasked operand multiplied; the bias summed from the overwritten gradient,
+or by the rows' factors; a gradient overwritten without permission. In the rectangles: a slice one token too long, by
+mask or by descriptor; a band beyond its row range, read or stored; the first slice, or the last tile, missed; the
+slices of another range; a weight ignored; the accumulator not reset, or not used; tiles that overlap; descriptors of
+unaligned rows.
 """
 
 from itertools import pairwise
@@ -11,31 +18,59 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from sgtm_kernels.dispatch import BACKENDS
-from sgtm_kernels.linear import linear_in, linear_out
+from sgtm_kernels.linear import kernel, linear_in, linear_out, rectangles
+from sgtm_kernels.mlp import gelu
 from sgtm_kernels.plan import MaskPlan, merge_runs
 from sgtm_kernels.testing import (
     BINARY,
+    EXACT,
     FLOATS,
     LAYOUTS,
     assert_accurate,
     assert_same_bits,
     forward_backward,
+    low_precision,
+    poisoned_memory,
     random_like,
     random_plan,
     random_tables,
     token_mask,
 )
 
-BOUNDS = (0, 21, 24, 40)  # 40 rows in three groups: more than columns, fewer, more
-WIDTH = 12
+BOUNDS = (0, 24, 32, 40)  # 40 rows in three groups: more than columns, fewer, fewer
+WIDTH = 16
 SIDES = {"in": (linear_in, "mlp_in", WIDTH, BOUNDS[-1]), "out": (linear_out, "attn_out", BOUNDS[-1], WIDTH)}
 
 by_side = pytest.mark.parametrize("side", SIDES)
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
-by_backend = pytest.mark.parametrize("backend", BACKENDS)
-by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# Backends and, for labels that change from token to token, the ways of `triton` (see `way`).
+KERNELS = ("triton", "rectangles", "descriptors")
+FAST = ("runs", *KERNELS)
+
+
+def low(backend: str) -> torch.dtype:
+    return low_precision("triton" if backend in KERNELS else backend)
+
+
+def dtypes_of(*backends: str) -> list[tuple[str, torch.dtype]]:
+    return [(backend, dtype) for backend in backends for dtype in (torch.float32, low(backend))]
+
+
+by_exact = pytest.mark.parametrize("backend", EXACT)
+by_kernel = pytest.mark.parametrize("backend", KERNELS)
+by_backend = pytest.mark.parametrize("backend", ("reference", *FAST))
+by_backend_and_dtype = pytest.mark.parametrize(("backend", "dtype"), dtypes_of("reference", *FAST))
+by_fast_and_dtype = pytest.mark.parametrize(("backend", "dtype"), dtypes_of(*FAST))
+
+
+@pytest.fixture(autouse=True)
+def way(request, monkeypatch):
+    """`rectangles` and `descriptors` are the backend `triton` with that candidate, on masks or on descriptors."""
+    backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
+    monkeypatch.setenv("SGTM_LINEAR", "masked" if backend == "triton" else "rectangles")
+    monkeypatch.setattr(rectangles, "has_descriptors", lambda device: backend == "descriptors")
 
 
 def inputs(side: str, batch: int, seq_len: int, dtype=torch.float64) -> list[torch.Tensor]:
@@ -45,16 +80,17 @@ def inputs(side: str, batch: int, seq_len: int, dtype=torch.float64) -> list[tor
     return [random_like(torch.empty(shape, dtype=torch.bfloat16), i).to(dtype) for i, shape in enumerate(shapes)]
 
 
-def op(side: str, plan, backend: str, bounds=BOUNDS):
+def op(side: str, plan, backend: str, bounds=BOUNDS, **options):
     function, part, *_ = SIDES[side]
-    return lambda x, weight, bias=None: function(x, weight, bias, plan, part, bounds, backend)
+    name = "triton" if backend in KERNELS else backend
+    return lambda x, weight, bias=None: function(x, weight, bias, plan, part, bounds, name, **options)
 
 
 def plain(side: str):
     return F.linear if side == "in" else lambda x, weight, bias=None: F.linear(x, weight.t(), bias)
 
 
-@by_backend
+@by_exact
 @by_side
 @by_layout
 def test_formula_in_fp64(layout, side, backend):
@@ -82,15 +118,15 @@ def test_formula_in_fp64(layout, side, backend):
     torch.testing.assert_close(db, want_db, **close)
 
 
-@by_dtype
+@by_fast_and_dtype
 @by_side
 @by_layout
 @pytest.mark.parametrize(("batch", "seq_len"), [(1, 1), (9, 7), (10, 100)])
-def test_runs_are_as_accurate_as_torch(batch, seq_len, layout, side, dtype):
+def test_as_accurate_as_torch(batch, seq_len, layout, side, backend, dtype):
     plan = random_plan(3, random_tables(4, FLOATS), layout, batch, seq_len)
     exact = forward_backward(op(side, plan, "reference"), *inputs(side, batch, seq_len))
     theirs = forward_backward(op(side, plan, "reference"), *inputs(side, batch, seq_len, dtype))
-    ours = forward_backward(op(side, plan, "runs"), *inputs(side, batch, seq_len, dtype))
+    ours = forward_backward(op(side, plan, backend), *inputs(side, batch, seq_len, dtype))
     theirs[3] = bias_by_matmul(side, plan, random_like(theirs[0], 0))
     for name, *values in zip(("y", "dx", "dw", "db"), ours, theirs, exact, strict=True):
         assert_accurate(*values, name=name)
@@ -106,8 +142,7 @@ def bias_by_matmul(side: str, plan, dy: torch.Tensor) -> torch.Tensor:
     return torch.cat([plan.token_weights(w, dy) @ column for w, column in zip(weights, columns, strict=True)])
 
 
-@by_backend
-@by_dtype
+@by_backend_and_dtype
 @by_side
 @by_layout
 def test_masked_rows_are_zero_and_dx_is_the_plain_one(layout, side, dtype, backend):
@@ -125,13 +160,13 @@ def test_masked_rows_are_zero_and_dx_is_the_plain_one(layout, side, dtype, backe
 
 
 @by_side
-@by_dtype
+@by_fast_and_dtype
 @by_layout
-def test_nothing_masked_is_the_plain_layer(layout, dtype, side):
+def test_nothing_masked_is_the_plain_layer(layout, backend, dtype, side):
     plan = random_plan(7, random_tables(8, (1.0,)), layout, 10, 13)
     data = inputs(side, 10, 13, dtype)
     for ours, theirs in zip(
-        forward_backward(op(side, plan, "runs"), *data), forward_backward(plain(side), *data), strict=True
+        forward_backward(op(side, plan, backend), *data), forward_backward(plain(side), *data), strict=True
     ):
         assert_same_bits(ours, theirs)
 
@@ -146,8 +181,7 @@ def test_a_layer_without_groups_ignores_the_tables(side, backend):
         assert_same_bits(ours, theirs)
 
 
-@by_backend
-@by_dtype
+@by_backend_and_dtype
 @by_side
 @by_layout
 def test_non_interference(layout, side, dtype, backend):
@@ -177,39 +211,192 @@ def gradients(side, plan, backend, x, weight, bias, dy) -> tuple[torch.Tensor, t
 
 
 @by_side
-def test_partial_sums_are_added_in_fp32(side):
-    """256 and then six times 1: each added in bf16, the sum would stay 256."""
-    lengths = [256, *[1] * 12]
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("ones", [6, 12])  # as few slices and as more than MAX_SLICES
+def test_partial_sums_are_added_in_fp32(ones, side, backend):
+    """A power of 2 and then a few times 1: each added in half precision, the sum would stay that power."""
+    dtype = low(backend)
+    power = round(2 / torch.finfo(dtype).eps)
+    lengths = [power, *[1] * 2 * ones]
     tables = random_tables(0, (1.0,))
     update = dict.fromkeys(tables.update, ((1.0,) * 3, (0.0,) * 3, (1.0,) * 3, (1.0,) * 3))
     tables = type(tables)(tables.labels, tables.groups, tables.active, tables.route, update, tables.update_joint)
-    plan = MaskPlan(tables, merge_runs([i % 2 for i in range(13)], lengths), 1, sum(lengths))
-    data = [torch.ones_like(x) for x in inputs(side, 1, sum(lengths), torch.bfloat16)]
+    plan = MaskPlan(tables, merge_runs([i % 2 for i in range(len(lengths))], lengths), 1, sum(lengths))
+    data = [torch.ones_like(x) for x in inputs(side, 1, sum(lengths), dtype)]
     leaves = [x.requires_grad_() for x in data]
-    out = op(side, plan, "runs")(*leaves)
+    out = op(side, plan, backend)(*leaves)
     out.backward(torch.ones_like(out))
-    assert bool((leaves[1].grad == 262).all())
-    assert side == "out" or bool((leaves[2].grad == 262).all())
+    assert bool((leaves[1].grad == power + ones).all())
+    assert side == "out" or bool((leaves[2].grad == power + ones).all())
 
 
 @by_side
-def test_no_bias_frozen_input_and_strided_gradient(side):
-    """What a caller may do: no bias, an input that needs no gradient, a gradient that is not contiguous."""
-    plan = random_plan(11, random_tables(12), "ragged", 6, 5)
-    x, weight, bias = inputs(side, 6, 5, torch.float32)
-    dy = random_like(torch.empty(5, 6, SIDES[side][3]), 0).transpose(0, 1)
-    _, _, dw, _ = forward_backward(op(side, plan, "runs"), x, weight, bias, seed=1)
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("layout", ["ragged", "tokens"])
+def test_no_bias_frozen_input_and_strided_gradient(layout, side, backend):
+    """What a caller may do: no bias, an input that needs no gradient, a gradient or an input that is not contiguous."""
+    plan = random_plan(11, random_tables(12), layout, 6, 9)
+    x, weight, bias = inputs(side, 6, 9, torch.float32)
+    dy = random_like(torch.empty(9, 6, SIDES[side][3]), 0).transpose(0, 1)
+    _, _, dw, db = forward_backward(op(side, plan, backend), x, weight, bias, seed=1)
     weight.requires_grad_()
-    (same,) = torch.autograd.grad(op(side, plan, "runs")(x, weight), weight, random_like(x.new_empty(dy.shape), 1))
+    same_dy = random_like(x.new_empty(dy.shape), 1)
+    (same,) = torch.autograd.grad(op(side, plan, backend)(x, weight), weight, same_dy)
     assert_same_bits(same, dw)
-    (strided,) = torch.autograd.grad(op(side, plan, "runs")(x, weight), weight, dy)
-    (packed,) = torch.autograd.grad(op(side, plan, "runs")(x, weight), weight, dy.contiguous())
-    torch.testing.assert_close(strided, packed)
+    bias.requires_grad_()
+    (same,) = torch.autograd.grad(op(side, plan, backend)(x, weight.detach(), bias), bias, same_dy)
+    torch.testing.assert_close(same, db)
+    (packed,) = torch.autograd.grad(op(side, plan, backend)(x, weight), weight, dy.contiguous())
+    strided_x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    for x_, dy_ in ((x, dy), (strided_x, dy.contiguous())):
+        (strided,) = torch.autograd.grad(op(side, plan, backend)(x_, weight), weight, dy_)
+        torch.testing.assert_close(strided, packed)
 
 
-@by_backend
+@by_exact
 @by_side
 def test_gradcheck(side, backend):
     plan = random_plan(13, random_tables(14, (1.0,)), "ragged", 2, 3)
     data = [x.requires_grad_() for x in inputs(side, 2, 3)]
     torch.autograd.gradcheck(op(side, plan, backend), data)
+
+
+# More rows, columns and tokens than a tile of any kernel has, and never a multiple of it. The first row ranges are too
+# ragged for tensor descriptors.
+TILED = [(BINARY, torch.float16, 264, (0, 70, 81, 210)), (FLOATS, torch.float32, 136, (0, 72, 80, 208))]
+
+
+@by_kernel
+@by_side
+@pytest.mark.parametrize(("values", "dtype", "columns", "bounds"), TILED)
+def test_several_tiles(values, dtype, columns, bounds, side, backend):
+    tokens = 150
+    plan = random_plan(15, random_tables(16, values), "tokens", 1, tokens)
+    widths = (columns, bounds[-1]) if side == "in" else (bounds[-1], columns)
+    shapes = [(1, tokens, widths[0]), (bounds[-1], columns), (widths[1],)]
+    data = [random_like(torch.empty(shape, dtype=torch.float16), i) / 4 for i, shape in enumerate(shapes)]
+    results = [
+        forward_backward(op(side, plan, name, bounds), *(x.to(kind) for x in data))
+        for name, kind in ((backend, dtype), ("reference", dtype), ("reference", torch.float64))
+    ]
+    for name, *values in zip(("y", "dx", "dw", "db"), *results, strict=True):
+        assert_accurate(*values, name=name)
+
+
+def test_a_bias_of_more_partial_sums_than_a_tile_has():
+    tokens = 2 * kernel.STRIP * kernel.PARTIALS + 9
+    plan = random_plan(23, random_tables(24), "tokens", 1, tokens)
+    by_group = ((1.0, 0.0, 0.5, -1.0), (0.0, 2.0, 1.0, 1.0))
+    x = random_like(torch.empty(tokens, 5), 0)
+    total = kernel.bias_sum(x, plan, by_group, (0, 2, 5))
+    first, second = (plan.token_weights(by_label, x.double()) for by_label in by_group)
+    wanted = torch.cat([first @ x[:, :2].double(), second @ x[:, 2:].double()])
+    torch.testing.assert_close(total, wanted.float(), rtol=1e-5, atol=1e-4)
+
+
+@by_kernel
+@by_side
+@pytest.mark.parametrize("layout", ["sorted", "tokens"])
+def test_what_is_masked_is_not_read(layout, side, backend):
+    """NaN in masked tokens, on the side of the rows and at the bias, goes nowhere."""
+    ones = random_tables(17, (1.0,))
+    update = {part: ((0.0,) * 3, *table[1:]) for part, table in ones.update.items()}
+    joint = {kind: (0.0, *table[1:]) for kind, table in ones.update_joint.items()}
+    tables = type(ones)(ones.labels, ones.groups, ones.active, ones.route, update, joint)
+    plan = random_plan(18, tables, layout, 10, 13)
+    x, weight, bias = inputs(side, 10, 13, torch.float32)
+    dy = random_like(torch.empty(10, 13, SIDES[side][3]), 0)
+    masked = token_mask(plan, [0])[..., None]
+    clean = gradients(side, plan, backend, x, weight, bias, dy)
+    if side == "in":
+        dirty = gradients(side, plan, backend, x, weight, bias, dy.masked_fill(masked, torch.nan))
+    else:
+        dirty = gradients(side, plan, backend, x.masked_fill(masked, torch.nan), weight, bias, dy)
+        weight.requires_grad_(False)
+        (db,) = bias_gradient(side, plan, backend, x, weight, bias, dy.masked_fill(masked, torch.nan))
+        torch.testing.assert_close(db, clean[1], rtol=1e-6, atol=1e-6)
+    for old, new in zip(clean, dirty, strict=True):
+        assert_same_bits(new, old)
+
+
+def bias_gradient(side, plan, backend, x, weight, bias, dy):
+    bias = bias.clone().requires_grad_()
+    return torch.autograd.grad(op(side, plan, backend)(x, weight, bias), bias, dy)
+
+
+@by_kernel
+@pytest.mark.parametrize("layout", ["ragged", "tokens"])
+def test_a_gradient_is_written_to_only_where_it_may_be(layout, backend):
+    """The same bits whether or not it is; without permission, and where it is strided, it stays as it was."""
+    plan = random_plan(19, random_tables(20), layout, 10, 13)
+    data = inputs("in", 10, 13, torch.float32)
+    results = []
+    for overwrite in (False, True):
+        leaves = [x.clone().requires_grad_() for x in data]
+        dy = random_like(torch.empty(10, 13, BOUNDS[-1]), 0)
+        before = dy.clone()
+        with poisoned_memory():
+            out = op("in", plan, backend, overwrite=overwrite)(*leaves)
+            results.append(torch.autograd.grad(out, leaves, dy))
+        written = overwrite and layout == "tokens" and backend == "triton"
+        assert torch.equal(dy, before) != written
+    for old, new in zip(*results, strict=True):
+        assert_same_bits(new, old)
+    strided = random_like(torch.empty(13, 10, BOUNDS[-1]), 0).transpose(0, 1)
+    before = strided.clone()
+    leaves = [x.clone().requires_grad_() for x in data]
+    torch.autograd.grad(op("in", plan, backend, overwrite=True)(*leaves), leaves, strided)
+    assert torch.equal(strided, before)
+
+
+@by_kernel
+@pytest.mark.parametrize("again", ["checkpoint", "twice"])
+def test_an_overwritten_gradient_behind_an_activation(again, backend):
+    """As the model uses it: recomputed under activation checkpointing, and gone through a second time."""
+    plan = random_plan(21, random_tables(22), "tokens", 4, 13)
+    data = inputs("in", 4, 13, torch.float32)
+
+    def mlp(overwrite):
+        return lambda *leaves: gelu(op("in", plan, backend, overwrite=overwrite)(*leaves), plan, BOUNDS, "triton")
+
+    wanted = forward_backward(mlp(False), *data)
+    leaves = [x.clone().requires_grad_() for x in data]
+    if again == "checkpoint":
+        out = checkpoint(mlp(True), *leaves, use_reentrant=False)
+    else:
+        out = mlp(True)(*leaves)
+        out.backward(random_like(out, 1), retain_graph=True)
+        for leaf in leaves:
+            leaf.grad = None
+    out.backward(random_like(out, 0))
+    for new, old in zip((out, *(leaf.grad for leaf in leaves)), wanted, strict=True):
+        assert_same_bits(new, old)
+
+
+@by_side
+@pytest.mark.parametrize("layout", ["ragged", "tokens"])
+def test_one_pass_and_one_sum_for_a_layer(layout, side, monkeypatch):
+    """Whatever the row ranges: one kernel for scaling and bias sums, one that adds the partial sums."""
+    launched = []
+    monkeypatch.setenv("SGTM_LINEAR", "masked")
+    for name in ("scale_and_sum", "scale_input_and_sum", "add_partial_sums"):
+        monkeypatch.setattr(kernel, name, Counted(getattr(kernel, name), launched))
+    plan = random_plan(11, random_tables(12), layout, 6, 9)
+    forward_backward(op(side, plan, "triton"), *inputs(side, 6, 9, torch.float32))
+    both = layout == "tokens" and side == "out"
+    assert launched == ["scale_input_and_sum" if both else "scale_and_sum", "add_partial_sums"]
+
+
+class Counted:
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid):
+        self.launched.append(self.kernel.fn.__name__)
+        return self.kernel[grid]
+
+
+def test_an_unknown_way_is_an_error(monkeypatch):
+    monkeypatch.setenv("SGTM_LINEAR", "rectangle")
+    with pytest.raises(ValueError, match="SGTM_LINEAR: unknown way 'rectangle'"):
+        kernel.candidate()

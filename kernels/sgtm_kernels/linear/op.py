@@ -22,13 +22,19 @@ def linear_in(
     part: str,
     bounds: tuple[int, ...],
     backend: str = "runs",
+    *,
+    overwrite: bool = False,
 ) -> torch.Tensor:
     """x [B, S, in] @ weight [rows, in]^T + bias [rows] -> [B, S, rows].
 
-    bounds  group boundaries in the rows; two entries mean no groups: nothing is masked
-    part    `attn_in` or `mlp_in`: which `update` table holds. The bias belongs to the rows.
+    bounds     group boundaries in the rows; two entries mean no groups: nothing is masked
+    part       `attn_in` or `mlp_in`: which `update` table holds. The bias belongs to the rows.
+    overwrite  whether the backward pass may write to the gradient of the result: only where a single op uses the
+               result, that op makes a new tensor of its gradient (an activation or attention does; an addition hands
+               on the tensor that its other input gets too), and nothing looks at it later (`retain_grad`, a hook,
+               `autograd.grad` with respect to the result)
     """
-    return pick("linear", backend).linear_in(x, weight, bias, plan, part, bounds)
+    return pick("linear", backend).linear_in(x, weight, bias, plan, part, bounds, overwrite)
 
 
 def linear_out(

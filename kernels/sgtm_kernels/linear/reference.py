@@ -19,7 +19,7 @@ def update_only(z: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return weights.view(*z.shape[:2], 1) * (z - z.detach())
 
 
-def linear_in(x, weight, bias, plan: MaskPlan, part: str, bounds):
+def linear_in(x, weight, bias, plan: MaskPlan, part: str, bounds, overwrite: bool):
     if len(bounds) == 2:
         return F.linear(x, weight, bias)
     columns = []

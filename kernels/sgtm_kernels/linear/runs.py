@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan, RowWork, Updaters
 
 
-def linear_in(x, weight, bias, plan: MaskPlan, part: str, bounds):
+def linear_in(x, weight, bias, plan: MaskPlan, part: str, bounds, overwrite: bool):
     if len(bounds) == 2:
         return F.linear(x, weight, bias)
     return _LinearIn.apply(x, weight, bias, plan, plan.rows(part, bounds))

@@ -1,0 +1,261 @@
+"""Masked linear layers on cuBLAS, with Triton where a mask or a masked sum would cost a pass of its own.
+
+Forward, dX, and dW where nothing is masked or the tokens form few slices, are the matmuls of runs.py. The bias sums of
+a layer are one launch over all row ranges, which does not read what is masked, and a small one that adds the partial
+sums. For labels that change from token to token there are two candidates for dW, chosen by SGTM_LINEAR:
+
+`masked` (default)  the entries that may not update are zeroed (or scaled) in the pass that sums the bias: linear_in
+                    does so to dY once dX has been computed, linear_out to a copy of X, whose columns are the rows of
+                    dW. Then one plain matmul.
+`rectangles`        a persistent GEMM over (token range x row range) rectangles, see rectangles.py
+
+Sums are deterministic: fp32 partial sums per strip of tokens, then a sum of those; the bits depend on shapes and masks
+alone, not on the device's size.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from sgtm_kernels.aot import Launch
+from sgtm_kernels.linear import rectangles
+from sgtm_kernels.linear.runs import weight_gradient
+from sgtm_kernels.plan import MAX_SLICES, MaskPlan, RowWork
+from sgtm_kernels.tiles import factor_of, place
+
+CANDIDATES = ("masked", "rectangles")
+TOKENS, COLUMNS = 32, 128  # of a tile
+STRIP = 128  # tokens of one program; for each it writes one fp32 partial sum per column, 1.6 % of the bf16 it reads
+WIDTH, PARTIALS = 128, 32  # of a tile of partial sums
+
+
+def candidate() -> str:
+    """How dW is computed for labels that change from token to token."""
+    chosen = os.environ.get("SGTM_LINEAR") or CANDIDATES[0]
+    if chosen not in CANDIDATES:
+        raise ValueError(f"SGTM_LINEAR: unknown way {chosen!r} to compute dW; known: {', '.join(CANDIDATES)}")
+    return chosen
+
+
+def linear_in(x, weight, bias, plan: MaskPlan, part: str, bounds, overwrite: bool):
+    if len(bounds) == 2:
+        return F.linear(x, weight, bias)
+    return _LinearIn.apply(x, weight, bias, plan, part, bounds, overwrite)
+
+
+def linear_out(x, weight, bias, plan: MaskPlan, part: str, bounds):
+    if len(bounds) == 2:
+        return F.linear(x, weight.t(), bias)
+    return _LinearOut.apply(x, weight, bias, plan, part, bounds)
+
+
+class _LinearIn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, plan, part, bounds, overwrite):
+        ctx.save_for_backward(x, weight)
+        ctx.plan, ctx.part, ctx.bounds, ctx.overwrite = plan, part, bounds, overwrite
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        plan, bounds = ctx.plan, ctx.bounds
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        packed = dy.contiguous()
+        dy2, x2 = packed.flatten(0, 1), x.flatten(0, 1)
+        work = plan.rows(ctx.part, bounds)
+        by_group = _contributions(plan, ctx.part, bounds)
+        dw = db = None
+        if ctx.needs_input_grad[1]:
+            if not _token_level(work):
+                dw = weight_gradient(dy2, x2, plan, work)
+            elif candidate() == "rectangles":
+                dw = rectangles.weight_gradient(dy2, x2.contiguous(), plan, work)
+            else:
+                # autograd may hand one tensor to several ops. Only a copy made here, and what the caller promises that
+                # nobody else uses, may be written to; from here on dy2 must not be read as the gradient.
+                out = dy2 if ctx.overwrite or packed is not dy else torch.empty_like(dy2)
+                partial = _partial_sums(dy2) if ctx.needs_input_grad[2] else None
+                factors = plan.factors(by_group, dy.device)
+                _scale_and_sum(dy2, out, partial, factors, bounds)
+                dw = out.t() @ x2
+                db = _total(partial, dy.dtype) if ctx.needs_input_grad[2] else None
+        if ctx.needs_input_grad[2] and db is None:
+            db = bias_sum(dy2, plan, by_group, bounds)
+        return dx, dw, db, None, None, None, None
+
+
+class _LinearOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, plan, part, bounds):
+        ctx.save_for_backward(x, weight)
+        ctx.plan, ctx.part, ctx.bounds = plan, part, bounds
+        return F.linear(x, weight.t(), bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        plan, bounds = ctx.plan, ctx.bounds
+        dx = dy @ weight.t() if ctx.needs_input_grad[0] else None
+        x2, dy2 = x.flatten(0, 1).contiguous(), dy.flatten(0, 1).contiguous()
+        work = plan.rows(ctx.part, bounds)
+        joint = plan.joint(f"{ctx.part}_bias")
+        dw = db = None
+        if ctx.needs_input_grad[1]:
+            if not _token_level(work):
+                dw = weight_gradient(x2, dy2, plan, work)
+            elif candidate() == "rectangles":
+                dw = rectangles.weight_gradient(x2, dy2, plan, work)
+            else:
+                out = torch.empty_like(x2)  # never in place: X belongs to the forward pass
+                factors = plan.factors(_contributions(plan, ctx.part, bounds), dy.device)
+                if ctx.needs_input_grad[2] and not plan.plain(joint):
+                    partial = _partial_sums(dy2)
+                    _scale_input_and_sum(
+                        x2, out, dy2, partial, factors, plan.factors((joint.by_label,), dy.device), bounds
+                    )
+                    db = _total(partial, dy.dtype)
+                else:
+                    _scale_and_sum(x2, out, None, factors, bounds)
+                dw = out.t() @ dy2
+        if ctx.needs_input_grad[2] and db is None:
+            db = bias_sum(dy2, plan, (joint.by_label,), (0, dy.shape[-1]))
+        return dx, dw, db, None, None, None
+
+
+def _token_level(work: tuple[RowWork, ...]) -> bool:
+    return any(len(tokens.slices) > MAX_SLICES for _, _, tokens in work)
+
+
+def _contributions(plan: MaskPlan, part: str, bounds) -> tuple[tuple[float, ...], ...]:
+    """For every group its weight by label."""
+    labels = range(len(plan.tables.labels))
+    return tuple(
+        tuple(plan.tables.contribution(part, label, group) for label in labels) for group in range(len(bounds) - 1)
+    )
+
+
+def bias_sum(x: torch.Tensor, plan: MaskPlan, by_group: tuple[tuple[float, ...], ...], bounds) -> torch.Tensor:
+    """Sum over the tokens of x [tokens, columns] times the weight of token and column, [columns]."""
+    if all(by_label[run.label] == 1 for by_label in by_group for run in plan.runs):
+        return x.sum(0)
+    partial = _partial_sums(x)
+    _scale_and_sum(x, None, partial, plan.factors(by_group, x.device), bounds)
+    return _total(partial, x.dtype)
+
+
+def _partial_sums(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(triton.cdiv(x.shape[0], STRIP), x.shape[1], dtype=torch.float32, device=x.device)
+
+
+def _scale_and_sum(x, out, partial, factors, bounds) -> None:
+    """`out` = x times its factors (None: not wanted; x itself: in place), `partial` = the sums of that (or None)."""
+    tokens, columns = x.shape
+    grid = (triton.cdiv(columns, COLUMNS), triton.cdiv(tokens, STRIP))
+    scale_and_sum[grid](
+        x, x if out is None else out, factors if partial is None else partial, factors, tokens, BOUNDS=tuple(bounds),
+        SCALE=out is not None, IN_PLACE=out is x, SUM=partial is not None, BT=TOKENS, BC=COLUMNS, STRIP=STRIP,
+    )  # fmt: skip
+
+
+def _scale_input_and_sum(x, out, dy, partial, x_factors, dy_factors, bounds) -> None:
+    tokens, columns = dy.shape
+    grid = (triton.cdiv(bounds[-1], COLUMNS) + triton.cdiv(columns, COLUMNS), triton.cdiv(tokens, STRIP))
+    scale_input_and_sum[grid](
+        x, out, dy, partial, x_factors, dy_factors, tokens, BOUNDS=tuple(bounds), WIDTH=(0, columns), BT=TOKENS,
+        BC=COLUMNS, STRIP=STRIP,
+    )  # fmt: skip
+
+
+def _total(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    strips, columns = partial.shape
+    total = torch.empty(columns, dtype=dtype, device=partial.device)
+    add_partial_sums[(triton.cdiv(columns, WIDTH),)](partial, total, strips, columns, BS=PARTIALS, BC=WIDTH)
+    return total
+
+
+@triton.jit
+def _strip(
+    x, out, partial, factors, tokens, block, strip, BOUNDS: tl.constexpr, SCALE: tl.constexpr, IN_PLACE: tl.constexpr,
+    SUM: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STRIP: tl.constexpr,
+):  # fmt: skip
+    """Scale and sum `STRIP` tokens of one block of columns. A factor of 0 leaves 0, and the entry unread."""
+    columns: tl.constexpr = BOUNDS[len(BOUNDS) - 1]
+    column = block * BC + tl.arange(0, BC)
+    group, _, _ = place(BOUNDS, column)
+    total = tl.zeros([BC], dtype=tl.float32)
+    for start in range(0, STRIP, BT):
+        token = strip.to(tl.int64) * STRIP + start + tl.arange(0, BT)
+        inside = (token < tokens)[:, None] & (column < columns)[None, :]
+        factor = factor_of(factors, tokens, token, group, BOUNDS)
+        at = token[:, None] * columns + column[None, :]
+        value = tl.load(x + at, mask=inside & (factor != 0.0), other=0.0).to(tl.float32) * factor
+        if SCALE:
+            written = inside & (factor != 1.0) if IN_PLACE else inside
+            tl.store(out + at, value.to(out.dtype.element_ty), mask=written)
+        if SUM:
+            total += tl.sum(value, axis=0)
+    if SUM:
+        tl.store(partial + strip.to(tl.int64) * columns + column, total, mask=column < columns)
+
+
+@triton.jit
+def scale_and_sum(
+    x, out, partial, factors, tokens, BOUNDS: tl.constexpr, SCALE: tl.constexpr, IN_PLACE: tl.constexpr,
+    SUM: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STRIP: tl.constexpr,
+):  # fmt: skip
+    block, strip = tl.program_id(0), tl.program_id(1)
+    _strip(x, out, partial, factors, tokens, block, strip, BOUNDS, SCALE, IN_PLACE, SUM, BT, BC, STRIP)
+
+
+@triton.jit
+def scale_input_and_sum(
+    x, out, dy, partial, x_factors, dy_factors, tokens, BOUNDS: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr,
+    BC: tl.constexpr, STRIP: tl.constexpr,
+):  # fmt: skip
+    """The first blocks scale a copy of x, the others sum dy by its factors."""
+    blocks: tl.constexpr = (BOUNDS[len(BOUNDS) - 1] + BC - 1) // BC
+    block, strip = tl.program_id(0), tl.program_id(1)
+    if block < blocks:
+        _strip(x, out, partial, x_factors, tokens, block, strip, BOUNDS, True, False, False, BT, BC, STRIP)
+    else:
+        _strip(dy, dy, partial, dy_factors, tokens, block - blocks, strip, WIDTH, False, False, True, BT, BC, STRIP)
+
+
+@triton.jit
+def add_partial_sums(partial, total, strips, columns, BS: tl.constexpr, BC: tl.constexpr):
+    column = tl.program_id(0) * BC + tl.arange(0, BC)
+    value = tl.zeros([BC], dtype=tl.float32)
+    for start in range(0, strips, BS):
+        strip = start + tl.arange(0, BS)
+        inside = (strip < strips)[:, None] & (column < columns)[None, :]
+        value += tl.sum(tl.load(partial + strip[:, None] * columns + column[None, :], mask=inside, other=0.0), axis=0)
+    tl.store(total + column, value.to(total.dtype.element_ty), mask=column < columns)
+
+
+def launches() -> list[Launch]:
+    """Everything that dispatch can launch, for the ahead-of-time suite."""
+    found = []
+    tile = {"BT": TOKENS, "BC": COLUMNS, "STRIP": STRIP}
+    ways = [flags for flags in product((False, True), repeat=3) if flags[0] >= flags[1] and flags[0] | flags[2]]
+    for dtype in ("bf16", "fp32"):
+        pointers = {"x": f"*{dtype}", "out": f"*{dtype}", "partial": "*fp32", "factors": "*fp32", "tokens": "i32"}
+        both = dict.fromkeys(("x", "out", "dy"), f"*{dtype}")
+        both |= dict.fromkeys(("partial", "x_factors", "dy_factors"), "*fp32") | {"tokens": "i32"}
+        for bounds in ((0, 4096), (0, 960, 1024), (0, 24, 48, 771, 3000)):
+            for scale, in_place, add in ways if len(bounds) > 2 else [(False, False, True)]:
+                constants = {"BOUNDS": bounds, "SCALE": scale, "IN_PLACE": in_place, "SUM": add, **tile}
+                found.append(Launch(scale_and_sum, pointers, constants, unaligned=("tokens",)))
+            if len(bounds) > 2:
+                constants = {"BOUNDS": bounds, "WIDTH": (0, 1024), **tile}
+                found.append(Launch(scale_input_and_sum, both, constants, unaligned=("tokens",)))
+        signature = {"partial": "*fp32", "total": f"*{dtype}", "strips": "i32", "columns": "i32"}
+        constants = {"BS": PARTIALS, "BC": WIDTH}
+        found.append(Launch(add_partial_sums, signature, constants, unaligned=("strips", "columns")))
+    return found + rectangles.launches()

@@ -1,0 +1,154 @@
+"""dW of labels that change from token to token, as a persistent GEMM over (token range x row range) rectangles.
+
+Of the left operand's columns (the rows of dW) each range has the tokens that may update it as a list of slices. A
+program takes tiles of dW in turn and walks over the slices of the tile's row range; what lies beyond the end of a slice
+or of a row range reads as 0: by the bounds of tensor descriptors, where the device has them and the row lengths suit
+them, else by masks. So masked work is not done, and rows that nobody may update are written as 0 without reading
+anything. A tile is summed by one program, slice after slice in fp32: deterministic.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from sgtm_kernels.aot import Launch
+from sgtm_kernels.plan import MaskPlan, RowWork
+
+
+class Tile(NamedTuple):
+    rows: int
+    columns: int
+    tokens: int
+    warps: int
+    stages: int
+
+
+def tile_of(dtype: torch.dtype, weighted: bool, descriptors: bool) -> Tile:
+    """Heuristic: as large as the registers allow on every architecture.
+
+    Weights other than 1 need a second accumulator, pointers and masks registers too, fp32 has no tensor cores.
+    """
+    if dtype == torch.float32:
+        if not weighted:
+            return Tile(64, 64, 16, 8, 2)
+        return Tile(32, 64, 16, 4, 2) if descriptors else Tile(64, 32, 16, 4, 2)
+    columns = 256 if descriptors else 128
+    return Tile(128, columns // 2 if weighted else columns, 64, 8, 3)
+
+
+def weight_gradient(left: torch.Tensor, right: torch.Tensor, plan: MaskPlan, work: tuple[RowWork, ...]) -> torch.Tensor:
+    """Masked `left^T @ right`: left [tokens, rows], right [tokens, columns], both contiguous -> [rows, columns]."""
+    rows, columns = left.shape[1], right.shape[1]
+    weighted = any(piece.weight != 1 for _, _, tokens in work for piece in tokens.slices)
+    descriptors = has_descriptors(left.device) and _suit_descriptors(left, right, work)
+    tile = tile_of(left.dtype, weighted, descriptors)
+    if descriptors and left.is_cuda:
+        triton.set_allocator(_scratch)
+    key = ("rectangles", work, tile.rows, left.device)
+    bands, slices, weights = plan.cached(key, lambda: _tables(work, tile.rows, left.device))
+    out = left.new_empty(rows, columns)
+    tiles = len(bands) * triton.cdiv(columns, tile.columns)
+    dw_rectangles[(min(tiles, _programs(left.device)),)](
+        left, right, out, bands, slices, weights, rows, columns, tiles, WEIGHTED=weighted, DESCRIPTORS=descriptors,
+        BR=tile.rows, BC=tile.columns, BT=tile.tokens, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+def has_descriptors(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _suit_descriptors(left: torch.Tensor, right: torch.Tensor, work: tuple[RowWork, ...]) -> bool:
+    """Whether all tokens and all row ranges begin at multiples of 16 bytes."""
+    starts = [left.data_ptr(), right.data_ptr()]
+    starts += [count * left.element_size() for count in (left.shape[1], right.shape[1], *(rows.start for rows in work))]
+    return all(start % 16 == 0 for start in starts)
+
+
+def _tables(work: tuple[RowWork, ...], height: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Bands of at most `height` rows, int32 [bands, 4]: first row, end, first slice, end; and the slices of all ranges,
+    int32 [slices, 2], with their weights, fp32 [slices]."""
+    bands, slices = [], []
+    for start, end, tokens in work:
+        first = len(slices)
+        slices += tokens.slices
+        bands += [(row, min(row + height, end), first, len(slices)) for row in range(start, end, height)]
+    spans = [(piece.start, piece.end) for piece in slices]
+    tables = (
+        torch.tensor(bands, dtype=torch.int32),
+        torch.tensor(spans, dtype=torch.int32).view(-1, 2),
+        torch.tensor([piece.weight for piece in slices], dtype=torch.float32),
+    )
+    return tuple(table.to(device, non_blocking=True) for table in tables)
+
+
+def _programs(device: torch.device) -> int:
+    """One per multiprocessor; a few in the interpreter, so that each takes several tiles there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Memory for the descriptors that a kernel makes."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+@triton.jit
+def dw_rectangles(
+    left, right, out, bands, slices, weights, rows, columns, tiles, WEIGHTED: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(columns, BC)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        band = bands + 4 * (tile // blocks)
+        row0, row_end, first, last = tl.load(band), tl.load(band + 1), tl.load(band + 2), tl.load(band + 3)
+        column0 = (tile % blocks) * BC
+        row, column = row0 + tl.arange(0, BR), column0 + tl.arange(0, BC)
+        total = tl.zeros([BR, BC], dtype=tl.float32)
+        part = tl.zeros([BR, BC], dtype=tl.float32)
+        for i in range(first, last):
+            start, end = tl.load(slices + 2 * i), tl.load(slices + 2 * i + 1)
+            if DESCRIPTORS:
+                left_tiles = tl.make_tensor_descriptor(left, [end, row_end], [rows, 1], [BT, BR])
+                right_tiles = tl.make_tensor_descriptor(right, [end, columns], [columns, 1], [BT, BC])
+                for t in range(start, end, BT):
+                    a, b = left_tiles.load([t, row0]), right_tiles.load([t, column0])
+                    part = tl.dot(tl.trans(a), b, part, input_precision="ieee")
+            else:
+                for t in range(start, end, BT):
+                    token = t + tl.arange(0, BT)
+                    inside = (token < end)[:, None]
+                    at = token.to(tl.int64)[:, None]
+                    a = tl.load(left + at * rows + row[None, :], mask=inside & (row < row_end)[None, :], other=0.0)
+                    b = tl.load(
+                        right + at * columns + column[None, :], mask=inside & (column < columns)[None, :], other=0.0
+                    )
+                    part = tl.dot(tl.trans(a), b, part, input_precision="ieee")
+            if WEIGHTED:
+                total += tl.load(weights + i) * part
+                part = tl.zeros([BR, BC], dtype=tl.float32)
+        if WEIGHTED:
+            part = total
+        at = row.to(tl.int64)[:, None] * columns + column[None, :]
+        tl.store(out + at, part.to(out.dtype.element_ty), mask=(row < row_end)[:, None] & (column < columns)[None, :])
+
+
+def launches() -> list[Launch]:
+    """Everything that dispatch can launch, for the ahead-of-time suite."""
+    found = []
+    for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        signature = dict.fromkeys(("left", "right", "out"), f"*{dtype}")
+        signature |= {"bands": "*i32", "slices": "*i32", "weights": "*fp32"}
+        signature |= dict.fromkeys(("rows", "columns", "tiles"), "i32")
+        options = {"unaligned": ("tiles",), "tensor_cores": dtype == "bf16"}
+        for weighted, descriptors in product((False, True), repeat=2):
+            rows, columns, tokens, warps, stages = tile_of(torch_dtype, weighted, descriptors)
+            constants = {"WEIGHTED": weighted, "DESCRIPTORS": descriptors, "BR": rows, "BC": columns, "BT": tokens}
+            first_arch = 90 if descriptors else 80
+            found.append(Launch(dw_rectangles, signature, constants, warps, stages, first_arch=first_arch, **options))
+    return found
