@@ -181,3 +181,13 @@ def contribution(tables: Tables, key: str, label: int) -> float:
         part, group = key.split(".")
         return tables.contribution(part, label, tables.groups.index(group))
     return max(abs(tables.update_joint[kind][label]) for kind in key.split("+"))
+
+
+def assert_promise(model: Transformer, batches: list[Batch], tables: Tables, before: dict, label: int) -> None:
+    """New content in one label's tokens changes the gradients `before` where that label contributes, only there."""
+    others = [with_content(batch, [label], seed=99) for batch in batches]
+    after = by_key(model, gradients(model, others, tables))
+    for (key, name, start), old in before.items():
+        same = torch.equal(old, after[key, name, start])
+        promised = contribution(tables, key, label) == 0
+        assert same == promised, f"{name} ({key}): {'changes' if promised else 'does not learn'} with {label}"

@@ -18,8 +18,8 @@ from families import BIO, FAMILIES, SPACE, gradients, model_of, random_step
 
 from sgtm.masking.strategy import build_tables
 from sgtm.model.rows import live_keys
-from sgtm_kernels.dispatch import BACKENDS
 from sgtm_kernels.plan import KINDS
+from sgtm_kernels.testing import EXACT
 
 PARAMETERS = {
     "attn_out_bias": "blocks.*.attention.b_o",
@@ -33,7 +33,7 @@ PARAMETERS = {
 }
 BATCHES = random_step("step", seed=1, label=BIO)
 
-by_backend = pytest.mark.parametrize("backend", BACKENDS)
+by_backend = pytest.mark.parametrize("backend", EXACT)
 by_family = pytest.mark.parametrize("family", FAMILIES)
 
 

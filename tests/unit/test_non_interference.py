@@ -24,6 +24,7 @@ from families import (
     SPACE,
     STRATEGIES,
     UNLABELED,
+    assert_promise,
     by_key,
     contribution,
     gradients,
@@ -33,19 +34,10 @@ from families import (
 )
 
 from sgtm.masking.strategy import build_tables
-from sgtm_kernels.dispatch import BACKENDS
+from sgtm_kernels.testing import EXACT
 
-by_backend = pytest.mark.parametrize("backend", BACKENDS)
+by_backend = pytest.mark.parametrize("backend", EXACT)
 by_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def assert_promise(model, batches, tables, before: dict, label: int) -> None:
-    others = [with_content(batch, [label], seed=99) for batch in batches]
-    after = by_key(model, gradients(model, others, tables))
-    for (key, name, start), old in before.items():
-        same = torch.equal(old, after[key, name, start])
-        promised = contribution(tables, key, label) == 0
-        assert same == promised, f"{name} ({key}): {'changes' if promised else 'does not learn'} with {label}"
 
 
 @by_backend

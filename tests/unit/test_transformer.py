@@ -24,13 +24,12 @@ from families import (
 
 from sgtm.data.batch import IGNORE
 from sgtm.masking.strategy import removal_tables
-from sgtm_kernels.dispatch import BACKENDS
 from sgtm_kernels.plan import MaskPlan
-from sgtm_kernels.testing import assert_accurate, poisoned_memory
+from sgtm_kernels.testing import EXACT, assert_accurate, poisoned_memory
 
 by_family = pytest.mark.parametrize("family", FAMILIES)
 by_mixing = pytest.mark.parametrize("mixing", MIXINGS)
-by_backend = pytest.mark.parametrize("backend", BACKENDS)
+by_backend = pytest.mark.parametrize("backend", EXACT)
 
 
 def plain_plan(ids: torch.Tensor, removed: tuple[str, ...] = ()) -> MaskPlan:
