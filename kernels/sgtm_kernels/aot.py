@@ -37,6 +37,7 @@ class Launch:
     signature  type of every argument that is not a constexpr: `*bf16`, `*fp32`, `i32`, `fp32`, ...
     constants  value of every constexpr
     unaligned  arguments that are not multiples of 16 (pointers: of 16 bytes); all others are compiled as such
+    fp_fusion  whether a multiplication and an addition may become one instruction, with one rounding
     tensor_cores  whether it must use them
     spill      why registers may spill here; None: they may not
     first_arch  the oldest architecture that it is launched on
@@ -48,6 +49,7 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
     unaligned: tuple[str, ...] = ()
+    fp_fusion: bool = True
     tensor_cores: bool = False
     spill: str | None = None
     first_arch: int = 80
@@ -98,6 +100,7 @@ def examine(launch: Launch, arch: int) -> Outcome:
         {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options["enable_fp_fusion"] = launch.fp_fusion
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # whatever the compiler raises is the finding

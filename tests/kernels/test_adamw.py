@@ -1,14 +1,22 @@
-"""AdamW on slices: the formula of the paper, in both backends, and not a bit outside the slices."""
+"""AdamW on slices: the formula of the paper, in all backends, and not a bit outside the slices.
+
+Faults tried in the kernel, each seen to fail: the block of the next slice; a search one halving short; the first
+elements of a block that begins before its slice, or those behind the end, not masked; the last element or block lost;
+a slice's distance from its border forgotten; a block taken for a whole one at either end; a border taken from the
+weight alone; the decay of another slice; a bias correction missing; decay missing; a moment stored in place of another;
+gradients read in the wrong precision, or all in that of the first.
+"""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 
 from sgtm_kernels.adamw import Update, adamw
-from sgtm_kernels.dispatch import BACKENDS
+from sgtm_kernels.dispatch import BACKENDS, pick
 
 LR, BETAS, EPS = 3e-3, (0.9, 0.95), 1e-8
 NAMES = ("weight", "grad", "exp_avg", "exp_avg_sq")
@@ -92,6 +100,80 @@ def test_a_slice_does_not_depend_on_its_neighbours(backend):
     adamw([Update(*(t[a:b] for t in together.values()), 4, 0.1) for a, b in ranges], LR, BETAS, EPS, backend)
     adamw([Update(*(t[37:150] for t in alone.values()), 4, 0.1)], LR, BETAS, EPS, backend)
     assert all(torch.equal(together[name][37:150], alone[name][37:150]) for name in NAMES)
+
+
+def test_the_kernel_rounds_every_element_alike():
+    """Bits depend neither on where a slice begins or ends nor on whether its memory can be moved 16 bytes at a time."""
+    whole, cut, shifted = flat_tensors(5000), flat_tensors(5000), flat_tensors(5000)
+    adamw([Update(*whole.values(), 4, 0.1)], LR, BETAS, EPS, "triton")
+    edges = [0, 3, 4, 1029, 1032, 2056, 4999, 5000]
+    adamw([Update(*(t[a:b] for t in cut.values()), 4, 0.1) for a, b in pairwise(edges)], LR, BETAS, EPS, "triton")
+    room = torch.zeros(5001)
+    room[1:] = shifted["weight"]
+    shifted["weight"] = room[1:]  # at another distance from a border than the others
+    adamw([Update(*shifted.values(), 4, 0.1)], LR, BETAS, EPS, "triton")
+    for name in NAMES:
+        assert torch.equal(cut[name], whole[name]), name
+        assert torch.equal(shifted[name], whole[name]), name
+
+
+@pytest.mark.parametrize(("offset", "grad_offset", "aligned"), [(0, 0, 1), (5, 5, 1), (5, 9, 1), (5, 6, 0), (0, 2, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_aligned_slices_begin_at_a_border(offset, grad_offset, aligned, dtype):
+    """What the kernel moves 16 bytes at a time (8 of half precision) lies at such borders in all four tensors."""
+    flat = flat_tensors(100)
+    weight, _, *moments = (t[offset : offset + 50] for t in flat.values())
+    grad = flat["grad"].to(dtype)[grad_offset : grad_offset + 50]
+    table, blocks = pick("adamw", "triton").segment_table([Update(weight, grad, *moments, 1, 0.1)], LR, BETAS)
+    *addresses, start, end, _, flag, _, _ = table[0].tolist()
+    assert (flag, end - start, blocks) == (aligned, 50, 1)
+    for address, tensor in zip(addresses, (weight, grad, *moments), strict=True):
+        assert address + start * tensor.element_size() == tensor.data_ptr()
+        assert not aligned or address % (4 * tensor.element_size()) == 0
+
+
+@pytest.mark.parametrize("slices", [1, 2, 3, 8, 33])
+def test_the_kernel_finds_its_slice(slices):
+    """Slices of none, one and several blocks, each with numbers of its own, in any order in memory."""
+    flat = flat_tensors(60_000)
+    before = {name: t.double() for name, t in flat.items()}
+    lengths = [(1, 1024, 1025, 0, 3000, 7, 2047)[i % 7] for i in range(slices)]
+    edges = [11, *(11 + sum(lengths[: i + 1]) for i in range(slices))]
+    ranges = [(a, b, i + 1, 0.1 * i) for i, (a, b) in enumerate(pairwise(edges))]
+    updates = [Update(*(t[a:b] for t in flat.values()), step, decay) for a, b, step, decay in ranges]
+    adamw(updates[::-1], LR, BETAS, EPS, "triton")
+    covered = slice(edges[0], edges[-1])
+    for a, b, step, decay in ranges:
+        for name, values in formula({name: t[a:b] for name, t in before.items()}, step, decay).items():
+            assert b == a or errors(name, flat[name][a:b], values) < 5e-7, (name, a)
+    for name in NAMES:
+        assert torch.equal(flat[name][: covered.start].double(), before[name][: covered.start])
+        assert torch.equal(flat[name][covered.stop :].double(), before[name][covered.stop :])
+
+
+def test_the_kernel_takes_gradients_of_half_precision():
+    """Of both kinds in one call; rounded gradients give what their fp32 values give, bit for bit."""
+    half, full = flat_tensors(4000), flat_tensors(4000)
+    grad = half["grad"].half()
+    full["grad"] = grad.float()
+    ranges = [(1, 1500, True), (1500, 1501, False), (1501, 3999, True)]
+    updates = []
+    for a, b, low in ranges:
+        weight, _, *moments = (t[a:b] for t in half.values())
+        updates.append(Update(weight, grad[a:b] if low else full["grad"][a:b], *moments, 2, 0.1))
+    adamw(updates, LR, BETAS, EPS, "triton")
+    adamw([Update(*(t[1:3999] for t in full.values()), 2, 0.1)], LR, BETAS, EPS, "triton")
+    for name in ("weight", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(half[name], full[name]), name
+
+
+@pytest.mark.parametrize("wrong", ["dtype", "strides", "length"])
+def test_the_kernel_refuses_what_its_addresses_cannot_describe(wrong):
+    flat = flat_tensors(10)
+    wide = flat["exp_avg"].repeat(2)
+    flat["exp_avg"] = {"dtype": flat["exp_avg"].double(), "strides": wide[::2], "length": wide}[wrong]
+    with pytest.raises(ValueError, match="fp32" if wrong == "dtype" else "contiguous"):
+        adamw([Update(*flat.values(), 1, 0.1)], LR, BETAS, EPS, "triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,21 +2,32 @@
 
 Faults tried, each seen to fail: the tokens of another kind; the bias or the weight gradient unmasked; dX from a
 masked gradient; the normalised input without its mean; eps left out; the weight missing in RMSNorm's dX; the mean
-over tokens instead of columns.
+over tokens instead of columns. In the kernel: the mask dropped for the weight or the bias; a factor of 0 that
+multiplies a NaN; dX from masked gradients; the factor of the token before; an accumulation missed over tiles, for
+weight or bias, or over strips; the last tile of a strip, the last strips or the last columns lost; the bias from the
+sums of the weight; padding columns in the variance, the padded width as stride or as divisor; the mean's term missing;
+eps left out; a strided dY; sums that were not launched left unwritten.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from sgtm_kernels.dispatch import BACKENDS
+from sgtm_kernels.dispatch import BACKENDS, pick
 from sgtm_kernels.norm import layer_norm, rms_norm
+from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.testing import (
     BINARY,
+    EXACT,
+    FAST,
+    FLOATS,
     LAYOUTS,
     assert_accurate,
     assert_same_bits,
+    backends_and_dtypes,
     forward_backward,
+    low_precision,
     random_like,
     random_plan,
     random_tables,
@@ -24,11 +35,15 @@ from sgtm_kernels.testing import (
 )
 
 WIDTH, EPS = 40, 1e-3
+kernel = pick("norm", "triton")
 
 by_norm = pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
+by_exact = pytest.mark.parametrize("backend", EXACT)
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+by_backend_and_dtype = pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes())
+by_fast_and_dtype = pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes(FAST))
 
 
 def op(norm: str, plan, backend: str, kind: str | None = "norm"):
@@ -43,13 +58,13 @@ def plain(norm: str):
     return lambda x, weight, bias: F.layer_norm(x, (WIDTH,), weight, bias, EPS)
 
 
-def inputs(norm: str, batch: int, seq_len: int, dtype=torch.float64) -> list[torch.Tensor]:
-    shapes = [(batch, seq_len, WIDTH), (WIDTH,), (WIDTH,)][: 2 if norm == "rms_norm" else 3]
+def inputs(norm: str, batch: int, seq_len: int, dtype=torch.float64, width: int = WIDTH) -> list[torch.Tensor]:
+    shapes = [(batch, seq_len, width), (width,), (width,)][: 2 if norm == "rms_norm" else 3]
     data = [random_like(torch.empty(shape, dtype=torch.bfloat16), i).to(dtype) for i, shape in enumerate(shapes)]
     return [data[0] * 3 + 2, *data[1:]]
 
 
-@by_backend
+@by_exact
 @by_norm
 @by_layout
 @pytest.mark.parametrize("kind", ["norm", "final_norm", None])
@@ -70,16 +85,16 @@ def test_formula_in_fp64(kind, layout, norm, backend):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
-@by_dtype
+@by_fast_and_dtype
 @by_norm
 @by_layout
 @pytest.mark.parametrize(("batch", "seq_len"), [(1, 1), (9, 7), (10, 100)])
-def test_runs_are_as_accurate_as_torch(batch, seq_len, layout, norm, dtype):
+def test_as_accurate_as_torch(batch, seq_len, layout, norm, backend, dtype):
     plan = random_plan(3, random_tables(4), layout, batch, seq_len)
     exact = forward_backward(op(norm, plan, "reference"), *inputs(norm, batch, seq_len))
     theirs = forward_backward(op(norm, plan, "reference"), *inputs(norm, batch, seq_len, dtype))
-    ours = forward_backward(op(norm, plan, "runs"), *inputs(norm, batch, seq_len, dtype))
-    if layout == "tokens" and dtype == torch.float32:
+    ours = forward_backward(op(norm, plan, backend), *inputs(norm, batch, seq_len, dtype))
+    if (backend, layout, dtype) == ("runs", "tokens", torch.float32):
         theirs[2:] = by_matmul(norm, plan, inputs(norm, batch, seq_len, dtype)[0], random_like(theirs[0], 0))
     for name, *values in zip(("y", "dx", "dw", "db"), ours, theirs, exact, strict=False):
         assert_accurate(*values, name=name)
@@ -92,18 +107,19 @@ def by_matmul(norm: str, plan, x: torch.Tensor, dy: torch.Tensor) -> list[torch.
     return [weights @ (normalized * dy).flatten(0, 1), weights @ dy.flatten(0, 1)]
 
 
-@by_backend
-@by_dtype
+@by_backend_and_dtype
 @by_norm
 @by_layout
 def test_dx_does_not_know_of_masks(layout, norm, dtype, backend):
+    """Whether some tokens are masked, or all, from which weight and bias then learn exactly nothing."""
     data = inputs(norm, 10, 13, dtype)
-    masked = random_plan(5, random_tables(6, (0.0,)), layout, 10, 13)
     free = random_plan(5, random_tables(6, (1.0,)), layout, 10, 13)
-    out, dx, *learned = forward_backward(op(norm, masked, backend), *data)
     free_out, free_dx, *_ = forward_backward(op(norm, free, backend), *data)
-    assert_same_bits(out, free_out, "y")
-    assert_same_bits(dx, free_dx, "dx")
+    for values in (FLOATS, (0.0,)):
+        masked = random_plan(5, random_tables(6, values), layout, 10, 13)
+        out, dx, *learned = forward_backward(op(norm, masked, backend), *data)
+        assert_same_bits(out, free_out, "y")
+        assert_same_bits(dx, free_dx, "dx")
     assert all(bool((d == 0).all()) for d in learned)
 
 
@@ -121,18 +137,18 @@ def test_nothing_masked_is_torchs_layer_norm(layout, dtype):
 @by_norm
 def test_no_kind_ignores_the_tables(norm, backend):
     plans = [random_plan(7, random_tables(8, (value,)), "tokens", 10, 13) for value in (0.0, 1.0)]
-    data = inputs(norm, 10, 13, torch.bfloat16)
+    data = inputs(norm, 10, 13, low_precision(backend))
     results = [forward_backward(op(norm, plan, backend, None), *data) for plan in plans]
     for mine, wanted in zip(*results, strict=True):
         assert_same_bits(mine, wanted)
 
 
-@by_backend
-@by_dtype
+@by_backend_and_dtype
 @by_norm
 @by_layout
 def test_non_interference(layout, norm, dtype, backend):
-    plan = random_plan(9, random_tables(10, BINARY), layout, 10, 13)
+    plan = random_plan(9, random_tables(22, BINARY), layout, 10, 13)
+    assert set(plan.tables.update_joint["norm"]) == {0.0, 1.0}
     x, *learned = (d.requires_grad_() for d in inputs(norm, 10, 13, dtype))
     dy = random_like(x, 0)
     before = torch.autograd.grad(op(norm, plan, backend)(x, *learned), learned, dy)
@@ -144,8 +160,83 @@ def test_non_interference(layout, norm, dtype, backend):
             assert torch.equal(old, new) == (plan.tables.update_joint["norm"][label] == 0)
 
 
-@by_backend
+@by_exact
 @by_norm
 def test_gradcheck(norm, backend):
     plan = random_plan(13, random_tables(14, (1.0,)), "ragged", 2, 3)
     torch.autograd.gradcheck(op(norm, plan, backend), [x.requires_grad_() for x in inputs(norm, 2, 3)], fast_mode=True)
+
+
+@by_norm
+@pytest.mark.parametrize("width", [1, 63, 128, 1000, 2500])
+def test_kernel_at_any_width(width, norm):
+    """From many tokens in a tile to one; widths that fill a tile and that do not."""
+    plan = random_plan(15, random_tables(16), "ragged", 3, 37)
+    results = [
+        forward_backward(op(norm, plan, backend), *inputs(norm, 3, 37, dtype, width))
+        for backend, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64))
+    ]
+    for name, *values in zip(("y", "dx", "dw", "db"), *results, strict=False):
+        assert_accurate(*values, name=name)
+
+
+@by_norm
+@pytest.mark.parametrize(("strips", "width"), [(1, 40), (3, 40), (3, 300), (512, 300)])
+def test_kernel_in_strips(strips, width, norm, monkeypatch):
+    """One strip; strips of several tiles, the last one ragged; more strips than the second pass adds at once."""
+    monkeypatch.setattr(kernel, "STRIPS", strips)
+    plan = random_plan(17, random_tables(18), "tokens", 7, 41)
+    results = [
+        forward_backward(op(norm, plan, backend), *inputs(norm, 7, 41, dtype, width))
+        for backend, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64))
+    ]
+    for name, *values in zip(("y", "dx", "dw", "db"), *results, strict=False):
+        assert_accurate(*values, name=name)
+
+
+@by_norm
+@by_layout
+def test_kernel_without_masks_is_the_kernel_with_factors_of_one(layout, norm, monkeypatch):
+    """The sums of a plan that masks nothing, of no kind, and of factors that are read and happen to be 1."""
+    data = inputs(norm, 10, 13, torch.float32)
+    free = random_plan(19, random_tables(20, (1.0,)), layout, 10, 13)
+    results = [forward_backward(op(norm, free, "triton", kind), *data) for kind in ("norm", None)]
+    monkeypatch.setattr(MaskPlan, "plain", lambda plan, tokens: False)
+    results.append(forward_backward(op(norm, free, "triton"), *data))
+    for other in results[1:]:
+        for mine, wanted in zip(other, results[0], strict=True):
+            assert_same_bits(mine, wanted)
+
+
+@by_norm
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_not_even_nan_passes_the_kernels_mask(poison, norm):
+    plan = random_plan(21, random_tables(22, BINARY), "tokens", 10, 13)
+    x, *learned = (d.requires_grad_() for d in inputs(norm, 10, 13, torch.float32))
+    before = torch.autograd.grad(op(norm, plan, "triton")(x, *learned), learned, random_like(x, 0))
+    masked = token_mask(plan, [i for i, update in enumerate(plan.tables.update_joint["norm"]) if update == 0])
+    assert masked.any() and not masked.all()
+    new_x, dy = (t.detach().where(~masked[..., None], poison) for t in (x, random_like(x, 0)))
+    after = torch.autograd.grad(op(norm, plan, "triton")(new_x, *learned), learned, dy)
+    for old, new in zip(before, after, strict=True):
+        assert_same_bits(new, old)
+
+
+@by_norm
+def test_kernel_under_checkpointing_and_with_strides(norm):
+    plan = random_plan(23, random_tables(24), "ragged", 6, 9)
+    x, *learned = inputs(norm, 6, 9, torch.float32)
+    dy = random_like(x, 1)
+    results = []
+    for x_, dy_, again in [(x, dy, False), (x, dy, True), (*(_strided(t) for t in (x, dy)), False)]:
+        leaves = [t.detach().requires_grad_() for t in (x_, *learned)]
+        function = op(norm, plan, "triton")
+        out = checkpoint(function, *leaves, use_reentrant=False) if again else function(*leaves)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, dy_)))
+    for other in results[1:]:
+        for mine, wanted in zip(other, results[0], strict=True):
+            assert_same_bits(mine, wanted)
+
+
+def _strided(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(0, 1).contiguous().transpose(0, 1)

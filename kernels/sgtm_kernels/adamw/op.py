@@ -2,7 +2,7 @@
 
 An optimizer that must leave a group of weights bitwise alone does not pass its slices. Every slice brings its own step
 count, so that the bias correction of weights that were frozen for a while is that of the updates they have really had.
-Promises (tests/kernels/test_adamw.py): both backends follow the paper's formula, and memory outside the slices, and
+Promises (tests/kernels/test_adamw.py): all backends follow the paper's formula, and memory outside the slices, and
 slices not passed, keep every bit.
 """
 
@@ -18,6 +18,8 @@ from sgtm_kernels.dispatch import pick
 
 class Update(NamedTuple):
     """One slice to update in place; the tensors are fp32 [n], contiguous, on one device.
+
+    The backend `triton` also takes gradients in bf16 and fp16.
 
     step   number of this update for the slice, from 1 (bias correction)
     decay  weight decay, decoupled

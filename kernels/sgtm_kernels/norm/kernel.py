@@ -1,0 +1,186 @@
+"""LayerNorm and RMSNorm in one Triton pass each way, the masked sums for weight and bias fused into the backward pass.
+
+Backward reads x and dY once and writes dX for all tokens; a program walks a strip of tokens and keeps the sums of its
+tokens, times their factors, in registers. A second, small kernel adds the strips' sums in order: no atomics. Where no
+token is masked the kernel is compiled without factors, where all are it is compiled without sums. Multiplications and
+additions are never contracted (`FUSION`), so that the bits of dX cannot depend on which of these it is.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sgtm_kernels.aot import Launch
+from sgtm_kernels.plan import MaskPlan
+
+TILE = 2048  # elements of a tile of tokens x columns; a wider row is a tile of its own
+STRIPS = 512  # at most; more occupy more of the device and write more partial sums
+SUM_STRIPS, SUM_COLUMNS = 32, 64  # of a tile of the second pass
+FUSION = {"enable_fp_fusion": False}
+
+
+def layer_norm(x, weight, bias, eps, plan: MaskPlan, kind):
+    return _Norm.apply(x, weight, bias, eps, plan, kind)
+
+
+def rms_norm(x, weight, eps, plan: MaskPlan, kind):
+    return _Norm.apply(x, weight, None, eps, plan, kind)
+
+
+def _shape(width: int) -> tuple[dict[str, int], int]:
+    """Tile of a norm of this width, and its number of warps: 16 elements of the tile for each thread."""
+    columns = triton.next_power_of_2(width)
+    tokens = max(1, TILE // columns)
+    return {"WIDTH": width, "BT": tokens, "BD": columns}, max(4, tokens * columns // 512)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, plan, kind):
+        x = x.contiguous()
+        y, centered = torch.empty_like(x), bias is not None
+        shape, warps = _shape(x.shape[-1])
+        rstd = torch.empty(plan.tokens, dtype=torch.float32, device=x.device)
+        mean = torch.empty_like(rstd) if centered else rstd
+        grid = (triton.cdiv(plan.tokens, shape["BT"]),)
+        norm_forward[grid](
+            x, weight, bias if centered else weight, y, mean, rstd, plan.tokens, eps, CENTERED=centered, **shape,
+            num_warps=warps, **FUSION,
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.plan, ctx.kind, ctx.bias_dtype = plan, kind, bias.dtype if centered else None
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, mean, rstd = ctx.saved_tensors
+        plan, centered = ctx.plan, ctx.bias_dtype is not None
+        learners = None if ctx.kind is None else plan.joint(ctx.kind)
+        masked = learners is not None and not plan.plain(learners)
+        summed = (learners is None or bool(learners.slices)) and any(ctx.needs_input_grad[1:3])
+        shape, warps = _shape(x.shape[-1])
+        width, tile = shape["WIDTH"], shape["BT"]
+        strip = triton.cdiv(triton.cdiv(plan.tokens, STRIPS), tile) * tile
+        strips = triton.cdiv(plan.tokens, strip)
+        factors = plan.factors([learners.by_label], x.device) if masked and summed else rstd
+        sums = torch.empty((1 + centered, strips, width) if summed else 1, dtype=torch.float32, device=x.device)
+        dx = torch.empty_like(x)
+        norm_backward[(strips,)](
+            x, dy.contiguous(), weight, mean, rstd, factors, dx, sums, plan.tokens, strip, CENTERED=centered,
+            SUMMED=summed, MASKED=masked and summed, **shape, num_warps=warps, **FUSION,
+        )  # fmt: skip
+        new = x.new_empty if summed else x.new_zeros
+        dw = new(width, dtype=weight.dtype)
+        db = new(width, dtype=ctx.bias_dtype) if centered else None
+        if summed:
+            grid = (triton.cdiv(width, SUM_COLUMNS), 1 + centered)
+            norm_sums[grid](
+                sums, dw, db if centered else dw, strips, WIDTH=width, BS=SUM_STRIPS, BD=SUM_COLUMNS, **FUSION
+            )
+        return dx, dw, db, None, None, None
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def norm_forward(
+    x, weight, bias, y, mean, rstd, tokens, eps, CENTERED: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    column = tl.arange(0, BD)
+    inside = (token < tokens)[:, None] & (column < WIDTH)[None, :]
+    at = token[:, None] * WIDTH + column[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if CENTERED:
+        center = tl.sum(value, 1) / WIDTH
+        tl.store(mean + token, center, mask=token < tokens)
+        value = tl.where(inside, value - center[:, None], 0.0)
+    scale = tl.rsqrt(tl.sum(value * value, 1) / WIDTH + eps)
+    tl.store(rstd + token, scale, mask=token < tokens)
+    w = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    out = value * scale[:, None] * w[None, :]
+    if CENTERED:
+        out += tl.load(bias + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "strip"])
+def norm_backward(
+    x, dy, weight, mean, rstd, factors, dx, sums, tokens, strip, CENTERED: tl.constexpr, SUMMED: tl.constexpr,
+    MASKED: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """sums fp32 [1 or 2, strips, WIDTH]: for the weight, for the bias. `strip`: tokens, a multiple of BT."""
+    column = tl.arange(0, BD)
+    w = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    dw = tl.zeros([BT, BD], dtype=tl.float32)
+    db = tl.zeros([BT, BD], dtype=tl.float32)
+    for start in range(0, strip, BT):
+        token = tl.program_id(0).to(tl.int64) * strip + start + tl.arange(0, BT)
+        inside = (token < tokens)[:, None] & (column < WIDTH)[None, :]
+        at = token[:, None] * WIDTH + column[None, :]
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        out = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(rstd + token, mask=token < tokens, other=0.0)[:, None]
+        if CENTERED:
+            value -= tl.load(mean + token, mask=token < tokens, other=0.0)[:, None]
+        normalized = tl.where(inside, value * scale, 0.0)
+        dn = out * w[None, :]
+        d = dn - normalized * (tl.sum(dn * normalized, 1) / WIDTH)[:, None]
+        if CENTERED:
+            d -= (tl.sum(dn, 1) / WIDTH)[:, None]
+        tl.store(dx + at, (d * scale).to(dx.dtype.element_ty), mask=inside)
+        if SUMMED:
+            learned = out * normalized
+            if MASKED:
+                factor = tl.load(factors + token, mask=token < tokens, other=0.0)[:, None]
+                learned = tl.where(factor == 0.0, 0.0, learned * factor)
+                out = tl.where(factor == 0.0, 0.0, out * factor)
+            dw += learned
+            if CENTERED:
+                db += out
+    if SUMMED:
+        at = tl.program_id(0) * WIDTH + column
+        tl.store(sums + at, tl.sum(dw, 0), mask=column < WIDTH)
+        if CENTERED:
+            tl.store(sums + tl.num_programs(0) * WIDTH + at, tl.sum(db, 0), mask=column < WIDTH)
+
+
+@triton.jit(do_not_specialize=["strips"])
+def norm_sums(sums, dw, db, strips, WIDTH: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr):
+    """Add the sums of all strips, the weight's (second program index 0) or the bias's (1)."""
+    column = tl.program_id(0) * BD + tl.arange(0, BD)
+    total = tl.zeros([BS, BD], dtype=tl.float32)
+    for start in range(0, strips, BS):
+        strip = start + tl.arange(0, BS)
+        inside = (strip < strips)[:, None] & (column < WIDTH)[None, :]
+        at = (tl.program_id(1) * strips + strip)[:, None] * WIDTH + column[None, :]
+        total += tl.load(sums + at, mask=inside, other=0.0)
+    total = tl.sum(total, 0)
+    if tl.program_id(1) == 0:
+        tl.store(dw + column, total.to(dw.dtype.element_ty), mask=column < WIDTH)
+    else:
+        tl.store(db + column, total.to(db.dtype.element_ty), mask=column < WIDTH)
+
+
+def launches() -> list[Launch]:
+    """Everything that dispatch can launch, for the ahead-of-time suite."""
+    found = []
+    for dtype in ("bf16", "fp32"):
+        p, stat = f"*{dtype}", "*fp32"
+        sums = {"sums": stat, "dw": p, "db": p, "strips": "i32"}
+        constants = {"BS": SUM_STRIPS, "BD": SUM_COLUMNS}
+        for width in (256, 768, 8192):
+            found.append(Launch(norm_sums, sums, constants | {"WIDTH": width}, unaligned=("strips",), fp_fusion=False))
+            shape, warps = _shape(width)
+            for centered in (False, True):
+                given = {"num_warps": warps, "unaligned": ("tokens", "strip"), "fp_fusion": False}
+                forward = dict.fromkeys(("x", "weight", "bias", "y"), p) | dict.fromkeys(("mean", "rstd"), stat)
+                forward |= {"tokens": "i32", "eps": "fp32"}
+                found.append(Launch(norm_forward, forward, {"CENTERED": centered, **shape}, **given))
+                backward = dict.fromkeys(("x", "dy", "weight"), p) | dict.fromkeys(("mean", "rstd", "factors"), stat)
+                backward |= {"dx": p, "sums": stat, "tokens": "i32", "strip": "i32"}
+                for summed, masked in ((True, False), (True, True), (False, False)):
+                    flags = {"CENTERED": centered, "SUMMED": summed, "MASKED": masked}
+                    found.append(Launch(norm_backward, backward, flags | shape, **given))
+    return found
