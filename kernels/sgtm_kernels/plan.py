@@ -140,6 +140,11 @@ class MaskPlan:
         return self.batch * self.seq_len
 
     @cached_property
+    def present(self) -> tuple[int, ...]:
+        """The labels of this micro-batch."""
+        return tuple(sorted({run.label for run in self.runs}))
+
+    @cached_property
     def whole_sequences(self) -> bool:
         """Whether every run begins and ends at a sequence boundary."""
         return all(run.end % self.seq_len == 0 for run in self.runs)
@@ -208,6 +213,32 @@ class MaskPlan:
             return torch.stack(rows).to(device, non_blocking=True)
 
         return self.cached((tuple(by_group), device), make)
+
+    def spans(self, device: torch.device) -> torch.Tensor:
+        """int32 [2, tokens]: where each token's document begins and ends in its sequence; cached in the plan."""
+
+        def make() -> torch.Tensor:
+            starts = range(0, self.tokens, self.seq_len)
+            documents = self.documents or [(start, start + self.seq_len) for start in starts]
+            spans = torch.tensor(documents, device="cpu")
+            within = spans - spans[:, :1] // self.seq_len * self.seq_len
+            by_token = torch.repeat_interleave(within.int(), spans[:, 1] - spans[:, 0], dim=0)
+            return by_token.t().contiguous().to(device, non_blocking=True)
+
+        return self.cached(("spans", device), make)
+
+    def live(self, by_group: Sequence[tuple[float, ...]], device: torch.device) -> torch.Tensor:
+        """int32 [2, groups, tokens]: the first token from each token on whose factor is not 0 (`tokens` if there is
+        none), and the end of the last one up to it (0 if there is none); cached in the plan."""
+
+        def make() -> torch.Tensor:
+            counts = self.factors(by_group, torch.device("cpu")) != 0
+            position = torch.arange(self.tokens, dtype=torch.int32, device="cpu")
+            following = torch.where(counts, position, self.tokens).flip(1).cummin(1).values.flip(1)
+            previous = torch.where(counts, position + 1, 0).cummax(1).values
+            return torch.stack((following, previous)).int().to(device, non_blocking=True)
+
+        return self.cached(("live", tuple(by_group), device), make)
 
     def cached(self, key: tuple, make: Callable[[], T]) -> T:
         """What `make` returns for this key, made once: every layer of a model asks one plan for the same tensors."""

@@ -7,8 +7,15 @@ forward; a stopped slice with a backward; an inactive slice computed; the route 
 without `route`; neighbouring runs swapped, or only the first of them; attention that is not causal; no gradient
 instead of 0; the gradient scaled in place; the scale forgotten. In blocks.py: a
 window or a diagonal off by one, one of the two masks left out, the keys of another block or another sequence, sums of
-blocks overwritten or begun at 1, the scale left out of one gradient, dk and dv swapped, heads in
-another order, no room for 16 queries, scores or scaled queries in bf16, sums over blocks in bf16.
+blocks overwritten or begun at 1, the scale left out of one gradient, dk and dv swapped, heads in another order,
+no room for 16 queries, scores or scaled queries in bf16, sums over blocks in bf16. In
+flash.py and kernel.py: a diagonal, a window or a document off by one, forward or backward; unmasked blocks one too many
+on either side; the last partial block dropped; `active` left out, or `route` applied forward; a stopped token left in
+the backward pass; the factors or the live tokens of another group; `active` left in delta; a factor left out of dQ or
+of dK and dV; the scale or delta left out of dK; only the first head of a KV head, or the wrong one; a group edge off by
+one; a sum overwritten or not rescaled; the live range cut short at either end, or ignored; an inactive block computed;
+columns beyond the head written (a crash); rotary not undone backward, turned the other way, or applied to v; documents
+counted from the first sequence; a layer without groups masked; weights taken for binary.
 """
 
 import math
@@ -18,17 +25,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sgtm_kernels.attention import HeadLayout, attention, blocks
+from sgtm_kernels.attention import HeadLayout, attention, blocks, kernel
 from sgtm_kernels.attention.op import rotate
 from sgtm_kernels.attention.reference import visible_keys
 from sgtm_kernels.dispatch import BACKENDS
 from sgtm_kernels.mlp.reference import mask_groups
-from sgtm_kernels.plan import MaskPlan
+from sgtm_kernels.plan import MaskPlan, merge_runs
 from sgtm_kernels.testing import (
     BINARY,
+    EXACT,
+    FLOATS,
     LAYOUTS,
     assert_accurate,
     assert_same_bits,
+    backends_and_dtypes,
     forward_backward,
     random_like,
     random_plan,
@@ -40,18 +50,43 @@ from sgtm_kernels.testing import (
 PLAIN = HeadLayout((3, 1, 2), (3, 1, 2), 4)
 GROUPED = HeadLayout((4, 2, 6), (2, 1, 3), 4)
 NO_HEADS = HeadLayout((3, 0, 2), (3, 0, 2), 4)
+FEW = HeadLayout((1, 0, 1), (1, 0, 1), 8)
 SCALE = 0.7
 
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
+by_exact = pytest.mark.parametrize("backend", EXACT)
+# Of the four cases of the kernels two, which the interpreter has time for.
+by_backend_dtype_and_window = pytest.mark.parametrize(
+    ("backend", "dtype", "window"),
+    [
+        (backend, dtype, window)
+        for backend, dtype in backends_and_dtypes()
+        for window in (None, 4)
+        if backend != "triton" or (dtype is torch.float32) == (window is None)
+    ],
+)
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """In bf16 `runs` takes blocks of 4 queries, on however few heads."""
+    """In bf16 `runs` takes blocks of 4 queries, on however few heads; `triton` takes small blocks."""
     monkeypatch.setattr(blocks, "HEADS", 1)
     monkeypatch.setattr(blocks, "ROWS", 4)
+    monkeypatch.setattr(kernel, "tile", lambda launched, width, dtype: TILES[launched])
+
+
+TILES = {
+    kernel.attention_forward: kernel.Tile(16, 32, 4, 1),
+    kernel.attention_backward_queries: kernel.Tile(32, 16, 4, 1),
+    kernel.attention_backward_keys: kernel.Tile(16, 32, 4, 1),
+}
+
+
+def size(backend: str) -> tuple[HeadLayout, int, int]:
+    """Heads, batch and sequence length: few programs for the interpreter, more than one block in each of them."""
+    return (FEW, 4, 20) if backend == "triton" else (GROUPED, 10, 13)
 
 
 def columns(heads: HeadLayout) -> int:
@@ -116,7 +151,7 @@ def by_hand(qkv, heads: HeadLayout, plan: MaskPlan, window, rotary: bool, backwa
     return torch.stack(outputs).view(plan.batch, plan.seq_len, -1)
 
 
-@by_backend
+@by_exact
 @pytest.mark.parametrize(
     ("layout", "heads", "window", "rotary", "documents"),
     [
@@ -143,6 +178,28 @@ def test_by_hand_in_fp64(layout, heads, window, rotary, documents, backend):
     torch.testing.assert_close(dx, want, rtol=1e-11, atol=1e-12)
 
 
+def assert_as_accurate_as_torch(heads, plan, backend, window, rotary, dtype):
+    """`backend` against torch's own attention with all masks as one."""
+
+    def plain(qkv):
+        outputs = []
+        for q, k, v in heads.split(qkv):
+            mask = visible_keys(plan, window, qkv.device)[:, None]
+            if rotary is not None:
+                q, k = rotate(q, rotary), rotate(k, rotary)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=SCALE, enable_gqa=True)
+            outputs.append(out.transpose(1, 2).flatten(2))
+        bounds = (0, *accumulate(n * heads.head_dim for n in heads.heads))
+        return mask_groups(torch.cat(outputs, -1), plan, bounds)
+
+    x = data(heads, plan.batch, plan.seq_len)
+    exact = forward_backward(op(heads, plan, "reference", window, rotary), x)
+    theirs = forward_backward(plain, x.to(dtype))
+    ours = forward_backward(op(heads, plan, backend, window, rotary), x.to(dtype))
+    for name, *values in zip(("y", "dqkv"), ours, theirs, exact, strict=True):
+        assert_accurate(*values, name=name)
+
+
 @by_dtype
 @by_layout
 @pytest.mark.parametrize("documents", [False, True])
@@ -152,61 +209,71 @@ def test_by_hand_in_fp64(layout, heads, window, rotary, documents, backend):
 def test_runs_are_as_accurate_as_torch(batch, seq_len, window, documents, layout, dtype):
     heads = GROUPED if seq_len % 3 else PLAIN
     plan = random_plan(3, random_tables(4), layout, batch, seq_len, documents and seq_len > 1)
-    rotary = rotary_tables(seq_len, heads.head_dim)
-
-    def plain(qkv):  # torch's own attention, with all masks as one
-        outputs = []
-        for q, k, v in heads.split(qkv):
-            mask = visible_keys(plan, window, qkv.device)[:, None]
-            q, k = rotate(q, rotary), rotate(k, rotary)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=SCALE, enable_gqa=True)
-            outputs.append(out.transpose(1, 2).flatten(2))
-        bounds = (0, *accumulate(n * heads.head_dim for n in heads.heads))
-        return mask_groups(torch.cat(outputs, -1), plan, bounds)
-
-    exact = forward_backward(op(heads, plan, "reference", window, rotary), data(heads, batch, seq_len))
-    theirs = forward_backward(plain, data(heads, batch, seq_len, dtype))
-    ours = forward_backward(op(heads, plan, "runs", window, rotary), data(heads, batch, seq_len, dtype))
-    for name, *values in zip(("y", "dqkv"), ours, theirs, exact, strict=True):
-        assert_accurate(*values, name=name)
+    assert_as_accurate_as_torch(heads, plan, "runs", window, rotary_tables(seq_len, heads.head_dim), dtype)
 
 
-@by_backend
-@by_dtype
+@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes(("triton",)))
+@pytest.mark.parametrize(
+    ("layout", "values", "heads", "batch", "seq_len", "window", "rotary", "documents"),
+    [
+        ("uniform", (1.0,), HeadLayout((1,), (1,), 8), 1, 1, None, True, False),
+        ("uniform", (1.0,), HeadLayout((1,), (1,), 24), 1, 130, None, False, False),
+        ("tokens", BINARY, HeadLayout((1, 1), (1, 1), 24), 1, 130, 40, True, True),
+        ("tokens", BINARY, HeadLayout((2, 4), (2, 1), 8), 1, 63, None, False, False),
+        ("tokens", FLOATS, HeadLayout((2, 4), (1, 2), 8), 1, 63, None, True, True),
+        ("ragged", FLOATS, HeadLayout((0, 2, 1), (0, 1, 1), 32), 2, 63, 16, False, False),
+        ("ragged", FLOATS, HeadLayout((1, 0), (1, 0), 64), 2, 63, 1, False, True),
+        ("sorted", BINARY, HeadLayout((1, 1), (1, 1), 96), 3, 37, 33, True, True),
+        ("unsorted", FLOATS, HeadLayout((1, 1), (1, 1), 128), 4, 17, None, False, False),
+    ],
+)
+def test_the_kernels_are_as_accurate_as_torch(
+    layout, values, heads, batch, seq_len, window, rotary, documents, backend, dtype
+):
+    plan = random_plan(3, random_tables(4, values, groups=len(heads.heads)), layout, batch, seq_len, documents)
+    tables = rotary_tables(seq_len, heads.head_dim) if rotary else None
+    assert_as_accurate_as_torch(heads, plan, backend, window, tables, dtype)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes(("triton",)))
+def test_the_kernels_in_their_own_block_sizes(backend, dtype, monkeypatch):
+    monkeypatch.undo()
+    plan = random_plan(3, random_tables(4), "tokens", 1, 300, documents=True)
+    assert_as_accurate_as_torch(HeadLayout((1, 1, 0), (1, 1, 0), 32), plan, backend, 70, None, dtype)
+
+
+@by_backend_dtype_and_window
 @by_layout
-@pytest.mark.parametrize("window", [None, 4])
 def test_binary_masks_are_exact(window, layout, dtype, backend):
-    """Inactive or not, and stopped or not: the forward value is 0 or, bit for bit, the unmasked one."""
+    """Inactive or not, and stopped or not: value and gradient are 0 or, bit for bit, the unmasked ones."""
+    heads, batch, seq_len = size(backend)
     tables = random_tables(5, BINARY)
-    plan = random_plan(6, tables, layout, 10, 13, documents=True)
-    free = MaskPlan(random_tables(7, (1.0,)), plan.runs, 10, 13, plan.documents)
-    x = data(GROUPED, 10, 13, dtype)
-    out, dx = forward_backward(op(GROUPED, plan, backend, window), x)
-    plain_out, _ = forward_backward(op(GROUPED, free, backend, window), x)
-    widths = [n * GROUPED.head_dim for n in GROUPED.heads]
-    in_widths = [(q + 2 * kv) * GROUPED.head_dim for q, kv in zip(GROUPED.heads, GROUPED.kv_heads, strict=True)]
+    plan = random_plan(6, tables, layout, batch, seq_len, documents=True)
+    free = MaskPlan(random_tables(7, (1.0,)), plan.runs, batch, seq_len, plan.documents)
+    x = data(heads, batch, seq_len, dtype)
+    results = [forward_backward(op(heads, p, backend, window), x) for p in (plan, free)]
+    widths = [n * heads.head_dim for n in heads.heads]
+    in_widths = [(q + 2 * kv) * heads.head_dim for q, kv in zip(heads.heads, heads.kv_heads, strict=True)]
+    (y, d), (y_free, d_free) = ((out.split(widths, -1), dx.split(in_widths, -1)) for out, dx in results)
     for label in {run.label for run in plan.runs}:
         mine = token_mask(plan, [label])
-        for group, (y, y_plain, d) in enumerate(
-            zip(out.split(widths, -1), plain_out.split(widths, -1), dx.split(in_widths, -1), strict=True)
-        ):
+        for group in range(3):
             on, passes = tables.active[label][group], tables.route[label][group]
-            assert_same_bits(y[mine], y_plain[mine] if on else torch.zeros_like(y[mine]))
-            assert bool((d[mine] == 0).all()) == (on * passes == 0)
+            assert_same_bits(y[group][mine], y_free[group][mine] * on, "y")
+            assert_same_bits(d[group][mine], d_free[group][mine] * on * passes, "dqkv")
 
 
-@by_backend
-@by_dtype
+@by_backend_dtype_and_window
 @by_layout
-@pytest.mark.parametrize("window", [None, 5])
 def test_documents_do_not_see_one_another(window, layout, dtype, backend):
     """Other content in the documents of one label leaves every bit of the others, forward and backward."""
-    plan = random_plan(9, random_tables(10), layout, 10, 13, documents=True)
-    x = data(GROUPED, 10, 13, dtype)
-    before = forward_backward(op(GROUPED, plan, backend, window), x)
-    for label in {run.label for run in plan.runs}:
+    heads, batch, seq_len = size(backend)
+    plan = random_plan(9, random_tables(10), layout, batch, seq_len, documents=True)
+    x = data(heads, batch, seq_len, dtype)
+    before = forward_backward(op(heads, plan, backend, window), x)
+    for label in sorted({run.label for run in plan.runs})[: 1 if backend == "triton" else None]:
         mine = token_mask(plan, [label])[..., None]
-        after = forward_backward(op(GROUPED, plan, backend, window), x.where(~mine, 1 - 3 * x))
+        after = forward_backward(op(heads, plan, backend, window), x.where(~mine, 1 - 3 * x))
         for old, new in zip(before, after, strict=True):
             assert_same_bits(new.where(~mine, 0.0), old.where(~mine, 0.0))
 
@@ -252,8 +319,9 @@ def test_all_stopped_has_a_gradient_of_zero(table, layout, backend):
     assert dx is not None and bool((dx == 0).all())
 
 
+@pytest.mark.parametrize("backend", ["runs", "triton"])
 @pytest.mark.parametrize("documents", [False, True])
-def test_an_inactive_group_of_a_run_is_not_computed(documents):
+def test_an_inactive_group_of_a_run_is_not_computed(documents, backend):
     """Not even NaN comes out of what is not computed, forward or backward."""
     plan = random_plan(16, random_tables(17, BINARY), "sorted", 10, 13, documents)
     x, start = data(PLAIN, 10, 13, torch.float32), 0
@@ -262,8 +330,36 @@ def test_an_inactive_group_of_a_run_is_not_computed(documents):
         x[..., start : start + width].masked_fill_(token_mask(plan, idle)[..., None], torch.nan)
         start += width
     assert bool(x.isnan().any())
-    out, dx = forward_backward(op(PLAIN, plan, "runs", 5), x)
+    out, dx = forward_backward(op(PLAIN, plan, backend, 5), x)
     assert bool(out.isfinite().all()) and bool((dx[x.isnan()] == 0).all())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
+def test_the_kernels_skip_what_is_inactive_or_stopped(monkeypatch):
+    """Counted in matrix products: blocks of an inactive group cost none, those of a stopped one none backward."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    done, dot = [], InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda *args: done.append(1) or dot(*args))
+    heads = HeadLayout((1, 1), (1, 1), 8)
+    x = data(heads, 2, 40, torch.float32).requires_grad_()
+
+    def products(active: float, route: float) -> tuple[int, int]:
+        """Forward and backward, with these factors of the second group for the second sequence."""
+        free = random_tables(0, (1.0,), labels=2, groups=2)
+        masks = [((1.0, 1.0), (1.0, value)) for value in (active, route)]
+        tables = type(free)(free.labels, free.groups, *masks, free.update, free.update_joint)
+        done.clear()
+        out = op(heads, MaskPlan(tables, merge_runs([0, 1], [40, 40]), 2, 40), "triton")(x)
+        forward = len(done)
+        out.backward(torch.ones_like(out))
+        return forward, len(done) - forward
+
+    forward, backward = products(1.0, 1.0)
+    assert forward > 0 and backward > 0
+    assert products(0.0, 1.0) == (forward * 3 // 4, backward * 3 // 4)
+    assert products(1.0, 0.0) == (forward, backward * 3 // 4)
+    assert products(0.5, 1.0) == (forward, backward)
 
 
 @by_backend
@@ -277,7 +373,7 @@ def test_strided_gradient(layout, backend):
     torch.testing.assert_close(strided, packed, rtol=1e-5, atol=1e-6)
 
 
-@by_backend
+@by_exact
 @pytest.mark.parametrize("layout", ["sorted", "tokens"])
 def test_gradcheck(layout, backend):
     tables = random_tables(14)

@@ -3,7 +3,8 @@
 Faults tried, each seen to fail: slices merged across a gap, or with differing weights; a slice one token short; row
 ranges merged over groups with other tokens; a range one row short; `contribution` without `active`, without `route`,
 or with `route` on the out side; `plain` true for a weight other than 1; token weights cached under another label
-vector; `merge_runs` keeping an empty piece or gluing two labels; `whole_sequences` looking at the first run alone.
+vector; `merge_runs` keeping an empty piece or gluing two labels; `whole_sequences` looking at the first run alone;
+documents not counted from their own sequence; the live token after or before a token one off, or of another group.
 """
 
 from itertools import pairwise
@@ -125,6 +126,32 @@ def test_uniform_plan():
 def test_runs_must_cover_the_micro_batch(runs):
     with pytest.raises(ValueError, match="must cover the 6 tokens"):
         MaskPlan(random_tables(0), runs, 2, 3)
+
+
+@given(plans, st.integers(0, 10**6))
+@settings(max_examples=50, deadline=None)
+def test_spans_are_the_documents_of_the_tokens(plan, seed):
+    cut = random_plan(seed, plan.tables, "tokens", plan.batch, plan.seq_len, documents=True)
+    for one in (plan, cut):
+        whole = [(b * plan.seq_len, (b + 1) * plan.seq_len) for b in range(plan.batch)]
+        want = [
+            [start - start // plan.seq_len * plan.seq_len, end - start // plan.seq_len * plan.seq_len]
+            for start, end in one.documents or whole
+            for _ in range(start, end)
+        ]
+        spans = one.spans(torch.device("cpu"))
+        assert spans.dtype == torch.int32 and spans.t().tolist() == want
+
+
+@given(plans, st.lists(st.tuples(*[st.sampled_from(FLOATS)] * 4), min_size=1, max_size=3))
+@settings(max_examples=50, deadline=None)
+def test_live_names_the_nearest_tokens_with_a_factor(plan, by_group):
+    following, previous = plan.live(by_group, torch.device("cpu")).tolist()
+    for by_label, after, before in zip(by_group, following, previous, strict=True):
+        live = [token for token, label in enumerate(labels_of(plan)) if by_label[label] != 0]
+        for token in range(plan.tokens):
+            assert after[token] == min((t for t in live if t >= token), default=plan.tokens)
+            assert before[token] == max((t + 1 for t in live if t <= token), default=0)
 
 
 def test_unknown_label():

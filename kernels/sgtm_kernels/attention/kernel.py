@@ -1,0 +1,185 @@
+"""Attention in Triton (flash.py): every group of heads in one launch, straight on the columns of the projection.
+
+Reads q, k and v where the projection wrote them, and writes their gradients into one tensor of the same layout. With
+rotary positions, q, k and v are copied once, q and k turned on the way.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+import triton
+
+from sgtm_kernels.aot import Launch
+from sgtm_kernels.attention.flash import (
+    attention_backward_keys,
+    attention_backward_queries,
+    attention_forward,
+    attention_rotate,
+)
+from sgtm_kernels.attention.op import HeadLayout
+from sgtm_kernels.plan import MaskPlan
+from sgtm_kernels.scale import products
+
+ROTATED = 64  # tokens of a tile that is turned
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+WIDE_HEADS = {  # why registers may spill with heads wider than 64
+    attention_forward: "up to 16 bytes on one architecture; half the keys a block spill none but halve the products",
+    attention_backward_keys: "on sm_100 alone; blocks that spill none there are too small for sm_90's instructions",
+}
+
+
+class Tile(NamedTuple):
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def tile(kernel, width: int, dtype: torch.dtype) -> Tile:
+    """Blocks for heads of this width (a power of two): as large as the registers of sm_80 hold, sums included."""
+    if dtype is torch.float32:  # multiplied without tensor cores, from registers
+        side = 32 if width <= 64 else 16
+        return Tile(side, side, 8, 1)
+    if kernel is attention_forward:
+        return Tile(128, 64, 4 if width <= 32 else 8, 3)
+    if kernel is attention_backward_queries:
+        return Tile(64, 64, 4 if width <= 32 else 8, 2)
+    return Tile(32, 128 if width <= 64 else 64, 8, 2)
+
+
+def attention(qkv, layout, plan: MaskPlan, scale, window, rotary):
+    if not scale > 0:
+        raise ValueError(f"the triton backend of attention needs a positive scale, got {scale}")
+    return _Attention.apply(qkv, layout, plan, float(scale), window, rotary)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, layout, plan, scale, window, rotary):
+        qkv = qkv.contiguous()
+        ctx.rotary = rotary and tuple(table.float().contiguous() for table in rotary)
+        if rotary is not None:
+            qkv = _rotated(qkv, torch.empty_like(qkv), layout, ctx.rotary)
+        out = qkv.new_empty(*qkv.shape[:2], sum(layout.heads) * layout.head_dim)
+        lse = qkv.new_empty(qkv.shape[0], sum(layout.heads), qkv.shape[1], dtype=torch.float32)
+        ctx.launch = _Launcher(qkv, layout, plan, scale, window)
+        ctx.launch(attention_forward, qkv, out, lse)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.layout = layout
+        return out
+
+    @staticmethod
+    def backward(ctx, dy):
+        qkv, out, lse = ctx.saved_tensors
+        dy, dqkv, delta = dy.contiguous(), torch.empty_like(qkv), torch.empty_like(lse)
+        ctx.launch(attention_backward_queries, qkv, out, dy, lse, delta, dqkv)
+        ctx.launch(attention_backward_keys, qkv, dy, lse, delta, dqkv)
+        if ctx.rotary is not None:
+            _rotated(dqkv, dqkv, ctx.layout, ctx.rotary, backward=True)
+        return dqkv, None, None, None, None, None
+
+
+class _Launcher:
+    """What the three kernels share: the masks of a micro-batch and the layout, as arguments and constants."""
+
+    def __init__(self, qkv: torch.Tensor, layout: HeadLayout, plan: MaskPlan, scale: float, window: int | None):
+        self.batch, self.seq_len = qkv.shape[:2]
+        self.layout, self.scale = layout, scale
+        groups = range(len(layout.heads)) if len(layout.heads) > 1 else ()  # a layer without groups is not masked
+        active, route = ([plan.column(table, g) for g in groups] for table in ("active", "route"))
+        values = {row[label] for row in (*active, *route) for label in plan.present}
+        window = window if window is not None and window < self.seq_len else 0
+        self.constants = constants(layout, window, plan.documents is not None, values)
+        nothing = qkv.new_empty(1)
+        masked = self.constants["MASKED"]
+        self.tables = {
+            "factors": plan.factors((*active, *route), qkv.device) if masked else nothing,
+            "spans": plan.spans(qkv.device) if plan.documents is not None else nothing,
+            "live": plan.live([products(*rows) for rows in zip(active, route, strict=True)], qkv.device)
+            if masked
+            else nothing,
+        }
+
+    def __call__(self, kernel, *tensors: torch.Tensor) -> None:
+        size = tile(kernel, self.constants["BD"], tensors[0].dtype)
+        by_keys = kernel is attention_backward_keys
+        blocks = triton.cdiv(self.seq_len, size.keys if by_keys else size.queries)
+        heads = sum(self.layout.kv_heads if by_keys else self.layout.heads)
+        kernel[blocks, heads, self.batch](
+            *tensors,
+            **{name: table for name, table in self.tables.items() if name in kernel.arg_names},
+            **{name: value for name, value in self.constants.items() if name in kernel.arg_names},
+            seq_len=self.seq_len,
+            scale=self.scale,
+            BQ=size.queries,
+            BK=size.keys,
+            num_warps=size.warps,
+            num_stages=size.stages,
+        )
+
+
+def constants(layout: HeadLayout, window: int, documents: bool, values: set[float]) -> dict[str, object]:
+    """The constexprs of flash.py but the block sizes; values: the factors that occur."""
+    return {
+        **_columns(layout),
+        "HEADS": sum(layout.heads),
+        "BD": max(16, triton.next_power_of_2(layout.head_dim)),
+        "WINDOW": window,
+        "DOCUMENTS": documents,
+        "MASKED": not values <= {1.0},
+        "WEIGHTED": not values <= {0.0, 1.0},
+    }
+
+
+def _columns(layout: HeadLayout) -> dict[str, object]:
+    starts = zip(*([0, *accumulate(counts)] for counts in (layout.heads, layout.kv_heads)), strict=True)
+    bounds = tuple((q, kv, q + 2 * kv) for q, kv in starts)
+    groups = tuple((*at, after[0] - at[0], after[1] - at[1]) for at, after in pairwise(bounds))
+    return {"GROUPS": groups, "STRIDE": bounds[-1][2] * layout.head_dim, "D": layout.head_dim}
+
+
+def _rotated(x, to, layout: HeadLayout, rotary, backward: bool = False) -> torch.Tensor:
+    columns = _columns(layout)
+    grid = (triton.cdiv(x.shape[1], ROTATED), columns["STRIDE"] // layout.head_dim, x.shape[0])
+    half = triton.next_power_of_2(layout.head_dim // 2)
+    attention_rotate[grid](x, to, *rotary, x.shape[1], **columns, BH=half, BT=ROTATED, BACKWARD=backward)
+    return to
+
+
+def launches() -> list[Launch]:
+    """What dispatch can launch, for the ahead-of-time suite: every block size, bare and with all masks; in the common
+    head size also some of the masks."""
+    found = []
+    for head_dim in (8, 24, 32, 64, 96, 128):
+        plain, grouped = HeadLayout((32,), (32,), head_dim), HeadLayout((24, 0, 8), (6, 0, 2), head_dim)
+        found += _launches(torch.bfloat16, constants(plain, 0, False, {1.0}))
+        for dtype in (torch.bfloat16, torch.float32):
+            found += _launches(dtype, constants(grouped, 256, True, {0.0, 0.5}))
+            found.append(_launch_of_rotation(dtype, grouped, backward=dtype is torch.bfloat16))
+    for window, documents, values in ((0, False, {0.0, 1.0}), (256, False, {1.0}), (0, True, {0.0, 1.0})):
+        found += _launches(torch.bfloat16, constants(HeadLayout((24, 8), (6, 2), 64), window, documents, values))
+    return found
+
+
+def _launches(dtype: torch.dtype, fixed: dict[str, object]) -> list[Launch]:
+    name = TYPES[dtype]
+    kinds = dict.fromkeys(("qkv", "out", "dy", "dqkv"), name) | {"scale": "fp32", "seq_len": "i32"}
+    kinds |= dict.fromkeys(("lse", "delta", "factors"), "*fp32") | dict.fromkeys(("spans", "live"), "*i32")
+    found = []
+    for kernel in (attention_forward, attention_backward_queries, attention_backward_keys):
+        size = tile(kernel, fixed["BD"], dtype)
+        values = {k: v for k, v in fixed.items() if k in kernel.arg_names} | {"BQ": size.queries, "BK": size.keys}
+        signature = {k: kinds[k] for k in kernel.arg_names if k in kinds}
+        tensor_cores = dtype is torch.bfloat16
+        spill = WIDE_HEADS.get(kernel) if fixed["BD"] > 64 else None
+        found.append(Launch(kernel, signature, values, size.warps, size.stages, ("seq_len",), tensor_cores, spill))
+    return found
+
+
+def _launch_of_rotation(dtype: torch.dtype, layout: HeadLayout, backward: bool) -> Launch:
+    signature = {"x": TYPES[dtype], "y": TYPES[dtype], "cos": "*fp32", "sin": "*fp32", "seq_len": "i32"}
+    fixed = _columns(layout) | {"BH": triton.next_power_of_2(layout.head_dim // 2), "BT": ROTATED, "BACKWARD": backward}
+    return Launch(attention_rotate, signature, fixed, unaligned=("seq_len",))
