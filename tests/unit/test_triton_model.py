@@ -2,7 +2,8 @@
 
 Each op's own tests (tests/kernels) are the thorough ones; here is what could go wrong between ops.
 
-Faults tried, each seen to fail: TRITON_MODEL_FAULTS
+Faults tried, each seen to fail: a group edge of the activation one neuron off; `active` ignored by attention; the
+rotation not undone; a masked bias sum of all tokens.
 """
 
 import pytest
@@ -26,11 +27,13 @@ by_family = pytest.mark.parametrize("family", FAMILIES)
 @by_family
 @pytest.mark.parametrize("mixing", ["sequence", "token"])
 def test_gradients_are_those_of_the_reference(mixing, family):
+    """To 1e-5 of the largest entry; the reference's own in fp32 are off by up to 5e-6."""
     tables, batches = STRATEGIES["sgtm+masked"](), random_step(mixing, seed=7)
-    ours, theirs = (gradients(model_of(family, backend), batches, tables) for backend in ("triton", "reference"))
-    assert ours.keys() == theirs.keys()
-    for name, want in theirs.items():
-        torch.testing.assert_close(ours[name], want, rtol=1e-5, atol=2e-6 * want.abs().max().item(), msg=name)
+    exact = gradients(model_of(family, "reference").double(), batches, tables)
+    ours = gradients(model_of(family, "triton"), batches, tables)
+    assert ours.keys() == exact.keys()
+    for name, want in exact.items():
+        torch.testing.assert_close(ours[name].double(), want, rtol=0, atol=1e-5 * want.abs().max().item())
 
 
 @by_family

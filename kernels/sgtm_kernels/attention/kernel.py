@@ -175,7 +175,11 @@ def _launches(dtype: torch.dtype, fixed: dict[str, object]) -> list[Launch]:
         signature = {k: kinds[k] for k in kernel.arg_names if k in kinds}
         tensor_cores = dtype is torch.bfloat16
         spill = WIDE_HEADS.get(kernel) if fixed["BD"] > 64 else None
-        found.append(Launch(kernel, signature, values, size.warps, size.stages, ("seq_len",), tensor_cores, spill))
+        found.append(
+            Launch(
+                kernel, signature, values, size.warps, size.stages, ("seq_len",), tensor_cores=tensor_cores, spill=spill
+            )
+        )
     return found
 
 
