@@ -9,7 +9,6 @@ another: where Triton is missing, or there is neither a CUDA device nor its inte
 from __future__ import annotations
 
 import os
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -20,6 +19,7 @@ OPS = ("linear", "mlp", "attention", "norm", "embedding", "cross_entropy", "adam
 BACKENDS = ("reference", "runs", "triton")
 DEFAULT = "runs"  # on a GPU too, until `triton` has been measured there (benchmarks/LOG.md)
 _MODULES = {"triton": "kernel"}  # of an op's folder, where it is not the backend's name
+_LOADED: dict[tuple[str, str], ModuleType] = {}
 
 
 def resolve(name: str = "auto") -> str:
@@ -51,12 +51,20 @@ def unusable(backend: str) -> str | None:
     return None
 
 
-@cache
 def pick(op: str, backend: str) -> ModuleType:
     """The module of one op in one (resolved) backend."""
-    if op not in OPS or backend not in BACKENDS:
-        raise ValueError(f"no backend {backend!r} of op {op!r}; ops: {', '.join(OPS)}; backends: {', '.join(BACKENDS)}")
-    return import_module(module_name(op, backend))
+    if (op, backend) not in _LOADED:
+        if op not in OPS or backend not in BACKENDS:
+            known = f"ops: {', '.join(OPS)}; backends: {', '.join(BACKENDS)}"
+            raise ValueError(f"no backend {backend!r} of op {op!r}; {known}")
+        _LOADED[op, backend] = import_module(module_name(op, backend))
+    return _LOADED[op, backend]
+
+
+def load(backend: str) -> None:
+    """Import all ops of a backend now, which else happens at their first call: a function that is compiled cannot."""
+    for op in OPS:
+        pick(op, backend)
 
 
 def module_name(op: str, backend: str) -> str:

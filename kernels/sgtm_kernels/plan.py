@@ -13,10 +13,12 @@ exact zero), so its content cannot change a bit of the result. `tests/kernels` c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import NamedTuple, TypeVar
+from weakref import finalize
 
 import torch
 
@@ -114,6 +116,10 @@ class MaskPlan:
     runs       cover `0:batch*seq_len` without gaps, in order
     documents  token ranges `(start, end)` that do not attend to one another, covering the micro-batch and never
                crossing a sequence; None: every sequence attends to all of its own past
+    handle     int64 scalar on the CPU that stands for this plan where an op of torch's dispatcher takes one: its
+               arguments are tensors and numbers, and a compiled graph serves every plan only if it sees no number
+               of it. `plan_of` gives the plan back, for as long as the handle lives: a graph that saves the handle
+               for its backward pass has the plan then, whoever else has dropped it
     """
 
     tables: Tables
@@ -121,6 +127,7 @@ class MaskPlan:
     batch: int
     seq_len: int
     documents: tuple[tuple[int, int], ...] | None = None
+    handle: torch.Tensor = field(init=False, repr=False)
     _cache: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
@@ -129,6 +136,10 @@ class MaskPlan:
             raise ValueError(f"runs {self.runs} must cover the {self.tokens} tokens of the micro-batch in order")
         if any(not 0 <= run.label < len(self.tables.labels) for run in self.runs):
             raise ValueError(f"runs {self.runs} name a label outside {self.tables.labels}")
+        number = next(_NUMBERS)
+        _PLANS[number] = copy(self)  # which has no handle: it must not keep itself alive
+        object.__setattr__(self, "handle", torch.tensor(number, device="cpu"))
+        finalize(self.handle, _PLANS.pop, number).atexit = False
 
     @classmethod
     def uniform(cls, tables: Tables, label: int, batch: int, seq_len: int) -> MaskPlan:
@@ -245,3 +256,12 @@ class MaskPlan:
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
+
+
+_NUMBERS = count()
+_PLANS: dict[int, MaskPlan] = {}
+
+
+def plan_of(handle: torch.Tensor) -> MaskPlan:
+    """The plan with this `handle`."""
+    return _PLANS[handle.item()]

@@ -16,6 +16,7 @@ from sgtm.masking.partition import LayerPartition, Partition
 from sgtm.model.rows import Rows, group_rows, head_row_bounds, joint_rows, mlp_in_bounds, qkv_bounds
 from sgtm_kernels.attention import HeadLayout, attention
 from sgtm_kernels.cross_entropy import linear_cross_entropy
+from sgtm_kernels.dispatch import load
 from sgtm_kernels.embedding import embedding
 from sgtm_kernels.linear import linear_in, linear_out
 from sgtm_kernels.mlp import gelu, swiglu
@@ -99,6 +100,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, partition: Partition, backend: str = "runs"):
         super().__init__()
+        load(backend)
         self.config, self.partition, self.backend = config, partition, backend
         size = (config.vocab_size, config.hidden_size)
         self.embedding = nn.Parameter(torch.empty(size))

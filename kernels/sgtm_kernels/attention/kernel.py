@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from torch.library import custom_op
 
 from sgtm_kernels.aot import Launch
 from sgtm_kernels.attention.flash import (
@@ -20,7 +21,7 @@ from sgtm_kernels.attention.flash import (
     attention_rotate,
 )
 from sgtm_kernels.attention.op import HeadLayout
-from sgtm_kernels.plan import MaskPlan
+from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.scale import products
 
 ROTATED = 64  # tokens of a tile that is turned
@@ -53,33 +54,71 @@ def tile(kernel, width: int, dtype: torch.dtype) -> Tile:
 def attention(qkv, layout, plan: MaskPlan, scale, window, rotary):
     if not scale > 0:
         raise ValueError(f"the triton backend of attention needs a positive scale, got {scale}")
-    return _Attention.apply(qkv, layout, plan, float(scale), window, rotary)
+    cos, sin = rotary or (None, None)
+    masks = (plan.handle, layout.heads, layout.kv_heads, layout.head_dim, float(scale), window)
+    return masked_attention(qkv, cos, sin, *masks)[0]
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv, layout, plan, scale, window, rotary):
-        qkv = qkv.contiguous()
-        ctx.rotary = rotary and tuple(table.float().contiguous() for table in rotary)
-        if rotary is not None:
-            qkv = _rotated(qkv, torch.empty_like(qkv), layout, ctx.rotary)
-        out = qkv.new_empty(*qkv.shape[:2], sum(layout.heads) * layout.head_dim)
-        lse = qkv.new_empty(qkv.shape[0], sum(layout.heads), qkv.shape[1], dtype=torch.float32)
-        ctx.launch = _Launcher(qkv, layout, plan, scale, window)
-        ctx.launch(attention_forward, qkv, out, lse)
-        ctx.save_for_backward(qkv, out, lse)
-        ctx.layout = layout
-        return out
+ARGUMENTS = "Tensor? cos, Tensor? sin, Tensor plan, int[] heads, int[] kv_heads, int head_dim, float scale, int? window"
 
-    @staticmethod
-    def backward(ctx, dy):
-        qkv, out, lse = ctx.saved_tensors
-        dy, dqkv, delta = dy.contiguous(), torch.empty_like(qkv), torch.empty_like(lse)
-        ctx.launch(attention_backward_queries, qkv, out, dy, lse, delta, dqkv)
-        ctx.launch(attention_backward_keys, qkv, dy, lse, delta, dqkv)
-        if ctx.rotary is not None:
-            _rotated(dqkv, dqkv, ctx.layout, ctx.rotary, backward=True)
-        return dqkv, None, None, None, None, None
+
+@custom_op("sgtm::attention", mutates_args=(), schema=f"(Tensor qkv, {ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+def masked_attention(qkv, cos, sin, plan, heads, kv_heads, head_dim, scale, window):
+    """The output, the logarithms of the softmax's sums, and the projection with q and k turned (or nothing)."""
+    layout = HeadLayout(tuple(heads), tuple(kv_heads), head_dim)
+    qkv, turned = qkv.contiguous(), qkv.new_empty(0)
+    if cos is not None:
+        qkv = turned = _rotated(qkv, torch.empty_like(qkv), layout, cos, sin)
+    out = qkv.new_empty(*qkv.shape[:2], sum(heads) * head_dim)
+    lse = qkv.new_empty(qkv.shape[0], sum(heads), qkv.shape[1], dtype=torch.float32)
+    _Launcher(qkv, layout, plan_of(plan), scale, window)(attention_forward, qkv, out, lse)
+    return out, lse, turned
+
+
+@masked_attention.register_fake
+def _(qkv, cos, sin, plan, heads, kv_heads, head_dim, scale, window):
+    batch, seq_len = qkv.shape[:2]
+    out = qkv.new_empty(batch, seq_len, sum(heads) * head_dim)
+    lse = qkv.new_empty(batch, sum(heads), seq_len, dtype=torch.float32)
+    return out, lse, qkv.new_empty(0 if cos is None else qkv.shape)
+
+
+@custom_op(
+    "sgtm::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor qkv, Tensor out, Tensor lse, {ARGUMENTS}) -> Tensor",
+)
+def attention_backward(dy, qkv, out, lse, cos, sin, plan, heads, kv_heads, head_dim, scale, window):
+    """`qkv`: turned already."""
+    layout = HeadLayout(tuple(heads), tuple(kv_heads), head_dim)
+    qkv, dy = qkv.contiguous(), dy.contiguous()
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    launch = _Launcher(qkv, layout, plan_of(plan), scale, window)
+    launch(attention_backward_queries, qkv, out, dy, lse, delta, dqkv)
+    launch(attention_backward_keys, qkv, dy, lse, delta, dqkv)
+    if cos is not None:
+        _rotated(dqkv, dqkv, layout, cos, sin, backward=True)
+    return dqkv
+
+
+@attention_backward.register_fake
+def _(dy, qkv, *arguments):
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx, inputs, output):
+    qkv, cos, sin, plan, *ctx.numbers = inputs
+    out, lse, turned = output
+    ctx.mark_non_differentiable(lse, turned)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv if cos is None else turned, out, lse, cos, sin, plan)
+
+
+def _gradient(ctx, dy, *_):
+    return attention_backward(dy, *ctx.saved_tensors, *ctx.numbers), *[None] * 8
+
+
+masked_attention.register_autograd(_gradient, setup_context=_save)
 
 
 class _Launcher:
@@ -141,8 +180,8 @@ def _columns(layout: HeadLayout) -> dict[str, object]:
     return {"GROUPS": groups, "STRIDE": bounds[-1][2] * layout.head_dim, "D": layout.head_dim}
 
 
-def _rotated(x, to, layout: HeadLayout, rotary, backward: bool = False) -> torch.Tensor:
-    columns = _columns(layout)
+def _rotated(x, to, layout: HeadLayout, cos, sin, backward: bool = False) -> torch.Tensor:
+    columns, rotary = _columns(layout), (cos.float().contiguous(), sin.float().contiguous())
     grid = (triton.cdiv(x.shape[1], ROTATED), columns["STRIDE"] // layout.head_dim, x.shape[0])
     half = triton.next_power_of_2(layout.head_dim // 2)
     attention_rotate[grid](x, to, *rotary, x.shape[1], **columns, BH=half, BT=ROTATED, BACKWARD=backward)

@@ -11,10 +11,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch.library import custom_op
 
 from sgtm_kernels.aot import Launch
+from sgtm_kernels.cross_entropy.reference import label_sums
 from sgtm_kernels.cross_entropy.runs import IGNORE, ChunkOps, in_chunks
-from sgtm_kernels.plan import MaskPlan
+from sgtm_kernels.plan import MaskPlan, plan_of
 
 # A chunk's logits: 10,682 tokens of 50,257 in bf16. Every further chunk reads and writes the head's gradient in fp32.
 CHUNK_BYTES = 2**30
@@ -25,7 +27,50 @@ BLOCK, WARPS = 8192, 32
 
 
 def linear_cross_entropy(x, weight, bias, targets, plan: MaskPlan, scale):
-    return in_chunks(x, weight, bias, targets, plan, scale, ChunkOps(_logits, _softmax_gradient_, CHUNK_BYTES))
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
+    total, sums, *_ = head_and_loss(x, weight, bias, targets, plan.handle, len(plan.tables.labels), wanted)
+    return total * scale, sums
+
+
+@custom_op(
+    "sgtm::linear_cross_entropy",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor targets, Tensor plan, int labels, bool[3] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def head_and_loss(x, weight, bias, targets, plan, labels, wanted):
+    """Sum of the losses, sums by label, and the gradients of the first with respect to x, weight and bias."""
+    plan, ops = plan_of(plan), ChunkOps(_logits, _softmax_gradient_, CHUNK_BYTES)
+    losses, *gradients = in_chunks(x, weight, bias, targets, plan, wanted, ops)
+    gradients = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return losses.sum(), label_sums(losses, plan), *gradients
+
+
+@head_and_loss.register_fake
+def _(x, weight, bias, targets, plan, labels, wanted):
+    total = x.new_empty((), dtype=torch.float32)
+    parts = zip((x, weight, bias), wanted, strict=True)
+    return (
+        total,
+        total.new_empty(labels),
+        *(part.new_empty(part.shape) if want else x.new_empty(0) for part, want in parts),
+    )
+
+
+def _save(ctx, inputs, output):
+    _, sums, *gradients = output
+    ctx.wanted = inputs[6]
+    ctx.mark_non_differentiable(sums, *gradients)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*gradients)
+
+
+def _gradients(ctx, dtotal, *_):
+    pairs = zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    return *(gradient * dtotal if want else None for gradient, want in pairs), None, None, None, None
+
+
+head_and_loss.register_autograd(_gradients, setup_context=_save)
 
 
 def _logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

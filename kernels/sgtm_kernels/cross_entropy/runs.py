@@ -7,7 +7,7 @@ result, else the partial results are added in fp32. The chunks are those of ever
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,48 +39,50 @@ class ChunkOps(NamedTuple):
 
 
 def linear_cross_entropy(x, weight, bias, targets, plan: MaskPlan, scale):
-    return in_chunks(x, weight, bias, targets, plan, scale, ChunkOps(F.linear, _softmax_gradient_, CHUNK_BYTES))
-
-
-def in_chunks(x, weight, bias, targets, plan: MaskPlan, scale, ops: ChunkOps):
-    loss, losses = _LinearCrossEntropy.apply(x, weight, bias, targets, plan, scale, torch.is_grad_enabled(), ops)
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
+    loss, losses = _LinearCrossEntropy.apply(x, weight, bias, targets, plan, scale, wanted)
     return loss, label_sums(losses, plan)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, targets, plan, scale, training, ops):
-        need_x, need_w, need_b = (needed and training for needed in ctx.needs_input_grad[:3])
-        flat, targets = x.flatten(0, 1), targets.flatten()
-        wide = torch.promote_types(x.dtype, torch.float32)
-        losses = torch.empty(plan.tokens, dtype=wide, device=x.device)
-        dx = torch.empty_like(flat) if need_x else None
-        dw, db = _Sum(weight), _Sum(bias)
-        chunk = max(ROWS, ops.chunk_bytes // (weight.shape[0] * weight.element_size()))
-        for start in range(0, plan.tokens, chunk):
-            end = min(start + chunk, plan.tokens)
-            logits = ops.logits(flat[start:end], weight, bias)
-            losses[start:end] = ops.gradient_(logits, targets[start:end], need_x or need_w or need_b)
-            if need_x:
-                torch.mm(logits, weight, out=dx[start:end])
-            if need_w:
-                for s, e, factor in _clipped(plan.joint("head"), start, end):
-                    dw.add(logits[s - start : e - start].t() @ flat[s:e], factor)
-            if need_b:
-                for s, e, factor in _clipped(plan.joint("head_bias"), start, end):
-                    db.add(logits[s - start : e - start].sum(0), factor)
-            del logits  # or the next chunk's would be made beside it
+    def forward(ctx, x, weight, bias, targets, plan, scale, wanted):
+        ops = ChunkOps(F.linear, _softmax_gradient_, CHUNK_BYTES)
+        losses, *gradients = in_chunks(x, weight, bias, targets, plan, wanted, ops)
         ctx.scale = scale
-        ctx.save_for_backward(
-            dx.view_as(x) if need_x else None, dw.total() if need_w else None, db.total() if need_b else None
-        )
+        ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(losses)
         return losses.sum() * scale, losses
 
     @staticmethod
     def backward(ctx, dloss, _):
         factor = dloss * ctx.scale
-        return (*(None if g is None else g * factor for g in ctx.saved_tensors), *[None] * 5)
+        return (*(None if g is None else g * factor for g in ctx.saved_tensors), *[None] * 4)
+
+
+def in_chunks(x, weight, bias, targets, plan: MaskPlan, wanted: Sequence[bool], ops: ChunkOps):
+    """Losses of all tokens, and the gradients of their sum with respect to x, weight and bias, where `wanted`."""
+    need_x, need_w, need_b = wanted
+    flat, targets = x.flatten(0, 1), targets.flatten()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    losses = torch.empty(plan.tokens, dtype=wide, device=x.device)
+    dx = torch.empty_like(flat) if need_x else None
+    dw, db = _Sum(weight), _Sum(bias)
+    chunk = max(ROWS, ops.chunk_bytes // (weight.shape[0] * weight.element_size()))
+    for start in range(0, plan.tokens, chunk):
+        end = min(start + chunk, plan.tokens)
+        logits = ops.logits(flat[start:end], weight, bias)
+        losses[start:end] = ops.gradient_(logits, targets[start:end], need_x or need_w or need_b)
+        if need_x:
+            torch.mm(logits, weight, out=dx[start:end])
+        if need_w:
+            for s, e, factor in _clipped(plan.joint("head"), start, end):
+                dw.add(logits[s - start : e - start].t() @ flat[s:e], factor)
+        if need_b:
+            for s, e, factor in _clipped(plan.joint("head_bias"), start, end):
+                db.add(logits[s - start : e - start].sum(0), factor)
+        del logits  # or the next chunk's would be made beside it
+    return losses, dx.view_as(x) if need_x else None, dw.total() if need_w else None, db.total() if need_b else None
 
 
 class _Sum:

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch.library import custom_op
 
 from sgtm_kernels.aot import Launch
-from sgtm_kernels.plan import MaskPlan
+from sgtm_kernels.plan import MaskPlan, plan_of
 
 SEGMENT = 32  # sorted tokens
 PARTIAL_COLUMNS = 128  # of a tile of `embedding_partials`, SEGMENT tokens high
@@ -25,26 +26,27 @@ SPILL = "on sm_100 ptxas keeps one number in memory from start to end to stay at
 
 
 def embedding(ids, weight, plan: MaskPlan, kind: str):
-    return _Embedding.apply(ids, weight, plan, kind)
+    return lookup(ids, weight, plan.handle, kind)
 
 
-class _Embedding(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, ids, weight, plan, kind):
-        ctx.save_for_backward(ids)
-        ctx.plan, ctx.kind, ctx.rows, ctx.dtype = plan, kind, weight.shape[0], weight.dtype
-        return F.embedding(ids, weight)
-
-    @staticmethod
-    def backward(ctx, dy):
-        (ids,) = ctx.saved_tensors
-        return None, table_gradient(ids, dy, ctx.plan, ctx.kind, ctx.rows, ctx.dtype), None, None
+@custom_op("sgtm::embedding", mutates_args=(), schema="(Tensor ids, Tensor weight, Tensor plan, str kind) -> Tensor")
+def lookup(ids, weight, plan, kind):
+    return F.embedding(ids, weight)
 
 
-def table_gradient(
-    ids: torch.Tensor, dy: torch.Tensor, plan: MaskPlan, kind: str, rows: int, dtype: torch.dtype
-) -> torch.Tensor:
+@lookup.register_fake
+def _(ids, weight, plan, kind):
+    return weight.new_empty(*ids.shape, weight.shape[1])
+
+
+@custom_op(
+    "sgtm::embedding_backward",
+    mutates_args=(),
+    schema="(Tensor ids, Tensor dy, Tensor plan, str kind, SymInt rows, ScalarType dtype) -> Tensor",
+)
+def table_gradient(ids, dy, plan, kind, rows, dtype):
     """Gradient [rows, D] of the table from dy [B, S, D]; the masked tokens are known on the CPU, their ids are not."""
+    plan = plan_of(plan)
     learners, width, dy = plan.joint(kind), dy.shape[-1], dy.contiguous()
     tokens = sum(end - start for start, end, _ in learners.slices)
     if tokens == 0:
@@ -67,6 +69,25 @@ def table_gradient(
     grid = (triton.cdiv(rows, tile["BR"]), triton.cdiv(width, tile["BD"]))
     embedding_backward[grid](dy, starts, order, factors, partials, dw, rows, **constants, **tile)
     return dw
+
+
+@table_gradient.register_fake
+def _(ids, dy, plan, kind, rows, dtype):
+    return dy.new_empty(rows, dy.shape[-1], dtype=dtype)
+
+
+def _save(ctx, inputs, output):
+    ids, weight, plan, ctx.kind = inputs
+    ctx.rows, ctx.dtype = weight.shape[0], weight.dtype
+    ctx.save_for_backward(ids, plan)
+
+
+def _gradient(ctx, dy):
+    ids, plan = ctx.saved_tensors
+    return None, table_gradient(ids, dy, plan, ctx.kind, ctx.rows, ctx.dtype), None, None
+
+
+lookup.register_autograd(_gradient, setup_context=_save)
 
 
 def _tile(width: int) -> dict[str, int]:

@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch.library import custom_op
 
 from sgtm_kernels.aot import Launch
 from sgtm_kernels.linear import rectangles
 from sgtm_kernels.linear.runs import weight_gradient
-from sgtm_kernels.plan import MAX_SLICES, MaskPlan, RowWork
+from sgtm_kernels.plan import MAX_SLICES, MaskPlan, RowWork, plan_of
 from sgtm_kernels.tiles import factor_of, place
 
 CANDIDATES = ("masked", "rectangles")
@@ -46,87 +47,146 @@ def candidate() -> str:
 def linear_in(x, weight, bias, plan: MaskPlan, part: str, bounds, overwrite: bool):
     if len(bounds) == 2:
         return F.linear(x, weight, bias)
-    return _LinearIn.apply(x, weight, bias, plan, part, bounds, overwrite)
+    return masked_linear_in(x, weight, bias, plan.handle, part, bounds, overwrite)
 
 
 def linear_out(x, weight, bias, plan: MaskPlan, part: str, bounds):
     if len(bounds) == 2:
         return F.linear(x, weight.t(), bias)
-    return _LinearOut.apply(x, weight, bias, plan, part, bounds)
+    return masked_linear_out(x, weight, bias, plan.handle, part, bounds)
 
 
-class _LinearIn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, plan, part, bounds, overwrite):
-        ctx.save_for_backward(x, weight)
-        ctx.plan, ctx.part, ctx.bounds, ctx.overwrite = plan, part, bounds, overwrite
-        return F.linear(x, weight, bias)
+MASKS = "Tensor plan, str part, int[] bounds"
 
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        plan, bounds = ctx.plan, ctx.bounds
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
-        packed = dy.contiguous()
-        dy2, x2 = packed.flatten(0, 1), x.flatten(0, 1)
-        work = plan.rows(ctx.part, bounds)
-        by_group = _contributions(plan, ctx.part, bounds)
-        dw = db = None
-        if ctx.needs_input_grad[1]:
-            if not _token_level(work):
-                dw = weight_gradient(dy2, x2, plan, work)
-            elif candidate() == "rectangles":
-                dw = rectangles.weight_gradient(dy2, x2.contiguous(), plan, work)
+
+@custom_op(
+    "sgtm::linear_in",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor weight, Tensor? bias, {MASKS}, bool overwrite) -> Tensor",
+)
+def masked_linear_in(x, weight, bias, plan, part, bounds, overwrite):
+    return F.linear(x, weight, bias)
+
+
+@masked_linear_in.register_fake
+def _(x, weight, bias, plan, part, bounds, overwrite):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@custom_op("sgtm::linear_out", mutates_args=(), schema=f"(Tensor x, Tensor weight, Tensor? bias, {MASKS}) -> Tensor")
+def masked_linear_out(x, weight, bias, plan, part, bounds):
+    return F.linear(x, weight.t(), bias)
+
+
+@masked_linear_out.register_fake
+def _(x, weight, bias, plan, part, bounds):
+    return x.new_empty(*x.shape[:-1], weight.shape[1])
+
+
+GRADIENTS = f"Tensor x, Tensor weight, {MASKS}, bool[3] wanted) -> (Tensor, Tensor, Tensor)"
+
+
+@custom_op("sgtm::linear_in_backward", mutates_args=(), schema=f"(Tensor dy, {GRADIENTS}")
+def linear_in_backward(dy, x, weight, plan, part, bounds, wanted):
+    return _linear_in_backward(dy, x, weight, plan, part, bounds, wanted, overwrite=False)
+
+
+@custom_op("sgtm::linear_in_backward_", mutates_args=("dy",), schema=f"(Tensor(a!) dy, {GRADIENTS}")
+def linear_in_backward_(dy, x, weight, plan, part, bounds, wanted):
+    return _linear_in_backward(dy, x, weight, plan, part, bounds, wanted, overwrite=True)
+
+
+def _linear_in_backward(dy, x, weight, plan, part, bounds, wanted, overwrite):
+    plan = plan_of(plan)
+    dx = dy @ weight if wanted[0] else dy.new_empty(0)
+    packed = dy.contiguous()
+    dy2, x2 = packed.flatten(0, 1), x.flatten(0, 1)
+    work = plan.rows(part, bounds)
+    by_group = _contributions(plan, part, bounds)
+    dw = db = None
+    if wanted[1]:
+        if not _token_level(work):
+            dw = weight_gradient(dy2, x2, plan, work)
+        elif candidate() == "rectangles":
+            dw = rectangles.weight_gradient(dy2, x2.contiguous(), plan, work)
+        else:
+            # autograd may hand one tensor to several ops. Only a copy made here, and what the caller promises that
+            # nobody else uses, may be written to; from here on dy2 must not be read as the gradient.
+            out = dy2 if overwrite or packed is not dy else torch.empty_like(dy2)
+            partial = _partial_sums(dy2) if wanted[2] else None
+            _scale_and_sum(dy2, out, partial, plan.factors(by_group, dy.device), bounds)
+            dw = out.t() @ x2
+            db = _total(partial, dy.dtype) if wanted[2] else None
+    if wanted[2] and db is None:
+        db = bias_sum(dy2, plan, by_group, bounds)
+    return dx, *(dy.new_empty(0) if gradient is None else gradient for gradient in (dw, db))
+
+
+@custom_op("sgtm::linear_out_backward", mutates_args=(), schema=f"(Tensor dy, {GRADIENTS}")
+def linear_out_backward(dy, x, weight, plan, part, bounds, wanted):
+    plan = plan_of(plan)
+    dx = dy @ weight.t() if wanted[0] else dy.new_empty(0)
+    x2, dy2 = x.flatten(0, 1).contiguous(), dy.flatten(0, 1).contiguous()
+    work = plan.rows(part, bounds)
+    joint = plan.joint(f"{part}_bias")
+    dw = db = None
+    if wanted[1]:
+        if not _token_level(work):
+            dw = weight_gradient(x2, dy2, plan, work)
+        elif candidate() == "rectangles":
+            dw = rectangles.weight_gradient(x2, dy2, plan, work)
+        else:
+            out = torch.empty_like(x2)  # never in place: X belongs to the forward pass
+            factors = plan.factors(_contributions(plan, part, bounds), dy.device)
+            if wanted[2] and not plan.plain(joint):
+                partial = _partial_sums(dy2)
+                of_bias = plan.factors((joint.by_label,), dy.device)
+                _scale_input_and_sum(x2, out, dy2, partial, factors, of_bias, bounds)
+                db = _total(partial, dy.dtype)
             else:
-                # autograd may hand one tensor to several ops. Only a copy made here, and what the caller promises that
-                # nobody else uses, may be written to; from here on dy2 must not be read as the gradient.
-                out = dy2 if ctx.overwrite or packed is not dy else torch.empty_like(dy2)
-                partial = _partial_sums(dy2) if ctx.needs_input_grad[2] else None
-                factors = plan.factors(by_group, dy.device)
-                _scale_and_sum(dy2, out, partial, factors, bounds)
-                dw = out.t() @ x2
-                db = _total(partial, dy.dtype) if ctx.needs_input_grad[2] else None
-        if ctx.needs_input_grad[2] and db is None:
-            db = bias_sum(dy2, plan, by_group, bounds)
-        return dx, dw, db, None, None, None, None
+                _scale_and_sum(x2, out, None, factors, bounds)
+            dw = out.t() @ dy2
+    if wanted[2] and db is None:
+        db = bias_sum(dy2, plan, (joint.by_label,), (0, dy.shape[-1]))
+    return dx, *(dy.new_empty(0) if gradient is None else gradient for gradient in (dw, db))
 
 
-class _LinearOut(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, plan, part, bounds):
-        ctx.save_for_backward(x, weight)
-        ctx.plan, ctx.part, ctx.bounds = plan, part, bounds
-        return F.linear(x, weight.t(), bias)
+@linear_in_backward.register_fake
+@linear_in_backward_.register_fake
+def _(dy, x, weight, plan, part, bounds, wanted):
+    shapes = x.shape, weight.shape, weight.shape[:1]
+    return tuple(dy.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
 
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        plan, bounds = ctx.plan, ctx.bounds
-        dx = dy @ weight.t() if ctx.needs_input_grad[0] else None
-        x2, dy2 = x.flatten(0, 1).contiguous(), dy.flatten(0, 1).contiguous()
-        work = plan.rows(ctx.part, bounds)
-        joint = plan.joint(f"{ctx.part}_bias")
-        dw = db = None
-        if ctx.needs_input_grad[1]:
-            if not _token_level(work):
-                dw = weight_gradient(x2, dy2, plan, work)
-            elif candidate() == "rectangles":
-                dw = rectangles.weight_gradient(x2, dy2, plan, work)
-            else:
-                out = torch.empty_like(x2)  # never in place: X belongs to the forward pass
-                factors = plan.factors(_contributions(plan, ctx.part, bounds), dy.device)
-                if ctx.needs_input_grad[2] and not plan.plain(joint):
-                    partial = _partial_sums(dy2)
-                    _scale_input_and_sum(
-                        x2, out, dy2, partial, factors, plan.factors((joint.by_label,), dy.device), bounds
-                    )
-                    db = _total(partial, dy.dtype)
-                else:
-                    _scale_and_sum(x2, out, None, factors, bounds)
-                dw = out.t() @ dy2
-        if ctx.needs_input_grad[2] and db is None:
-            db = bias_sum(dy2, plan, (joint.by_label,), (0, dy.shape[-1]))
-        return dx, dw, db, None, None, None
+
+@linear_out_backward.register_fake
+def _(dy, x, weight, plan, part, bounds, wanted):
+    shapes = x.shape, weight.shape, weight.shape[1:]
+    return tuple(dy.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
+
+
+def _save(ctx, inputs, output):
+    x, weight, _, plan, ctx.part, ctx.bounds, *overwrite = inputs
+    ctx.overwrite = bool(overwrite and overwrite[0])
+    ctx.save_for_backward(x, weight, plan)
+
+
+def _gradients(backward, ctx, dy):
+    wanted = ctx.needs_input_grad[:3]
+    found = backward(dy, *ctx.saved_tensors, ctx.part, ctx.bounds, wanted)
+    return tuple(gradient if want else None for gradient, want in zip(found, wanted, strict=True))
+
+
+def _in_gradients(ctx, dy):
+    backward = linear_in_backward_ if ctx.overwrite else linear_in_backward
+    return *_gradients(backward, ctx, dy), None, None, None, None
+
+
+def _out_gradients(ctx, dy):
+    return *_gradients(linear_out_backward, ctx, dy), None, None, None
+
+
+masked_linear_in.register_autograd(_in_gradients, setup_context=_save)
+masked_linear_out.register_autograd(_out_gradients, setup_context=_save)
 
 
 def _token_level(work: tuple[RowWork, ...]) -> bool:

@@ -6,12 +6,12 @@ factor differs from 1, the kernel is compiled without them. Memory traffic is th
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
+from torch.library import custom_op
 
 from sgtm_kernels.aot import Launch
-from sgtm_kernels.plan import MaskPlan
+from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.scale import products
 from sgtm_kernels.tiles import factor_of, place
 
@@ -19,33 +19,56 @@ TOKENS, NEURONS = 32, 64  # of a tile
 
 
 def gelu(x, plan: MaskPlan, bounds):
-    return _Activation.apply(x, plan, bounds, False)
+    return activation(x, plan.handle, bounds, False)
 
 
 def swiglu(x, plan: MaskPlan, bounds):
-    return _Activation.apply(x, plan, bounds, True)
+    return activation(x, plan.handle, bounds, True)
 
 
-class _Activation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, plan, bounds, gated):
-        x = x.contiguous()
-        ctx.save_for_backward(x)
-        ctx.plan, ctx.bounds, ctx.gated = plan, bounds, gated
-        y = x.new_empty(*x.shape[:-1], bounds[-1])
-        active = [plan.column("active", group) for group in range(len(bounds) - 1)]
-        _launch(activation_forward, (x, y), plan, bounds, active, gated)
-        return y
+@custom_op("sgtm::activation", mutates_args=(), schema="(Tensor x, Tensor plan, int[] bounds, bool gated) -> Tensor")
+def activation(x, plan, bounds, gated):
+    plan = plan_of(plan)
+    y = x.new_empty(*x.shape[:-1], bounds[-1])
+    active = [plan.column("active", group) for group in range(len(bounds) - 1)]
+    _launch(activation_forward, (x.contiguous(), y), plan, bounds, active, gated)
+    return y
 
-    @staticmethod
-    def backward(ctx, dy):
-        (x,) = ctx.saved_tensors
-        plan, bounds = ctx.plan, ctx.bounds
-        dx = torch.empty_like(x)
-        groups = range(len(bounds) - 1)
-        factors = [products(plan.column("active", g), plan.column("route", g)) for g in groups]
-        _launch(activation_backward, (x, dy.contiguous(), dx), plan, bounds, factors, ctx.gated)
-        return dx, None, None, None
+
+@activation.register_fake
+def _(x, plan, bounds, gated):
+    return x.new_empty(*x.shape[:-1], bounds[-1])
+
+
+@custom_op(
+    "sgtm::activation_backward",
+    mutates_args=(),
+    schema="(Tensor x, Tensor dy, Tensor plan, int[] bounds, bool gated) -> Tensor",
+)
+def activation_gradient(x, dy, plan, bounds, gated):
+    plan, dx = plan_of(plan), x.new_empty(x.shape)
+    groups = range(len(bounds) - 1)
+    factors = [products(plan.column("active", g), plan.column("route", g)) for g in groups]
+    _launch(activation_backward, (x.contiguous(), dy.contiguous(), dx), plan, bounds, factors, gated)
+    return dx
+
+
+@activation_gradient.register_fake
+def _(x, dy, plan, bounds, gated):
+    return x.new_empty(x.shape)
+
+
+def _save(ctx, inputs, output):
+    x, plan, ctx.bounds, ctx.gated = inputs
+    ctx.save_for_backward(x, plan)
+
+
+def _backward(ctx, dy):
+    x, plan = ctx.saved_tensors
+    return activation_gradient(x, dy, plan, ctx.bounds, ctx.gated), None, None, None
+
+
+activation.register_autograd(_backward, setup_context=_save)
 
 
 def _launch(kernel, tensors, plan: MaskPlan, bounds, by_group, gated: bool) -> None:
@@ -53,7 +76,9 @@ def _launch(kernel, tensors, plan: MaskPlan, bounds, by_group, gated: bool) -> N
     masked = len(bounds) > 2 and any(by_label[run.label] != 1 for by_label in by_group for run in plan.runs)
     factors = plan.factors(by_group, tensors[0].device) if masked else tensors[0]
     grid = (triton.cdiv(plan.tokens, TOKENS), triton.cdiv(bounds[-1], NEURONS))
-    kernel[grid](*tensors, factors, plan.tokens, BOUNDS=bounds, MASKED=masked, GATED=gated, BT=TOKENS, BN=NEURONS)
+    kernel[grid](
+        *tensors, factors, plan.tokens, BOUNDS=tuple(bounds), MASKED=masked, GATED=gated, BT=TOKENS, BN=NEURONS
+    )
 
 
 @triton.jit

@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch.library import custom_op
 
 from sgtm_kernels.aot import Launch
-from sgtm_kernels.plan import MaskPlan
+from sgtm_kernels.plan import MaskPlan, plan_of
 
 TILE = 2048  # elements of a tile of tokens x columns; a wider row is a tile of its own
 STRIPS = 512  # at most; more occupy more of the device and write more partial sums
@@ -23,11 +24,11 @@ SPILL = "on sm_100 ptxas keeps one address in memory to stay at 48 registers, wh
 
 
 def layer_norm(x, weight, bias, eps, plan: MaskPlan, kind):
-    return _Norm.apply(x, weight, bias, eps, plan, kind)
+    return norm(x, weight, bias, plan.handle, kind, eps)[0]
 
 
 def rms_norm(x, weight, eps, plan: MaskPlan, kind):
-    return _Norm.apply(x, weight, None, eps, plan, kind)
+    return norm(x, weight, None, plan.handle, kind, eps)[0]
 
 
 def _shape(width: int) -> tuple[dict[str, int], int]:
@@ -37,50 +38,88 @@ def _shape(width: int) -> tuple[dict[str, int], int]:
     return {"WIDTH": width, "BT": tokens, "BD": columns}, max(4, tokens * columns // 512)
 
 
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps, plan, kind):
-        x = x.contiguous()
-        y, centered = torch.empty_like(x), bias is not None
-        shape, warps = _shape(x.shape[-1])
-        rstd = torch.empty(plan.tokens, dtype=torch.float32, device=x.device)
-        mean = torch.empty_like(rstd) if centered else rstd
-        grid = (triton.cdiv(plan.tokens, shape["BT"]),)
-        norm_forward[grid](
-            x, weight, bias if centered else weight, y, mean, rstd, plan.tokens, eps, CENTERED=centered, **shape,
-            num_warps=warps, **FUSION,
-        )  # fmt: skip
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.plan, ctx.kind, ctx.bias_dtype = plan, kind, bias.dtype if centered else None
-        return y
+@custom_op(
+    "sgtm::norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor plan, str? kind, float eps) -> (Tensor, Tensor, Tensor)",
+)
+def norm(x, weight, bias, plan, kind, eps):
+    """LayerNorm, or RMSNorm without a bias; and the mean (of LayerNorm) and the inverse deviation of each token."""
+    x, tokens, centered = x.contiguous(), x.shape[:-1].numel(), bias is not None
+    y = torch.empty_like(x)
+    shape, warps = _shape(x.shape[-1])
+    rstd = x.new_empty(tokens, dtype=torch.float32)
+    mean = x.new_empty(tokens if centered else 0, dtype=torch.float32)
+    grid = (triton.cdiv(tokens, shape["BT"]),)
+    norm_forward[grid](
+        x, weight, bias if centered else weight, y, mean if centered else rstd, rstd, tokens, eps, CENTERED=centered,
+        **shape, num_warps=warps, **FUSION,
+    )  # fmt: skip
+    return y, mean, rstd
 
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, mean, rstd = ctx.saved_tensors
-        plan, centered = ctx.plan, ctx.bias_dtype is not None
-        learners = None if ctx.kind is None else plan.joint(ctx.kind)
-        masked = learners is not None and not plan.plain(learners)
-        summed = (learners is None or bool(learners.slices)) and any(ctx.needs_input_grad[1:3])
-        shape, warps = _shape(x.shape[-1])
-        width, tile = shape["WIDTH"], shape["BT"]
-        strip = triton.cdiv(triton.cdiv(plan.tokens, STRIPS), tile) * tile
-        strips = triton.cdiv(plan.tokens, strip)
-        factors = plan.factors([learners.by_label], x.device) if masked and summed else rstd
-        sums = torch.empty((1 + centered, strips, width) if summed else 1, dtype=torch.float32, device=x.device)
-        dx = torch.empty_like(x)
-        norm_backward[(strips,)](
-            x, dy.contiguous(), weight, mean, rstd, factors, dx, sums, plan.tokens, strip, CENTERED=centered,
-            SUMMED=summed, MASKED=masked and summed, **shape, num_warps=warps, **FUSION,
-        )  # fmt: skip
-        new = x.new_empty if summed else x.new_zeros
-        dw = new(width, dtype=weight.dtype)
-        db = new(width, dtype=ctx.bias_dtype) if centered else None
-        if summed:
-            grid = (triton.cdiv(width, SUM_COLUMNS), 1 + centered)
-            norm_sums[grid](
-                sums, dw, db if centered else dw, strips, WIDTH=width, BS=SUM_STRIPS, BD=SUM_COLUMNS, **FUSION
-            )
-        return dx, dw, db, None, None, None
+
+@norm.register_fake
+def _(x, weight, bias, plan, kind, eps):
+    tokens = x.shape[:-1].numel()
+    counts = (0 if bias is None else tokens), tokens
+    return x.new_empty(x.shape), *(x.new_empty(n, dtype=torch.float32) for n in counts)
+
+
+@custom_op(
+    "sgtm::norm_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor plan, str? kind, "
+    "bool wanted) -> (Tensor, Tensor, Tensor)",
+)
+def norm_gradients(dy, x, weight, bias, mean, rstd, plan, kind, wanted):
+    """dX, and where `wanted` those of weight and bias."""
+    x, dy, plan, centered = x.contiguous(), dy.contiguous(), plan_of(plan), bias is not None
+    learners = None if kind is None else plan.joint(kind)
+    summed = wanted and (learners is None or bool(learners.slices))
+    masked = summed and learners is not None and not plan.plain(learners)
+    shape, warps = _shape(x.shape[-1])
+    width, tile = shape["WIDTH"], shape["BT"]
+    strip = triton.cdiv(triton.cdiv(plan.tokens, STRIPS), tile) * tile
+    strips = triton.cdiv(plan.tokens, strip)
+    factors = plan.factors([learners.by_label], x.device) if masked else rstd
+    sums = torch.empty((1 + centered, strips, width) if summed else 1, dtype=torch.float32, device=x.device)
+    dx = torch.empty_like(x)
+    norm_backward[(strips,)](
+        x, dy, weight, mean if centered else rstd, rstd, factors, dx, sums, plan.tokens, strip, CENTERED=centered,
+        SUMMED=summed, MASKED=masked, **shape, num_warps=warps, **FUSION,
+    )  # fmt: skip
+    new = x.new_empty if summed else x.new_zeros
+    dw = new(width if wanted else 0, dtype=weight.dtype)
+    db = new(width if wanted and centered else 0, dtype=bias.dtype if centered else weight.dtype)
+    if summed:
+        grid = (triton.cdiv(width, SUM_COLUMNS), 1 + centered)
+        norm_sums[grid](sums, dw, db if centered else dw, strips, WIDTH=width, BS=SUM_STRIPS, BD=SUM_COLUMNS, **FUSION)
+    return dx, dw, db
+
+
+@norm_gradients.register_fake
+def _(dy, x, weight, bias, mean, rstd, plan, kind, wanted):
+    width = x.shape[-1]
+    db = weight.new_empty(0) if bias is None else bias.new_empty(width if wanted else 0)
+    return x.new_empty(x.shape), weight.new_empty(width if wanted else 0), db
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, plan, ctx.kind, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, mean, rstd, plan)
+
+
+def _gradients(ctx, dy, *_):
+    saved, wanted = ctx.saved_tensors, any(ctx.needs_input_grad[1:3])
+    dx, dw, db = norm_gradients(dy, *saved, ctx.kind, wanted)
+    centered = saved[2] is not None
+    return dx, dw if wanted else None, db if wanted and centered else None, None, None, None
+
+
+norm.register_autograd(_gradients, setup_context=_save)
 
 
 @triton.jit(do_not_specialize=["tokens"])
