@@ -155,10 +155,10 @@ def unlabeled(batch):
     return replace(batch, labels=(UNLABELED,) * len(batch.labels), step_labels=frozenset({UNLABELED}))
 
 
-def check_case(case: Case) -> None:
+def check_case(case: Case, *labels: int) -> None:
     config = config_of(case)
     tables, sequences = config.tables, config.train.micro_batch
-    for label in (case.domain, RETAIN):
+    for label in labels:
         first, last = random_step(case.mixing, 1, UNLABELED), random_step(case.mixing, 2, label)
         engine, state = trained(case, [first, last])
         keys = {key for key, _ in state}
@@ -177,13 +177,26 @@ def check_case(case: Case) -> None:
         assert not moved_keys(state, bare), f"{case}: the labels change {moved_keys(state, bare)}"
 
 
+def triton_cases() -> list[Case]:
+    """Sharded parameters, and labels that change inside the sequences; fp32, which Triton's interpreter can do."""
+    return [Case(3, "sgtm+masked", "token", (family, "triton"), "fp32", BIO) for family in FAMILIES]
+
+
 def all_cases() -> None:
+    check_cases(covering_cases(), RETAIN)
+
+
+def all_triton_cases() -> None:
+    check_cases(triton_cases())
+
+
+def check_cases(cases: list[Case], *more_labels: int) -> None:
+    """Every case with its domain, and with these labels."""
     from sgtm.distributed.process_group import init_distributed
 
-    cases = covering_cases()
     init_distributed(config_of(cases[0]))
     for case in cases:
-        check_case(case)
+        check_case(case, case.domain, *more_labels)
         if case is cases[0]:
             gc.freeze()  # everything is imported, and DeepSpeed collects garbage at each start of ZeRO-3: 0.3 s
 
@@ -191,3 +204,7 @@ def all_cases() -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_promises(world_size):
     run_ranks(all_cases, world_size, timeout=280)
+
+
+def test_promises_of_the_kernels_in_the_interpreter():
+    run_ranks(all_triton_cases, 2, timeout=280)
