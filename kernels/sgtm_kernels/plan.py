@@ -181,6 +181,11 @@ class MaskPlan:
         """The tokens that may update the joint parameters of this kind."""
         return self.updaters(self.tables.update_joint[kind])
 
+    def contributions(self, part: str, groups: int) -> tuple[tuple[float, ...], ...]:
+        """For each of the first `groups` groups, what a token contributes to the gradient of its rows, by label."""
+        labels = range(len(self.tables.labels))
+        return tuple(tuple(self.tables.contribution(part, label, group) for label in labels) for group in range(groups))
+
     def rows(self, part: str, bounds: tuple[int, ...]) -> tuple[RowWork, ...]:
         """The work of one weight gradient: row ranges (group boundaries `bounds`), each with the tokens that update it.
 
@@ -188,9 +193,9 @@ class MaskPlan:
         `RowWork` over all rows and all tokens.
         """
         work: list[RowWork] = []
-        labels = range(len(self.tables.labels))
-        for group, (start, end) in enumerate(pairwise(bounds)):
-            tokens = self.updaters(tuple(self.tables.contribution(part, label, group) for label in labels))
+        by_group = self.contributions(part, len(bounds) - 1)
+        for by_label, (start, end) in zip(by_group, pairwise(bounds), strict=True):
+            tokens = self.updaters(by_label)
             if work and work[-1].tokens.slices == tokens.slices:
                 work[-1] = work[-1]._replace(end=end)
             elif end > start:

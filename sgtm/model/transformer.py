@@ -19,7 +19,7 @@ from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.dispatch import load
 from sgtm_kernels.embedding import embedding
 from sgtm_kernels.linear import linear_in, linear_out
-from sgtm_kernels.mlp import gelu, swiglu
+from sgtm_kernels.mlp import linear_gelu, swiglu
 from sgtm_kernels.norm import layer_norm, rms_norm
 from sgtm_kernels.plan import MaskPlan
 
@@ -71,8 +71,11 @@ class MLP(nn.Module):
         self.b_out = None if self.gated else nn.Parameter(torch.zeros(config.hidden_size))
 
     def forward(self, x: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
-        pre = linear_in(x, self.w_in, self.b_in, plan, "mlp_in", self.in_bounds, self.backend, overwrite=True)
-        hidden = (swiglu if self.gated else gelu)(pre, plan, self.bounds, self.backend)
+        if self.gated:
+            pre = linear_in(x, self.w_in, None, plan, "mlp_in", self.in_bounds, self.backend, overwrite=True)
+            hidden = swiglu(pre, plan, self.bounds, self.backend)
+        else:
+            hidden = linear_gelu(x, self.w_in, self.b_in, plan, self.bounds, self.backend)
         return linear_out(hidden, self.w_out, self.b_out, plan, "mlp_out", self.bounds, self.backend)
 
 

@@ -21,7 +21,7 @@ from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.dispatch import load
 from sgtm_kernels.embedding import embedding
 from sgtm_kernels.linear import linear_in, linear_out
-from sgtm_kernels.mlp import gelu, swiglu
+from sgtm_kernels.mlp import gelu, linear_gelu, swiglu
 from sgtm_kernels.norm import layer_norm, rms_norm
 from sgtm_kernels.plan import _PLANS, MaskPlan, plan_of
 from sgtm_kernels.testing import random_plan, random_tables
@@ -49,6 +49,10 @@ def loss(x, w, b, plan):
 # name: (inputs, function of (inputs, plan))
 CALLS = {
     "gelu": ([(BATCH, SEQ_LEN, 12)], lambda x, plan: gelu(x, plan, BOUNDS, "triton")),
+    "linear_gelu": (
+        [(BATCH, SEQ_LEN, 8), (12, 8), (12,)],
+        lambda x, w, b, plan: linear_gelu(x, w, b, plan, BOUNDS, "triton"),
+    ),
     "swiglu": ([(BATCH, SEQ_LEN, 24)], lambda x, plan: swiglu(x, plan, BOUNDS, "triton")),
     "linear_in": (
         [(BATCH, SEQ_LEN, 8), (12, 8), (12,)],
@@ -114,7 +118,7 @@ def test_opcheck(name):
     plan, inputs = plan_number(3), inputs_of(name)
     with Recorder() as recorder:
         CALLS[name][1](*inputs, plan).sum().backward()
-    assert len(recorder.calls) == (1 if name == "cross_entropy" else 2)
+    assert len(recorder.calls) == {"cross_entropy": 1, "linear_gelu": 4}.get(name, 2)
     for function, args in recorder.calls:
         if "backward" not in function.name():
             args = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]

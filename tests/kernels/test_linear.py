@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sgtm_kernels import strips
 from sgtm_kernels.linear import kernel, linear_in, linear_out, rectangles
 from sgtm_kernels.mlp import gelu
 from sgtm_kernels.plan import MaskPlan, merge_runs
@@ -284,7 +285,7 @@ def test_several_tiles(values, dtype, columns, bounds, side, backend):
 
 
 def test_a_bias_of_more_partial_sums_than_a_tile_has():
-    tokens = 2 * kernel.STRIP * kernel.PARTIALS + 9
+    tokens = 2 * strips.STRIP * strips.PARTIALS + 9
     plan = random_plan(23, random_tables(24), "tokens", 1, tokens)
     by_group = ((1.0, 0.0, 0.5, -1.0), (0.0, 2.0, 1.0, 1.0))
     x = random_like(torch.empty(tokens, 5), 0)
@@ -379,8 +380,8 @@ def test_one_pass_and_one_sum_for_a_layer(layout, side, monkeypatch):
     """Whatever the row ranges: one kernel for scaling and bias sums, one that adds the partial sums."""
     launched = []
     monkeypatch.setenv("SGTM_LINEAR", "masked")
-    for name in ("scale_and_sum", "scale_input_and_sum", "add_partial_sums"):
-        monkeypatch.setattr(kernel, name, Counted(getattr(kernel, name), launched))
+    for module, name in ((kernel, "scale_and_sum"), (kernel, "scale_input_and_sum"), (strips, "add_partial_sums")):
+        monkeypatch.setattr(module, name, Counted(getattr(module, name), launched))
     plan = random_plan(11, random_tables(12), layout, 6, 9)
     forward_backward(op(side, plan, "triton"), *inputs(side, 6, 9, torch.float32))
     both = layout == "tokens" and side == "out"

@@ -2,9 +2,11 @@
 
 Faults tried, each seen to fail: `route` applied forward; `active` or `route` forgotten backward; a group boundary off
 by one column; gate and up swapped, forward or backward; the factor squared, or ignored token by token; a run one
-token short; the copy of a strided input or gradient scaled instead of the result.
+token short; the copy of a strided input or gradient scaled instead of the result; the bias not added backward, its mask
+dropped, taken from another part, or one column off, its sum not carried from tile to tile, a partial sum never written.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from sgtm_kernels.dispatch import BACKENDS
-from sgtm_kernels.mlp import gelu, swiglu
+from sgtm_kernels.mlp import gelu, linear_gelu, swiglu
 from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.testing import (
     BINARY,
@@ -181,12 +183,80 @@ def test_gradcheck(layout, name, backend):
     torch.autograd.gradcheck(op(name, plan, backend), data(name, 2, 5).requires_grad_(), fast_mode=True)
 
 
+WIDTH = 6
+
+
+def whole(plan, backend: str, bounds=BOUNDS):
+    return lambda x, w, b: linear_gelu(x, w, b, plan, bounds, backend)
+
+
+def layer(batch: int, seq_len: int, dtype=torch.float64) -> list[torch.Tensor]:
+    sizes = (batch, seq_len, WIDTH), (NEURONS, WIDTH), (NEURONS,)
+    return [random_like(torch.empty(size, dtype=torch.bfloat16), i).to(dtype) for i, size in enumerate(sizes)]
+
+
+def bias_rows(plan, updated: bool) -> torch.Tensor:
+    """Rows of the bias that some token of the plan may update, or that none may."""
+    live = [any(by_label[run.label] for run in plan.runs) for by_label in plan.contributions("mlp_in", 3)]
+    return torch.tensor([live[g] == updated for g in range(3) for _ in range(*BOUNDS[g : g + 2])])
+
+
+@by_fast_and_dtype
+@by_layout
+@pytest.mark.parametrize(("batch", "seq_len"), [(1, 1), (9, 7), (3, 100)])
+def test_linear_gelu_as_accurate_as_torch(batch, seq_len, layout, backend, dtype):
+    """The pair as one op, in particular the bias's gradient; 300 tokens are more than one partial sum."""
+    plan = random_plan(3, random_tables(4, FLOATS), layout, batch, seq_len)
+    exact = forward_backward(whole(plan, "reference"), *layer(batch, seq_len))
+    theirs = forward_backward(whole(plan, "reference"), *layer(batch, seq_len, dtype))
+    ours = forward_backward(whole(plan, backend), *layer(batch, seq_len, dtype))
+    for what, *values in zip(("h", "dx", "dw", "db"), ours, theirs, exact, strict=True):
+        assert_accurate(*values, name=what)
+    assert torch.equal(ours[3][bias_rows(plan, updated=False)], torch.zeros_like(ours[3][bias_rows(plan, False)]))
+
+
+@by_backend
+@by_layout
+def test_the_mask_of_the_bias_touches_nothing_else(layout, backend):
+    tables = random_tables(18, BINARY)
+    free = replace(tables, update=dict.fromkeys(tables.update, ((1.0,) * 3,) * 4))
+    results = [
+        forward_backward(whole(random_plan(17, t, layout, 10, 13), backend), *layer(10, 13, low_precision(backend)))
+        for t in (tables, free)
+    ]
+    for mine, wanted in zip(*(found[:2] for found in results), strict=True):
+        assert_same_bits(mine, wanted)
+    assert not torch.equal(results[0][3], results[1][3]) or layout == "uniform"
+
+
+@by_backend
+@by_layout
+def test_the_bias_learns_from_its_own_tokens(layout, backend):
+    plan = random_plan(19, random_tables(20, BINARY), layout, 10, 13)
+    x, *parameters = layer(10, 13, low_precision(backend))
+    before = forward_backward(whole(plan, backend), x, *parameters)[3]
+    contributions = plan.contributions("mlp_in", 3)
+    for label in plan.present:
+        other = (3 - x).where(token_mask(plan, [label])[..., None], x)
+        after = forward_backward(whole(plan, backend), other, *parameters)[3]
+        for by_label, (start, end) in zip(contributions, pairwise(BOUNDS), strict=True):
+            assert by_label[label] != 0 or torch.equal(after[start:end], before[start:end])
+
+
+@by_backend
+def test_linear_gelu_of_a_layer_without_groups_is_not_masked(backend):
+    plans = [random_plan(15, random_tables(16, (value,)), "ragged", 3, 7) for value in (1.0, 0.0)]
+    results = [forward_backward(whole(plan, backend, (0, NEURONS)), *layer(3, 7, torch.float32)) for plan in plans]
+    for mine, wanted in zip(*results, strict=True):
+        assert_same_bits(mine, wanted)
+        assert mine.abs().sum() > 0
+
+
 @by_name
 def test_a_layer_without_groups_is_not_masked_by_the_kernel(name):
     free, masked = (random_plan(15, random_tables(16, (value,)), "ragged", 3, 7) for value in (1.0, 0.0))
     x = data(name, 3, 7, torch.float32)
-    whole = (0, NEURONS)
-    results = [forward_backward(op(name, plan, "triton", whole), x) for plan in (free, masked)]
+    results = [forward_backward(op(name, plan, "triton", (0, NEURONS)), x) for plan in (free, masked)]
     for mine, wanted in zip(*results, strict=True):
         assert_same_bits(mine, wanted)
         assert mine.abs().sum() > 0

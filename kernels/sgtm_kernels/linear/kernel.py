@@ -8,9 +8,6 @@ sums. For labels that change from token to token there are two candidates for dW
                     does so to dY once dX has been computed, linear_out to a copy of X, whose columns are the rows of
                     dW. Then one plain matmul.
 `rectangles`        a persistent GEMM over (token range x row range) rectangles, see rectangles.py
-
-Sums are deterministic: fp32 partial sums per strip of tokens, then a sum of those; the bits depend on shapes and masks
-alone, not on the device's size.
 """
 
 from __future__ import annotations
@@ -24,16 +21,16 @@ import triton
 import triton.language as tl
 from torch.library import custom_op
 
+from sgtm_kernels import strips
 from sgtm_kernels.aot import Launch
 from sgtm_kernels.linear import rectangles
 from sgtm_kernels.linear.runs import weight_gradient
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan, RowWork, plan_of
+from sgtm_kernels.strips import STRIP, partial_sums, total_of
 from sgtm_kernels.tiles import factor_of, place
 
 CANDIDATES = ("masked", "rectangles")
 TOKENS, COLUMNS = 32, 128  # of a tile
-STRIP = 128  # tokens of one program; for each it writes one fp32 partial sum per column, 1.6 % of the bf16 it reads
-WIDTH, PARTIALS = 128, 32  # of a tile of partial sums
 
 
 def candidate() -> str:
@@ -102,7 +99,7 @@ def _linear_in_backward(dy, x, weight, plan, part, bounds, wanted, overwrite):
     packed = dy.contiguous()
     dy2, x2 = packed.flatten(0, 1), x.flatten(0, 1)
     work = plan.rows(part, bounds)
-    by_group = _contributions(plan, part, bounds)
+    by_group = plan.contributions(part, len(bounds) - 1)
     dw = db = None
     if wanted[1]:
         if not _token_level(work):
@@ -113,10 +110,10 @@ def _linear_in_backward(dy, x, weight, plan, part, bounds, wanted, overwrite):
             # autograd may hand one tensor to several ops. Only a copy made here, and what the caller promises that
             # nobody else uses, may be written to; from here on dy2 must not be read as the gradient.
             out = dy2 if overwrite or packed is not dy else torch.empty_like(dy2)
-            partial = _partial_sums(dy2) if wanted[2] else None
+            partial = partial_sums(*dy2.shape, dy.device) if wanted[2] else None
             _scale_and_sum(dy2, out, partial, plan.factors(by_group, dy.device), bounds)
             dw = out.t() @ x2
-            db = _total(partial, dy.dtype) if wanted[2] else None
+            db = total_of(partial, dy.dtype) if wanted[2] else None
     if wanted[2] and db is None:
         db = bias_sum(dy2, plan, by_group, bounds)
     return dx, *(dy.new_empty(0) if gradient is None else gradient for gradient in (dw, db))
@@ -137,12 +134,12 @@ def linear_out_backward(dy, x, weight, plan, part, bounds, wanted):
             dw = rectangles.weight_gradient(x2, dy2, plan, work)
         else:
             out = torch.empty_like(x2)  # never in place: X belongs to the forward pass
-            factors = plan.factors(_contributions(plan, part, bounds), dy.device)
+            factors = plan.factors(plan.contributions(part, len(bounds) - 1), dy.device)
             if wanted[2] and not plan.plain(joint):
-                partial = _partial_sums(dy2)
+                partial = partial_sums(*dy2.shape, dy.device)
                 of_bias = plan.factors((joint.by_label,), dy.device)
                 _scale_input_and_sum(x2, out, dy2, partial, factors, of_bias, bounds)
-                db = _total(partial, dy.dtype)
+                db = total_of(partial, dy.dtype)
             else:
                 _scale_and_sum(x2, out, None, factors, bounds)
             dw = out.t() @ dy2
@@ -193,25 +190,13 @@ def _token_level(work: tuple[RowWork, ...]) -> bool:
     return any(len(tokens.slices) > MAX_SLICES for _, _, tokens in work)
 
 
-def _contributions(plan: MaskPlan, part: str, bounds) -> tuple[tuple[float, ...], ...]:
-    """For every group its weight by label."""
-    labels = range(len(plan.tables.labels))
-    return tuple(
-        tuple(plan.tables.contribution(part, label, group) for label in labels) for group in range(len(bounds) - 1)
-    )
-
-
 def bias_sum(x: torch.Tensor, plan: MaskPlan, by_group: tuple[tuple[float, ...], ...], bounds) -> torch.Tensor:
     """Sum over the tokens of x [tokens, columns] times the weight of token and column, [columns]."""
     if all(by_label[run.label] == 1 for by_label in by_group for run in plan.runs):
         return x.sum(0)
-    partial = _partial_sums(x)
+    partial = partial_sums(*x.shape, x.device)
     _scale_and_sum(x, None, partial, plan.factors(by_group, x.device), bounds)
-    return _total(partial, x.dtype)
-
-
-def _partial_sums(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(triton.cdiv(x.shape[0], STRIP), x.shape[1], dtype=torch.float32, device=x.device)
+    return total_of(partial, x.dtype)
 
 
 def _scale_and_sum(x, out, partial, factors, bounds) -> None:
@@ -231,13 +216,6 @@ def _scale_input_and_sum(x, out, dy, partial, x_factors, dy_factors, bounds) -> 
         x, out, dy, partial, x_factors, dy_factors, tokens, BOUNDS=tuple(bounds), WIDTH=(0, columns), BT=TOKENS,
         BC=COLUMNS, STRIP=STRIP,
     )  # fmt: skip
-
-
-def _total(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    strips, columns = partial.shape
-    total = torch.empty(columns, dtype=dtype, device=partial.device)
-    add_partial_sums[(triton.cdiv(columns, WIDTH),)](partial, total, strips, columns, BS=PARTIALS, BC=WIDTH)
-    return total
 
 
 @triton.jit
@@ -288,17 +266,6 @@ def scale_input_and_sum(
         _strip(dy, dy, partial, dy_factors, tokens, block - blocks, strip, WIDTH, False, False, True, BT, BC, STRIP)
 
 
-@triton.jit
-def add_partial_sums(partial, total, strips, columns, BS: tl.constexpr, BC: tl.constexpr):
-    column = tl.program_id(0) * BC + tl.arange(0, BC)
-    value = tl.zeros([BC], dtype=tl.float32)
-    for start in range(0, strips, BS):
-        strip = start + tl.arange(0, BS)
-        inside = (strip < strips)[:, None] & (column < columns)[None, :]
-        value += tl.sum(tl.load(partial + strip[:, None] * columns + column[None, :], mask=inside, other=0.0), axis=0)
-    tl.store(total + column, value.to(total.dtype.element_ty), mask=column < columns)
-
-
 def launches() -> list[Launch]:
     """Everything that dispatch can launch, for the ahead-of-time suite."""
     found = []
@@ -315,7 +282,4 @@ def launches() -> list[Launch]:
             if len(bounds) > 2:
                 constants = {"BOUNDS": bounds, "WIDTH": (0, 1024), **tile}
                 found.append(Launch(scale_input_and_sum, both, constants, unaligned=("tokens",)))
-        signature = {"partial": "*fp32", "total": f"*{dtype}", "strips": "i32", "columns": "i32"}
-        constants = {"BS": PARTIALS, "BC": WIDTH}
-        found.append(Launch(add_partial_sums, signature, constants, unaligned=("strips", "columns")))
-    return found + rectangles.launches()
+    return found + strips.launches() + rectangles.launches()

@@ -1,3 +1,3 @@
-from sgtm_kernels.mlp.op import gelu, swiglu
+from sgtm_kernels.mlp.op import gelu, linear_gelu, swiglu
 
-__all__ = ["gelu", "swiglu"]
+__all__ = ["gelu", "linear_gelu", "swiglu"]

@@ -1,84 +1,106 @@
 """The MLP's non-linearity in one Triton pass each way, `active` and `route` applied where the values are in registers.
 
-A program does a tile of tokens x neurons; the factor of each (token, group) comes from `MaskPlan.factors`. Where no
-factor differs from 1, the kernel is compiled without them. Memory traffic is that of the plain op.
+A program does tiles of tokens x neurons; the factor of each (token, group) comes from `MaskPlan.factors`. Where no
+factor differs from 1, the kernel is compiled without them. Memory traffic is that of the plain op. The bias of the
+linear layer before it is added here, so that its gradient comes out of the same backward pass (strips.py).
 """
 
 from __future__ import annotations
+
+from itertools import product
 
 import triton
 import triton.language as tl
 from torch.library import custom_op
 
 from sgtm_kernels.aot import Launch
+from sgtm_kernels.linear.kernel import linear_in
 from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.scale import products
+from sgtm_kernels.strips import STRIP, partial_sums, total_of
 from sgtm_kernels.tiles import factor_of, place
 
 TOKENS, NEURONS = 32, 64  # of a tile
 
 
 def gelu(x, plan: MaskPlan, bounds):
-    return activation(x, plan.handle, bounds, False)
+    return activation(x, None, plan.handle, bounds, False)
 
 
 def swiglu(x, plan: MaskPlan, bounds):
-    return activation(x, plan.handle, bounds, True)
+    return activation(x, None, plan.handle, bounds, True)
 
 
-@custom_op("sgtm::activation", mutates_args=(), schema="(Tensor x, Tensor plan, int[] bounds, bool gated) -> Tensor")
-def activation(x, plan, bounds, gated):
+def linear_gelu(x, weight, bias, plan: MaskPlan, bounds):
+    return activation(linear_in(x, weight, None, plan, "mlp_in", bounds, True), bias, plan.handle, bounds, False)
+
+
+@custom_op(
+    "sgtm::activation",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? bias, Tensor plan, int[] bounds, bool gated) -> Tensor",
+)
+def activation(x, bias, plan, bounds, gated):
     plan = plan_of(plan)
     y = x.new_empty(*x.shape[:-1], bounds[-1])
-    active = [plan.column("active", group) for group in range(len(bounds) - 1)]
-    _launch(activation_forward, (x.contiguous(), y), plan, bounds, active, gated)
+    masks = _masks(plan, [plan.column("active", group) for group in range(len(bounds) - 1)], bounds)
+    factors = plan.factors(masks, x.device) if masks else x
+    constants = {"BOUNDS": tuple(bounds), "MASKED": bool(masks), "GATED": gated, "BIASED": bias is not None}
+    grid = (triton.cdiv(plan.tokens, TOKENS), triton.cdiv(bounds[-1], NEURONS))
+    x, bias = x.contiguous(), x if bias is None else bias
+    activation_forward[grid](x, bias, y, factors, plan.tokens, **constants, BT=TOKENS, BN=NEURONS)
     return y
 
 
 @activation.register_fake
-def _(x, plan, bounds, gated):
+def _(x, bias, plan, bounds, gated):
     return x.new_empty(*x.shape[:-1], bounds[-1])
 
 
 @custom_op(
     "sgtm::activation_backward",
     mutates_args=(),
-    schema="(Tensor x, Tensor dy, Tensor plan, int[] bounds, bool gated) -> Tensor",
+    schema="(Tensor dy, Tensor x, Tensor? bias, Tensor plan, int[] bounds, bool gated, bool wanted)"
+    " -> (Tensor, Tensor)",
 )
-def activation_gradient(x, dy, plan, bounds, gated):
-    plan, dx = plan_of(plan), x.new_empty(x.shape)
-    groups = range(len(bounds) - 1)
-    factors = [products(plan.column("active", g), plan.column("route", g)) for g in groups]
-    _launch(activation_backward, (x.contiguous(), dy.contiguous(), dx), plan, bounds, factors, gated)
-    return dx
+def activation_gradients(dy, x, bias, plan, bounds, gated, wanted):
+    """dX, and where `wanted` the bias's: sums of dX over the tokens that may update `mlp_in`."""
+    plan, dx, groups = plan_of(plan), x.new_empty(x.shape), range(len(bounds) - 1)
+    masks = _masks(plan, [products(plan.column("active", g), plan.column("route", g)) for g in groups], bounds)
+    weights = _masks(plan, plan.contributions("mlp_in", len(groups)), bounds) if wanted else None
+    partial = partial_sums(plan.tokens, bounds[-1], x.device) if wanted else x
+    tables = (plan.factors(table, x.device) if table else x for table in (masks, weights))
+    constants = {"BOUNDS": tuple(bounds), "MASKED": bool(masks), "GATED": gated, "BIASED": bias is not None}
+    constants |= {"SUMMED": wanted, "WEIGHTED": bool(weights), "BT": TOKENS, "BN": NEURONS, "STRIP": STRIP}
+    grid = (triton.cdiv(plan.tokens, STRIP), triton.cdiv(bounds[-1], NEURONS))
+    x, dy, bias = x.contiguous(), dy.contiguous(), x if bias is None else bias
+    activation_backward[grid](x, bias, dy, dx, partial, *tables, plan.tokens, **constants)
+    return dx, total_of(partial, bias.dtype) if wanted else x.new_empty(0)
 
 
-@activation_gradient.register_fake
-def _(x, dy, plan, bounds, gated):
-    return x.new_empty(x.shape)
+@activation_gradients.register_fake
+def _(dy, x, bias, plan, bounds, gated, wanted):
+    return x.new_empty(x.shape), bias.new_empty(bias.shape) if wanted else x.new_empty(0)
 
 
 def _save(ctx, inputs, output):
-    x, plan, ctx.bounds, ctx.gated = inputs
-    ctx.save_for_backward(x, plan)
+    x, bias, plan, ctx.bounds, ctx.gated = inputs
+    ctx.save_for_backward(x, bias, plan)
 
 
-def _backward(ctx, dy):
-    x, plan = ctx.saved_tensors
-    return activation_gradient(x, dy, plan, ctx.bounds, ctx.gated), None, None, None
+def _gradients(ctx, dy):
+    wanted = ctx.needs_input_grad[1]
+    dx, db = activation_gradients(dy, *ctx.saved_tensors, ctx.bounds, ctx.gated, wanted)
+    return dx, db if wanted else None, None, None, None
 
 
-activation.register_autograd(_backward, setup_context=_save)
+activation.register_autograd(_gradients, setup_context=_save)
 
 
-def _launch(kernel, tensors, plan: MaskPlan, bounds, by_group, gated: bool) -> None:
-    # A layer without groups (two bounds) is not masked, whatever the tables say.
-    masked = len(bounds) > 2 and any(by_label[run.label] != 1 for by_label in by_group for run in plan.runs)
-    factors = plan.factors(by_group, tensors[0].device) if masked else tensors[0]
-    grid = (triton.cdiv(plan.tokens, TOKENS), triton.cdiv(bounds[-1], NEURONS))
-    kernel[grid](
-        *tensors, factors, plan.tokens, BOUNDS=tuple(bounds), MASKED=masked, GATED=gated, BT=TOKENS, BN=NEURONS
-    )
+def _masks(plan: MaskPlan, by_group, bounds):
+    """The factors by group and label; None where all are 1, as in a layer without groups, whatever the tables say."""
+    masked = len(bounds) > 2 and any(by_label[label] != 1 for by_label in by_group for label in plan.present)
+    return tuple(by_group) if masked else None
 
 
 @triton.jit
@@ -91,8 +113,8 @@ def _gelu(x):
 
 @triton.jit
 def activation_forward(
-    x, y, factors, tokens, BOUNDS: tl.constexpr, MASKED: tl.constexpr, GATED: tl.constexpr, BT: tl.constexpr,
-    BN: tl.constexpr,
+    x, bias, y, factors, tokens, BOUNDS: tl.constexpr, MASKED: tl.constexpr, GATED: tl.constexpr,
+    BIASED: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     neuron = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -105,7 +127,10 @@ def activation_forward(
         up = tl.load(gate_at + width[None, :], mask=inside, other=0.0).to(tl.float32)
         value = gate / (1.0 + tl.exp(-gate)) * up
     else:
-        value, _ = _gelu(tl.load(x + token[:, None] * neurons + neuron[None, :], mask=inside, other=0.0).to(tl.float32))
+        value = tl.load(x + token[:, None] * neurons + neuron[None, :], mask=inside, other=0.0).to(tl.float32)
+        if BIASED:
+            value += tl.load(bias + neuron, mask=neuron < neurons, other=0.0).to(tl.float32)[None, :]
+        value, _ = _gelu(value)
     if MASKED:
         factor = factor_of(factors, tokens, token, group, BOUNDS)
         value = tl.where(factor == 0.0, 0.0, value * factor)
@@ -114,42 +139,66 @@ def activation_forward(
 
 @triton.jit
 def activation_backward(
-    x, dy, dx, factors, tokens, BOUNDS: tl.constexpr, MASKED: tl.constexpr, GATED: tl.constexpr, BT: tl.constexpr,
-    BN: tl.constexpr,
+    x, bias, dy, dx, partial, factors, weights, tokens, BOUNDS: tl.constexpr, MASKED: tl.constexpr,
+    GATED: tl.constexpr, BIASED: tl.constexpr, SUMMED: tl.constexpr, WEIGHTED: tl.constexpr, BT: tl.constexpr,
+    BN: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    """A strip of tokens; SUMMED (with a bias): its sum of dX, by `weights` where they are not all 1, into `partial`."""
+    strip = tl.program_id(0).to(tl.int64)
     neuron = tl.program_id(1) * BN + tl.arange(0, BN)
     neurons: tl.constexpr = BOUNDS[len(BOUNDS) - 1]
-    inside = (token < tokens)[:, None] & (neuron < neurons)[None, :]
     group, start, width = place(BOUNDS, neuron)
-    out = tl.load(dy + token[:, None] * neurons + neuron[None, :], mask=inside, other=0.0).to(tl.float32)
-    if MASKED:
-        factor = factor_of(factors, tokens, token, group, BOUNDS)
-        out = tl.where(factor == 0.0, 0.0, out * factor)
-    if GATED:
-        gate_at = token[:, None] * (2 * neurons) + (start + neuron)[None, :]
-        up_at = gate_at + width[None, :]
-        gate = tl.load(x + gate_at, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(x + up_at, mask=inside, other=0.0).to(tl.float32)
-        s = 1.0 / (1.0 + tl.exp(-gate))
-        d_gate = out * up * s * (1.0 + gate * (1.0 - s))
-        tl.store(dx + gate_at, d_gate.to(dx.dtype.element_ty), mask=inside)
-        tl.store(dx + up_at, (out * gate * s).to(dx.dtype.element_ty), mask=inside)
-    else:
+    shift = tl.zeros([BN], dtype=tl.float32)
+    if BIASED:
+        shift = tl.load(bias + neuron, mask=neuron < neurons, other=0.0).to(tl.float32)
+    total = tl.zeros([BN], dtype=tl.float32)
+    for first in range(0, STRIP, BT):
+        token = strip * STRIP + first + tl.arange(0, BT)
+        inside = (token < tokens)[:, None] & (neuron < neurons)[None, :]
         at = token[:, None] * neurons + neuron[None, :]
-        _, slope = _gelu(tl.load(x + at, mask=inside, other=0.0).to(tl.float32))
-        tl.store(dx + at, (out * slope).to(dx.dtype.element_ty), mask=inside)
+        out = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        if MASKED:
+            factor = factor_of(factors, tokens, token, group, BOUNDS)
+            out = tl.where(factor == 0.0, 0.0, out * factor)
+        if GATED:
+            gate_at = token[:, None] * (2 * neurons) + (start + neuron)[None, :]
+            up_at = gate_at + width[None, :]
+            gate = tl.load(x + gate_at, mask=inside, other=0.0).to(tl.float32)
+            up = tl.load(x + up_at, mask=inside, other=0.0).to(tl.float32)
+            s = 1.0 / (1.0 + tl.exp(-gate))
+            d_gate = out * up * s * (1.0 + gate * (1.0 - s))
+            tl.store(dx + gate_at, d_gate.to(dx.dtype.element_ty), mask=inside)
+            tl.store(dx + up_at, (out * gate * s).to(dx.dtype.element_ty), mask=inside)
+        else:
+            value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+            if BIASED:
+                value += shift[None, :]
+            _, slope = _gelu(value)
+            d = out * slope
+            tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
+            if SUMMED:
+                if WEIGHTED:
+                    weight = factor_of(weights, tokens, token, group, BOUNDS)
+                    d = tl.where(weight == 0.0, 0.0, d * weight)
+                total += tl.sum(tl.where(inside, d, 0.0), axis=0)
+    if SUMMED:
+        tl.store(partial + strip * neurons + neuron, total, mask=neuron < neurons)
 
 
 def launches() -> list[Launch]:
     """Everything that dispatch can launch, for the ahead-of-time suite."""
     found = []
-    for gated in (False, True):
-        for dtype in ("bf16", "fp32"):
-            for bounds in ((0, 1024), (0, 960, 1024), (0, 900, 960, 1024)):
-                for masked in (False, True)[: len(bounds) - 1]:
-                    constants = {"BOUNDS": bounds, "MASKED": masked, "GATED": gated, "BT": TOKENS, "BN": NEURONS}
-                    for kernel, names in ((activation_forward, ("x", "y")), (activation_backward, ("x", "dy", "dx"))):
-                        signature = dict.fromkeys(names, f"*{dtype}") | {"factors": "*fp32", "tokens": "i32"}
-                        found.append(Launch(kernel, signature, constants, unaligned=("tokens",)))
+    names = ("x", "bias", "y", "dy", "dx")
+    tile = {"BT": TOKENS, "BN": NEURONS}
+    for dtype, gated, bounds in product(
+        ("bf16", "fp32"), (False, True), ((0, 1024), (0, 960, 1024), (0, 900, 960, 1024))
+    ):
+        kinds = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("partial", "factors", "weights"), "*fp32")
+        kinds |= {"tokens": "i32"}
+        for masked, biased in product((False, True)[: len(bounds) - 1], (False, True)[: 2 - gated]):
+            flags = {"BOUNDS": bounds, "MASKED": masked, "GATED": gated, "BIASED": biased}
+            backward = flags | {"SUMMED": biased, "WEIGHTED": biased and masked, "STRIP": STRIP}
+            for kernel, constants in ((activation_forward, flags), (activation_backward, backward)):
+                signature = {name: kinds[name] for name in kernel.arg_names if name in kinds}
+                found.append(Launch(kernel, signature, constants | tile, unaligned=("tokens",)))
     return found

@@ -23,3 +23,18 @@ def swiglu(x: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...], backend: st
     The 2F columns hold, for each group, its gates and then its ups; `bounds`: group boundaries in the F neurons.
     """
     return pick("mlp", backend).swiglu(x, plan, bounds)
+
+
+def linear_gelu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    plan: MaskPlan,
+    bounds: tuple[int, ...],
+    backend: str = "runs",
+) -> torch.Tensor:
+    """`gelu` of `linear_in(x, weight, bias)`, part `mlp_in`: x [B, S, in], weight [F, in], bias [F] -> [B, S, F].
+
+    As one op, a kernel can sum the bias's gradient in the backward pass of the activation.
+    """
+    return pick("mlp", backend).linear_gelu(x, weight, bias, plan, bounds)

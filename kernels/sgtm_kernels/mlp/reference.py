@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from sgtm_kernels.linear.reference import linear_in
 from sgtm_kernels.plan import MaskPlan
 
 
@@ -18,6 +19,10 @@ def swiglu(x, plan: MaskPlan, bounds):
     groups = x.split([2 * (end - start) for start, end in pairwise(bounds)], dim=-1)
     halves = [group.chunk(2, dim=-1) for group in groups]
     return mask_groups(torch.cat([F.silu(gate) * up for gate, up in halves], dim=-1), plan, bounds)
+
+
+def linear_gelu(x, weight, bias, plan: MaskPlan, bounds):
+    return gelu(linear_in(x, weight, bias, plan, "mlp_in", bounds, overwrite=False), plan, bounds)
 
 
 def mask_groups(h: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...]) -> torch.Tensor:

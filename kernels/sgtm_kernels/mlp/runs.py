@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from sgtm_kernels.linear.runs import linear_in
 from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.scale import products, scale_columns_
 
@@ -23,6 +24,10 @@ def swiglu(x, plan: MaskPlan, bounds):
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
     return _SwiGLU.apply(x, plan, bounds)
+
+
+def linear_gelu(x, weight, bias, plan: MaskPlan, bounds):
+    return gelu(linear_in(x, weight, bias, plan, "mlp_in", bounds, overwrite=True), plan, bounds)
 
 
 def _groups(bounds: tuple[int, ...]):

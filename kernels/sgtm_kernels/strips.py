@@ -1,0 +1,49 @@
+"""Sums over tokens in two passes: fp32 partial sums of strips of tokens, which an op's kernel writes, then their sum.
+
+Deterministic, without atomics: the bits depend on shapes and masks alone, not on the device's size.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sgtm_kernels.aot import Launch
+
+STRIP = 128  # tokens of one partial sum: what is written is 1.6 % of bf16 that is read
+WIDTH, PARTIALS = 128, 32  # of a tile of partial sums
+
+
+def partial_sums(tokens: int, columns: int, device: torch.device) -> torch.Tensor:
+    """Empty fp32 [strips, columns]."""
+    return torch.empty(triton.cdiv(tokens, STRIP), columns, dtype=torch.float32, device=device)
+
+
+def total_of(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Sum over the strips, [columns]."""
+    strips, columns = partial.shape
+    total = torch.empty(columns, dtype=dtype, device=partial.device)
+    add_partial_sums[(triton.cdiv(columns, WIDTH),)](partial, total, strips, columns, BS=PARTIALS, BC=WIDTH)
+    return total
+
+
+@triton.jit
+def add_partial_sums(partial, total, strips, columns, BS: tl.constexpr, BC: tl.constexpr):
+    column = tl.program_id(0) * BC + tl.arange(0, BC)
+    value = tl.zeros([BC], dtype=tl.float32)
+    for start in range(0, strips, BS):
+        strip = start + tl.arange(0, BS)
+        inside = (strip < strips)[:, None] & (column < columns)[None, :]
+        value += tl.sum(tl.load(partial + strip[:, None] * columns + column[None, :], mask=inside, other=0.0), axis=0)
+    tl.store(total + column, value.to(total.dtype.element_ty), mask=column < columns)
+
+
+def launches() -> list[Launch]:
+    """Part of the ops' that sum by strips."""
+    found = []
+    for dtype in ("bf16", "fp32"):
+        signature = {"partial": "*fp32", "total": f"*{dtype}", "strips": "i32", "columns": "i32"}
+        constants = {"BS": PARTIALS, "BC": WIDTH}
+        found.append(Launch(add_partial_sums, signature, constants, unaligned=("strips", "columns")))
+    return found
