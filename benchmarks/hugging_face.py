@@ -10,10 +10,10 @@ import multiprocessing
 import time
 
 import torch
-from memory import peak_growth
 
 from sgtm.config import Config
 from sgtm.distributed.env import keep_freed_memory
+from sgtm_kernels.measurement import peak_growth
 
 
 class Peer:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from environment import percentiles, write_rows
 from hugging_face import Peer
-from memory import peak_growth
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +30,7 @@ from sgtm.masking.strategy import build_tables
 from sgtm.model.transformer import Transformer
 from sgtm.train.step import LossTotals, train_step
 from sgtm_kernels.dispatch import resolve
+from sgtm_kernels.measurement import peak_growth
 from sgtm_kernels.plan import Tables
 
 FOREIGN = "Hugging Face eager"

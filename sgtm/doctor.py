@@ -14,9 +14,10 @@ import subprocess
 import sys
 import time
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 
 import psutil
+
+from sgtm_kernels.measurement import cpu_model, cpuinfo, installed
 
 # fmt: off
 PACKAGES = (
@@ -53,14 +54,14 @@ def findings() -> dict:
 
     from sgtm import __version__
 
-    installed = {name: _installed(name) for name in PACKAGES}
+    versions = {name: installed(name) for name in PACKAGES}
     return {
         "software": {
             "sgtm": __version__,
             "python": platform.python_version(),
             "platform": platform.platform(),
             "executable": sys.executable,
-            **{name: found or "not installed" for name, found in installed.items()},
+            **{name: found or "not installed" for name, found in versions.items()},
         },
         "cpu": _cpu(),
         "memory": _memory(),
@@ -68,7 +69,7 @@ def findings() -> dict:
         "backends": _backends(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "missing": {
-            **{name: use for name, use in OPTIONAL.items() if installed[name] is None},
+            **{name: use for name, use in OPTIONAL.items() if versions[name] is None},
             **{name: use for name, use in LAUNCHERS.items() if not _launcher(name)},
             **({} if torch.cuda.is_available() else {"GPU": "training at speed; on the CPU everything runs, slowly"}),
         },
@@ -88,13 +89,6 @@ def print_findings(as_json: bool = False) -> None:
             print(f"  {name:<{width}}  {value}")
         if not entries:
             print("  none" if section != "environment" else "  nothing set")
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _launcher(name: str) -> str | None:
@@ -119,22 +113,8 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _cpuinfo(field: str) -> str:
-    """A field of the first processor in /proc/cpuinfo; empty where there is no such file."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((line.partition(":")[2].strip() for line in file if line.startswith(field)), "")
-    except OSError:
-        return ""
-
-
 def _cpu_flags() -> set[str]:
-    return set(_cpuinfo("flags").split())
-
-
-def cpu_model() -> str:
-    """Name of the processor, as the system gives it."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
+    return set(cpuinfo("flags").split())
 
 
 def _matmul_ratio(size: int = 512, repeats: int = 3) -> str:

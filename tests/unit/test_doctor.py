@@ -29,7 +29,7 @@ def test_text_is_plain_and_complete(capsys):
 
 def test_absent_package_is_missing_with_its_use(monkeypatch):
     monkeypatch.setitem(sys.modules, "sgtm_kernels.linear.runs", None)  # importing it raises
-    monkeypatch.setattr("sgtm.doctor._installed", lambda name: None if name == "triton" else "1.0")
+    monkeypatch.setattr("sgtm.doctor.installed", lambda name: None if name == "triton" else "1.0")
     found = findings()
     assert found["software"]["triton"] == "not installed"
     assert "Triton kernels" in found["missing"]["triton"]
