@@ -1,4 +1,4 @@
-"""The command line: `sgtm prepare | train | eval | export | report | explain | doctor | config | quickstart`.
+"""The command line: `sgtm prepare | train | eval | export | report | explain | bench | doctor | ...`.
 
 Thin: every command parses its arguments, calls one function elsewhere and prints where the result is. Modules are
 imported when their command runs, so `sgtm --help` and most mistakes are answered at once. A user's mistake (ValueError,
@@ -17,7 +17,7 @@ from pathlib import Path
 OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --masking.strategy none"
 
 SOURCE = "PRESET|FILE.yaml", "preset (see sgtm config) or file"
-CONFIGURED = ("train", "explain", "config", "quickstart")
+CONFIGURED = ("train", "explain", "config", "quickstart", "bench")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,6 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "write the HTML page and the figures of a run")
     report.add_argument("run_dir", type=Path, metavar="RUN")
     configured("explain", _explain, "show which parameters each label updates, and how many")
+    bench = configured(
+        "bench", _bench, "measure what masks cost in a training step, in time and memory, on this machine"
+    )
+    bench.add_argument("--rounds", type=_positive, default=15, metavar="N", help="steps of each row (default: 15)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object per row")
     doctor = command("doctor", _doctor, "versions, devices, kernel backends, and what is missing for what")
     doctor.add_argument("--json", action="store_true", help="as JSON")
     config = configured("config", _config, "print a config with every key, or list the presets", nargs="?")
@@ -219,6 +224,16 @@ def _explain(options) -> None:
     from sgtm.explain import print_explanation
 
     print_explanation(load_config(options.config, options.overrides))
+
+
+def _bench(options) -> None:
+    from sgtm.config import load_config
+
+    config = load_config(options.config, options.overrides)
+
+    from sgtm.bench import bench
+
+    bench(config, options.rounds, options.json)
 
 
 def _doctor(options) -> None:

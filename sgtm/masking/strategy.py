@@ -95,6 +95,9 @@ PRESETS: dict[str, Callable[[_Draft, str], None]] = {
     "gram": _gram,
 }
 
+JOINT = ("sgtm", "no_mlp_out", "no_attn_out", "no_out")
+"""Presets with `joint: masked`."""
+
 
 def build_tables(
     space: LabelSpace,
@@ -117,7 +120,7 @@ def build_tables(
     """
     if strategy not in PRESETS:
         raise ValueError(f"unknown strategy {strategy!r}; known strategies: {', '.join(PRESETS)}")
-    if joint == "masked" and strategy not in ("sgtm", "no_mlp_out", "no_attn_out", "no_out"):
+    if joint == "masked" and strategy not in JOINT:
         raise ValueError(f"joint: masked is part of sgtm and its variants, not of strategy {strategy!r}")
     draft = _Draft(space)
     if strategy != "none":

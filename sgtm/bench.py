@@ -1,0 +1,206 @@
+"""`sgtm bench`: what masks cost in a training step of one configuration, on this machine.
+
+One model, one engine: in every round each row takes one full training step (forward, backward, AdamW) on random tokens,
+in turn, so that a row is compared with `none` in the same round while the machine's speed drifts. A row's `ratio` is
+its step time over that of `none`. Peak memory is the growth of the process (or of the CUDA allocator) during a step, in
+turn as well.
+
+Sequences are label-pure and dealt to the micro-batches evenly, as `data.mixing: sequence` does, whatever the config's
+mixing is. Pure forget is of the first domain; where sequences are mixed the domains take turns.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from sgtm.config import Config
+from sgtm.data.batch import Batch
+from sgtm.distributed.engine import Engine
+from sgtm.distributed.process_group import init_distributed
+from sgtm.masking.labels import FIRST_FORGET, RETAIN, UNLABELED
+from sgtm.masking.strategy import JOINT, build_tables
+from sgtm.model.transformer import Transformer
+from sgtm.train.step import LossTotals, dry_run, train_step
+from sgtm_kernels.dispatch import resolve
+from sgtm_kernels.measurement import peak_growth, percentiles, write_rows
+from sgtm_kernels.plan import Tables
+
+BASE = "none"
+MEMORY_ROUNDS = 5
+ROUNDS = 15
+
+
+class Way(Protocol):
+    """One way of taking a training step."""
+
+    def step(self) -> float:
+        """Seconds of one step."""
+
+    def peak(self) -> float:
+        """MiB by which memory grows at most during a step."""
+
+
+def bench(config: Config, rounds: int = ROUNDS, to: Path | None = None) -> None:
+    """Measure, print a table, and write one JSON object per row to `to`. With several ranks, rank 0 prints and writes.
+
+    Raises ValueError for a config that masks nothing, for fewer than 4 sequences a step and rank, and where a step does
+    not fit into memory; OSError where `to` cannot be written.
+    """
+    check(config)
+    if to is not None:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.open("a").close()  # a mistake shows before the measurement
+    launch = init_distributed(config)
+    ways = masked_steps(config)
+    rows = [row | {"setting": setting(config)} for row in measure(ways, config, rounds)]
+    if launch.rank == 0:
+        print_rows(rows)
+        if to is not None:
+            write_rows(to, rows)
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for a config in which there is no mask to measure."""
+    if not config.masking.domains:
+        raise ValueError("masking.domains is empty, so nothing is masked; name one: --masking.domains '[forget]'")
+    if config.masking.strategy == BASE:
+        raise ValueError("masking.strategy none masks nothing; name another: --masking.strategy sgtm")
+
+
+def setting(config: Config) -> str:
+    t = config.train
+    micro = "" if config.sequences_per_step == t.micro_batch else f" in micro-batches of {t.micro_batch}"
+    return f"{config.name}, batch {config.sequences_per_step} x {config.model.context}{micro}, {t.precision}"
+
+
+def masked_steps(config: Config) -> dict[str, Way]:
+    """The rows: a training step of this config under each mask. Needs `init_distributed`."""
+    torch.manual_seed(config.train.seed)
+    engine = Engine(Transformer(config.model, config.partition, resolve(config.kernels.backend)), config)
+    m, space = config.masking, config.space
+    none = build_tables(space, BASE)
+    n = engine.accumulation * config.train.micro_batch
+    if n < 4:
+        raise ValueError(
+            f"train.tokens_per_step {config.train.tokens_per_step} is {n} sequences of {config.model.context} for each "
+            f"rank; a row with a quarter of forget sequences needs 4: --train.tokens_per_step "
+            f"{4 * config.model.context * engine.world_size}"
+        )
+    dry_run(engine, config.tables)
+    some = round(n / 4)
+    forget = sorted((FIRST_FORGET + i % len(space.domains) for i in range(some)), reverse=True)
+    rows = {
+        BASE: (none, [UNLABELED] * n),
+        "nothing masked": (config.tables, [UNLABELED] * n),
+        f"{some / n:.0%} forget sequences".replace("%", " %"): (config.tables, forget + [UNLABELED] * (n - some)),
+        "pure forget": (config.tables, [FIRST_FORGET] * n),
+    }
+    if m.strategy in JOINT:
+        joint = build_tables(space, m.strategy, "masked", m.cross_domain, m.overrides)
+        rows["pure forget, joint masked"] = joint, [FIRST_FORGET] * n
+    rows["pure retain"] = config.tables, [RETAIN] * n
+    return {name: MaskedStep(engine, tables, labels) for name, (tables, labels) in rows.items()}
+
+
+class MaskedStep:
+    """A training step on random tokens, in sequences with these applied labels."""
+
+    def __init__(self, engine: Engine, tables: Tables, labels: list[int]):
+        self.engine, self.tables, self.labels = engine, tables, labels
+        hands = engine.accumulation
+        self.batches = [self._batch(labels[hand::hands]) for hand in range(hands)]
+        self.totals = LossTotals(len(tables.labels), engine.device)
+
+    def _batch(self, labels: list[int]) -> Batch:
+        config = self.engine.config
+        context = config.model.context
+        ids = torch.randint(config.model.vocab_size, (len(labels), context + 1))
+        return Batch(
+            input_ids=ids[:, :-1].contiguous(),
+            targets=ids[:, 1:].contiguous(),
+            labels=tuple(labels),
+            lengths=(context,) * len(labels),
+            documents=None,
+            step_targets=config.train.tokens_per_step,
+            step_labels=frozenset(self.labels),
+        )
+
+    def _take(self) -> None:
+        train_step(self.engine, self.batches, self.tables, self.engine.config.optimizer.lr, self.totals)
+
+    def step(self) -> float:
+        wait_for_device()
+        began = time.perf_counter()
+        self._take()
+        wait_for_device()
+        return time.perf_counter() - began
+
+    def peak(self) -> float:
+        return peak_growth(self._take)
+
+
+def wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(ways: dict[str, Way], config: Config, rounds: int) -> list[dict]:
+    """One result row for each way, after a first step of each; one of them is called `none`."""
+    for way in ways.values():
+        way.step()
+    times = {name: [] for name in ways}
+    memory = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            times[name].append(way.step())
+    for _ in range(min(rounds, MEMORY_ROUNDS)):
+        for name, way in ways.items():
+            memory[name].append(way.peak())
+    tokens = config.train.tokens_per_step
+    return [
+        _row(name, np.array(times[name]), memory[name], np.array(times[BASE]), memory[BASE], tokens) for name in ways
+    ]
+
+
+def _row(name: str, seconds: np.ndarray, memory: list, base: np.ndarray, base_memory: list, tokens: int) -> dict:
+    unmasked = float(np.median(base_memory))
+    return {
+        "row": name,
+        "seconds": percentiles(seconds),
+        "tokens_per_second": round(tokens / float(np.median(seconds)), 1),
+        "ratio": percentiles(seconds / base),
+        "ratio_of": f"step time, to {BASE}",
+        "target": None,
+        "peak_mib": round(float(np.median(memory)), 1),
+        "memory_ratio": round(float(np.median(memory)) / unmasked, 4) if unmasked else None,
+        "rounds": len(seconds),
+    }
+
+
+def print_rows(rows: list[dict], console: Console | None = None) -> None:
+    """Rows of `measure`, with a `setting`, as a table; of the ratio of times p20, p50 and p80 over the rounds."""
+    console = console or Console()
+    console.print(
+        f"{rows[0]['setting']}: {rows[0]['rounds']} rounds; time and memory relative to {BASE}", highlight=False
+    )
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("row")
+    for header in ("tokens/s", "time p20/p50/p80", "peak MiB", "memory"):
+        table.add_column(header, justify="right", no_wrap=True)
+    targets = any(r["target"] for r in rows)
+    if targets:
+        table.add_column("target", no_wrap=True)
+    for r in rows:
+        ratio = "/".join(f"{r['ratio'][p]:.3f}" for p in ("p20", "p50", "p80"))
+        memory = "" if r["memory_ratio"] is None else f"{r['memory_ratio']:.3f}"
+        cells = [r["row"], f"{r['tokens_per_second']:,.0f}", ratio, f"{r['peak_mib']:,.1f}", memory]
+        table.add_row(*cells, *([r["target"] or ""] if targets else []))
+    console.print(table)
