@@ -1,4 +1,4 @@
-"""The command line: `sgtm prepare | train | eval | export | report | explain | bench | doctor | ...`.
+"""The command line: `sgtm prepare | train | eval | export | report | explain | bench | profile | doctor | ...`.
 
 Thin: every command parses its arguments, calls one function elsewhere and prints where the result is. Modules are
 imported when their command runs, so `sgtm --help` and most mistakes are answered at once. A user's mistake (ValueError,
@@ -17,7 +17,12 @@ from pathlib import Path
 OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --masking.strategy none"
 
 SOURCE = "PRESET|FILE.yaml", "preset (see sgtm config) or file"
-CONFIGURED = ("train", "explain", "config", "quickstart", "bench")
+OPTIONS = {
+    "train": ("resume", "overwrite"),
+    "bench": ("rounds", "json"),
+    "profile": ("steps", "out", "kernel", "no-trace"),
+}
+CONFIGURED = ("train", "explain", "config", "quickstart", "bench", "profile")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +59,7 @@ def _dispatch(argv: list[str]) -> int:
         from sgtm.config.load import QUOTES
 
         list_cut_up = overrides and not any(argument.startswith("-") for argument in rest)
-        hint = QUOTES if list_cut_up else _key_meant(rest) if argv[0] in CONFIGURED else ""
+        hint = QUOTES if list_cut_up else _key_meant(argv[0], rest) if argv[0] in CONFIGURED else ""
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if hasattr(options, "config"):
         options.overrides = overrides
@@ -78,13 +83,13 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
     return rest, overrides
 
 
-def _key_meant(arguments: list[str]) -> str:
+def _key_meant(command: str, arguments: list[str]) -> str:
     """What an unknown option may be a slip of, as `--steps` of `--train.steps`; empty where there is nothing near."""
     from sgtm.config.errors import nearest
     from sgtm.config.reference import keys
     from sgtm.config.schema import Config
 
-    known = {name: [f"--{name}"] for name in ("resume", "overwrite")}
+    known = {name: [f"--{name}"] for name in OPTIONS.get(command, ())}
     for key in keys(Config):
         known.setdefault(key.name.rpartition(".")[2], []).append(f"--{key.name}")
     options = [argument[2:].partition("=")[0] for argument in arguments if argument[:2] == "--"]
@@ -135,6 +140,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--rounds", type=_positive, default=15, metavar="N", help="steps of each row (default: 15)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object per row")
+    profile = configured("profile", _profile, "show where the time of a training step goes, by kernel and by module")
+    profile.description = (
+        "Profiles training steps: time by kernel (ops, on a CPU) and by part of the step, and a trace. Takes the "
+        "config's data where they are prepared, else random tokens, as many of retain data as of each domain, labelled "
+        "and mixed as the config says."
+    )
+    profile.add_argument("--steps", type=_positive, default=3, metavar="N", help="profiled steps (default: 3)")
+    profile.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: <runs>/<name>-profile)")
+    profile.add_argument("--kernel", metavar="NAME", help="print the Nsight Compute command for this kernel")
+    profile.add_argument("--no-trace", action="store_true", help="take the steps only, for another profiler")
     doctor = command("doctor", _doctor, "versions, devices, kernel backends, and what is missing for what")
     doctor.add_argument("--json", action="store_true", help="as JSON")
     config = configured("config", _config, "print a config with every key, or list the presets", nargs="?")
@@ -234,6 +249,18 @@ def _bench(options) -> None:
     from sgtm.bench import bench
 
     bench(config, options.rounds, options.json)
+
+
+def _profile(options) -> None:
+    from sgtm.config import load_config
+
+    config = load_config(options.config, options.overrides)
+
+    from sgtm.profile.run import run_profile
+
+    command = [options.config, *options.overrides]
+    trace = not options.no_trace
+    run_profile(config, steps=options.steps, out=options.out, kernel=options.kernel, command=command, trace=trace)
 
 
 def _doctor(options) -> None:

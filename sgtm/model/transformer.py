@@ -127,8 +127,19 @@ class Transformer(nn.Module):
         input_ids, targets  int64 [B, S], S <= context; targets -100 are ignored
         Returns a scalar (fp32) and [labels] (fp32, detached).
         """
-        x = self._hidden(input_ids, plan)
+        return self.loss(self._hidden(input_ids, plan), targets, plan, scale)
+
+    def loss(self, x: torch.Tensor, targets: torch.Tensor, plan: MaskPlan, scale: float):
+        """What `forward` returns, from the last hidden states [B, S, D]. Part of it, for ZeRO-3: not to be called."""
         return linear_cross_entropy(x, self._head, self.head_bias, targets, plan, scale, self.backend)
+
+    def embed(self, input_ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
+        """[B, S, D] embeddings of tokens and, in the GPT-Neo family, positions. Part of `forward`, likewise."""
+        x = embedding(input_ids, self.embedding, plan, "embedding", self.backend)
+        if self.position is None:
+            return x
+        positions = torch.arange(input_ids.shape[1], device=x.device).expand_as(input_ids)
+        return x + embedding(positions, self.position, plan, "position", self.backend)
 
     def logits(self, input_ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
         """[B, S, V] next-token logits."""
@@ -142,12 +153,8 @@ class Transformer(nn.Module):
         seq_len = input_ids.shape[1]
         if seq_len > self.config.context:
             raise ValueError(f"sequence of {seq_len} tokens is longer than model.context {self.config.context}")
-        x = embedding(input_ids, self.embedding, plan, "embedding", self.backend)
-        rotary = None
-        if self.position is not None:
-            positions = torch.arange(seq_len, device=x.device).expand_as(input_ids)
-            x = x + embedding(positions, self.position, plan, "position", self.backend)
-        else:
+        x, rotary = self.embed(input_ids, plan), None
+        if self.position is None:
             rotary = rotary_tables(seq_len, self.config.size_per_head, self.config.rope_theta, x.device)
         for block in self.blocks:
             if self.config.activation_checkpointing and torch.is_grad_enabled():

@@ -234,8 +234,24 @@ def test_a_list_that_the_shell_cut_up_is_recognized(values, capsys):
     ],
 )
 def test_the_key_that_an_unknown_option_may_mean(argument, hint, capsys):
+    unknown_option("train", argument, hint, capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "argument", "hint"),
+    [
+        ("bench", "--round=5", "; did you mean --rounds?"),
+        ("profile", "--step=5", "; did you mean --steps or --train.steps?"),
+        ("profile", "--resmue", ""),
+    ],
+)
+def test_an_option_of_its_own_that_a_command_may_mean(command, argument, hint, capsys):
+    unknown_option(command, argument, hint, capsys)
+
+
+def unknown_option(command, argument, hint, capsys):
     with pytest.raises(SystemExit):
-        main(["train", "debug", "--train.steps", "3", argument])
+        main([command, "debug", "--train.steps", "3", argument])
     assert capsys.readouterr().err.endswith(f"unrecognized arguments: {argument}{hint}\n")
 
 
