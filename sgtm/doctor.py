@@ -38,8 +38,8 @@ LAUNCHERS = {
 }
 # fmt: off
 VARIABLES = (
-    "SGTM_KERNELS", "SGTM_TRACEBACK", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "DS_BUILD_OPS", "OMP_NUM_THREADS",
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "NCCL_DEBUG",
+    "SGTM_KERNELS", "SGTM_LINEAR", "SGTM_TRACEBACK", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "DS_BUILD_OPS",
+    "OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "NCCL_DEBUG",
     "NCCL_SOCKET_IFNAME", "TRITON_CACHE_DIR", "TRITON_INTERPRET", "TORCHINDUCTOR_CACHE_DIR",
     "PYTORCH_CUDA_ALLOC_CONF", "PYTHONPATH", "HF_HOME", "HF_HUB_OFFLINE", "WANDB_MODE",
 )
@@ -67,6 +67,7 @@ def findings() -> dict:
         "memory": _memory(),
         "gpus": _gpus(),
         "backends": _backends(),
+        "dispatch": _dispatch(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "missing": {
             **{name: use for name, use in OPTIONAL.items() if versions[name] is None},
@@ -183,6 +184,22 @@ def _backends() -> dict:
             problem = f" unusable: {problem}" if problem else _import_problem(dispatch.module_name(op, backend))
             states.append(f"{backend}{mark}{problem}")
         found[op] = ", ".join(states)
+    return found
+
+
+def _dispatch() -> dict:
+    """What `kernels.backend: auto` is here and why, and the choices inside the backend."""
+    from sgtm_kernels import dispatch
+
+    try:
+        chosen = dispatch.resolve("auto")
+        why = "named by SGTM_KERNELS" if os.environ.get("SGTM_KERNELS") == chosen else dispatch.DEFAULT_REASON
+        found = {"auto": f"{chosen} for every op: {why}"}
+        if not dispatch.unusable("triton"):
+            way = import_module(dispatch.module_name("linear", "triton")).candidate()
+            found["triton, linear"] = f"dW of labels that change from token to token: {way} (SGTM_LINEAR)"
+    except Exception as error:  # a wrong name, or a broken Triton: the finding
+        return {"auto": f"broken: {error}"}
     return found
 
 

@@ -17,7 +17,8 @@ for name, value in {
     "MPLBACKEND": "Agg",
 }.items():
     os.environ.setdefault(name, value)
-for name in ("SGTM_KERNELS", "SGTM_TRACEBACK", "RANK", "WORLD_SIZE", "LOCAL_RANK"):  # a test sets what it needs
+# A test sets what it needs.
+for name in ("SGTM_KERNELS", "SGTM_LINEAR", "SGTM_TRACEBACK", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
     os.environ.pop(name, None)
 
 import pytest  # noqa: E402 (after the environment)

@@ -17,7 +17,8 @@ import torch
 
 OPS = ("linear", "mlp", "attention", "norm", "embedding", "cross_entropy", "adamw")
 BACKENDS = ("reference", "runs", "triton")
-DEFAULT = "runs"  # on a GPU too, until `triton` has been measured there (benchmarks/LOG.md)
+DEFAULT = "runs"
+DEFAULT_REASON = "the default, on a GPU too until triton has been measured there"  # benchmarks/LOG.md
 _MODULES = {"triton": "kernel"}  # of an op's folder, where it is not the backend's name
 _LOADED: dict[tuple[str, str], ModuleType] = {}
 

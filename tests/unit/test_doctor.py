@@ -1,4 +1,7 @@
-"""`sgtm doctor` finds what is there, says what is missing, and survives what is broken."""
+"""`sgtm doctor` finds what is there, says what is missing, and survives what is broken.
+
+Faults tried at the dispatch, each seen to fail: SGTM_KERNELS taken for the default; SGTM_LINEAR not looked at.
+"""
 
 import json
 import sys
@@ -23,7 +26,16 @@ def test_text_is_plain_and_complete(capsys):
     print_findings()
     out = capsys.readouterr().out
     assert "\033" not in out
-    for section in ("software:", "cpu:", "memory:", "gpus:", "backends:", "environment:", "missing (and what for):"):
+    for section in (
+        "software:",
+        "cpu:",
+        "memory:",
+        "gpus:",
+        "backends:",
+        "dispatch:",
+        "environment:",
+        "missing (and what for):",
+    ):
         assert f"\n{section}\n" in f"\n{out}"
 
 
@@ -43,3 +55,17 @@ def test_backends_mark_the_default_and_report_a_wrong_choice(monkeypatch):
     assert findings()["backends"]["mlp"] == ", ".join(f"{b} (auto)" if b == DEFAULT else b for b in BACKENDS)
     monkeypatch.setenv("SGTM_KERNELS", "nonsense")
     assert "nonsense" in findings()["backends"]["auto"]
+
+
+def test_dispatch_names_the_backend_of_auto_and_why(monkeypatch):
+    """Triton's interpreter makes its backend usable here."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert findings()["dispatch"]["auto"].startswith(f"{DEFAULT} for every op: the default, on a GPU too until ")
+    monkeypatch.setenv("SGTM_KERNELS", "reference")
+    monkeypatch.setenv("SGTM_LINEAR", "rectangles")
+    found = findings()
+    assert found["dispatch"]["auto"] == "reference for every op: named by SGTM_KERNELS"
+    assert found["dispatch"]["triton, linear"].endswith("token to token: rectangles (SGTM_LINEAR)")
+    assert found["environment"]["SGTM_LINEAR"] == "rectangles"
+    monkeypatch.setenv("SGTM_LINEAR", "rectangle")
+    assert "unknown way 'rectangle'" in findings()["dispatch"]["auto"]
