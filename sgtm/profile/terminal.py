@@ -19,8 +19,8 @@ def print_profile(summary: dict, out: Path, console: Console | None = None) -> N
     console = console or Console()
     busy = summary["kernel_ms_per_step"] / summary["ms_per_step"]
     about = (
-        f"{summary['name']}: {summary['steps']} steps of {summary['ms_per_step']:,.1f} ms under the profiler, which "
-        f"slows them; {summary['kernel']} {summary['kernel_ms_per_step']:,.1f} ms ({busy:.0%}); kernels "
+        f"{summary['name']}: {summary['steps']} step(s) of {summary['ms_per_step']:,.1f} ms under the profiler, which "
+        f"slows it; {summary['kernel']} {summary['kernel_ms_per_step']:,.1f} ms ({busy:.0%}); kernels "
         f"{summary['backend']}; data: {summary['data']}"
     )
     console.print(about, highlight=False)

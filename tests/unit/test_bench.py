@@ -121,6 +121,7 @@ def test_a_step_without_a_quarter_is_refused(taken):
         (["--masking.domains", "[]"], "error: masking.domains is empty, so nothing is masked; name one: --masking"),
         (["--masking.strategy", "none"], "error: masking.strategy none masks nothing; name another: --m"),
         (["--json", "/proc/none/rows.jsonl"], "error: /proc/none: No such file or directory"),
+        (["--json", "/proc"], "error: /proc: Is a directory"),
     ],
 )
 def test_a_mistake_is_a_message_before_anything_is_measured(overrides, message, capsys, monkeypatch):
