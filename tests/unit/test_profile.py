@@ -1,10 +1,11 @@
 """`sgtm profile`, run for real on the debug preset, and what it makes of the trace of a GPU.
 
 Faults tried, each seen to fail: a range left out of the engine or the model; backward nodes without ranges, or those of
-another module; ops counted with what they call; the phase looked up on the launching thread only; a kernel without its
-launch dropped; shares of something else than the total; calls of all steps for those of one; warm-up steps in the
-trace; a command for Nsight Compute without the overrides, or that profiles by itself; skipping no launch; random tokens
-where the data are prepared; labels that the config's channel does not give.
+another module; ops counted with what they call, or in the outermost range; the phase of a kernel's run and not of its
+launch; a kernel without its launch dropped; shares of something else than the total; calls of all steps for those of
+one; warm-up steps in the trace; a command for Nsight Compute without the overrides, or that profiles by itself;
+skipping no launch; random tokens where the data are prepared; all documents of one label; another mixing than the
+config's.
 """
 
 from __future__ import annotations
@@ -207,8 +208,9 @@ def test_kernels_of_a_gpu_belong_to_the_ranges_of_their_launch():
 def test_ops_of_a_cpu_count_without_what_they_call():
     events = [
         event("user_annotation", "forward", 0, 100), event("cpu_op", "outer", 10, 60),
-        event("user_annotation", "norm", 20, 50), event("cpu_op", "inner", 20, 40), event("cpu_op", "leaf", 25, 30),
-        event("cpu_op", "leaf", 60, 70), event("cpu_op", "leaf", 62, 66, tid=2),
+        event("user_annotation", "mlp backward", 15, 55), event("user_annotation", "norm", 20, 50),
+        event("cpu_op", "inner", 20, 40), event("cpu_op", "leaf", 25, 30), event("cpu_op", "leaf", 60, 70),
+        event("cpu_op", "leaf", 62, 66, tid=2),
     ]  # fmt: skip
     summary = summarize(events, 1, 0.0001, on_gpu=False)
     assert {r["name"]: r["ms_per_step"] for r in summary["kernels"]} == {"outer": 0.03, "inner": 0.015, "leaf": 0.019}
