@@ -69,14 +69,19 @@ def said(folder) -> list[tuple[int, str, str]]:
     return found
 
 
+def events_of(file: Path) -> list[dict]:
+    return json.loads(file.read_text())["traceEvents"]
+
+
 def ranges_of(file: Path) -> dict[str, list[dict]]:
-    events = json.loads(file.read_text())["traceEvents"]
-    found = [e for e in events if e.get("cat") == "user_annotation" and e["name"] in RANGES]
+    found = [e for e in events_of(file) if e.get("cat") == "user_annotation" and e["name"] in RANGES]
     return {name: [e for e in found if e["name"] == name] for name in RANGES}
 
 
 def test_the_trace_has_every_range_of_the_profiled_steps(said, folder):
     ranges = ranges_of(folder / "runs/debug-profile/trace.json")
+    steps = {e["name"] for e in events_of(folder / "runs/debug-profile/trace.json") if "ProfilerStep#" in e["name"]}
+    assert steps == {f"ProfilerStep#{WARM_UP + step}" for step in range(STEPS)}
     passes = MICRO_BATCHES * STEPS
     counts = {name: len(found) for name, found in ranges.items() if " " not in name}
     each = {"embedding": 1, "norm": 2 * LAYERS + 1, "attention": LAYERS, "mlp": LAYERS, "loss": 1}
