@@ -7,11 +7,12 @@ masked op inside the `forward` of the module that owns it, which is what ZeRO-3'
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sgtm.config.schema import ModelConfig
 from sgtm.masking.partition import LayerPartition, Partition
 from sgtm.model.rows import Rows, group_rows, head_row_bounds, joint_rows, mlp_in_bounds, qkv_bounds
 from sgtm_kernels.attention import HeadLayout, attention
@@ -22,6 +23,9 @@ from sgtm_kernels.linear import linear_in, linear_out
 from sgtm_kernels.mlp import linear_gelu, swiglu
 from sgtm_kernels.norm import layer_norm, rms_norm
 from sgtm_kernels.plan import MaskPlan
+
+if TYPE_CHECKING:  # benchmarks/steps.py runs where there is no pydantic
+    from sgtm.config.schema import ModelConfig
 
 
 class Norm(nn.Module):

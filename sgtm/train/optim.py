@@ -13,12 +13,14 @@ tests/dist/test_freeze.py holds this in every ZeRO stage.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sgtm.config.schema import OptimizerConfig
 from sgtm_kernels.adamw import Update, adamw
+
+if TYPE_CHECKING:  # benchmarks/steps.py runs where there is no pydantic
+    from sgtm.config.schema import OptimizerConfig
 
 
 class Segment(NamedTuple):

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from bare import ABSENT, environment_without, execute
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "sgtm").rglob("*.py"), *(ROOT / "kernels" / "sgtm_kernels").rglob("*.py")])
@@ -104,6 +105,17 @@ def test_only_the_distributed_folder_imports_deepspeed():
 
 def test_evaluation_and_export_do_not_import_deepspeed():
     assert python("import sgtm.evaluate.run, sgtm.model.export, sys; print('deepspeed' in sys.modules)") == "False"
+
+
+def test_model_masks_and_optimizer_import_without_the_packages_of_a_run(tmp_path):
+    """What benchmarks/steps.py uses on a machine with little but torch and transformers."""
+    masking = [path.stem for path in (ROOT / "sgtm" / "masking").glob("[!_]*.py")]
+    modules = ["model.transformer", "data.batch", "train.optim", "distributed.segments"]
+    imports = "import " + ", ".join(f"sgtm.{module}" for module in modules + [f"masking.{name}" for name in masking])
+    bare = environment_without(set(ABSENT) - {"sgtm"}, tmp_path)
+    done = execute([sys.executable, "-c", imports], bare)
+    assert done.returncode == 0, done.stderr
+    assert "pydantic" in execute([sys.executable, "-c", "import sgtm.config"], bare).stderr
 
 
 def test_a_version_of_deepspeed_without_a_name_that_we_replace_is_refused():
