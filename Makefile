@@ -1,6 +1,6 @@
 # make quickstart    train, ablate and show a small bilingual model: under ten minutes on two cores
 # make test          run all tests
-# make gpu           on a machine with a GPU: tests and timings of the kernels, by PYTHON as it is; GPU_ARGS="--only mlp"
+# make gpu           on a machine with a GPU: tests and timings of ops and steps by PYTHON; GPU_ARGS="--only mlp"
 # The first two make the virtual environment .venv on first use; PYTHON=... chooses the interpreter (3.10 to 3.12).
 
 PYTHON ?= python3

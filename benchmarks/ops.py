@@ -36,9 +36,9 @@ BASE = "unmasked"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", type=_names(CASES), default=list(CASES), help=f"ops, of {','.join(CASES)}")
-    parser.add_argument("--backend", type=_names(FAST), help="runs,triton (default: those that run here)")
-    parser.add_argument("--shape", type=_names(SHAPES), default=["254m"], help=f"of {','.join(SHAPES)}")
+    parser.add_argument("--only", type=one_of(CASES), default=list(CASES), help=f"ops, of {','.join(CASES)}")
+    parser.add_argument("--backend", type=one_of(FAST), help="runs,triton (default: those that run here)")
+    parser.add_argument("--shape", type=one_of(SHAPES), default=["254m"], help=f"of {','.join(SHAPES)}")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=8, help="fewer rounds of an op where this is over (default 8)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -66,7 +66,7 @@ def main() -> int:
     return 0
 
 
-def _names(known):
+def one_of(known):
     def parse(text: str) -> list[str]:
         names = text.split(",")
         if unknown := [name for name in names if name not in known]:

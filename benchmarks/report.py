@@ -51,8 +51,10 @@ def section(path: Path, up: str) -> str:
     """Markdown of one results file; `up` leads from the document to the root of the repository."""
     rows = read_rows(path)
     first = rows[0]
-    if "roofline_share" in first:
-        text = ops(rows)
+    gpu = {"roofline_share": ops, "flops_utilisation": steps}  # by a key that all rows of a kind have
+    kinds = {kind: [row for row in rows if key in row] for key, kind in gpu.items()}
+    if any(kinds.values()):
+        text = "\n\n".join(kind(found) for kind, found in kinds.items() if found)
     else:
         text = step_overhead(rows) if path.stem == "step_overhead" else runs(path.stem, rows)
     source = (
@@ -110,6 +112,37 @@ def ops(rows: list[dict]) -> str:
         f"{r['versions']['triton']}, driver {r['driver']}; tests on the device: {r.get('tests', 'not run')}."
     )
     return f"### What a masked op costs\n\n{about}\n\n{markdown(table)}"
+
+
+def steps(rows: list[dict]) -> str:
+    """Whole steps of every mixing mode, relative to the unmasked step on the same batches and to plain PyTorch."""
+    table = [
+        ["shape", "backend", "step", "tokens/s", "ratio p20 / p50 / p80", "target", "to plain", "MFU", "of data sheet",
+         "peak MiB", "memory ratio"],
+    ]  # fmt: skip
+    for r in rows:
+        shares = [f"{r[key]['p50']:.1%}" if key in r else "" for key in ("flops_utilisation", "datasheet_utilisation")]
+        cells = [
+            f"{r['tokens_per_second']:,.0f}",
+            spread(r["ratio"]) if "ratio" in r else "",
+            f"<= {r['target']:.2f}" if r.get("target") else "",
+            f"{r['ratio_public']['p50']:.3f}" if "ratio_public" in r else "",
+            *shares,
+            f"{r['peak_mib']:,.0f}",
+            f"{r['memory_ratio']:.3f}" if "memory_ratio" in r else "",
+        ]
+        table.append([r["shape"], r["backend"], r["row"] + "*" * bool(r["mean_of"]), *cells])
+    speeds = {r["shape"]: r["target_tokens_per_second"] for r in rows if r["target_tokens_per_second"]}
+    targets = ", ".join(f"{shape} {speed:,}" for shape, speed in speeds.items())
+    rounds = sorted({r["rounds"] for r in rows})
+    about = (
+        f"Forward, backward and AdamW in {rows[0]['dtype']}, {' or '.join(map(str, rounds))} interleaved rounds "
+        "(`benchmarks/steps.py`); ratio: time of the step to that of strategy `none` on the same batches; to plain: "
+        "time for a token to that of plain PyTorch, compiled. MFU: of the rate of a big matmul in the same rounds. * "
+        "share that comes about over several steps: their mean. Targets for tokens/s unmasked on one H100: "
+        f"{targets or 'none'}; tests on the device: {rows[0].get('tests', 'not run')}."
+    )
+    return f"### What a masked step costs on a GPU\n\n{about}\n\n{markdown(table)}"
 
 
 def spread(values: dict[str, float]) -> str:

@@ -3,39 +3,20 @@
 Faults tried, each seen to fail: an import of `sgtm` or of rich in a script, or in a test of the kernels; the kernels
 not found from a script; the timeout option left strict; results written after red tests; the ways in one order in every
 round; the work of a mask without the mask; a ratio, or a share, upside down; the slowest public call; the first round's
-rates for all rounds; the tensors of a kernel's test left on the CPU.
+rates for all rounds; the tensors of a kernel's test left on the CPU; steps timed before the ops, after the tests of
+some ops alone, or at the ops' shape; rows lost, or success said, where steps fail; steps left out of the report,
+or shown as ops.
 """
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from bare import ABSENT, ROOT, environment_without, execute
 
-ROOT = Path(__file__).parents[2]
-ABSENT = (
-    "deepspeed", "pydantic", "tyro", "rich", "yaml", "datasets", "pyarrow", "wandb", "matplotlib", "jinja2", "psutil",
-    "hypothesis", "pytest_timeout", "xdist", "sgtm",
-)  # fmt: skip
-BLOCK = f"""
-import sys
-
-class Without:
-    def __init__(self, finder):
-        self.finder = finder
-
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-    def find_spec(self, name, path=None, target=None):
-        return None if name.split(".")[0] in {ABSENT} else self.finder.find_spec(name, path, target)
-
-sys.meta_path[:] = map(Without, sys.meta_path)
-"""
 pytestmark = pytest.mark.usefixtures("benchmarks")
 
 
@@ -56,14 +37,7 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def bare(tmp_path) -> dict[str, str]:
-    """Environment of a machine with torch, Triton, numpy and pytest alone; pytest finds no plugin there."""
-    (tmp_path / "sitecustomize.py").write_text(BLOCK)
-    path = os.pathsep.join([str(tmp_path), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-
-
-def execute(command: list[str], environ: dict[str, str]) -> subprocess.CompletedProcess:
-    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
+    return environment_without(ABSENT, tmp_path)
 
 
 def test_without_a_gpu_it_says_so(bare, tmp_path):
@@ -212,6 +186,52 @@ def test_green_tests_and_timings_become_a_results_file(gpu, monkeypatch, tmp_pat
     assert {row["op"] for row in rows} == {"mlp", "norm"}
     assert all(row["tests"] == "2 passed" and row["commit"] == "v1-3-gabc" for row in rows)
     assert all(key in row for row in rows for key in ("device", "driver", "versions", "time"))
+
+
+CPU = ["--device", "cpu", "--backend", "runs", "--rounds", "3"]
+
+
+def test_steps_are_timed_after_the_ops_and_want_the_tests_of_all(gpu, monkeypatch, tmp_path):
+    originals, tested = (gpu.ops_command, gpu.steps_command), []
+    monkeypatch.setattr(gpu, "test_command", lambda only: tested.append(only) or [sys.executable, "-c", "print(7)"])
+    monkeypatch.setattr(gpu, "ops_command", lambda *args: [*originals[0](*args), *CPU])
+    monkeypatch.setattr(gpu, "steps_command", lambda *args: [*originals[1](*args), *CPU])
+    options = ["--only", "norm,steps", "--shape", "tiny", "--commit", "gabc", "--results", str(tmp_path)]
+    assert gpu.main(options) == 0 and tested == [[]]
+    (path,) = tmp_path.rglob("*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    kinds = [row.get("op", "step") for row in rows]
+    assert kinds == sorted(kinds) and {"norm", "step"} == set(kinds) and kinds.count("step") > 10
+    assert all(row["tests"] == "7" and row["commit"] == "gabc" for row in rows)
+
+    monkeypatch.setattr("report.ROOT", tmp_path)
+    from report import section
+
+    text = section(path, "")
+    assert text.index("### What a masked op costs") < text.index("### What a masked step costs")
+    assert text.count("\n|") == len(rows) + 4
+
+
+def test_what_was_timed_before_a_failure_is_kept(gpu, monkeypatch, tmp_path):
+    original, called = gpu.ops_command, []
+    failing = [sys.executable, "-c", "exit(5)"]
+    monkeypatch.setattr(gpu, "test_command", lambda only: called.append(only) or [sys.executable, "-c", "print(7)"])
+    monkeypatch.setattr(gpu, "ops_command", lambda only, *args: [*original(["norm"], *args), *CPU])
+    monkeypatch.setattr(gpu, "steps_command", lambda *args: failing)
+    options = ["--shape", "tiny", "--commit", "gabc", "--results", str(tmp_path)]
+    assert gpu.main(options) == 5
+    (path,) = tmp_path.rglob("*.jsonl")
+    assert {json.loads(line)["op"] for line in path.read_text().splitlines()} == {"norm"}
+    path.unlink()
+    monkeypatch.setattr(gpu, "ops_command", lambda *args: pytest.fail("ops are timed"))
+    assert gpu.main(["--only", "steps", *options]) == 5 and not list(tmp_path.rglob("*.jsonl"))
+    assert called == [[], []]
+
+
+def test_shapes_are_those_asked_for_or_each_benchmark_s_own(gpu, tmp_path):
+    assert gpu.steps_command([], "", tmp_path)[2:] == ["--json", str(tmp_path)]
+    assert gpu.steps_command([], "124m", tmp_path)[2:] == ["--shape", "124m", "--json", str(tmp_path)]
+    assert gpu.ops_command(["mlp"], "", tmp_path)[2:] == ["--only", "mlp", "--shape", "254m", "--json", str(tmp_path)]
 
 
 def test_kernel_tests_put_their_tensors_on_the_gpu():
