@@ -21,7 +21,7 @@ from sgtm_kernels.attention import HeadLayout, attention
 from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.embedding import embedding
 from sgtm_kernels.linear import linear_in, linear_out
-from sgtm_kernels.mlp import gelu, swiglu
+from sgtm_kernels.mlp import gelu, linear_gelu, swiglu
 from sgtm_kernels.norm import layer_norm, rms_norm
 from sgtm_kernels.plan import KINDS, PARTS, MaskPlan, Run, Tables, merge_runs
 
@@ -201,6 +201,25 @@ def mlp(s: Shape, make: Inputs) -> Case:
     )
 
 
+def mlp_in(s: Shape, make: Inputs) -> Case:
+    """The linear layer before a GELU and the GELU, whose backward pass gives the bias's gradient too."""
+    bounds = (0, s.neurons - s.forget_neurons, s.neurons)
+    x, weight, bias = make.random(s.batch, s.seq_len, s.width), make.random(s.neurons, s.width), make.random(s.neurons)
+    dy = make.random(s.batch, s.seq_len, s.neurons, learned=False)
+    leaves = [x, weight, bias]
+
+    def work(plan):
+        dw = sum((r.end - r.start) * _updating(r.tokens) for r in plan.rows("mlp_in", bounds)) / (s.neurons * s.tokens)
+        each = s.tokens * s.neurons + s.tokens * s.width + s.neurons * s.width
+        return (2 + dw) * 2 * s.tokens * s.neurons * s.width, ((2 + dw) * each + 5 * dy.numel()) * x.element_size()
+
+    return Case(
+        lambda plan, backend: both(lambda *inputs: linear_gelu(*inputs, plan, bounds, backend), leaves, dy),
+        make.public("F.gelu of F.linear", lambda *inputs: F.gelu(F.linear(*inputs), approximate="tanh"), leaves, dy),
+        work,
+    )
+
+
 def attend(s: Shape, make: Inputs) -> Case:
     """Causal, no window; a public call gets the heads as views of one projection, as ours does."""
     layout, whole = s.layout, HeadLayout((s.heads,), (s.kv_heads,), s.head_dim)
@@ -326,7 +345,7 @@ def optimize(s: Shape, make: Inputs) -> Case:
 
 CASES: dict[str, dict[str, Callable[[Shape, Inputs], Case]]] = {
     "linear": {"linear_in": partial(linear, side="in"), "linear_out": partial(linear, side="out")},
-    "mlp": {"activation": mlp},
+    "mlp": {"activation": mlp, "linear_gelu": mlp_in},
     "attention": {"attention": attend},
     "norm": {"norm": norm},
     "embedding": {"embedding": embed},
