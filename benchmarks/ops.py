@@ -25,10 +25,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from environment import percentiles, write_rows
-from op_cases import CASES, SHAPES, Case, Inputs, Shape, forget_share, plans
-from timing import COPY, MATMUL, Clock, Roofline
+from op_cases import CASES, Case, Inputs, forget_share
+from timing import COPY, MATMUL, Roofline
 
 from sgtm_kernels.dispatch import module_name, unusable
+from sgtm_kernels.shapes import SHAPES, Shape, plans
+from sgtm_kernels.timing import Clock
 
 FAST = ("runs", "triton")
 BASE = "unmasked"

@@ -69,7 +69,9 @@ def tiny(gpu, to: Path, *more: str) -> list[str]:
 
 
 def test_every_op_is_timed_under_every_mask(bare, gpu, tmp_path):
-    from op_cases import CASES, SHAPES, plans
+    from op_cases import CASES
+
+    from sgtm_kernels.shapes import SHAPES, plans
 
     done = execute(tiny(gpu, tmp_path / "ops.jsonl"), bare)
     assert done.returncode == 0, done.stderr
@@ -93,7 +95,9 @@ def test_every_op_is_timed_under_every_mask(bare, gpu, tmp_path):
 @pytest.mark.parametrize("name", ["tiny", "tiny-llama", "254m"])
 def test_the_work_that_each_mask_leaves(name):
     """dW of a linear layer and of the head, heads of attention, rows of AdamW: counted from the plan alone."""
-    from op_cases import CASES, SHAPES, Inputs, plans
+    from op_cases import CASES, Inputs
+
+    from sgtm_kernels.shapes import SHAPES, plans
 
     shape, meta = SHAPES[name], Inputs(torch.device("meta"), torch.bfloat16)
     masks = plans(shape)
@@ -118,7 +122,7 @@ def test_the_work_that_each_mask_leaves(name):
 
 
 def test_rounds_are_paired_and_their_order_changes():
-    from timing import Clock
+    from sgtm_kernels.timing import Clock
 
     calls = []
     ways = {name: lambda name=name: calls.append(name) for name in "abcd"}
@@ -141,9 +145,11 @@ def test_the_roofline_is_the_slower_of_the_two_rates():
 
 def test_a_row_is_a_call_against_calls_of_the_same_round():
     """Two rounds, the second at half the speed: ratios and shares of the roofline do not see it."""
-    from op_cases import SHAPES, Case
+    from op_cases import Case
     from ops import measure
     from timing import COPY, MATMUL, Roofline
+
+    from sgtm_kernels.shapes import SHAPES
 
     class TwoRounds:
         def rounds(self, ways, rounds, seconds):
