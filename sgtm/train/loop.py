@@ -51,7 +51,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     on_rank_zero(lambda: _refuse(run, resume, overwrite))
     latest = on_rank_zero(lambda: find_latest(run)) if resume else None
     engine = Engine(_initial_model(config, load=latest is None), config)
+    began = time.perf_counter()
     dry_run(engine, config.tables)
+    warm_up = time.perf_counter() - began
     corpus = _open_everywhere(config)
     if latest is None and config.train.init_from:
         from sgtm.model.pretrained import check_tokenizer
@@ -66,7 +68,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     log = MetricsLog(run, config, rank=engine.rank, start=start)
     evaluated = on_rank_zero(lambda: _begin(run, config, log, resume, overwrite))
     with StopSignal() as stop, log:
-        log.say(_arithmetic(config, engine, start))
+        log.say(_arithmetic(config, engine, start, warm_up))
         if only_forget(corpus, config):
             log.say(f"warning: {ONLY_FORGET}")
         if start == config.train.steps:
@@ -213,7 +215,8 @@ def _begin(run: Path, config: Config, log: MetricsLog, resume: bool, overwrite: 
     return evaluated
 
 
-def _arithmetic(config: Config, engine: Engine, start: int) -> str:
+def _arithmetic(config: Config, engine: Engine, start: int, warm_up: float) -> str:
+    """What is trained, on what; warm_up: seconds of the dry run."""
     t = config.train
     parameters = sum(full_numel(p) for p in engine.module.parameters())
     lines = [
@@ -225,6 +228,10 @@ def _arithmetic(config: Config, engine: Engine, start: int) -> str:
     ]
     if config.train.init_from and not start:
         lines.append(f"weights from {config.train.init_from}")
+    if engine.module.backend == "triton":
+        lines.append(
+            f"kernels ready after {warm_up:.0f} s: a step of unlabeled tokens; masks compile when they first come"
+        )
     return "\n".join(lines)
 
 

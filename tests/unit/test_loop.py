@@ -2,7 +2,8 @@
 
 Faults tried, each seen to fail: the old run deleted before the log opens, or lost where it is a link; a refused first
 start, or the new config of a refused resume, left behind; a folder that is no run overwritten; SIGUSR1 not handled; a
-second Ctrl-C swallowed; stopped without a checkpoint; the message about the gradient left out.
+second Ctrl-C swallowed; stopped without a checkpoint; the message about the gradient left out; the warm-up
+not told, or told of kernels that are not compiled.
 """
 
 from __future__ import annotations
@@ -143,3 +144,11 @@ def test_a_gradient_that_is_not_finite_is_said(monkeypatch):
     log = Log()
     run_steps(monkeypatch, log, signals={})
     assert len(log.said) == 1
+
+
+def test_the_warm_up_of_compiled_kernels_is_told():
+    config = tiny_config()
+    for backend, expected in (("triton", 1), ("runs", 0)):
+        module = SimpleNamespace(backend=backend, parameters=lambda: [])
+        engine = SimpleNamespace(module=module, world_size=1, accumulation=1)
+        assert loop._arithmetic(config, engine, 0, 41.4).count("\nkernels ready after 41 s") == expected
