@@ -34,10 +34,11 @@ from environment import percentiles, write_rows
 from ops import FAST, one_of, works
 from shapes import SETTINGS, Setting
 from step_cases import NONE, Case, Mean, Ours, PlainSteps, cases, random_batches, tables_of
-from timing import MATMUL, Clock, Roofline
+from timing import MATMUL, Roofline
 
 from sgtm_kernels.dispatch import unusable
 from sgtm_kernels.measurement import peak_growth
+from sgtm_kernels.timing import Clock
 
 PLAIN = "plain PyTorch"
 SHAPES = ("124m", "254m", "llama-1b")

@@ -38,7 +38,8 @@ LAUNCHERS = {
 }
 # fmt: off
 VARIABLES = (
-    "SGTM_KERNELS", "SGTM_LINEAR", "SGTM_TRACEBACK", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "DS_BUILD_OPS",
+    "SGTM_KERNELS", "SGTM_LINEAR", "SGTM_TUNED", "SGTM_TRACEBACK", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR",
+    "DS_BUILD_OPS",
     "OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "NCCL_DEBUG",
     "NCCL_SOCKET_IFNAME", "TRITON_CACHE_DIR", "TRITON_INTERPRET", "TORCHINDUCTOR_CACHE_DIR",
     "PYTORCH_CUDA_ALLOC_CONF", "PYTHONPATH", "HF_HOME", "HF_HUB_OFFLINE", "WANDB_MODE",
@@ -68,6 +69,7 @@ def findings() -> dict:
         "gpus": _gpus(),
         "backends": _backends(),
         "dispatch": _dispatch(),
+        "tuning": _tuning(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "missing": {
             **{name: use for name, use in OPTIONAL.items() if versions[name] is None},
@@ -196,10 +198,28 @@ def _dispatch() -> dict:
         why = "named by SGTM_KERNELS" if os.environ.get("SGTM_KERNELS") == chosen else dispatch.DEFAULT_REASON
         found = {"auto": f"{chosen} for every op: {why}"}
         if not dispatch.unusable("triton"):
-            way = import_module(dispatch.module_name("linear", "triton")).candidate()
+            way = import_module(dispatch.module_name("linear", "triton")).named() or "as tuned, else masked"
             found["triton, linear"] = f"dW of labels that change from token to token: {way} (SGTM_LINEAR)"
     except Exception as error:  # a wrong name, or a broken Triton: the finding
         return {"auto": f"broken: {error}"}
+    return found
+
+
+def _tuning() -> dict:
+    """What decides the configurations of the Triton kernels, by device."""
+    import torch
+
+    from sgtm_kernels.tuning import TUNED, table_of
+
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
+    found = {}
+    for device in devices:
+        try:
+            table = table_of(device)
+            found[str(device)] = f"{table.path}, {len(table.entries)} entries" if table else "heuristics, no table"
+        except ValueError as error:
+            found[str(device)] = f"broken: {error}"
+    found["tables in"] = str(TUNED)
     return found
 
 

@@ -1,6 +1,7 @@
 """Sums over tokens in two passes: fp32 partial sums of strips of tokens, which an op's kernel writes, then their sum.
 
-Deterministic, without atomics: the bits depend on shapes and masks alone, not on the device's size.
+Deterministic, without atomics: the bits depend on shapes, masks and the table of tuned configurations (tuning.py), not
+on the device's size. With strips of 128 tokens what is written is 1.6 % of the bf16 that is read.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ import triton.language as tl
 
 from sgtm_kernels.aot import Launch
 
-STRIP = 128  # tokens of one partial sum: what is written is 1.6 % of bf16 that is read
 WIDTH, PARTIALS = 128, 32  # of a tile of partial sums
 
 
-def partial_sums(tokens: int, columns: int, device: torch.device) -> torch.Tensor:
-    """Empty fp32 [strips, columns]."""
-    return torch.empty(triton.cdiv(tokens, STRIP), columns, dtype=torch.float32, device=device)
+def partial_sums(tokens: int, strip: int, columns: int, device: torch.device) -> torch.Tensor:
+    """Empty fp32 [strips, columns], for strips of so many tokens."""
+    return torch.empty(triton.cdiv(tokens, strip), columns, dtype=torch.float32, device=device)
 
 
 def total_of(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

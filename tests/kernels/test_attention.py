@@ -74,7 +74,7 @@ def small_blocks(monkeypatch):
     """In bf16 `runs` takes blocks of 4 queries, on however few heads; `triton` takes small blocks."""
     monkeypatch.setattr(blocks, "HEADS", 1)
     monkeypatch.setattr(blocks, "ROWS", 4)
-    monkeypatch.setattr(kernel, "tile", lambda launched, width, dtype: TILES[launched])
+    monkeypatch.setattr(kernel, "tile", lambda launched, width, like: TILES[launched])
 
 
 TILES = {

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sgtm_kernels import strips
-from sgtm_kernels.linear import kernel, linear_in, linear_out, rectangles
+from sgtm_kernels.linear import kernel, linear_in, linear_out, rectangles, scaling
 from sgtm_kernels.mlp import gelu
 from sgtm_kernels.plan import MaskPlan, merge_runs
 from sgtm_kernels.testing import (
@@ -285,11 +285,11 @@ def test_several_tiles(values, dtype, columns, bounds, side, backend):
 
 
 def test_a_bias_of_more_partial_sums_than_a_tile_has():
-    tokens = 2 * strips.STRIP * strips.PARTIALS + 9
+    tokens = 2 * scaling.TILE.heuristic("fp32").strip * strips.PARTIALS + 9
     plan = random_plan(23, random_tables(24), "tokens", 1, tokens)
     by_group = ((1.0, 0.0, 0.5, -1.0), (0.0, 2.0, 1.0, 1.0))
     x = random_like(torch.empty(tokens, 5), 0)
-    total = kernel.bias_sum(x, plan, by_group, (0, 2, 5))
+    total = scaling.bias_sum(x, plan, by_group, (0, 2, 5))
     first, second = (plan.token_weights(by_label, x.double()) for by_label in by_group)
     wanted = torch.cat([first @ x[:, :2].double(), second @ x[:, 2:].double()])
     torch.testing.assert_close(total, wanted.float(), rtol=1e-5, atol=1e-4)
@@ -380,7 +380,7 @@ def test_one_pass_and_one_sum_for_a_layer(layout, side, monkeypatch):
     """Whatever the row ranges: one kernel for scaling and bias sums, one that adds the partial sums."""
     launched = []
     monkeypatch.setenv("SGTM_LINEAR", "masked")
-    for module, name in ((kernel, "scale_and_sum"), (kernel, "scale_input_and_sum"), (strips, "add_partial_sums")):
+    for module, name in ((scaling, "scale_and_sum"), (scaling, "scale_input_and_sum"), (strips, "add_partial_sums")):
         monkeypatch.setattr(module, name, Counted(getattr(module, name), launched))
     plan = random_plan(11, random_tables(12), layout, 6, 9)
     forward_backward(op(side, plan, "triton"), *inputs(side, 6, 9, torch.float32))
@@ -400,4 +400,4 @@ class Counted:
 def test_an_unknown_way_is_an_error(monkeypatch):
     monkeypatch.setenv("SGTM_LINEAR", "rectangle")
     with pytest.raises(ValueError, match="SGTM_LINEAR: unknown way 'rectangle'"):
-        kernel.candidate()
+        kernel.candidate(torch.zeros(2, 4), ())

@@ -10,6 +10,7 @@ import torch
 
 from sgtm.doctor import findings, print_findings
 from sgtm_kernels.dispatch import BACKENDS, DEFAULT, OPS
+from sgtm_kernels.tuning import table_of
 
 
 def test_json_holds_every_section(capsys, monkeypatch):
@@ -33,6 +34,7 @@ def test_text_is_plain_and_complete(capsys):
         "gpus:",
         "backends:",
         "dispatch:",
+        "tuning:",
         "environment:",
         "missing (and what for):",
     ):
@@ -69,3 +71,21 @@ def test_dispatch_names_the_backend_of_auto_and_why(monkeypatch):
     assert found["environment"]["SGTM_LINEAR"] == "rectangles"
     monkeypatch.setenv("SGTM_LINEAR", "rectangle")
     assert "unknown way 'rectangle'" in findings()["dispatch"]["auto"]
+
+
+def test_the_table_of_tuned_kernels_is_told(monkeypatch, tmp_path):
+    path = tmp_path / "t.json"
+    table_of.cache_clear()
+    monkeypatch.delenv("SGTM_LINEAR", raising=False)
+    for value, content, expected in (
+        ("off", None, "heuristics, no table"),
+        (str(path), None, f"broken: no table of kernel configurations: {path}"),
+        (str(path), '{"device": "T0", "entries": {"a": {"k": {"config": {}}}}}', f"{path}, 1 entries"),
+    ):
+        if content:
+            path.write_text(content)
+        monkeypatch.setenv("SGTM_TUNED", value)
+        table_of.cache_clear()
+        found = findings()["tuning"]
+        assert next(iter(found.values())).startswith(expected)
+    table_of.cache_clear()

@@ -6,6 +6,7 @@ rotary positions, q, k and v are copied once, q and k turned on the way.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -23,9 +24,9 @@ from sgtm_kernels.attention.flash import (
 from sgtm_kernels.attention.op import HeadLayout
 from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.scale import products
+from sgtm_kernels.tuning import DTYPES, Tunable
 
 ROTATED = 64  # tokens of a tile that is turned
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 WIDE_HEADS = {  # why registers may spill with heads wider than 64
     attention_forward: "up to 16 bytes on one architecture; half the keys a block spill none but halve the products",
     attention_backward_keys: "on sm_100 alone; blocks that spill none there are too small for sm_90's instructions",
@@ -39,16 +40,40 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(kernel, width: int, dtype: torch.dtype) -> Tile:
-    """Blocks for heads of this width (a power of two): as large as the registers of sm_80 hold, sums included."""
-    if dtype is torch.float32:  # multiplied without tensor cores, from registers
-        side = 32 if width <= 64 else 16
-        return Tile(side, side, 8, 1)
-    if kernel is attention_forward:
-        return Tile(128, 64, 4 if width <= 32 else 8, 3)
-    if kernel is attention_backward_queries:
-        return Tile(64, 64, 4 if width <= 32 else 8, 2)
-    return Tile(32, 128 if width <= 64 else 64, 8, 2)
+def _tunable(kernel, half_precision: Callable[[int], Tile], others: dict[int, tuple[Tile, ...]]) -> Tunable:
+    """By dtype and width of a head, a power of two. Heuristic: as large as the registers of sm_80 hold, with sums."""
+
+    def heuristic(dtype: str, width: int) -> Tile:
+        if dtype == "fp32":  # multiplied without tensor cores, from registers
+            side = 32 if width <= 64 else 16
+            return Tile(side, side, 8, 1)
+        return half_precision(width)
+
+    return Tunable(kernel.__name__, heuristic, {("bf16", width): tiles for width, tiles in others.items()})
+
+
+TILES = {
+    attention_forward: _tunable(
+        attention_forward,
+        lambda width: Tile(128, 64, 4 if width <= 32 else 8, 3),
+        {32: (Tile(128, 32, 4, 3),), 64: (Tile(128, 64, 8, 4),)},
+    ),
+    attention_backward_queries: _tunable(
+        attention_backward_queries,
+        lambda width: Tile(64, 64, 4 if width <= 32 else 8, 2),
+        {32: (Tile(128, 64, 8, 2),), 64: (Tile(64, 32, 4, 3),)},
+    ),
+    attention_backward_keys: _tunable(
+        attention_backward_keys,
+        lambda width: Tile(32, 128 if width <= 64 else 64, 8, 2),
+        {32: (Tile(32, 128, 8, 3),)},
+    ),
+}
+
+
+def tile(kernel, width: int, like: torch.Tensor) -> Tile:
+    """Blocks for heads of this width, in the dtype and on the device of `like`."""
+    return TILES[kernel](like.device, DTYPES[like.dtype], width)
 
 
 def attention(qkv, layout, plan: MaskPlan, scale, window, rotary):
@@ -143,7 +168,7 @@ class _Launcher:
         }
 
     def __call__(self, kernel, *tensors: torch.Tensor) -> None:
-        size = tile(kernel, self.constants["BD"], tensors[0].dtype)
+        size = tile(kernel, self.constants["BD"], tensors[0])
         by_keys = kernel is attention_backward_keys
         blocks = triton.cdiv(self.seq_len, size.keys if by_keys else size.queries)
         heads = sum(self.layout.kv_heads if by_keys else self.layout.heads)
@@ -190,39 +215,41 @@ def _rotated(x, to, layout: HeadLayout, cos, sin, backward: bool = False) -> tor
 
 def launches() -> list[Launch]:
     """What dispatch can launch, for the ahead-of-time suite: every block size, bare and with all masks; in the common
-    head size also some of the masks."""
+    head size also some of the masks. Candidates besides the heuristic in the head sizes that fill their width."""
     found = []
     for head_dim in (8, 24, 32, 64, 96, 128):
         plain, grouped = HeadLayout((32,), (32,), head_dim), HeadLayout((24, 0, 8), (6, 0, 2), head_dim)
-        found += _launches(torch.bfloat16, constants(plain, 0, False, {1.0}))
-        for dtype in (torch.bfloat16, torch.float32):
-            found += _launches(dtype, constants(grouped, 256, True, {0.0, 0.5}))
-            found.append(_launch_of_rotation(dtype, grouped, backward=dtype is torch.bfloat16))
+        others = head_dim in (32, 64)
+        found += _launches("bf16", constants(plain, 0, False, {1.0}), others)
+        for dtype in ("bf16", "fp32"):
+            found += _launches(dtype, constants(grouped, 256, True, {0.0, 0.5}), others)
+            found.append(_launch_of_rotation(dtype, grouped, backward=dtype == "bf16"))
     for window, documents, values in ((0, False, {0.0, 1.0}), (256, False, {1.0}), (0, True, {0.0, 1.0})):
-        found += _launches(torch.bfloat16, constants(HeadLayout((24, 8), (6, 2), 64), window, documents, values))
+        found += _launches("bf16", constants(HeadLayout((24, 8), (6, 2), 64), window, documents, values))
     return found
 
 
-def _launches(dtype: torch.dtype, fixed: dict[str, object]) -> list[Launch]:
-    name = TYPES[dtype]
-    kinds = dict.fromkeys(("qkv", "out", "dy", "dqkv"), name) | {"scale": "fp32", "seq_len": "i32"}
+def _launches(dtype: str, fixed: dict[str, object], others: bool = False) -> list[Launch]:
+    kinds = dict.fromkeys(("qkv", "out", "dy", "dqkv"), f"*{dtype}") | {"scale": "fp32", "seq_len": "i32"}
     kinds |= dict.fromkeys(("lse", "delta", "factors"), "*fp32") | dict.fromkeys(("spans", "live"), "*i32")
     found = []
-    for kernel in (attention_forward, attention_backward_queries, attention_backward_keys):
-        size = tile(kernel, fixed["BD"], dtype)
-        values = {k: v for k, v in fixed.items() if k in kernel.arg_names} | {"BQ": size.queries, "BK": size.keys}
+    for kernel, tunable in TILES.items():
+        width = fixed["BD"]
+        values = {k: v for k, v in fixed.items() if k in kernel.arg_names}
         signature = {k: kinds[k] for k in kernel.arg_names if k in kinds}
-        tensor_cores = dtype is torch.bfloat16
-        spill = WIDE_HEADS.get(kernel) if fixed["BD"] > 64 else None
-        found.append(
-            Launch(
-                kernel, signature, values, size.warps, size.stages, ("seq_len",), tensor_cores=tensor_cores, spill=spill
-            )
-        )
+        for i, size in enumerate(tunable.candidates(dtype, width)[: None if others else 1]):
+            blocks = {"BQ": size.queries, "BK": size.keys}
+            spill = WIDE_HEADS.get(kernel) if width > 64 and i == 0 else None
+            found.append(
+                Launch(
+                    kernel, signature, values | blocks, size.warps, size.stages, ("seq_len",),
+                    tensor_cores=dtype == "bf16", spill=spill,
+                )
+            )  # fmt: skip
     return found
 
 
-def _launch_of_rotation(dtype: torch.dtype, layout: HeadLayout, backward: bool) -> Launch:
-    signature = {"x": TYPES[dtype], "y": TYPES[dtype], "cos": "*fp32", "sin": "*fp32", "seq_len": "i32"}
+def _launch_of_rotation(dtype: str, layout: HeadLayout, backward: bool) -> Launch:
+    signature = {"x": f"*{dtype}", "y": f"*{dtype}", "cos": "*fp32", "sin": "*fp32", "seq_len": "i32"}
     fixed = _columns(layout) | {"BH": triton.next_power_of_2(layout.head_dim // 2), "BT": ROTATED, "BACKWARD": backward}
     return Launch(attention_rotate, signature, fixed, unaligned=("seq_len",))

@@ -8,6 +8,9 @@ begin between two words, for the loads of this kernel and for those of three mat
 
 from __future__ import annotations
 
+from itertools import product
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +20,7 @@ from sgtm_kernels.aot import Launch
 from sgtm_kernels.cross_entropy.reference import label_sums
 from sgtm_kernels.cross_entropy.runs import IGNORE, ChunkOps, in_chunks
 from sgtm_kernels.plan import MaskPlan, plan_of
+from sgtm_kernels.tuning import DTYPES, Tunable, bucket
 
 # A chunk's logits: 10,682 tokens of 50,257 in bf16. Every further chunk reads and writes the head's gradient in fp32.
 CHUNK_BYTES = 2**30
@@ -24,6 +28,20 @@ ROW_BYTES = 128  # rows of logits begin at multiples of it
 # Logits of a row that are in flight at a time. Many warps for a row, so that few rows are in flight and the second
 # pass finds them in the L2 cache: on 132 multiprocessors two rows of 100 kB each are 27 MB.
 BLOCK, WARPS = 8192, 32
+
+
+class Tile(NamedTuple):
+    block: int
+    warps: int
+
+
+def _heuristic(dtype: str, columns: int) -> Tile:
+    return Tile(columns, max(1, columns * WARPS // BLOCK))
+
+
+# By dtype, and the row's length up to BLOCK.
+LONG_ROWS = (Tile(4096, 16), Tile(8192, 16), Tile(16384, 32))
+TILE = Tunable("token_losses", _heuristic, {("bf16", 8192): LONG_ROWS})
 
 
 def linear_cross_entropy(x, weight, bias, targets, plan: MaskPlan, scale):
@@ -83,7 +101,7 @@ def _logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 def _softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, gradient: bool) -> torch.Tensor:
     n, vocab = logits.shape
     losses = torch.empty(n, dtype=torch.float32, device=logits.device)
-    block, warps = _tile(vocab)
+    block, warps = _tile(logits)
     token_losses[(n,)](
         logits, targets, losses, logits.stride(0), vocab,
         IGNORE=IGNORE, GRADIENT=gradient, BLOCK=block, num_warps=warps,
@@ -91,10 +109,8 @@ def _softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, gradient: bo
     return losses
 
 
-def _tile(vocab: int) -> tuple[int, int]:
-    """Block and warps for a row of this length."""
-    block = min(BLOCK, triton.next_power_of_2(vocab))
-    return block, max(1, block * WARPS // BLOCK)
+def _tile(logits: torch.Tensor) -> Tile:
+    return TILE(logits.device, DTYPES[logits.dtype], bucket(logits.shape[1], 1, BLOCK))
 
 
 @triton.jit
@@ -139,9 +155,8 @@ def launches() -> list[Launch]:
     for dtype in ("bf16", "fp16", "fp32"):
         signature = {"logits": f"*{dtype}", "targets": "*i64", "losses": "*fp32", "row": "i32", "vocab": "i32"}
         for vocab in (37, 4096, 50257, 128256):
-            block, warps = _tile(vocab)
             unaligned = ("targets", "losses", *("vocab",) * (vocab % 16 != 0))
-            for gradient in (False, True):
+            for (block, warps), gradient in product(TILE.candidates(dtype, bucket(vocab, 1, BLOCK)), (False, True)):
                 constants = {"IGNORE": IGNORE, "GRADIENT": gradient, "BLOCK": block}
-                found.append(Launch(token_losses, signature, constants, num_warps=warps, unaligned=unaligned))
+                found.append(Launch(token_losses, signature, constants, warps, unaligned=unaligned))
     return found

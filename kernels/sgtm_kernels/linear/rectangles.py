@@ -18,6 +18,7 @@ import triton.language as tl
 
 from sgtm_kernels.aot import Launch
 from sgtm_kernels.plan import MaskPlan, RowWork
+from sgtm_kernels.tuning import DTYPES, Tunable
 
 
 class Tile(NamedTuple):
@@ -28,17 +29,32 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_of(dtype: torch.dtype, weighted: bool, descriptors: bool) -> Tile:
-    """Heuristic: as large as the registers allow on every architecture.
+def _heuristic(dtype: str, weights: str, loads: str) -> Tile:
+    """As large as the registers allow on every architecture.
 
     Weights other than 1 need a second accumulator, pointers and masks registers too, fp32 has no tensor cores.
     """
-    if dtype == torch.float32:
-        if not weighted:
+    if dtype == "fp32":
+        if weights == "ones":
             return Tile(64, 64, 16, 8, 2)
-        return Tile(32, 64, 16, 4, 2) if descriptors else Tile(64, 32, 16, 4, 2)
-    columns = 256 if descriptors else 128
-    return Tile(128, columns // 2 if weighted else columns, 64, 8, 3)
+        return Tile(32, 64, 16, 4, 2) if loads == "descriptors" else Tile(64, 32, 16, 4, 2)
+    columns = 256 if loads == "descriptors" else 128
+    return Tile(128, columns if weights == "ones" else columns // 2, 64, 8, 3)
+
+
+# By dtype, whether weights other than 1 occur, and how the operands are read.
+TILE = Tunable(
+    "dw_rectangles",
+    _heuristic,
+    {
+        ("bf16", "ones", "descriptors"): (Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 4)),
+        ("bf16", "ones", "pointers"): (Tile(128, 128, 32, 8, 4),),
+    },
+)
+
+
+def _key(dtype: str, weighted: bool, descriptors: bool) -> tuple[str, str, str]:
+    return dtype, "weights" if weighted else "ones", "descriptors" if descriptors else "pointers"
 
 
 def weight_gradient(left: torch.Tensor, right: torch.Tensor, plan: MaskPlan, work: tuple[RowWork, ...]) -> torch.Tensor:
@@ -46,7 +62,7 @@ def weight_gradient(left: torch.Tensor, right: torch.Tensor, plan: MaskPlan, wor
     rows, columns = left.shape[1], right.shape[1]
     weighted = any(piece.weight != 1 for _, _, tokens in work for piece in tokens.slices)
     descriptors = has_descriptors(left.device) and _suit_descriptors(left, right, work)
-    tile = tile_of(left.dtype, weighted, descriptors)
+    tile = TILE(left.device, *_key(DTYPES[left.dtype], weighted, descriptors))
     if descriptors and left.is_cuda:
         triton.set_allocator(_scratch)
     key = ("rectangles", work, tile.rows, left.device)
@@ -141,14 +157,19 @@ def dw_rectangles(
 def launches() -> list[Launch]:
     """Everything that dispatch can launch, for the ahead-of-time suite."""
     found = []
-    for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+    for dtype in ("bf16", "fp32"):
         signature = dict.fromkeys(("left", "right", "out"), f"*{dtype}")
         signature |= {"bands": "*i32", "slices": "*i32", "weights": "*fp32"}
         signature |= dict.fromkeys(("rows", "columns", "tiles"), "i32")
         options = {"unaligned": ("tiles",), "tensor_cores": dtype == "bf16"}
         for weighted, descriptors in product((False, True), repeat=2):
-            rows, columns, tokens, warps, stages = tile_of(torch_dtype, weighted, descriptors)
-            constants = {"WEIGHTED": weighted, "DESCRIPTORS": descriptors, "BR": rows, "BC": columns, "BT": tokens}
+            flags = {"WEIGHTED": weighted, "DESCRIPTORS": descriptors}
             first_arch = 90 if descriptors else 80
-            found.append(Launch(dw_rectangles, signature, constants, warps, stages, first_arch=first_arch, **options))
+            for rows, columns, tokens, warps, stages in TILE.candidates(*_key(dtype, weighted, descriptors)):
+                found.append(
+                    Launch(
+                        dw_rectangles, signature, flags | {"BR": rows, "BC": columns, "BT": tokens}, warps, stages,
+                        first_arch=first_arch, **options,
+                    )
+                )  # fmt: skip
     return found

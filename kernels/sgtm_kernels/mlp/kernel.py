@@ -8,6 +8,7 @@ linear layer before it is added here, so that its gradient comes out of the same
 from __future__ import annotations
 
 from itertools import product
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -17,10 +18,26 @@ from sgtm_kernels.aot import Launch
 from sgtm_kernels.linear.kernel import linear_in
 from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.scale import products
-from sgtm_kernels.strips import STRIP, partial_sums, total_of
+from sgtm_kernels.strips import partial_sums, total_of
 from sgtm_kernels.tiles import factor_of, place
+from sgtm_kernels.tuning import DTYPES, Tunable
 
-TOKENS, NEURONS = 32, 64  # of a tile
+
+class Tile(NamedTuple):
+    tokens: int
+    neurons: int
+    warps: int
+
+
+# By dtype, and whether the MLP is gated; 16 elements for each thread throughout.
+WIDER = (Tile(16, 128, 4), Tile(32, 128, 8))
+OTHERS = {("bf16", "plain"): WIDER, ("bf16", "gated"): WIDER}
+TILES = {
+    name: Tunable(name, lambda dtype, gated: Tile(32, 64, 4), OTHERS)
+    for name in ("activation_forward", "activation_backward")
+}
+
+STRIP = 128  # tokens of one program of the backward pass, and of one partial sum
 
 
 def gelu(x, plan: MaskPlan, bounds):
@@ -46,9 +63,10 @@ def activation(x, bias, plan, bounds, gated):
     masks = _masks(plan, [plan.column("active", group) for group in range(len(bounds) - 1)], bounds)
     factors = plan.factors(masks, x.device) if masks else x
     constants = {"BOUNDS": tuple(bounds), "MASKED": bool(masks), "GATED": gated, "BIASED": bias is not None}
-    grid = (triton.cdiv(plan.tokens, TOKENS), triton.cdiv(bounds[-1], NEURONS))
+    tile = _tile(activation_forward, x, gated)
+    grid = (triton.cdiv(plan.tokens, tile.tokens), triton.cdiv(bounds[-1], tile.neurons))
     x, bias = x.contiguous(), x if bias is None else bias
-    activation_forward[grid](x, bias, y, factors, plan.tokens, **constants, BT=TOKENS, BN=NEURONS)
+    activation_forward[grid](x, bias, y, factors, plan.tokens, **constants, **_blocks(tile))
     return y
 
 
@@ -68,13 +86,14 @@ def activation_gradients(dy, x, bias, plan, bounds, gated, wanted):
     plan, dx, groups = plan_of(plan), x.new_empty(x.shape), range(len(bounds) - 1)
     masks = _masks(plan, [products(plan.column("active", g), plan.column("route", g)) for g in groups], bounds)
     weights = _masks(plan, plan.contributions("mlp_in", len(groups)), bounds) if wanted else None
-    partial = partial_sums(plan.tokens, bounds[-1], x.device) if wanted else x
+    partial = partial_sums(plan.tokens, STRIP, bounds[-1], x.device) if wanted else x
     tables = (plan.factors(table, x.device) if table else x for table in (masks, weights))
     constants = {"BOUNDS": tuple(bounds), "MASKED": bool(masks), "GATED": gated, "BIASED": bias is not None}
-    constants |= {"SUMMED": wanted, "WEIGHTED": bool(weights), "BT": TOKENS, "BN": NEURONS, "STRIP": STRIP}
-    grid = (triton.cdiv(plan.tokens, STRIP), triton.cdiv(bounds[-1], NEURONS))
+    constants |= {"SUMMED": wanted, "WEIGHTED": bool(weights), "STRIP": STRIP}
+    tile = _tile(activation_backward, x, gated)
+    grid = (triton.cdiv(plan.tokens, STRIP), triton.cdiv(bounds[-1], tile.neurons))
     x, dy, bias = x.contiguous(), dy.contiguous(), x if bias is None else bias
-    activation_backward[grid](x, bias, dy, dx, partial, *tables, plan.tokens, **constants)
+    activation_backward[grid](x, bias, dy, dx, partial, *tables, plan.tokens, **constants, **_blocks(tile))
     return dx, total_of(partial, bias.dtype) if wanted else x.new_empty(0)
 
 
@@ -95,6 +114,14 @@ def _gradients(ctx, dy):
 
 
 activation.register_autograd(_gradients, setup_context=_save)
+
+
+def _tile(kernel, x, gated: bool) -> Tile:
+    return TILES[kernel.__name__](x.device, DTYPES[x.dtype], "gated" if gated else "plain")
+
+
+def _blocks(tile: Tile) -> dict[str, int]:
+    return {"BT": tile.tokens, "BN": tile.neurons, "num_warps": tile.warps}
 
 
 def _masks(plan: MaskPlan, by_group, bounds):
@@ -186,19 +213,21 @@ def activation_backward(
 
 
 def launches() -> list[Launch]:
-    """Everything that dispatch can launch, for the ahead-of-time suite."""
+    """Everything that dispatch can launch, for the ahead-of-time suite; candidates besides the heuristic bare and with
+    the most groups."""
     found = []
-    names = ("x", "bias", "y", "dy", "dx")
-    tile = {"BT": TOKENS, "BN": NEURONS}
-    for dtype, gated, bounds in product(
-        ("bf16", "fp32"), (False, True), ((0, 1024), (0, 960, 1024), (0, 900, 960, 1024))
-    ):
-        kinds = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("partial", "factors", "weights"), "*fp32")
-        kinds |= {"tokens": "i32"}
-        for masked, biased in product((False, True)[: len(bounds) - 1], (False, True)[: 2 - gated]):
-            flags = {"BOUNDS": bounds, "MASKED": masked, "GATED": gated, "BIASED": biased}
-            backward = flags | {"SUMMED": biased, "WEIGHTED": biased and masked, "STRIP": STRIP}
-            for kernel, constants in ((activation_forward, flags), (activation_backward, backward)):
-                signature = {name: kinds[name] for name in kernel.arg_names if name in kinds}
-                found.append(Launch(kernel, signature, constants | tile, unaligned=("tokens",)))
+    few, many = (0, 960, 1024), (0, 900, 960, 1024)
+    forms, more = [((0, 1024), False), (many, True)], [(few, False), (few, True), (many, False)]
+    for dtype, gated, kernel in product(("bf16", "fp32"), (False, True), (activation_forward, activation_backward)):
+        kinds = dict.fromkeys(("x", "bias", "y", "dy", "dx"), f"*{dtype}") | {"tokens": "i32"}
+        kinds |= dict.fromkeys(("partial", "factors", "weights"), "*fp32")
+        signature = {name: kinds[name] for name in kernel.arg_names if name in kinds}
+        heuristic, *others = TILES[kernel.__name__].candidates(dtype, "gated" if gated else "plain")
+        for tile, (bounds, masked) in [*product((heuristic, *others), forms), *product((heuristic,), more)]:
+            for biased in (False, True)[: 2 - gated]:
+                constants = {"BOUNDS": bounds, "MASKED": masked, "GATED": gated, "BIASED": biased}
+                constants |= {"SUMMED": biased, "WEIGHTED": biased and masked, "STRIP": STRIP}
+                constants |= {"BT": tile.tokens, "BN": tile.neurons}
+                constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+                found.append(Launch(kernel, signature, constants, tile.warps, unaligned=("tokens",)))
     return found
