@@ -11,8 +11,9 @@ mask and the public ones, so that ratios are of times of the same round. A row i
     roofline_share   of the time that the work left by the mask would take at the rates of a big matmul and a device
                      copy, timed in the same rounds
 
-each as p20/p50/p80. On CUDA with events (timing.py). `--only` takes ops, `--backend` those to compare (by default all
-that run here); the masks and the work stand in op_cases.py. Needs nothing but torch, numpy and `sgtm_kernels`.
+each as p20/p50/p80. On CUDA with events. `--only` takes ops, `--backend` those to compare (by default all that run
+here); the masks are in sgtm_kernels/shapes.py, the work in op_cases.py. Needs nothing but torch, numpy and
+`sgtm_kernels`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from environment import percentiles, write_rows
 from op_cases import CASES, Case, Inputs, forget_share
-from timing import COPY, MATMUL, Roofline
+from roofline import COPY, MATMUL, Roofline
 
 from sgtm_kernels.dispatch import module_name, unusable
 from sgtm_kernels.shapes import SHAPES, Shape, plans

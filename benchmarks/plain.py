@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from shapes import ModelShape
+from model_shapes import ModelShape
 from torch import nn
 
 

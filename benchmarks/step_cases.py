@@ -12,8 +12,8 @@ from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
+from model_shapes import LABELS, Setting
 from plain import Plain
-from shapes import LABELS, Setting
 
 from sgtm.data.batch import Batch
 from sgtm.distributed.segments import Fragment, segment_tables

@@ -2,10 +2,10 @@
 
     python benchmarks/steps.py [--shape 124m,254m,llama-1b] [--backend runs,triton] [--json FILE]
 
-Forward, backward and AdamW on one device, at the shapes and with the masks of the presets (shapes.py), on random
-tokens. In every round each step takes its turn, so that ratios are of times of the same round (timing.py). A row is one
-share of forget tokens in one mixing mode and backend (step_cases.py); where a share comes about over steps only, it is
-the mean of two others and says so:
+Forward, backward and AdamW on one device, at the shapes and with the masks of the presets (model_shapes.py), on random
+tokens. In every round each step takes its turn, so that ratios are of times of the same round. A row is one share of
+forget tokens in one mixing mode and backend (step_cases.py); where a share comes about over steps only, it is the mean
+of two others and says so:
 
     milliseconds        of a step, p20/p50/p80 like all that follow
     ratio               to strategy `none` on the same batches, cut into the same micro-batches and documents
@@ -31,10 +31,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from environment import percentiles, write_rows
+from model_shapes import SETTINGS, Setting
 from ops import FAST, one_of, works
-from shapes import SETTINGS, Setting
+from roofline import MATMUL, Roofline
 from step_cases import NONE, Case, Mean, Ours, PlainSteps, cases, random_batches, tables_of
-from timing import MATMUL, Roofline
 
 from sgtm_kernels.dispatch import unusable
 from sgtm_kernels.measurement import peak_growth

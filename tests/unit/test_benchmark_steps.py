@@ -34,7 +34,7 @@ def benchmarks(monkeypatch):
 @pytest.fixture
 def ours():
     def build(name: str, dtype: torch.dtype = torch.float32):
-        from shapes import SETTINGS
+        from model_shapes import SETTINGS
         from step_cases import Ours
 
         torch.manual_seed(1)
@@ -54,7 +54,7 @@ def taken(setting, ours, name: str) -> frozenset[str]:
 
 
 def test_every_step_is_timed_on_a_bare_machine(tmp_path):
-    from shapes import SETTINGS
+    from model_shapes import SETTINGS
     from step_cases import cases
 
     absent, to = set(ABSENT) - {"sgtm", "yaml"}, tmp_path / "steps.jsonl"
@@ -84,9 +84,9 @@ def test_every_step_is_timed_on_a_bare_machine(tmp_path):
 @tiny_shapes
 def test_a_row_is_a_step_against_the_unmasked_one_of_the_same_round(name, monkeypatch):
     """Two rounds, the second at half the speed: ratios and utilisation do not see it."""
-    from shapes import SETTINGS
+    from model_shapes import SETTINGS
+    from roofline import MATMUL, Roofline
     from steps import PLAIN, Steps
-    from timing import MATMUL, Roofline
 
     seconds = {"none": 4.0, "pure forget": 2.0, "nothing masked, micro": 8.0, "25 %, micro": 4.0, "none, micro": 16.0}
 
@@ -117,9 +117,11 @@ def test_a_row_is_a_step_against_the_unmasked_one_of_the_same_round(name, monkey
 
 
 def test_steps_that_do_not_train_are_not_reported():
-    from shapes import SETTINGS
+    from model_shapes import SETTINGS
+    from roofline import Roofline
     from steps import Steps
-    from timing import Clock, Roofline
+
+    from sgtm_kernels.timing import Clock
 
     for broken in ("ours", "plain"):
         steps = Steps(SETTINGS["tiny-llama"](), CPU, torch.float32, ["runs"])
@@ -131,7 +133,7 @@ def test_steps_that_do_not_train_are_not_reported():
 
 def test_model_flops():
     """By hand: 6 N + 12 H Q times the keys of two layers, of which the second sees 16."""
-    from shapes import TINY_LLAMA, preset
+    from model_shapes import TINY_LLAMA, preset
 
     assert preset("debug", 1, 1).model.flops_per_token(1000) == 6000 + 12 * 32 * (64 + 16)
     assert TINY_LLAMA.flops_per_token(10) == 60 + 12 * 24 * 64 * 2
@@ -147,7 +149,7 @@ def test_model_flops():
 )
 def test_the_parameters_that_count(name, parameters):
     """Positions do not, nor an embedding that is not the head."""
-    from shapes import SETTINGS
+    from model_shapes import SETTINGS
     from steps import Steps
 
     steps = Steps(SETTINGS[name](), CPU, torch.float32, [])
@@ -156,7 +158,7 @@ def test_the_parameters_that_count(name, parameters):
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-llama", "124m", "254m", "llama-1b"])
 def test_every_share_in_every_mixing_mode_once(name):
-    from shapes import SETTINGS
+    from model_shapes import SETTINGS
     from step_cases import Case, cases, random_batches
 
     setting = SETTINGS[name]()
@@ -192,7 +194,7 @@ def test_every_share_in_every_mixing_mode_once(name):
 
 @tiny_shapes
 def test_labels_change_where_the_mixing_mode_says(name):
-    from shapes import SETTINGS
+    from model_shapes import SETTINGS
     from step_cases import cases
 
     setting = SETTINGS[name]()
@@ -211,7 +213,7 @@ def test_labels_change_where_the_mixing_mode_says(name):
 def test_shapes_are_those_of_the_presets():
     from dataclasses import asdict
 
-    from shapes import ModelShape, preset
+    from model_shapes import ModelShape, preset
 
     fields = {name: field.get_default() for name, field in ModelConfig.model_fields.items() if not field.is_required()}
     assert {f.name: f.default for f in ModelShape.__dataclass_fields__.values() if f.name in fields} == fields

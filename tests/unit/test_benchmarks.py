@@ -134,7 +134,7 @@ def test_rounds_are_paired_and_their_order_changes():
 
 
 def test_the_roofline_is_the_slower_of_the_two_rates():
-    from timing import COPY, MATMUL, Roofline
+    from roofline import COPY, MATMUL, Roofline
 
     roofline = Roofline(torch.device("cpu"), torch.float32)
     times = {MATMUL: 2.0, COPY: 0.5}
@@ -147,7 +147,7 @@ def test_a_row_is_a_call_against_calls_of_the_same_round():
     """Two rounds, the second at half the speed: ratios and shares of the roofline do not see it."""
     from op_cases import Case
     from ops import measure
-    from timing import COPY, MATMUL, Roofline
+    from roofline import COPY, MATMUL, Roofline
 
     from sgtm_kernels.shapes import SHAPES
 
