@@ -28,7 +28,8 @@ from sgtm.distributed.process_group import init_distributed
 from sgtm.masking.labels import FIRST_FORGET, RETAIN, UNLABELED
 from sgtm.masking.strategy import JOINT, build_tables
 from sgtm.model.transformer import Transformer
-from sgtm.train.step import LossTotals, dry_run, train_step
+from sgtm.train.dry_run import dry_run
+from sgtm.train.step import LossTotals, train_step
 from sgtm_kernels.dispatch import resolve
 from sgtm_kernels.measurement import peak_growth, percentiles, write_rows
 from sgtm_kernels.plan import Tables

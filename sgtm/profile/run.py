@@ -26,8 +26,9 @@ from sgtm.profile.nsight import find_kernel, function_name, nsight_command
 from sgtm.profile.ranges import RangedEngine, name_modules
 from sgtm.profile.terminal import print_profile
 from sgtm.profile.trace import summarize
+from sgtm.train.dry_run import dry_run
 from sgtm.train.schedule import learning_rate
-from sgtm.train.step import LossTotals, dry_run, train_step
+from sgtm.train.step import LossTotals, train_step
 from sgtm_kernels.dispatch import resolve
 
 WARM_UP = 3

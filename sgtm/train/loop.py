@@ -29,10 +29,11 @@ from sgtm.evaluate.losses import Losses, category_losses
 from sgtm.files import write_atomically
 from sgtm.model.transformer import Transformer
 from sgtm.train.checkpoint import find_latest, load_checkpoint, remove_unfinished, save_checkpoint
+from sgtm.train.dry_run import dry_run
 from sgtm.train.metrics import MetricsLog
 from sgtm.train.resume import resume_command
 from sgtm.train.schedule import learning_rate
-from sgtm.train.step import LossTotals, dry_run, train_step
+from sgtm.train.step import LossTotals, train_step
 from sgtm_kernels.dispatch import resolve
 
 
@@ -229,9 +230,7 @@ def _arithmetic(config: Config, engine: Engine, start: int, warm_up: float) -> s
     if config.train.init_from and not start:
         lines.append(f"weights from {config.train.init_from}")
     if engine.module.backend == "triton":
-        lines.append(
-            f"kernels ready after {warm_up:.0f} s: a step of unlabeled tokens; masks compile when they first come"
-        )
+        lines.append(f"kernels ready after {warm_up:.0f} s")
     return "\n".join(lines)
 
 

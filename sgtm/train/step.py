@@ -66,32 +66,3 @@ def train_step(engine: Engine, batches: list[Batch], tables: Tables, lr: float, 
             totals.add(sums, target_counts(batch, len(tables.labels)))
     live = frozenset() if totals is None else live_keys(tables, batches[0].step_labels)
     engine.step(live, lr)
-
-
-def dry_run(engine: Engine, tables: Tables) -> None:
-    """One full step on random tokens before the data are touched; nothing is live, so not a bit of the model changes.
-
-    Out of memory, a kernel that does not compile and a collective that hangs show here and not after an hour of
-    reading.
-    """
-    config = engine.config
-    size = (config.train.micro_batch, config.model.context)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.model.vocab_size, size, generator=generator)
-    batch = Batch(
-        input_ids=ids,
-        targets=ids,
-        labels=(0,),
-        lengths=(ids.numel(),),
-        documents=None,
-        step_targets=config.train.tokens_per_step,
-        step_labels=frozenset({0}),
-    )
-    try:
-        train_step(engine, [batch] * engine.accumulation, tables, 0.0, None)
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"a step does not fit into memory ({str(error).split('.')[0]}); lower train.micro_batch "
-            f"{config.train.micro_batch}, raise distributed.zero_stage {config.distributed.zero_stage}, or set "
-            f"model.activation_checkpointing"
-        ) from None

@@ -2,8 +2,8 @@
 
 Faults tried, each seen to fail: the old run deleted before the log opens, or lost where it is a link; a refused first
 start, or the new config of a refused resume, left behind; a folder that is no run overwritten; SIGUSR1 not handled; a
-second Ctrl-C swallowed; stopped without a checkpoint; the message about the gradient left out; the warm-up
-not told, or told of kernels that are not compiled.
+second Ctrl-C swallowed; stopped without a checkpoint; the message about the gradient left out; the warm-up not told,
+or told of kernels that are not compiled.
 """
 
 from __future__ import annotations

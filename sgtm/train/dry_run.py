@@ -1,0 +1,68 @@
+"""Training steps before the data are touched, with nothing live: not a bit of the model changes.
+
+Out of memory, a kernel that does not compile and a collective that hangs show here and not after an hour of reading.
+Kernels that are compiled when they are first launched, for every kind of mask, are launched here under all the masks
+that `data.mixing` makes: else the first step with a new one would wait for its compiler.
+"""
+
+from __future__ import annotations
+
+from itertools import cycle, islice, pairwise
+
+import torch
+
+from sgtm.config import Config
+from sgtm.data.batch import Batch
+from sgtm.distributed.engine import Engine
+from sgtm.masking.labels import UNLABELED
+from sgtm.train.step import train_step
+from sgtm_kernels.plan import MAX_SLICES, Tables
+
+
+def dry_run(engine: Engine, tables: Tables) -> None:
+    """Raises ValueError where a step does not fit into memory."""
+    config = engine.config
+    compiled = engine.module.backend == "triton"
+    pieces = label_pieces(config, len(tables.labels)) if compiled else [(UNLABELED,)]
+    batches = [random_batch(config, labels, index) for index, labels in enumerate(pieces)]
+    n = engine.accumulation
+    steps = [list(islice(cycle(batches), start, start + n)) for start in range(0, len(batches), n)]
+    try:
+        for step in steps:
+            train_step(engine, step, tables, 0.0, None)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"a step does not fit into memory ({str(error).split('.')[0]}); lower train.micro_batch "
+            f"{config.train.micro_batch}, raise distributed.zero_stage {config.distributed.zero_stage}, or set "
+            f"model.activation_checkpointing"
+        ) from None
+
+
+def label_pieces(config: Config, labels: int) -> list[tuple[int, ...]]:
+    """Labels of the pieces of micro-batches: each label alone, and all of them as the mixing lets them meet."""
+    found = [(label,) for label in range(labels)]
+    sequences, everything = config.train.micro_batch, cycle(range(labels))
+    if config.data.mixing == "sequence" and sequences > 1:
+        found.append(tuple(islice(everything, sequences)))
+    elif config.data.mixing == "token":
+        many = -(-labels * (MAX_SLICES + 1) // sequences)  # of a sequence: more runs of each label than slices are for
+        found.append(tuple(islice(everything, sequences * min(many, config.model.context))))
+    return found
+
+
+def random_batch(config: Config, labels: tuple[int, ...], seed: int = 0) -> Batch:
+    """Random tokens with these labels, in pieces of equal length; pieces inside sequences are documents."""
+    size = config.train.micro_batch, config.model.context
+    ids = torch.randint(config.model.vocab_size, size, generator=torch.Generator().manual_seed(seed))
+    ends = [ids.numel() * (i + 1) // len(labels) for i in range(len(labels))]
+    bounds = list(pairwise((0, *ends)))
+    inside = len(labels) > config.train.micro_batch
+    return Batch(
+        input_ids=ids,
+        targets=ids,
+        labels=labels,
+        lengths=tuple(end - start for start, end in bounds),
+        documents=tuple(bounds) if inside else None,
+        step_targets=config.train.tokens_per_step,
+        step_labels=frozenset(labels),
+    )

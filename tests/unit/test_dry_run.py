@@ -1,0 +1,49 @@
+"""The dry run launches the kernels under every mask that training will have, and nothing but time comes of it.
+
+That it changes no bit of the model is in tests/e2e/test_train.py. Faults tried, each seen to fail: a label left out;
+labels that never meet; a backend without a compiler made to wait; pieces that cross sequences, or are too few.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from tiny import tiny_config
+
+from sgtm.train import dry_run as module
+from sgtm_kernels.plan import MAX_SLICES
+
+
+def batches_of(monkeypatch, backend: str, accumulation: int, **keys):
+    config = tiny_config(model={"context": 48}, train={"tokens_per_step": 8 * 48})
+    data = config.data.model_copy(update={"mixing": keys.pop("mixing")})
+    config = config.model_copy(update={"data": data, "train": config.train.model_copy(update=keys)})
+    steps = []
+    monkeypatch.setattr(module, "train_step", lambda engine, batches, *rest: steps.append(batches))
+    engine = SimpleNamespace(config=config, module=SimpleNamespace(backend=backend), accumulation=accumulation)
+    module.dry_run(engine, config.tables)
+    assert all(len(step) == accumulation for step in steps)
+    return config, [batch for step in steps for batch in step]
+
+
+def test_without_a_compiler_one_step_is_enough(monkeypatch):
+    _, batches = batches_of(monkeypatch, "runs", 2, mixing="token")
+    assert [batch.labels for batch in batches] == [(0,), (0,)]
+
+
+@pytest.mark.parametrize("mixing", ["step", "micro", "sequence", "token"])
+@pytest.mark.parametrize("sequences", [1, 5])
+def test_all_masks_that_the_mixing_makes(monkeypatch, mixing, sequences):
+    config, batches = batches_of(monkeypatch, "triton", 2, mixing=mixing, micro_batch=sequences)
+    labels = range(len(config.tables.labels))
+    plans = [batch.plan(config.tables) for batch in batches]
+    assert {plan.present for plan in plans} >= {(label,) for label in labels}
+    mixed = [plan for plan in plans if len(plan.present) > 1]
+    assert bool(mixed) == (mixing == "token" or (mixing == "sequence" and sequences > 1))
+    for plan in mixed:
+        assert plan.present == tuple(labels)
+        assert plan.whole_sequences == (mixing == "sequence") == (plan.documents is None)
+        if mixing == "token":
+            assert all(start // plan.seq_len == (end - 1) // plan.seq_len for start, end in plan.documents)
+            assert all(sum(run.label == label for run in plan.runs) > MAX_SLICES for label in labels)
