@@ -146,7 +146,7 @@ def attend(s: Shape, make: Inputs) -> Case:
 
     def sdpa(qkv, backend=None):
         q, k, v = whole.split(qkv)[0]
-        plain = partial(F.scaled_dot_product_attention, is_causal=True, scale=scale, enable_gqa=s.gated)
+        plain = partial(F.scaled_dot_product_attention, is_causal=True, scale=scale, enable_gqa=s.kv_heads < s.heads)
         if backend is None:
             out = plain(q, k, v)
         else:

@@ -11,6 +11,7 @@ mixing is. Pure forget is of the first domain; where sequences are mixed the dom
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Protocol
@@ -30,9 +31,10 @@ from sgtm.masking.strategy import JOINT, build_tables
 from sgtm.model.transformer import Transformer
 from sgtm.train.dry_run import dry_run
 from sgtm.train.step import LossTotals, train_step
-from sgtm_kernels.dispatch import resolve
+from sgtm_kernels.dispatch import resolve, unusable
 from sgtm_kernels.measurement import peak_growth, percentiles, write_rows
 from sgtm_kernels.plan import Tables
+from sgtm_kernels.shapes import Shape
 
 BASE = "none"
 MEMORY_ROUNDS = 5
@@ -49,13 +51,18 @@ class Way(Protocol):
         """MiB by which memory grows at most during a step."""
 
 
-def bench(config: Config, rounds: int = ROUNDS, to: Path | None = None) -> None:
+def bench(config: Config, rounds: int = ROUNDS, to: Path | None = None, tune: bool = False) -> None:
     """Measure, print a table, and write one JSON object per row to `to`. With several ranks, rank 0 prints and writes.
 
-    Raises ValueError for a config that masks nothing, for fewer than 4 sequences a step and rank, and where a step does
-    not fit into memory; OSError where `to` cannot be written.
+    tune  before that, time the candidates of the Triton kernels at this config's shape and write this device's table
+          (`sgtm_kernels.tune`)
+
+    Raises ValueError for a config that masks nothing, for fewer than 4 sequences a step and rank, where a step does not
+    fit into memory, and for `tune` without a CUDA device or on several ranks; OSError where `to` cannot be written.
     """
     check(config)
+    if tune:
+        _tune(config)
     if to is not None:
         to.parent.mkdir(parents=True, exist_ok=True)
         to.open("a").close()  # a mistake shows before the measurement
@@ -74,6 +81,34 @@ def check(config: Config) -> None:
         raise ValueError("masking.domains is empty, so nothing is masked; name one: --masking.domains '[forget]'")
     if config.masking.strategy == BASE:
         raise ValueError("masking.strategy none masks nothing; name another: --masking.strategy sgtm")
+
+
+def _tune(config: Config) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--tune is for one process: run it without a launcher, once on each kind of device")
+    if problem := unusable("triton"):
+        raise ValueError(f"--tune tunes the Triton kernels, but {problem}")
+    from sgtm_kernels.tune import tune
+
+    tune(shapes=[shape_of(config)])
+
+
+def shape_of(config: Config) -> Shape:
+    """A masked layer of this config, and its micro-batch."""
+    m, partition = config.model, config.partition
+    layer = next(layer for i, layer in enumerate(partition.layers) if partition.masked(i))
+    return Shape(
+        batch=config.train.micro_batch,
+        seq_len=m.context,
+        width=m.hidden_size,
+        heads=m.heads,
+        kv_heads=m.num_kv_heads,
+        neurons=m.intermediate_size,
+        vocab=m.vocab_size,
+        forget_heads=sum(layer.heads[1:]),
+        forget_neurons=m.intermediate_size - layer.neuron_bounds[1],
+        gated=m.family == "llama",
+    )
 
 
 def setting(config: Config) -> str:

@@ -19,7 +19,7 @@ OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --mask
 SOURCE = "PRESET|FILE.yaml", "preset (see sgtm config) or file"
 OPTIONS = {
     "train": ("resume", "overwrite"),
-    "bench": ("rounds", "json"),
+    "bench": ("rounds", "json", "tune"),
     "profile": ("steps", "out", "kernel", "no-trace"),
 }
 CONFIGURED = ("train", "explain", "config", "quickstart", "bench", "profile")
@@ -140,6 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--rounds", type=_positive, default=15, metavar="N", help="steps of each row (default: 15)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object per row")
+    bench.add_argument(
+        "--tune", action="store_true", help="first tune the Triton kernels for this device at the config's shape"
+    )
     profile = configured("profile", _profile, "show where the time of a training step goes, by kernel and by module")
     profile.description = (
         "Profiles training steps: time by kernel (ops, on a CPU) and by part of the step, and a trace. Takes the "
@@ -248,7 +251,7 @@ def _bench(options) -> None:
 
     from sgtm.bench import bench
 
-    bench(config, options.rounds, options.json)
+    bench(config, options.rounds, options.json, options.tune)
 
 
 def _profile(options) -> None:

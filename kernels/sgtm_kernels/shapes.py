@@ -34,7 +34,7 @@ SGTM = Tables(
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer of a model, and the micro-batch it sees. With fewer KV heads than heads, the MLP is gated."""
+    """One layer of a model, and the micro-batch it sees. `gated`: SwiGLU, RMSNorm, no biases; else GELU, LayerNorm."""
 
     batch: int
     seq_len: int
@@ -45,6 +45,7 @@ class Shape:
     vocab: int
     forget_heads: int
     forget_neurons: int
+    gated: bool = False
 
     @property
     def tokens(self) -> int:
@@ -53,10 +54,6 @@ class Shape:
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
-
-    @property
-    def gated(self) -> bool:
-        return self.kv_heads < self.heads
 
     @property
     def layout(self) -> HeadLayout:
@@ -69,9 +66,9 @@ class Shape:
 SHAPES = {
     "124m": Shape(20, 1024, 768, 12, 12, 3072, 50257, 1, 256),
     "254m": Shape(20, 1024, 1024, 32, 32, 4096, 50257, 1, 64),
-    "llama-1b": Shape(4, 4096, 2048, 32, 8, 8192, 128256, 4, 1024),
+    "llama-1b": Shape(4, 4096, 2048, 32, 8, 8192, 128256, 4, 1024, gated=True),
     "tiny": Shape(4, 12, 24, 6, 6, 40, 97, 1, 8),
-    "tiny-llama": Shape(4, 12, 24, 6, 3, 40, 97, 2, 8),
+    "tiny-llama": Shape(4, 12, 24, 6, 3, 40, 97, 2, 8, gated=True),
 }
 
 

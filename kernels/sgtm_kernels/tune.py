@@ -15,11 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,12 +25,12 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-import triton
 from triton.runtime.errors import OutOfResources
 
 from sgtm_kernels.attention import attention
 from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.linear import linear_in, linear_out
+from sgtm_kernels.measurement import environment
 from sgtm_kernels.mlp import gelu, swiglu
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan, merge_runs
 from sgtm_kernels.shapes import FORGET, NONE, SGTM, SHAPES, UNLABELED, Shape
@@ -60,7 +57,7 @@ class Found:
 
 def tune(
     only: Sequence[str] = (),
-    shapes: Sequence[str] = SHAPE_NAMES,
+    shapes: Sequence[str | Shape] = SHAPE_NAMES,
     table: Path | None = None,
     commit: str | None = None,
     *,
@@ -70,13 +67,14 @@ def tune(
 ) -> Path:
     """Tune the ops `only` (default: all that have candidates) on this CUDA device; returns the table that was written.
 
+    shapes   of what is launched, or names of some in shapes.py
     table    where to (default: tuned/<device>.json); commit: of this code, where it is not a git checkout
     rounds   of a choice; fewer, but at least three, where `seconds` are over before
 
     Raises ValueError without a CUDA device, for an unknown op or shape, and for a table of another device.
     """
     for kind, names, known in (("op", only, CASES), ("shape", shapes, SHAPES)):
-        if unknown := [name for name in names if name not in known]:
+        if unknown := [name for name in names if isinstance(name, str) and name not in known]:
             raise ValueError(f"unknown {kind} {unknown[0]!r}; known: {', '.join(known)}")
     if not torch.cuda.is_available():
         raise ValueError("tuning needs a CUDA device and there is none here; without a table the heuristics hold")
@@ -87,7 +85,7 @@ def tune(
     torch.manual_seed(0)
     for shape in shapes:
         for op in only or CASES:
-            for way in CASES[op](SHAPES[shape], device, torch.bfloat16):
+            for way in CASES[op](SHAPES[shape] if isinstance(shape, str) else shape, device, torch.bfloat16):
                 tune_call(way, Clock(device), found, rounds, seconds, say)
     write(path, name, kept, found, {**provenance(), **({"commit": commit} if commit else {})})
     table_of.cache_clear()
@@ -176,21 +174,9 @@ def write(path: Path, device_name: str, kept: dict, found: dict[Choice, Found], 
 
 def provenance() -> dict[str, str | None]:
     """Versions, commit and date of a measurement."""
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "driver": driver.splitlines()[0] if driver else None,
-        "commit": _output("git", "describe", "--always", "--dirty"),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-
-
-def _output(*command: str) -> str | None:
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return done.stdout.strip() or None
+    here = environment()
+    versions = {name: here["versions"][name] for name in ("torch", "triton")}
+    return versions | {"driver": here["driver"], "commit": here["commit"], "date": here["time"][:10]}
 
 
 def _random(device: torch.device, dtype: torch.dtype, *size: int) -> torch.Tensor:

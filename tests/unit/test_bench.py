@@ -122,6 +122,7 @@ def test_a_step_without_a_quarter_is_refused(taken):
         (["--masking.strategy", "none"], "error: masking.strategy none masks nothing; name another: --m"),
         (["--json", "/proc/none/rows.jsonl"], "error: /proc/none: No such file or directory"),
         (["--json", "/proc"], "error: /proc: Is a directory"),
+        (["--tune"], "error: tuning needs a CUDA device and there is none here"),
     ],
 )
 def test_a_mistake_is_a_message_before_anything_is_measured(overrides, message, capsys, monkeypatch):
@@ -152,3 +153,24 @@ def test_a_row_is_compared_with_the_unmasked_step_of_the_same_round():
     assert [row["ratio"]["p20"] for row in rows] == [row["ratio"]["p80"] for row in rows] == [1, 0.5]
     assert [row["memory_ratio"] for row in rows] == [1, 0.5]
     assert [row["tokens_per_second"] for row in rows] == [round(512 / 5, 1), round(512 / 2.5, 1)]
+
+
+@pytest.mark.parametrize("preset", ["tinystories-18m", "llama-1b"])
+def test_kernels_are_tuned_at_the_shape_of_the_config(preset, monkeypatch):
+    from sgtm_kernels import tune
+
+    tuned = []
+    monkeypatch.setattr(tune, "tune", lambda shapes: tuned.extend(shapes))
+    monkeypatch.setattr("sgtm.bench.init_distributed", lambda *args: (_ for _ in ()).throw(ValueError("enough")))
+    overrides = ["--masking.domains", "[es]", "--masking.forget_heads", "4", "--masking.forget_neurons", "24"]
+    assert main(["bench", preset, "--tune", *overrides]) == 2
+    m = load_config(preset, []).model
+    (shape,) = tuned
+    assert (shape.width, shape.neurons, shape.gated) == (m.hidden_size, m.intermediate_size, preset == "llama-1b")
+    assert (shape.forget_heads, shape.forget_neurons, shape.layout.head_dim) == (4, 24, m.size_per_head)
+
+
+def test_several_processes_do_not_tune(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["bench", "debug", "--tune"]) == 2
+    assert "--tune is for one process" in capsys.readouterr().err
