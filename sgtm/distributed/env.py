@@ -149,6 +149,13 @@ def cpu_threads(launch: Launch) -> int | None:
     return max(1, len(os.sched_getaffinity(0)) // launch.local_world_size)
 
 
+def use_deterministic_algorithms() -> None:
+    """In torch and cuBLAS, for the rest of the process, before CUDA is first used. An op that has none warns."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every torch.empty
+
+
 def keep_freed_memory() -> None:
     """Let glibc's malloc keep what is freed, for the rest of the process; does nothing with another C library.
 

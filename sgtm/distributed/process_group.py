@@ -11,7 +11,15 @@ import torch
 import torch.distributed as dist
 
 from sgtm.config.schema import Config
-from sgtm.distributed.env import Launch, cpu_threads, detect_launch, device_type, gpu_of, keep_freed_memory
+from sgtm.distributed.env import (
+    Launch,
+    cpu_threads,
+    detect_launch,
+    device_type,
+    gpu_of,
+    keep_freed_memory,
+    use_deterministic_algorithms,
+)
 
 _joined: Launch | None = None
 
@@ -34,6 +42,8 @@ def _join(config: Config) -> Launch:
     launch = detect_launch()
     index, on_gpu = launch.local_rank, device_type() == "cuda"
     if on_gpu:
+        if config.kernels.deterministic:
+            use_deterministic_algorithms()
         index = gpu_of(launch, torch.cuda.device_count())
         torch.cuda.set_device(index)
     else:

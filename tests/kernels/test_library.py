@@ -165,3 +165,30 @@ def test_a_plan_lives_no_longer_than_its_handle():
     assert plan_of(handle) is not None and tensors() is not None
     del handle
     assert len(_PLANS) == before - 1 and tensors() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@calls
+def test_a_cuda_graph_replays_the_op(name):
+    """Nothing waits for the device or allocates by what is in it. The plan's tensors are made before the capture."""
+    function, inputs, plan = CALLS[name][1], inputs_of(name), plan_number(3)
+
+    def step():
+        y = function(*inputs, plan)
+        return y, *torch.autograd.grad(y, inputs, torch.ones_like(y))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in inputs:
+            x.neg_()
+    graph.replay()
+    for replayed, direct in zip(captured, step(), strict=True):
+        assert torch.equal(replayed, direct)

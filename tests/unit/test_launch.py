@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from sgtm.distributed import env
 from sgtm.distributed.env import Launch, detect_launch
@@ -97,6 +98,28 @@ def test_a_rank_takes_a_gpu_that_is_there():
     assert [env.gpu_of(rank, 1) for rank in ranks] == [0, 0, 0, 0]
     with pytest.raises(ValueError, match="4 ranks on this node, but 2 GPUs are visible to rank 3"):
         env.gpu_of(ranks[3], 2)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_deterministic_algorithms_on_a_gpu(wanted, monkeypatch):
+    """As far as it goes without one: up to the process group."""
+    from sgtm.config import load_config
+    from sgtm.distributed import process_group
+
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(process_group, "device_type", lambda: "cuda")
+    monkeypatch.setattr(process_group, "gpu_of", lambda *args: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(process_group.dist, "init_process_group", lambda *args, **kwargs: None)
+    try:
+        process_group._join(load_config("debug", [f"--kernels.deterministic={wanted}"]))
+        found = torch.are_deterministic_algorithms_enabled(), "CUBLAS_WORKSPACE_CONFIG" in os.environ
+        assert found == (wanted, wanted) and torch.utils.deterministic.fill_uninitialized_memory is not wanted
+    finally:
+        torch.use_deterministic_algorithms(False)
+        for name in ("CUBLAS_WORKSPACE_CONFIG", "LOCAL_RANK"):
+            os.environ.pop(name, None)
 
 
 def test_one_place_says_which_device(monkeypatch):
