@@ -31,7 +31,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: `off`, `no` and `on` are words, `1e-3` is a number; a key given twice is an error."""
+    """YAML 1.2 scalars: `off`, `no`, `on` and `1:30` are words, `1e-3` is a number; a key given twice is an error."""
 
     def construct_mapping(self, node, deep=False):
         names = [key.value for key, _ in node.value]
@@ -42,10 +42,11 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":int", ":float", ":timestamp"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|false|True|False)$"), list("tfTF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$"),
@@ -184,7 +185,11 @@ def _read(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict, list[str]]:
         return values, []
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends: {base!r} must be a preset name or the path of a YAML file")
-    below, extended = _read(_locate(base, path.parent), (*chain, path.resolve()))
+    try:
+        file = _locate(base, path.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: extends: {error}") from None
+    below, extended = _read(file, (*chain, path.resolve()))
     return _merge(below, values), [base, *extended]
 
 

@@ -96,6 +96,8 @@ def _nested(kind: Any) -> str:
 def _range(bounds: tuple) -> str:
     """Pydantic wraps limits in FieldInfo where they come from a nested Annotated."""
     flat = [limit for bound in bounds for limit in (bound.metadata if isinstance(bound, FieldInfo) else [bound])]
+    if pattern := next((b.pattern for b in flat if getattr(b, "pattern", None)), None):
+        return f" that matches {pattern}"
     low = next((b for b in flat if isinstance(b, (Gt, Ge))), None)
     high = next((b for b in flat if isinstance(b, (Le, Lt))), None)
     if isinstance(low, Ge) and high is not None:

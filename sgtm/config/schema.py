@@ -250,21 +250,27 @@ class Config(Section):
 
     @cached_property
     def partition(self) -> Partition:
-        return build_partition(
-            self.space,
-            layers=self.model.layers,
-            heads=self.model.heads,
-            kv_heads=self.model.num_kv_heads,
-            neurons=self.model.intermediate_size,
-            forget_heads=self.masking.forget_heads,
-            forget_neurons=self.masking.forget_neurons,
-            percent=self.masking.percent,
-            masked_layers=self.masking.masked_layers,
-        )
+        try:
+            return build_partition(
+                self.space,
+                layers=self.model.layers,
+                heads=self.model.heads,
+                kv_heads=self.model.num_kv_heads,
+                neurons=self.model.intermediate_size,
+                forget_heads=self.masking.forget_heads,
+                forget_neurons=self.masking.forget_neurons,
+                percent=self.masking.percent,
+                masked_layers=self.masking.masked_layers,
+            )
+        except ValueError as error:  # begins with the name of an argument, which is the key
+            raise ValueError(f"masking.{error}") from None
 
     @cached_property
     def channel(self) -> LabelChannel:
-        return LabelChannel.from_rows(self.space, self.data.channel)
+        try:
+            return LabelChannel.from_rows(self.space, self.data.channel)
+        except ValueError as error:
+            raise ValueError(f"data.channel: {error}") from None
 
     @property
     def sequences_per_step(self) -> int:

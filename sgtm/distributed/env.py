@@ -51,6 +51,8 @@ def detect_launch(environ: dict[str, str] | None = None) -> Launch:
     except ValueError:
         seen = {name: env[name] for name in TORCH_VARIABLES[:3]}
         raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers, got {seen}") from None
+    if not 0 <= rank < size:
+        raise ValueError(f"RANK {rank} is none of the ranks 0 to WORLD_SIZE - 1; WORLD_SIZE is {size}")
     return Launch(launcher, rank, size, local, local_size or _slurm_tasks_here(env))
 
 

@@ -137,8 +137,10 @@ FORMS = [
 ]
 RULES = [
     (["--model.hidden_size", "33"], "debug: model: hidden_size 33 is not a multiple of heads 4; set head_dim"),
-    (["--masking.forget_heads", "4"], "forget_heads: 4 of 4 would be forget"),
-    (["--data.channel.retain.retain", "0.9"], "label channel row 'retain'"),
+    (["--masking.forget_heads", "4"], "masking.forget_heads: 4 of 4 would be forget"),
+    (["--data.channel.retain.retain", "0.9"], "data.channel: label channel row 'retain'"),
+    (["--train.steps", "1:30"], "train.steps: found '1:30' on the command line, but it takes: whole number"),
+    (["--name", "../x"], r"name: found '../x' on the command line, but it takes: text that matches ^[\w][\w.+-]*$"),
     (["--train.tokens_per_step", "100"], "tokens_per_step 100 is not a multiple of model.context 64"),
     (["--optimizer.warmup_steps", "9"], "optimizer.warmup_steps 9 is more than train.steps 8"),
     (["--masking.overrides.x.y", "1"], "override 'x.y' names no table entry"),
@@ -171,6 +173,7 @@ def test_every_problem_has_its_line():
 
 
 FILES = {
+    "a preset that there is not": ("extends: nope\n", "run.yaml: extends: unknown preset 'nope'"),
     "a list": ("- 1\n", "run.yaml: holds list, not a mapping of keys"),
     "a key twice": ("name: a\nname: b\n", "run.yaml: line 2, column 1: not valid YAML: key 'name' is given twice"),
     "broken": ("model:\n  layers: [\n", "run.yaml: line 3, column 1: not valid YAML"),

@@ -75,6 +75,12 @@ def test_half_a_launch_names_what_is_missing():
         detect_launch({**PLACE, **ADDRESS, "RANK": "one"})
 
 
+@pytest.mark.parametrize(("rank", "size"), [("8", "8"), ("-1", "8"), ("0", "0")])
+def test_a_rank_that_there_is_not(rank, size):
+    with pytest.raises(ValueError, match=f"RANK {rank} is none of the ranks.* WORLD_SIZE is {size}"):
+        detect_launch({**PLACE, **ADDRESS, "RANK": rank, "WORLD_SIZE": size})
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_that_do_not_meet_are_one_message(rank, tmp_path):
     """Rank 0 waits for nobody, rank 1 finds nobody."""
