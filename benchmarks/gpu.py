@@ -70,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def test_command(only: list[str]) -> list[str]:
     """pytest without the plugins that pyproject.toml has options for."""
-    files = [TESTS / f"test_{op}.py" for op in only] or sorted(set(TESTS.glob("test_*.py")) - _left_out())
+    files = [file for op in only for file in sorted(TESTS.glob(f"test_{op}*.py"))]
+    files = files or sorted(set(TESTS.glob("test_*.py")) - _left_out())
     options = ["-o", "addopts=--import-mode=importlib -ra", "-p", "no:cacheprovider", "-q"]
     return [sys.executable, "-m", "pytest", *options, *map(str, files)]
 

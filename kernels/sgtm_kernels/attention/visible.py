@@ -1,0 +1,53 @@
+"""What queries see, in the forms that public attention takes: documents, edges of documents, first keys."""
+
+from __future__ import annotations
+
+import torch
+
+from sgtm_kernels.plan import MaskPlan
+
+
+class Visible:
+    """Sequences `first:last` of a micro-batch: a query sees the last `window` keys of its document, itself included.
+
+    What is derived from it is made once for a plan: every layer of a model asks for the same.
+
+    window     keys; None where it does not cut a sequence
+    documents  token ranges, counted from the first of these sequences; None where each sequence is one document
+    """
+
+    def __init__(self, plan: MaskPlan, window: int | None = None, first: int = 0, last: int | None = None):
+        self.plan, self.first, self.last = plan, first, plan.batch if last is None else last
+        self.window = window if window is not None and window < plan.seq_len else None
+
+    @property
+    def documents(self) -> tuple[tuple[int, int], ...] | None:
+        return self.plan.cached(("documents", self.first, self.last), self._documents)
+
+    def _documents(self):
+        if self.plan.documents is None:
+            return None
+        start, end = self.first * self.plan.seq_len, self.last * self.plan.seq_len
+        found = tuple((s - start, e - start) for s, e in self.plan.documents if start <= s < end)
+        return found if len(found) > self.last - self.first else None
+
+    @property
+    def whole(self) -> bool:
+        """Whether every query sees all of its sequence's past."""
+        return self.window is None and self.documents is None
+
+    def edges(self, device: torch.device) -> tuple[torch.Tensor, int]:
+        """int32 [documents + 1]: where the documents begin, and the end of the last; and the longest one's length."""
+
+        def make() -> tuple[torch.Tensor, int]:
+            edges = torch.tensor([0, *(end for _, end in self.documents)], dtype=torch.int32, device="cpu")
+            return edges.to(device, non_blocking=True), max(end - start for start, end in self.documents)
+
+        return self.plan.cached(("edges", self.first, self.last, device), make)
+
+    def first_keys(self) -> torch.Tensor:
+        """int32 [sequences, S] on the CPU: the first key that each query sees; it never falls within a sequence."""
+        plan = self.plan
+        start = plan.spans(torch.device("cpu"))[0].view(plan.batch, plan.seq_len)[self.first : self.last]
+        position = torch.arange(plan.seq_len, dtype=torch.int32, device="cpu")
+        return torch.maximum(start, position - (self.window or plan.seq_len) + 1)
