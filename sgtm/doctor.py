@@ -22,13 +22,14 @@ from sgtm_kernels.measurement import cpu_model, cpuinfo, installed
 # fmt: off
 PACKAGES = (
     "torch", "deepspeed", "triton", "transformers", "tokenizers", "datasets", "pyarrow", "safetensors",
-    "numpy", "pydantic", "tyro", "wandb", "rich", "matplotlib", "zstandard",
+    "numpy", "pydantic", "tyro", "wandb", "rich", "matplotlib", "zstandard", "flash-attn",
 )
 # fmt: on
 
 # What each serves; everything else in PACKAGES is needed by everything and installed with sgtm.
 OPTIONAL = {
     "triton": "Triton kernels; it comes with CUDA builds of torch on Linux",
+    "flash-attn": "attention over windows and documents on a GPU, in bf16; without it FlexAttention does them",
 }
 LAUNCHERS = {
     "torchrun": "several processes on one machine, or several machines with one command on each",
@@ -38,10 +39,10 @@ LAUNCHERS = {
 }
 # fmt: off
 VARIABLES = (
-    "SGTM_KERNELS", "SGTM_LINEAR", "SGTM_TUNED", "SGTM_TRACEBACK", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR",
-    "DS_BUILD_OPS",
-    "OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "NCCL_DEBUG",
-    "NCCL_SOCKET_IFNAME", "TRITON_CACHE_DIR", "TRITON_INTERPRET", "TORCHINDUCTOR_CACHE_DIR",
+    "SGTM_KERNELS", "SGTM_ATTENTION", "SGTM_LINEAR", "SGTM_TUNED", "SGTM_TRACEBACK", "CUDA_VISIBLE_DEVICES",
+    "CUBLAS_WORKSPACE_CONFIG", "DS_ACCELERATOR", "DS_BUILD_OPS", "OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "LOCAL_RANK",
+    "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "TRITON_CACHE_DIR",
+    "TRITON_INTERPRET", "TORCHINDUCTOR_CACHE_DIR",
     "PYTORCH_CUDA_ALLOC_CONF", "PYTHONPATH", "HF_HOME", "HF_HUB_OFFLINE", "WANDB_MODE",
 )
 # fmt: on
@@ -197,6 +198,9 @@ def _dispatch() -> dict:
         chosen = dispatch.resolve("auto")
         why = "named by SGTM_KERNELS" if os.environ.get("SGTM_KERNELS") == chosen else dispatch.DEFAULT_REASON
         found = {"auto": f"{chosen} for every op: {why}"}
+        by_itself = "SDPA; windows and documents on a GPU by flash_attn where it imports, else by FlexAttention"
+        named = import_module("sgtm_kernels.attention.public").named()
+        found["runs, attention"] = f"{named} (SGTM_ATTENTION)" if named else by_itself
         if not dispatch.unusable("triton"):
             way = import_module(dispatch.module_name("linear", "triton")).named() or "as tuned, else masked"
             found["triton, linear"] = f"dW of labels that change from token to token: {way} (SGTM_LINEAR)"

@@ -1,6 +1,7 @@
 """`sgtm doctor` finds what is there, says what is missing, and survives what is broken.
 
-Faults tried at the dispatch, each seen to fail: SGTM_KERNELS taken for the default; SGTM_LINEAR not looked at.
+Faults tried at the dispatch, each seen to fail: SGTM_KERNELS taken for the default; SGTM_LINEAR or SGTM_ATTENTION not
+looked at.
 """
 
 import json
@@ -62,13 +63,22 @@ def test_backends_mark_the_default_and_report_a_wrong_choice(monkeypatch):
 def test_dispatch_names_the_backend_of_auto_and_why(monkeypatch):
     """Triton's interpreter makes its backend usable here."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert findings()["dispatch"]["auto"].startswith(f"{DEFAULT} for every op: the default, on a GPU too until ")
+    found = findings()["dispatch"]
+    assert found["auto"].startswith(f"{DEFAULT} for every op: the default, on a GPU too until ")
+    assert found["runs, attention"].startswith("SDPA; windows and documents on a GPU by flash_attn")
     monkeypatch.setenv("SGTM_KERNELS", "reference")
     monkeypatch.setenv("SGTM_LINEAR", "rectangles")
     found = findings()
     assert found["dispatch"]["auto"] == "reference for every op: named by SGTM_KERNELS"
     assert found["dispatch"]["triton, linear"].endswith("token to token: rectangles (SGTM_LINEAR)")
     assert found["environment"]["SGTM_LINEAR"] == "rectangles"
+    monkeypatch.setenv("SGTM_ATTENTION", "flex")
+    found = findings()
+    assert found["dispatch"]["runs, attention"] == "flex (SGTM_ATTENTION)"
+    assert found["environment"]["SGTM_ATTENTION"] == "flex"
+    monkeypatch.setenv("SGTM_ATTENTION", "flexible")
+    assert "unknown way 'flexible'" in findings()["dispatch"]["auto"]
+    monkeypatch.delenv("SGTM_ATTENTION")
     monkeypatch.setenv("SGTM_LINEAR", "rectangle")
     assert "unknown way 'rectangle'" in findings()["dispatch"]["auto"]
 
