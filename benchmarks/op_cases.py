@@ -16,13 +16,15 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from sgtm_kernels.adamw import Update, adamw
 from sgtm_kernels.attention import HeadLayout, attention
+from sgtm_kernels.attention.public import by_flash_attn, by_flex, by_sdpa, facts_of, obstacle
+from sgtm_kernels.attention.visible import Visible
 from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.embedding import embedding
 from sgtm_kernels.linear import linear_in, linear_out
 from sgtm_kernels.mlp import gelu, linear_gelu, swiglu
 from sgtm_kernels.norm import layer_norm, rms_norm
 from sgtm_kernels.plan import MaskPlan
-from sgtm_kernels.shapes import FORGET, Shape
+from sgtm_kernels.shapes import FORGET, NONE, UNLABELED, Shape
 from sgtm_kernels.timing import Way
 
 
@@ -134,37 +136,51 @@ def mlp_in(s: Shape, make: Inputs) -> Case:
     )
 
 
-def attend(s: Shape, make: Inputs) -> Case:
-    """Causal, no window; a public call gets the heads as views of one projection, as ours does."""
+def attend(s: Shape, make: Inputs, window: int | None = None, documents: int = 1) -> Case:
+    """Causal; a public call gets the heads as views of one projection, as ours does.
+
+    window     keys a query sees at most; None: all of its past
+    documents  of a sequence, of one length
+    """
     layout, whole = s.layout, HeadLayout((s.heads,), (s.kv_heads,), s.head_dim)
     qkv = make.random(s.batch, s.seq_len, (s.heads + 2 * s.kv_heads) * s.head_dim)
     dy = make.random(s.batch, s.seq_len, s.width, learned=False)
-    scale = s.head_dim**-0.5
+    scale, length = s.head_dim**-0.5, s.seq_len // documents
+
+    def cut(plan: MaskPlan) -> MaskPlan:
+        pieces = tuple((t, t + length) for t in range(0, s.tokens, length))
+        return MaskPlan(plan.tables, plan.runs, s.batch, s.seq_len, pieces if documents > 1 else None)
 
     def ours(plan, backend):
-        return both(lambda qkv: attention(qkv, layout, plan, scale=scale, backend=backend), [qkv], dy)
+        plan = cut(plan)
+        return both(lambda qkv: attention(qkv, layout, plan, scale=scale, window=window, backend=backend), [qkv], dy)
 
-    def sdpa(qkv, backend=None):
-        q, k, v = whole.split(qkv)[0]
-        plain = partial(F.scaled_dot_product_attention, is_causal=True, scale=scale, enable_gqa=s.kv_heads < s.heads)
-        if backend is None:
-            out = plain(q, k, v)
-        else:
-            with sdpa_kernel(backend):
-                out = plain(q, k, v)
-        return out.transpose(1, 2).flatten(2)
+    visible = Visible(cut(MaskPlan.uniform(NONE, UNLABELED, s.batch, s.seq_len)), window)
 
-    public = {"SDPA": both(sdpa, [qkv], dy)}
-    if make.compiled:
+    def library(way):
+        return both(lambda qkv: way(*whole.split(qkv)[0], scale, visible), [qkv], dy)
+
+    def sdpa(qkv, backend):
+        with sdpa_kernel(backend):
+            return by_sdpa(*whole.split(qkv)[0], scale, visible)
+
+    public = {"SDPA": library(by_sdpa)}
+    if make.compiled and visible.whole:
         for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
             public[f"SDPA, {name}"] = both(partial(sdpa, backend=backend), [qkv], dy)
+    elif make.compiled:
+        public["FlexAttention"] = library(by_flex)
+    if make.compiled and not obstacle("flash_attn", facts_of(qkv.device, qkv.dtype, s.head_dim)):
+        public["flash-attn"] = library(by_flash_attn)
 
     def work(plan):
         heads = s.heads * s.batch  # where labels change inside sequences, every head of every sequence
         if plan.whole_sequences:
             active = [sum(n for n, on in zip(layout.heads, row, strict=True) if on) for row in plan.tables.active]
             heads = sum((run.end - run.start) // s.seq_len * active[run.label] for run in plan.runs)
-        return heads * 7 * s.seq_len**2 * s.head_dim, (3 * qkv.numel() + 3 * dy.numel()) * qkv.element_size()
+        seen = min(window or length, length)
+        pairs = documents * (length * seen - seen**2 / 2)  # of queries and keys; without cuts half of the square
+        return heads * 14 * pairs * s.head_dim, (3 * qkv.numel() + 3 * dy.numel()) * qkv.element_size()
 
     return Case(ours, public, work)
 
@@ -260,7 +276,11 @@ def optimize(s: Shape, make: Inputs) -> Case:
 CASES: dict[str, dict[str, Callable[[Shape, Inputs], Case]]] = {
     "linear": {"linear_in": partial(linear, side="in"), "linear_out": partial(linear, side="out")},
     "mlp": {"activation": mlp, "linear_gelu": mlp_in},
-    "attention": {"attention": attend},
+    "attention": {
+        "attention": attend,
+        "attention, window": lambda s, make: attend(s, make, window=s.seq_len // 4),
+        "attention, documents": partial(attend, documents=4),
+    },
     "norm": {"norm": norm},
     "embedding": {"embedding": embed},
     "cross_entropy": {"linear_cross_entropy": cross_entropy},

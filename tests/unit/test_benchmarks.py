@@ -3,9 +3,10 @@
 Faults tried, each seen to fail: an import of `sgtm` or of rich in a script, or in a test of the kernels; the kernels
 not found from a script; the timeout option left strict; results written after red tests; the ways in one order in every
 round; the work of a mask without the mask; a ratio, or a share, upside down; the slowest public call; the first round's
-rates for all rounds; the tensors of a kernel's test left on the CPU; steps timed before the ops, after the tests of
-some ops alone, or at the ops' shape; rows lost, or success said, where steps fail; steps left out of the report,
-or shown as ops.
+rates for all rounds; the tensors of a kernel's test left on the CPU; a file of an op's tests left out; the window or
+the documents of attention left out, of ours, of the public calls, or of the work; steps timed before the ops, after the
+tests of some ops alone, or at the ops' shape; rows lost, or success said, where steps fail; steps left out of the
+report, or shown as ops.
 """
 
 import importlib.util
@@ -120,8 +121,47 @@ def test_the_work_that_each_mask_leaves(name):
     assert (head["pure forget"], head["pure retain"]) == pytest.approx((2 / 3, 1))
     heads = relative("attention", "attention")
     assert (heads["pure forget"], heads["pure retain"]) == pytest.approx((1, 1 - shape.forget_heads / shape.heads))
+    whole, *cut = (
+        CASES["attention"][f"attention{what}"](shape, meta).work(masks["unmasked"])[0]
+        for what in ("", ", window", ", documents")
+    )
+    assert [work / whole for work in cut] == [7 / 16, 1 / 4]
     adamw = relative("adamw", "adamw", index=1)
     assert (adamw["pure forget"], adamw["pure retain"]) == pytest.approx((share, 1 - share))
+
+
+@pytest.mark.parametrize(("variant", "window", "documents"), [("window", 3, 1), ("documents", None, 4)])
+def test_ours_and_public_attention_see_the_same_keys(variant, window, documents, monkeypatch):
+    import op_cases
+
+    from sgtm_kernels.shapes import SHAPES, plans
+
+    seen = []
+    attend, sdpa = op_cases.attention, op_cases.by_sdpa
+
+    def ours(qkv, layout, plan, **options):
+        seen.append((options["window"], plan.documents))
+        return attend(qkv, layout, plan, **options)
+
+    def public(q, k, v, scale, visible):
+        seen.append((visible.window, visible.documents))
+        return sdpa(q, k, v, scale, visible)
+
+    monkeypatch.setattr(op_cases, "attention", ours)
+    monkeypatch.setattr(op_cases, "by_sdpa", public)
+    monkeypatch.setattr(op_cases, "by_flex", public)
+    shape = SHAPES["tiny"]
+    make = op_cases.Inputs(torch.device("cpu"), torch.float32)
+    make.compiled = True  # as on CUDA
+    case = op_cases.CASES["attention"][f"attention, {variant}"](shape, make)
+    for way in (
+        case.ours(plans(shape)["25 % forget"], "runs"),
+        case.public["SDPA"],
+        case.public["FlexAttention"],
+    ):
+        way()
+    pieces = tuple((t, t + 3) for t in range(0, shape.tokens, 3)) if documents > 1 else None
+    assert seen == [(window, pieces)] * 3
 
 
 def test_rounds_are_paired_and_their_order_changes():
