@@ -53,9 +53,9 @@ def installed(package: str) -> str | None:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p20, p50 and p80 of a list or array, to 4 decimals."""
+    """p20, p50 and p80 of a list or array, to 5 digits."""
     found = torch.quantile(torch.as_tensor(values, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8]).double())
-    return {f"p{p}": round(value, 4) for p, value in zip((20, 50, 80), found.tolist(), strict=True)}
+    return {f"p{p}": float(f"{value:.5g}") for p, value in zip((20, 50, 80), found.tolist(), strict=True)}
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

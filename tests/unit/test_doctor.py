@@ -43,13 +43,13 @@ def test_text_is_plain_and_complete(capsys):
 
 
 def test_absent_package_is_missing_with_its_use(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sgtm_kernels.linear.runs", None)  # importing it raises
+    monkeypatch.setitem(sys.modules, "sgtm_kernels.norm.runs", None)  # importing it raises
     monkeypatch.setattr("sgtm.doctor.installed", lambda name: None if name == "triton" else "1.0")
     found = findings()
     assert found["software"]["triton"] == "not installed"
     assert "Triton kernels" in found["missing"]["triton"]
     assert "wandb" not in found["missing"]
-    assert "runs (auto) broken: " in found["backends"]["linear"]
+    assert "runs (auto) broken: " in found["backends"]["norm"]
     assert "broken" not in found["backends"]["mlp"]
 
 
