@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sgtm_kernels.aot import SHARED_BYTES
 from sgtm_kernels.dispatch import OPS
 
 # Compiled in processes of their own: here Triton is in its interpreter.
@@ -36,8 +37,9 @@ def test_faults_are_told():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", SHARED_BYTES)
 @pytest.mark.parametrize("op", OPS)
-def test_every_kernel_compiles_everywhere(op):
-    suite = run("-m", "sgtm_kernels.aot", "--op", op, "--jobs", "1")
+def test_every_kernel_compiles_everywhere(op, arch):
+    suite = run("-m", "sgtm_kernels.aot", "--op", op, "--arch", str(arch), "--jobs", "1")
     assert suite.returncode == 0, suite.stdout + suite.stderr
     assert " 0 with problems" in suite.stdout
