@@ -23,8 +23,8 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 quickstart: install
 	$(BIN)/sgtm quickstart
 
-# Two processes: most tests use one thread.
-PYTEST_ARGS ?= -n 2
+# Two processes, as most tests use one thread; what one has not begun, the other takes.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
