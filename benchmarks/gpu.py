@@ -25,8 +25,8 @@ from environment import RESULTS, environment, read_rows
 
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests" / "kernels"
-# Arithmetic on the CPU, and it needs hypothesis.
-NOT_ON_A_GPU = ("test_plan.py",)
+# Arithmetic on the CPU, which needs hypothesis; compilation for all architectures, which takes longer than the rest.
+NOT_ON_A_GPU = ("test_plan.py", "test_aot.py")
 STEPS = "steps"
 
 
@@ -95,7 +95,7 @@ def _script(name: str) -> list[str]:
 
 def run(command: list[str]) -> tuple[int, str]:
     """Exit status and last line; what the command prints is shown as it comes."""
-    environ = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "SGTM_KERNELS")}
+    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("SGTM_")}
     paths = [str(ROOT / "kernels"), str(ROOT), *filter(None, [environ.get("PYTHONPATH")])]
     environ["PYTHONPATH"] = os.pathsep.join(paths)
     last = ""

@@ -234,7 +234,8 @@ def cross_entropy(s: Shape, make: Inputs) -> Case:
         return F.linear_cross_entropy(x.flatten(0, 1), w, targets.flatten()).float()
 
     public = make.public("F.cross_entropy", plain, [x, weight], one)
-    public["F.linear_cross_entropy"] = both(chunked, [x, weight], one)
+    if hasattr(F, "linear_cross_entropy"):  # from torch 2.13 on
+        public["F.linear_cross_entropy"] = both(chunked, [x, weight], one)
 
     def work(plan):
         matmul = 2 * s.tokens * s.vocab * s.width

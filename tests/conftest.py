@@ -18,7 +18,16 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 # A test sets what it needs.
-for name in ("SGTM_KERNELS", "SGTM_LINEAR", "SGTM_ATTENTION", "SGTM_TRACEBACK", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+for name in (
+    "SGTM_KERNELS",
+    "SGTM_LINEAR",
+    "SGTM_ATTENTION",
+    "SGTM_TUNED",
+    "SGTM_TRACEBACK",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+):
     os.environ.pop(name, None)
 
 import pytest  # noqa: E402 (after the environment)

@@ -13,7 +13,6 @@ exact zero), so its content cannot change a bit of the result. `tests/kernels` c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count, pairwise
@@ -137,9 +136,14 @@ class MaskPlan:
         if any(not 0 <= run.label < len(self.tables.labels) for run in self.runs):
             raise ValueError(f"runs {self.runs} name a label outside {self.tables.labels}")
         number = next(_NUMBERS)
-        _PLANS[number] = copy(self)  # which has no handle: it must not keep itself alive
+        _PLANS[number] = twin = object.__new__(type(self))  # without a handle: it must not keep itself alive
+        twin.__dict__.update(self.__dict__)
         object.__setattr__(self, "handle", torch.tensor(number, device="cpu"))
         finalize(self.handle, _PLANS.pop, number).atexit = False
+
+    def __reduce__(self):
+        """Copies and what is unpickled are plans of their own, with a handle of their own."""
+        return type(self), (self.tables, self.runs, self.batch, self.seq_len, self.documents)
 
     @classmethod
     def uniform(cls, tables: Tables, label: int, batch: int, seq_len: int) -> MaskPlan:
@@ -149,6 +153,13 @@ class MaskPlan:
     @property
     def tokens(self) -> int:
         return self.batch * self.seq_len
+
+    def check(self, x: torch.Tensor) -> None:
+        """Raises ValueError where x [B, S, ...] is not of this micro-batch: a kernel would read beyond it."""
+        if x.shape[:2] != (self.batch, self.seq_len):
+            raise ValueError(
+                f"the plan is of {self.batch} sequences of {self.seq_len} tokens, the tensor of shape {tuple(x.shape)}"
+            )
 
     @cached_property
     def present(self) -> tuple[int, ...]:

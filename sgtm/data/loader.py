@@ -53,7 +53,7 @@ class Loader:
         self.mixing, self.seed = config.data.mixing, config.data.seed
         self.micro_blocks = config.data.micro_blocks if self.mixing == "micro" else 1
         self.block = {"micro": self.per_step // self.micro_blocks, "step": self.per_step}.get(self.mixing, 1)
-        self.isolated = _isolated(config)
+        self.isolated = isolates_documents(config)
         self.streams: dict[int | None, Stream] = pack(
             corpus,
             corpus.select("train"),
@@ -198,7 +198,7 @@ def evaluation_batches(
     if not len(documents):
         return
     context, micro_batch = config.model.context, config.train.micro_batch
-    label, isolated = config.space.label(corpus.categories[category]), _isolated(config)
+    label, isolated = config.space.label(corpus.categories[category]), isolates_documents(config)
     stream = in_order(corpus, documents[shuffled(len(documents), seed=0)], label, context, isolated)
     available = -(-stream.tokens // context)
     count = min(available, max_sequences or available)
@@ -210,7 +210,7 @@ def evaluation_batches(
         yield collate([stream.read(number) for number in numbers], isolated, targets, frozenset({label}))
 
 
-def _isolated(config: Config) -> bool:
+def isolates_documents(config: Config) -> bool:
     return config.data.isolate_documents or config.data.mixing == "token"
 
 

@@ -13,6 +13,7 @@ import torch
 
 from sgtm.config import Config
 from sgtm.data.batch import Batch
+from sgtm.data.loader import isolates_documents
 from sgtm.distributed.engine import Engine
 from sgtm.masking.labels import UNLABELED
 from sgtm.train.step import train_step
@@ -51,18 +52,20 @@ def label_pieces(config: Config, labels: int) -> list[tuple[int, ...]]:
 
 
 def random_batch(config: Config, labels: tuple[int, ...], seed: int = 0) -> Batch:
-    """Random tokens with these labels, in pieces of equal length; pieces inside sequences are documents."""
+    """Random tokens with these labels, in pieces of equal length, which are the documents where training has such."""
     size = config.train.micro_batch, config.model.context
     ids = torch.randint(config.model.vocab_size, size, generator=torch.Generator().manual_seed(seed))
     ends = [ids.numel() * (i + 1) // len(labels) for i in range(len(labels))]
-    bounds = list(pairwise((0, *ends)))
-    inside = len(labels) > config.train.micro_batch
+    bounds, documents = list(pairwise((0, *ends))), None
+    if isolates_documents(config):
+        edges = sorted({0, *ends, *range(0, ids.numel(), config.model.context)})
+        documents = tuple(pairwise(edges))
     return Batch(
         input_ids=ids,
         targets=ids,
         labels=labels,
         lengths=tuple(end - start for start, end in bounds),
-        documents=tuple(bounds) if inside else None,
+        documents=documents,
         step_targets=config.train.tokens_per_step,
         step_labels=frozenset(labels),
     )

@@ -61,8 +61,8 @@ def segment_table(updates, lr: float, betas: tuple[float, float]) -> tuple[torch
         step_size = lr / (1 - betas[0] ** update.step)
         numbers.append([1 - lr * update.decay, step_size, math.sqrt(1 - betas[1] ** update.step), 0.0])
         blocks += triton.cdiv(end, BLOCK)
-    numbers = torch.tensor(numbers, dtype=torch.float32).view(torch.int64)
-    return torch.cat([torch.tensor(places, dtype=torch.int64), numbers], dim=1), blocks
+    numbers = torch.tensor(numbers, dtype=torch.float32, device="cpu").view(torch.int64)
+    return torch.cat([torch.tensor(places, dtype=torch.int64, device="cpu"), numbers], dim=1), blocks
 
 
 def _check(tensors) -> None:

@@ -53,6 +53,7 @@ def attention(
     window  how many keys a query sees at most; None: all of its past
     rotary  cos and sin [S, head_dim], applied to q and k (rotary position embedding, Su et al., 2021)
     """
+    plan.check(qkv)
     return pick("attention", backend).attention(qkv, layout, plan, scale, window, rotary)
 
 

@@ -59,7 +59,7 @@ def linear_cross_entropy(x, weight, bias, targets, plan: MaskPlan, scale):
 def head_and_loss(x, weight, bias, targets, plan, labels, wanted):
     """Sum of the losses, sums by label, and the gradients of the first with respect to x, weight and bias."""
     plan, ops = plan_of(plan), ChunkOps(_logits, _softmax_gradient_, CHUNK_BYTES)
-    losses, *gradients = in_chunks(x, weight, bias, targets, plan, wanted, ops)
+    losses, *gradients = in_chunks(x, weight, bias, targets.contiguous(), plan, wanted, ops)
     gradients = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return losses.sum(), label_sums(losses, plan), *gradients
 

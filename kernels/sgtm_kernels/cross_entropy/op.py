@@ -26,4 +26,5 @@ def linear_cross_entropy(
     Returns the loss, `scale` times the sum of the token losses in nats (fp32 scalar; fp64 for fp64 inputs), and the
     sums by applied label, [labels], unscaled and detached.
     """
+    plan.check(x)
     return pick("cross_entropy", backend).linear_cross_entropy(x, weight, bias, targets, plan, scale)

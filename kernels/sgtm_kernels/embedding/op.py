@@ -16,4 +16,5 @@ def embedding(
     ids: torch.Tensor, weight: torch.Tensor, plan: MaskPlan, kind: str, backend: str = "runs"
 ) -> torch.Tensor:
     """weight [V, D] looked up at ids int64 [B, S] -> [B, S, D]. `kind` of the table: `embedding` or `position`."""
+    plan.check(ids)
     return pick("embedding", backend).embedding(ids, weight, plan, kind)

@@ -34,6 +34,7 @@ def linear_in(
                on the tensor that its other input gets too), and nothing looks at it later (`retain_grad`, a hook,
                `autograd.grad` with respect to the result)
     """
+    plan.check(x)
     return pick("linear", backend).linear_in(x, weight, bias, plan, part, bounds, overwrite)
 
 
@@ -51,4 +52,5 @@ def linear_out(
     bounds  group boundaries in the rows; two entries mean no groups: nothing is masked, the bias neither
     part    `attn_out` or `mlp_out`. The bias is joint, of kind `<part>_bias`.
     """
+    plan.check(x)
     return pick("linear", backend).linear_out(x, weight, bias, plan, part, bounds)

@@ -34,6 +34,8 @@ def _heuristic(dtype: str, weights: str, loads: str) -> Tile:
 
     Weights other than 1 need a second accumulator, pointers and masks registers too, fp32 has no tensor cores.
     """
+    if (dtype, loads) == ("bf16", "ragged"):
+        return Tile(64, 128, 64, 8, 3)
     if dtype == "fp32":
         if weights == "ones":
             return Tile(64, 64, 16, 8, 2)
@@ -42,7 +44,7 @@ def _heuristic(dtype: str, weights: str, loads: str) -> Tile:
     return Tile(128, columns if weights == "ones" else columns // 2, 64, 8, 3)
 
 
-# By dtype, whether weights other than 1 occur, and how the operands are read.
+# By dtype, whether weights other than 1 occur, and how the operands are read: see `_loads`.
 TILE = Tunable(
     "dw_rectangles",
     _heuristic,
@@ -53,16 +55,16 @@ TILE = Tunable(
 )
 
 
-def _key(dtype: str, weighted: bool, descriptors: bool) -> tuple[str, str, str]:
-    return dtype, "weights" if weighted else "ones", "descriptors" if descriptors else "pointers"
+def _key(dtype: str, weighted: bool, loads: str) -> tuple[str, str, str]:
+    return dtype, "weights" if weighted else "ones", loads
 
 
 def weight_gradient(left: torch.Tensor, right: torch.Tensor, plan: MaskPlan, work: tuple[RowWork, ...]) -> torch.Tensor:
     """Masked `left^T @ right`: left [tokens, rows], right [tokens, columns], both contiguous -> [rows, columns]."""
     rows, columns = left.shape[1], right.shape[1]
     weighted = any(piece.weight != 1 for _, _, tokens in work for piece in tokens.slices)
-    descriptors = has_descriptors(left.device) and _suit_descriptors(left, right, work)
-    tile = TILE(left.device, *_key(DTYPES[left.dtype], weighted, descriptors))
+    loads = _loads(left, right, work)
+    tile, descriptors = TILE(left.device, *_key(DTYPES[left.dtype], weighted, loads)), loads == "descriptors"
     if descriptors and left.is_cuda:
         triton.set_allocator(_scratch)
     key = ("rectangles", work, tile.rows, left.device)
@@ -80,11 +82,13 @@ def has_descriptors(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def _suit_descriptors(left: torch.Tensor, right: torch.Tensor, work: tuple[RowWork, ...]) -> bool:
-    """Whether all tokens and all row ranges begin at multiples of 16 bytes."""
-    starts = [left.data_ptr(), right.data_ptr()]
-    starts += [count * left.element_size() for count in (left.shape[1], right.shape[1], *(rows.start for rows in work))]
-    return all(start % 16 == 0 for start in starts)
+def _loads(left: torch.Tensor, right: torch.Tensor, work: tuple[RowWork, ...]) -> str:
+    """How the operands are read: by `pointers`; `ragged`, by pointers to rows of which nothing is known, where a row is
+    not a multiple of 16 elements; by `descriptors`, where there are such and all row ranges begin at 16 bytes."""
+    if left.shape[1] % 16 or right.shape[1] % 16:
+        return "ragged"
+    starts = [left.data_ptr(), right.data_ptr(), *(rows.start * left.element_size() for rows in work)]
+    return "descriptors" if has_descriptors(left.device) and not any(at % 16 for at in starts) else "pointers"
 
 
 def _tables(work: tuple[RowWork, ...], height: int, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -97,9 +101,9 @@ def _tables(work: tuple[RowWork, ...], height: int, device: torch.device) -> tup
         bands += [(row, min(row + height, end), first, len(slices)) for row in range(start, end, height)]
     spans = [(piece.start, piece.end) for piece in slices]
     tables = (
-        torch.tensor(bands, dtype=torch.int32),
-        torch.tensor(spans, dtype=torch.int32).view(-1, 2),
-        torch.tensor([piece.weight for piece in slices], dtype=torch.float32),
+        torch.tensor(bands, dtype=torch.int32, device="cpu"),
+        torch.tensor(spans, dtype=torch.int32, device="cpu").view(-1, 2),
+        torch.tensor([piece.weight for piece in slices], dtype=torch.float32, device="cpu"),
     )
     return tuple(table.to(device, non_blocking=True) for table in tables)
 
@@ -114,7 +118,7 @@ def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def dw_rectangles(
     left, right, out, bands, slices, weights, rows, columns, tiles, WEIGHTED: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
@@ -161,15 +165,15 @@ def launches() -> list[Launch]:
         signature = dict.fromkeys(("left", "right", "out"), f"*{dtype}")
         signature |= {"bands": "*i32", "slices": "*i32", "weights": "*fp32"}
         signature |= dict.fromkeys(("rows", "columns", "tiles"), "i32")
-        options = {"unaligned": ("tiles",), "tensor_cores": dtype == "bf16"}
-        for weighted, descriptors in product((False, True), repeat=2):
-            flags = {"WEIGHTED": weighted, "DESCRIPTORS": descriptors}
-            first_arch = 90 if descriptors else 80
-            for rows, columns, tokens, warps, stages in TILE.candidates(*_key(dtype, weighted, descriptors)):
+        for weighted, loads in product((False, True), ("pointers", "ragged", "descriptors")):
+            flags = {"WEIGHTED": weighted, "DESCRIPTORS": loads == "descriptors"}
+            unaligned = ("tiles", "rows", "columns") if loads == "ragged" else ("tiles",)
+            first_arch = 90 if loads == "descriptors" else 80
+            for rows, columns, tokens, warps, stages in TILE.candidates(*_key(dtype, weighted, loads)):
                 found.append(
                     Launch(
                         dw_rectangles, signature, flags | {"BR": rows, "BC": columns, "BT": tokens}, warps, stages,
-                        first_arch=first_arch, **options,
+                        unaligned, first_arch=first_arch, tensor_cores=dtype == "bf16",
                     )
                 )  # fmt: skip
     return found

@@ -65,7 +65,7 @@ def activation(x, bias, plan, bounds, gated):
     constants = {"BOUNDS": tuple(bounds), "MASKED": bool(masks), "GATED": gated, "BIASED": bias is not None}
     tile = _tile(activation_forward, x, gated)
     grid = (triton.cdiv(plan.tokens, tile.tokens), triton.cdiv(bounds[-1], tile.neurons))
-    x, bias = x.contiguous(), x if bias is None else bias
+    x, bias = x.contiguous(), x if bias is None else bias.contiguous()
     activation_forward[grid](x, bias, y, factors, plan.tokens, **constants, **_blocks(tile))
     return y
 
@@ -92,7 +92,7 @@ def activation_gradients(dy, x, bias, plan, bounds, gated, wanted):
     constants |= {"SUMMED": wanted, "WEIGHTED": bool(weights), "STRIP": STRIP}
     tile = _tile(activation_backward, x, gated)
     grid = (triton.cdiv(plan.tokens, STRIP), triton.cdiv(bounds[-1], tile.neurons))
-    x, dy, bias = x.contiguous(), dy.contiguous(), x if bias is None else bias
+    x, dy, bias = x.contiguous(), dy.contiguous(), x if bias is None else bias.contiguous()
     activation_backward[grid](x, bias, dy, dx, partial, *tables, plan.tokens, **constants, **_blocks(tile))
     return dx, total_of(partial, bias.dtype) if wanted else x.new_empty(0)
 

@@ -14,6 +14,7 @@ from sgtm_kernels.plan import MaskPlan
 
 def gelu(x: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...], backend: str = "runs") -> torch.Tensor:
     """tanh-GELU (Hendrycks and Gimpel, 2016), x [B, S, F] -> [B, S, F]; `bounds`: group boundaries in the neurons."""
+    plan.check(x)
     return pick("mlp", backend).gelu(x, plan, bounds)
 
 
@@ -22,6 +23,7 @@ def swiglu(x: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...], backend: st
 
     The 2F columns hold, for each group, its gates and then its ups; `bounds`: group boundaries in the F neurons.
     """
+    plan.check(x)
     return pick("mlp", backend).swiglu(x, plan, bounds)
 
 
@@ -37,4 +39,5 @@ def linear_gelu(
 
     As one op, a kernel can sum the bias's gradient in the backward pass of the activation.
     """
+    plan.check(x)
     return pick("mlp", backend).linear_gelu(x, weight, bias, plan, bounds)

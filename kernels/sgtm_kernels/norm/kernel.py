@@ -45,14 +45,15 @@ def _shape(width: int) -> tuple[dict[str, int], int]:
 )
 def norm(x, weight, bias, plan, kind, eps):
     """LayerNorm, or RMSNorm without a bias; and the mean (of LayerNorm) and the inverse deviation of each token."""
-    x, tokens, centered = x.contiguous(), x.shape[:-1].numel(), bias is not None
+    tokens, centered = x.shape[:-1].numel(), bias is not None
+    x, weight, shift = x.contiguous(), weight.contiguous(), (bias if centered else weight).contiguous()
     y = torch.empty_like(x)
     shape, warps = _shape(x.shape[-1])
     rstd = x.new_empty(tokens, dtype=torch.float32)
     mean = x.new_empty(tokens if centered else 0, dtype=torch.float32)
     grid = (triton.cdiv(tokens, shape["BT"]),)
     norm_forward[grid](
-        x, weight, bias if centered else weight, y, mean if centered else rstd, rstd, tokens, eps, CENTERED=centered,
+        x, weight, shift, y, mean if centered else rstd, rstd, tokens, eps, CENTERED=centered,
         **shape, num_warps=warps, **FUSION,
     )  # fmt: skip
     return y, mean, rstd
@@ -73,7 +74,13 @@ def _(x, weight, bias, plan, kind, eps):
 )
 def norm_gradients(dy, x, weight, bias, mean, rstd, plan, kind, wanted):
     """dX, and where `wanted` those of weight and bias."""
-    x, dy, plan, centered = x.contiguous(), dy.contiguous(), plan_of(plan), bias is not None
+    x, dy, weight, plan, centered = (
+        x.contiguous(),
+        dy.contiguous(),
+        weight.contiguous(),
+        plan_of(plan),
+        bias is not None,
+    )
     learners = None if kind is None else plan.joint(kind)
     summed = wanted and (learners is None or bool(learners.slices))
     masked = summed and learners is not None and not plan.plain(learners)

@@ -22,6 +22,7 @@ def layer_norm(
     backend: str = "runs",
 ) -> torch.Tensor:
     """LayerNorm (Ba et al., 2016) of x [B, S, D], weight and bias [D]. `kind`: `norm`, `final_norm`; None: no mask."""
+    plan.check(x)
     return pick("norm", backend).layer_norm(x, weight, bias, eps, plan, kind)
 
 
@@ -29,4 +30,5 @@ def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, plan: MaskPlan, kind: str | None, backend: str = "runs"
 ) -> torch.Tensor:
     """RMSNorm (Zhang and Sennrich, 2019) of x [B, S, D] with weight [D], computed in at least fp32."""
+    plan.check(x)
     return pick("norm", backend).rms_norm(x, weight, eps, plan, kind)
