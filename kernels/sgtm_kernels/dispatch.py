@@ -17,17 +17,19 @@ import torch
 
 OPS = ("linear", "mlp", "attention", "norm", "embedding", "cross_entropy", "adamw")
 BACKENDS = ("reference", "runs", "triton")
+# Environment variables that choose inside a backend, and what they may name.
+WAYS = {"SGTM_ATTENTION": ("sdpa", "flash_attn", "flex"), "SGTM_LINEAR": ("masked", "rectangles")}
 DEFAULT = "runs"
 DEFAULT_REASON = "the default, on a GPU too until triton has been measured there"  # benchmarks/LOG.md
 _MODULES = {"triton": "kernel"}  # of an op's folder, where it is not the backend's name
 _LOADED: dict[tuple[str, str], ModuleType] = {}
 
 
-def resolve(name: str = "auto") -> str:
+def resolve(name: str = "auto", dtype: torch.dtype | None = None) -> str:
     """Backend that `name` stands for: `auto` follows SGTM_KERNELS, else is `runs`.
 
-    Raises ValueError for an unknown backend, for one that cannot run here, and where `name` and SGTM_KERNELS both name
-    one and differ.
+    Raises ValueError for an unknown backend, for one that cannot run here (or not in `dtype`), where `name` and
+    SGTM_KERNELS both name one and differ, and where another of our variables names what is not known.
     """
     wanted = os.environ.get("SGTM_KERNELS") or "auto"
     for source, value in (("backend", name), ("SGTM_KERNELS", wanted)):
@@ -36,19 +38,31 @@ def resolve(name: str = "auto") -> str:
     if "auto" not in (name, wanted) and name != wanted:
         raise ValueError(f"the config asks for kernel backend {name!r} but SGTM_KERNELS={wanted!r}; set one of them")
     chosen = next((value for value in (name, wanted) if value != "auto"), DEFAULT)
-    if problem := unusable(chosen):
+    if problem := unusable(chosen, dtype):
         raise ValueError(f"kernel backend {chosen!r} was asked for, but {problem}")
+    for variable in WAYS:
+        way(variable)
     return chosen
 
 
-def unusable(backend: str) -> str | None:
-    """Why this backend cannot run here, or None."""
+def way(variable: str) -> str | None:
+    """What one of WAYS names in the environment, or None. Raises ValueError for what is not known."""
+    chosen = os.environ.get(variable) or None
+    if chosen not in (None, *WAYS[variable]):
+        raise ValueError(f"{variable}: unknown way {chosen!r}; known: {', '.join(WAYS[variable])}")
+    return chosen
+
+
+def unusable(backend: str, dtype: torch.dtype | None = None) -> str | None:
+    """Why this backend cannot run here (or not in `dtype`), or None."""
     if backend != "triton":
         return None
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        return "there is no CUDA device (TRITON_INTERPRET=1 runs it, slowly, in Triton's interpreter)"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "Triton's interpreter is wrong in bf16; take fp32" if dtype == torch.bfloat16 else None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device (TRITON_INTERPRET=1 runs it, slowly and in fp32, in Triton's interpreter)"
     return None
 
 

@@ -95,6 +95,12 @@ class RowWork(NamedTuple):
     tokens: Updaters
 
 
+def known(what: str, name: str | None, names: Sequence[str | None]) -> None:
+    """Raises ValueError for a name that is not one of these."""
+    if name not in names:
+        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(map(str, names))}")
+
+
 def merge_runs(labels: list[int], lengths: list[int]) -> tuple[Run, ...]:
     """Runs of consecutive pieces with these labels and token counts; neighbours of one label become one run."""
     runs: list[Run] = []
@@ -133,6 +139,14 @@ class MaskPlan:
         edges = [0, *(run.end for run in self.runs)]
         if [run.start for run in self.runs] != edges[:-1] or edges[-1] != self.tokens:
             raise ValueError(f"runs {self.runs} must cover the {self.tokens} tokens of the micro-batch in order")
+        if self.documents is not None:
+            ends = [0, *(end for _, end in self.documents)]
+            crossed = any(start // self.seq_len != (end - 1) // self.seq_len for start, end in self.documents)
+            if [start for start, _ in self.documents] != ends[:-1] or ends[-1] != self.tokens or crossed:
+                raise ValueError(
+                    f"documents must cover the {self.tokens} tokens in order, none across sequences of {self.seq_len}; "
+                    f"got {self.documents}"
+                )
         if any(not 0 <= run.label < len(self.tables.labels) for run in self.runs):
             raise ValueError(f"runs {self.runs} name a label outside {self.tables.labels}")
         number = next(_NUMBERS)
@@ -160,6 +174,12 @@ class MaskPlan:
             raise ValueError(
                 f"the plan is of {self.batch} sequences of {self.seq_len} tokens, the tensor of shape {tuple(x.shape)}"
             )
+
+    def check_bounds(self, bounds: Sequence[int], size: int) -> None:
+        """Raises ValueError where these are not the boundaries of one group or of all in `size` rows or columns."""
+        groups = len(self.tables.groups)
+        if (bounds[0], bounds[-1]) != (0, size) or len(bounds) - 1 not in (1, groups):
+            raise ValueError(f"group boundaries {tuple(bounds)} must cut {size} into 1 group or the plan's {groups}")
 
     @cached_property
     def present(self) -> tuple[int, ...]:

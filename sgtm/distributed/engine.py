@@ -106,7 +106,9 @@ class Engine:
         rows = module.parameter_rows()
         parameters = dict(module.named_parameters())
         numels = {name: full_numel(p) for name, p in parameters.items()}
-        self.optimizer = SegmentedAdamW(parameters.values(), config.optimizer, resolve(config.kernels.backend))
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.precision]
+        backend = resolve(config.kernels.backend, dtype)
+        self.optimizer = SegmentedAdamW(parameters.values(), config.optimizer, backend)
         with _quiet():
             self._deepspeed, *_ = deepspeed.initialize(
                 model=module,

@@ -11,7 +11,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from sgtm_kernels.dispatch import BACKENDS, DEFAULT, OPS, module_name, pick, resolve, unusable
+from sgtm_kernels.dispatch import BACKENDS, DEFAULT, OPS, WAYS, module_name, pick, resolve, unusable, way
 from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.testing import random_tables
 
@@ -89,3 +89,22 @@ def test_an_op_runs_in_the_backend_it_is_given(monkeypatch, backend):
     plan = MaskPlan.uniform(random_tables(0), 0, 1, 2)
     gelu(torch.zeros(1, 2, 4), plan, (0, 2, 3, 4), backend)
     assert called == [backend]
+
+
+def test_triton_in_its_interpreter_is_not_taken_in_bf16(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve("triton", torch.float32) == "triton"
+    with pytest.raises(ValueError, match="Triton's interpreter is wrong in bf16; take fp32"):
+        resolve("triton", torch.bfloat16)
+
+
+@pytest.mark.parametrize("variable", WAYS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_unknown_way_is_an_error_of_every_backend(variable, backend, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for known in WAYS[variable]:
+        monkeypatch.setenv(variable, known)
+        assert (resolve(backend), way(variable)) == (backend, known)
+    monkeypatch.setenv(variable, "bogus")
+    with pytest.raises(ValueError, match=f"{variable}: unknown way 'bogus'; known: {', '.join(WAYS[variable])}"):
+        resolve(backend)

@@ -54,6 +54,10 @@ def attention(
     rotary  cos and sin [S, head_dim], applied to q and k (rotary position embedding, Su et al., 2021)
     """
     plan.check(qkv)
+    columns = (sum(layout.heads) + 2 * sum(layout.kv_heads)) * layout.head_dim
+    if qkv.shape[-1] != columns or len(layout.heads) not in (1, len(plan.tables.groups)):
+        groups = len(plan.tables.groups)
+        raise ValueError(f"a projection of {qkv.shape[-1]} columns for {groups} groups is not of {layout}")
     return pick("attention", backend).attention(qkv, layout, plan, scale, window, rotary)
 
 

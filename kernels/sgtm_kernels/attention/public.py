@@ -12,7 +12,6 @@ deterministic as they are called here, so that masks keep their promises bit for
 
 from __future__ import annotations
 
-import os
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 
 from sgtm_kernels.attention import blocks
 from sgtm_kernels.attention.visible import Visible
+from sgtm_kernels.dispatch import way
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -31,8 +31,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, visi
 
     Raises ValueError where SGTM_ATTENTION names what is unknown, or cannot do it here.
     """
-    way = choose(facts_of(q.device, q.dtype, q.shape[3]), visible.whole)
-    return WAYS[way if q.shape[1] else "sdpa"](q, k, v, scale, visible)  # a group may have no heads
+    chosen = choose(facts_of(q.device, q.dtype, q.shape[3]), visible.whole)
+    return LIBRARIES[chosen if q.shape[1] else "sdpa"](q, k, v, scale, visible)  # a group may have no heads
 
 
 class Facts(NamedTuple):
@@ -56,31 +56,23 @@ def facts_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> Facts:
 
 
 def choose(facts: Facts, whole: bool) -> str:
-    """One of WAYS. whole: neither windows nor documents."""
-    if chosen := named():
+    """One of LIBRARIES. whole: neither windows nor documents."""
+    if chosen := way("SGTM_ATTENTION"):
         if problem := obstacle(chosen, facts):
             raise ValueError(f"SGTM_ATTENTION={chosen} was asked for, but {problem}")
         return chosen
     if whole or facts.dtype not in HALF:
         return "sdpa"
-    return next(way for way in ("flash_attn", "flex", "sdpa") if not obstacle(way, facts))
+    return next(library for library in ("flash_attn", "flex", "sdpa") if not obstacle(library, facts))
 
 
-def named() -> str | None:
-    """What SGTM_ATTENTION names."""
-    chosen = os.environ.get("SGTM_ATTENTION") or None
-    if chosen not in (None, *WAYS):
-        raise ValueError(f"SGTM_ATTENTION: unknown way {chosen!r} to compute attention; known: {', '.join(WAYS)}")
-    return chosen
-
-
-def obstacle(way: str, facts: Facts) -> str | None:
-    """Why this way cannot compute attention here, or None."""
-    if way == "sdpa":
+def obstacle(library: str, facts: Facts) -> str | None:
+    """Why this library cannot compute attention here, or None."""
+    if library == "sdpa":
         return None
     if facts.device != "cuda":
         return f"it trains on CUDA alone, and these tensors are on the device {facts.device!r}"
-    if way == "flash_attn":
+    if library == "flash_attn":
         if facts.dtype not in HALF:
             return f"it takes fp16 and bf16, not {facts.dtype}"
         if facts.head_dim > 256:
@@ -167,4 +159,4 @@ def _band(queries: int, window: int, dtype: torch.dtype, device: torch.device) -
     )
 
 
-WAYS = {"sdpa": by_sdpa, "flash_attn": by_flash_attn, "flex": by_flex}
+LIBRARIES = {"sdpa": by_sdpa, "flash_attn": by_flash_attn, "flex": by_flex}

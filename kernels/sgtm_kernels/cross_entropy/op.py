@@ -27,4 +27,7 @@ def linear_cross_entropy(
     sums by applied label, [labels], unscaled and detached.
     """
     plan.check(x)
+    if targets.shape != x.shape[:2] or weight.shape[1] != x.shape[2]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, targets))
+        raise ValueError(f"hidden states, weight and targets must be [B, S, D], [V, D] and [B, S]; got {shapes}")
     return pick("cross_entropy", backend).linear_cross_entropy(x, weight, bias, targets, plan, scale)

@@ -13,7 +13,6 @@ has been tuned:
 
 from __future__ import annotations
 
-import os
 from itertools import product
 from typing import NamedTuple
 
@@ -22,13 +21,12 @@ import torch.nn.functional as F
 from torch.library import custom_op
 
 from sgtm_kernels.aot import Launch
+from sgtm_kernels.dispatch import way
 from sgtm_kernels.linear import rectangles, scaling
 from sgtm_kernels.linear.runs import weight_gradient
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan, RowWork, plan_of
 from sgtm_kernels.strips import total_of
 from sgtm_kernels.tuning import DTYPES, Tunable
-
-CANDIDATES = ("masked", "rectangles")
 
 
 class Way(NamedTuple):
@@ -46,15 +44,7 @@ WAY = Tunable(
 
 def candidate(x: torch.Tensor, work: tuple[RowWork, ...]) -> str:
     """How dW is computed for labels that change from token to token; x [tokens, columns]: an operand."""
-    return named() or WAY(x.device, DTYPES[x.dtype], *_share_and_length(work, len(x))).way
-
-
-def named() -> str | None:
-    """The way that SGTM_LINEAR names, if it does. Raises ValueError for an unknown one."""
-    chosen = os.environ.get("SGTM_LINEAR") or None
-    if chosen not in (None, *CANDIDATES):
-        raise ValueError(f"SGTM_LINEAR: unknown way {chosen!r} to compute dW; known: {', '.join(CANDIDATES)}")
-    return chosen
+    return way("SGTM_LINEAR") or WAY(x.device, DTYPES[x.dtype], *_share_and_length(work, len(x))).way
 
 
 def _share_and_length(work: tuple[RowWork, ...], tokens: int) -> tuple[int, int]:

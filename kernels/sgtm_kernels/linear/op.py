@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from sgtm_kernels.dispatch import pick
-from sgtm_kernels.plan import MaskPlan
+from sgtm_kernels.plan import MaskPlan, known
 
 
 def linear_in(
@@ -34,7 +34,9 @@ def linear_in(
                on the tensor that its other input gets too), and nothing looks at it later (`retain_grad`, a hook,
                `autograd.grad` with respect to the result)
     """
+    known("part of linear_in", part, ("attn_in", "mlp_in"))
     plan.check(x)
+    plan.check_bounds(bounds, weight.shape[0])
     return pick("linear", backend).linear_in(x, weight, bias, plan, part, bounds, overwrite)
 
 
@@ -52,5 +54,7 @@ def linear_out(
     bounds  group boundaries in the rows; two entries mean no groups: nothing is masked, the bias neither
     part    `attn_out` or `mlp_out`. The bias is joint, of kind `<part>_bias`.
     """
+    known("part of linear_out", part, ("attn_out", "mlp_out"))
     plan.check(x)
+    plan.check_bounds(bounds, weight.shape[0])
     return pick("linear", backend).linear_out(x, weight, bias, plan, part, bounds)

@@ -15,6 +15,7 @@ from sgtm_kernels.plan import MaskPlan
 def gelu(x: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...], backend: str = "runs") -> torch.Tensor:
     """tanh-GELU (Hendrycks and Gimpel, 2016), x [B, S, F] -> [B, S, F]; `bounds`: group boundaries in the neurons."""
     plan.check(x)
+    plan.check_bounds(bounds, x.shape[-1])
     return pick("mlp", backend).gelu(x, plan, bounds)
 
 
@@ -24,6 +25,7 @@ def swiglu(x: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...], backend: st
     The 2F columns hold, for each group, its gates and then its ups; `bounds`: group boundaries in the F neurons.
     """
     plan.check(x)
+    plan.check_bounds(bounds, x.shape[-1] // 2)
     return pick("mlp", backend).swiglu(x, plan, bounds)
 
 
@@ -40,4 +42,5 @@ def linear_gelu(
     As one op, a kernel can sum the bias's gradient in the backward pass of the activation.
     """
     plan.check(x)
+    plan.check_bounds(bounds, weight.shape[0])
     return pick("mlp", backend).linear_gelu(x, weight, bias, plan, bounds)

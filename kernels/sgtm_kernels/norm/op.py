@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from sgtm_kernels.dispatch import pick
-from sgtm_kernels.plan import MaskPlan
+from sgtm_kernels.plan import MaskPlan, known
 
 
 def layer_norm(
@@ -22,7 +22,7 @@ def layer_norm(
     backend: str = "runs",
 ) -> torch.Tensor:
     """LayerNorm (Ba et al., 2016) of x [B, S, D], weight and bias [D]. `kind`: `norm`, `final_norm`; None: no mask."""
-    plan.check(x)
+    _check(x, weight, bias, plan, kind)
     return pick("norm", backend).layer_norm(x, weight, bias, eps, plan, kind)
 
 
@@ -30,5 +30,12 @@ def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, plan: MaskPlan, kind: str | None, backend: str = "runs"
 ) -> torch.Tensor:
     """RMSNorm (Zhang and Sennrich, 2019) of x [B, S, D] with weight [D], computed in at least fp32."""
-    plan.check(x)
+    _check(x, weight, None, plan, kind)
     return pick("norm", backend).rms_norm(x, weight, eps, plan, kind)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: MaskPlan, kind: str | None) -> None:
+    known("kind of norm", kind, ("norm", "final_norm", None))
+    plan.check(x)
+    if any(p is not None and p.shape != x.shape[-1:] for p in (weight, bias)):
+        raise ValueError(f"weight and bias of a norm of {x.shape[-1]} columns must have as many entries")
