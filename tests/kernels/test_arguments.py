@@ -34,6 +34,18 @@ HEADS, TWO_GROUPS = HeadLayout((2, 1, 1), (2, 1, 1), 3), HeadLayout((3, 1), (3, 
 IDS = torch.zeros(2, 8, dtype=torch.long)
 WRONG = {
     "tokens": (lambda b: gelu(x(12, 9), PLAN, BOUNDS, b), "2 sequences of 8 tokens, the tensor of shape"),
+    **{
+        f"tokens of {name}": (call, "2 sequences of 8 tokens, the tensor of shape")
+        for name, call in {
+            "swiglu": lambda b: swiglu(x(24, 9), PLAN, BOUNDS, b),
+            "linear_gelu": lambda b: linear_gelu(x(5, 9), w(12, 5), w(12), PLAN, BOUNDS, b),
+            "linear_in": lambda b: linear_in(x(5, 9), w(12, 5), None, PLAN, "mlp_in", BOUNDS, b),
+            "linear_out": lambda b: linear_out(x(12, 9), w(12, 5), None, PLAN, "mlp_out", BOUNDS, b),
+            "rms_norm": lambda b: rms_norm(x(5, 9), w(5), 1e-5, PLAN, "norm", b),
+            "attention": lambda b: attention(x(36, 9), HEADS, PLAN, scale=1.0, backend=b),
+            "head": lambda b: linear_cross_entropy(x(5, 9), w(7, 5), None, torch.zeros(2, 9).long(), PLAN, 1.0, b),
+        }.items()
+    },
     "neurons": (lambda b: gelu(x(13), PLAN, BOUNDS, b), "must cut 13 into 1 group or the plan's 3"),
     "gates and ups": (lambda b: swiglu(x(12), PLAN, BOUNDS, b), "must cut 6 into"),
     "groups": (lambda b: gelu(x(12), PLAN, (0, 4, 12), b), "the plan's 3"),
