@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sgtm_kernels.aot import Launch
+from sgtm_kernels.launch import Launch
 
 WIDTH, PARTIALS = 128, 32  # of a tile of partial sums
 

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sgtm_kernels.aot import Launch
+from sgtm_kernels.launch import Launch
 
 BLOCK = 1024  # elements
 BORDER = 4  # elements of fp32 between 16-byte borders

@@ -14,7 +14,6 @@ import torch
 import triton
 from torch.library import custom_op
 
-from sgtm_kernels.aot import Launch
 from sgtm_kernels.attention.flash import (
     attention_backward_keys,
     attention_backward_queries,
@@ -22,6 +21,7 @@ from sgtm_kernels.attention.flash import (
     attention_rotate,
 )
 from sgtm_kernels.attention.op import HeadLayout
+from sgtm_kernels.launch import Launch
 from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.scale import products
 from sgtm_kernels.tuning import DTYPES, Tunable

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch.library import custom_op
 
-from sgtm_kernels.aot import Launch
 from sgtm_kernels.cross_entropy.reference import label_sums
 from sgtm_kernels.cross_entropy.runs import IGNORE, ChunkOps, in_chunks
+from sgtm_kernels.launch import Launch
 from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.tuning import DTYPES, Tunable, bucket
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch.library import custom_op
 
-from sgtm_kernels.aot import Launch
+from sgtm_kernels.launch import Launch
 from sgtm_kernels.plan import MaskPlan, plan_of
 
 SEGMENT = 32  # sorted tokens

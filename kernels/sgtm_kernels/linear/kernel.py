@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch.library import custom_op
 
-from sgtm_kernels.aot import Launch
 from sgtm_kernels.dispatch import way
+from sgtm_kernels.launch import Launch
 from sgtm_kernels.linear import rectangles, scaling
 from sgtm_kernels.linear.runs import weight_gradient
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan, RowWork, plan_of

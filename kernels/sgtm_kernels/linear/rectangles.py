@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sgtm_kernels.aot import Launch
+from sgtm_kernels.launch import Launch
 from sgtm_kernels.plan import MaskPlan, RowWork
 from sgtm_kernels.tuning import DTYPES, Tunable
 

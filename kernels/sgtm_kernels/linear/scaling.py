@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from sgtm_kernels import strips
-from sgtm_kernels.aot import Launch
+from sgtm_kernels.launch import Launch
 from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.strips import partial_sums, total_of
 from sgtm_kernels.tiles import factor_of, place

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch.library import custom_op
 
-from sgtm_kernels.aot import Launch
+from sgtm_kernels.launch import Launch
 from sgtm_kernels.linear.kernel import linear_in
 from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.scale import products

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch.library import custom_op
 
-from sgtm_kernels.aot import Launch
+from sgtm_kernels.launch import Launch
 from sgtm_kernels.plan import MaskPlan, plan_of
 
 TILE = 2048  # elements of a tile of tokens x columns; a wider row is a tile of its own

@@ -1,0 +1,38 @@
+"""What a kernel can be launched as; an op's kernel.py lists its own for the ahead-of-time suite (aot.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel in one configuration. An op's kernel.py lists its own in `launches() -> list[Launch]`.
+
+    kernel     the `@triton.jit` function
+    signature  type of every argument that is not a constexpr: `*bf16`, `*fp32`, `i32`, `fp32`, ...
+    constants  value of every constexpr
+    unaligned  arguments that are not multiples of 16 (pointers: of 16 bytes); all others are compiled as such
+    fp_fusion  whether a multiplication and an addition may become one instruction, with one rounding
+    tensor_cores  whether it must use them
+    spill      why registers may spill here; None: they may not
+    first_arch  the oldest architecture that it is launched on
+    """
+
+    kernel: Callable
+    signature: dict[str, str]
+    constants: dict[str, object]
+    num_warps: int = 4
+    num_stages: int = 3
+    unaligned: tuple[str, ...] = ()
+    fp_fusion: bool = True
+    tensor_cores: bool = False
+    spill: str | None = None
+    first_arch: int = 80
+
+    @property
+    def name(self) -> str:
+        values = " ".join(f"{k}={v}" for k, v in self.constants.items())
+        dtypes = "/".join(sorted({t[1:] for t in self.signature.values() if t.startswith("*")}))
+        return f"{self.kernel.__name__} {dtypes} {values} warps={self.num_warps} stages={self.num_stages}"
