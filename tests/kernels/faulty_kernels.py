@@ -5,7 +5,8 @@ import json
 import triton
 import triton.language as tl
 
-from sgtm_kernels.aot import Launch, examine
+from sgtm_kernels.aot import examine
+from sgtm_kernels.launch import Launch
 
 
 @triton.jit
