@@ -10,14 +10,15 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 
 import psutil
 
-from sgtm_kernels.measurement import cpu_model, cpuinfo, installed
+from sgtm_kernels.measurement import cpu_model, cpuinfo, driver, installed
 
 # fmt: off
 PACKAGES = (
@@ -153,7 +154,7 @@ def _gpus() -> dict:
 
     if not torch.cuda.is_available():
         return {}
-    found = {"CUDA of torch": torch.version.cuda or f"ROCm {torch.version.hip}", "driver": _driver()}
+    found = {"CUDA of torch": torch.version.cuda or f"ROCm {torch.version.hip}", "driver": driver() or "unknown"}
     for i in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(i)
         free, total = torch.cuda.mem_get_info(i)
@@ -162,51 +163,56 @@ def _gpus() -> dict:
     return found
 
 
-def _driver() -> str:
-    try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return "unknown"
-
-
 def _backends() -> dict:
-    """For every op the kernel backends that import here, the one that `auto` takes marked."""
+    """For every op the kernel backends that import here, the one of `auto` marked; why one is unusable, once."""
     from sgtm_kernels import dispatch
 
     try:
         chosen = dispatch.resolve("auto")
     except ValueError as error:
         return {"auto": f"broken: {error}"}
+    problems = {backend: problem for backend in dispatch.BACKENDS if (problem := dispatch.unusable(backend))}
     found = {}
     for op in dispatch.OPS:
         states = []
         for backend in dispatch.BACKENDS:
             mark = " (auto)" if backend == chosen else ""
-            problem = dispatch.unusable(backend)
-            problem = f" unusable: {problem}" if problem else _import_problem(dispatch.module_name(op, backend))
+            problem = " unusable" if backend in problems else _import_problem(dispatch.module_name(op, backend))
             states.append(f"{backend}{mark}{problem}")
         found[op] = ", ".join(states)
-    return found
+    return found | {f"{backend} is unusable": problem for backend, problem in problems.items()}
 
 
 def _dispatch() -> dict:
-    """What `kernels.backend: auto` is here and why, and the choices inside the backend."""
+    """What `kernels.backend: auto` is here and why, and the choices inside the backends."""
     from sgtm_kernels import dispatch
 
-    try:
+    def auto() -> str:
         chosen = dispatch.resolve("auto")
         why = "named by SGTM_KERNELS" if os.environ.get("SGTM_KERNELS") == chosen else dispatch.DEFAULT_REASON
-        found = {"auto": f"{chosen} for every op: {why}"}
-        by_itself = "SDPA; windows and documents on a GPU by flash_attn where it imports, else by FlexAttention"
+        return f"{chosen} for every op: {why}"
+
+    def attention() -> str:
         named = import_module("sgtm_kernels.attention.public").named()
-        found["runs, attention"] = f"{named} (SGTM_ATTENTION)" if named else by_itself
-        if not dispatch.unusable("triton"):
-            way = import_module(dispatch.module_name("linear", "triton")).named() or "as tuned, else masked"
-            found["triton, linear"] = f"dW of labels that change from token to token: {way} (SGTM_LINEAR)"
+        by_itself = "SDPA; windows and documents on a GPU by flash_attn where it imports, else by FlexAttention"
+        return f"{named} (SGTM_ATTENTION)" if named else by_itself
+
+    def linear() -> str:
+        named = import_module(dispatch.module_name("linear", "triton")).named()
+        way = f"{named} (SGTM_LINEAR)" if named else "as tuned, else masked (SGTM_LINEAR names one)"
+        return f"dW of labels that change from token to token: {way}"
+
+    rows = {"auto": auto, "runs, attention": attention}
+    if find_spec("triton") is not None:
+        rows["triton, linear"] = linear
+    return {name: _or_broken(row) for name, row in rows.items()}
+
+
+def _or_broken(row: Callable[[], str]) -> str:
+    try:
+        return row()
     except Exception as error:  # a wrong name, or a broken Triton: the finding
-        return {"auto": f"broken: {error}"}
-    return found
+        return f"broken: {error}"
 
 
 def _tuning() -> dict:

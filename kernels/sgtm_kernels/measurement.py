@@ -7,7 +7,6 @@ from __future__ import annotations
 import ctypes
 import json
 import platform
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+PATIENCE = 20  # seconds that another program may take
 
 
 def environment() -> dict:
@@ -25,9 +26,15 @@ def environment() -> dict:
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: installed(name) for name in ("torch", "triton", "deepspeed", "transformers")},
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": driver(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def driver() -> str | None:
+    """Version of the NVIDIA driver; None where nvidia-smi is missing, fails or is slower than 20 s."""
+    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found.splitlines()[0].strip() if found else None
 
 
 def cpu_model() -> str:
@@ -98,7 +105,9 @@ def _commit() -> str | None:
 
 
 def _output(*command: str, cwd: Path | None = None) -> str | None:
-    """What a command prints, or None where there is no such command."""
-    if shutil.which(command[0]) is None:
+    """What a command prints, or None where it is missing, fails or is slower than `PATIENCE`."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE, cwd=cwd)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd).stdout.strip()
+    return done.stdout.strip()

@@ -1,16 +1,20 @@
 """`sgtm doctor` finds what is there, says what is missing, and survives what is broken.
 
 Faults tried at the dispatch, each seen to fail: SGTM_KERNELS taken for the default; SGTM_LINEAR or SGTM_ATTENTION not
-looked at.
+looked at; one of them wrong taken for the backend's. The driver of all GPUs, or what a failing nvidia-smi prints; no
+timeout; why Triton is unusable not said.
 """
 
 import json
 import sys
+import time
 
+import pytest
 import torch
 
 from sgtm.doctor import findings, print_findings
 from sgtm_kernels.dispatch import BACKENDS, DEFAULT, OPS
+from sgtm_kernels.measurement import driver
 from sgtm_kernels.tuning import table_of
 
 
@@ -76,11 +80,41 @@ def test_dispatch_names_the_backend_of_auto_and_why(monkeypatch):
     found = findings()
     assert found["dispatch"]["runs, attention"] == "flex (SGTM_ATTENTION)"
     assert found["environment"]["SGTM_ATTENTION"] == "flex"
-    monkeypatch.setenv("SGTM_ATTENTION", "flexible")
-    assert "unknown way 'flexible'" in findings()["dispatch"]["auto"]
-    monkeypatch.delenv("SGTM_ATTENTION")
-    monkeypatch.setenv("SGTM_LINEAR", "rectangle")
-    assert "unknown way 'rectangle'" in findings()["dispatch"]["auto"]
+    for variable, row in (("SGTM_ATTENTION", "runs, attention"), ("SGTM_LINEAR", "triton, linear")):
+        before = dict(found["dispatch"])
+        with monkeypatch.context() as wrong:
+            wrong.setenv(variable, "flexible")
+            now = findings()["dispatch"]
+        assert now.pop(row).startswith(f"broken: {variable}: unknown way 'flexible'")
+        before.pop(row)
+        assert now == before
+
+
+def test_why_triton_is_unusable_is_said_once(monkeypatch):
+    monkeypatch.setattr("sgtm_kernels.dispatch.unusable", lambda name: "it is away" if name == "triton" else None)
+    found = findings()["backends"]
+    assert all(found[op].endswith("triton unusable") for op in OPS)
+    assert found["triton is unusable"] == "it is away" and str(found).count("it is away") == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("echo 570.1; echo 570.1", "570.1"),
+        ("echo 'NVIDIA-SMI has failed because'; exit 9", None),
+        ("exec sleep 30", None),
+        ("true", None),
+        (None, None),
+    ],
+)
+def test_the_driver_is_one_version_or_none(script, expected, monkeypatch, tmp_path):
+    if script:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if script else str(tmp_path))
+    monkeypatch.setattr("sgtm_kernels.measurement.PATIENCE", 1)
+    began = time.monotonic()
+    assert driver() == expected and time.monotonic() - began < 10
 
 
 def test_the_table_of_tuned_kernels_is_told(monkeypatch, tmp_path):
