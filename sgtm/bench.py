@@ -18,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +32,7 @@ from sgtm.masking.strategy import JOINT, build_tables
 from sgtm.model.transformer import Transformer
 from sgtm.train.dry_run import dry_run
 from sgtm.train.step import LossTotals, train_step
-from sgtm_kernels.dispatch import resolve, unusable
+from sgtm_kernels.dispatch import resolve
 from sgtm_kernels.measurement import peak_growth, percentiles, write_rows
 from sgtm_kernels.plan import Tables
 from sgtm_kernels.shapes import Shape
@@ -39,6 +40,7 @@ from sgtm_kernels.shapes import Shape
 BASE = "none"
 MEMORY_ROUNDS = 5
 ROUNDS = 15
+FEW = 5  # rounds; below, the percentiles are of next to nothing
 
 
 class Way(Protocol):
@@ -58,17 +60,20 @@ def bench(config: Config, rounds: int = ROUNDS, to: Path | None = None, tune: bo
           (`sgtm_kernels.tune`)
 
     Raises ValueError for a config that masks nothing, for fewer than 4 sequences a step and rank, where a step does not
-    fit into memory, and for `tune` without a CUDA device or on several ranks; OSError where `to` cannot be written.
+    fit into memory, and for `tune` without a CUDA device, on several ranks, with another backend than triton or where
+    SGTM_TUNED names another table; OSError where `to`, or the table, cannot be written.
     """
     check(config)
     if tune:
         _tune(config)
     if to is not None:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        to.open("a").close()  # a mistake shows before the measurement
+        _check_writable(to)
     launch = init_distributed(config)
-    ways = masked_steps(config)
-    rows = [row | {"setting": setting(config)} for row in measure(ways, config, rounds)]
+    masks = masks_of(config, launch.world_size)
+    if launch.rank == 0:
+        few = "; so few compare nothing: --rounds 15" if rounds < FEW else ""
+        print(f"{setting(config)}: measuring {len(masks)} rows in {_rounds(rounds)}{few}", flush=True)
+    rows = [row | {"setting": setting(config)} for row in measure(masked_steps(config), config, rounds)]
     if launch.rank == 0:
         print_rows(rows)
         if to is not None:
@@ -83,11 +88,26 @@ def check(config: Config) -> None:
         raise ValueError("masking.strategy none masks nothing; name another: --masking.strategy sgtm")
 
 
+def _check_writable(to: Path) -> None:
+    """A mistake shows before the measurement, which leaves no empty file where it is broken off."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    there = to.exists()
+    to.open("a").close()
+    if not there:
+        to.unlink(missing_ok=True)  # another rank may have
+
+
 def _tune(config: Config) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("--tune is for one process: run it without a launcher, once on each kind of device")
-    if problem := unusable("triton"):
-        raise ValueError(f"--tune tunes the Triton kernels, but {problem}")
+    if not torch.cuda.is_available():
+        raise ValueError("--tune needs a CUDA device and there is none here; without a table the heuristics hold")
+    if (backend := resolve(config.kernels.backend)) != "triton":
+        raise ValueError(
+            f"--tune tunes the Triton kernels, but kernels.backend is {backend!r} here: --kernels.backend triton"
+        )
+    if named := os.environ.get("SGTM_TUNED"):
+        raise ValueError(f"--tune writes this device's table, but SGTM_TUNED={named!r} is what would be read; unset it")
     from sgtm_kernels.tune import tune
 
     tune(shapes=[shape_of(config)])
@@ -117,33 +137,44 @@ def setting(config: Config) -> str:
     return f"{config.name}, batch {config.sequences_per_step} x {config.model.context}{micro}, {t.precision}"
 
 
-def masked_steps(config: Config) -> dict[str, Way]:
-    """The rows: a training step of this config under each mask. Needs `init_distributed`."""
-    torch.manual_seed(config.train.seed)
-    engine = Engine(Transformer(config.model, config.partition, resolve(config.kernels.backend)), config)
-    m, space = config.masking, config.space
-    none = build_tables(space, BASE)
-    n = engine.accumulation * config.train.micro_batch
+def masks_of(config: Config, world_size: int) -> dict[str, tuple[Tables, list[int]]]:
+    """The rows: tables, and the label of each of a rank's sequences in a step.
+
+    Raises ValueError for fewer than 4 sequences, and where the ranks cannot share a step.
+    """
+    m, space, n = config.masking, config.space, config.accumulation(world_size) * config.train.micro_batch
     if n < 4:
         raise ValueError(
             f"train.tokens_per_step {config.train.tokens_per_step} is {n} sequences of {config.model.context} for each "
             f"rank; a row with a quarter of forget sequences needs 4: --train.tokens_per_step "
-            f"{4 * config.model.context * engine.world_size}"
+            f"{4 * config.model.context * world_size}"
         )
-    dry_run(engine, config.tables)
-    some = round(n / 4)
+    none, some = build_tables(space, BASE), round(n / 4)
     forget = sorted((FIRST_FORGET + i % len(space.domains) for i in range(some)), reverse=True)
+    pure = "pure forget" if len(space.domains) == 1 else f"pure forget ({space.domains[0]})"
     rows = {
         BASE: (none, [UNLABELED] * n),
         "nothing masked": (config.tables, [UNLABELED] * n),
         f"{some / n:.0%} forget sequences".replace("%", " %"): (config.tables, forget + [UNLABELED] * (n - some)),
-        "pure forget": (config.tables, [FIRST_FORGET] * n),
+        pure: (config.tables, [FIRST_FORGET] * n),
     }
     if m.strategy in JOINT:
         joint = build_tables(space, m.strategy, "masked", m.cross_domain, m.overrides)
-        rows["pure forget, joint masked"] = joint, [FIRST_FORGET] * n
+        rows[f"{pure}, joint masked"] = joint, [FIRST_FORGET] * n
     rows["pure retain"] = config.tables, [RETAIN] * n
-    return {name: MaskedStep(engine, tables, labels) for name, (tables, labels) in rows.items()}
+    return rows
+
+
+def masked_steps(config: Config) -> dict[str, Way]:
+    """A training step of this config under each mask. Needs `init_distributed`.
+
+    Raises ValueError for fewer than 4 sequences a rank, and where a step does not fit into memory.
+    """
+    masks = masks_of(config, dist.get_world_size())
+    torch.manual_seed(config.train.seed)
+    engine = Engine(Transformer(config.model, config.partition, resolve(config.kernels.backend)), config)
+    dry_run(engine, config.tables)
+    return {name: MaskedStep(engine, tables, labels) for name, (tables, labels) in masks.items()}
 
 
 class MaskedStep:
@@ -224,9 +255,8 @@ def _row(name: str, seconds: np.ndarray, memory: list, base: np.ndarray, base_me
 def print_rows(rows: list[dict], console: Console | None = None) -> None:
     """Rows of `measure`, with a `setting`, as a table; of the ratio of times p20, p50 and p80 over the rounds."""
     console = console or Console()
-    console.print(
-        f"{rows[0]['setting']}: {rows[0]['rounds']} rounds; time and memory relative to {BASE}", highlight=False
-    )
+    about = f"{rows[0]['setting']}: {_rounds(rows[0]['rounds'])}; time and memory relative to {BASE}"
+    console.print(about, highlight=False)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("row")
     for header in ("tokens/s", "time p20/p50/p80", "peak MiB", "memory"):
@@ -240,3 +270,8 @@ def print_rows(rows: list[dict], console: Console | None = None) -> None:
         cells = [r["row"], f"{r['tokens_per_second']:,.0f}", ratio, f"{r['peak_mib']:,.1f}", memory]
         table.add_row(*cells, *([r["target"] or ""] if targets else []))
     console.print(table)
+    console.print("ratios compare steps of the same round; tokens/s is of the median step", highlight=False)
+
+
+def _rounds(count: int) -> str:
+    return f"{count} round{'s' * (count != 1)}"

@@ -141,7 +141,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=_positive, default=15, metavar="N", help="steps of each row (default: 15)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object per row")
     bench.add_argument(
-        "--tune", action="store_true", help="first tune the Triton kernels for this device at the config's shape"
+        "--tune",
+        action="store_true",
+        help="first tune the Triton kernels on this GPU at the config's shape (--kernels.backend triton); writes "
+        "tuned/<device>.json beside the kernels (sgtm doctor names the folder), which later runs read; SGTM_TUNED=off "
+        "undoes it",
     )
     profile = configured("profile", _profile, "show where the time of a training step goes, by kernel and by module")
     profile.description = (

@@ -71,7 +71,8 @@ def tune(
     table    where to (default: tuned/<device>.json); commit: of this code, where it is not a git checkout
     rounds   of a choice; fewer, but at least three, where `seconds` are over before
 
-    Raises ValueError without a CUDA device, for an unknown op or shape, and for a table of another device.
+    Raises ValueError without a CUDA device, for an unknown op or shape, and for a table of another device; OSError
+    where the table cannot be written, before anything is measured.
     """
     for kind, names, known in (("op", only, CASES), ("shape", shapes, SHAPES)):
         if unknown := [name for name in names if isinstance(name, str) and name not in known]:
@@ -81,6 +82,8 @@ def tune(
     device, name = torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
     path = table or path_of(name)
     kept = entries_of(path, name)
+    unfinished_of(path).touch()
+    unfinished_of(path).unlink()
     found: dict[Choice, Found] = {}
     torch.manual_seed(0)
     for shape in shapes:
@@ -166,10 +169,15 @@ def write(path: Path, device_name: str, kept: dict, found: dict[Choice, Found], 
             "heuristic_p50_microseconds": round(result.heuristic_p50 * 1e6, 2),
             **source,
         }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = unfinished_of(path)
     unfinished.write_text(json.dumps({"device": device_name, "entries": entries}, indent=1, sort_keys=True) + "\n")
     os.replace(unfinished, path)
+
+
+def unfinished_of(path: Path) -> Path:
+    """What is written first and then renamed to `path`, in its folder, which is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def provenance() -> dict[str, str | None]:
@@ -269,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     only = [op for op in args.only.split(",") if op]
     try:
         tune(only, args.shape.split(","), args.table, args.commit)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"sgtm_kernels.tune: {error}", file=sys.stderr)
         return 1
     return 0

@@ -5,7 +5,8 @@ named table that is missing or damaged passed over; the table before SGTM_LINEAR
 of time; a choice by the median alone, by times of different rounds, or of the slowest;
 a way decided before its tile; entries that were not measured lost; the
 table of another device taken; masks in a key; a grid, or the room for partial sums, of another tile; a bucket too high;
-a candidate that does not fit an error; a device's table not found; tuning without a GPU.
+a candidate that does not fit an error; a device's table not found; tuning without a GPU; a table that cannot be written
+found after the measurement.
 """
 
 import json
@@ -374,6 +375,20 @@ def test_without_a_gpu_it_refuses(monkeypatch, capsys, tmp_path):
     for arguments, message in ((["--only", "norm"], "unknown op 'norm'"), (["--shape", "1b"], "unknown shape '1b'")):
         assert tune.main(arguments) == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_table_that_cannot_be_written_is_known_before_anything_is_measured(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA T0")
+    monkeypatch.setattr(tune, "CASES", {"mlp": lambda *args: pytest.fail("measured")})
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "folder"):
+        assert tune.main(["--table", str(folder / "t.json")]) == 1
+        assert str(tmp_path / "file") in capsys.readouterr().err
+    monkeypatch.setattr(tune, "CASES", {"mlp": lambda *args: []})
+    assert tune.main(["--table", str(tmp_path / "new" / "t.json"), "--commit", "v1"]) == 0
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["t.json"]
 
 
 @pytest.mark.parametrize(("quarters", "length"), [(1, 24), (2, 7), (3, 5), (1, 64)])

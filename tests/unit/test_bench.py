@@ -2,7 +2,9 @@
 
 Faults tried, each seen to fail: a row left out; labels of a row not those of its name; forget sequences not dealt over
 the micro-batches; all of one domain; joint masked without the mask; ratios upside down, or to another round; the rows
-one after the other; a file that cannot be written found after the measurement; a column that report.py reads renamed.
+one after the other; a file that cannot be written found after the measurement; an empty file left behind where it is
+broken off; a column that report.py reads renamed; nothing said before the measurement; the tuner started for another
+backend, without a GPU, or past SGTM_TUNED; the sequences counted after the model is built.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ TEN = ["--masking.domains=[a, b]", "--masking.strategy=gram", "--train.tokens_pe
 def take(file: str) -> dict:
     """What the command prints and writes, and the rows of two configs; in a process of its own."""
     os.environ["COLUMNS"] = "80"
-    few = ["bench", "debug", "--train.tokens_per_step=128"]
-    commands = ["bench", "debug", "--rounds", "3", "--json", file, "--train.micro_batch", "4"], few
+    one = ["bench", "debug", "--rounds", "1", "--masking.domains=[a, b]", "--train.steps=10"]
+    commands = ["bench", "debug", "--rounds", "3", "--json", file, "--train.micro_batch", "4"], one
     return {"commands": [called(*command) for command in commands], "one": rows(), "two": rows(*TEN)}
 
 
@@ -63,7 +65,10 @@ def taken(file) -> dict:
 
 def test_the_command_prints_and_writes_every_row(taken, file):
     status, printed, _ = taken["commands"][0]
-    assert status == 0 and "debug, batch 8 x 64 in micro-batches of 4, fp32: 3 rounds" in printed
+    setting = "debug, batch 8 x 64 in micro-batches of 4, fp32: "
+    assert status == 0 and f"{setting}3 rounds; time and memory" in printed
+    assert printed.startswith(f"{setting}measuring 6 rows in 3 rounds; so few compare nothing: --rounds 15\n")
+    assert printed.endswith("ratios compare steps of the same round; tokens/s is of the median step\n")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["row"] for row in rows] == ROWS
     for row in rows:
@@ -104,15 +109,37 @@ def test_each_row_has_the_labels_and_tables_of_its_name(taken):
 
 def test_several_domains_take_turns_and_pure_is_of_the_first(taken):
     rows = taken["two"]
-    assert list(rows) == ["none", "nothing masked", "20 % forget sequences", "pure forget", "pure retain"]
+    assert list(rows) == ["none", "nothing masked", "20 % forget sequences", "pure forget (a)", "pure retain"]
     assert rows["20 % forget sequences"].labels == [(3, 2, *[0] * 8)]
-    assert rows["pure forget"].labels == [(2,) * 10]
+    assert rows["pure forget (a)"].labels == [(2,) * 10]
 
 
-def test_a_step_without_a_quarter_is_refused(taken):
-    status, printed, message = taken["commands"][1]
-    assert (status, printed) == (2, "")
-    assert message.startswith("error: train.tokens_per_step 128 is 2 sequences of 64 for each rank; a row with a")
+def test_one_round_is_said_and_which_domain(taken):
+    status, printed, _ = taken["commands"][1]
+    assert status == 0 and "fp32: measuring 6 rows in 1 round; so few" in printed and "fp32: 1 round; time" in printed
+    assert "pure forget (a)" in printed
+
+
+def test_a_step_without_a_quarter_is_refused_before_there_is_a_model(capsys, monkeypatch):
+    monkeypatch.setattr("sgtm.bench.init_distributed", lambda config: SimpleNamespace(rank=0, world_size=2))
+    monkeypatch.setattr("sgtm.bench.masked_steps", lambda config: pytest.fail("a model was built"))
+    assert main(["bench", "debug", "--train.tokens_per_step=256", "--train.micro_batch=2"]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out and printed.err.startswith("error: train.tokens_per_step 256 is 2 sequences of 64 for each")
+    assert "--train.tokens_per_step 512" in printed.err
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_is_broken_off_leaves_no_empty_file(there, tmp_path, monkeypatch):
+    def broken_off(*args):
+        raise KeyboardInterrupt
+
+    file = tmp_path / "rows.jsonl"
+    if there:
+        file.write_text("rows of before")
+    monkeypatch.setattr("sgtm.bench.init_distributed", broken_off)
+    assert main(["bench", "debug", "--json", str(file)]) == 130
+    assert file.read_text() == "rows of before" if there else not file.exists()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +149,8 @@ def test_a_step_without_a_quarter_is_refused(taken):
         (["--masking.strategy", "none"], "error: masking.strategy none masks nothing; name another: --m"),
         (["--json", "/proc/none/rows.jsonl"], "error: /proc/none: No such file or directory"),
         (["--json", "/proc"], "error: /proc: Is a directory"),
-        (["--tune"], "error: tuning needs a CUDA device and there is none here"),
+        (["--tune"], "error: --tune needs a CUDA device and there is none here; without a table the heuristics hold\n"),
+        (["--tune", "--kernels.backend", "triton"], "error: --tune needs a CUDA device and there is none here; w"),
     ],
 )
 def test_a_mistake_is_a_message_before_anything_is_measured(overrides, message, capsys, monkeypatch):
@@ -162,12 +190,34 @@ def test_kernels_are_tuned_at_the_shape_of_the_config(preset, monkeypatch):
     tuned = []
     monkeypatch.setattr(tune, "tune", lambda shapes: tuned.extend(shapes))
     monkeypatch.setattr("sgtm.bench.init_distributed", lambda *args: (_ for _ in ()).throw(ValueError("enough")))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     overrides = ["--masking.domains", "[es]", "--masking.forget_heads", "4", "--masking.forget_neurons", "24"]
+    overrides += ["--kernels.backend", "triton"]
     assert main(["bench", preset, "--tune", *overrides]) == 2
     m = load_config(preset, []).model
     (shape,) = tuned
     assert (shape.width, shape.neurons, shape.gated) == (m.hidden_size, m.intermediate_size, preset == "llama-1b")
     assert (shape.forget_heads, shape.forget_neurons, shape.layout.head_dim) == (4, 24, m.size_per_head)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "variables", "message"),
+    [
+        ([], {}, "but kernels.backend is 'runs' here: --kernels.backend triton"),
+        (["--kernels.backend", "reference"], {}, "but kernels.backend is 'reference' here: --kernels.backend triton"),
+        ([], {"SGTM_KERNELS": "triton", "SGTM_TUNED": "off"}, "but SGTM_TUNED='off' is what would be read; unset it"),
+    ],
+)
+def test_what_is_tuned_is_what_is_measured(overrides, variables, message, monkeypatch, capsys):
+    from sgtm_kernels import tune
+
+    monkeypatch.delenv("SGTM_KERNELS", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "tune", lambda shapes: pytest.fail("tuned"))
+    assert main(["bench", "debug", "--tune", *overrides]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_several_processes_do_not_tune(monkeypatch, capsys):
