@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
 
@@ -48,4 +49,4 @@ def nsight_command(kernel: str, profile: list[str], skip: int, to: str) -> str:
     """
     options = ["--kernel-name", f"regex:^{re.escape(kernel)}$", "--launch-skip", str(skip), "--launch-count", "1"]
     options += ["--set", "full", "--force-overwrite", "-o", to]
-    return shlex.join(["ncu", *options, "python", "-m", "sgtm", "profile", *profile])
+    return shlex.join(["ncu", *options, sys.executable, "-m", "sgtm", "profile", *profile])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from sgtm.distributed.env import device_type
 from sgtm.distributed.process_group import init_distributed
 from sgtm.files import write_atomically
 from sgtm.model.transformer import Transformer
-from sgtm.profile.nsight import find_kernel, function_name, nsight_command
+from sgtm.profile.nsight import find_kernel, function_name, nsight_command, triton_kernels
 from sgtm.profile.ranges import RangedEngine, name_modules
 from sgtm.profile.terminal import print_profile
 from sgtm.profile.trace import summarize
@@ -82,6 +83,8 @@ def run_profile(
         wait_for_device()
         seconds = time.perf_counter() - began
         next_step()
+    if launch.rank == 0 and not trace:
+        print(f"{config.name}: {steps} step(s) of {seconds / steps * 1e3:,.1f} ms; no trace was written")
     if file is None:
         return
     summary = summarize(json.loads(file.read_text())["traceEvents"], steps, seconds, on_gpu)
@@ -92,9 +95,15 @@ def run_profile(
         seen = {row["name"]: row["calls_per_step"] for row in summary["kernels"]} if on_gpu else {}
         name = find_kernel(kernel, seen)
         per_step = sum(calls for found, calls in seen.items() if function_name(found) == name)
-        note = "" if per_step else f", which kernel backend {model.backend} did not launch here"
+        again, note = [*command, "--steps", "1", "--no-trace"], ""
+        if not per_step and name in triton_kernels() and model.backend != "triton":
+            again += ["--kernels.backend", "triton"]
+            note = f", with --kernels.backend triton, as {model.backend} does not launch it; of its first launch"
+            if os.environ.get("SGTM_KERNELS"):
+                note += "; unset SGTM_KERNELS"
+        elif not per_step:
+            note = f", which kernel backend {model.backend} did not launch here"
         print(f"Nsight Compute of {name}{note}:")
-        again = [*command, "--steps", "1", "--no-trace"]
         print(nsight_command(name, again, int(WARM_UP * per_step), str(out / name)))
 
 
