@@ -21,7 +21,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from arguments import one_of
 from environment import RESULTS, environment, read_rows
+
+from sgtm_kernels.dispatch import OPS
 
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests" / "kernels"
@@ -32,7 +35,8 @@ STEPS = "steps"
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="ops, e.g. linear,mlp, and steps (default: all)")
+    known = (*OPS, STEPS)
+    parser.add_argument("--only", type=one_of(known), default=[], help=f"of {','.join(known)} (default: all)")
     parser.add_argument("--shape", default="", help="e.g. 124m,llama-1b (default: 254m for ops, all for steps)")
     parser.add_argument("--commit", help="of this code, where it is not a git checkout")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: the committed)")
@@ -44,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     commit = args.commit or where["commit"]
     if not commit:
         parser.error("not a git checkout: name the commit with --commit")
-    only = [name for name in args.only.split(",") if name]
+    only = args.only
     ops = [name for name in only if name != STEPS]
     code, outcome = run(test_command([] if STEPS in only else ops))
     if code:

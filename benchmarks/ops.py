@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from arguments import device, one_of, positive
 from environment import percentiles, write_rows
 from op_cases import CASES, Case, Inputs, forget_share
 from roofline import COPY, MATMUL, Roofline
@@ -41,42 +42,32 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", type=one_of(CASES), default=list(CASES), help=f"ops, of {','.join(CASES)}")
     parser.add_argument("--backend", type=one_of(FAST), help="runs,triton (default: those that run here)")
-    parser.add_argument("--shape", type=one_of(SHAPES), default=["254m"], help=f"of {','.join(SHAPES)}")
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--shape", type=one_of(SHAPES), default=["254m"], help=f"of {','.join(SHAPES)} (default 254m)")
+    parser.add_argument("--rounds", type=positive, default=40, help="of each op (default 40)")
     parser.add_argument("--seconds", type=float, default=8, help="fewer rounds of an op where this is over (default 8)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--json", type=Path, help="write one JSON object per row")
     args = parser.parse_args()
-    device, dtype = torch.device(args.device), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     for backend in args.backend or ():
         for op in args.only:
             if problem := missing(op, backend):
                 parser.error(f"--backend {backend}: {problem}")
     torch.manual_seed(0)
-    clock, roofline, rows = Clock(device), Roofline(device, dtype), []
+    clock, roofline, rows = Clock(args.device), Roofline(args.device, dtype), []
     for name in args.shape:
         for op in args.only:
             backends = [b for b in args.backend or FAST if not missing(op, b)]
             for variant, build in CASES[op].items():
                 shape = SHAPES[name]
-                measured = measure(build(shape, Inputs(device, dtype)), shape, backends, clock, roofline, args)
+                measured = measure(build(shape, Inputs(args.device, dtype)), shape, backends, clock, roofline, args)
                 head = {"op": op, "variant": variant, "shape": name, "dtype": args.dtype}
                 rows += [head | row for row in measured]
                 show(f"{variant}, {name}, {args.dtype}", measured)
     if args.json:
         write_rows(args.json, rows)
     return 0
-
-
-def one_of(known):
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
-        return names
-
-    return parse
 
 
 def missing(op: str, backend: str) -> str | None:

@@ -30,9 +30,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from arguments import device, one_of, positive
 from environment import percentiles, write_rows
 from model_shapes import SETTINGS, Setting
-from ops import FAST, one_of, works
+from ops import FAST, works
 from roofline import MATMUL, Roofline
 from step_cases import NONE, Case, Mean, Ours, PlainSteps, cases, random_batches, tables_of
 
@@ -42,6 +43,7 @@ from sgtm_kernels.timing import Clock
 
 PLAIN = "plain PyTorch"
 SHAPES = ("124m", "254m", "llama-1b")
+TINY = "tiny"
 RATIOS = {0: 1.00, 5: 1.00, 25: 0.96, 100: 0.80}  # targets, at most: of the time, by percent of forget tokens
 SPEEDS = {"124m": 460_000, "254m": 290_000, "llama-1b": 50_000}  # and at least: unmasked tokens/s on one H100
 # Dense bf16 TFLOP/s, by the name that CUDA gives: half of what the data sheets of H100 and H200 give with sparsity, and
@@ -58,11 +60,12 @@ DATASHEET = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", type=one_of(SETTINGS), default=SHAPES, help=f"of {','.join(SETTINGS)}")
+    defaults = f"(default: {','.join(SHAPES)} on a GPU, {TINY} on a CPU)"
+    parser.add_argument("--shape", type=one_of(SETTINGS), help=f"of {','.join(SETTINGS)} {defaults}")
     parser.add_argument("--backend", type=one_of(FAST), help="runs,triton (default: those that run here)")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=positive, default=10, help="of each shape (default 10)")
     parser.add_argument("--seconds", type=float, default=40, help="fewer rounds of a shape after these (default 40)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--json", type=Path, help="write one JSON object per row")
     args = parser.parse_args()
@@ -70,17 +73,20 @@ def main() -> int:
         if problem := unusable(backend):
             parser.error(f"--backend {backend}: {problem}")
     backends = args.backend or [backend for backend in FAST if not unusable(backend)]
-    device, dtype = torch.device(args.device), {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
-    clock, roofline, rows = Clock(device), Roofline(device, dtype), []
-    for name in args.shape:
+    on, dtype = args.device, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    shapes = args.shape or (SHAPES if on.type == "cuda" else (TINY,))
+    if not args.shape and on.type != "cuda":
+        print(f"--shape {TINY}, because this is a CPU: {', '.join(SHAPES)} are for a GPU", flush=True)
+    clock, roofline, rows = Clock(on), Roofline(on, dtype), []
+    for name in shapes:
         torch.manual_seed(0)
-        steps = Steps(SETTINGS[name](), device, dtype, backends)
+        steps = Steps(SETTINGS[name](), on, dtype, backends)
         measured = steps.measure(clock, roofline, args.rounds, args.seconds)
         head = {"shape": name, "dtype": args.dtype, "target_tokens_per_second": SPEEDS.get(name)}
         rows += [head | row for row in measured]
         show(f"{name}, {args.dtype}", measured)
         del steps
-        if device.type == "cuda":  # the compiled model is in a cycle
+        if on.type == "cuda":  # the compiled model is in a cycle
             torch.compiler.reset()
             gc.collect()
             torch.cuda.empty_cache()

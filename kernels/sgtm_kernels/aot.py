@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -109,17 +110,31 @@ def _examine(job: tuple[str, int, int]) -> Outcome:
     return examine(_of(op)[index], arch)
 
 
-def main() -> int:
+def _of_known(known: Collection) -> Callable[[str], list]:
+    """Values with commas between them, each as one of `known` is written."""
+    by_name = {str(value): value for value in known}
+
+    def parse(text: str) -> list:
+        if unknown := [name for name in text.split(",") if name not in by_name]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(by_name)}")
+        return [by_name[name] for name in text.split(",")]
+
+    return parse
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", default=",".join(OPS))
-    parser.add_argument("--arch", default="80,90,100")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    args = parser.parse_args()
+    ops, arches = ",".join(OPS), ",".join(map(str, SHARED_BYTES))
+    parser.add_argument("--op", type=_of_known(OPS), default=ops, help=f"ops, of {ops} (default: all)")
+    parser.add_argument(
+        "--arch", type=_of_known(SHARED_BYTES), default=arches, help=f"architectures, of {arches} (default: all)"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time (default: one a core)")
+    args = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
-    arches = [int(arch) for arch in args.arch.split(",")]
-    found = all_launches(tuple(args.op.split(",")))
-    jobs = [(op, i, arch) for op, i, launch in found for arch in arches if arch >= launch.first_arch]
+    found = all_launches(tuple(args.op))
+    jobs = [(op, i, arch) for op, i, launch in found for arch in args.arch if arch >= launch.first_arch]
     failed = 0
     write = partial(print, flush=True)
     write(f"{'arch':>5} {'regs':>4} {'stack':>5} {'shared':>7} {'tensor cores':12}  kernel")

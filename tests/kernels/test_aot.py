@@ -1,7 +1,8 @@
 """The ahead-of-time suite: every kernel of every op compiles for every architecture; what it must refuse, it refuses.
 
 Faults tried, each seen to fail: no limit on shared memory; the stack not looked at; every kernel said to use tensor
-cores; a kernel that does not compile passed over; a status of 0 with problems.
+cores; a kernel that does not compile passed over; a status of 0 with problems; an unknown op or
+architecture a traceback.
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sgtm_kernels.aot import SHARED_BYTES
+from sgtm_kernels.aot import SHARED_BYTES, main
 from sgtm_kernels.dispatch import OPS
 
 # Compiled in processes of their own: here Triton is in its interpreter.
@@ -34,6 +35,16 @@ def test_faults_are_told():
             assert problems == []
         else:
             assert any(name in problem for problem in problems), (name, problems)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "known"),
+    [("--op", "norm,foo", ", ".join(OPS)), ("--arch", "90,foo", ", ".join(map(str, SHARED_BYTES)))],
+)
+def test_what_is_unknown_is_an_error_that_names_the_known(option, value, known, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([option, value])
+    assert ended.value.code == 2 and f"argument {option}: 'foo' is none of {known}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

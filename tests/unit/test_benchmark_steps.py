@@ -7,7 +7,8 @@ weights of a mean exchanged; a share of forget documents for another; a ratio up
 for tokens; the first round's rate for all; the target of a masked row on `none`; in the plain model the scale, the
 window, its first block, the rotation, the activation, the tied head, the decay of norms, a break of the graph; a
 default, the joint setting or the window of a shape; positions counted as parameters; an import of rich or pydantic;
-other tokens under another mask; a loss of NaN let through.
+other tokens under another mask; a loss of NaN let through; full-size shapes on
+a CPU where none is named.
 """
 
 import json
@@ -81,6 +82,26 @@ def test_every_step_is_timed_on_a_bare_machine(tmp_path):
     assert steps(rows).count("\n|") == len(rows) + 2
 
 
+def test_the_default_shapes_are_tiny_on_a_cpu_alone(monkeypatch, capsys):
+    import steps
+
+    taken = []
+    monkeypatch.setattr(steps, "SETTINGS", {name: lambda name=name: taken.append(name) for name in steps.SETTINGS})
+    monkeypatch.setattr(steps, "Steps", lambda *args: type("Nothing", (), {"measure": lambda self, *args: []})())
+    monkeypatch.setattr(steps, "Roofline", lambda *args: None)
+    monkeypatch.setattr(steps, "Clock", lambda device: None)
+    monkeypatch.setattr(steps, "show", lambda *args: None)
+    for options, expected in (("", ["tiny"]), ("--shape 124m", ["124m"]), ("--device cuda", list(steps.SHAPES))):
+        taken.clear()
+        with monkeypatch.context() as here:
+            here.setattr(torch.cuda, "is_available", lambda options=options: "cuda" in options)
+            here.setattr(torch.cuda, "empty_cache", lambda: None)
+            here.setattr(sys, "argv", ["steps.py", *options.split()])
+            assert steps.main() == 0
+        assert taken == expected
+        assert ("--shape tiny, because this is a CPU" in capsys.readouterr().out) == (not options)
+
+
 @tiny_shapes
 def test_a_row_is_a_step_against_the_unmasked_one_of_the_same_round(name, monkeypatch):
     """Two rounds, the second at half the speed: ratios and utilisation do not see it."""
@@ -109,8 +130,8 @@ def test_a_row_is_a_step_against_the_unmasked_one_of_the_same_round(name, monkey
     tokens, shape = rows["none"]["tokens"], SETTINGS[name]().model
     assert tokens == SETTINGS[name]().sequences * shape.context
     assert rows["nothing masked, micro"]["tokens"] == 4 * SETTINGS[name]().micro_batch * shape.context
-    # rounded to four digits, and so small that they would be 0 with the rate of this machine's matmul
-    assert rows["none"]["flops_utilisation"]["p80"] == round(steps.flops * tokens / 4.0 / roofline.flops, 4)
+    expected = steps.flops * tokens / 4.0 / roofline.flops
+    assert rows["none"]["flops_utilisation"]["p80"] == pytest.approx(expected, rel=1e-4)
     targets = {row: r.get("target") for row, r in rows.items()}
     assert targets[PLAIN] is targets["none"] is targets["none, token"] is None
     assert (targets["nothing masked"], targets["5 %, micro"], targets["25 %, token"]) == (1.0, 1.0, 0.96)

@@ -6,9 +6,10 @@ round; the work of a mask without the mask; a ratio, or a share, upside down; th
 rates for all rounds; the tensors of a kernel's test left on the CPU; a file of an op's tests left out; the window or
 the documents of attention left out, of ours, of the public calls, or of the work; steps timed before the ops, after the
 tests of some ops alone, or at the ops' shape; rows lost, or success said, where steps fail; steps left out of the
-report, or shown as ops.
+report, or shown as ops; arguments of which nothing comes (no rounds, no such op, CUDA without a device) found late.
 """
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -17,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 from bare import ABSENT, ROOT, environment_without, execute
+
+SCRIPTS = ("ops", "steps")
 
 pytestmark = pytest.mark.usefixtures("benchmarks")
 
@@ -48,12 +51,30 @@ def test_without_a_gpu_it_says_so(bare, tmp_path):
     assert (done.returncode, done.stdout) == (1, "") and "no CUDA device" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("gpu", ["--only", "mlp,foo"], "argument --only: 'foo' is none of linear, "),
+        *((script, ["--rounds", "0"], "--rounds: expected a whole number above 0, got '0'") for script in SCRIPTS),
+        *((script, ["--rounds", "few"], "--rounds: expected a whole number above 0, got 'few") for script in SCRIPTS),
+        *((script, ["--device", "cuda"], "--device: there is no CUDA device here") for script in SCRIPTS),
+        *((script, ["--device", "tpu"], "--device: no device 'tpu'; cpu or cuda") for script in SCRIPTS),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(script, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).main()
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_the_kernels_tests_are_collected_on_a_bare_machine(bare, gpu):
-    """All of them but those of plan.py; and a plain pytest, with the strict options, is refused there."""
+    """All of them but those of plan.py and aot.py; and a plain pytest, with the strict options, is refused there."""
     done = execute([*gpu.test_command([]), "--collect-only"], bare)
     assert done.returncode == 0, done.stdout + done.stderr
     for path in (ROOT / "tests" / "kernels").glob("test_*.py"):
-        assert (f"tests/kernels/{path.name}" in done.stdout) == (path.name != "test_plan.py")
+        assert (f"tests/kernels/{path.name}" in done.stdout) == (path.name not in ("test_plan.py", "test_aot.py"))
     assert execute([sys.executable, "-m", "pytest", "--collect-only", "tests/kernels/test_norm.py"], bare).returncode
     blocked = execute([sys.executable, "-c", "import sgtm"], bare)
     assert "No module named 'sgtm'" in blocked.stderr
