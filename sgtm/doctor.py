@@ -193,12 +193,12 @@ def _dispatch() -> dict:
         return f"{chosen} for every op: {why}"
 
     def attention() -> str:
-        named = import_module("sgtm_kernels.attention.public").named()
+        named = dispatch.way("SGTM_ATTENTION")
         by_itself = "SDPA; windows and documents on a GPU by flash_attn where it imports, else by FlexAttention"
         return f"{named} (SGTM_ATTENTION)" if named else by_itself
 
     def linear() -> str:
-        named = import_module(dispatch.module_name("linear", "triton")).named()
+        named = dispatch.way("SGTM_LINEAR")
         way = f"{named} (SGTM_LINEAR)" if named else "as tuned, else masked (SGTM_LINEAR names one)"
         return f"dW of labels that change from token to token: {way}"
 

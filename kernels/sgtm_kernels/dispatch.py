@@ -28,8 +28,8 @@ _LOADED: dict[tuple[str, str], ModuleType] = {}
 def resolve(name: str = "auto", dtype: torch.dtype | None = None) -> str:
     """Backend that `name` stands for: `auto` follows SGTM_KERNELS, else is `runs`.
 
-    Raises ValueError for an unknown backend, for one that cannot run here (or not in `dtype`), where `name` and
-    SGTM_KERNELS both name one and differ, and where another of our variables names what is not known.
+    Raises ValueError for an unknown backend, for one that cannot run here (or not in `dtype`), and where `name` and
+    SGTM_KERNELS both name one and differ.
     """
     wanted = os.environ.get("SGTM_KERNELS") or "auto"
     for source, value in (("backend", name), ("SGTM_KERNELS", wanted)):
@@ -40,8 +40,6 @@ def resolve(name: str = "auto", dtype: torch.dtype | None = None) -> str:
     chosen = next((value for value in (name, wanted) if value != "auto"), DEFAULT)
     if problem := unusable(chosen, dtype):
         raise ValueError(f"kernel backend {chosen!r} was asked for, but {problem}")
-    for variable in WAYS:
-        way(variable)
     return chosen
 
 
@@ -77,7 +75,12 @@ def pick(op: str, backend: str) -> ModuleType:
 
 
 def load(backend: str) -> None:
-    """Import all ops of a backend now, which else happens at their first call: a function that is compiled cannot."""
+    """Import all ops of a backend now, which else happens at their first call: a function that is compiled cannot.
+
+    Raises ValueError where an environment variable names an unknown way, of this backend or another.
+    """
+    for variable in WAYS:
+        way(variable)
     for op in OPS:
         pick(op, backend)
 

@@ -11,7 +11,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from sgtm_kernels.dispatch import BACKENDS, DEFAULT, OPS, WAYS, module_name, pick, resolve, unusable, way
+from sgtm_kernels.dispatch import BACKENDS, DEFAULT, OPS, WAYS, load, module_name, pick, resolve, unusable, way
 from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.testing import random_tables
 
@@ -104,7 +104,8 @@ def test_an_unknown_way_is_an_error_of_every_backend(variable, backend, monkeypa
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for known in WAYS[variable]:
         monkeypatch.setenv(variable, known)
-        assert (resolve(backend), way(variable)) == (backend, known)
+        load(backend)
+        assert way(variable) == known
     monkeypatch.setenv(variable, "bogus")
     with pytest.raises(ValueError, match=f"{variable}: unknown way 'bogus'; known: {', '.join(WAYS[variable])}"):
-        resolve(backend)
+        load(backend)
