@@ -1,7 +1,8 @@
 """The dry run launches the kernels under every mask that training will have, and nothing but time comes of it.
 
 That it changes no bit of the model is in tests/e2e/test_train.py. Faults tried, each seen to fail: a label left out;
-labels that never meet; a backend without a compiler made to wait; pieces that cross sequences, or are too few.
+labels that never meet; a backend without a compiler made to wait; pieces that cross sequences, or are too few;
+documents where training isolates none, or none where it isolates them, of one label or of several.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from sgtm_kernels.plan import MAX_SLICES
 
 def batches_of(monkeypatch, backend: str, accumulation: int, **keys):
     config = tiny_config(model={"context": 48}, train={"tokens_per_step": 8 * 48})
-    data = config.data.model_copy(update={"mixing": keys.pop("mixing")})
+    data = {key: keys.pop(key) for key in ("mixing", "isolate_documents") if key in keys}
+    data = config.data.model_copy(update=data)
     config = config.model_copy(update={"data": data, "train": config.train.model_copy(update=keys)})
     steps = []
     monkeypatch.setattr(module, "train_step", lambda engine, batches, *rest: steps.append(batches))
@@ -34,16 +36,21 @@ def test_without_a_compiler_one_step_is_enough(monkeypatch):
 
 @pytest.mark.parametrize("mixing", ["step", "micro", "sequence", "token"])
 @pytest.mark.parametrize("sequences", [1, 5])
-def test_all_masks_that_the_mixing_makes(monkeypatch, mixing, sequences):
-    config, batches = batches_of(monkeypatch, "triton", 2, mixing=mixing, micro_batch=sequences)
+@pytest.mark.parametrize("isolated", [False, True])
+def test_all_masks_that_the_mixing_makes(monkeypatch, mixing, sequences, isolated):
+    config, batches = batches_of(
+        monkeypatch, "triton", 2, mixing=mixing, micro_batch=sequences, isolate_documents=isolated
+    )
     labels = range(len(config.tables.labels))
     plans = [batch.plan(config.tables) for batch in batches]
     assert {plan.present for plan in plans} >= {(label,) for label in labels}
+    assert {plan.documents is not None for plan in plans} == {isolated or mixing == "token"}
+    for plan in plans:
+        assert all(start // plan.seq_len == (end - 1) // plan.seq_len for start, end in plan.documents or ())
     mixed = [plan for plan in plans if len(plan.present) > 1]
     assert bool(mixed) == (mixing == "token" or (mixing == "sequence" and sequences > 1))
     for plan in mixed:
         assert plan.present == tuple(labels)
-        assert plan.whole_sequences == (mixing == "sequence") == (plan.documents is None)
+        assert plan.whole_sequences == (mixing == "sequence")
         if mixing == "token":
-            assert all(start // plan.seq_len == (end - 1) // plan.seq_len for start, end in plan.documents)
             assert all(sum(run.label == label for run in plan.runs) > MAX_SLICES for label in labels)
