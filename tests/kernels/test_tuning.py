@@ -155,6 +155,10 @@ def test_a_table_overrides_the_heuristic_in_a_launch(monkeypatch, tmp_path, othe
         assert_accurate(out, torch.nn.functional.gelu(x, approximate="tanh"), exact)
 
 
+in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="tensors on the CPU")
+
+
+@in_the_interpreter
 @pytest.mark.parametrize("op", tune.CASES)
 def test_every_choice_forced_gives_the_same_result(op, others):
     """Each candidate in turn against the heuristic, in the calls that the tuner times."""
@@ -319,6 +323,7 @@ class FakeClock:
         return {name: [self.answers.get(name, 1.0)] * rounds for name in ways}
 
 
+@in_the_interpreter
 def test_the_tuner_decides_every_choice_once(others):
     tile, way = rectangles.Tile(16, 16, 16, 4, 1), linear_kernel.Way("rectangles")
     clock, found, said = FakeClock({str(tile): 0.5, str(way): 0.9}), {}, []
