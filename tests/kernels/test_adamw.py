@@ -4,7 +4,7 @@ Faults tried in the kernel, each seen to fail: the block of the next slice; a se
 elements of a block that begins before its slice, or those behind the end, not masked; the last element or block lost;
 a slice's distance from its border forgotten; a block taken for a whole one at either end; a border taken from the
 weight alone; the decay of another slice; a bias correction missing; decay missing; a moment stored in place of another;
-gradients read in the wrong precision, or all in that of the first.
+gradients read in the wrong precision, or all in that of the first; half of the table on a default device.
 """
 
 from __future__ import annotations
@@ -174,6 +174,15 @@ def test_the_kernel_refuses_what_its_addresses_cannot_describe(wrong):
     flat["exp_avg"] = {"dtype": flat["exp_avg"].double(), "strides": wide[::2], "length": wide}[wrong]
     with pytest.raises(ValueError, match="fp32" if wrong == "dtype" else "contiguous"):
         adamw([Update(*flat.values(), 1, 0.1)], LR, BETAS, EPS, "triton")
+
+
+def test_the_table_is_built_on_the_cpu_whatever_the_default_device():
+    updates = [Update(*flat_tensors(n).values(), 3, 0.1) for n in (7, 2000)]
+    module = pick("adamw", "triton")
+    wanted, blocks = module.segment_table(updates, LR, BETAS)
+    with torch.device("meta"):
+        table, again = module.segment_table(updates, LR, BETAS)
+    assert table.device.type == wanted.device.type == "cpu" and torch.equal(table, wanted) and again == blocks
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

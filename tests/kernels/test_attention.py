@@ -15,7 +15,7 @@ the backward pass; the factors or the live tokens of another group; `active` lef
 of dK and dV; the scale or delta left out of dK; only the first head of a KV head, or the wrong one; a group edge off by
 one; a sum overwritten or not rescaled; the live range cut short at either end, or ignored; an inactive block computed;
 columns beyond the head written (a crash); rotary not undone backward, turned the other way, or applied to v; documents
-counted from the first sequence; a layer without groups masked; weights taken for binary.
+counted from the first sequence; a layer without groups masked; weights taken for binary; a scale of 0 accepted.
 """
 
 import math
@@ -338,7 +338,11 @@ def test_an_inactive_group_of_a_run_is_not_computed(documents, backend):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
 def test_the_kernels_skip_what_is_inactive_or_stopped(monkeypatch):
-    """Counted in matrix products: blocks of an inactive group cost none, those of a stopped one none backward."""
+    """Counted in matrix products: blocks of an inactive group cost none, those of a stopped one none backward.
+
+    A head's backward pass over a sequence of 40 is 5 blocks of 3 products for dQ and 4 of 4 for dK and dV. Where the
+    sequence is stopped from its token 16 on, 2 and 1 of these blocks are left: keys before it skip the queries behind.
+    """
     from triton.runtime.interpreter import InterpreterBuilder
 
     done, dot = [], InterpreterBuilder.create_dot
@@ -346,22 +350,30 @@ def test_the_kernels_skip_what_is_inactive_or_stopped(monkeypatch):
     heads = HeadLayout((1, 1), (1, 1), 8)
     x = data(heads, 2, 40, torch.float32).requires_grad_()
 
-    def products(active: float, route: float) -> tuple[int, int]:
-        """Forward and backward, with these factors of the second group for the second sequence."""
+    def products(active: float, route: float, start: int = 40) -> tuple[int, int]:
+        """Forward and backward, with these factors of the second group from this token on, of two times 40."""
         free = random_tables(0, (1.0,), labels=2, groups=2)
         masks = [((1.0, 1.0), (1.0, value)) for value in (active, route)]
         tables = type(free)(free.labels, free.groups, *masks, free.update, free.update_joint)
         done.clear()
-        out = op(heads, MaskPlan(tables, merge_runs([0, 1], [40, 40]), 2, 40), "triton")(x)
+        out = op(heads, MaskPlan(tables, merge_runs([0, 1], [start, 80 - start]), 2, 40), "triton")(x)
         forward = len(done)
         out.backward(torch.ones_like(out))
         return forward, len(done) - forward
 
     forward, backward = products(1.0, 1.0)
-    assert forward > 0 and backward > 0
+    assert forward > 0 and backward == 4 * (5 * 3 + 4 * 4)
     assert products(0.0, 1.0) == (forward * 3 // 4, backward * 3 // 4)
     assert products(1.0, 0.0) == (forward, backward * 3 // 4)
     assert products(0.5, 1.0) == (forward, backward)
+    assert products(1.0, 0.0, start=56) == (forward, 3 * backward // 4 + 2 * 3 + 1 * 4)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan])
+def test_the_kernels_refuse_a_scale_that_is_not_positive(scale):
+    plan = random_plan(1, random_tables(2), "sorted", 4, 20)
+    with pytest.raises(ValueError, match="needs a positive scale"):
+        attention(data(FEW, 4, 20, torch.float32), FEW, plan, scale=scale, backend="triton")
 
 
 @by_backend

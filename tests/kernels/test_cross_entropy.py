@@ -9,7 +9,8 @@ next label; gradients computed under `no_grad`; the maximum of the logits subtra
 padding of the last block counted; the sum not rescaled at a new maximum, or of the last block only, the maximum too;
 the last partial block left without a gradient, or written beyond the row; the stride of packed rows; -1 in every
 block, or one column on; an ignored row left, zeroed short or written beyond its end, its loss not written; a target
-that does not exist looked up; a gradient nobody asked for; the device asked for a value.
+that does not exist looked up; a gradient nobody asked for; the device asked for a value; strided targets
+read as packed ones.
 """
 
 import pytest
@@ -313,6 +314,16 @@ def test_the_kernel_on_rows_of_any_length(monkeypatch, vocab, gradient):
         torch.testing.assert_close(room[:, :vocab].double(), slope.double(), rtol=1e-5, atol=1e-7)
     else:
         assert_same_bits(room[4, :vocab], rows[4])
+
+
+@by_backend
+def test_strided_targets(backend):
+    plan, t = random_plan(22, random_tables(23), "ragged", 6, 9), targets(6, 9)
+    strided = torch.stack((t.flip(1), t), -1)[..., 1]
+    assert not strided.is_contiguous()
+    data = inputs(6, 9, torch.float32)
+    for mine, wanted in zip(*(forward_backward(op(plan, backend, each), *data) for each in (strided, t)), strict=True):
+        assert_same_bits(mine, wanted)
 
 
 @pytest.mark.parametrize("wrong", [-1, VOCAB, 2**40])

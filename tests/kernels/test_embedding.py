@@ -5,7 +5,7 @@ another; no slice at all left unhandled; all tokens scattered; the table of `pos
 kernels: the mask dropped; masked tokens sorted before the others; weights ignored; the part of an id in an earlier or a
 later segment missed, or the two swapped, or the last one; the segment of an id's end off by one; loads beyond an id's
 tokens; an accumulation missed; the last columns, rows or segment lost; tokens not in the order of the sort; rows
-without a token not written; partial sums in the table's dtype; a strided dY.
+without a token not written; partial sums in the table's dtype; a strided dY; a sort that is not stable.
 """
 
 import pytest
@@ -191,6 +191,16 @@ def test_masked_ids_do_not_move_the_segments_of_the_kernel():
         results.append(torch.autograd.grad(out, weight, poisoned)[0])
     for other in results[1:]:
         assert_same_bits(other, results[0])
+
+
+def test_the_kernel_sorts_stably(monkeypatch):
+    """The tokens of an id are added in their order: the bits are the same in every run, on every device."""
+    sorts, plain = [], torch.sort
+    monkeypatch.setattr(torch, "sort", lambda *args, **kwargs: sorts.append(kwargs) or plain(*args, **kwargs))
+    plan = random_plan(21, random_tables(22), "tokens", 4, 9)
+    weight = table(torch.float32).requires_grad_()
+    op(plan, "triton")(ids(4, 9), weight).sum().backward()
+    assert [kwargs.get("stable") for kwargs in sorts] == [True]
 
 
 def test_kernel_under_checkpointing_and_with_strides():

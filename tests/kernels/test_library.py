@@ -2,13 +2,16 @@
 
 Faults tried, each seen to fail: the shape or dtype of an output wrong where there are no data; a gradient that is
 written to and not said to be; an op that reads the runs while it is traced; a plan that its
-handle does not hold; a plan that holds itself.
+handle does not hold; a plan that holds itself; a copy with
+the handle of the original.
 """
 
 from __future__ import annotations
 
 import gc
+import pickle
 import weakref
+from copy import copy, deepcopy
 
 import pytest
 import torch
@@ -165,6 +168,17 @@ def test_a_plan_lives_no_longer_than_its_handle():
     assert plan_of(handle) is not None and tensors() is not None
     del handle
     assert len(_PLANS) == before - 1 and tensors() is None
+
+
+@pytest.mark.parametrize("again", [copy, deepcopy, lambda plan: pickle.loads(pickle.dumps(plan))])
+def test_a_copy_of_a_plan_outlives_it(again):
+    plan = random_plan(2, TABLES, "ragged", BATCH, SEQ_LEN, documents=True)
+    wanted = plan.tables, plan.runs, plan.batch, plan.seq_len, plan.documents
+    twin = again(plan)
+    del plan
+    found = plan_of(twin.handle)
+    assert (found.tables, found.runs, found.batch, found.seq_len, found.documents) == wanted
+    assert found.runs == twin.runs and twin.documents is not None
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ a wrong stride; what is masked read; the unmasked operand multiplied; the bias s
 or by the rows' factors; a gradient overwritten without permission. In the rectangles: a slice one token too long, by
 mask or by descriptor; a band beyond its row range, read or stored; the first slice, or the last tile, missed; the
 slices of another range; a weight ignored; the accumulator not reset, or not used; tiles that overlap; descriptors of
-unaligned rows.
+unaligned rows; the tables of another layer.
 """
 
 from itertools import pairwise
@@ -290,6 +290,21 @@ def test_several_tiles(values, dtype, columns, bounds, side, backend):
     ]
     for name, *values in zip(("y", "dx", "dw", "db"), *results, strict=True):
         assert_accurate(*values, name=name)
+
+
+def test_layers_that_share_a_plan_share_no_rectangles():
+    """Bounds and part decide what is masked, and a plan keeps the tables of every layer."""
+    shared, found = random_plan(25, random_tables(26), "tokens", 4, 25), []
+    x, weight, _ = inputs("in", 4, 25, torch.float32)
+    for part, bounds in (("mlp_in", BOUNDS), ("attn_in", BOUNDS), ("mlp_in", (0, 8, 30, 40)), ("mlp_in", BOUNDS)):
+        fresh = random_plan(25, random_tables(26), "tokens", 4, 25)
+        mine, wanted = (
+            forward_backward(lambda x, w: linear_in(x, w, None, plan, part, bounds, "triton"), x, weight)[2]  # noqa: B023
+            for plan in (shared, fresh)
+        )
+        assert_same_bits(mine, wanted)
+        found.append(mine)
+    assert not any(torch.equal(one, other) for one, other in pairwise(found))
 
 
 def test_a_bias_of_more_partial_sums_than_a_tile_has():

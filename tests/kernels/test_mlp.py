@@ -3,7 +3,8 @@
 Faults tried, each seen to fail: `route` applied forward; `active` or `route` forgotten backward; a group boundary off
 by one column; gate and up swapped, forward or backward; the factor squared, or ignored token by token; a run one
 token short; the copy of a strided input or gradient scaled instead of the result; the bias not added backward, its mask
-dropped, taken from another part, or one column off, its sum not carried from tile to tile, a partial sum never written.
+dropped, taken from another part, or one column off, its sum not carried from tile to tile, a partial sum never written;
+a strided bias read as a packed one, forward or backward.
 """
 
 from dataclasses import replace
@@ -250,6 +251,18 @@ def test_linear_gelu_of_a_layer_without_groups_is_not_masked(backend):
     for mine, wanted in zip(*results, strict=True):
         assert_same_bits(mine, wanted)
         assert mine.abs().sum() > 0
+
+
+@by_backend
+def test_linear_gelu_with_a_strided_bias(backend):
+    plan, (x, weight, bias) = random_plan(21, random_tables(22), "tokens", 3, 30), layer(3, 30, torch.float32)
+    results = []
+    for b in (bias, torch.stack((-bias, bias), -1)[:, 1]):
+        leaves = [t.detach().requires_grad_() for t in (x, weight, b)]
+        out = whole(plan, backend)(*leaves)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, random_like(out, 0))))
+    for mine, wanted in zip(*results, strict=True):
+        assert_same_bits(mine, wanted)
 
 
 @by_name

@@ -6,7 +6,7 @@ over tokens instead of columns. In the kernel: the mask dropped for the weight o
 multiplies a NaN; dX from masked gradients; the factor of the token before; an accumulation missed over tiles, for
 weight or bias, or over strips; the last tile of a strip, the last strips or the last columns lost; the bias from the
 sums of the weight; padding columns in the variance, the padded width as stride or as divisor; the mean's term missing;
-eps left out; a strided dY; sums that were not launched left unwritten.
+eps left out; a strided dY, weight or bias; sums that were not launched left unwritten.
 """
 
 import pytest
@@ -228,8 +228,12 @@ def test_kernel_under_checkpointing_and_with_strides(norm):
     x, *learned = inputs(norm, 6, 9, torch.float32)
     dy = random_like(x, 1)
     results = []
-    for x_, dy_, again in [(x, dy, False), (x, dy, True), (*(_strided(t) for t in (x, dy)), False)]:
-        leaves = [t.detach().requires_grad_() for t in (x_, *learned)]
+    apart = [torch.stack((-t, t), -1)[..., 1] for t in learned]
+    turned = [_strided(t) for t in (x, dy)]
+    for x_, dy_, learned_, again in [
+        (x, dy, learned, False), (x, dy, learned, True), (*turned, learned, False), (x, dy, apart, False)
+    ]:  # fmt: skip
+        leaves = [t.detach().requires_grad_() for t in (x_, *learned_)]
         function = op(norm, plan, "triton")
         out = checkpoint(function, *leaves, use_reentrant=False) if again else function(*leaves)
         results.append((out.detach(), *torch.autograd.grad(out, leaves, dy_)))

@@ -4,7 +4,8 @@ Faults tried, each seen to fail: slices merged across a gap, or with differing w
 ranges merged over groups with other tokens; a range one row short; `contribution` without `active`, without `route`,
 or with `route` on the out side; `plain` true for a weight other than 1; token weights cached under another label
 vector; `merge_runs` keeping an empty piece or gluing two labels; `whole_sequences` looking at the first run alone;
-documents not counted from their own sequence; the live token after or before a token one off, or of another group.
+documents not counted from their own sequence; the live token after or before a token one off, of another group, or of
+other factors of the same plan.
 """
 
 from itertools import pairwise
@@ -146,12 +147,14 @@ def test_spans_are_the_documents_of_the_tokens(plan, seed):
 @given(plans, st.lists(st.tuples(*[st.sampled_from(FLOATS)] * 4), min_size=1, max_size=3))
 @settings(max_examples=50, deadline=None)
 def test_live_names_the_nearest_tokens_with_a_factor(plan, by_group):
-    following, previous = plan.live(by_group, torch.device("cpu")).tolist()
-    for by_label, after, before in zip(by_group, following, previous, strict=True):
-        live = [token for token, label in enumerate(labels_of(plan)) if by_label[label] != 0]
-        for token in range(plan.tokens):
-            assert after[token] == min((t for t in live if t >= token), default=plan.tokens)
-            assert before[token] == max((t + 1 for t in live if t <= token), default=0)
+    others = [tuple(float(factor == 0) for factor in by_label) for by_label in by_group]
+    for asked in (by_group, others):  # of one plan
+        following, previous = plan.live(asked, torch.device("cpu")).tolist()
+        for by_label, after, before in zip(asked, following, previous, strict=True):
+            live = [token for token, label in enumerate(labels_of(plan)) if by_label[label] != 0]
+            for token in range(plan.tokens):
+                assert after[token] == min((t for t in live if t >= token), default=plan.tokens)
+                assert before[token] == max((t + 1 for t in live if t <= token), default=0)
 
 
 def test_unknown_label():
