@@ -69,7 +69,7 @@ def others(monkeypatch):
     for length in linear_kernel.LENGTHS:
         monkeypatch.setitem(TUNABLES["linear_dw"].others, ("fp32", 4, length), (linear_kernel.Way("rectangles"),))
     monkeypatch.setitem(
-        TUNABLES["dw_rectangles"].others, ("fp32", "ones", "pointers"), (rectangles.Tile(16, 16, 16, 4, 1),)
+        TUNABLES["dw_rectangles"].others, ("fp32", "ones", "ragged"), (rectangles.Tile(16, 16, 16, 4, 1),)
     )
     monkeypatch.setitem(TUNABLES["token_losses"].others, ("fp32", 128), (cross_entropy_kernel.Tile(32, 1),))
 
