@@ -40,7 +40,7 @@ def add_partial_sums(partial, total, strips, columns, BS: tl.constexpr, BC: tl.c
 
 
 def launches() -> list[Launch]:
-    """Part of the ops' that sum by strips."""
+    """Part of linear's, for all ops that sum by strips: the only block size, in bf16 and fp32."""
     found = []
     for dtype in ("bf16", "fp32"):
         signature = {"partial": "*fp32", "total": f"*{dtype}", "strips": "i32", "columns": "i32"}

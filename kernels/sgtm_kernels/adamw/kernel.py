@@ -127,7 +127,7 @@ def adamw_update(
 
 
 def launches() -> list[Launch]:
-    """Everything that dispatch can launch, for the ahead-of-time suite."""
+    """Every dtype of a gradient, for the ahead-of-time suite."""
     numbers = dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps"), "fp32")
     signature = {"table": "*i64", "numbers": "*fp32", "segments": "i32", "halvings": "i32"} | numbers
     return [

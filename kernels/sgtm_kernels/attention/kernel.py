@@ -7,7 +7,7 @@ rotary positions, q, k and v are copied once, q and k turned on the way.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from typing import NamedTuple
 
 import torch
@@ -214,8 +214,8 @@ def _rotated(x, to, layout: HeadLayout, cos, sin, backward: bool = False) -> tor
 
 
 def launches() -> list[Launch]:
-    """What dispatch can launch, for the ahead-of-time suite: every block size, bare and with all masks; in the common
-    head size also some of the masks. Candidates besides the heuristic in the head sizes that fill their width."""
+    """Every block size at some widths of a head, bare and with all masks, and in the common one every flag, in bf16 and
+    fp32, for the ahead-of-time suite. Candidates besides the heuristic in the head sizes that fill their width."""
     found = []
     for head_dim in (8, 24, 32, 64, 96, 128):
         plain, grouped = HeadLayout((32,), (32,), head_dim), HeadLayout((24, 0, 8), (6, 0, 2), head_dim)
@@ -223,9 +223,10 @@ def launches() -> list[Launch]:
         found += _launches("bf16", constants(plain, 0, False, {1.0}), others)
         for dtype in ("bf16", "fp32"):
             found += _launches(dtype, constants(grouped, 256, True, {0.0, 0.5}), others)
-            found.append(_launch_of_rotation(dtype, grouped, backward=dtype == "bf16"))
-    for window, documents, values in ((0, False, {0.0, 1.0}), (256, False, {1.0}), (0, True, {0.0, 1.0})):
-        found += _launches("bf16", constants(HeadLayout((24, 8), (6, 2), 64), window, documents, values))
+            found += [_launch_of_rotation(dtype, grouped, backward) for backward in (False, True)]
+    flags = product((0, 256), (False, True), ({1.0}, {0.0, 1.0}, {0.0, 0.5}))
+    for dtype, masks in product(("bf16", "fp32"), flags):
+        found += _launches(dtype, constants(HeadLayout((24, 8), (6, 2), 64), *masks))
     return found
 
 

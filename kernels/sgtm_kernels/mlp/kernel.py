@@ -213,8 +213,8 @@ def activation_backward(
 
 
 def launches() -> list[Launch]:
-    """Everything that dispatch can launch, for the ahead-of-time suite; candidates besides the heuristic bare and with
-    the most groups."""
+    """Every block size and flag, at some bounds, in bf16 and fp32, for the ahead-of-time suite; candidates besides the
+    heuristic bare and with the most groups, all ways to sum the bias with few groups."""
     found = []
     few, many = (0, 960, 1024), (0, 900, 960, 1024)
     forms, more = [((0, 1024), False), (many, True)], [(few, False), (few, True), (many, False)]
@@ -224,9 +224,11 @@ def launches() -> list[Launch]:
         signature = {name: kinds[name] for name in kernel.arg_names if name in kinds}
         heuristic, *others = TILES[kernel.__name__].candidates(dtype, "gated" if gated else "plain")
         for tile, (bounds, masked) in [*product((heuristic, *others), forms), *product((heuristic,), more)]:
-            for biased in (False, True)[: 2 - gated]:
+            sums = [(True, False, False), (True, True, False), (True, True, True)]
+            sums = sums if bounds == few and kernel is activation_backward else [(True, True, masked)]
+            for biased, summed, weighted in [(False, False, False), *sums][: 1 if gated else None]:
                 constants = {"BOUNDS": bounds, "MASKED": masked, "GATED": gated, "BIASED": biased}
-                constants |= {"SUMMED": biased, "WEIGHTED": biased and masked, "STRIP": STRIP}
+                constants |= {"SUMMED": summed, "WEIGHTED": weighted, "STRIP": STRIP}
                 constants |= {"BT": tile.tokens, "BN": tile.neurons}
                 constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
                 found.append(Launch(kernel, signature, constants, tile.warps, unaligned=("tokens",)))

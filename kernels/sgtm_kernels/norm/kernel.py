@@ -19,6 +19,7 @@ from sgtm_kernels.plan import MaskPlan, plan_of
 TILE = 2048  # elements of a tile of tokens x columns; a wider row is a tile of its own
 STRIPS = 512  # at most; more occupy more of the device and write more partial sums
 SUM_STRIPS, SUM_COLUMNS = 32, 64  # of a tile of the second pass
+WIDTHS = (256, 768, 1024, 2048, 8192)  # of `launches`: of the models that are timed, and the widest
 FUSION = {"enable_fp_fusion": False}
 SPILL = "on sm_100 ptxas keeps one address in memory to stay at 48 registers, which lets more programs run at once"
 
@@ -211,13 +212,13 @@ def norm_sums(sums, dw, db, strips, WIDTH: tl.constexpr, BS: tl.constexpr, BD: t
 
 
 def launches() -> list[Launch]:
-    """Everything that dispatch can launch, for the ahead-of-time suite."""
+    """Every block size and flag, at some widths, in bf16 and fp32, for the ahead-of-time suite."""
     found = []
     for dtype in ("bf16", "fp32"):
         p, stat = f"*{dtype}", "*fp32"
         sums = {"sums": stat, "dw": p, "db": p, "strips": "i32"}
         constants = {"BS": SUM_STRIPS, "BD": SUM_COLUMNS}
-        for width in (256, 768, 8192):
+        for width in WIDTHS if dtype == "bf16" else WIDTHS[::2]:
             found.append(Launch(norm_sums, sums, constants | {"WIDTH": width}, unaligned=("strips",), fp_fusion=False))
             shape, warps = _shape(width)
             for centered in (False, True):
