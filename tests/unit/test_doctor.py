@@ -91,7 +91,9 @@ def test_dispatch_names_the_backend_of_auto_and_why(monkeypatch):
 
 
 def test_why_triton_is_unusable_is_said_once(monkeypatch):
-    monkeypatch.setattr("sgtm_kernels.dispatch.unusable", lambda name: "it is away" if name == "triton" else None)
+    monkeypatch.setattr(
+        "sgtm_kernels.dispatch.unusable", lambda name, dtype=None: "it is away" if name == "triton" else None
+    )
     found = findings()["backends"]
     assert all(found[op].endswith("triton unusable") for op in OPS)
     assert found["triton is unusable"] == "it is away" and str(found).count("it is away") == 1
