@@ -32,6 +32,8 @@ WIDE_HEADS = {  # why registers may spill with heads wider than 64
     attention_backward_keys: "on sm_100 alone; blocks that spill none there are too small for sm_90's instructions",
 }
 
+FP32_KEYS = "16 bytes on sm_90 where nothing is masked; smaller blocks do less for each load"
+
 
 class Tile(NamedTuple):
     queries: int
@@ -241,6 +243,8 @@ def _launches(dtype: str, fixed: dict[str, object], others: bool = False) -> lis
         for i, size in enumerate(tunable.candidates(dtype, width)[: None if others else 1]):
             blocks = {"BQ": size.queries, "BK": size.keys}
             spill = WIDE_HEADS.get(kernel) if width > 64 and i == 0 else None
+            if (kernel, dtype, width) == (attention_backward_keys, "fp32", 64):
+                spill = FP32_KEYS
             found.append(
                 Launch(
                     kernel, signature, values | blocks, size.warps, size.stages, ("seq_len",),
