@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 import torch
+
+FAST = ("runs", "triton")  # backends that are worth timing
 
 
 def one_of(known: Collection[str]) -> Callable[[str], list[str]]:
@@ -36,3 +39,14 @@ def device(text: str) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError("there is no CUDA device here; cpu is what there is")
     return found
+
+
+def add_measuring(parser: argparse.ArgumentParser, of: str, rounds: int, seconds: float) -> None:
+    """What ops.py and steps.py ask alike: backends, rounds, device, dtype, results file. of: what is measured."""
+    parser.add_argument("--backend", type=one_of(FAST), help=f"{','.join(FAST)} (default: those that run here)")
+    parser.add_argument("--rounds", type=positive, default=rounds, help=f"of each {of} (default {rounds})")
+    text = f"fewer rounds of each {of} where this is over (default {seconds:g})"
+    parser.add_argument("--seconds", type=float, default=seconds, help=text)
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--json", type=Path, help="write one JSON object per row")

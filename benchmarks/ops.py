@@ -21,11 +21,10 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import torch
-from arguments import device, one_of, positive
+from arguments import FAST, add_measuring, one_of
 from environment import percentiles, write_rows
 from op_cases import CASES, Case, Inputs, forget_share
 from roofline import COPY, MATMUL, Roofline
@@ -34,20 +33,14 @@ from sgtm_kernels.dispatch import module_name, unusable
 from sgtm_kernels.shapes import SHAPES, Shape, plans
 from sgtm_kernels.timing import Clock
 
-FAST = ("runs", "triton")
 BASE = "unmasked"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", type=one_of(CASES), default=list(CASES), help=f"ops, of {','.join(CASES)}")
-    parser.add_argument("--backend", type=one_of(FAST), help="runs,triton (default: those that run here)")
+    add_measuring(parser, "op", rounds=40, seconds=8)
     parser.add_argument("--shape", type=one_of(SHAPES), default=["254m"], help=f"of {','.join(SHAPES)} (default 254m)")
-    parser.add_argument("--rounds", type=positive, default=40, help="of each op (default 40)")
-    parser.add_argument("--seconds", type=float, default=8, help="fewer rounds of an op where this is over (default 8)")
-    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--json", type=Path, help="write one JSON object per row")
     args = parser.parse_args()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     for backend in args.backend or ():

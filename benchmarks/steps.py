@@ -26,14 +26,13 @@ import argparse
 import gc
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-from arguments import device, one_of, positive
+from arguments import FAST, add_measuring, one_of
 from environment import percentiles, write_rows
 from model_shapes import SETTINGS, Setting
-from ops import FAST, works
+from ops import works
 from roofline import MATMUL, Roofline
 from step_cases import NONE, Case, Mean, Ours, PlainSteps, cases, random_batches, tables_of
 
@@ -62,12 +61,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     defaults = f"(default: {','.join(SHAPES)} on a GPU, {TINY} on a CPU)"
     parser.add_argument("--shape", type=one_of(SETTINGS), help=f"of {','.join(SETTINGS)} {defaults}")
-    parser.add_argument("--backend", type=one_of(FAST), help="runs,triton (default: those that run here)")
-    parser.add_argument("--rounds", type=positive, default=10, help="of each shape (default 10)")
-    parser.add_argument("--seconds", type=float, default=40, help="fewer rounds of a shape after these (default 40)")
-    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--json", type=Path, help="write one JSON object per row")
+    add_measuring(parser, "shape", rounds=10, seconds=40)
     args = parser.parse_args()
     for backend in args.backend or ():
         if problem := unusable(backend):

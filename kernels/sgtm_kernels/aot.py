@@ -2,9 +2,10 @@
 
     python -m sgtm_kernels.aot [--op linear,mlp] [--arch 80,90,100] [--jobs 2]
 
-Every kernel, in every configuration that its op can launch, for sm_80, sm_90 and sm_100: it must compile, fit into
-the shared memory of the architecture, spill no register (stack of 0; an exception is listed with its reason beside the
-kernel) and have tensor-core instructions where it is meant to. Prints a table and exits 1 where one does not hold.
+Every kernel, with every block size and combination of flags that its op can launch (tests/kernels/test_launches.py), at
+some widths, for sm_80, sm_90 and sm_100: it must compile, fit into the shared memory of the architecture, spill no
+register (stack of 0; an exception is listed with its reason beside the kernel) and have tensor-core instructions where
+it is meant to. Prints a table and exits 1 where one does not hold.
 Source of the limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 """
 
