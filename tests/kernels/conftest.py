@@ -6,6 +6,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from tunables import SMALL, TUNABLES
+
+from sgtm_kernels.attention import kernel as attention_kernel
+from sgtm_kernels.cross_entropy import kernel as cross_entropy_kernel
+from sgtm_kernels.linear import kernel as linear_kernel
+from sgtm_kernels.linear import rectangles, scaling
+from sgtm_kernels.tuning import table_of
 
 
 class DrawnOnCPU(TorchFunctionMode):
@@ -36,3 +43,34 @@ def on_the_gpu(request):
     else:
         with tensors_on("cuda"):
             yield
+
+
+@pytest.fixture(autouse=True)
+def no_table(monkeypatch):
+    """No test is launched by a table of the machine, or a way of the shell, that it runs in."""
+    monkeypatch.delenv("SGTM_TUNED", raising=False)
+    monkeypatch.delenv("SGTM_LINEAR", raising=False)
+    table_of.cache_clear()
+    yield
+    table_of.cache_clear()
+
+
+@pytest.fixture
+def others(monkeypatch):
+    """Candidates in fp32, which the interpreter is right in, where it is only bf16 that has some."""
+    tiles = {
+        "attention_forward": (attention_kernel.Tile(16, 16, 4, 1), attention_kernel.Tile(16, 32, 4, 1)),
+        "attention_backward_queries": (attention_kernel.Tile(16, 16, 4, 1),),
+        "attention_backward_keys": (attention_kernel.Tile(16, 16, 4, 1),),
+    }
+    for name, configs in tiles.items():
+        monkeypatch.setitem(TUNABLES[name].others, ("fp32", 16), configs)
+    for name in ("activation_forward", "activation_backward"):
+        monkeypatch.setitem(TUNABLES[name].others, ("fp32", "plain"), (SMALL,))
+    monkeypatch.setitem(TUNABLES["linear_sums"].others, ("fp32",), (scaling.Tile(16, 16, 64, 4),))
+    for length in linear_kernel.LENGTHS:
+        monkeypatch.setitem(TUNABLES["linear_dw"].others, ("fp32", 4, length), (linear_kernel.Way("rectangles"),))
+    monkeypatch.setitem(
+        TUNABLES["dw_rectangles"].others, ("fp32", "ones", "ragged"), (rectangles.Tile(16, 16, 16, 4, 1),)
+    )
+    monkeypatch.setitem(TUNABLES["token_losses"].others, ("fp32", 128), (cross_entropy_kernel.Tile(32, 1),))

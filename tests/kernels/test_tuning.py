@@ -1,77 +1,30 @@
-"""Which configuration a kernel is launched in: heuristic, table, and the tuner that writes it.
+"""Which configuration a kernel is launched in: heuristic or table. The tuner that writes it: test_tune.py.
 
 Faults tried, each seen to fail: the table ignored, or read again; a foreign entry used, or warned of at every launch; a
 named table that is missing or damaged passed over; the table before SGTM_LINEAR; candidates that are not compiled ahead
-of time; a choice by the median alone, by times of different rounds, or of the slowest;
-a way decided before its tile; entries that were not measured lost; the
-table of another device taken; masks in a key; a grid, or the room for partial sums, of another tile; a bucket too high;
-a candidate that does not fit an error; a device's table not found; tuning without a GPU; a table that cannot be written
-found after the measurement.
+of time; the table of another device taken; masks in a key; a grid, or the room for partial sums, of another tile; a
+bucket too high; a device's table not found.
 """
 
 import json
 import logging
 from collections import Counter
-from itertools import pairwise
 
 import pytest
 import torch
+from tunables import BOUNDS, LONG, PLAN, SHAPE, SMALL, TUNABLES, in_the_interpreter
 
 from sgtm_kernels import tune, tuning
 from sgtm_kernels.aot import all_launches
 from sgtm_kernels.attention import HeadLayout, attention
-from sgtm_kernels.attention import kernel as attention_kernel
-from sgtm_kernels.cross_entropy import kernel as cross_entropy_kernel
 from sgtm_kernels.linear import kernel as linear_kernel
-from sgtm_kernels.linear import linear_in, rectangles, scaling
+from sgtm_kernels.linear import linear_in, rectangles
 from sgtm_kernels.mlp import gelu
 from sgtm_kernels.mlp import kernel as mlp_kernel
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan, RowWork, Slice, Updaters
-from sgtm_kernels.shapes import NONE, SGTM, SHAPES, Shape
+from sgtm_kernels.shapes import NONE, SGTM
 from sgtm_kernels.testing import assert_accurate, forward_backward, random_like
 from sgtm_kernels.tuning import bucket, path_of, table_of, trial
-
-TUNABLES = {
-    t.name: t
-    for t in (
-        *attention_kernel.TILES.values(), *mlp_kernel.TILES.values(), cross_entropy_kernel.TILE, scaling.TILE,
-        linear_kernel.WAY, rectangles.TILE,
-    )
-}  # fmt: skip
-SHAPE, LONG = Shape(2, 40, 16, 2, 2, 40, 97, 1, 8), Shape(2, 384, 16, 2, 2, 40, 97, 1, 8)
-PLAN = MaskPlan.uniform(NONE, 0, 2, 5)
-BOUNDS = (0, 24, 40)
-SMALL = mlp_kernel.Tile(4, 8, 2)
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    monkeypatch.delenv("SGTM_TUNED", raising=False)
-    monkeypatch.delenv("SGTM_LINEAR", raising=False)
-    table_of.cache_clear()
-    yield
-    table_of.cache_clear()
-
-
-@pytest.fixture
-def others(monkeypatch):
-    """Candidates in fp32, which the interpreter is right in, where it is only bf16 that has some."""
-    tiles = {
-        "attention_forward": (attention_kernel.Tile(16, 16, 4, 1), attention_kernel.Tile(16, 32, 4, 1)),
-        "attention_backward_queries": (attention_kernel.Tile(16, 16, 4, 1),),
-        "attention_backward_keys": (attention_kernel.Tile(16, 16, 4, 1),),
-    }
-    for name, configs in tiles.items():
-        monkeypatch.setitem(TUNABLES[name].others, ("fp32", 16), configs)
-    for name in ("activation_forward", "activation_backward"):
-        monkeypatch.setitem(TUNABLES[name].others, ("fp32", "plain"), (SMALL,))
-    monkeypatch.setitem(TUNABLES["linear_sums"].others, ("fp32",), (scaling.Tile(16, 16, 64, 4),))
-    for length in linear_kernel.LENGTHS:
-        monkeypatch.setitem(TUNABLES["linear_dw"].others, ("fp32", 4, length), (linear_kernel.Way("rectangles"),))
-    monkeypatch.setitem(
-        TUNABLES["dw_rectangles"].others, ("fp32", "ones", "ragged"), (rectangles.Tile(16, 16, 16, 4, 1),)
-    )
-    monkeypatch.setitem(TUNABLES["token_losses"].others, ("fp32", 128), (cross_entropy_kernel.Tile(32, 1),))
 
 
 def table(path, name: str, key: str, config: dict):
@@ -153,9 +106,6 @@ def test_a_table_overrides_the_heuristic_in_a_launch(monkeypatch, tmp_path, othe
     for out in (plain, tuned):
         exact = gelu(x.double(), PLAN, BOUNDS, "reference")
         assert_accurate(out, torch.nn.functional.gelu(x, approximate="tanh"), exact)
-
-
-in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="tensors on the CPU")
 
 
 @in_the_interpreter
@@ -296,116 +246,3 @@ def test_every_candidate_is_compiled_ahead_of_time():
                         for there, launch in found
                     ), (kernel, key, config)
     assert count > 30 and all(2 <= len(t.candidates(*key)) <= 4 for t in TUNABLES.values() for key in t.others)
-
-
-def test_the_choice_needs_more_than_noise():
-    a, b, c = (mlp_kernel.Tile(i, i, i) for i in (1, 2, 3))
-    base = [10.0] * 10
-    often, mostly, always = [9.0] * 8 + [20.0] * 2, [5.0] * 7 + [10.1] * 3, [9.5] * 10
-    assert tune.decide([a, b], [base, mostly]) == tune.Found(a, 10.0, 10.0)
-    assert tune.decide([a, b], [base, often]) == tune.Found(b, 9.0, 10.0)
-    assert tune.decide([a, b, c], [base, always, often]) == tune.Found(c, 9.0, 10.0)
-    assert tune.decide([a, b], [base, base]).config == a
-    drift = [1.0, 2.0, 4.0, 8.0, 16.0]  # paired: half the time in every round, whatever the round
-    assert tune.decide([a, b], [drift, [t / 2 for t in drift]]) == tune.Found(b, 2.0, 4.0)
-
-
-class FakeClock:
-    """Every way is run once; then a configuration takes as long as `seconds` says, others 1 s."""
-
-    def __init__(self, seconds: dict[str, float]):
-        self.answers, self.compared = seconds, []
-
-    def rounds(self, ways, rounds, seconds):
-        self.compared.append(list(ways))
-        for way in ways.values():
-            way()
-        return {name: [self.answers.get(name, 1.0)] * rounds for name in ways}
-
-
-@in_the_interpreter
-def test_the_tuner_decides_every_choice_once(others):
-    tile, way = rectangles.Tile(16, 16, 16, 4, 1), linear_kernel.Way("rectangles")
-    clock, found, said = FakeClock({str(tile): 0.5, str(way): 0.9}), {}, []
-    for call in tune.CASES["linear"](LONG, torch.device("cpu"), torch.float32):
-        tune.tune_call(call, clock, found, 5, 1.0, said.append)
-    names = [at[0] for at in found]
-    assert names == ["linear_sums", "dw_rectangles", "linear_dw"]  # the tile of a way before the way
-    assert [f.config for f in found.values()] == [scaling.TILE.heuristic("fp32"), tile, way]
-    assert (found["linear_dw", ("fp32", 4, 64)].p50, found["linear_dw", ("fp32", 4, 64)].heuristic_p50) == (0.9, 1.0)
-    assert len(said) == len(clock.compared) == 3 and all(len(names) == 2 for names in clock.compared)
-
-
-def test_a_candidate_that_does_not_fit_the_device_is_left_out(others, monkeypatch):
-    from triton.runtime.errors import OutOfResources
-
-    def call():
-        if TUNABLES["activation_forward"](torch.device("cpu"), "fp32", "plain") == SMALL:
-            raise OutOfResources(300_000, 232_448, "shared memory")
-
-    ((at, candidates, given),) = tune.choices(call)
-    assert (at, given) == (("activation_forward", ("fp32", "plain")), {})
-    assert candidates == [mlp_kernel.Tile(32, 64, 4)]
-
-
-def test_what_is_written_is_what_is_read(tmp_path, monkeypatch, others):
-    path, at = tmp_path / "folder" / "t.json", ("activation_forward", ("fp32", "plain"))
-    assert tune.entries_of(path, "T0") == {}
-    tune.write(
-        path,
-        "T0",
-        {"token_losses": {"bf16 8192": {"config": {"block": 8192, "warps": 32}}}},
-        {at: tune.Found(SMALL, 5e-6, 7e-6)},
-        tune.provenance(),
-    )
-    entry = json.loads(path.read_text())["entries"]["activation_forward"]["fp32 plain"]
-    assert entry["p50_microseconds"] == 5 and entry["heuristic_p50_microseconds"] == 7
-    assert {"torch", "triton", "driver", "commit", "date"} <= set(entry) and entry["torch"] == torch.__version__
-    assert list(path.parent.iterdir()) == [path]
-    kept = tune.entries_of(path, "T0")
-    tune.write(path, "T0", kept, {at: tune.Found(mlp_kernel.Tile(32, 64, 4), 6e-6, 6e-6)}, {})
-    again = json.loads(path.read_text())["entries"]
-    assert set(again) == {"token_losses", "activation_forward"}
-    assert again["activation_forward"]["fp32 plain"]["config"]["tokens"] == 32
-    with pytest.raises(ValueError, match=r"table of T0, this is T1"):
-        tune.entries_of(path, "T1")
-    monkeypatch.setenv("SGTM_TUNED", str(path))
-    assert TUNABLES["activation_forward"](torch.device("cpu"), "fp32", "plain") == mlp_kernel.Tile(32, 64, 4)
-
-
-def test_without_a_gpu_it_refuses(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tune.main(["--table", str(tmp_path / "t.json")]) == 1
-    assert "needs a CUDA device" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
-    for arguments, message in ((["--only", "norm"], "unknown op 'norm'"), (["--shape", "1b"], "unknown shape '1b'")):
-        assert tune.main(arguments) == 1
-        assert message in capsys.readouterr().err
-
-
-def test_a_table_that_cannot_be_written_is_known_before_anything_is_measured(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA T0")
-    monkeypatch.setattr(tune, "CASES", {"mlp": lambda *args: pytest.fail("measured")})
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "folder"):
-        assert tune.main(["--table", str(folder / "t.json")]) == 1
-        assert str(tmp_path / "file") in capsys.readouterr().err
-    monkeypatch.setattr(tune, "CASES", {"mlp": lambda *args: []})
-    assert tune.main(["--table", str(tmp_path / "new" / "t.json"), "--commit", "v1"]) == 0
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["t.json"]
-
-
-@pytest.mark.parametrize(("quarters", "length"), [(1, 24), (2, 7), (3, 5), (1, 64)])
-def test_spread(quarters, length):
-    plan = tune.spread(SHAPES["tiny"] if length < 10 else LONG, quarters, length)
-    (first, *_), forget = plan.runs, sum(run.end - run.start for run in plan.runs if run.label == 2)
-    assert first.end == length and all(a.end == b.start for a, b in pairwise(plan.runs))
-    assert forget / plan.tokens == pytest.approx(quarters / 4, abs=0.25 if plan.tokens < 100 else 0.06)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_tuning_on_the_gpu(tmp_path):
-    path = tune.tune(["mlp"], ["tiny"], tmp_path / "t.json", "test", rounds=3, seconds=0.5)
-    assert set(json.loads(path.read_text())["entries"]) == {"activation_forward", "activation_backward"}
