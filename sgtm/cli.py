@@ -1,4 +1,4 @@
-"""The command line: `sgtm prepare | train | eval | export | report | explain | bench | profile | doctor | ...`.
+"""The command line: `sgtm prepare | train | eval | export | report | checkpoint | explain | bench | ...`.
 
 Thin: every command parses its arguments, calls one function elsewhere and prints where the result is. Modules are
 imported when their command runs, so `sgtm --help` and most mistakes are answered at once. A user's mistake (ValueError,
@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dispatch(argv: list[str]) -> int:
     overrides: list[str] = []
+    if argv and argv[0] == "train":
+        argv = _without_auto(argv)
     if argv and argv[0] in CONFIGURED:
         argv, overrides = split_overrides(argv)
     parser = _parser()
@@ -122,7 +124,12 @@ def _parser() -> argparse.ArgumentParser:
     command("prepare", None, "tokenize a corpus into shards (sgtm prepare --help for its options)", add_help=False)
     or_run = "|RUN", ", or with --resume a run directory"
     train = configured("train", _train, "train a model, or go on with a run: sgtm train RUN --resume", or_run=or_run)
-    train.add_argument("--resume", action="store_true", help="continue from the run's newest checkpoint")
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the run's newest whole checkpoint, "
+        "on any number of ranks and in any ZeRO stage; from the beginning where there is none (or: --resume auto)",
+    )
     train.add_argument("--overwrite", action="store_true", help="delete the run directory if it exists")
     evaluate = command("eval", _eval, "losses by category, full and with every subset of domains removed")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN", help="run directory, e.g. runs/quickstart")
@@ -134,6 +141,18 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     report = command("report", _report, "write the HTML page and the figures of a run")
     report.add_argument("run_dir", type=Path, metavar="RUN")
+    checkpoint = command("checkpoint", _checkpoint, "verify the checkpoints of a run, or write one for other programs")
+    tasks = checkpoint.add_subparsers(metavar="verify|reshape", required=True, dest="task")
+    about = "compare every file with its size and SHA-256; exit status 1 if any differs"
+    verify = tasks.add_parser("verify", help=about, description=about, allow_abbrev=False)
+    verify.add_argument("source", type=Path, metavar="RUN|CHECKPOINT", help="run directory, or one checkpoint of it")
+    about = (
+        "write a checkpoint as DeepSpeed's universal checkpoint, whole tensors by parameter; to go on with a run on "
+        "other ranks or in another ZeRO stage it is not needed: sgtm train RUN --resume"
+    )
+    reshape = tasks.add_parser("reshape", help=about, description=about, allow_abbrev=False)
+    reshape.add_argument("source", type=Path, metavar="RUN|CHECKPOINT", help="a run's newest whole one, or this one")
+    reshape.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     configured("explain", _explain, "show which parameters each label updates, and how many")
     bench = configured(
         "bench", _bench, "measure what masks cost in a training step, in time and memory, on this machine"
@@ -230,6 +249,33 @@ def _export(options) -> None:
 
     export_run(options.run_dir, options.remove, options.out)
     print(options.out)
+
+
+def _checkpoint(options) -> int:
+    from sgtm.train.checkpoint import checkpoints_at, newest_whole, none_whole, verify
+
+    there = checkpoints_at(options.source)
+    if options.task == "verify":
+        status = 0
+        for directory in there:
+            try:
+                verify(directory)
+                print(f"{directory}: whole")
+            except ValueError as error:
+                status = 1
+                print(f"{directory}: damaged: {error}")
+        return status
+    found, wrong = newest_whole(there)
+    if found is None:
+        raise ValueError(none_whole(wrong))
+    for problem in wrong.values():
+        print(f"warning: {problem}; taking {found}", file=sys.stderr)
+
+    from sgtm.distributed.universal import write_universal
+
+    write_universal(found, options.out)
+    print(options.out)
+    return 0
 
 
 def _report(options) -> None:
@@ -334,6 +380,17 @@ def _without_local_rank(argv: list[str]) -> list[str]:
         elif name in ("--local_rank", "--local-rank"):
             skip = not equals
         else:
+            kept.append(argument)
+    return kept
+
+
+def _without_auto(argv: list[str]) -> list[str]:
+    """`--resume auto` is `--resume`, which takes a run in whatever state it is."""
+    kept: list[str] = []
+    for argument in argv:
+        if argument == "--resume=auto":
+            kept.append("--resume")
+        elif not (argument == "auto" and kept[-1] == "--resume"):
             kept.append(argument)
     return kept
 

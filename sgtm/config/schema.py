@@ -180,7 +180,11 @@ class TrainConfig(Section):
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints; 0: only at the end."""
     keep_last: PositiveInt = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_every: NonNegativeInt = 0
+    """Checkpoints of steps that are a multiple of it are kept for good besides; 0: none."""
+    async_checkpoint: bool = True
+    """Train on while a checkpoint is written; a copy of each rank's state is then held in its host's memory."""
     log_every: PositiveInt = 10
 
 

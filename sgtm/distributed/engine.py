@@ -26,17 +26,14 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.checkpoint.constants import (
-    UNIVERSAL_CHECKPOINT_INFO,
-    UNIVERSAL_CHECKPOINT_VERSION_KEY,
-    UNIVERSAL_CHECKPOINT_VERSION_VALUE,
-)
 
 from sgtm.config.schema import Config
 from sgtm.distributed.agree import on_every_rank
 from sgtm.distributed.env import device_type
 from sgtm.distributed.segments import Fragment, check_cover, fragments, full_numel, segment_tables
-from sgtm.distributed.writer import SafeWriter
+from sgtm.distributed.storage import PARTS, Stored
+from sgtm.distributed.universal import universal_info
+from sgtm.distributed.writer import BackgroundWriter
 from sgtm.train.optim import SegmentedAdamW
 from sgtm_kernels.dispatch import resolve
 
@@ -103,6 +100,7 @@ class Engine:
         self.finite = True
         self._micro_batches = 0
         self._norm = 0.0
+        self._writer = BackgroundWriter()
         rows = module.parameter_rows()
         parameters = dict(module.named_parameters())
         numels = {name: full_numel(p) for name, p in parameters.items()}
@@ -194,40 +192,62 @@ class Engine:
         dist.all_reduce(total)
         return total
 
-    def save(self, directory: Path, state: dict) -> dict[str, dict]:
-        """Write the weights, the optimizer and `state` into the existing `directory`, in DeepSpeed's layout, with what
-        its conversion to a universal checkpoint asks for.
+    def save(self, directory: Path, state: dict) -> None:
+        """Copy the weights, the optimizer and `state`, and begin to write them into the existing `directory`.
 
+        In DeepSpeed's layout, with what its conversion to a universal checkpoint asks for. Training may go on at once;
+        `saved` ends it, and must come before the next `save`.
         state  comes back from `load`; rank 0's counts. The optimizer's counts by key travel with it.
-        Returns name -> {"bytes", "sha256"} of the files of all ranks. Every rank raises the OSError of any.
         """
-        writer = SafeWriter()
-        _replace(self._deepspeed, "checkpoint_engine", writer)
-        client_state = {
-            "sgtm": {"state": state, "optimizer_steps": self.optimizer.steps},
-            UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE},
-        }
+        client_state = {"sgtm": {"state": state, "optimizer_steps": self.optimizer.steps}, **universal_info()}
+        _replace(self._deepspeed, "checkpoint_engine", self._writer)
         with _quiet():
             self._deepspeed.save_checkpoint(
                 str(directory.parent), tag=directory.name, client_state=client_state, save_latest=False
             )
+        self._writer.begin()
 
-        def written() -> dict[str, dict]:
-            if writer.error is not None:
-                raise writer.error
-            return writer.files
+    @property
+    def saving(self) -> bool:
+        """Whether this rank is writing what `save` has copied."""
+        return self._writer.busy
 
-        return {name: entry for files in on_every_rank(written) for name, entry in files.items()}
+    def saved(self) -> dict[str, dict]:
+        """Wait for the files that `save` began: name -> {"bytes", "sha256"}, of all ranks.
 
-    def load(self, directory: Path) -> dict:
-        """Take over what `save` wrote with the same stage, precision and number of ranks; returns its `state`.
-
-        Under ZeRO-3 only into an engine that has not trained yet.
+        Every rank raises the OSError of any.
         """
-        with _quiet():
-            _, client_state = self._deepspeed.load_checkpoint(str(directory.parent), tag=directory.name)
-        self.optimizer.steps = dict(client_state["sgtm"]["optimizer_steps"])
-        return client_state["sgtm"]["state"]
+        return {name: entry for files in on_every_rank(self._writer.end) for name, entry in files.items()}
+
+    @torch.no_grad()
+    def load(self, directory: Path) -> dict:
+        """Take over what `save` wrote, in any stage and on any number of ranks; returns its `state`.
+
+        Weights are of this engine's precision, rounded from the fp32 weights that were saved.
+        """
+        stored = Stored(directory)
+        gathered = getattr(self._deepspeed.optimizer, "persistent_parameters", [])  # small ones, under ZeRO 3
+        if gathered:
+            gathered[0].partition(gathered)
+        parameters = dict(self.module.named_parameters())
+        for f in self._fragments:
+            owned = slice(f.offset, f.offset + f.end - f.start)
+            tensors = [f.tensor, *(self.optimizer.state[f.tensor][part] for part in PARTS[1:])]
+            for part, tensor in zip(PARTS, tensors, strict=True):
+                tensor.reshape(-1)[owned] = stored.read(f.name, part, f.start, f.end).to(tensor.device)
+            sharded = getattr(parameters[f.name], "ds_tensor", None)
+            if sharded is not None:
+                sharded.view(-1)[: f.end - f.start] = f.tensor.reshape(-1)[owned]
+        for name, parameter in parameters.items():
+            if not hasattr(parameter, "ds_tensor"):
+                parameter.copy_(stored.read(name, "fp32").view(parameter.shape))
+        if gathered:
+            gathered[0].all_gather(gathered)
+        for name, buffer in self.module.named_buffers():
+            if name in stored.buffers:
+                buffer.copy_(stored.buffers[name])
+        self.optimizer.steps = dict(stored.client["optimizer_steps"])
+        return stored.client["state"]
 
 
 @contextmanager

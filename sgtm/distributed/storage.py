@@ -1,55 +1,145 @@
-"""The files of a checkpoint, as DeepSpeed lays them out, put together without it."""
+"""The files of a checkpoint, as DeepSpeed lays them out, read without it: any stage, any number of ranks.
+
+Every stage cuts the flattened parameters differently. What the files hold is found by parameter and element range
+(`Stored.read`), so a run goes on in another stage and on another number of ranks without a conversion: each rank reads
+what it owns now. DeepSpeed's own loaders do not cross from ZeRO 3 to 1 or 2, and know no checkpoint of ZeRO 0.
+`sgtm/distributed/universal.py` writes the same as DeepSpeed's universal checkpoint. Tests: tests/dist/test_reshape.py.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+
+PARTS = ("fp32", "exp_avg", "exp_avg_sq")
+
+
+class Piece(NamedTuple):
+    """Elements `start:end` of a flattened parameter are in a shard's tensors of `group`, from `offset`."""
+
+    start: int
+    end: int
+    shard: int
+    group: int
+    offset: int
+
+
+class Stored:
+    """What a checkpoint holds of each parameter. Files are mapped, and opened only where something of them is read.
+
+    shapes     of the parameters, by name, in the order of the model
+    buffers    of the module, fp32, by name
+    client     what `Engine.save` was given beside the weights: {"state", "optimizer_steps"}
+    model      DeepSpeed's state of the model, of rank 0
+    optimizer  and of the optimizer
+
+    Needs no process group. Raises ValueError where there is no DeepSpeed checkpoint.
+    """
+
+    def __init__(self, directory: Path | str):
+        directory = Path(directory)
+        states = sorted(directory.glob("*mp_rank_00_model_states.pt"))
+        if not states:
+            raise ValueError(f"{directory} holds no checkpoint: no file *mp_rank_00_model_states.pt")
+        self.model = _read(next((file for file in states if "_pp_rank_0_" in file.name), states[0]))
+        self.client, module = self.model["sgtm"], self.model["module"]
+        self.buffers = {name: module[name].float() for name in self.model["buffer_names"]}
+        self._files = sorted(directory.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank)
+        self._open: dict[int, dict] = {}
+        self.optimizer = self._shard(0) if self._files else self.model["optimizer"]
+        self._zero3 = "fp32_flat_groups" in self.optimizer
+        groups = self.model["param_shapes"] or [
+            {name: tensor.shape for name, tensor in module.items() if name not in self.buffers}
+        ]
+        self.shapes: dict[str, torch.Size] = {name: shape for group in groups for name, shape in group.items()}
+        self._pieces: dict[str, list[Piece]] = {name: [] for name in self.shapes}
+        for name, piece in self._find(groups):
+            self._pieces[name].append(piece)
+
+    def read(self, name: str, part: str, start: int = 0, end: int | None = None) -> torch.Tensor:
+        """fp32 [end - start]: elements of one of PARTS of a flattened parameter. Raises ValueError for a gap."""
+        end = self.shapes[name].numel() if end is None else end
+        out, filled = torch.empty(end - start), 0
+        for piece in self._pieces[name]:
+            low, high = max(start, piece.start), min(end, piece.end)
+            if low < high:
+                offset = piece.offset + low - piece.start
+                source = self._tensor(name, piece, part)
+                out[low - start : high - start] = source[offset : offset + high - low]
+                filled += high - low
+        if filled != end - start:
+            raise ValueError(f"the checkpoint holds {filled} of elements {start}:{end} of {part} of {name!r}")
+        return out
+
+    def _find(self, groups: list[dict]) -> Iterator[tuple[str, Piece]]:
+        if not self._files:  # ZeRO 0: whole tensors, moments by the number of the parameter
+            for number, (name, shape) in enumerate(self.shapes.items()):
+                yield name, Piece(0, shape.numel(), 0, number, 0)
+            return
+        for group, by_name in enumerate(groups):
+            size = self._state(0)[group]["exp_avg"].numel()
+            cut = _of_parts if self._zero3 else _of_partitions
+            for name, piece in cut(len(self._files), size, by_name):
+                yield name, piece._replace(group=group)
+
+    def _tensor(self, name: str, piece: Piece, part: str) -> torch.Tensor:
+        """Flattened."""
+        if part != "fp32":
+            tensor = self._state(piece.shard)[piece.group][part]
+        elif not self._files:
+            tensor = self.model["module"][name]
+        else:
+            key = "fp32_flat_groups" if self._zero3 else "single_partition_of_fp32_groups"
+            tensor = self._shard(piece.shard)[key][piece.group]
+        return tensor.detach().reshape(-1)
+
+    def _state(self, shard: int) -> dict[int, dict]:
+        if not self._files:
+            return self.optimizer["state"]
+        return self._shard(shard)["optimizer_state_dict" if self._zero3 else "base_optimizer_state"]["state"]
+
+    def _shard(self, number: int) -> dict:
+        if number not in self._open:
+            self._open[number] = _read(self._files[number])["optimizer_state_dict"]
+        return self._open[number]
 
 
 def consolidate(directory: Path | str) -> dict[str, torch.Tensor]:
     """The module's whole state in fp32 from a checkpoint of any stage and number of ranks: name -> tensor on the CPU.
 
-    Needs no process group. Reads the fp32 weights of the optimizer where there are some, else the module's.
-    (DeepSpeed's own script does not know its bf16 optimizer.) Raises ValueError where there is no DeepSpeed checkpoint.
+    Reads the fp32 weights of the optimizer where there are some, else the module's. Raises ValueError as `Stored` does.
     """
-    directory = Path(directory)
-    states = sorted(directory.glob("*mp_rank_00_model_states.pt"))
-    if not states:
-        raise ValueError(f"{directory} holds no checkpoint: no file *mp_rank_00_model_states.pt")
-    model = _read(next((file for file in states if "_pp_rank_0_" in file.name), states[0]))
-    shards = sorted(directory.glob("*zero_pp_rank_*_optim_states.pt"), key=_rank)
-    if not shards:
-        return {name: tensor.float() for name, tensor in model["module"].items()}
-    parts = [_read(shard)["optimizer_state_dict"] for shard in shards]
-    buffers = {name: model["module"][name].float() for name in model["buffer_names"]}
-    shapes = model["param_shapes"]
-    zero3 = "fp32_flat_groups" in parts[0]
-    return buffers | (_join_parts if zero3 else _join_partitions)(parts, shapes)
+    stored = Stored(directory)
+    return stored.buffers | {name: stored.read(name, "fp32").view(shape) for name, shape in stored.shapes.items()}
 
 
-def _join_partitions(parts: list[dict], shapes: list[dict]) -> dict[str, torch.Tensor]:
-    """ZeRO 1 and 2: the ranks' partitions of a group, one after the other, are its parameters, one after the other."""
-    joined = {}
-    for group, by_name in enumerate(shapes):
-        flat = torch.cat([part["single_partition_of_fp32_groups"][group].detach() for part in parts])
-        sizes = [shape.numel() for shape in by_name.values()]
-        pieces = flat[: sum(sizes)].split(sizes)
-        joined |= {name: t.view(shape).clone() for (name, shape), t in zip(by_name.items(), pieces, strict=True)}
-    return joined
+def _of_partitions(ranks: int, size: int, by_name: dict) -> Iterator[tuple[str, Piece]]:
+    """ZeRO 1 and 2: the parameters, one after the other, are cut into one partition of `size` for each rank."""
+    before = 0
+    for name, shape in by_name.items():
+        for rank in range(before // size, ranks):
+            first = rank * size - before
+            start, end = max(first, 0), min(first + size, shape.numel())
+            if start >= end:
+                break
+            yield name, Piece(start, end, rank, 0, start - first)
+        before += shape.numel()
 
 
-def _join_parts(parts: list[dict], shapes: list[dict]) -> dict[str, torch.Tensor]:
+def _of_parts(ranks: int, size: int, by_name: dict) -> Iterator[tuple[str, Piece]]:
     """ZeRO 3: every parameter is cut into as many equal parts as there are ranks, the last ones padded."""
-    joined, offset = {}, 0
-    flats = [torch.cat([t.detach() for t in part["fp32_flat_groups"]]) for part in parts]
-    for name, shape in ((name, shape) for by_name in shapes for name, shape in by_name.items()):
-        part = math.ceil(shape.numel() / len(flats))
-        whole = torch.cat([flat[offset : offset + part] for flat in flats])
-        joined[name] = whole[: shape.numel()].view(shape).clone()
+    offset = 0
+    for name, shape in by_name.items():
+        part = math.ceil(shape.numel() / ranks)
+        for rank in range(ranks):
+            start, end = rank * part, min((rank + 1) * part, shape.numel())
+            if start < end:
+                yield name, Piece(start, end, rank, 0, offset)
         offset += part
-    return joined
 
 
 def _read(file: Path) -> dict:

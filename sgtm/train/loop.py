@@ -28,10 +28,11 @@ from sgtm.distributed.segments import full_numel
 from sgtm.evaluate.losses import Losses, category_losses
 from sgtm.files import write_atomically
 from sgtm.model.transformer import Transformer
-from sgtm.train.checkpoint import find_latest, load_checkpoint, remove_unfinished, save_checkpoint
+from sgtm.train.checkpoint import remove_unfinished
 from sgtm.train.dry_run import dry_run
 from sgtm.train.metrics import MetricsLog
-from sgtm.train.resume import resume_command
+from sgtm.train.resume import find_whole, load_checkpoint, resume_command
+from sgtm.train.saving import CheckpointWriter
 from sgtm.train.schedule import learning_rate
 from sgtm.train.step import LossTotals, train_step
 from sgtm_kernels.dispatch import resolve
@@ -50,7 +51,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     launch = init_distributed(config)
     run = Path(config.runs) / config.name
     on_rank_zero(lambda: _refuse(run, resume, overwrite))
-    latest = on_rank_zero(lambda: find_latest(run)) if resume else None
+    notes: list[str] = []
+    latest = find_whole(run, launch.rank, launch.world_size, notes.append) if resume else None
     engine = Engine(_initial_model(config, load=latest is None), config)
     began = time.perf_counter()
     dry_run(engine, config.tables)
@@ -64,11 +66,14 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     totals = LossTotals(len(config.space.labels), engine.device)
     start = 0
     if latest is not None:
-        start, saved = load_checkpoint(engine, latest, config, corpus.fingerprint)
-        totals.restore(saved)
+        start, progress, reshaped = load_checkpoint(engine, latest, config, corpus.fingerprint)
+        totals.restore(progress)
+        notes += [reshaped] if reshaped else []
     log = MetricsLog(run, config, rank=engine.rank, start=start)
     evaluated = on_rank_zero(lambda: _begin(run, config, log, resume, overwrite))
     with StopSignal() as stop, log:
+        for note in notes:
+            log.say(note)
         log.say(_arithmetic(config, engine, start, warm_up))
         if only_forget(corpus, config):
             log.say(f"warning: {ONLY_FORGET}")
@@ -78,7 +83,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
             log.evaluation(start, _evaluate(engine, corpus, config))
         if resume and not start:
             log.say(f"{run} has no checkpoint: training from the beginning")
-        _steps(config, run, engine, loader, corpus, log, stop, totals, start)
+        writer = CheckpointWriter(engine, run, config, corpus.fingerprint)
+        _steps(config, run, engine, loader, corpus, log, stop, totals, start, writer)
     return run
 
 
@@ -92,6 +98,7 @@ def _steps(
     stop: StopSignal,
     totals: LossTotals,
     start: int,
+    writer: CheckpointWriter,
 ) -> None:
     space, every = config.space, config.train
     seconds, logged = log.seconds, start
@@ -119,8 +126,12 @@ def _steps(
                     "tokens_per_second": tokens / elapsed,
                 }
             )
+        log.checkpoint(writer.poll())
         if last or stopping or (every.checkpoint_every and done % every.checkpoint_every == 0):
-            save_checkpoint(engine, run, done, config, corpus.fingerprint, totals.state())
+            for saved in writer.start(done, totals.state()):
+                log.checkpoint(saved)
+        if last or stopping:
+            log.checkpoint(writer.close())
         if stopping:
             command = resume_command(run, engine.world_size)
             log.say(f"stopped by a signal after step {done} of {every.steps}, checkpoint saved; go on: {command}")

@@ -3,7 +3,8 @@
 `metrics.jsonl` holds one JSON object per line. `kind: step` lines carry step (1-based: steps done), tokens (trained so
 far), seconds (of training so far, evaluation and checkpoints excluded), loss and `loss/<label>` (nats per target token,
 mean since the previous line), lr, grad_norm (before clipping), tokens_per_second. `kind: eval` lines carry step and
-losses: {"full": {category: nats}, "without <domain>": {...}}.
+losses: {"full": {category: nats}, "without <domain>": {...}}. `kind: checkpoint` lines carry step, bytes, paused
+(seconds that training stood still for it) and written (seconds until it was in place).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sgtm.config.schema import Config
 from sgtm.files import write_atomically
+from sgtm.train.saving import Saved
 
 
 class MetricsLog:
@@ -85,6 +87,13 @@ class MetricsLog:
         for name, by_category in losses.items():
             self.say(f"eval at step {step}: {name}: " + ", ".join(f"{c} {v:.3f}" for c, v in by_category.items()))
 
+    def checkpoint(self, saved: Saved | None) -> None:
+        """A checkpoint that is in place, if there is one."""
+        if self.active and saved:
+            times = {"paused": round(saved.paused, 4), "written": round(saved.seconds, 4)}
+            self._write({"kind": "checkpoint", "step": saved.step, "bytes": saved.bytes, **times})
+            self.say(f"checkpoint saved: {saved.path}")
+
     def say(self, text: str) -> None:
         """A line for the person watching."""
         if self.active:
@@ -92,7 +101,7 @@ class MetricsLog:
 
     def _write(self, line: dict) -> None:
         self.file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
-        if self.wandb:
+        if self.wandb and line["kind"] != "checkpoint":  # in place steps later, and wandb takes steps in order only
             flat = {f"eval/{k}/{c}": v for k, by in line.get("losses", {}).items() for c, v in by.items()}
             self.wandb.log({k: v for k, v in {**line, **flat}.items() if isinstance(v, int | float)}, step=line["step"])
 

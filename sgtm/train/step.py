@@ -35,9 +35,10 @@ class LossTotals:
         """What has been gathered on this rank since `take`, for a checkpoint."""
         return self.sums.cpu(), self.counts
 
-    def restore(self, state: tuple[torch.Tensor, torch.Tensor]) -> None:
-        self.sums.copy_(state[0])
-        self.counts.copy_(state[1])
+    def restore(self, states: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Go on from these, this rank's or several ranks'."""
+        for sums, counts in states:
+            self.add(sums.to(self.sums.device), counts)
 
     def add(self, sums: torch.Tensor, counts: torch.Tensor) -> None:
         self.sums += sums

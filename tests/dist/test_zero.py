@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from engines import assemble
 from tiny import MIXED, tiny_config, tiny_model, tiny_step
 
 from sgtm.distributed.testing import run_ranks
@@ -13,18 +14,6 @@ from sgtm.model.rows import live_keys
 
 CASES = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
 STEPS = 3
-
-
-def assemble(engine, tensor_of) -> dict[str, torch.Tensor]:
-    """Whole parameters, flattened, from all ranks' fragments; `tensor_of(t)` is what to read of an optimizer tensor."""
-    mine = [(f.name, f.start, f.end, tensor_of(f)[f.offset : f.offset + f.end - f.start]) for f in engine.fragments]
-    everyone = [None] * engine.world_size
-    torch.distributed.all_gather_object(everyone, mine)
-    whole = {}
-    for name, start, end, values in (piece for pieces in everyone for piece in pieces):
-        whole.setdefault(name, torch.full((max(p[2] for ps in everyone for p in ps if p[0] == name),), torch.nan))
-        whole[name][start:end] = values
-    return whole
 
 
 def masters(engine) -> dict[str, torch.Tensor]:

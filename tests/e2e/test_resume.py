@@ -52,8 +52,8 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def metrics(run: Path) -> list[dict]:
-    """Lines of metrics.jsonl without what depends on the clock."""
-    lines = read_metrics(run / "metrics.jsonl")
+    """Lines of metrics.jsonl without what depends on the clock; where checkpoints lie depends on the kill."""
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] != "checkpoint"]
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
 
 

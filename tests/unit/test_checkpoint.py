@@ -1,9 +1,10 @@
-"""Which checkpoint counts, and when: the pointer, the order of writing, what is advised when one is damaged.
+"""Which checkpoint counts, and when: the order of writing, what is kept, what is taken when one is damaged.
 
 `tests/dist/test_checkpoint.py` saves and loads real ones.
 
-Faults tried, each seen to fail: the pointer ignored; an empty one taken for the folder of all checkpoints; `latest`
-written before the rename; a damaged older checkpoint advised; another corpus accepted on resuming and on evaluating.
+Faults tried, each seen to fail: the pointer followed; `latest` written before the rename; one more or one less kept,
+multiples of `keep_every` dropped; a damaged checkpoint evaluated; damage that `verify` passes over; another corpus
+accepted on resuming and on evaluating.
 """
 
 from __future__ import annotations
@@ -11,16 +12,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from tiny import tiny_config
 
+from sgtm.cli import main
 from sgtm.evaluate import run as evaluation
 from sgtm.evaluate.run import evaluate_run
-from sgtm.train import checkpoint
-from sgtm.train.checkpoint import _advice, _publish, _refuse_other_run, find_latest, open_run, verify
+from sgtm.train import checkpoint, saving
+from sgtm.train.checkpoint import find_latest, finished, open_run, verify
+from sgtm.train.resume import _refuse_other_run
+from sgtm.train.saving import publish
 
 CONFIG = tiny_config()
 
@@ -30,7 +35,7 @@ def manifest_of(folder: Path, corpus: str = "of the run") -> dict:
         path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for path in folder.iterdir()
     }
-    return {"step": 1, "ranks": 1, "corpus": corpus, "config": checkpoint._resolved(CONFIG), "files": files}
+    return {"step": 1, "ranks": 1, "corpus": corpus, "config": checkpoint.resolved(CONFIG), "files": files}
 
 
 def make(run: Path, *steps: int) -> list[Path]:
@@ -39,53 +44,97 @@ def make(run: Path, *steps: int) -> list[Path]:
         temporary = run / "checkpoints" / f".tmp-{step}"
         temporary.mkdir(parents=True)
         (temporary / "weights").write_text(f"of step {step}")
-        _publish(temporary, run / f"checkpoints/step_{step:08d}", manifest_of(temporary), keep_last=9)
+        publish(temporary, run / f"checkpoints/step_{step:08d}", manifest_of(temporary), keep_last=9)
     return [run / f"checkpoints/step_{step:08d}" for step in steps]
 
 
-def test_the_pointer_is_followed(tmp_path: Path):
-    newer, older = make(tmp_path, 2, 1)
-    assert find_latest(tmp_path) == older
-    (tmp_path / "checkpoints/latest").write_text(f"{newer.name}\n")
-    assert find_latest(tmp_path) == newer
-
-
-@pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe\x00", b"step_00000007", b".", b"step_\0", b"notes"])
-def test_a_pointer_that_names_no_checkpoint_gives_way_to_the_newest_whole_one(tmp_path: Path, content: bytes):
-    _, newest = make(tmp_path, 1, 2)
-    (tmp_path / "checkpoints/step_00000009").mkdir()  # without a manifest: not whole
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00", b"step_00000001\n", b"step_\0", b"notes"])
+def test_the_newest_counts_whatever_the_pointer_says(tmp_path: Path, content: bytes | None):
+    """A kill between the rename and the pointer leaves a newer one than it names."""
+    older, newest = make(tmp_path, 1, 2)
     (tmp_path / "checkpoints/notes").mkdir()
-    (tmp_path / "checkpoints/latest").write_bytes(content)
-    assert find_latest(tmp_path) == newest
+    pointer = tmp_path / "checkpoints/latest"
+    assert pointer.read_text() == f"{newest.name}\n"
+    pointer.unlink() if content is None else pointer.write_bytes(content)
+    assert find_latest(tmp_path) == newest and finished(tmp_path) == [newest, older]
+    assert finished(tmp_path / "nowhere") == []
 
 
-def test_the_pointer_moves_after_the_checkpoint_is_in_place(tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("at", [".tmp-2", "latest"])
+def test_killed_while_it_is_put_in_place(tmp_path: Path, monkeypatch, at: str):
+    """Before the rename the older one stands, after it the newer; the pointer moves last."""
     (older,) = make(tmp_path, 1)
-    rename = os.replace
+    rename, write = os.replace, saving.write_atomically
 
-    def killed(source, target) -> None:
-        if Path(target).name.startswith("step_"):
-            raise OSError("killed here")
+    def killed_in_rename(source, target) -> None:
+        if Path(source).name == at:
+            raise KeyboardInterrupt
         rename(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", killed)
-    with pytest.raises(OSError, match="killed here"):
+    def killed_in_write(path, text) -> None:
+        if path.name == at:
+            raise KeyboardInterrupt
+        write(path, text)
+
+    monkeypatch.setattr(saving.os, "replace", killed_in_rename)
+    monkeypatch.setattr(saving, "write_atomically", killed_in_write)
+    with pytest.raises(KeyboardInterrupt):
         make(tmp_path, 2)
-    assert (tmp_path / "checkpoints/latest").read_text() == f"{older.name}\n" and find_latest(tmp_path) == older
+    assert (tmp_path / "checkpoints/latest").read_text() == f"{older.name}\n"
+    expected = older if at == ".tmp-2" else older.with_name("step_00000002")
+    assert find_latest(tmp_path) == expected
+    verify(expected)
 
 
-def test_what_is_advised_is_whole(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "left"),
+    [(1, 0, {7}), (2, 0, {6, 7}), (2, 3, {3, 6, 7}), (1, 2, {2, 4, 6, 7}), (9, 2, {1, 2, 3, 4, 5, 6, 7})],
+)
+def test_what_is_kept(tmp_path: Path, keep_last: int, keep_every: int, left: set[int]):
+    retired = []
+    for step in range(1, 8):
+        temporary = tmp_path / "checkpoints" / f".tmp-{step}"
+        temporary.mkdir(parents=True)
+        (temporary / "weights").write_text(f"of step {step}")
+        final = tmp_path / f"checkpoints/step_{step:08d}"
+        retired += publish(temporary, final, manifest_of(temporary), keep_last, keep_every)
+    assert {int(path.name.removeprefix("step_")) for path in finished(tmp_path)} == left
+    assert {path.name.removeprefix(".tmp-retired-") for path in retired} == {
+        f"step_{step:08d}" for step in range(1, 8) if step not in left
+    }
+    checkpoint.remove_unfinished(tmp_path)  # what is taken away has a temporary name
+    assert not any(path.exists() for path in retired) and len(finished(tmp_path)) == len(left)
+
+
+def test_evaluation_takes_the_newest_whole_one(tmp_path: Path, capsys):
     oldest, older, newest = make(tmp_path, 1, 2, 3)
     (tmp_path / "config.yaml").write_text(json.dumps(CONFIG.model_dump(mode="json")))
+    assert open_run(tmp_path)[1] == newest and not capsys.readouterr().err
     (newest / "weights").write_text("no")
-    advice = "The newest whole checkpoint before it is {}: remove {} to resume from there"
-    assert _advice(newest) == advice.format(older, newest)
+    assert open_run(tmp_path)[1] == older
+    problem = f"warning: {newest / 'weights'} has 2 bytes, written were 9: cut short?; taking {older}\n"
+    assert capsys.readouterr().err == problem
     (older / "weights").write_text("of step X")
-    assert _advice(newest) == advice.format(oldest, newest)
-    with pytest.raises(ValueError, match=f"weights has 2 bytes, written were 9.*before it is {oldest}"):
-        open_run(tmp_path)
     (oldest / "weights").unlink()
-    assert _advice(newest) == "There is no whole checkpoint before it"
+    with pytest.raises(ValueError, match=r"no checkpoint is whole:\n.*has 2 bytes.*\n.*SHA-256.*\n.*is missing"):
+        open_run(tmp_path)
+    with pytest.raises(ValueError, match="has no checkpoint yet"):
+        shutil.rmtree(tmp_path / "checkpoints")
+        open_run(tmp_path)
+
+
+def test_verifying_a_run_or_one_checkpoint(tmp_path: Path, capsys):
+    older, newest = make(tmp_path, 1, 2)
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{newest}: whole\n{older}: whole\n"
+    (newest / "weights").write_text("no")
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert f"{older}: whole\n" in said and f"damaged: {newest / 'weights'} has 2 bytes" in said
+    assert main(["checkpoint", "verify", str(newest)]) == 1
+    assert main(["checkpoint", "verify", str(older)]) == 0
+    assert main(["checkpoint", "verify", str(tmp_path / "checkpoints")]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -101,9 +150,9 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, damage: dict):
 
 def test_a_run_is_not_resumed_on_other_data(tmp_path: Path):
     (saved,) = make(tmp_path, 1)
-    _refuse_other_run(saved, CONFIG, "of the run", 1)
+    _refuse_other_run(saved, CONFIG, "of the run")
     with pytest.raises(ValueError, match=r"other settings:\n  data\.path: data has been prepared anew since") as caught:
-        _refuse_other_run(saved, CONFIG, "prepared anew", 1)
+        _refuse_other_run(saved, CONFIG, "prepared anew")
     assert "--resume takes those of the run" not in str(caught.value)
 
 

@@ -37,6 +37,8 @@ class Log:
 
     def evaluation(self, step: int, losses: dict) -> None: ...
 
+    def checkpoint(self, saved: object) -> None: ...
+
     def say(self, text: str) -> None:
         self.said.append(text)
 
@@ -110,12 +112,12 @@ def run_steps(monkeypatch, log: Log, *, signals: dict[int, signal.Signals], fini
             signal.raise_signal(number)
 
     monkeypatch.setattr(loop, "train_step", train_step)
-    monkeypatch.setattr(loop, "save_checkpoint", lambda engine, run, done, *rest: saved.append(done))
+    writer = SimpleNamespace(poll=lambda: None, close=lambda: None, start=lambda done, state: saved.append(done) or [])
     monkeypatch.setattr(loop, "_losses", lambda *rest: {"loss": 1.0})
     monkeypatch.setattr(loop, "_evaluate", lambda *rest: {})
     loader, totals = SimpleNamespace(step=lambda step: step + 1), SimpleNamespace(state=dict)
     with StopSignal() as stop:
-        loop._steps(config, Path("run"), engine, loader, SimpleNamespace(fingerprint=""), log, stop, totals, 0)
+        loop._steps(config, Path("run"), engine, loader, SimpleNamespace(fingerprint=""), log, stop, totals, 0, writer)
     return saved
 
 
