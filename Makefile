@@ -1,5 +1,6 @@
 # make quickstart    train, ablate and show a small bilingual model: under ten minutes on two cores
 # make test          run all tests
+# make fault-campaign  break 200 runs at random moments; each must end as if left alone
 # make gpu           on a machine with a GPU: tests and timings of ops and steps by PYTHON; GPU_ARGS="--only mlp"
 # The first two make the virtual environment .venv on first use; PYTHON=... chooses the interpreter (3.10 to 3.12).
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install quickstart test gpu lint clean
+.PHONY: install quickstart test fault-campaign gpu lint clean
 
 install: $(STAMP)
 
@@ -28,6 +29,9 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+fault-campaign: install
+	$(BIN)/python tests/faults/campaign.py $(CAMPAIGN_ARGS)
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)

@@ -56,7 +56,8 @@ def section(path: Path, up: str) -> str:
     if any(kinds.values()):
         text = "\n\n".join(kind(found) for kind, found in kinds.items() if found)
     else:
-        text = step_overhead(rows) if path.stem == "step_overhead" else runs(path.stem, rows)
+        own = {"step_overhead": step_overhead, "checkpoints": checkpoints}.get(path.stem)
+        text = own(rows) if own else runs(path.stem, rows)
     source = (
         f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, commit {first['commit']}, "
         f"{first['time'][:10]} ([{path.name}]({up}{path.relative_to(ROOT).as_posix()}))"
@@ -94,6 +95,26 @@ def step_overhead(rows: list[dict]) -> str:
         "ours keeps freed memory; Hugging Face's runs as it comes, and once more with freed memory kept."
     )
     return f"### What a masked step costs\n\n{about}\n\n{markdown(table)}"
+
+
+def checkpoints(rows: list[dict]) -> str:
+    """Training time that a checkpoint takes, and its share at each interval."""
+    intervals = list(rows[0]["share"])
+    table = [
+        ["checkpoint", "s lost p20 / p50 / p80", "s paused", "s until in place", *(f"every {n}" for n in intervals)]
+    ]
+    for r in rows:
+        shares = [f"{r['share'][n]:.2%}" for n in intervals]
+        table.append(
+            [r["checkpoint"], spread(r["lost"]), f"{r['paused']['p50']:.3f}", f"{r['written']['p50']:.2f}", *shares]
+        )
+    r = rows[0]
+    about = (
+        f"{r['setting']}, {r['mib']:,.0f} MiB, steps of {r['step']['p50']:.2f} s, {r['rounds']} interleaved rounds; "
+        "lost: time compared with the same steps without a checkpoint; every N: share of training time at that "
+        "interval. Target: at most 1 % for the asynchronous one."
+    )
+    return f"### What a checkpoint costs\n\n{about}\n\n{markdown(table)}"
 
 
 def ops(rows: list[dict]) -> str:

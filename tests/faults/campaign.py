@@ -1,0 +1,325 @@
+"""Runs that are broken at random moments must end as if nothing had happened.
+
+    python tests/faults/campaign.py [--faults 200] [--seed 0] [--jobs 2] [--keep DIR]
+
+Every trial starts a run through the command line, breaks it in one of FAULTS' ways at a random moment, and goes on with
+`--resume auto` until it is done; one trial in three is broken a second time on the way. It passes if
+
+- every checkpoint that was reported as saved was whole when the run was broken, unless a newer whole one was there;
+- weights, moments and step counts at the end, and every logged loss and evaluation, are bitwise those of a run that was
+  left alone, on as many ranks and in the same ZeRO stage.
+
+Stages 0 to 3, one and two ranks. The ranks are forked from a process that has imported everything, so that a trial
+takes seconds. Which faults, stages and moments there are follows from the seed; where in the program a moment falls
+depends on the machine. Exit status 1, with the trials that failed, if any does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from sgtm.__main__ import run as sgtm_process
+from sgtm.config import load_config
+from sgtm.data.open import open_corpus
+from sgtm.distributed.storage import PARTS, Stored
+from sgtm.train import loop  # noqa: F401 (all that a rank needs is imported before it is forked)
+from sgtm.train.checkpoint import finished, verify
+from sgtm.train.metrics import read_metrics
+
+STEPS = 24
+OPTIONS = [
+    f"--train.steps={STEPS}",
+    "--train.checkpoint_every=3",
+    "--train.keep_last=3",
+    "--train.eval_every=8",
+    "--train.eval_sequences=4",
+    "--distributed.timeout_minutes=0.2",
+]
+PATIENCE = 90  # seconds for an attempt
+
+
+@dataclass
+class Attempt:
+    """One start of a run on forked ranks."""
+
+    ranks: list[int]
+    log: Path
+    began: float
+
+    def alive(self) -> bool:
+        return any(status is None for status in self.statuses())
+
+    def statuses(self) -> list[int | None]:
+        """Exit status of each rank, None while it runs; negative: the signal that ended it."""
+        for pid in self.ranks:
+            if pid not in self._ended:
+                found, status = os.waitpid(pid, os.WNOHANG)
+                if found:
+                    self._ended[pid] = os.waitstatus_to_exitcode(status)
+        return [self._ended.get(pid) for pid in self.ranks]
+
+    def wait(self, patience: float = PATIENCE) -> list[int]:
+        """Exit statuses of all ranks. Raises AssertionError if they do not end by themselves."""
+        end = time.monotonic() + patience
+        while self.alive():
+            if time.monotonic() > end:
+                self.signal(signal.SIGKILL)
+                raise AssertionError(f"ranks {self.statuses()} did not end in {patience} s")
+            time.sleep(0.005)
+        return self.statuses()
+
+    def signal(self, number: int, ranks: list[int] | None = None) -> None:
+        for pid in ranks or self.ranks:
+            if pid not in self._ended:
+                os.kill(pid, number)
+
+    _ended: dict[int, int] = field(default_factory=dict)
+
+
+def start(run: Path, stage: int, ranks: int, log: Path, before: Callable[[int], None] = lambda rank: None) -> Attempt:
+    """`sgtm train debug --resume auto` on forked ranks; `before(rank)` is called in each."""
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+    command = ["sgtm", "train", "debug", "--resume", "auto", f"--runs={run.parent}", f"--name={run.name}", *OPTIONS]
+    command += [f"--distributed.zero_stage={stage}", f"--data.path={run.parents[1] / 'corpus'}"]
+    pids = []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(descriptor, 1)
+                os.dup2(descriptor, 2)
+                if ranks > 1:
+                    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+                    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                    os.environ.update({name: str(value) for name, value in (place | address).items()})
+                sys.argv = command
+                before(rank)
+                status = sgtm_process()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        pids.append(pid)
+    return Attempt(pids, log, time.monotonic())
+
+
+def kill_all(attempt: Attempt, _) -> None:
+    attempt.signal(signal.SIGKILL)
+
+
+def kill_one(attempt: Attempt, chance: random.Random) -> None:
+    """The others must end by themselves."""
+    attempt.signal(signal.SIGKILL, [chance.choice(attempt.ranks)])
+
+
+def terminate(attempt: Attempt, chance: random.Random) -> None:
+    attempt.signal(signal.SIGTERM, chance.choice([attempt.ranks, attempt.ranks[-1:]]))
+
+
+def stop_one(attempt: Attempt, chance: random.Random) -> None:
+    """A rank that hangs: the others end after the timeout, it is killed then."""
+    hung = chance.choice(attempt.ranks)
+    attempt.signal(signal.SIGSTOP, [hung])
+    others = [pid for pid in attempt.ranks if pid != hung]
+    end = time.monotonic() + PATIENCE
+    while any(status is None for pid, status in zip(attempt.ranks, attempt.statuses(), strict=True) if pid in others):
+        if time.monotonic() > end:
+            attempt.signal(signal.SIGKILL)
+            raise AssertionError("a rank waits for one that hangs beyond the timeout")
+        time.sleep(0.01)
+    attempt.signal(signal.SIGKILL, [hung])
+
+
+def damage(run: Path, chance: random.Random) -> None:
+    """Cut short or flip a bit of a file of the newest checkpoint, if another is there to go back to."""
+    there = finished(run)
+    if len(there) < 2:
+        return
+    file = chance.choice(sorted(path for path in there[0].iterdir()))
+    content = bytearray(file.read_bytes())
+    if chance.random() < 0.5:
+        del content[chance.randrange(len(content)) :]
+    else:
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    file.write_bytes(content)
+
+
+def full_disk(room: int) -> Callable[[int], None]:
+    """On every rank no file may grow beyond `room` bytes: a disk that is full, without a disk of its own."""
+
+    def before(rank: int) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+
+    return before
+
+
+def cut_network(rank: int, seconds: float) -> Callable[[int], None]:
+    """After so many seconds all connections of this rank are shut down, for both ends."""
+
+    def cut() -> None:
+        time.sleep(seconds)
+        shutdown = ctypes.CDLL(None).shutdown
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            if descriptor > 2:
+                shutdown(descriptor, socket.SHUT_RDWR)  # fails for what is no socket
+
+    def before(this: int) -> None:
+        if this == rank:
+            threading.Thread(target=cut, daemon=True).start()
+
+    return before
+
+
+KILLS = {"SIGKILL": kill_all, "SIGKILL of one rank": kill_one, "SIGTERM": terminate, "a rank hangs": stop_one}
+FAULTS = {
+    1: ("SIGKILL", "SIGTERM", "damaged checkpoint", "full disk"),
+    2: ("SIGKILL", "SIGKILL of one rank", "SIGTERM", "damaged checkpoint", "full disk", "cut network", "a rank hangs"),
+}
+WEIGHTS = {"a rank hangs": 0.3}  # each waits for the timeout
+
+
+def trial(number: int, seed: int, folder: Path, seconds: dict[tuple[int, int], float]) -> dict:
+    """One run, broken once or twice; `seconds` is what a whole run takes. Returns what was done, and `error` if any."""
+    chance = random.Random(f"{seed}-{number}")
+    stage, ranks = chance.choice(sorted(seconds))
+    run, done, error = folder / "trials" / f"{number}", [], ""
+    log = folder / f"{number}.log"
+    try:
+        for _ in range(1 + (chance.random() < 1 / 3)):
+            weights = [WEIGHTS.get(fault, 1.0) for fault in FAULTS[ranks]]
+            (fault,) = chance.choices(FAULTS[ranks], weights)
+            done.append(fault)
+            broken(run, stage, ranks, log, fault, chance, seconds[stage, ranks])
+        statuses = start(run, stage, ranks, log).wait()
+        assert set(statuses) == {0}, f"the resumed run ended with {statuses}"
+        assert_same(run, folder / "trials" / f"whole-{stage}-{ranks}")
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    return {"trial": number, "stage": stage, "ranks": ranks, "faults": done, "error": error}
+
+
+def broken(run: Path, stage: int, ranks: int, log: Path, fault: str, chance: random.Random, seconds: float) -> None:
+    """One attempt that is broken, or has ended before that."""
+    moment = chance.uniform(0, 1.1 * seconds)
+    before: Callable[[int], None] = lambda rank: None  # noqa: E731
+    if fault == "full disk":
+        before = full_disk(chance.choice([0, 300, 4096, 60_000, chance.randrange(400_000)]))
+    elif fault == "cut network":
+        before = cut_network(chance.randrange(ranks), moment)
+    attempt = start(run, stage, ranks, log, before)
+    end = attempt.began + moment
+    while fault in (*KILLS, "damaged checkpoint") and time.monotonic() < end and attempt.alive():
+        time.sleep(0.001)
+    KILLS.get(fault, kill_all if fault == "damaged checkpoint" else lambda *_: None)(attempt, chance)
+    statuses = attempt.wait()
+    if fault == "SIGTERM":
+        assert all(status in (0, -signal.SIGTERM) for status in statuses), f"SIGTERM ended the ranks with {statuses}"
+    check_reported(run, log)
+    if fault == "damaged checkpoint":
+        damage(run, chance)
+
+
+def check_reported(run: Path, log: Path) -> None:
+    """The newest checkpoint that was reported as saved, or a newer one, is there and whole."""
+    text = "".join(log.read_text(errors="replace").split())  # the terminal's width breaks lines
+    reported = [part[: len("step_00000000")] for part in text.split("checkpointsaved:")[1:]]
+    names = [f"step_{word.partition('step_')[2][:8]}" for word in text.split("checkpointsaved:")[1:]]
+    assert len(reported) == len(names)
+    if names:
+        there = finished(run)
+        assert there and there[0].name >= max(names), f"{max(names)} was reported, there is {there}"
+        verify(there[0])
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Bitwise the same end: weights, moments, counts, losses and evaluations."""
+    ours, theirs = (Stored(finished(path)[0]) for path in (run, other))
+    assert ours.client["state"]["step"] == theirs.client["state"]["step"] == STEPS
+    assert ours.client["optimizer_steps"] == theirs.client["optimizer_steps"]
+    for name in theirs.shapes:
+        for part in PARTS:
+            assert torch.equal(ours.read(name, part), theirs.read(name, part)), f"{part} of {name} differs"
+    assert metrics(run) == metrics(other), "metrics.jsonl differs"
+
+
+def metrics(run: Path) -> list[dict]:
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] != "checkpoint"]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def whole_runs(folder: Path) -> dict[tuple[int, int], float]:
+    """A run left alone for every stage and number of ranks; returns the seconds of each."""
+    seconds = {}
+    for stage in (0, 1, 2, 3):
+        for ranks in (1, 2):
+            log = folder / f"whole-{stage}-{ranks}.log"
+            attempt = start(folder / "trials" / f"whole-{stage}-{ranks}", stage, ranks, log)
+            assert set(attempt.wait()) == {0}, log.read_text()
+            seconds[stage, ranks] = time.monotonic() - attempt.began
+    return seconds
+
+
+def campaign(faults: int, seed: int, jobs: int, folder: Path) -> list[dict]:
+    """Trials until so many faults have been tried."""
+    (folder / "trials").mkdir(parents=True)
+    written = open_corpus(load_config("debug", [f"--runs={folder / 'made'}"])).path
+    (folder / "corpus").symlink_to(Path(written).resolve())
+    seconds = whole_runs(folder)
+    results: list[dict] = []
+    with get_context("fork").Pool(jobs) as pool:
+        tasks = ((number, seed, folder, seconds) for number in range(10**9))
+        while sum(len(result["faults"]) for result in results) < faults:
+            results += pool.starmap(trial, [next(tasks) for _ in range(jobs)], chunksize=1)
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="new folder for runs and logs, which are then kept")
+    args = parser.parse_args()
+    began = time.monotonic()
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    with tempfile.TemporaryDirectory() as temporary:
+        results = campaign(args.faults, args.seed, args.jobs, args.keep or Path(temporary, "campaign"))
+    failed = [result for result in results if result["error"]]
+    for result in failed:
+        print(f"FAILED {json.dumps(result)}")
+    counts = Counter(fault for result in results for fault in result["faults"])
+    summary = ", ".join(f"{fault} {count}" for fault, count in counts.most_common())
+    print(
+        f"seed {args.seed}: {counts.total()} faults in {len(results)} runs ({summary}); {len(failed)} runs did not end "
+        f"as if left alone or lost a checkpoint; {time.monotonic() - began:.0f} s"
+    )
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
