@@ -226,7 +226,7 @@ class Engine:
         Weights are of this engine's precision, rounded from the fp32 weights that were saved.
         """
         stored = Stored(directory)
-        gathered = getattr(self._deepspeed.optimizer, "persistent_parameters", [])  # small ones, under ZeRO 3
+        gathered = getattr(self._deepspeed.optimizer, "persistent_parameters", [])  # small ones, after a ZeRO 3 step
         if gathered:
             gathered[0].partition(gathered)
         parameters = dict(self.module.named_parameters())
@@ -241,8 +241,6 @@ class Engine:
         for name, parameter in parameters.items():
             if not hasattr(parameter, "ds_tensor"):
                 parameter.copy_(stored.read(name, "fp32").view(parameter.shape))
-        if gathered:
-            gathered[0].all_gather(gathered)
         for name, buffer in self.module.named_buffers():
             if name in stored.buffers:
                 buffer.copy_(stored.buffers[name])
