@@ -21,8 +21,9 @@ OPTIONS = {
     "train": ("resume", "overwrite"),
     "bench": ("rounds", "json", "tune"),
     "profile": ("steps", "out", "kernel", "no-trace"),
+    "plan": ("nodes", "gpus", "memory", "tflops", "inside", "between", "reached", "sustained", "offload", "json"),
 }
-CONFIGURED = ("train", "explain", "config", "quickstart", "bench", "profile")
+CONFIGURED = ("train", "explain", "config", "quickstart", "bench", "profile", "plan")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,6 +102,7 @@ def _key_meant(command: str, arguments: list[str]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     from sgtm import __version__
+    from sgtm.plan.command import add_plan_options, run_plan
 
     parser = argparse.ArgumentParser(
         prog="sgtm",
@@ -176,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: <runs>/<name>-profile)")
     profile.add_argument("--kernel", metavar="NAME", help="print the Nsight Compute command for this kernel")
     profile.add_argument("--no-trace", action="store_true", help="take the steps only, for another profiler")
+    add_plan_options(configured("plan", run_plan, "estimate memory, traffic and speed of a run", nargs="?"))
     doctor = command("doctor", _doctor, "versions, devices, kernel backends, and what is missing for what")
     doctor.add_argument("--json", action="store_true", help="as JSON")
     config = configured("config", _config, "print a config with every key, or list the presets", nargs="?")

@@ -1,0 +1,74 @@
+"""The plan of a run: what each ZeRO stage would need and how fast it would be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from sgtm.config.schema import Config
+from sgtm.plan.fit import GB, STAGES, check_divides
+from sgtm.plan.memory import Memory, memory
+from sgtm.plan.shapes import parameter_sizes
+from sgtm.plan.speed import Machine, Speed, speed
+from sgtm.plan.traffic import Collective, collectives
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one ZeRO stage needs and, by the stated model, how fast it is."""
+
+    stage: int
+    memory: Memory
+    moved: list[Collective]
+    speed: Speed
+
+
+def plan(config: Config, machine: Machine, offload: bool = False) -> list[Row]:
+    """A row for each stage, with `offload` from 1. Raises ValueError where the step does not divide by the ranks."""
+    check_divides(config, machine.ranks)
+    rows = []
+    for stage in STAGES[1:] if offload else STAGES:
+        moved = collectives(config, stage, machine.ranks)
+        rows.append(
+            Row(stage, memory(config, stage, machine.ranks, offload), moved, speed(config, stage, machine, moved))
+        )
+    return rows
+
+
+def as_json(config: Config, machine: Machine, rows: list[Row]) -> str:
+    """Bytes, seconds and shares, under the names that the code has."""
+    return json.dumps(
+        {
+            "config": config.name,
+            "parameters": sum(parameter_sizes(config.model).values()),
+            "ranks": machine.ranks,
+            "accumulation": config.accumulation(machine.ranks),
+            "tokens_per_step": config.train.tokens_per_step,
+            "machine": asdict(machine),
+            "stages": [
+                {
+                    "zero_stage": row.stage,
+                    "peak_bytes": row.memory.peak,
+                    "fits": row.memory.peak <= machine.memory * GB,
+                    "memory": asdict(row.memory),
+                    "sent_bytes_per_rank": sum(c.sent(machine.ranks) for c in row.moved),
+                    "collectives": [asdict(c) for c in row.moved],
+                    "speed": asdict(row.speed),
+                }
+                for row in rows
+            ],
+        },
+        indent=2,
+    )
+
+
+def arithmetic(config: Config, machine: Machine) -> str:
+    """Parameters, ranks, and how a step's tokens are divided."""
+    train, parameters = config.train, sum(parameter_sizes(config.model).values())
+    return (
+        f"{config.name}: {parameters:,} parameters, {train.precision}\n"
+        f"{machine.ranks} ranks = {machine.nodes} nodes x {machine.gpus}\n"
+        f"{train.tokens_per_step:,} tokens per step = {machine.ranks} ranks x "
+        f"{config.accumulation(machine.ranks)} accumulation x {train.micro_batch} sequences x "
+        f"{config.model.context} tokens"
+    )

@@ -1,0 +1,67 @@
+"""Parameters and FLOPs of a model, from its config: what `Transformer` would hold, without building it."""
+
+from __future__ import annotations
+
+from math import prod
+
+from sgtm.config.schema import ModelConfig
+
+
+def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter; names and order as in `Transformer.named_parameters()`."""
+    d, q, neo = model.hidden_size, model.size_per_head, model.family == "gpt_neo"
+    kv, heads, neurons = model.num_kv_heads, model.heads, model.intermediate_size
+    found: dict[str, tuple[int, ...]] = {"embedding": (model.vocab_size, d)}
+    if neo:
+        found["position"] = (model.context, d)
+    if not model.tie_embeddings:
+        found["head"] = (model.vocab_size, d)
+    if model.head_bias:
+        found["head_bias"] = (model.vocab_size,)
+    rows = {"w_in": (neurons if neo else 2 * neurons, d), "b_in": (neurons,), "w_out": (neurons, d), "b_out": (d,)}
+    for i in range(model.layers):
+        block = f"blocks.{i}"
+        found |= _norm(f"{block}.attention_norm", d, neo)
+        found[f"{block}.attention.w_qkv"] = ((heads + 2 * kv) * q, d)
+        found[f"{block}.attention.w_o"] = (heads * q, d)
+        if neo:
+            found[f"{block}.attention.b_o"] = (d,)
+        found |= _norm(f"{block}.mlp_norm", d, neo)
+        found |= {f"{block}.mlp.{name}": shape for name, shape in rows.items() if neo or name[0] == "w"}
+    return found | _norm("final_norm", d, neo)
+
+
+def _norm(name: str, size: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.{leaf}": (size,) for leaf in (("weight", "bias") if bias else ("weight",))}
+
+
+def parameter_sizes(model: ModelConfig) -> dict[str, int]:
+    """Number of elements of every parameter."""
+    return {name: prod(shape) for name, shape in parameter_shapes(model).items()}
+
+
+def model_flops(model: ModelConfig) -> float:
+    """Of forward and backward for one token of an unmasked step: 6 N + 12 L H Q T (Chowdhery et al., "PaLM", 2022).
+
+    N counts the head and not what is only looked up; L layers of H heads of size Q; T is the context, causal or not, or
+    the window of a local layer.
+    """
+    return 6 * _multiplied(model) + 12 * _keys(model) * model.heads * model.size_per_head
+
+
+def recomputed_flops(model: ModelConfig) -> float:
+    """Of the second forward pass of all blocks for one token, where their activations are checkpointed."""
+    if not model.activation_checkpointing:
+        return 0.0
+    head = model.vocab_size * model.hidden_size
+    return 2 * (_multiplied(model) - head) + 4 * _keys(model) * model.heads * model.size_per_head
+
+
+def _multiplied(model: ModelConfig) -> int:
+    sizes = parameter_sizes(model)
+    looked_up = ("position",) if model.tie_embeddings else ("position", "embedding")
+    return sum(size for name, size in sizes.items() if name not in looked_up)
+
+
+def _keys(model: ModelConfig) -> int:
+    return sum(min(model.window_of(i) or model.context, model.context) for i in range(model.layers))
