@@ -22,8 +22,9 @@ OPTIONS = {
     "bench": ("rounds", "json", "tune"),
     "profile": ("steps", "out", "kernel", "no-trace"),
     "plan": ("nodes", "gpus", "memory", "tflops", "inside", "between", "reached", "sustained", "offload", "json"),
+    "launch": ("launcher", "nodes", "gpus", "rendezvous", "hostfile", "memory", "resume", "overwrite", "dry-run"),
 }
-CONFIGURED = ("train", "explain", "config", "quickstart", "bench", "profile", "plan")
+CONFIGURED = ("train", "explain", "config", "quickstart", "bench", "profile", "plan", "launch")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,7 +103,7 @@ def _key_meant(command: str, arguments: list[str]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     from sgtm import __version__
-    from sgtm.plan.command import add_plan_options, run_plan
+    from sgtm.plan.command import add_launch_options, add_plan_options, run_launch, run_plan
 
     parser = argparse.ArgumentParser(
         prog="sgtm",
@@ -179,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--kernel", metavar="NAME", help="print the Nsight Compute command for this kernel")
     profile.add_argument("--no-trace", action="store_true", help="take the steps only, for another profiler")
     add_plan_options(configured("plan", run_plan, "estimate memory, traffic and speed of a run", nargs="?"))
+    add_launch_options(configured("launch", run_launch, "start a run on many ranks, or say how", nargs="?"))
     doctor = command("doctor", _doctor, "versions, devices, kernel backends, and what is missing for what")
     doctor.add_argument("--json", action="store_true", help="as JSON")
     config = configured("config", _config, "print a config with every key, or list the presets", nargs="?")

@@ -1,9 +1,10 @@
-"""The options of `sgtm plan`, and what it calls; nothing heavy is imported before that."""
+"""The options of `sgtm plan` and `sgtm launch`, and what they call; nothing heavy is imported before that."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 MACHINE = ("nodes", "gpus", "memory", "tflops", "inside", "between", "reached", "sustained")
 
@@ -26,6 +27,27 @@ def add_plan_options(plan) -> None:
     plan.add_argument("--json", action="store_true", help="as JSON, in bytes and seconds")
 
 
+def add_launch_options(launch) -> None:
+    launch.description = (
+        "Checks that a run divides and fits, prints its arithmetic, the estimated memory of a rank and the command, "
+        "and runs that: a script of launch/ (launch/README.md says which one when)."
+    )
+    launch.add_argument("--preset", metavar="NAME", help="the same as PRESET")
+    launch.add_argument("--dry-run", action="store_true", help="print everything, start nothing")
+    launch.add_argument(
+        "--launcher",
+        choices=("local", "torchrun", "deepspeed", "slurm"),
+        help="default: local; torchrun with --rendezvous or several nodes, deepspeed with --hostfile",
+    )
+    launch.add_argument("--nodes", type=COUNT, metavar="N", help="number of nodes (default: 1, or the hostfile's)")
+    launch.add_argument("--gpus", type=COUNT, metavar="N", help="processes of each node (default: its GPUs, or 1)")
+    launch.add_argument("--rendezvous", metavar="HOST:PORT", help="torchrun: one of the nodes, the same on all")
+    launch.add_argument("--hostfile", type=Path, metavar="FILE", help="deepspeed: nodes and slots")
+    launch.add_argument("--memory", type=AMOUNT, metavar="GB", help="of a device (default: as found here)")
+    launch.add_argument("--resume", action="store_true", help="continue from the run's newest checkpoint")
+    launch.add_argument("--overwrite", action="store_true", help="delete the run directory if it exists")
+
+
 def run_plan(options) -> None:
     from sgtm.config import load_config
 
@@ -42,6 +64,22 @@ def run_plan(options) -> None:
         print(as_json(config, machine, rows))
     else:
         print_plan(config, machine, rows)
+
+
+def run_launch(options) -> None:
+    from sgtm.config import load_config, preset_names
+
+    if options.resume and options.overwrite:
+        raise ValueError("--resume continues a run and --overwrite deletes it; give one of them")
+    source = _source(options)
+    is_run = Path(source).is_dir() and source not in preset_names()
+    config = load_config(Path(source) / "config.yaml" if is_run else source, options.overrides)
+
+    from sgtm.launch import Where, launch
+
+    flags = [f"--{name}" for name in ("resume", "overwrite") if getattr(options, name)]
+    where = Where(options.launcher, options.nodes, options.gpus, options.rendezvous, options.hostfile)
+    launch(config, where, [source, *options.overrides, *flags], options.memory, options.dry_run)
 
 
 def _source(options) -> str:

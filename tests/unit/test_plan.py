@@ -183,7 +183,7 @@ def test_the_command_prints_a_row_for_every_stage(capsys):
         assert f"{row['speed']['utilisation']:.1%}" == lines[1][-1]
 
 
-@pytest.mark.parametrize("arguments", ["plan", "plan debug --preset debug"])
+@pytest.mark.parametrize("arguments", ["plan", "plan debug --preset debug", "launch --dry-run"])
 def test_one_config_is_named(arguments, capsys):
     assert main(arguments.split()) == 2
     assert "name one config" in capsys.readouterr().err
