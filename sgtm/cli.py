@@ -414,10 +414,14 @@ def _nobody_reads() -> bool:
 
 
 def _print_error(error: ValueError | OSError) -> None:
-    """One message. What every rank finds alike (a config) only rank 0 says; anything else each rank says for itself."""
+    """One message. What every rank finds alike (a config) only rank 0 says, what all raise together (`error.rank`, see
+    sgtm/distributed/agree.py) the rank that it comes from; anything else each rank says for itself.
+    """
     from sgtm.distributed.env import rank_and_size
 
     rank, ranks = rank_and_size()
+    if str(getattr(error, "rank", rank)) != rank:
+        return
     if rank != "0":
         from sgtm.config import ConfigError
 

@@ -1,4 +1,7 @@
-"""Doing something on one rank so that all ranks succeed or fail together."""
+"""Doing something on one rank so that all ranks succeed or fail together.
+
+An error that all ranks raise has the attribute `rank`, of the one that it comes from: that one says it.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ def on_rank_zero(action: Callable[[], Any]) -> Any:
         try:
             outcome[0] = action()
         except (ValueError, OSError) as error:
+            error.rank = 0
             outcome[1] = error
     dist.broadcast_object_list(outcome)
     result, error = outcome
@@ -43,6 +47,7 @@ def on_every_rank(action: Callable[[], Any]) -> list[Any]:
     try:
         mine = (action(), None)
     except (ValueError, OSError) as error:
+        error.rank = dist.get_rank()
         mine = (None, error)
     everyone: list[Any] = [mine] * dist.get_world_size()
     if dist.get_world_size() > 1:

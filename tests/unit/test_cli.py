@@ -317,6 +317,10 @@ def test_ranks_speak_once_about_the_config_and_each_for_itself_otherwise(monkeyp
     assert capsys.readouterr().err == ""
     assert raising(monkeypatch, ValueError("shard 2: hash differs")) == 2
     assert capsys.readouterr().err == "error: rank 3: shard 2: hash differs\n"
+    together = ValueError("shard 2: hash differs")
+    for together.rank, expected in ((2, ""), (3, "error: rank 3: shard 2: hash differs\n")):
+        assert raising(monkeypatch, together) == 2
+        assert capsys.readouterr().err == expected
 
 
 def test_ranks_under_srun_speak_once_too(monkeypatch, capsys):
