@@ -186,6 +186,8 @@ class TrainConfig(Section):
     async_checkpoint: bool = True
     """Train on while a checkpoint is written; a copy of each rank's state is then held in its host's memory."""
     log_every: PositiveInt = 10
+    max_skipped_steps: NonNegativeInt = 10
+    """A step whose loss or gradient is not finite is skipped; after this many in a row the run ends. 0: never."""
 
 
 class DistributedConfig(Section):

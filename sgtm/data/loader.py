@@ -114,6 +114,12 @@ class Loader:
             micro_batches += [pool[hand::hands] for hand in range(rank, hands, self.world_size)]
         return micro_batches
 
+    def documents(self, step: int, rank: int, micro_batch: int) -> list[int]:
+        """Positions in the corpus of the documents in a micro-batch of any rank, in order; reads no token."""
+        places = self.micro_batches(step, rank)[micro_batch]
+        pieces = (piece for place in places for piece in self.streams[place.stream].pieces(place.sequence))
+        return list(dict.fromkeys(piece.document for piece in pieces))
+
     def _read(self, step: int) -> list[Batch]:
         everything = self.sequences(step)
         targets, labels = self._count_targets(everything), self._find_labels(everything)

@@ -8,7 +8,7 @@ ranks:
   number of ranks that it then divides by, which is exact for powers of two;
 - gradients are accumulated and reduced in fp32, and the optimizer works on fp32 weights;
 - what the step may not update is left bitwise alone (sgtm/train/optim.py);
-- a step whose gradient is not finite changes nothing, and `finite` says so.
+- a step whose gradient, or one of whose losses, is not finite changes nothing on any rank, and `finite` says so.
 
 ZeRO 0 in bf16: DeepSpeed's own accumulates and reduces gradients in bf16, so that contributions of late micro-batches
 are lost. That combination runs as its bf16 optimizer with fp32 gradients instead, which DeepSpeed files under ZeRO 1:
@@ -98,6 +98,8 @@ class Engine:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.accumulation = config.accumulation(self.world_size)
         self.finite = True
+        self.losses: list[torch.Tensor] = []
+        """What `backward` was given on this rank since the last step began, detached."""
         self._micro_batches = 0
         self._norm = 0.0
         self._writer = BackgroundWriter()
@@ -146,13 +148,19 @@ class Engine:
         return self._deepspeed(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of one micro-batch's loss, a scalar already divided by the global number of targets."""
+        """Add the gradient of one micro-batch's loss, a scalar already divided by the global number of targets.
+
+        Of a loss that is not finite the gradient is NaN even where it would be finite, as of a target with probability
+        0: what follows skips the step, on all ranks, and asks the device nothing.
+        """
         if self.is_boundary:
             raise RuntimeError(f"backward called more than {self.accumulation} times without step")
         factor = self.world_size if self.config.distributed.zero_stage == 3 else 1
         # Multiplied by 1 too: a hook of DeepSpeed on the forward's own output divides by the accumulation whatever
         # `scale_wrt_gas` says, unless the loss is a tensor computed from it (0.19.8).
+        factor = torch.where(loss.detach().isfinite(), factor, math.nan)
         self._deepspeed.backward(loss * factor, scale_wrt_gas=False)
+        self.losses = [*(self.losses if self._micro_batches else []), loss.detach()]
         self._micro_batches += 1
         if not self.is_boundary:
             self._deepspeed.step()  # only counts the micro-batch
@@ -160,7 +168,8 @@ class Engine:
     def step(self, live: frozenset[str], lr: float) -> None:
         """Update the weights of the live keys (sgtm/model/rows.py); all others stay as they are, everything if none is.
 
-        If the global gradient is not finite nothing changes, moments and counts neither, and `finite` is False.
+        If the global gradient or a loss is not finite nothing changes, moments and counts neither, and `finite` is
+        False.
         """
         if not self.is_boundary:
             raise RuntimeError(f"step called after {self._micro_batches} of {self.accumulation} micro-batches")

@@ -7,6 +7,7 @@ is bitwise the uninterrupted one on the same number of ranks (tests/e2e/test_res
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -34,6 +35,7 @@ from sgtm.train.metrics import MetricsLog
 from sgtm.train.resume import find_whole, load_checkpoint, resume_command
 from sgtm.train.saving import CheckpointWriter
 from sgtm.train.schedule import learning_rate
+from sgtm.train.skipped import tell_skipped
 from sgtm.train.step import LossTotals, train_step
 from sgtm_kernels.dispatch import resolve
 
@@ -67,7 +69,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     start = 0
     if latest is not None:
         start, progress, reshaped = load_checkpoint(engine, latest, config, corpus.fingerprint)
-        totals.restore(progress)
+        totals.restore(progress, launch.rank, launch.world_size)
         notes += [reshaped] if reshaped else []
     log = MetricsLog(run, config, rank=engine.rank, start=start)
     evaluated = on_rank_zero(lambda: _begin(run, config, log, resume, overwrite))
@@ -108,7 +110,7 @@ def _steps(
         train_step(engine, loader.step(step), config.tables, lr, totals)
         done = step + 1
         if not engine.finite:
-            log.say(f"step {done}: the gradient is not finite; nothing was updated")
+            log.say(tell_skipped(engine, loader, corpus, config, run, step, totals.in_a_row))
         last = done == every.steps
         stopping = stop.anywhere(engine) and not last
         seconds += time.perf_counter() - began
@@ -124,6 +126,7 @@ def _steps(
                     "lr": lr,
                     "grad_norm": engine.grad_norm(),
                     "tokens_per_second": tokens / elapsed,
+                    "skipped_steps": totals.skipped,
                 }
             )
         log.checkpoint(writer.poll())
@@ -147,8 +150,10 @@ def _evaluation_due(config: Config, done: int) -> bool:
 
 
 def _losses(totals: LossTotals, engine: Engine, labels: tuple[str, ...]) -> dict[str, float]:
-    """Mean loss over all targets and by applied label, of the labels that occurred."""
+    """Mean loss over all targets and by applied label, of the labels that occurred; NaN if all steps were skipped."""
     sums, counts = totals.take(engine)
+    if not counts.any():
+        return {"loss": math.nan}
     by_label = {f"loss/{name}": s / n for name, s, n in zip(labels, sums.tolist(), counts.tolist(), strict=True) if n}
     return {"loss": float(sums.sum() / counts.sum()), **by_label}
 

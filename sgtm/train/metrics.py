@@ -2,7 +2,8 @@
 
 `metrics.jsonl` holds one JSON object per line. `kind: step` lines carry step (1-based: steps done), tokens (trained so
 far), seconds (of training so far, evaluation and checkpoints excluded), loss and `loss/<label>` (nats per target token,
-mean since the previous line), lr, grad_norm (before clipping), tokens_per_second. `kind: eval` lines carry step and
+mean since the previous line, skipped steps left out), lr, grad_norm (before clipping), tokens_per_second,
+skipped_steps (of the run so far, because loss or gradient was not finite). `kind: eval` lines carry step and
 losses: {"full": {category: nats}, "without <domain>": {...}}. `kind: checkpoint` lines carry step, bytes, paused
 (seconds that training stood still for it) and written (seconds until it was in place).
 """

@@ -68,8 +68,8 @@ def find_whole(run_dir: Path | str, rank: int, ranks: int, say: Callable[[str], 
 def load_checkpoint(engine: Engine, directory: Path | str, config: Config, corpus: str = "") -> tuple[int, list, str]:
     """Continue from a whole checkpoint: weights, optimizer and random states.
 
-    Returns the number of global steps done, what ranks saved as `progress` and this one takes over (its own; with other
-    ranks than then, rank 0 everybody's), and what is different now in words, or nothing.
+    Returns the number of global steps done, what every rank saved as `progress`, in order of rank, and what is different
+    now in words, or nothing.
     Every rank raises ValueError for a checkpoint whose run differs from `config`, naming the keys.
     """
     directory = Path(directory)
@@ -81,10 +81,6 @@ def load_checkpoint(engine: Engine, directory: Path | str, config: Config, corpu
     if engine.device.type == "cuda" and "cuda" in mine["random"]:
         torch.cuda.set_rng_state(mine["random"]["cuda"], engine.device)
     progress = [rank["progress"] for rank in ranks]
-    if len(ranks) == engine.world_size:
-        progress = [mine["progress"]]
-    elif engine.rank:
-        progress = []
     return state["step"], progress, _reshaped(manifest, config, engine.world_size)
 
 

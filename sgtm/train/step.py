@@ -25,24 +25,42 @@ def target_counts(batch: Batch, labels: int) -> torch.Tensor:
 
 
 class LossTotals:
-    """Sums of token losses and counts of targets by applied label, gathered over steps without a device sync."""
+    """Sums of token losses and counts of targets by applied label, gathered over steps without a device sync.
+
+    skipped   steps of the run that were skipped; their losses are not in the sums
+    in_a_row  those since the last step that was not; both the same on all ranks
+    """
 
     def __init__(self, labels: int, device: torch.device):
         self.sums = torch.zeros(labels, dtype=torch.float64, device=device)
         self.counts = torch.zeros(labels, dtype=torch.int64)
+        self.skipped = self.in_a_row = 0
+        self._step = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
 
-    def state(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def state(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
         """What has been gathered on this rank since `take`, for a checkpoint."""
-        return self.sums.cpu(), self.counts
+        return self.sums.cpu(), self.counts, self.skipped, self.in_a_row
 
-    def restore(self, states: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Go on from these, this rank's or several ranks'."""
-        for sums, counts in states:
-            self.add(sums.to(self.sums.device), counts)
+    def restore(self, states: list[tuple[torch.Tensor, torch.Tensor, int, int]], rank: int, ranks: int) -> None:
+        """Go on from what every rank saved: with its own, or where there are other ranks now, rank 0 with everybody's."""
+        taken = states[rank : rank + 1] if len(states) == ranks else states if rank == 0 else []
+        for sums, counts, _, _ in taken:
+            self.sums += sums.to(self.sums.device)
+            self.counts += counts
+        self.skipped, self.in_a_row = states[0][2:]
 
     def add(self, sums: torch.Tensor, counts: torch.Tensor) -> None:
-        self.sums += sums
-        self.counts += counts
+        """A micro-batch of the step in progress."""
+        self._step = self._step[0] + sums, self._step[1] + counts
+
+    def end_step(self, finite: bool) -> None:
+        """Take over what was added since the last call; not `finite`: the step was skipped, so it is only counted."""
+        sums, counts = self._step
+        if finite:
+            self.sums += sums
+            self.counts += counts
+        self.skipped, self.in_a_row = self.skipped + (not finite), 0 if finite else self.in_a_row + 1
+        self._step = torch.zeros_like(sums), torch.zeros_like(counts)
 
     def take(self, engine: Engine) -> tuple[np.ndarray, np.ndarray]:
         """Totals over all ranks, float64 and int64 [labels]; starts over."""
@@ -67,3 +85,5 @@ def train_step(engine: Engine, batches: list[Batch], tables: Tables, lr: float, 
             totals.add(sums, target_counts(batch, len(tables.labels)))
     live = frozenset() if totals is None else live_keys(tables, batches[0].step_labels)
     engine.step(live, lr)
+    if totals is not None:
+        totals.end_step(engine.finite)

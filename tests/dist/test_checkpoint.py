@@ -113,7 +113,7 @@ def continue_everywhere(folder: str) -> None:
         for batch in tiny_step(config, 9, MIXED, other.rank, other.world_size):
             other.backward(other(*batch)[0])
         other.step(frozenset(), 0.0)
-        assert load(other, run, config) == (2, [f"of rank {other.rank}"])
+        assert load(other, run, config) == (2, [f"of rank {rank}" for rank in range(other.world_size)])
         torch.rand(3)
         assert train(other, (2, 3)) == losses, f"{case}: resumed losses differ"
         assert fingerprint(other) == expected, f"{case}: the resumed run is another one"
@@ -223,9 +223,9 @@ def damage(folder: str) -> None:
     assert "kernels.backend: runs in the checkpoint, reference now by SGTM_KERNELS" in message(config)
     del os.environ["SGTM_KERNELS"]
     same = config.model_copy(update={"name": "x", "train": config.train.model_copy(update={"log_every": 3})})
-    assert load_checkpoint(engine, older, same) == (1, [None], "")
+    assert load_checkpoint(engine, older, same) == (1, [None, None], "")
     other = "same data in the same order, sums in another (train.micro_batch: 2 in the checkpoint, 4 now)"
-    assert load_checkpoint(engine, older, changed("train", "micro_batch", 4)) == (1, [None], other)
+    assert load_checkpoint(engine, older, changed("train", "micro_batch", 4)) == (1, [None, None], other)
 
     (run / f"checkpoints/.tmp-step_0000000{5 + engine.rank}").mkdir()
     alone(lambda: remove_unfinished(run))

@@ -1,4 +1,7 @@
-"""The engine in every ZeRO stage, in fp32 and bf16, on one and two ranks, against plain autograd in one process."""
+"""The engine in every ZeRO stage, in fp32 and bf16, on one and two ranks, against plain autograd in one process.
+
+Fault tried, seen to fail: the finiteness of the losses not asked.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ def masters(engine) -> dict[str, torch.Tensor]:
     return assemble(engine, lambda f: f.tensor.detach().reshape(-1))
 
 
-def train_one(engine, step: int, spoil=None) -> tuple[float, dict[str, torch.Tensor]]:
-    """One global step; returns its loss and the gradient that reached the optimizer."""
+def train_one(engine, step: int, spoil=lambda loss: loss) -> tuple[float, dict[str, torch.Tensor]]:
+    """One global step; returns its loss and the gradient that reached the optimizer. `spoil`: of rank 0's first loss."""
     config, gradients, inner = engine.config, {}, engine.optimizer.step
 
     def recording(*args):
@@ -34,7 +37,7 @@ def train_one(engine, step: int, spoil=None) -> tuple[float, dict[str, torch.Ten
     for number, batch in enumerate(tiny_step(config, step, MIXED, engine.rank, engine.world_size)):
         loss, _ = engine(*batch)
         total += loss.detach()
-        engine.backward(loss * spoil if spoil is not None and number == 0 and engine.rank == 0 else loss)
+        engine.backward(spoil(loss) if number == 0 and engine.rank == 0 else loss)
     engine.step(live_keys(config.tables, MIXED), config.optimizer.lr)
     engine.optimizer.step = inner
     gradient = assemble(engine, lambda f: gradients[f.tensor]) if gradients else {}
@@ -81,14 +84,25 @@ def check_gradient(stage: int, precision: str, case: str) -> None:
     assert engine.grad_norm() == pytest.approx(norm_of(expected), rel=1e-5), case
 
 
+NOT_FINITE = {
+    "loss and gradient": lambda loss: loss * torch.inf,
+    "loss alone": lambda loss: loss + torch.inf,
+    "gradient alone": lambda loss: loss + (loss - loss.detach()).sqrt(),
+}
+
+
 def check_not_finite(engine, case: str) -> None:
-    """A gradient of NaN on one rank changes nothing anywhere, and is reported."""
+    """What is not finite on one rank changes nothing anywhere, and is reported; `losses` tell what it was and where."""
     weights, averages, counts = masters(engine), moments(engine), dict(engine.optimizer.steps)
-    train_one(engine, STEPS, spoil=torch.inf)
-    assert not engine.finite and engine.grad_norm() == torch.inf, f"{case}: a skipped step must be reported"
-    assert engine.optimizer.steps == counts
-    assert all(torch.equal(weights[name], values) for name, values in masters(engine).items()), case
-    assert all(torch.equal(averages[name], values) for name, values in moments(engine).items()), case
+    for what, spoil in NOT_FINITE.items():
+        train_one(engine, STEPS, spoil)
+        assert not engine.finite and engine.grad_norm() == torch.inf, f"{case}, {what}: must be reported"
+        infinite = [not loss.isfinite() for loss in engine.losses]
+        first = engine.rank == 0 and what != "gradient alone"
+        assert infinite == [first and number == 0 for number in range(engine.accumulation)], f"{case}, {what}"
+        assert engine.optimizer.steps == counts
+        assert all(torch.equal(weights[name], values) for name, values in masters(engine).items()), (case, what)
+        assert all(torch.equal(averages[name], values) for name, values in moments(engine).items()), (case, what)
     train_one(engine, STEPS)
     assert engine.finite and engine.optimizer.steps == {key: n + 1 for key, n in counts.items()}, case
 

@@ -10,6 +10,7 @@ from corpora import build, config_for, mixed_records, record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sgtm.data import loader as module
 from sgtm.data.batch import IGNORE, Batch
 from sgtm.data.loader import Loader, check_corpus, evaluation_batches, only_forget
 from sgtm.data.store import Corpus
@@ -86,6 +87,29 @@ def test_other_ranks_tokens_are_not_read(corpus, monkeypatch):
     loader = Loader(corpus, config("token"))
     monkeypatch.setattr(Corpus, "tokens", lambda *args: pytest.fail("a token was read"))
     assert loader.step_targets(0) > 0 and loader.step_labels(0)
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_the_documents_of_a_micro_batch_are_those_that_are_read_for_it(corpus, mixing, monkeypatch):
+    inner, together, read, seen = Corpus.tokens, module.collate, {}, []
+
+    def tokens(corpus, document, start=0, end=None):
+        if (start, end) != (0, 1):  # that is a target across the end of a sequence
+            read[document] = True
+        return inner(corpus, document, start, end)
+
+    def collate(*args):
+        seen.append(list(read))
+        read.clear()
+        return together(*args)
+
+    monkeypatch.setattr(Corpus, "tokens", tokens)
+    monkeypatch.setattr(module, "collate", collate)
+    for rank in range(2):
+        Loader(corpus, config(mixing), rank, 2)._read(5)
+    assert len(seen) == 4 and not read
+    found = Loader(corpus, config(mixing), 1, 2)
+    assert [found.documents(5, rank, index) for rank in range(2) for index in range(2)] == seen and not read
 
 
 @pytest.mark.parametrize("mixing", ["step", "micro", "sequence"])

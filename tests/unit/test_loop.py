@@ -101,8 +101,13 @@ def test_a_folder_that_is_no_run_is_never_overwritten(tmp_path: Path):
         begin(tmp_path / "thesis")
 
 
-def run_steps(monkeypatch, log: Log, *, signals: dict[int, signal.Signals], finite: bool = True) -> list[int]:
-    """Five steps that do nothing but raise these signals; returns the steps after which a checkpoint was saved."""
+def run_steps(
+    monkeypatch, log: Log, *, signals: dict[int, signal.Signals], finite: bool = True, rows: list | None = None
+) -> list[int]:
+    """Five steps that do nothing but raise these signals; returns the steps after which a checkpoint was saved.
+
+    rows  takes the lines of the log of metrics
+    """
     saved: list[int] = []
     engine = SimpleNamespace(world_size=1, finite=finite, grad_norm=lambda: 1.0)
     config = tiny_config(train={"steps": 5, "log_every": 100, "eval_every": 0})
@@ -115,7 +120,10 @@ def run_steps(monkeypatch, log: Log, *, signals: dict[int, signal.Signals], fini
     writer = SimpleNamespace(poll=lambda: None, close=lambda: None, start=lambda done, state: saved.append(done) or [])
     monkeypatch.setattr(loop, "_losses", lambda *rest: {"loss": 1.0})
     monkeypatch.setattr(loop, "_evaluate", lambda *rest: {})
-    loader, totals = SimpleNamespace(step=lambda step: step + 1), SimpleNamespace(state=dict)
+    monkeypatch.setattr(loop, "tell_skipped", lambda *rest: "step {}, the {}-th in a row".format(*rest[-2:]))
+    monkeypatch.setattr(log, "step", (rows if rows is not None else []).append)
+    loader = SimpleNamespace(step=lambda step: step + 1)
+    totals = SimpleNamespace(state=dict, skipped=3, in_a_row=2)
     with StopSignal() as stop:
         loop._steps(config, Path("run"), engine, loader, SimpleNamespace(fingerprint=""), log, stop, totals, 0, writer)
     return saved
@@ -142,10 +150,10 @@ def test_a_second_ctrl_c_interrupts_at_once():
 def test_a_gradient_that_is_not_finite_is_said(monkeypatch):
     log = Log()
     assert run_steps(monkeypatch, log, signals={}, finite=False) == [5]
-    assert log.said[:2] == [f"step {n}: the gradient is not finite; nothing was updated" for n in (1, 2)]
-    log = Log()
-    run_steps(monkeypatch, log, signals={})
-    assert len(log.said) == 1
+    assert log.said[:2] == ["step 0, the 2-th in a row", "step 1, the 2-th in a row"]
+    log, rows = Log(), []
+    run_steps(monkeypatch, log, signals={}, rows=rows)
+    assert len(log.said) == 1 and rows[0]["skipped_steps"] == 3
 
 
 def test_the_warm_up_of_compiled_kernels_is_told():

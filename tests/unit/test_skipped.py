@@ -1,0 +1,96 @@
+"""Steps that are skipped: what is counted, what is said of them, and when the run ends.
+
+Faults tried, each seen to fail: the losses of skipped steps summed; the count in a row not started over, or neither
+kept by a checkpoint; another micro-batch's documents named; the limit of 0 taken as one; the checkpoint not named.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from corpora import build, config_for, mixed_records
+
+from sgtm.data.loader import Loader
+from sgtm.data.store import Corpus
+from sgtm.train import skipped
+from sgtm.train.loop import _losses
+from sgtm.train.step import LossTotals
+
+NAMES = ("unlabeled", "retain", "forget:es")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Corpus:
+    return build(tmp_path_factory.mktemp("skipped") / "corpus", mixed_records(120))
+
+
+def tell(monkeypatch, corpus, losses: list[list[float]], in_a_row: int = 1, limit: int = 3, run: str = "none") -> str:
+    """What rank 0 says of step 4 on as many ranks as `losses` has rows."""
+    config = config_for(micro_batch=2)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"max_skipped_steps": limit})})
+    engine = SimpleNamespace(losses=[], world_size=len(losses))
+    monkeypatch.setattr(skipped, "on_every_rank", lambda action: losses)
+    monkeypatch.setattr(skipped, "on_rank_zero", lambda action: action())
+    loader = Loader(corpus, config, 0, len(losses))
+    return skipped.tell_skipped(engine, loader, corpus, config, Path(run), 4, in_a_row)
+
+
+def named(corpus: Corpus, rank: int, index: int) -> list[str]:
+    """The documents of a micro-batch of step 4, as a message names them: every text begins with its number."""
+    documents = Loader(corpus, config_for(micro_batch=2)).documents(4, 0, 2 * index + rank)
+    categories = list(corpus.categories)
+    texts = [corpus.tokenizer.decode(corpus.tokens(document)[:8].tolist()) for document in documents]
+    of = [categories[corpus.documents["category"][document]] for document in documents]
+    return [f"{document} ({c}, '{t}" for document, c, t in zip(documents, of, texts, strict=True)]
+
+
+def test_the_worst_micro_batch_of_any_rank_is_named(monkeypatch, corpus):
+    said = tell(monkeypatch, corpus, [[1.0, 2.0], [0.5, math.nan]])
+    assert said.startswith("step 5: the loss is nan in micro-batch 2 of rank 1, which reads documents ")
+    assert all(name in said for name in named(corpus, 1, 1)[:5]) and said.endswith("; nothing was updated")
+    assert not any(name in said for name in named(corpus, 0, 1))
+    said = tell(monkeypatch, corpus, [[1.0, math.inf], [math.nan, 2.0]])
+    assert "the loss is inf in micro-batch 2 of rank 0 and 1 more micro-batches, which" in said
+    said = tell(monkeypatch, corpus, [[1.0, 3.0], [0.5, 2.0]])
+    assert "the gradient is not finite, the losses are; the largest is that of micro-batch 2 of rank 0, which" in said
+    assert all(name in said for name in named(corpus, 0, 1)[:5])
+
+
+def test_so_many_in_a_row_end_the_run_with_what_to_do(monkeypatch, corpus, tmp_path):
+    assert "nothing was updated" in tell(monkeypatch, corpus, [[math.nan]] * 2, in_a_row=2)
+    with pytest.raises(ValueError, match=r"^3 steps in a row were skipped.* step 5: the loss is nan") as stopped:
+        tell(monkeypatch, corpus, [[math.nan]] * 2, in_a_row=3)
+    assert "no checkpoint was saved before" in str(stopped.value)
+    (tmp_path / "checkpoints" / "step_00000002").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000002")
+    with pytest.raises(ValueError) as stopped:
+        tell(monkeypatch, corpus, [[math.nan]] * 2, in_a_row=4, run=str(tmp_path))
+    assert f"the last checkpoint is whole: {tmp_path / 'checkpoints' / 'step_00000002'}" in str(stopped.value)
+    assert f"-m sgtm train {tmp_path} --resume --train.max_skipped_steps 0" in str(stopped.value)
+    assert "nothing was updated" in tell(monkeypatch, corpus, [[math.nan]], in_a_row=9, limit=0)
+
+
+def test_skipped_steps_are_counted_and_their_losses_are_not():
+    totals, engine = LossTotals(3, torch.device("cpu")), SimpleNamespace(all_reduce_sum=torch.clone)
+
+    def step(*losses: float, finite: bool = True):
+        for loss in losses:
+            totals.add(torch.tensor([loss, 0.0, 0.0]), torch.tensor([1, 0, 0]))
+        totals.end_step(finite)
+
+    step(1.0, 2.0)
+    step(math.nan, 5.0, finite=False)
+    step(7.0, finite=False)
+    assert (totals.skipped, totals.in_a_row) == (2, 2)
+    kept = LossTotals(3, torch.device("cpu"))
+    kept.restore(totals.state())
+    assert (kept.skipped, kept.in_a_row) == (2, 2)
+    step(3.0)
+    assert (totals.skipped, totals.in_a_row) == (2, 0)
+    assert _losses(totals, engine, NAMES) == {"loss": 2.0, "loss/unlabeled": 2.0}
+    step(4.0, finite=False)
+    assert (totals.skipped, totals.in_a_row) == (3, 1) and math.isnan(_losses(totals, engine, NAMES)["loss"])
