@@ -30,9 +30,11 @@ import torch.distributed as dist
 from sgtm.config.schema import Config
 from sgtm.distributed.agree import on_every_rank
 from sgtm.distributed.env import device_type
+from sgtm.distributed.process_group import outlast_watchdog
 from sgtm.distributed.segments import Fragment, check_cover, fragments, full_numel, segment_tables
 from sgtm.distributed.storage import PARTS, Stored
 from sgtm.distributed.universal import universal_info
+from sgtm.distributed.watchdog import enter
 from sgtm.distributed.writer import BackgroundWriter
 from sgtm.train.optim import SegmentedAdamW
 from sgtm_kernels.dispatch import resolve
@@ -116,6 +118,7 @@ class Engine:
                 config=deepspeed_config(config, self.world_size, sum(numels.values())),
                 dist_init_required=False,
             )
+        outlast_watchdog(config)
         # It would put its recovery script beside every checkpoint; ours is sgtm/distributed/storage.py.
         _replace(self._deepspeed, "_copy_recovery_script", lambda path: None)
         self.device = torch.device(self._deepspeed.device)
@@ -145,6 +148,7 @@ class Engine:
         return self._deepspeed.optimizer is self.optimizer
 
     def __call__(self, *args, **kwargs):
+        enter("forward" if self.module.training else "evaluation")
         return self._deepspeed(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -155,6 +159,7 @@ class Engine:
         """
         if self.is_boundary:
             raise RuntimeError(f"backward called more than {self.accumulation} times without step")
+        enter("backward")
         factor = self.world_size if self.config.distributed.zero_stage == 3 else 1
         # Multiplied by 1 too: a hook of DeepSpeed on the forward's own output divides by the accumulation whatever
         # `scale_wrt_gas` says, unless the loss is a tensor computed from it (0.19.8).
@@ -173,6 +178,7 @@ class Engine:
         """
         if not self.is_boundary:
             raise RuntimeError(f"step called after {self._micro_batches} of {self.accumulation} micro-batches")
+        enter("optimizer")
         self.optimizer.begin_step(live, lr)
         if self._plain:
             self._clip()

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from sgtm.config.schema import Config
+from sgtm.distributed import watchdog
 from sgtm.distributed.env import (
     Launch,
     cpu_threads,
@@ -27,8 +28,9 @@ _joined: Launch | None = None
 def init_distributed(config: Config) -> Launch:
     """Join the process group: alone, or where a launcher has put this process. Called again it returns the same.
 
-    A collective that takes longer than `distributed.timeout_minutes` ends the run. Raises ValueError for an environment
-    that only half describes a launch and for more ranks than GPUs, ConnectionError where the ranks do not meet.
+    A rank that then does not move for `distributed.timeout_minutes` ends the run (watchdog.py). Raises ValueError for
+    an environment that only half describes a launch and for more ranks than GPUs, ConnectionError where the ranks do
+    not meet.
     """
     global _joined
     if not dist.is_initialized():
@@ -57,6 +59,9 @@ def _join(config: Config) -> Launch:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         _meet(launch, backend, timeout)
+        outlast_watchdog(config)
+        if launch.world_size > 1:
+            watchdog.start(launch.rank, launch.world_size, config.distributed.timeout_minutes)
     atexit.register(leave_distributed)
     return launch
 
@@ -72,11 +77,22 @@ def _meet(launch: Launch, backend: str, timeout: timedelta) -> None:
         ) from None
 
 
+def outlast_watchdog(config: Config) -> None:
+    """Let collectives wait a minute longer than the watchdog, which has more to say.
+
+    DeepSpeed's groups have torch's own timeouts: 10 minutes with NCCL, whatever the config says.
+    """
+    timeout = timedelta(minutes=config.distributed.timeout_minutes + 1)
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
 def leave_distributed() -> None:
     """Leave the process group at the end of the process.
 
     Without a barrier, and not with NCCL, where it can wait for ranks that have failed.
     """
+    watchdog.leave(0)
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
 
@@ -86,9 +102,14 @@ def end_rank(status: int) -> None:
 
     gloo's threads live on while anything holds the group, as DeepSpeed does, and one that asks for the interpreter
     while that is torn down aborts a run which has ended well ("terminate called without an active exception").
+    A rank that has failed ends at once with any backend, as leaving the group may wait for the others.
     """
-    if dist.is_initialized() and dist.get_backend() == "gloo" and dist.get_world_size() > 1:
-        atexit._run_exitfuncs()
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    watchdog.leave(status)
+    if status or dist.get_backend() == "gloo":
+        if not status:
+            atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -26,6 +26,7 @@ from sgtm.distributed.agree import on_rank_zero, together
 from sgtm.distributed.engine import Engine
 from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.segments import full_numel
+from sgtm.distributed.watchdog import enter
 from sgtm.evaluate.losses import Losses, category_losses
 from sgtm.files import write_atomically
 from sgtm.model.transformer import Transformer
@@ -87,6 +88,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
             log.say(f"{run} has no checkpoint: training from the beginning")
         writer = CheckpointWriter(engine, run, config, corpus.fingerprint)
         _steps(config, run, engine, loader, corpus, log, stop, totals, start, writer)
+    enter(None)
     return run
 
 
@@ -106,6 +108,7 @@ def _steps(
     seconds, logged = log.seconds, start
     for step in range(start, every.steps):
         began = time.perf_counter()
+        enter("data", step + 1)
         lr = learning_rate(step, config.optimizer, every.steps)
         train_step(engine, loader.step(step), config.tables, lr, totals)
         done = step + 1
@@ -129,6 +132,7 @@ def _steps(
                     "skipped_steps": totals.skipped,
                 }
             )
+        enter("checkpoint")
         log.checkpoint(writer.poll())
         if last or stopping or (every.checkpoint_every and done % every.checkpoint_every == 0):
             for saved in writer.start(done, totals.state()):

@@ -1,0 +1,270 @@
+"""A thread in every rank that knows who is alive and how far: a run that hangs or loses a rank says so and ends.
+
+Each second it writes where its rank is to the store of the process group, and reads there whether the run is ending. It
+takes no part in collectives and asks the device nothing, so it works while the main thread waits in one. The run ends
+where a rank has not moved for `distributed.timeout_minutes` (every rank that is alive says where it waits, and where
+the others are) and where one has died (its own error comes first; each other says in one line whom it has lost).
+
+Time is counted in beats of this thread; what the wall clock says is nowhere asked.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+BEAT = 1.0  # seconds
+LISTEN = 3 * BEAT  # who has not been heard for so long is gone, or stopped
+GONE, LEFT, END = "gone", "left", "end"
+NO_STORE = "the store of the run does not answer: rank 0 or its launcher has ended"
+
+_watchdog: Watchdog | None = None
+
+
+def enter(phase: str | None, step: int | None = None) -> None:
+    """The main thread says what it does now, from 1 counted; None: nothing that others wait for."""
+    if _watchdog is not None:
+        _watchdog.place = (phase, _watchdog.place[1] if step is None else step)
+
+
+def start(rank: int, world_size: int, minutes: float) -> None:
+    """Watch this rank, one of a process group that is up, from now on."""
+    global _watchdog
+    _watchdog = Watchdog(_connect(), rank, world_size, 60 * minutes)
+
+
+def leave(status: int) -> None:
+    """This rank ends now; the others learn whether as it should."""
+    if _watchdog is not None:
+        _watchdog.leave(status)
+
+
+class Watchdog:
+    """See above. store: of the ranks, used by nobody else. limit: seconds that a rank may stay in one place."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, limit: float):
+        self.store, self.rank, self.world_size, self.limit = store, rank, world_size, limit
+        self.place: tuple[str | None, int] = ("start", 0)
+        self.waited = self.deaf = 0.0
+        self.beats = 0
+        self.speaking, self.stopped = threading.Lock(), threading.Event()
+        self.me = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
+        self.previous, sys.excepthook = sys.excepthook, self._excepthook
+        faulthandler.enable()  # a crash in C shows its stack
+        self.neighbours: dict[int, dict] | None = None
+        self.thread = threading.Thread(target=self._watch, name="sgtm-watchdog", daemon=True)
+        self.thread.start()
+
+    def leave(self, status: int) -> None:
+        if self.stopped.is_set():
+            return
+        try:
+            if status:
+                self._end_run(GONE, self.rank, f"ended with exit status {status}")
+            self.stopped.set()
+            self.store.set(str(self.rank), LEFT)
+        except RuntimeError:
+            self.stopped.set()  # nobody is left to tell
+        faulthandler.cancel_dump_traceback_later()
+        self.thread.join(LISTEN)  # the interpreter must not be torn down under it
+
+    def _watch(self) -> None:
+        seen, last, before, listened = self.place, time.monotonic(), {}, 0.0
+        note: dict | None = None
+        while not self.stopped.wait(BEAT):
+            now, place = time.monotonic(), self.place
+            passed, last = min(now - last, 5 * BEAT), now
+            self.waited = self.waited + passed if place is seen and place[0] is not None else 0.0
+            seen = place
+            # Should this thread itself be held up, by C code that keeps the interpreter or by the store's network:
+            faulthandler.dump_traceback_later(min(self.limit, 1e6) + 60, exit=True)
+            try:
+                self._beat()
+                self.deaf = 0.0
+                if place[0] is None:  # this rank has done its part
+                    continue
+                if note is None:
+                    note, listened = self._note() or self._dead_neighbour() or self._stuck(), 0.0
+                    before = self._heard() if note else {}
+                listened += passed
+                if note and listened > LISTEN:
+                    self._end(note, before)
+            except RuntimeError:
+                self.deaf += passed
+                if self.deaf > 10 * LISTEN and place[0] is not None:
+                    self._end(note or {"kind": GONE, "rank": None, "text": NO_STORE}, None)
+                with suppress(RuntimeError):
+                    self.store = _connect()
+
+    def _beat(self) -> None:
+        self.beats += 1
+        phase, step = self.place
+        state = {"beats": self.beats, "phase": phase, "step": step, "waited": self.waited}
+        self.store.set(str(self.rank), json.dumps(self.me | state))
+
+    def _note(self) -> dict | None:
+        """Why the run ends, once any rank knows."""
+        return json.loads(self.store.get(END)) if self.store.check([END]) else None
+
+    def _end_run(self, kind: str, rank: int | None, text: str) -> dict:
+        """Tell all ranks why the run ends; the first word stands."""
+        note = json.dumps({"kind": kind, "rank": rank, "text": text})
+        return json.loads(self.store.compare_set(END, "", note))
+
+    def _stuck(self) -> dict | None:
+        return self._end_run(END, self.rank, "the run hangs") if self.waited > self.limit else None
+
+    def _heard(self) -> dict[int, dict | None]:
+        """What the ranks have last said, by rank; without those that have ended well. None: nothing yet."""
+        said = {r: self.store.get(str(r)) if self.store.check([str(r)]) else b"null" for r in range(self.world_size)}
+        return {rank: json.loads(text) for rank, text in said.items() if text != LEFT.encode()}
+
+    def _dead_neighbour(self) -> dict | None:
+        """A rank of this machine whose process is gone though it has not left."""
+        if self.neighbours is None:
+            if not self.store.check([str(rank) for rank in range(self.world_size)]):
+                return None
+            heard = {rank: said for rank, said in self._heard().items() if said and rank != self.rank}
+            self.neighbours = {r: said for r, said in heard.items() if said["machine"] == self.me["machine"]}
+            return None
+        for rank, said in self.neighbours.items():
+            how = _death(said["pid"])
+            if how:
+                text = f"{how} (pid {said['pid']} on {said['host']})"
+                try:
+                    if self.store.get(str(rank)) != LEFT.encode():
+                        return self._note() or self._end_run(GONE, rank, text)
+                except RuntimeError:  # it held the store
+                    return {"kind": GONE, "rank": rank, "text": text}
+        return None
+
+    def _excepthook(self, kind, error, trace) -> None:
+        """Of a rank that has lost another, one line; of any other error, its traceback, before the others learn it."""
+        if not _connection_lost(error):
+            self.previous(kind, error, trace)
+            first = (str(error).splitlines() or [""])[0]
+            with suppress(RuntimeError):
+                self._end_run(GONE, self.rank, f"{kind.__name__}: {first}")
+            return
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of the launcher, which has noticed too
+        note, until = None, time.monotonic() + LISTEN
+        try:
+            before = self._heard()
+            while note is None and time.monotonic() < until:
+                note = self._note() or self._dead_neighbour()
+                time.sleep(BEAT / 50)
+            if note is None:
+                silent = self._silent(before)
+                who = f"no sign of life from {_ranks(silent)}; " if silent else ""
+                note = {"kind": GONE, "rank": None, "text": f"{who}{str(error).splitlines()[0]}"}
+        except RuntimeError:
+            time.sleep(BEAT)
+            note = self._dead_neighbour() or {"kind": GONE, "rank": None, "text": NO_STORE}
+        if note["kind"] == END:
+            time.sleep(4 * LISTEN)  # the diagnosis is being made, and ends this process
+        self._say(self._lost(note))
+
+    def _end(self, note: dict, before: dict[int, dict | None] | None) -> None:
+        """The end of this rank where its main thread does not come to it; before: what was heard some beats ago."""
+        if note["kind"] == GONE or before is None:
+            self._say(self._lost(note))
+        silent = self._silent(before)
+        self._say(self._diagnosis(silent), silent)
+
+    def _lost(self, note: dict) -> str:
+        who = "another rank" if note["rank"] is None else f"rank {note['rank']}"
+        return f"error: rank {self.rank}: lost {who}: {note['text']}"
+
+    def _silent(self, before: dict[int, dict | None]) -> list[int]:
+        return [rank for rank, said in self._heard().items() if said == before.get(rank) and rank != self.rank]
+
+    def _wake(self, silent: list[int]) -> None:
+        """End the silent ranks of this machine, each with its stack: a launcher waits long for one that is stopped."""
+        here = {self.rank, *(self.neighbours or ())}
+        if self.rank == min(here - set(silent)):
+            for rank in here & set(silent):
+                with suppress(ProcessLookupError):
+                    os.kill(self.neighbours[rank]["pid"], signal.SIGABRT)
+                    os.kill(self.neighbours[rank]["pid"], signal.SIGCONT)
+
+    def _diagnosis(self, silent: list[int]) -> str:
+        """What every rank says of a run that hangs."""
+        where: dict[str, list[int]] = {}
+        for rank, said in self._heard().items():
+            if rank != self.rank:
+                text = f"step {said['step']}, {said['phase']}" if said else "not started"
+                if said and rank in silent:
+                    text = f"last heard of in {text}; no sign of life (pid {said['pid']} on {said['host']})"
+                where.setdefault(text, []).append(rank)
+        phase, step = self.place
+        stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])
+        return "".join(
+            [
+                f"error: rank {self.rank}: the run hangs: {self.waited / 60:.1f} minutes in step {step}, {phase} "
+                f"(distributed.timeout_minutes {self.limit / 60:g})\n",
+                *(f"  {_ranks(ranks)}: {text}\n" for text, ranks in where.items()),
+                f"rank {self.rank} waits here:\n",
+                *stack,
+            ]
+        ).rstrip("\n")
+
+    def _say(self, text: str, silent: list[int] | None = None) -> None:
+        """The last words of this rank, said by whichever thread comes first; then it ends, where the run hangs after
+        the others have said theirs, which would be another thing once it has ended.
+        """
+        with self.speaking:
+            os.write(2, f"{text}\n".replace("\n  ", f"\n[rank{self.rank}]:   ").encode())
+            if silent is not None:
+                time.sleep(LISTEN)
+                self._wake(silent)
+            os._exit(1)
+
+
+def _connection_lost(error: BaseException) -> bool:
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    numbers = list(ranks)
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def _connect() -> dist.Store:
+    """The store of the process group by a connection of its own: the main thread may block the other."""
+    store = dist.distributed_c10d._get_default_store().clone()
+    store.set_timeout(timedelta(seconds=30))
+    return dist.PrefixStore("watchdog", store)
+
+
+def _machine() -> str:
+    """Equal for processes that see each other's numbers."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return f"{socket.gethostname()} {os.getpid()}"
+
+
+def _death(pid: int) -> str:
+    """How a process of this machine has ended, as far as the system tells; empty for one that runs."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return "died without a word"
+    if fields[0] not in "ZX":
+        return ""
+    code = int(fields[49]) if len(fields) > 49 else 0  # exit_code of proc(5), which only its own user may read
+    number = code & 0x7F
+    return f"killed by {signal.Signals(number).name}" if number else f"ended with exit status {code >> 8}"

@@ -1,0 +1,61 @@
+"""Ranks that add up a number in each step as a run does, one of which breaks: python ranks.py HOW RANK."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from sgtm import cli
+from sgtm.__main__ import run
+from sgtm.config import load_config
+from sgtm.distributed.process_group import init_distributed
+from sgtm.distributed.watchdog import enter
+
+STEP = 40
+
+
+def hold_the_interpreter() -> None:
+    ctypes.PyDLL(None).sleep(600)
+
+
+def raise_error(error: Exception) -> None:
+    raise error
+
+
+BREAK = {
+    "raise": lambda: raise_error(RuntimeError("a bug of this rank")),
+    "refuse": lambda: raise_error(OSError("the disk of this rank is full")),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "exit": lambda: os._exit(3),
+    "crash": lambda: ctypes.string_at(0),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "sleep": lambda: time.sleep(600),
+    "hold": hold_the_interpreter,
+    "finish": lambda: None,
+}
+
+
+def train(options) -> int:
+    signal.signal(signal.SIGTERM, lambda *args: None)  # as StopSignal does in a run
+    launch = init_distributed(load_config("debug", ["--distributed.timeout_minutes=0.05"]))
+    for step in range(1, STEP + 3):
+        enter("forward", step)
+        if step == STEP and launch.rank == int(sys.argv[2]):
+            BREAK[sys.argv[1]]()
+        enter("backward")
+        dist.all_reduce(torch.ones(1))
+        time.sleep(0.05)
+    enter(None)
+    time.sleep(2 if launch.rank == 1 else 0)  # some end later
+    return 0
+
+
+if __name__ == "__main__":
+    cli._dispatch = train
+    sys.exit(run())

@@ -1,0 +1,113 @@
+"""A rank that dies or hangs ends the run in seconds, with what happened to it said first and once.
+
+Real processes under torchrun, and by hand, where rank 0 holds the store. Faults tried, each seen to fail: no watchdog; a rank that
+hangs left to the launcher; the error told to the others before it is printed; processes not looked after.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("ranks.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+
+
+def broken(how: str, rank: int = 1) -> list[str]:
+    """Lines of the output of three ranks, one of which breaks, without torchrun's own words."""
+    began = time.monotonic()
+    command = [*TORCHRUN, str(SCRIPT), how, str(rank)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=100)
+    assert done.returncode == (0 if how == "finish" else 1), done.stdout
+    assert time.monotonic() - began < 50, done.stdout
+    said = re.split(r"^E\d{4} .* failed \(", done.stdout, maxsplit=1, flags=re.MULTILINE)[0]
+    return [line for line in said.splitlines() if not re.match(r"W\d{4} ", line)]
+
+
+@pytest.mark.parametrize(
+    ("how", "first", "known"),
+    [
+        ("refuse", "error: rank 1: the disk of this rank is full", "ended with exit status 2"),
+        ("kill", None, r"killed by SIGKILL \(pid \d+ on \S+\)"),
+    ],
+)
+def test_others_say_in_one_line_whom_they_lost(how, first, known):
+    lines = broken(how)
+    if first:
+        assert lines.pop(0) == first
+    assert len(lines) == 2, lines
+    for rank in (0, 2):
+        assert any(re.fullmatch(f"error: rank {rank}: lost rank 1: {known}", line) for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("how", "first", "known"),
+    [
+        ("raise", "Traceback (most recent call last):", "RuntimeError: a bug of this rank"),
+        ("crash", "Fatal Python error: Segmentation fault", "killed by SIGSEGV"),
+    ],
+)
+def test_the_stack_of_the_broken_rank_comes_first_and_is_the_only_one(how, first, known):
+    lines = broken(how)
+    assert lines[0].removeprefix("[rank1]: ") == first, lines
+    assert all(f"error: rank {rank}: lost rank 1: {known}" in "\n".join(lines[-2:]) for rank in (0, 2)), lines
+    assert "\n".join(lines).count(first) == 1
+
+
+def stacks(lines: list[str]) -> dict[str, str]:
+    """What each rank has said, and the rest."""
+    text = "\n".join(lines)
+    parts = re.split(r"^error: rank (\d): the run hangs", text, flags=re.MULTILINE)
+    return {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+
+
+@pytest.mark.parametrize("how", ["stop", "hold"])
+def test_a_rank_that_gives_no_sign_of_life_is_diagnosed(how):
+    said = stacks(broken(how))
+    assert sorted(said) == ["", "0", "2"]
+    for rank, other in (("0", "2"), ("2", "0")):
+        assert re.search(r"rank 1: last heard of in step \d+, \w+; no sign of life \(pid \d+ on ", said[rank]), said
+        assert f"rank {other}: step 40, backward\n" in said[rank]
+        assert "minutes in step 40, backward (distributed.timeout_minutes 0.05)" in said[rank]
+        assert "dist.all_reduce(torch.ones(1))" in said[rank]
+    last = max(said.values(), key=lambda text: "Fatal Python error: Aborted" in text)
+    assert ("in hold_the_interpreter" if how == "hold" else "in train") in last.partition("Fatal")[2], "its own stack"
+
+
+def test_a_rank_that_goes_elsewhere_says_where():
+    said = stacks(broken("sleep"))
+    assert sorted(said) == ["", "0", "1", "2"] and "Fatal" not in said["1"]
+    assert "minutes in step 40, forward" in said["1"] and "time.sleep(600)" in said["1"]
+    assert "ranks 0, 2: step 40, backward\n" in said["1"]
+    assert "rank 1: step 40, forward\n" in said["0"]
+
+
+def test_ranks_that_end_well_say_nothing():
+    assert broken("finish") == []
+
+
+def test_rank_0_takes_the_store_with_it():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), "exit", "0"],
+            env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    output, _ = ranks[1].communicate(timeout=60)
+    assert ranks[1].returncode == 1
+    lines = [line for line in output.splitlines() if line.startswith("error")]
+    assert len(lines) == 1 and "Traceback" not in output, output
+    assert re.fullmatch(r"error: rank 1: lost rank 0: ended with exit status 3 \(pid \d+ on \S+\)", lines[0]), output
+    assert ranks[0].communicate(timeout=20) and ranks[0].returncode == 3
