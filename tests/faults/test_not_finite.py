@@ -1,0 +1,93 @@
+"""A run on two ranks whose loss is infinite on one of them, while the clock of the machine jumps.
+
+Faults tried, each seen to fail: the limit not heeded; the count not kept by a checkpoint; the losses of skipped steps
+logged; the time of training read from the clock.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+
+from sgtm.distributed.testing import run_ranks
+
+OPTIONS = ["--train.steps=8", "--train.checkpoint_every=2", "--train.max_skipped_steps=3", "--distributed.zero_stage=2"]
+
+
+def train_with_infinite_losses(runs: str) -> dict:
+    """One run that meets one such step, one that meets nothing else from its third step on, and that one resumed."""
+    from sgtm.config import load_config
+    from sgtm.distributed.engine import Engine
+    from sgtm.train.checkpoint import find_latest, verify
+    from sgtm.train.loop import train
+
+    clock = iter(range(10**9, 0, -3600))
+    time.time = lambda: float(next(clock))
+    bad: set[int] = set()
+    steps, inner = [0], Engine.backward
+
+    def backward(engine, loss):
+        number = steps[0] // engine.accumulation  # the dry run is step 0
+        steps[0] += 1
+        inner(engine, loss + math.inf if number in bad and engine.rank == 1 else loss)
+
+    Engine.backward = backward
+
+    def run(name: str, wrong: set[int], *options: str, resume: bool = False) -> Path:
+        bad.clear()
+        bad.update(wrong)
+        steps[0] = 0
+        return train(load_config("debug", [f"--runs={runs}", f"--name={name}", *OPTIONS, *options]), resume=resume)
+
+    run("once", {3})
+    found: dict = {}
+    try:
+        run("ever", set(range(3, 99)))
+    except ValueError as error:
+        found["stopped"], found["by"] = str(error), error.rank
+    latest = find_latest(Path(runs, "ever"))
+    verify(latest)
+    found["latest"] = latest.name
+    run("ever", {1}, "--train.max_skipped_steps=0", resume=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, list[dict]]:
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, run_ranks(train_with_infinite_losses, 2, str(folder), timeout=250)
+
+
+def lines(run: Path) -> list[dict]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] == "step"]
+
+
+def test_a_skipped_step_is_counted_and_training_goes_on(runs):
+    found = lines(runs[0] / "once")
+    assert [line["skipped_steps"] for line in found] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert [line["loss"] is None for line in found] == [line["step"] == 3 for line in found]
+    assert found[2]["grad_norm"] is None and found[3]["grad_norm"] > 0
+
+
+def test_so_many_in_a_row_stop_all_ranks_with_the_documents(runs):
+    first, second = runs[1]
+    assert first == second and first["by"] == 0
+    assert "3 steps in a row were skipped" in first["stopped"]
+    assert "step 5: the loss is inf in micro-batch 1 of rank 1" in first["stopped"]
+    assert f"the last checkpoint is whole: {runs[0] / 'ever/checkpoints/step_00000004'}" in first["stopped"]
+    assert first["latest"] == "step_00000004"
+
+
+def test_resumed_it_goes_on_counting(runs):
+    """From the checkpoint in the middle of the bad steps, which holds their count; one more is bad."""
+    assert [line["skipped_steps"] for line in lines(runs[0] / "ever")] == [0, 0, 1, 2, 3, 3, 3, 3]
+
+
+def test_seconds_of_training_go_forward(runs):
+    for line in lines(runs[0] / "once") + lines(runs[0] / "ever"):
+        assert 0 < line["seconds"] < 200 and line["tokens_per_second"] > 0
