@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,7 +14,8 @@ from typing import BinaryIO
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when the block ends: flushed to the disk, then renamed.
 
-    An error in the block leaves `path` as it was; a killed process also leaves a file whose name ends in `.tmp`.
+    An error in the block leaves `path` as it was; a killed process also leaves a file whose name ends in `.tmp`. An
+    OSError, as of a full disk, names `path`.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -23,8 +24,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (Exception, KeyboardInterrupt):
-        temporary.unlink(missing_ok=True)
+    except (Exception, KeyboardInterrupt) as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)
         raise
 
 

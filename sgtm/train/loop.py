@@ -19,7 +19,6 @@ import torch
 from sgtm.config import Config
 from sgtm.config.load import save_config
 from sgtm.data.loader import Loader, only_forget
-from sgtm.data.open import open_corpus
 from sgtm.data.store import Corpus
 from sgtm.data.summary import ONLY_FORGET
 from sgtm.distributed.agree import on_rank_zero, together
@@ -31,6 +30,7 @@ from sgtm.evaluate.losses import Losses, category_losses
 from sgtm.files import write_atomically
 from sgtm.model.transformer import Transformer
 from sgtm.train.checkpoint import remove_unfinished
+from sgtm.train.data import open_everywhere
 from sgtm.train.dry_run import dry_run
 from sgtm.train.metrics import MetricsLog
 from sgtm.train.resume import find_whole, load_checkpoint, resume_command
@@ -60,7 +60,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     began = time.perf_counter()
     dry_run(engine, config.tables)
     warm_up = time.perf_counter() - began
-    corpus = _open_everywhere(config)
+    corpus = open_everywhere(config, launch)
     if latest is None and config.train.init_from:
         from sgtm.model.pretrained import check_tokenizer
 
@@ -186,12 +186,6 @@ def _initial_model(config: Config, load: bool) -> Transformer:
 
         model.load_state_dict(together(lambda: load_pretrained(folder, config.model, config.partition)))
     return model
-
-
-def _open_everywhere(config: Config) -> Corpus:
-    """The corpus on every rank, after rank 0 has written it where it is a synthetic one and not there yet."""
-    on_rank_zero(lambda: str(open_corpus(config).path))
-    return together(lambda: open_corpus(config, "sizes"))  # rank 0 has checked the hashes
 
 
 def _refuse(run: Path, resume: bool, overwrite: bool) -> None:

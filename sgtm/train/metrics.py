@@ -14,6 +14,7 @@ import json
 import math
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -62,7 +63,8 @@ class MetricsLog:
             return
         if self.progress:
             self.progress.stop()
-        self.file.close()
+        with suppress(OSError):  # what could not be written has been said
+            self.file.close()
         if self.wandb:
             self.wandb.finish(exit_code=int(error[0] is not None))
 
@@ -101,7 +103,13 @@ class MetricsLog:
             (self.progress.console if self.progress else self.console).print(text, highlight=False, soft_wrap=True)
 
     def _write(self, line: dict) -> None:
-        self.file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+        try:
+            self.file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+        except OSError as error:
+            raise OSError(
+                f"{self.path} could not be written: {error.strerror}; the checkpoints are as they were. Go on with "
+                f"--resume when it can be"
+            ) from error
         if self.wandb and line["kind"] != "checkpoint":  # in place steps later, and wandb takes steps in order only
             flat = {f"eval/{k}/{c}": v for k, by in line.get("losses", {}).items() for c, v in by.items()}
             self.wandb.log({k: v for k, v in {**line, **flat}.items() if isinstance(v, int | float)}, step=line["step"])

@@ -41,8 +41,9 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as error:
         write_atomically(path, "after")
+    assert error.value.filename == str(path), "the file that was meant"
     assert path.read_text() == "before" and os.listdir(tmp_path) == ["file"]
 
 
