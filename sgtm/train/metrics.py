@@ -14,6 +14,7 @@ import json
 import math
 import os
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from sgtm.config.schema import Config
 from sgtm.files import write_atomically
 from sgtm.train.saving import Saved
+
+WANDB_START, WANDB_FINISH = 30, 60
+"""Seconds that wandb's server gets to answer the start of a run, and to take the rest at its end."""
 
 
 class MetricsLog:
@@ -41,13 +45,14 @@ class MetricsLog:
 
         Raises ValueError where wandb refuses, before `metrics.jsonl` is touched.
         """
-        self.wandb = _start_wandb(self.run, self.config)
+        self.console = Console()
+        self.progress = None
+        self.wandb = _start_wandb(self.run, self.config, self.say)
         self.path = self.run / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["step"] <= self.start]
         self.seconds = max((line["seconds"] for line in kept if line["kind"] == "step"), default=0.0)
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = self.path.open("a", buffering=1)
-        self.console = Console()
         self.progress = _progress(self.console) if self.console.is_terminal else None
         if self.progress:
             self.task = self.progress.add_task("", total=self.config.train.steps, completed=self.start, text="")
@@ -148,10 +153,12 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _start_wandb(run: Path, config: Config):
+def _start_wandb(run: Path, config: Config, say: Callable[[str], None]):
     """The wandb run, or None. `offline` writes below the run directory, to be synced later with `wandb sync`.
 
-    Its id is kept in the run directory, so that a resumed run goes on in the same wandb run.
+    Its id is kept in the run directory, so that a resumed run goes on in the same wandb run. A server that does not
+    answer never holds up training: the run is then an offline one, and what is not taken at the end stays on the disk.
+    Raises ValueError where there is no login.
     """
     if config.wandb.mode == "off":
         return None
@@ -161,19 +168,32 @@ def _start_wandb(run: Path, config: Config):
     w, kept = config.wandb, run / "wandb.id"
     if not kept.exists():
         write_atomically(kept, secrets.token_hex(4) + "\n")
-    try:
+
+    def start(mode: str):
         return wandb.init(
             project=w.project,
             entity=w.entity,
             name=config.name,
             id=kept.read_text().strip(),
             resume="allow",
-            mode=w.mode,
+            mode=mode,
             dir=str(run),
             config=config.model_dump(mode="json"),
             allow_val_change=True,  # what a resumed run may change
+            settings=wandb.Settings(init_timeout=WANDB_START, finish_timeout=WANDB_FINISH),
         )
+
+    try:
+        return start(w.mode)
     except wandb.Error as error:
+        unreachable = isinstance(error, wandb.errors.CommError)
+        if unreachable and not isinstance(error, wandb.errors.AuthenticationError):
+            reason = str(error).splitlines()[-1]
+            say(
+                f"warning: wandb's server does not answer ({reason}); logging offline: wandb sync {run}/wandb/offline-*"
+            )
+            wandb.teardown()  # its service holds the id of the failed run
+            return start("offline")
         raise ValueError(
             f"wandb.mode {w.mode}: {error}; log in with `wandb login`, or set wandb.mode offline"
         ) from None

@@ -1,4 +1,7 @@
-"""An offline wandb run, read back through wandb's own messages, holds what metrics.jsonl holds, also when resumed."""
+"""An offline wandb run, read back through wandb's own messages, holds what metrics.jsonl holds, also when resumed.
+
+Fault tried, seen to fail: the id of a start that failed not given back.
+"""
 
 from __future__ import annotations
 
@@ -105,3 +108,18 @@ def test_online_without_a_login_is_one_message(tmp_path: Path):
     assert done.returncode == 2, done.stderr
     assert "wandb.mode online: " in done.stderr and "wandb login" in done.stderr and "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["synthetic-512"]
+
+
+def test_a_server_that_does_not_answer_is_one_warning(tmp_path: Path):
+    """Logged in, but nobody listens: the run is an offline one, to be synced later, and trains as any other."""
+    code = "from sgtm.train import metrics; metrics.WANDB_START = 3; from sgtm.__main__ import run; exit(run())"
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "debug", f"--runs={tmp_path}", "--wandb.mode=online", "--train.steps=2"],
+        env={**environ, "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("warning: wandb's server does not answer") == 1 and "Traceback" not in done.stderr
+    (rows,) = [rows for _, rows in read_segments(tmp_path / "debug") if rows]
+    assert {row["_step"] for row in rows} == {1, 2}
