@@ -195,7 +195,7 @@ class DistributedConfig(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     timeout_minutes: PositiveFloat = 30
-    """How long a collective may take before the run ends with an error."""
+    """How long a rank may stay in one place, as in a collective, before the run ends with a diagnosis."""
 
 
 class KernelsConfig(Section):
