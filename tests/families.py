@@ -9,8 +9,9 @@ from functools import partial
 
 import torch
 
-from sgtm.config.schema import ModelConfig
+from sgtm.config.schema import Config, ModelConfig
 from sgtm.data.batch import IGNORE, Batch
+from sgtm.distributed.segments import full_numel
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition, build_partition
 from sgtm.masking.strategy import build_tables
@@ -191,3 +192,56 @@ def assert_promise(model: Transformer, batches: list[Batch], tables: Tables, bef
         same = torch.equal(old, after[key, name, start])
         promised = contribution(tables, key, label) == 0
         assert same == promised, f"{name} ({key}): {'changes' if promised else 'does not learn'} with {label}"
+
+
+def run_config(
+    stage: int,
+    family: str,
+    backend: str,
+    mixing: str,
+    *,
+    strategy: str = "sgtm+masked",
+    precision: str = "fp32",
+    offload: bool = False,
+    grad_clip: float = 0.0,
+) -> Config:
+    """A run whose steps are those of `random_step(mixing)` and whose model is `model_of(family, backend)`."""
+    batches, shape = random_step(mixing), FAMILIES[family]
+    name, _, joint = strategy.partition("+")
+    sequences = len(batches[0].input_ids)
+    return Config.model_validate(
+        {
+            "model": shape.model_dump(),
+            "masking": {
+                "domains": list(SPACE.domains),
+                "strategy": name,
+                "joint": joint or "free",
+                "forget_heads": shape.heads // shape.num_kv_heads,
+                "forget_neurons": {"bio": 3, "code": 1},
+            },
+            "optimizer": {"lr": 1e-2, "warmup_steps": 0, "grad_clip": grad_clip},
+            "train": {
+                "steps": 8,
+                "tokens_per_step": len(batches) * sequences * CONTEXT,
+                "micro_batch": sequences,
+                "precision": precision,
+            },
+            "data": {"mixing": mixing, "micro_blocks": 2},
+            "kernels": {"backend": backend},
+            "distributed": {"zero_stage": stage, "offload_optimizer": offload},
+        }
+    )
+
+
+def state_of(engine) -> dict:
+    """Weights and moments of an engine by (key, (what, parameter, first element)); 0 where another rank owns them."""
+    state = {}
+    numels = {name: full_numel(p) for name, p in engine.module.named_parameters()}
+    for what in ("weight", "exp_avg", "exp_avg_sq"):
+        flat = {name: torch.zeros(numel) for name, numel in numels.items()}
+        for tensor, offset, name, start, end in engine.fragments:
+            source = tensor if what == "weight" else engine.optimizer.state[tensor][what]
+            flat[name][start:end] = source.detach().reshape(-1)[offset : offset + end - start]
+        for (key, name, start), piece in by_key(engine.module, flat).items():
+            state[key, (what, name, start)] = piece
+    return state

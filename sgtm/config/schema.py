@@ -194,8 +194,16 @@ class DistributedConfig(Section):
     """How DeepSpeed shards the run."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: bool = False
+    """Keep the fp32 weights and both moments in the memory of the host and update them there (ZeRO 1 to 3)."""
     timeout_minutes: PositiveFloat = 30
     """How long a rank may stay in one place, as in a collective, before the run ends with a diagnosis."""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer: ZeRO 0 keeps the optimizer with the weights; set zero_stage 1, 2 or 3")
+        return self
 
 
 class KernelsConfig(Section):

@@ -13,6 +13,22 @@ ranks:
 ZeRO 0 in bf16: DeepSpeed's own accumulates and reduces gradients in bf16, so that contributions of late micro-batches
 are lost. That combination runs as its bf16 optimizer with fp32 gradients instead, which DeepSpeed files under ZeRO 1:
 weights and gradients are replicated as in ZeRO 0, only the fp32 copy and the moments are sharded.
+
+`distributed.offload_optimizer`: the optimizer's tensors are in the host's memory and AdamW runs there, by `runs` where
+the kernels are Triton's. All of the above holds with it. It has been run on CPUs, where host and device are one; on a
+GPU DeepSpeed also pins the host's buffers, copies gradients into them without waiting before `step`, and reads the norm
+of every parameter back by itself (ZeRO 1 and 2): that has not been run.
+
+A run agrees with another one to the bit, in all that it computes on the same machine,
+
+- if it is the same run again, or resumed, in the same stage and on the same number of ranks;
+- with ZeRO 0 and ZeRO 1 in bf16, which are one optimizer;
+- and as long as no gradient is clipped: with and without offload in any stage; with ZeRO 0 and ZeRO 1 in fp32 on one
+  and two ranks; in ZeRO 0, 1 and 2 on one rank.
+
+The others sum a gradient, or the norm that clips, in another order, and their losses agree within a bound
+(tests/e2e/test_same_losses.py: 2e-6 nats in fp32, 2e-3 in bf16, after 20 steps). ZeRO 3 also keeps the weights at other
+addresses, by which a CPU's matrix product may round otherwise.
 """
 
 from __future__ import annotations
@@ -65,6 +81,7 @@ BUCKET = 200_000_000
 def deepspeed_config(config: Config, world_size: int, numel: int) -> dict:
     """What users of DeepSpeed write as JSON, derived from our config; `numel` is the model's number of parameters."""
     stage, bf16 = config.distributed.zero_stage, config.train.precision == "bf16"
+    offload = {"offload_optimizer": {"device": "cpu"}} if config.distributed.offload_optimizer else {}
     return {
         "train_batch_size": config.sequences_per_step,
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
@@ -72,10 +89,12 @@ def deepspeed_config(config: Config, world_size: int, numel: int) -> dict:
         "gradient_clipping": 0.0 if stage == 0 and not bf16 else config.optimizer.grad_clip,
         "gradient_allreduce_op": "mean" if stage == 3 else "sum",
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # it would refuse our optimizer under offload_optimizer
         "zero_optimization": {
             "stage": 1 if stage == 0 and bf16 else stage,
             "reduce_bucket_size": min(numel, BUCKET),
             "allgather_bucket_size": BUCKET,
+            **offload,
         },
         "bf16": {"enabled": bf16, "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -110,6 +129,8 @@ class Engine:
         numels = {name: full_numel(p) for name, p in parameters.items()}
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.precision]
         backend = resolve(config.kernels.backend, dtype)
+        if config.distributed.offload_optimizer and backend == "triton":
+            backend = "runs"  # the optimizer's tensors are the host's
         self.optimizer = SegmentedAdamW(parameters.values(), config.optimizer, backend)
         with _quiet():
             self._deepspeed, *_ = deepspeed.initialize(
@@ -186,6 +207,9 @@ class Engine:
         self._micro_batches = 0
         if not self._plain:
             self.finite = not self._deepspeed.optimizer.overflow
+            if not self.finite and self.config.distributed.offload_optimizer:
+                # In ZeRO 1 and 2 in bf16 the next gradient would be added to this one (0.19.8).
+                self._deepspeed.optimizer.averaged_gradients.clear()
             self._norm = self._deepspeed.get_global_grad_norm()
 
     def _clip(self) -> None:

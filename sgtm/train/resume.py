@@ -68,9 +68,8 @@ def find_whole(run_dir: Path | str, rank: int, ranks: int, say: Callable[[str], 
 def load_checkpoint(engine: Engine, directory: Path | str, config: Config, corpus: str = "") -> tuple[int, list, str]:
     """Continue from a whole checkpoint: weights, optimizer and random states.
 
-    Returns the number of global steps done, what every rank saved as `progress`, in order of rank, and what is different
-    now in words, or nothing.
-    Every rank raises ValueError for a checkpoint whose run differs from `config`, naming the keys.
+    Returns the number of global steps done, what every rank saved as `progress`, and what is different now in words, or
+    nothing. Every rank raises ValueError for a checkpoint whose run differs from `config`, naming the keys.
     """
     directory = Path(directory)
     manifest = on_rank_zero(lambda: _refuse_other_run(directory, config, corpus))

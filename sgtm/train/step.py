@@ -42,7 +42,7 @@ class LossTotals:
         return self.sums.cpu(), self.counts, self.skipped, self.in_a_row
 
     def restore(self, states: list[tuple[torch.Tensor, torch.Tensor, int, int]], rank: int, ranks: int) -> None:
-        """Go on from what every rank saved: with its own, or where there are other ranks now, rank 0 with everybody's."""
+        """Go on from what all ranks saved: with its own, or where there are other ranks now, rank 0 with everybody's."""
         taken = states[rank : rank + 1] if len(states) == ranks else states if rank == 0 else []
         for sums, counts, _, _ in taken:
             self.sums += sums.to(self.sums.device)

@@ -1,4 +1,7 @@
-"""Exact freeze: what no token of a global step may update keeps every bit, in every ZeRO stage and precision."""
+"""Exact freeze: what no token of a global step may update keeps every bit, in every ZeRO stage and precision.
+
+With the optimizer on its device and in the host's memory.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,13 @@ from sgtm.distributed.testing import run_ranks
 from sgtm.model.rows import live_keys
 from sgtm_kernels.adamw import Update, adamw
 
-CASES = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
+CASES = [
+    (stage, precision, offload)
+    for stage in (0, 1, 2, 3)
+    for precision in ("fp32", "bf16")
+    for offload in (False, True)
+    if stage or not offload
+]
 PURE_FORGET = (FORGET,) * 8
 
 
@@ -68,12 +77,13 @@ def changed(old: dict, new: dict) -> tuple[set[str], set[str]]:
     return {key[0] for key in old.keys() - moved}, {key[0] for key in moved}
 
 
-def check_freeze(stage: int, precision: str, masked_update: str) -> None:
+def check_freeze(stage: int, precision: str, masked_update: str, offload: bool = False) -> None:
     from sgtm.distributed.engine import Engine
     from sgtm.distributed.process_group import init_distributed
 
-    case = f"ZeRO {stage} {precision} {masked_update}"
-    config = tiny_config(stage, precision, optimizer={"masked_update": masked_update})
+    case = f"ZeRO {stage} {precision} {masked_update}{' offloaded' * offload}"
+    sections = {"optimizer": {"masked_update": masked_update}, "distributed": {"offload_optimizer": offload}}
+    config = tiny_config(stage, precision, **sections)
     init_distributed(config)
     engine = Engine(tiny_model(config), config)
     live = live_keys(config.tables, PURE_FORGET) & engine.optimizer.steps.keys()
@@ -117,8 +127,8 @@ def check_freeze(stage: int, precision: str, masked_update: str) -> None:
 
 
 def all_cases() -> None:
-    for stage, precision in CASES:
-        check_freeze(stage, precision, "exact")
+    for stage, precision, offload in CASES:
+        check_freeze(stage, precision, "exact", offload)
     check_freeze(0, "fp32", "zero_grad")
     check_freeze(2, "bf16", "zero_grad")
 

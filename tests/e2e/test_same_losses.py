@@ -1,4 +1,4 @@
-"""`train` gives the same losses in every ZeRO stage, on one rank and on two.
+"""`train` gives the same losses in every ZeRO stage, with and without offload, on one, two and four ranks.
 
 In fp32 the runs differ only by the order in which gradients are summed; in bf16 also by where partial sums are rounded
 (seen: 5e-7 and 8e-4). `BOUND` holds for every loss logged in 20 steps. A broken mask exceeds it by far: every fault
@@ -61,13 +61,20 @@ def largest_difference(a: list[dict], b: list[dict]) -> float:
     return max(abs(x[key] - y[key]) for x, y in zip(a, b, strict=True) for key in x)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("precision", list(BOUND))
 def test_same_losses(losses, precision: str, ranks: int):
     expected = losses(precision, 1)[0]
     assert expected[-1]["loss"] < expected[0]["loss"] - 0.5, "the run must learn for the comparison to mean anything"
     for stage, found in losses(precision, ranks).items():
         assert largest_difference(found, expected) <= BOUND[precision], f"ZeRO {stage}, {ranks} ranks, {precision}"
+
+
+@pytest.mark.parametrize("precision", list(BOUND))
+def test_the_optimizer_in_the_memory_of_the_host(losses, precision: str):
+    expected = losses(precision, 1)[0]
+    for stage, found in losses(precision, 2, (1, 2, 3), ("--distributed.offload_optimizer=true",)).items():
+        assert largest_difference(found, expected) <= BOUND[precision], f"ZeRO {stage} offloaded, {precision}"
 
 
 @pytest.mark.parametrize("fault", list(FAULTS))
