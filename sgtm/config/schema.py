@@ -196,6 +196,16 @@ class DistributedConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload_optimizer: bool = False
     """Keep the fp32 weights and both moments in the memory of the host and update them there (ZeRO 1 to 3)."""
+    zero_hpz_partition_size: PositiveInt = 1
+    """ZeRO++ (ZeRO 3): size of the groups of ranks, as a rule those of a node, that keep the weights of the forward
+    pass sharded among themselves, so that the backward pass gathers them inside the node. 1: none."""
+    zero_quantized_weights: bool = False
+    """ZeRO++ (ZeRO 3, masking.strategy none): gather the weights in 8 bits. Up to 16,000 neighbours share a scale, so
+    that an update of one group would change what the model computes with of a frozen one: refused where there is
+    something to freeze. Needs CUDA with its compiler; has not been run."""
+    zero_quantized_gradients: bool = False
+    """ZeRO++'s gradients in 4 bits: always refused. DeepSpeed's kernels (0.19) read fp16, and gradients are bf16 and
+    fp32 here; and where a matrix is wider than tall, rows of different groups share a scale."""
     timeout_minutes: PositiveFloat = 30
     """How long a rank may stay in one place, as in a collective, before the run ends with a diagnosis."""
 
@@ -203,6 +213,14 @@ class DistributedConfig(Section):
     def _consistent(self):
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer: ZeRO 0 keeps the optimizer with the weights; set zero_stage 1, 2 or 3")
+        if self.zero_quantized_gradients:
+            raise ValueError(
+                "zero_quantized_gradients: DeepSpeed's kernels for it take fp16 alone, gradients are in bf16 and fp32 "
+                "here; leave it false"
+            )
+        for key in ("zero_hpz_partition_size", "zero_quantized_weights"):
+            if getattr(self, key) != type(self).model_fields[key].default and self.zero_stage != 3:
+                raise ValueError(f"{key}: ZeRO {self.zero_stage} does not have it; set zero_stage 3, or leave it out")
         return self
 
 
@@ -238,6 +256,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self):
+        strategy = self.masking.strategy
+        if self.distributed.zero_quantized_weights and strategy != "none":
+            raise ValueError(
+                f"distributed.zero_quantized_weights: with masking.strategy {strategy} frozen weights would not keep "
+                "their values, as groups share scales; leave it false"
+            )
         if self.masking.strategy == "gram" and self.masking.cross_domain == "active":
             raise ValueError("masking.cross_domain active: strategy gram has other domains' groups inactive")
         if self.train.tokens_per_step % self.model.context:

@@ -43,7 +43,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from sgtm.config.schema import Config
+from sgtm.config.schema import Config, DistributedConfig
 from sgtm.distributed.agree import on_every_rank
 from sgtm.distributed.env import device_type
 from sgtm.distributed.process_group import outlast_watchdog
@@ -79,9 +79,11 @@ BUCKET = 200_000_000
 
 
 def deepspeed_config(config: Config, world_size: int, numel: int) -> dict:
-    """What users of DeepSpeed write as JSON, derived from our config; `numel` is the model's number of parameters."""
+    """What users of DeepSpeed write as JSON, derived from our config; `numel` is the model's number of parameters.
+
+    Raises ValueError where ranks do not divide into what the config asks for.
+    """
     stage, bf16 = config.distributed.zero_stage, config.train.precision == "bf16"
-    offload = {"offload_optimizer": {"device": "cpu"}} if config.distributed.offload_optimizer else {}
     return {
         "train_batch_size": config.sequences_per_step,
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
@@ -94,13 +96,26 @@ def deepspeed_config(config: Config, world_size: int, numel: int) -> dict:
             "stage": 1 if stage == 0 and bf16 else stage,
             "reduce_bucket_size": min(numel, BUCKET),
             "allgather_bucket_size": BUCKET,
-            **offload,
+            **_zero_options(config.distributed, world_size),
         },
         "bf16": {"enabled": bf16, "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "steps_per_print": None,
     }
+
+
+def _zero_options(config: DistributedConfig, world_size: int) -> dict:
+    if world_size % config.zero_hpz_partition_size:
+        raise ValueError(
+            f"distributed.zero_hpz_partition_size {config.zero_hpz_partition_size} does not divide the number of ranks "
+            f"{world_size}"
+        )
+    options: dict = {"offload_optimizer": {"device": "cpu"}} if config.offload_optimizer else {}
+    if config.zero_stage == 3:
+        options["zero_hpz_partition_size"] = config.zero_hpz_partition_size
+        options["zero_quantized_weights"] = config.zero_quantized_weights
+    return options
 
 
 class Engine:

@@ -1,0 +1,80 @@
+"""ZeRO++: a second sharding of the weights changes no bit; what is quantised is refused where it would break a promise.
+
+The quantising kernels need CUDA and are not run; of them only what DeepSpeed is told is seen.
+Faults tried, each seen to fail: a key not passed on; a second copy that outlives the step.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import FORGET, MIXED, tiny_config, tiny_model, tiny_step
+
+from sgtm.distributed.testing import run_ranks
+from sgtm.model.rows import live_keys
+
+
+def trained(hpz: int, precision: str, offload: bool) -> tuple[list[float], list[torch.Tensor]]:
+    """Losses, and this rank's weights and moments, after mixed and pure forget steps on ZeRO 3."""
+    from sgtm.distributed.engine import Engine
+    from sgtm.distributed.process_group import init_distributed
+
+    distributed = {"zero_hpz_partition_size": hpz, "offload_optimizer": offload}
+    config = tiny_config(3, precision, optimizer={"grad_clip": 0.0}, distributed=distributed)
+    init_distributed(config)
+    engine, losses = Engine(tiny_model(config), config), []
+    for step in range(4):
+        labels = (FORGET,) * 8 if step % 2 else MIXED
+        for batch in tiny_step(config, step, labels, engine.rank, engine.world_size):
+            with torch.no_grad():
+                engine(*batch)  # as in an evaluation: what it gathers is there when training goes on
+            loss, _ = engine(*batch)
+            second = {name for name, p in engine.module.named_parameters() if p.ds_secondary_tensor is not None}
+            assert bool(second) == (hpz > 1)
+            engine.backward(loss)
+        engine.step(live_keys(config.tables, labels), 1e-2)
+        losses.append(float(engine.all_reduce_sum(loss)))
+    pieces = []
+    for tensor, offset, _, start, end in engine.fragments:
+        for part in (tensor, *engine.optimizer.state[tensor].values()):
+            pieces.append(part.detach().reshape(-1)[offset : offset + end - start].clone())
+    return losses, pieces
+
+
+def every_case() -> None:
+    cases = [("fp32", False), ("bf16", False), ("bf16", True)]
+    expected = [trained(1, *case) for case in cases]  # all before the first of 2: DeepSpeed keeps it for the process
+    for case, (losses, weights) in zip(cases, expected, strict=True):
+        found, others = trained(2, *case)
+        assert found == losses, case
+        assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True)), case
+    with pytest.raises(ValueError, match="zero_hpz_partition_size 3 does not divide the number of ranks 4"):
+        trained(3, "fp32", False)
+
+
+def test_a_second_sharding_changes_no_bit():
+    run_ranks(every_case, 4, timeout=200)
+
+
+def test_what_deepspeed_is_told():
+    from sgtm.distributed.engine import deepspeed_config
+
+    keys = {"zero_hpz_partition_size": 8, "zero_quantized_weights": True}
+    config = tiny_config(3, masking={"strategy": "none", "joint": "free"}, train={"tokens_per_step": 96 * 6}, distributed=keys)
+    assert deepspeed_config(config, 16, 100)["zero_optimization"].items() >= keys.items()
+    other = deepspeed_config(tiny_config(2), 1, 100)["zero_optimization"]
+    assert not other.keys() & {*keys, "zero_quantized_gradients", "offload_optimizer"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "strategy", "key", "value", "message"),
+    [
+        (2, "none", "zero_hpz_partition_size", 2, "ZeRO 2 does not have it; set zero_stage 3"),
+        (1, "none", "zero_quantized_weights", True, "ZeRO 1 does not have it; set zero_stage 3"),
+        (3, "sgtm", "zero_quantized_weights", True, "with masking.strategy sgtm frozen weights would not keep"),
+        (3, "none", "zero_quantized_gradients", True, "take fp16 alone"),
+    ],
+)
+def test_refused(stage: int, strategy: str, key: str, value: object, message: str):
+    with pytest.raises(ValueError, match=f"{key}: .*{message}"):
+        tiny_config(stage, masking={"strategy": strategy, "joint": "free"}, distributed={key: value})
