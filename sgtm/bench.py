@@ -31,7 +31,7 @@ from sgtm.masking.labels import FIRST_FORGET, RETAIN, UNLABELED
 from sgtm.masking.strategy import JOINT, build_tables
 from sgtm.model.transformer import Transformer
 from sgtm.train.dry_run import dry_run
-from sgtm.train.step import LossTotals, train_step
+from sgtm.train.step import StepTotals, train_step
 from sgtm_kernels.dispatch import resolve
 from sgtm_kernels.measurement import peak_growth, percentiles, write_rows
 from sgtm_kernels.plan import Tables
@@ -184,7 +184,7 @@ class MaskedStep:
         self.engine, self.tables, self.labels = engine, tables, labels
         hands = engine.accumulation
         self.batches = [self._batch(labels[hand::hands]) for hand in range(hands)]
-        self.totals = LossTotals(len(tables.labels), engine.device)
+        self.totals = StepTotals(len(tables.labels), engine.device)
 
     def _batch(self, labels: list[int]) -> Batch:
         config = self.engine.config

@@ -188,6 +188,9 @@ class TrainConfig(Section):
     log_every: PositiveInt = 10
     max_skipped_steps: NonNegativeInt = 10
     """A step whose loss or gradient is not finite is skipped; after this many in a row the run ends. 0: never."""
+    probe_every: NonNegativeInt = 0
+    """Steps between measurements of every label's gradient norm on every group, logged as `probe` lines; each takes
+    the time of one step for every label in it and changes nothing. 0: none."""
 
 
 class DistributedConfig(Section):

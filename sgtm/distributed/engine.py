@@ -206,16 +206,17 @@ class Engine:
         if not self.is_boundary:
             self._deepspeed.step()  # only counts the micro-batch
 
-    def step(self, live: frozenset[str], lr: float) -> None:
+    def step(self, live: frozenset[str], lr: float, measure: bool = False) -> None:
         """Update the weights of the live keys (sgtm/model/rows.py); all others stay as they are, everything if none is.
 
+        measure  whether `key_norms` is going to be asked for
         If the global gradient or a loss is not finite nothing changes, moments and counts neither, and `finite` is
         False.
         """
         if not self.is_boundary:
             raise RuntimeError(f"step called after {self._micro_batches} of {self.accumulation} micro-batches")
         enter("optimizer")
-        self.optimizer.begin_step(live, lr)
+        self.optimizer.begin_step(live, lr, measure)
         if self._plain:
             self._clip()
         self._deepspeed.step()
@@ -239,6 +240,25 @@ class Engine:
     def grad_norm(self) -> float:
         """Global L2 norm of the last step's gradient, before clipping; infinite where that was not finite."""
         return float(self._norm) if self.finite else math.inf
+
+    def clip_factor(self) -> torch.Tensor:
+        """What the last step's gradient was multiplied by to be clipped: fp32 scalar up to 1, where the norm lies."""
+        norm, limit = torch.as_tensor(self._norm, dtype=torch.float32), self.config.optimizer.grad_clip
+        return (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
+
+    def key_norms(self) -> dict[str, float]:
+        """L2 norm by key of the last step's gradient, before clipping; a collective call, after `step(measure=True)`.
+
+        One vector over the keys is summed over the ranks, no gradient is gathered. Infinite where it was not finite.
+        """
+        keys, squares = self.optimizer.steps, self.optimizer.squares
+        if not self.finite:
+            return dict.fromkeys(keys, math.inf)
+        if squares is None:
+            raise RuntimeError("key_norms asked for after a step without measure")
+        total = squares if self._plain else self.all_reduce_sum(squares)  # of replicas every rank has the whole
+        norms = total.sqrt().to(self.device) / self.clip_factor().to(self.device)
+        return dict(zip(keys, norms.tolist(), strict=True))
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, as a new tensor on the engine's device."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 UNLABELED, RETAIN, FIRST_FORGET = 0, 1, 2
 FULL, WITHOUT = "full", "without "
+JOINT = "joint"  # in the place of a group: all weights that no group owns
+RESERVED = ("retain", "unlabeled", FULL, JOINT)
 
 
 def removal_name(removed: Iterable[str]) -> str:
@@ -34,10 +36,10 @@ class LabelSpace:
     domains: tuple[str, ...]
 
     def __post_init__(self):
-        bad = [d for d in self.domains if not d or d in ("retain", "unlabeled", "full") or ":" in d or "," in d]
+        bad = [d for d in self.domains if not d or d in RESERVED or ":" in d or "," in d]
         if bad or len(set(self.domains)) != len(self.domains):
             raise ValueError(
-                f"domains must be distinct names without ':' or ',', other than retain, unlabeled and full; "
+                f"domains must be distinct names without ':' or ',', none of {', '.join(RESERVED)}; "
                 f"got {list(self.domains)}"
             )
 

@@ -34,9 +34,9 @@ class RangedEngine(Engine):
         with record_function(BACKWARD):
             super().backward(loss)
 
-    def step(self, live: frozenset[str], lr: float) -> None:
+    def step(self, live: frozenset[str], lr: float, measure: bool = False) -> None:
         with record_function(OPTIMIZER):
-            super().step(live, lr)
+            super().step(live, lr, measure)
 
 
 def name_modules(model: Transformer) -> None:

@@ -29,7 +29,7 @@ from sgtm.profile.terminal import print_profile
 from sgtm.profile.trace import summarize
 from sgtm.train.dry_run import dry_run
 from sgtm.train.schedule import learning_rate
-from sgtm.train.step import LossTotals, train_step
+from sgtm.train.step import StepTotals, train_step
 from sgtm_kernels.dispatch import resolve
 
 WARM_UP = 3
@@ -63,7 +63,7 @@ def run_profile(
     name_modules(model)
     engine = RangedEngine(model, config)
     dry_run(engine, config.tables)
-    totals = LossTotals(len(config.space.labels), engine.device)
+    totals = StepTotals(len(config.space.labels), engine.device)
 
     def take(step: int) -> None:
         lr = learning_rate(step, config.optimizer, config.train.steps)

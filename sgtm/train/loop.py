@@ -32,12 +32,13 @@ from sgtm.model.transformer import Transformer
 from sgtm.train.checkpoint import remove_unfinished
 from sgtm.train.data import open_everywhere
 from sgtm.train.dry_run import dry_run
+from sgtm.train.gradients import group_norms, probe
 from sgtm.train.metrics import MetricsLog
 from sgtm.train.resume import find_whole, load_checkpoint, resume_command
 from sgtm.train.saving import CheckpointWriter
 from sgtm.train.schedule import learning_rate
 from sgtm.train.skipped import tell_skipped
-from sgtm.train.step import LossTotals, train_step
+from sgtm.train.step import StepTotals, train_step
 from sgtm_kernels.dispatch import resolve
 
 
@@ -66,7 +67,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
 
         on_rank_zero(lambda: check_tokenizer(config.train.init_from, corpus))
     loader = Loader(corpus, config, launch.rank, launch.world_size)
-    totals = LossTotals(len(config.space.labels), engine.device)
+    totals = StepTotals(len(config.space.labels), engine.device)
     start = 0
     if latest is not None:
         start, progress, reshaped = load_checkpoint(engine, latest, config, corpus.fingerprint)
@@ -100,7 +101,7 @@ def _steps(
     corpus: Corpus,
     log: MetricsLog,
     stop: StopSignal,
-    totals: LossTotals,
+    totals: StepTotals,
     start: int,
     writer: CheckpointWriter,
 ) -> None:
@@ -110,14 +111,19 @@ def _steps(
         began = time.perf_counter()
         enter("data", step + 1)
         lr = learning_rate(step, config.optimizer, every.steps)
-        train_step(engine, loader.step(step), config.tables, lr, totals)
-        done = step + 1
+        batches, done = loader.step(step), step + 1
+        last = done == every.steps
+        log_due = done % every.log_every == 0 or last
+        if every.probe_every and done % every.probe_every == 0:
+            paused = time.perf_counter()
+            log.probe(done, probe(engine, batches, config.tables))
+            began += time.perf_counter() - paused
+        train_step(engine, batches, config.tables, lr, totals, log_due)
         if not engine.finite:
             log.say(tell_skipped(engine, loader, corpus, config, run, step, totals.in_a_row))
-        last = done == every.steps
         stopping = stop.anywhere(engine) and not last
         seconds += time.perf_counter() - began
-        if done % every.log_every == 0 or last:
+        if log_due:
             elapsed, tokens = seconds - log.seconds, (done - logged) * every.tokens_per_step
             logged = done
             log.step(
@@ -127,7 +133,7 @@ def _steps(
                     "seconds": seconds,
                     **_losses(totals, engine, space.labels),
                     "lr": lr,
-                    "grad_norm": engine.grad_norm(),
+                    **_gradients(totals, engine, space.groups),
                     "tokens_per_second": tokens / elapsed,
                     "skipped_steps": totals.skipped,
                 }
@@ -153,13 +159,26 @@ def _evaluation_due(config: Config, done: int) -> bool:
     return done == config.train.steps or (every > 0 and done % every == 0)
 
 
-def _losses(totals: LossTotals, engine: Engine, labels: tuple[str, ...]) -> dict[str, float]:
+def _losses(totals: StepTotals, engine: Engine, labels: tuple[str, ...]) -> dict[str, float]:
     """Mean loss over all targets and by applied label, of the labels that occurred; NaN if all steps were skipped."""
     sums, counts = totals.take(engine)
     if not counts.any():
         return {"loss": math.nan}
     by_label = {f"loss/{name}": s / n for name, s, n in zip(labels, sums.tolist(), counts.tolist(), strict=True) if n}
     return {"loss": float(sums.sum() / counts.sum()), **by_label}
+
+
+def _gradients(totals: StepTotals, engine: Engine, groups: tuple[str, ...]) -> dict[str, float]:
+    """The gradient's norm, in all and by group, in the step just done, and how it was clipped since the last line."""
+    whole, clipped = engine.grad_norm(), totals.take_clipping()
+    norms = group_norms(engine.key_norms(), groups)
+    return {
+        "grad_norm": whole,
+        **{f"grad_norm/{group}": norm for group, norm in norms.items()},
+        **{f"grad_share/{group}": (norm / whole) ** 2 if whole else 0.0 for group, norm in norms.items()},
+        "clipped": clipped[0],
+        "clip_factor": clipped[1],
+    }
 
 
 def _evaluate(engine: Engine, corpus: Corpus, config: Config) -> Losses:

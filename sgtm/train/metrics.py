@@ -2,10 +2,14 @@
 
 `metrics.jsonl` holds one JSON object per line. `kind: step` lines carry step (1-based: steps done), tokens (trained so
 far), seconds (of training so far, evaluation and checkpoints excluded), loss and `loss/<label>` (nats per target token,
-mean since the previous line, skipped steps left out), lr, grad_norm (before clipping), tokens_per_second,
-skipped_steps (of the run so far, because loss or gradient was not finite). `kind: eval` lines carry step and
-losses: {"full": {category: nats}, "without <domain>": {...}}. `kind: checkpoint` lines carry step, bytes, paused
-(seconds that training stood still for it) and written (seconds until it was in place).
+mean since the previous line, skipped steps left out), lr, tokens_per_second, skipped_steps (of the run so far, because
+loss or gradient was not finite), and of the gradient: grad_norm (of this step, before clipping), `grad_norm/<group>`
+(joint: all weights that no group owns), `grad_share/<group>` (its share of grad_norm squared, which is what clips),
+clipped and clip_factor (share of the steps since the previous line that were clipped, and the mean factor of all of
+them). `kind: eval` lines carry step and losses: {"full": {category: nats}, "without <domain>": {...}}; `kind: probe`
+lines carry step and grad_norms: {label: {group: norm}} (sgtm/train/gradients.py), just before that step;
+`kind: checkpoint` lines carry step, bytes, paused (seconds that training stood still for it) and written (seconds until
+it was in place).
 """
 
 from __future__ import annotations
@@ -102,6 +106,10 @@ class MetricsLog:
             self._write({"kind": "checkpoint", "step": saved.step, "bytes": saved.bytes, **times})
             self.say(f"checkpoint saved: {saved.path}")
 
+    def probe(self, step: int, norms: dict[str, dict[str, float]]) -> None:
+        if self.active:
+            self._write({"kind": "probe", "step": step, "grad_norms": norms})
+
     def say(self, text: str) -> None:
         """A line for the person watching."""
         if self.active:
@@ -117,6 +125,7 @@ class MetricsLog:
             ) from error
         if self.wandb and line["kind"] != "checkpoint":  # in place steps later, and wandb takes steps in order only
             flat = {f"eval/{k}/{c}": v for k, by in line.get("losses", {}).items() for c, v in by.items()}
+            flat |= {f"probe/{k}/{g}": v for k, by in line.get("grad_norms", {}).items() for g, v in by.items()}
             self.wandb.log({k: v for k, v in {**line, **flat}.items() if isinstance(v, int | float)}, step=line["step"])
 
 

@@ -39,6 +39,8 @@ class SegmentedAdamW(torch.optim.Optimizer):
     backend  resolved kernel backend
     tables   segments of every tensor this rank owns a part of, by tensor
     steps    number of updates each key has had; the same on all ranks, part of a checkpoint
+    squares  after a step with `measure`: sum of squares of this rank's gradient by key, in order of `steps`, as `step`
+             was given it (clipped, and also of keys that are not live); fp64 [keys]; else None
 
     State of a tensor: `exp_avg` and `exp_avg_sq`, fp32, of its shape (names known to DeepSpeed's universal checkpoint).
     """
@@ -49,6 +51,7 @@ class SegmentedAdamW(torch.optim.Optimizer):
         self.backend = backend
         self.steps: dict[str, int] = {}
         self.tables: dict[torch.Tensor, list[Segment]] = {}
+        self.squares: torch.Tensor | None = None
         self._live: frozenset[str] = frozenset()
         self._counted = True
 
@@ -62,8 +65,10 @@ class SegmentedAdamW(torch.optim.Optimizer):
         for tensor in tables:
             self.state[tensor] = {"exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
 
-    def begin_step(self, live: frozenset[str], lr: float) -> None:
+    def begin_step(self, live: frozenset[str], lr: float, measure: bool = False) -> None:
         """Which keys the coming step updates, and its learning rate. No live key at all: nothing is updated.
+
+        measure  whether `squares` is wanted; it costs one more pass over the gradient
 
         The counts advance with the first call of `step`: DeepSpeed calls it once for each of its groups, and not at all
         where the gradient is not finite.
@@ -71,6 +76,8 @@ class SegmentedAdamW(torch.optim.Optimizer):
         everything = live and self.config.masked_update == "zero_grad"
         self._live = frozenset(self.steps) if everything else live & self.steps.keys()
         self._counted = False
+        device = next(iter(self.tables)).device if self.tables else None
+        self.squares = torch.zeros(len(self.steps), dtype=torch.float64, device=device) if measure else None
         for group in self.param_groups:
             group["lr"] = lr
 
@@ -82,8 +89,19 @@ class SegmentedAdamW(torch.optim.Optimizer):
             for key in self._live:
                 self.steps[key] += 1
         for group in self.param_groups:
+            if self.squares is not None:
+                self._measure(group["params"])
             updates = [update for tensor in group["params"] for update in self._updates(tensor)]
             adamw(updates, group["lr"], self.config.betas, self.config.eps, self.backend)
+
+    def _measure(self, tensors: Iterable[torch.Tensor]) -> None:
+        places = {key: place for place, key in enumerate(self.steps)}
+        for tensor in tensors:
+            if tensor.grad is not None:
+                flat, table = tensor.grad.reshape(-1), self.tables[tensor]
+                norms = torch.stack(torch._foreach_norm([flat[start:end] for start, end, _, _ in table])).double()
+                index = torch.tensor([places[segment.key] for segment in table], device=norms.device)
+                self.squares.index_add_(0, index, norms.square())
 
     def _updates(self, tensor: torch.Tensor) -> Iterable[Update]:
         if tensor.grad is None:

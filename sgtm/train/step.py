@@ -7,6 +7,8 @@ add up.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -24,30 +26,34 @@ def target_counts(batch: Batch, labels: int) -> torch.Tensor:
     return torch.from_numpy(counts.astype(np.int64))
 
 
-class LossTotals:
-    """Sums of token losses and counts of targets by applied label, gathered over steps without a device sync.
+class StepTotals:
+    """What is gathered over steps without a device sync: token losses and targets by applied label, and clipping.
 
-    skipped   steps of the run that were skipped; their losses are not in the sums
-    in_a_row  those since the last step that was not; both the same on all ranks
+    clipping  steps, clipped ones, sum of the factors; since it was taken
+    skipped   steps of the run that were skipped; nothing of theirs is in the totals
+    in_a_row  those since the last step that was not
+    The last three are the same on all ranks.
     """
 
     def __init__(self, labels: int, device: torch.device):
         self.sums = torch.zeros(labels, dtype=torch.float64, device=device)
         self.counts = torch.zeros(labels, dtype=torch.int64)
+        self.clipping = torch.zeros(3, dtype=torch.float64, device=device)
         self.skipped = self.in_a_row = 0
         self._step = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
 
-    def state(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-        """What has been gathered on this rank since `take`, for a checkpoint."""
-        return self.sums.cpu(), self.counts, self.skipped, self.in_a_row
+    def state(self) -> dict[str, torch.Tensor | int]:
+        """What has been gathered on this rank since it was taken, for a checkpoint."""
+        tensors = {"sums": self.sums.cpu(), "counts": self.counts, "clipping": self.clipping.cpu()}
+        return tensors | {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
-    def restore(self, states: list[tuple[torch.Tensor, torch.Tensor, int, int]], rank: int, ranks: int) -> None:
-        """Go on from what all ranks saved: with its own, or where there are other ranks now, rank 0 with everybody's."""
-        taken = states[rank : rank + 1] if len(states) == ranks else states if rank == 0 else []
-        for sums, counts, _, _ in taken:
-            self.sums += sums.to(self.sums.device)
-            self.counts += counts
-        self.skipped, self.in_a_row = states[0][2:]
+    def restore(self, states: list[dict[str, torch.Tensor | int]], rank: int, ranks: int) -> None:
+        """Go on from what all ranks saved: each from its own, or where there are other ranks now, rank 0 from all."""
+        for state in states[rank : rank + 1] if len(states) == ranks else states if rank == 0 else []:
+            self.sums += state["sums"].to(self.sums.device)
+            self.counts += state["counts"]
+        self.clipping.copy_(states[0]["clipping"])
+        self.skipped, self.in_a_row = states[0]["skipped"], states[0]["in_a_row"]
 
     def add(self, sums: torch.Tensor, counts: torch.Tensor) -> None:
         """A micro-batch of the step in progress."""
@@ -62,6 +68,10 @@ class LossTotals:
         self.skipped, self.in_a_row = self.skipped + (not finite), 0 if finite else self.in_a_row + 1
         self._step = torch.zeros_like(sums), torch.zeros_like(counts)
 
+    def add_step(self, factor: torch.Tensor) -> None:
+        """Count a step whose gradient was multiplied by `factor`, a scalar up to 1, to be clipped."""
+        self.clipping += torch.stack([torch.ones_like(factor), factor < 1, factor]).to(self.clipping.device)
+
     def take(self, engine: Engine) -> tuple[np.ndarray, np.ndarray]:
         """Totals over all ranks, float64 and int64 [labels]; starts over."""
         counts = self.counts.to(self.sums.dtype).to(self.sums.device)
@@ -70,12 +80,25 @@ class LossTotals:
         self.counts.zero_()
         return sums, totals.astype(np.int64)
 
+    def take_clipping(self) -> tuple[float, float]:
+        """Share of the steps whose gradient was clipped, and the mean factor; NaN after no step; starts over."""
+        steps, clipped, factors = self.clipping.tolist()
+        self.clipping.zero_()
+        return (clipped / steps, factors / steps) if steps else (math.nan, math.nan)
 
-def train_step(engine: Engine, batches: list[Batch], tables: Tables, lr: float, totals: LossTotals | None) -> None:
+
+def train_step(
+    engine: Engine,
+    batches: list[Batch],
+    tables: Tables,
+    lr: float,
+    totals: StepTotals | None,
+    measure: bool = False,
+) -> None:
     """Forward, backward and update for this rank's micro-batches of one global step.
 
     What the step may update follows from the labels in the whole global step, so all ranks agree. `totals` None:
-    nothing is counted and nothing is updated (the dry run).
+    nothing is counted and nothing is updated (the dry run, the probe). measure: as in `Engine.step`.
     """
     for batch in batches:
         ids, targets = (t.to(engine.device, non_blocking=True) for t in (batch.input_ids, batch.targets))
@@ -84,6 +107,8 @@ def train_step(engine: Engine, batches: list[Batch], tables: Tables, lr: float, 
         if totals is not None:
             totals.add(sums, target_counts(batch, len(tables.labels)))
     live = frozenset() if totals is None else live_keys(tables, batches[0].step_labels)
-    engine.step(live, lr)
+    engine.step(live, lr, measure)
     if totals is not None:
         totals.end_step(engine.finite)
+        if engine.finite:
+            totals.add_step(engine.clip_factor())

@@ -109,7 +109,7 @@ def run_steps(
     rows  takes the lines of the log of metrics
     """
     saved: list[int] = []
-    engine = SimpleNamespace(world_size=1, finite=finite, grad_norm=lambda: 1.0)
+    engine = SimpleNamespace(world_size=1, finite=finite)
     config = tiny_config(train={"steps": 5, "log_every": 100, "eval_every": 0})
 
     def train_step(engine, batches, *rest):
@@ -119,6 +119,7 @@ def run_steps(
     monkeypatch.setattr(loop, "train_step", train_step)
     writer = SimpleNamespace(poll=lambda: None, close=lambda: None, start=lambda done, state: saved.append(done) or [])
     monkeypatch.setattr(loop, "_losses", lambda *rest: {"loss": 1.0})
+    monkeypatch.setattr(loop, "_gradients", lambda *rest: {})
     monkeypatch.setattr(loop, "_evaluate", lambda *rest: {})
     monkeypatch.setattr(loop, "tell_skipped", lambda *rest: "step {}, the {}-th in a row".format(*rest[-2:]))
     monkeypatch.setattr(log, "step", (rows if rows is not None else []).append)
