@@ -26,7 +26,7 @@ from sgtm.masking.labels import UNLABELED
 from sgtm.model.transformer import Transformer
 from sgtm.train.dry_run import random_batch
 from sgtm.train.saving import CheckpointWriter, Saved
-from sgtm.train.step import LossTotals, train_step
+from sgtm.train.step import StepTotals, train_step
 from sgtm_kernels.dispatch import resolve
 
 INTERVALS = (10, 50, 100, 500, 1000)
@@ -41,7 +41,7 @@ class Trainer:
         torch.manual_seed(0)
         self.engine = Engine(Transformer(config.model, config.partition, resolve(config.kernels.backend)), config)
         self.batch = random_batch(config, (UNLABELED,) * config.train.micro_batch)
-        self.totals = LossTotals(len(config.space.labels), self.engine.device)
+        self.totals = StepTotals(len(config.space.labels), self.engine.device)
         self.config, self.run, self.done = config, run, 0
 
     def turn(self, kind: str) -> tuple[float, Saved | None]:

@@ -21,7 +21,7 @@ OPTIONS = {
     "train": ("resume", "overwrite"),
     "bench": ("rounds", "json", "tune"),
     "profile": ("steps", "out", "kernel", "no-trace"),
-    "plan": ("nodes", "gpus", "memory", "tflops", "inside", "between", "reached", "sustained", "offload", "json"),
+    "plan": ("nodes", "gpus", "memory", "tflops", "inside", "between", "reached", "sustained", "json"),
     "launch": ("launcher", "nodes", "gpus", "rendezvous", "hostfile", "memory", "resume", "overwrite", "dry-run"),
 }
 CONFIGURED = ("train", "explain", "config", "quickstart", "bench", "profile", "plan", "launch")
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dispatch(argv: list[str]) -> int:
     overrides: list[str] = []
-    if argv and argv[0] == "train":
+    if argv and argv[0] in ("train", "launch"):
         argv = _without_auto(argv)
     if argv and argv[0] in CONFIGURED:
         argv, overrides = split_overrides(argv)
@@ -103,6 +103,7 @@ def _key_meant(command: str, arguments: list[str]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     from sgtm import __version__
+    from sgtm.checkpoint_command import add_checkpoint_tasks, run_checkpoint
     from sgtm.plan.command import add_launch_options, add_plan_options, run_launch, run_plan
 
     parser = argparse.ArgumentParser(
@@ -144,18 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     report = command("report", _report, "write the HTML page and the figures of a run")
     report.add_argument("run_dir", type=Path, metavar="RUN")
-    checkpoint = command("checkpoint", _checkpoint, "verify the checkpoints of a run, or write one for other programs")
-    tasks = checkpoint.add_subparsers(metavar="verify|reshape", required=True, dest="task")
-    about = "compare every file with its size and SHA-256; exit status 1 if any differs"
-    verify = tasks.add_parser("verify", help=about, description=about, allow_abbrev=False)
-    verify.add_argument("source", type=Path, metavar="RUN|CHECKPOINT", help="run directory, or one checkpoint of it")
-    about = (
-        "write a checkpoint as DeepSpeed's universal checkpoint, whole tensors by parameter; to go on with a run on "
-        "other ranks or in another ZeRO stage it is not needed: sgtm train RUN --resume"
+    checkpoint = command(
+        "checkpoint", run_checkpoint, "verify the checkpoints of a run, or write one for other programs"
     )
-    reshape = tasks.add_parser("reshape", help=about, description=about, allow_abbrev=False)
-    reshape.add_argument("source", type=Path, metavar="RUN|CHECKPOINT", help="a run's newest whole one, or this one")
-    reshape.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    add_checkpoint_tasks(checkpoint)
     configured("explain", _explain, "show which parameters each label updates, and how many")
     bench = configured(
         "bench", _bench, "measure what masks cost in a training step, in time and memory, on this machine"
@@ -254,33 +247,6 @@ def _export(options) -> None:
 
     export_run(options.run_dir, options.remove, options.out)
     print(options.out)
-
-
-def _checkpoint(options) -> int:
-    from sgtm.train.checkpoint import checkpoints_at, newest_whole, none_whole, verify
-
-    there = checkpoints_at(options.source)
-    if options.task == "verify":
-        status = 0
-        for directory in there:
-            try:
-                verify(directory)
-                print(f"{directory}: whole")
-            except ValueError as error:
-                status = 1
-                print(f"{directory}: damaged: {error}")
-        return status
-    found, wrong = newest_whole(there)
-    if found is None:
-        raise ValueError(none_whole(wrong))
-    for problem in wrong.values():
-        print(f"warning: {problem}; taking {found}", file=sys.stderr)
-
-    from sgtm.distributed.universal import write_universal
-
-    write_universal(found, options.out)
-    print(options.out)
-    return 0
 
 
 def _report(options) -> None:

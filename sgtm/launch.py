@@ -141,7 +141,7 @@ def launch(config: Config, where: Where, arguments: list[str], memory: float | N
     check_divides(config, machine.ranks)
     limit = memory_limit(where, memory)
     if limit is not None:
-        check_fits(config, machine.ranks, *limit, offloads(config))
+        check_fits(config, machine.ranks, *limit, config.distributed.offload_optimizer)
     environment, command = compose(where, arguments)
     _print(config, machine, limit, environment, command)
     if where.launcher == "torchrun" and where.nodes > 1:
@@ -150,15 +150,10 @@ def launch(config: Config, where: Where, arguments: list[str], memory: float | N
         os.execvpe(command[0], command, os.environ | environment)
 
 
-def offloads(config: Config) -> bool:
-    """Whether the optimizer's tensors are in the memory of the host."""
-    return getattr(config.distributed, "offload_optimizer", False)
-
-
 def _print(config: Config, machine: Machine, limit, environment: dict[str, str], command: list[str]) -> None:
     console = Console()
     console.print(arithmetic(config, machine), highlight=False, soft_wrap=True)
-    rows = plan(config, machine, offloads(config))
+    rows = plan(config, machine, config.distributed.offload_optimizer)
     console.print(memory_table(rows, None if limit is None else round(limit[0] / GB, 1)))
     checked = (
         "memory not checked: give --memory GB" if limit is None else f"fits into {limit[0] / GB:.1f} GB, {limit[1]}"

@@ -23,7 +23,6 @@ def add_plan_options(plan) -> None:
     plan.add_argument("--between", type=AMOUNT, metavar="GB/s", help="of a node to others, one way (default: 400)")
     plan.add_argument("--reached", type=AMOUNT, metavar="SHARE", help="of the peak, computing (default: 0.5)")
     plan.add_argument("--sustained", type=AMOUNT, metavar="SHARE", help="of the bandwidths (default: 0.8)")
-    plan.add_argument("--offload", action="store_true", help="the optimizer in the memory of the host (ZeRO 1 to 3)")
     plan.add_argument("--json", action="store_true", help="as JSON, in bytes and seconds")
 
 
@@ -59,7 +58,7 @@ def run_plan(options) -> None:
 
     given = {name: getattr(options, name) for name in MACHINE}
     machine = Machine(**{name: value for name, value in given.items() if value is not None})
-    rows = plan(config, machine, options.offload)
+    rows = plan(config, machine, config.distributed.offload_optimizer)
     if options.json:
         print(as_json(config, machine, rows))
     else:

@@ -36,7 +36,7 @@ SAME = (
 )
 MAY_DIFFER = ("model.activation_checkpointing",)
 # and what changes only the order in which sums are added.
-SHAPE = ("train.micro_batch", "distributed.zero_stage")
+SHAPE = ("train.micro_batch", "distributed.zero_stage", "distributed.offload_optimizer")
 
 
 def resume_command(run: Path, ranks: int) -> str:

@@ -58,7 +58,8 @@ def make_run(run: Path, text: str) -> Transformer:
     checkpoint = run / "checkpoints" / "step_00000007"
     checkpoint.mkdir(parents=True)
     weights = checkpoint / "mp_rank_00_model_states.pt"
-    torch.save({"module": model.state_dict()}, weights)
+    rest = {"buffer_names": [], "param_shapes": None, "optimizer": {"state": {}}, "sgtm": {}}
+    torch.save({"module": model.state_dict(), **rest}, weights)
     entry = {"bytes": weights.stat().st_size, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
     manifest = {"step": 7, "ranks": 1, "corpus": "of the run", "config": config.model_dump(mode="json")}
     manifest["files"] = {weights.name: entry}

@@ -18,7 +18,7 @@ from sgtm.data.loader import Loader
 from sgtm.data.store import Corpus
 from sgtm.train import skipped
 from sgtm.train.loop import _losses
-from sgtm.train.step import LossTotals
+from sgtm.train.step import StepTotals
 
 NAMES = ("unlabeled", "retain", "forget:es")
 
@@ -75,7 +75,7 @@ def test_so_many_in_a_row_end_the_run_with_what_to_do(monkeypatch, corpus, tmp_p
 
 
 def test_skipped_steps_are_counted_and_their_losses_are_not():
-    totals, engine = LossTotals(3, torch.device("cpu")), SimpleNamespace(all_reduce_sum=torch.clone)
+    totals, engine = StepTotals(3, torch.device("cpu")), SimpleNamespace(all_reduce_sum=torch.clone)
 
     def step(*losses: float, finite: bool = True):
         for loss in losses:
@@ -86,8 +86,8 @@ def test_skipped_steps_are_counted_and_their_losses_are_not():
     step(math.nan, 5.0, finite=False)
     step(7.0, finite=False)
     assert (totals.skipped, totals.in_a_row) == (2, 2)
-    kept = LossTotals(3, torch.device("cpu"))
-    kept.restore(totals.state())
+    kept = StepTotals(3, torch.device("cpu"))
+    kept.restore([totals.state()], 0, 1)
     assert (kept.skipped, kept.in_a_row) == (2, 2)
     step(3.0)
     assert (totals.skipped, totals.in_a_row) == (2, 0)
