@@ -128,12 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     command("prepare", None, "tokenize a corpus into shards (sgtm prepare --help for its options)", add_help=False)
     or_run = "|RUN", ", or with --resume a run directory"
     train = configured("train", _train, "train a model, or go on with a run: sgtm train RUN --resume", or_run=or_run)
-    train.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue from the run's newest whole checkpoint, "
-        "on any number of ranks and in any ZeRO stage; from the beginning where there is none (or: --resume auto)",
-    )
+    resume = "go on from the newest whole checkpoint, on any ranks and in any ZeRO stage (--resume auto is the same)"
+    train.add_argument("--resume", action="store_true", help=resume)
     train.add_argument("--overwrite", action="store_true", help="delete the run directory if it exists")
     evaluate = command("eval", _eval, "losses by category, full and with every subset of domains removed")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN", help="run directory, e.g. runs/quickstart")
