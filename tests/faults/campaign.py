@@ -42,7 +42,7 @@ from sgtm.config import load_config
 from sgtm.data.open import open_corpus
 from sgtm.distributed.storage import PARTS, Stored
 from sgtm.train import loop  # noqa: F401 (all that a rank needs is imported before it is forked)
-from sgtm.train.checkpoint import finished, verify
+from sgtm.train.checkpoint import finished, newest_whole
 from sgtm.train.metrics import read_metrics
 
 STEPS = 24
@@ -111,6 +111,7 @@ def start(run: Path, stage: int, ranks: int, log: Path, before: Callable[[int], 
                 descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(descriptor, 1)
                 os.dup2(descriptor, 2)
+                os.write(descriptor, b"ATTEMPT\n" if rank == 0 else b"")
                 if ranks > 1:
                     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
                     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -154,11 +155,11 @@ def stop_one(attempt: Attempt, chance: random.Random) -> None:
     attempt.signal(signal.SIGKILL, [hung])
 
 
-def damage(run: Path, chance: random.Random) -> None:
-    """Cut short or flip a bit of a file of the newest checkpoint, if another is there to go back to."""
+def damage(run: Path, chance: random.Random) -> set[str]:
+    """Cut short or flip a bit of a file of the newest checkpoint, if another is there to go back to; its name."""
     there = finished(run)
     if len(there) < 2:
-        return
+        return set()
     file = chance.choice(sorted(path for path in there[0].iterdir()))
     content = bytearray(file.read_bytes())
     if chance.random() < 0.5:
@@ -166,6 +167,7 @@ def damage(run: Path, chance: random.Random) -> None:
     else:
         content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
     file.write_bytes(content)
+    return {there[0].name}
 
 
 def full_disk(room: int) -> Callable[[int], None]:
@@ -208,13 +210,14 @@ def trial(number: int, seed: int, folder: Path, seconds: dict[tuple[int, int], f
     chance = random.Random(f"{seed}-{number}")
     stage, ranks = chance.choice(sorted(seconds))
     run, done, error = folder / "trials" / f"{number}", [], ""
+    damaged: set[str] = set()
     log = folder / f"{number}.log"
     try:
         for _ in range(1 + (chance.random() < 1 / 3)):
             weights = [WEIGHTS.get(fault, 1.0) for fault in FAULTS[ranks]]
             (fault,) = chance.choices(FAULTS[ranks], weights)
             done.append(fault)
-            broken(run, stage, ranks, log, fault, chance, seconds[stage, ranks])
+            broken(run, stage, ranks, log, fault, chance, seconds[stage, ranks], damaged)
         statuses = start(run, stage, ranks, log).wait()
         assert set(statuses) == {0}, f"the resumed run ended with {statuses}"
         assert_same(run, folder / "trials" / f"whole-{stage}-{ranks}")
@@ -223,37 +226,45 @@ def trial(number: int, seed: int, folder: Path, seconds: dict[tuple[int, int], f
     return {"trial": number, "stage": stage, "ranks": ranks, "faults": done, "error": error}
 
 
-def broken(run: Path, stage: int, ranks: int, log: Path, fault: str, chance: random.Random, seconds: float) -> None:
-    """One attempt that is broken, or has ended before that."""
+def broken(
+    run: Path,
+    stage: int,
+    ranks: int,
+    log: Path,
+    fault: str,
+    chance: random.Random,
+    seconds: float,
+    damaged: set[str],
+) -> None:
+    """One attempt that is broken, or has ended before that; `damaged` gets the name of what is damaged on purpose."""
     moment = chance.uniform(0, 1.1 * seconds)
     before: Callable[[int], None] = lambda rank: None  # noqa: E731
     if fault == "full disk":
         before = full_disk(chance.choice([0, 300, 4096, 60_000, chance.randrange(400_000)]))
     elif fault == "cut network":
         before = cut_network(chance.randrange(ranks), moment)
+    there = [path.name for path in finished(run) if path.name not in damaged]
     attempt = start(run, stage, ranks, log, before)
     end = attempt.began + moment
     while fault in (*KILLS, "damaged checkpoint") and time.monotonic() < end and attempt.alive():
         time.sleep(0.001)
     KILLS.get(fault, kill_all if fault == "damaged checkpoint" else lambda *_: None)(attempt, chance)
     statuses = attempt.wait()
-    if fault == "SIGTERM":
-        assert all(status in (0, -signal.SIGTERM) for status in statuses), f"SIGTERM ended the ranks with {statuses}"
-    check_reported(run, log)
+    if fault == "SIGTERM" and -signal.SIGTERM not in statuses:  # it was there to be heeded
+        assert set(statuses) == {0}, f"SIGTERM ended the ranks with {statuses}"
+    check_reported(run, log, there)
     if fault == "damaged checkpoint":
-        damage(run, chance)
+        damaged |= damage(run, chance)
 
 
-def check_reported(run: Path, log: Path) -> None:
-    """The newest checkpoint that was reported as saved, or a newer one, is there and whole."""
+def check_reported(run: Path, log: Path, before: list[str]) -> None:
+    """The newest whole checkpoint is as new as any that the attempt reported, or found: `before`, by name."""
     text = "".join(log.read_text(errors="replace").split())  # the terminal's width breaks lines
-    reported = [part[: len("step_00000000")] for part in text.split("checkpointsaved:")[1:]]
+    text = text.rpartition("ATTEMPT")[2]
     names = [f"step_{word.partition('step_')[2][:8]}" for word in text.split("checkpointsaved:")[1:]]
-    assert len(reported) == len(names)
-    if names:
-        there = finished(run)
-        assert there and there[0].name >= max(names), f"{max(names)} was reported, there is {there}"
-        verify(there[0])
+    expected = max(names + before, default="")
+    found, wrong = newest_whole(finished(run))
+    assert not expected or (found and found.name >= expected), f"{expected} is lost: there is {found}; {wrong}"
 
 
 def assert_same(run: Path, other: Path) -> None:
