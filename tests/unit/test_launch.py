@@ -164,22 +164,75 @@ def with_commands(folder: Path, **scripts: str) -> dict[str, str]:
     return {**os.environ, "PATH": path, "VIRTUAL_ENV": sys.prefix}
 
 
-def test_slurm_starts_the_ranks_themselves(tmp_path):
-    """Anything between srun and the rank would keep SLURM's SIGUSR1 to itself. Two nodes of four, srun a stand-in."""
-    note = f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n"
-    environ = with_commands(tmp_path, srun=note, scontrol='#!/bin/sh\necho "$3" | tr , "\\n"\n')
-    job = {"SLURM_JOB_NODELIST": "node-3,node-4", "SLURM_JOB_ID": "70123", "SLURM_CPUS_PER_TASK": "8"}
-    done = subprocess.run(
-        ["bash", ROOT / "launch" / "slurm.sbatch", "my.yaml", "--resume"],
-        env={**environ, **job, "SLURM_SUBMIT_DIR": str(ROOT)}, capture_output=True, text=True, check=True, timeout=60,
+def slurm_sbatch(folder: Path, *arguments: str, srun: str, job: str = "", **variables: str):
+    """launch/slurm.sbatch with stand-ins for SLURM's commands: a job of two nodes; `scontrol requeue` is written down.
+
+    job  what `scontrol show job` prints. tests/cluster/test_slurm.py runs it under SLURM.
+    """
+    scontrol = (
+        '#!/bin/sh\ncase "$1 $2" in\n"show hostnames") echo "$3" | tr , "\\n";;\n'
+        f'"show job") echo "{job}";;\n*) echo "$@" >"{folder}/said";;\nesac\n'
+    )
+    environ = with_commands(folder, srun=srun, scontrol=scontrol)
+    environ |= {"SLURM_JOB_NODELIST": "node-3,node-4", "SLURM_JOB_ID": "70123", "SLURM_CPUS_PER_TASK": "8"}
+    return subprocess.Popen(
+        ["bash", ROOT / "launch" / "slurm.sbatch", *arguments],
+        env={**environ, "SLURM_SUBMIT_DIR": str(ROOT), **variables}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    arguments, found = json.loads(done.stdout)
+
+
+NOTE = f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n"
+
+
+def test_slurm_starts_the_ranks_themselves(tmp_path):
+    """Anything between srun and the rank would keep SLURM's signals to itself."""
+    printed, _ = slurm_sbatch(tmp_path, "my.yaml", "--resume", srun=NOTE).communicate(timeout=60)
+    arguments, found = json.loads(printed)
     options = [argument for argument in arguments if argument.startswith("--") and argument != "--resume"]
     assert options == ["--kill-on-bad-exit=1", "--cpus-per-task=8"]
     assert arguments[len(options) :] == ["python", "-m", "sgtm", "train", "my.yaml", "--resume"]
     assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("node-3", "29523")
     step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
     assert detect_launch({**found, **step, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}) == Launch("srun", 5, 8, 1, 4)
+
+
+@pytest.mark.parametrize("given", [[], ["--overwrite"], ["--resume"], ["--resume", "auto"]])
+def test_a_restarted_job_resumes(tmp_path, given):
+    job = slurm_sbatch(tmp_path, "my.yaml", *given, "--name=a b", srun=NOTE, SLURM_RESTART_COUNT="1")
+    arguments, _ = json.loads(job.communicate(timeout=60)[0])
+    resume = given if "--resume" in given else ["--resume"]
+    assert sorted(arguments[arguments.index("train") + 1 :]) == sorted(["my.yaml", "--name=a b", *resume])
+
+
+@pytest.mark.parametrize(
+    ("signalled", "job", "status", "queued"),
+    [
+        (True, "JobState=RUNNING Reason=None PreemptTime=None", 0, True),
+        (True, "JobState=RUNNING Reason=None PreemptTime=None", 3, False),
+        (True, "JobState=RUNNING Reason=None PreemptTime=None", 128 + signal.SIGUSR1, True),
+        (True, "JobState=CANCELLED Reason=None PreemptTime=None", 0, False),
+        (False, "JobState=RUNNING Reason=None PreemptTime=None", 0, False),
+        (False, "JobState=RUNNING Reason=None PreemptTime=2026-11-22T06:00:00", 0, True),
+        (False, "JobState=RUNNING Reason=None PreemptTime=2026-11-22T06:00:00", 3, False),
+    ],
+)
+def test_a_job_is_queued_again_if_there_is_more_to_train(tmp_path, signalled, job, status, queued):
+    """SIGUSR1 goes to srun, whose exit status is that of the job; `scontrol requeue` only for a run that has saved."""
+    ends = f"exit {status}"
+    srun = f"#!/bin/bash\ntrap '{ends}' USR1; touch '{tmp_path}/up'\nfor i in $(seq 300); do sleep 0.1; done\n"
+    script = slurm_sbatch(tmp_path, "my.yaml", srun=srun if signalled else f"#!/bin/sh\n{ends}\n", job=job)
+    try:
+        deadline = time.monotonic() + 60
+        while signalled and not (tmp_path / "up").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if signalled:
+            script.send_signal(signal.SIGUSR1)
+        assert script.wait(timeout=60) == status
+    finally:
+        script.kill()
+        script.communicate()
+    assert (tmp_path / "said").exists() == queued
+    assert not queued or (tmp_path / "said").read_text() == "requeue 70123\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
