@@ -1,14 +1,15 @@
 # make quickstart    train, ablate and show a small bilingual model: under ten minutes on two cores
 # make test          run all tests
+# make cluster-test  SLURM, torchrun on two hosts and deepspeed over ssh, in namespaces of this machine; as root
 # make fault-campaign  break 200 runs at random moments; each must end as if left alone
 # make gpu           on a machine with a GPU: tests and timings of ops and steps by PYTHON; GPU_ARGS="--only mlp"
-# The first two make the virtual environment .venv on first use; PYTHON=... chooses the interpreter (3.10 to 3.12).
+# All but `make gpu` make the virtual environment .venv on first use; PYTHON=... chooses the interpreter (3.10 to 3.12).
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install quickstart test fault-campaign gpu lint clean
+.PHONY: install quickstart test cluster-test fault-campaign gpu lint clean
 
 install: $(STAMP)
 
@@ -29,6 +30,9 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+cluster-test: install
+	$(BIN)/python -m pytest tests/cluster
 
 fault-campaign: install
 	$(BIN)/python tests/faults/campaign.py $(CAMPAIGN_ARGS)

@@ -120,6 +120,7 @@ def _steps(
             began += time.perf_counter() - paused
         train_step(engine, batches, config.tables, lr, totals, log_due)
         if not engine.finite:
+            log.checkpoint(writer.finish())  # the run may end here
             log.say(tell_skipped(engine, loader, corpus, config, run, step, totals.in_a_row))
         stopping = stop.anywhere(engine) and not last
         seconds += time.perf_counter() - began
