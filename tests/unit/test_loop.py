@@ -117,7 +117,8 @@ def run_steps(
             signal.raise_signal(number)
 
     monkeypatch.setattr(loop, "train_step", train_step)
-    writer = SimpleNamespace(poll=lambda: None, close=lambda: None, start=lambda done, state: saved.append(done) or [])
+    nothing = dict.fromkeys(("poll", "finish", "close"), lambda: None)
+    writer = SimpleNamespace(**nothing, start=lambda done, state: saved.append(done) or [])
     monkeypatch.setattr(loop, "_losses", lambda *rest: {"loss": 1.0})
     monkeypatch.setattr(loop, "_gradients", lambda *rest: {})
     monkeypatch.setattr(loop, "_evaluate", lambda *rest: {})
