@@ -1,6 +1,6 @@
 """Runs that are broken at random moments must end as if nothing had happened.
 
-    python tests/faults/campaign.py [--faults 200] [--seed 0] [--jobs 2] [--keep DIR]
+    python tests/faults/campaign.py [--faults 200] [--seed 0] [--jobs 2] [--stages 0 1 2 3] [--keep DIR]
 
 Every trial starts a run through the command line, breaks it in one of FAULTS' ways at a random moment, and goes on with
 `--resume auto` until it is done; one trial in three is broken a second time on the way. It passes if
@@ -9,7 +9,7 @@ Every trial starts a run through the command line, breaks it in one of FAULTS' w
 - weights, moments and step counts at the end, and every logged loss and evaluation, are bitwise those of a run that was
   left alone, on as many ranks and in the same ZeRO stage.
 
-Stages 0 to 3, one and two ranks. The ranks are forked from a process that has imported everything, so that a trial
+One and two ranks. The ranks are forked from a process that has imported everything, so that a trial
 takes seconds. Which faults, stages and moments there are follows from the seed; where in the program a moment falls
 depends on the machine. Exit status 1, with the trials that failed, if any does.
 """
@@ -22,6 +22,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -283,10 +284,10 @@ def metrics(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
 
 
-def whole_runs(folder: Path) -> dict[tuple[int, int], float]:
+def whole_runs(folder: Path, stages: list[int]) -> dict[tuple[int, int], float]:
     """A run left alone for every stage and number of ranks; returns the seconds of each."""
     seconds = {}
-    for stage in (0, 1, 2, 3):
+    for stage in stages:
         for ranks in (1, 2):
             log = folder / f"whole-{stage}-{ranks}.log"
             attempt = start(folder / "trials" / f"whole-{stage}-{ranks}", stage, ranks, log)
@@ -295,12 +296,12 @@ def whole_runs(folder: Path) -> dict[tuple[int, int], float]:
     return seconds
 
 
-def campaign(faults: int, seed: int, jobs: int, folder: Path) -> list[dict]:
+def campaign(faults: int, seed: int, jobs: int, stages: list[int], folder: Path) -> list[dict]:
     """Trials until so many faults have been tried."""
     (folder / "trials").mkdir(parents=True)
     written = open_corpus(load_config("debug", [f"--runs={folder / 'made'}"])).path
     (folder / "corpus").symlink_to(Path(written).resolve())
-    seconds = whole_runs(folder)
+    seconds = whole_runs(folder, stages)
     results: list[dict] = []
     with get_context("fork").Pool(jobs) as pool:
         tasks = ((number, seed, folder, seconds) for number in range(10**9))
@@ -314,12 +315,19 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument(
+        "--stages", type=int, nargs="+", default=[0, 1, 2, 3], metavar="N", help="of ZeRO (default: all)"
+    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="new folder for runs and logs, which are then kept")
     args = parser.parse_args()
     began = time.monotonic()
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
-    with tempfile.TemporaryDirectory() as temporary:
-        results = campaign(args.faults, args.seed, args.jobs, args.keep or Path(temporary, "campaign"))
+    folder = args.keep or Path(tempfile.mkdtemp())  # a TemporaryDirectory would be deleted by every rank that ends
+    try:
+        results = campaign(args.faults, args.seed, args.jobs, args.stages, folder)
+    finally:
+        if not args.keep:
+            shutil.rmtree(folder, ignore_errors=True)
     failed = [result for result in results if result["error"]]
     for result in failed:
         print(f"FAILED {json.dumps(result)}")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 
 def test_broken_runs_end_as_if_left_alone():
-    command = [sys.executable, str(Path(__file__).with_name("campaign.py")), "--faults", "12", "--jobs", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, str(Path(__file__).with_name("campaign.py")), *"--faults 8 --jobs 1 --stages 2".split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "; 0 runs did not end as if left alone or lost a checkpoint" in done.stdout
-    assert int(done.stdout.partition(": ")[2].partition(" faults")[0]) >= 12
+    assert int(done.stdout.partition(": ")[2].partition(" faults")[0]) >= 8
