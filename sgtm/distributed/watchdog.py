@@ -252,7 +252,8 @@ def _connect() -> dist.Store:
 def _machine() -> str:
     """Equal for processes that see each other's numbers."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return f"{socket.gethostname()} {os.getpid()}"
 

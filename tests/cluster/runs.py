@@ -47,7 +47,7 @@ def finish_with_torchrun(hosts: Hosts, runs: Path, name: str, *extra: str) -> st
 
 def ranks(hosts: Hosts, run: Path) -> list[psutil.Process]:
     """The ranks of the run: `python -u -m sgtm ...`, and not what has `-m sgtm` among the options of a launcher."""
-    of_run = [process for process in hosts.processes() if f"--name={run.name}" in process.info["cmdline"]]
+    of_run = [process for process in hosts.processes() if f"--name={run.name}" in (process.info["cmdline"] or ())]
     return [process for process in of_run if "sgtm" in process.info["cmdline"][2:4]]
 
 

@@ -82,7 +82,7 @@ def test_preempted(slurm: Slurm, uninterrupted: Path, tmp_path: Path):
 
 def test_at_its_time_limit(slurm: Slurm, uninterrupted: Path, tmp_path: Path):
     """SIGUSR1 to the script, as `sbatch --signal=B:USR1@...` sends it, and the script queues the job again."""
-    job = Job(slurm, tmp_path, "limited", "--time=1", "--signal=B:USR1@50")
+    job = Job(slurm, tmp_path, "limited", "--time=1", "--signal=B:USR1@30")
     with held(slurm.hosts, job.run, 8):
         until(lambda: "SIGUSR1" in job.printed(), "the signal before the time limit", 90)
     printed = job.end()
