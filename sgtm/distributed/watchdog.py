@@ -29,7 +29,8 @@ import torch.distributed as dist
 BEAT = 1.0  # seconds
 LISTEN = 3 * BEAT  # who has not been heard for so long is gone, or stopped
 GONE, LEFT, END = "gone", "left", "end"
-NO_STORE = "the store of the run does not answer: rank 0 or its launcher has ended"
+NO_STORE = "the store of the run does not answer: rank 0 or its launcher has ended, or the network"
+PATIENCE = 10 * LISTEN  # with a call to the store that does not return, beyond the limit
 
 _watchdog: Watchdog | None = None
 
@@ -65,8 +66,10 @@ class Watchdog:
         self.previous, sys.excepthook = sys.excepthook, self._excepthook
         faulthandler.enable()  # a crash in C shows its stack
         self.neighbours: dict[int, dict] | None = None
+        self.silence = 0.0  # seconds since the store last answered, or refused to
         self.thread = threading.Thread(target=self._watch, name="sgtm-watchdog", daemon=True)
         self.thread.start()
+        threading.Thread(target=self._guard, name="sgtm-watchdog-guard", daemon=True).start()
 
     def leave(self, status: int) -> None:
         if self.stopped.is_set():
@@ -85,11 +88,11 @@ class Watchdog:
         seen, last, before, listened = self.place, time.monotonic(), {}, 0.0
         note: dict | None = None
         while not self.stopped.wait(BEAT):
-            now, place = time.monotonic(), self.place
+            now, place, self.silence = time.monotonic(), self.place, 0.0
             passed, last = min(now - last, 5 * BEAT), now
             self.waited = self.waited + passed if place is seen and place[0] is not None else 0.0
             seen = place
-            # Should this thread itself be held up, by C code that keeps the interpreter or by the store's network:
+            # Should this thread and the guard be held up, by C code that keeps the interpreter:
             faulthandler.dump_traceback_later(min(self.limit, 1e6) + 60, exit=True)
             try:
                 self._beat()
@@ -104,10 +107,20 @@ class Watchdog:
                     self._end(note, before)
             except RuntimeError:
                 self.deaf += passed
-                if self.deaf > 10 * LISTEN and place[0] is not None:
+                if self.deaf > PATIENCE and place[0] is not None:
                     self._end(note or {"kind": GONE, "rank": None, "text": NO_STORE}, None)
                 with suppress(RuntimeError):
                     self.store = _connect()
+
+    def _guard(self) -> None:
+        """Where the network is cut, a call to the store may not return for minutes, and this thread makes none."""
+        last = time.monotonic()
+        while not self.stopped.wait(BEAT):
+            now = time.monotonic()
+            passed, last = min(now - last, 5 * BEAT), now
+            self.silence = self.silence + passed if self.place[0] is not None else 0.0
+            if self.silence > self.limit + PATIENCE:
+                self._say(self._lost({"kind": GONE, "rank": None, "text": NO_STORE}))
 
     def _beat(self) -> None:
         self.beats += 1
