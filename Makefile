@@ -1,7 +1,7 @@
 # make quickstart    train, ablate and show a small bilingual model: under ten minutes on two cores
 # make test          run all tests
 # make cluster-test  SLURM, torchrun on two hosts and deepspeed over ssh, in namespaces of this machine; as root
-# make fault-campaign  break 200 runs at random moments; each must end as if left alone
+# make fault-campaign  200 faults at random moments of runs; resumed, each must end as if left alone
 # make gpu           on a machine with a GPU: tests and timings of ops and steps by PYTHON; GPU_ARGS="--only mlp"
 # All but `make gpu` make the virtual environment .venv on first use; PYTHON=... chooses the interpreter (3.10 to 3.12).
 

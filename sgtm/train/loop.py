@@ -45,12 +45,12 @@ from sgtm_kernels.dispatch import resolve
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Train (or go on training) a run; returns its directory `<runs>/<name>`.
 
-    resume     go on from the newest checkpoint of the run directory; from the beginning if it has none
+    resume     go on from the newest whole checkpoint of the run directory; from the beginning if it has none at all
     overwrite  delete an existing run directory first
 
     SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint after the step in progress and return. Raises ValueError for what a
-    user can put right: a run directory that exists, data that do not fit the config, a damaged checkpoint, wandb
-    without a login. Then no run directory has been made, and none deleted.
+    user can put right: a run directory that exists, data that do not fit the config, checkpoints of which none is
+    whole, wandb without a login. Then no run directory has been made, and none deleted.
     """
     launch = init_distributed(config)
     run = Path(config.runs) / config.name
