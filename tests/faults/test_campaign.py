@@ -1,6 +1,6 @@
 """A small campaign of faults at random moments; `make fault-campaign` is the large one.
 
-Faults tried in the code, each seen to fail: TRIED
+Seen to fail: without the watchdog, where a rank waited for one that had died while DeepSpeed made its groups.
 """
 
 from __future__ import annotations
