@@ -16,7 +16,7 @@ WAIT="${WAIT:-330}" # more than the 300 s for which torchrun waits, after a run 
 # have ended. One of which it has not heard yet is a zombie.
 end_after_the_ranks() {
     local agent="$1" begun=0 ended=$SECONDS
-    while sleep 1 && kill -0 "$agent" 2>/dev/null; do
+    while sleep 1 && [[ "$(ps --pid "$agent" -o stat=)" == [!Z]* ]]; do
         # shellcheck disable=SC2009
         if ps --ppid "$agent" -o stat= | grep -qv '^Z'; then
             begun=1 ended=$SECONDS

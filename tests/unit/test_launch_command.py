@@ -69,7 +69,8 @@ def test_deepspeed_by_a_hostfile(tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("# two\nnode-0 slots=2\n\nnode-1 slots=2  # the other\n")
     found = composed(tmp_path, "--hostfile", str(hosts), "--resume")
-    assert found == ["--hostfile", str(hosts), "--module", "sgtm", "train", "debug", "--resume"]
+    port = ["--master_port", "29500"]
+    assert found == ["--hostfile", str(hosts), *port, "--module", "sgtm", "train", "debug", "--resume"]
 
 
 def test_slurm(tmp_path):
