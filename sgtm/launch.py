@@ -141,7 +141,7 @@ def launch(config: Config, where: Where, arguments: list[str], memory: float | N
     check_divides(config, machine.ranks)
     limit = memory_limit(where, memory)
     if limit is not None:
-        check_fits(config, machine.ranks, *limit, config.distributed.offload_optimizer)
+        check_fits(config, machine.ranks, *limit)
     environment, command = compose(where, arguments)
     _print(config, machine, limit, environment, command)
     if where.launcher == "torchrun" and where.nodes > 1:
@@ -153,7 +153,7 @@ def launch(config: Config, where: Where, arguments: list[str], memory: float | N
 def _print(config: Config, machine: Machine, limit, environment: dict[str, str], command: list[str]) -> None:
     console = Console()
     console.print(arithmetic(config, machine), highlight=False, soft_wrap=True)
-    rows = plan(config, machine, config.distributed.offload_optimizer)
+    rows = plan(config, machine)
     console.print(memory_table(rows, None if limit is None else round(limit[0] / GB, 1)))
     checked = (
         "memory not checked: give --memory GB" if limit is None else f"fits into {limit[0] / GB:.1f} GB, {limit[1]}"

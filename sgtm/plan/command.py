@@ -58,7 +58,7 @@ def run_plan(options) -> None:
 
     given = {name: getattr(options, name) for name in MACHINE}
     machine = Machine(**{name: value for name, value in given.items() if value is not None})
-    rows = plan(config, machine, config.distributed.offload_optimizer)
+    rows = plan(config, machine)
     if options.json:
         print(as_json(config, machine, rows))
     else:

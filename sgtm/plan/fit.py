@@ -28,29 +28,29 @@ def check_divides(config: Config, ranks: int) -> int:
         raise
 
 
-def check_fits(config: Config, ranks: int, limit: float, whose: str, offload: bool = False) -> None:
+def check_fits(config: Config, ranks: int, limit: float, whose: str) -> None:
     """Raise ValueError where a rank needs more than `limit` bytes, with what would fit.
 
     whose  what the limit is of, for the message
     """
     stage = config.distributed.zero_stage
-    needed = memory(config, stage, ranks, offload).peak
+    needed = memory(config, stage, ranks).peak
     if needed <= limit:
         return
     tried = []
-    stages = [s for s in STAGES if s > stage and memory(config, s, ranks, offload).peak <= limit]
+    stages = [s for s in STAGES if s > stage and memory(config, s, ranks).peak <= limit]
     tried += [f"distributed.zero_stage {_listed(stages)}"] if stages else []
     smaller = [n for n in range(1, config.train.micro_batch) if _divides(config, ranks, n)]
-    batches = [n for n in smaller if memory(with_micro_batch(config, n), stage, ranks, offload).peak <= limit]
+    batches = [n for n in smaller if memory(with_micro_batch(config, n), stage, ranks).peak <= limit]
     tried += [f"train.micro_batch {_listed(batches)}"] if batches else []
     if not config.model.activation_checkpointing:
         recomputing = config.model_copy(update={"model": config.model.model_copy(update=CHECKPOINTED)})
-        if memory(recomputing, stage, ranks, offload).peak <= limit:
+        if memory(recomputing, stage, ranks).peak <= limit:
             tried.append("model.activation_checkpointing true")
     if not tried:
         least = config.model_copy(update={"model": config.model.model_copy(update=CHECKPOINTED)})
         least = with_micro_batch(least, n := min(smaller, default=config.train.micro_batch))
-        if memory(least, 3, ranks, offload).peak <= limit:
+        if memory(least, 3, ranks).peak <= limit:
             together = f"train.micro_batch {n} and model.activation_checkpointing true"
             tried.append(f"distributed.zero_stage 3, {together} together")
     advice = f"what fits: {'; or '.join(tried)}" if tried else "no stage and no micro-batch fits: take more ranks"

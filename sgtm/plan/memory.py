@@ -31,7 +31,7 @@ class Memory:
     held     on the device all the time, by what it is
     passing  on the device during forward and backward, on top of that, at most
     updating on the device during the optimizer's step, on top of that
-    host     in the memory of the host, with `offload`
+    host     in the memory of the host, with `distributed.offload_optimizer`
     """
 
     held: dict[str, int]
@@ -44,17 +44,17 @@ class Memory:
         return sum(self.held.values()) + max(sum(self.passing.values()), self.updating)
 
 
-def memory(config: Config, stage: int, ranks: int, offload: bool = False, limits: Limits | None = None) -> Memory:
-    """Of a rank in a run on `ranks` ranks.
+def memory(config: Config, stage: int, ranks: int, limits: Limits | None = None) -> Memory:
+    """Of a rank in a run of this config on `ranks` ranks, in this stage whatever the config's is.
 
-    offload  the optimizer's tensors are in the memory of the host (ZeRO 1 to 3)
-    Raises ValueError for offload with ZeRO 0.
+    Raises ValueError for ZeRO 0 with `distributed.offload_optimizer`.
     """
+    offload = config.distributed.offload_optimizer
     if offload and stage == 0:
-        raise ValueError("offload: ZeRO 0 keeps the optimizer with the weights; plan stage 1, 2 or 3")
+        raise ValueError("distributed.offload_optimizer: ZeRO 0 keeps the optimizer with the weights")
     limits, sizes = limits or Limits(), parameter_sizes(config.model)
-    held = _held(config, sizes, stage, ranks, limits, offload)
-    passing, updating = _buffers(config, sizes, stage, ranks, limits, offload)
+    held = _held(config, sizes, stage, ranks, limits)
+    passing, updating = _buffers(config, sizes, stage, ranks, limits)
     passing["activations"] = activations(config)
     passing["working"] = max(_head(config), _block(config)) + max(sizes.values()) * width_of(config)
     host = {}
@@ -73,7 +73,7 @@ def _share(sizes: dict[str, int], stage: int, ranks: int) -> int:
     return (split(sizes.values(), ranks) if stage == 3 else padded(sum(sizes.values()), ranks)) // ranks
 
 
-def _held(config: Config, sizes: dict[str, int], stage: int, ranks: int, limits: Limits, offload: bool) -> dict:
+def _held(config: Config, sizes: dict[str, int], stage: int, ranks: int, limits: Limits) -> dict:
     width, total, share = width_of(config), sum(sizes.values()), _share(sizes, stage, ranks)
     if stage == 0 and width == 4:
         return {"weights": 4 * total, "fp32 weights": 0, "moments": 8 * total, "gradients": 4 * total}
@@ -83,7 +83,7 @@ def _held(config: Config, sizes: dict[str, int], stage: int, ranks: int, limits:
     if stage == 2 and width == 4:
         gradients = 4 * _whole(list(sizes.values()), share, ranks)
     held = {"weights": weights, "fp32 weights": 4 * share, "moments": 8 * share, "gradients": gradients}
-    always = stage == 3 or _is_zero1(config, stage, offload)  # from the first backward pass of a step on
+    always = stage == 3 or _is_zero1(config, stage)  # from the first backward pass of a step on
     return held | ({"bucket": 4 * min(total, limits.bucket)} if always else {})
 
 
@@ -97,13 +97,13 @@ def _whole(sizes: list[int], share: int, ranks: int) -> int:
     return max(within)
 
 
-def _is_zero1(config: Config, stage: int, offload: bool) -> bool:
+def _is_zero1(config: Config, stage: int) -> bool:
     """Whether DeepSpeed's ZeRO 1 runs: in bf16 it is its bf16 optimizer instead, for stage 0 too, but with offload."""
-    return stage == 1 and (config.train.precision == "fp32" or offload)
+    return stage == 1 and (config.train.precision == "fp32" or config.distributed.offload_optimizer)
 
 
 def _buffers(
-    config: Config, sizes: dict[str, int], stage: int, ranks: int, limits: Limits, offload: bool
+    config: Config, sizes: dict[str, int], stage: int, ranks: int, limits: Limits
 ) -> tuple[dict[str, int], int]:
     """What communication needs during forward and backward, and what the step copies."""
     width, total, share = width_of(config), sum(sizes.values()), _share(sizes, stage, ranks)
@@ -113,7 +113,7 @@ def _buffers(
         return {"gathered weights": live, "buckets": 4 * bucket}, 4 * min(share, limits.sub_group)
     if stage == 2:  # as it comes, flattened, and in fp32
         return {"buckets": 8 * bucket}, 0 if width == 2 else 4 * share
-    if _is_zero1(config, stage, offload):
+    if _is_zero1(config, stage):
         return {"buckets": 4 * bucket}, 8 * share
     return {"buckets": 0 if width == 2 else 4 * min(total, FALLBACK_BUCKET)}, 0
 

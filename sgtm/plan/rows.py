@@ -23,15 +23,16 @@ class Row:
     speed: Speed
 
 
-def plan(config: Config, machine: Machine, offload: bool = False) -> list[Row]:
-    """A row for each stage, with `offload` from 1. Raises ValueError where the step does not divide by the ranks."""
+def plan(config: Config, machine: Machine) -> list[Row]:
+    """A row for each stage, with `distributed.offload_optimizer` from 1.
+
+    Raises ValueError where the step does not divide by the ranks.
+    """
     check_divides(config, machine.ranks)
     rows = []
-    for stage in STAGES[1:] if offload else STAGES:
+    for stage in STAGES[1:] if config.distributed.offload_optimizer else STAGES:
         moved = collectives(config, stage, machine.ranks)
-        rows.append(
-            Row(stage, memory(config, stage, machine.ranks, offload), moved, speed(config, stage, machine, moved))
-        )
+        rows.append(Row(stage, memory(config, stage, machine.ranks), moved, speed(config, stage, machine, moved)))
     return rows
 
 

@@ -128,13 +128,14 @@ def test_speed_by_hand():
 
 
 def test_offload_moves_the_optimizer_to_the_host():
-    config = load_config("llama-1b")
+    config, offloaded = load_config("llama-1b"), load_config("llama-1b", ["--distributed.offload_optimizer=true"])
     for stage in (1, 2, 3):
-        here, there = memory(config, stage, 8), memory(config, stage, 8, offload=True)
+        here, there = memory(config, stage, 8), memory(offloaded, stage, 8)
         moved = {name: there.host[name] for name in ("fp32 weights", "moments")}
         assert moved == {name: here.held[name] for name in moved} and not moved.keys() & there.held.keys()
     with pytest.raises(ValueError, match="ZeRO 0 keeps the optimizer"):
-        memory(config, 0, 8, offload=True)
+        memory(offloaded, 0, 8)
+    assert [row.stage for row in plan(offloaded, Machine(gpus=8))] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
