@@ -157,6 +157,7 @@ class Engine:
         outlast_watchdog(config)
         # It would put its recovery script beside every checkpoint; ours is sgtm/distributed/storage.py.
         _replace(self._deepspeed, "_copy_recovery_script", lambda path: None)
+        _replace(self._deepspeed, "checkpoint_engine", self._writer)
         self.device = torch.device(self._deepspeed.device)
         self._fragments = fragments(self._deepspeed.optimizer, parameters)
         replicas = self.world_size if self._plain else 1
@@ -274,7 +275,6 @@ class Engine:
         state  comes back from `load`; rank 0's counts. The optimizer's counts by key travel with it.
         """
         client_state = {"sgtm": {"state": state, "optimizer_steps": self.optimizer.steps}, **universal_info()}
-        _replace(self._deepspeed, "checkpoint_engine", self._writer)
         with _quiet():
             self._deepspeed.save_checkpoint(
                 str(directory.parent), tag=directory.name, client_state=client_state, save_latest=False
