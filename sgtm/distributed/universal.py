@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -31,10 +32,22 @@ def write_universal(directory: Path | str, out: Path) -> None:
     """Write the checkpoint of any stage and number of ranks into the folder `out`, which is made.
 
     `zero/<parameter>/{fp32,exp_avg,exp_avg_sq}.pt`, fp32 of the parameter's shape, `zero/optimizer_state.pt` and
-    `mp_rank_00_model_states.pt`. One parameter at a time is in memory. Raises ValueError where there is no checkpoint,
-    FileExistsError where `out` is there.
+    `mp_rank_00_model_states.pt`, which has the weights once more. The folder is there when it is whole. Raises
+    ValueError where there is no checkpoint, FileExistsError where `out` is there.
     """
-    stored = Stored(directory)
+    if out.exists():
+        raise FileExistsError(f"{out} exists; name a folder that does not")
+    begun = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(begun, ignore_errors=True)
+    try:
+        _write(Stored(directory), begun)
+        begun.rename(out)
+    except BaseException:
+        shutil.rmtree(begun, ignore_errors=True)
+        raise
+
+
+def _write(stored: Stored, out: Path) -> None:
     out.mkdir(parents=True)
     for name, shape in stored.shapes.items():
         folder = out / "zero" / name
