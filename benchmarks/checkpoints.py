@@ -10,7 +10,6 @@ interval is that loss over the time of so many steps.
 
 from __future__ import annotations
 
-import argparse
 import random
 import tempfile
 import time
@@ -18,10 +17,11 @@ from pathlib import Path
 
 import torch
 from environment import environment, percentiles, write_rows
+from one_micro_batch import asked
 
-from sgtm.config import Config, load_config
+from sgtm.bench import setting
+from sgtm.config import Config
 from sgtm.distributed.engine import Engine
-from sgtm.distributed.process_group import init_distributed
 from sgtm.masking.labels import UNLABELED
 from sgtm.model.transformer import Transformer
 from sgtm.train.dry_run import random_batch
@@ -101,23 +101,11 @@ def measure(config: Config, rounds: int, folder: Path) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="tinystories-18m")
-    parser.add_argument("--sequences", type=int, default=4, help="sequences of a step, one micro-batch (default 4)")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write one JSON object per row")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    context = load_config(args.preset, []).model.context
-    config = load_config(
-        args.preset, [f"--train.tokens_per_step={args.sequences * context}", f"--train.micro_batch={args.sequences}"]
-    )
-    init_distributed(config)
+    args, config = asked(__doc__.splitlines()[0], rounds=12)
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk of the results, not in memory
         rows = measure(config, args.rounds, Path(folder))
     for row in rows:
-        row["setting"] = f"{args.preset}, batch {args.sequences} x {context}, {config.train.precision}"
+        row["setting"] = setting(config)
         shares = ", ".join(f"{interval}: {share:.2%}" for interval, share in row["share"].items())
         print(
             f"{row['checkpoint']}: {row['lost']['p50']:.3f} s lost of {row['step']['p50']:.3f} s steps; paused "

@@ -9,16 +9,13 @@ beside what was measured.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 from environment import write_rows
 from hugging_face import Peer
+from one_micro_batch import asked
 
 from sgtm.bench import Way, masked_steps, measure, print_rows, setting
-from sgtm.config import Config, load_config
-from sgtm.distributed.process_group import init_distributed
+from sgtm.config import Config
 
 FOREIGN = "Hugging Face eager"
 # Of the ratio. A pure forget step with joint parameters free has 91 % of the unmasked matmul work at the 18M shape.
@@ -32,26 +29,11 @@ TARGETS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="tinystories-18m")
-    parser.add_argument("--sequences", type=int, default=4, help="sequences of a step, one micro-batch (default 4)")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write one JSON object per row")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    config = one_micro_batch(args.preset, args.sequences)
-    init_distributed(config)
+    args, config = asked(__doc__.splitlines()[0], rounds=15)
     rows = [with_target(row, config) for row in measure(masked_steps(config) | peers(config), config, args.rounds)]
     print_rows(rows)
     if args.json:
         write_rows(args.json, rows)
-
-
-def one_micro_batch(preset: str, sequences: int) -> Config:
-    config = load_config(preset, [])
-    tokens = sequences * config.model.context
-    return load_config(preset, [f"--train.tokens_per_step={tokens}", f"--train.micro_batch={sequences}"])
 
 
 def peers(config: Config) -> dict[str, Way]:
