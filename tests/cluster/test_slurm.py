@@ -54,6 +54,11 @@ class Job:
     def restarts(self) -> int:
         return int(self.slurm.job(self.number)["Restarts"])
 
+    def minutes(self) -> int:
+        """Whole ones that it has run."""
+        hours, minutes, _ = self.slurm.job(self.number)["RunTime"].split(":")
+        return 60 * int(hours) + int(minutes)
+
 
 def test_requeued_by_the_administrator(slurm: Slurm, uninterrupted: Path, tmp_path: Path):
     """SIGTERM from SLURM, to a job that was told to overwrite: only its first start may."""
@@ -81,10 +86,15 @@ def test_preempted(slurm: Slurm, uninterrupted: Path, tmp_path: Path):
 
 
 def test_at_its_time_limit(slurm: Slurm, uninterrupted: Path, tmp_path: Path):
-    """SIGUSR1 to the script, as `sbatch --signal=B:USR1@...` sends it, and the script queues the job again."""
-    job = Job(slurm, tmp_path, "limited", "--time=1", "--signal=B:USR1@30")
+    """SIGUSR1 to the script, as `sbatch --signal=B:USR1@...` sends it, and the script queues the job again.
+
+    The limit is drawn near once the run is at its eighth step: SLURM may send the signal a minute early.
+    """
+    job = Job(slurm, tmp_path, "limited", "--time=20", "--signal=B:USR1@30")
     with held(slurm.hosts, job.run, 8):
-        until(lambda: "SIGUSR1" in job.printed(), "the signal before the time limit", 90)
+        slurm.ask("scontrol", "update", f"JobId={job.number}", f"TimeLimit={job.minutes() + 2}")
+        until(lambda: "SIGUSR1" in job.printed(), "the signal before the time limit", 150)
+        slurm.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=20")
     printed = job.end()
     assert STOPPED in printed and QUEUED in printed and "resumed after step" in printed, printed
     assert job.restarts() >= 1
