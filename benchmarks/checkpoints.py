@@ -30,7 +30,7 @@ from sgtm.train.step import StepTotals, train_step
 from sgtm_kernels.dispatch import resolve
 
 INTERVALS = (10, 50, 100, 500, 1000)
-STEPS = 8  # of a turn; the background writer is done well before
+STEPS = 4  # of a turn; the background writer is done before
 TARGET = 0.01  # share of training time, asynchronous
 
 
@@ -101,7 +101,7 @@ def measure(config: Config, rounds: int, folder: Path) -> list[dict]:
 
 
 def main() -> None:
-    args, config = asked(__doc__.splitlines()[0], rounds=12)
+    args, config = asked(__doc__.splitlines()[0], rounds=24)
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk of the results, not in memory
         rows = measure(config, args.rounds, Path(folder))
     for row in rows:

@@ -3,7 +3,8 @@
 DeepSpeed hands over a state at a time. It is copied to host memory there and then, and written by a thread: training
 waits for the copy alone. The copies' memory is kept for the next checkpoint, so that a rank never holds more than one
 copy of its state beside the state itself. Every file is hashed while it is written and on the disk (fsync) before it
-counts.
+counts. Its pages are given back as it goes: a checkpoint would push the corpus, which is mapped, out of the page cache,
+and where pages are scarce finding new ones takes longer than writing.
 
 DeepSpeed calls a collective after every rank has saved, so a rank whose disk is full must not raise in between: the
 writer remembers the error, and `Engine.saved` raises it on every rank together.
@@ -16,10 +17,12 @@ import hashlib
 import os
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+CHUNK = 16 * 2**20  # bytes that are written, put on the disk and given back at a time
 
 
 class BackgroundWriter(TorchCheckpointEngine):
@@ -66,10 +69,9 @@ class BackgroundWriter(TorchCheckpointEngine):
         for state, path in self._states:
             try:
                 with open(path, "wb") as file:
-                    hashed = _HashedFile(file)
+                    hashed = HashedFile(file)
                     torch.save(state, hashed)
-                    file.flush()
-                    os.fsync(file.fileno())
+                    hashed.sync()
             except Exception as error:  # torch wraps an error of the file in a RuntimeError
                 cause = error if isinstance(error, OSError) else error.__context__ or error
                 self._error = OSError(f"{path.name}: {getattr(cause, 'strerror', None) or cause}")
@@ -114,16 +116,31 @@ class Copies:
         return kept
 
 
-class _HashedFile:
-    """A file open for writing that hashes what passes through."""
+class HashedFile:
+    """A file open for writing that hashes what passes through, and of which little is in the page cache at any time."""
 
-    def __init__(self, file):
+    def __init__(self, file: BinaryIO):
         self.file, self.bytes, self.digest = file, 0, hashlib.sha256()
+        self._synced = 0
 
-    def write(self, data) -> int:
-        self.digest.update(data)
-        self.bytes += len(data)
-        return self.file.write(data)
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), CHUNK):
+            part = view[start : start + CHUNK]
+            self.digest.update(part)
+            self.file.write(part)
+            self.bytes += len(part)
+            if self.bytes - self._synced >= CHUNK:
+                self.sync()
+        return len(view)
+
+    def sync(self) -> None:
+        """What has been written is on the disk, and no longer in the page cache."""
+        self.flush()
+        os.fsync(self.file.fileno())
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self._synced = self.bytes
 
     def flush(self) -> None:
         self.file.flush()
