@@ -1,6 +1,6 @@
 """What a checkpoint costs in training time: written while training goes on, and written while it waits.
 
-    python benchmarks/checkpoints.py [--preset tinystories-18m] [--sequences 4] [--rounds 12] [--json FILE]
+    python benchmarks/checkpoints.py [--preset tinystories-18m] [--sequences 4] [--rounds 24] [--json FILE]
 
 In every round the same number of training steps is taken three times, in changing order: without a checkpoint, with one
 begun after the first step (`train.async_checkpoint`), and with one that is waited for. Time lost is the difference of

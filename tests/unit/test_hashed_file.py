@@ -1,7 +1,7 @@
 """Files of a checkpoint are hashed as they are written, and do not fill the page cache.
 
-Faults tried, each seen to fail: a chunk hashed twice; only the first chunk of a large tensor written; no call that gives
-pages back; given back at the end alone.
+Faults tried, each seen to fail: a chunk hashed twice; only the first chunk of a large tensor written; no call that
+gives pages back; given back at the end alone.
 """
 
 from __future__ import annotations
