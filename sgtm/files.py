@@ -32,6 +32,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError in the block that names no file, as of a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes a small file, in UTF-8: it is there whole or as it was."""
     with replacing(path) as file:

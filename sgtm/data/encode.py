@@ -162,12 +162,7 @@ def block_file(folder: Path, number: int) -> Path:
 
 def _finish(pending: deque[tuple[int, Future]]) -> int:
     progress, future = pending.popleft()
-    try:
-        future.result()
-    except BrokenProcessPool:
-        raise OSError(
-            "a worker process died, perhaps for lack of memory; run the same command again, it resumes"
-        ) from None
+    future.result()
     return progress
 
 
@@ -186,9 +181,12 @@ class _Workers:
             self._pool = ProcessPoolExecutor(self.workers, context, _start_worker, (encoder,))
         return self._pool.submit(_work, path, block)
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind: type | None, *error) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+        if kind is BrokenProcessPool:  # found by a result, or when more work is handed over
+            message = "a worker process died, perhaps for lack of memory; run the same command again, it resumes"
+            raise OSError(message) from None
 
 
 def _start_worker(encoder: Encoder) -> None:

@@ -24,7 +24,7 @@ from sgtm.data.store import (
     StoredFile,
     token_dtype,
 )
-from sgtm.files import sha256_of, write_atomically
+from sgtm.files import naming, sha256_of, write_atomically
 
 
 class CorpusWriter:
@@ -81,9 +81,7 @@ class CorpusWriter:
         documents = np.concatenate([np.empty(0, DOCUMENT), *self._documents])
         spans = np.concatenate([np.empty(0, SPAN), *self._spans])
         for name, array in ((DOCUMENTS, documents), (SPANS, np.sort(spans, order=["document", "start"]))):
-            with (self.path / name).open("wb") as handle:
-                np.save(handle, array)
-                _flush(handle)
+            _save(self.path / name, array)
         for name in (TOKENIZER, DOCUMENTS, SPANS):
             self._files[name] = StoredFile(bytes=(self.path / name).stat().st_size, sha256=sha256_of(self.path / name))
         manifest = Manifest(
@@ -107,15 +105,24 @@ class CorpusWriter:
 
     def _write(self, tokens: np.ndarray) -> None:
         data = tokens.astype(self._dtype, copy=False).tobytes()
-        self._handle.write(data)
+        with naming(self.path / self._name):
+            self._handle.write(data)
         self._hash.update(data)
         self._used += len(tokens)
 
     def _close_shard(self) -> None:
-        _flush(self._handle)
-        self._handle.close()
+        with naming(self.path / self._name), self._handle:
+            _flush(self._handle)
         size = self._used * self._dtype.itemsize
         self._files[self._name] = StoredFile(bytes=size, sha256=self._hash.hexdigest())
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """As `np.save`, whose error on a full disk has no reason."""
+    with naming(path), path.open("wb") as handle:
+        np.lib.format.write_array_header_1_0(handle, np.lib.format.header_data_from_array_1_0(array))
+        handle.write(array.view(np.uint8))
+        _flush(handle)
 
 
 def _flush(handle) -> None:
