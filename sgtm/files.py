@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+CHUNK = 16 * 2**20  # bytes that `HashedFile` writes, puts on the disk and gives back at a time
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
@@ -56,3 +58,33 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+class HashedFile:
+    """A file open for writing that hashes what passes through, and of which little is in the page cache at any time."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.bytes, self.digest = file, 0, hashlib.sha256()
+        self._synced = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), CHUNK):
+            part = view[start : start + CHUNK]
+            self.digest.update(part)
+            self.file.write(part)
+            self.bytes += len(part)
+            if self.bytes - self._synced >= CHUNK:
+                self.sync()
+        return len(view)
+
+    def sync(self) -> None:
+        """What has been written is on the disk, and no longer in the page cache."""
+        self.flush()
+        os.fsync(self.file.fileno())
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self._synced = self.bytes
+
+    def flush(self) -> None:
+        self.file.flush()

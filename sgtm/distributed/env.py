@@ -56,6 +56,15 @@ def detect_launch(environ: dict[str, str] | None = None) -> Launch:
     return Launch(launcher, rank, size, local, local_size or _slurm_tasks_here(env))
 
 
+def on_one_machine() -> bool:
+    """Whether all ranks are on this machine, as far as a launcher says."""
+    try:
+        launch = detect_launch()
+    except ValueError:  # a process group that the caller has made
+        return True
+    return launch.launcher in ("none", "env") or launch.local_world_size == launch.world_size
+
+
 def rank_and_size(environ: Mapping[str, str] | None = None) -> tuple[str, str]:
     """Rank and number of ranks as the launcher has written them, unchecked: for messages."""
     env = _in_torch_names(dict(os.environ if environ is None else environ))

@@ -74,15 +74,14 @@ class Watchdog:
     def leave(self, status: int) -> None:
         if self.stopped.is_set():
             return
-        try:
-            if status:
+        if status:
+            with suppress(RuntimeError):  # nobody is left to tell
                 self._end_run(GONE, self.rank, f"ended with exit status {status}")
-            self.stopped.set()
+        self.stopped.set()
+        self.thread.join(LISTEN)  # its last beat must not take back the word, and the interpreter must outlive it
+        with suppress(RuntimeError):
             self.store.set(str(self.rank), LEFT)
-        except RuntimeError:
-            self.stopped.set()  # nobody is left to tell
         faulthandler.cancel_dump_traceback_later()
-        self.thread.join(LISTEN)  # the interpreter must not be torn down under it
 
     def _watch(self) -> None:
         seen, last, before, listened = self.place, time.monotonic(), {}, 0.0

@@ -13,16 +13,14 @@ writer remembers the error, and `Engine.saved` raises it on every rank together.
 from __future__ import annotations
 
 import copy
-import hashlib
-import os
 import threading
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-CHUNK = 16 * 2**20  # bytes that are written, put on the disk and given back at a time
+from sgtm.files import HashedFile
 
 
 class BackgroundWriter(TorchCheckpointEngine):
@@ -114,33 +112,3 @@ class Copies:
             kept = torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
             self._buffers[number] = kept
         return kept
-
-
-class HashedFile:
-    """A file open for writing that hashes what passes through, and of which little is in the page cache at any time."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.bytes, self.digest = file, 0, hashlib.sha256()
-        self._synced = 0
-
-    def write(self, data: bytes | memoryview) -> int:
-        view = memoryview(data).cast("B")
-        for start in range(0, len(view), CHUNK):
-            part = view[start : start + CHUNK]
-            self.digest.update(part)
-            self.file.write(part)
-            self.bytes += len(part)
-            if self.bytes - self._synced >= CHUNK:
-                self.sync()
-        return len(view)
-
-    def sync(self) -> None:
-        """What has been written is on the disk, and no longer in the page cache."""
-        self.flush()
-        os.fsync(self.file.fileno())
-        if hasattr(os, "posix_fadvise"):  # not on macOS
-            os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        self._synced = self.bytes
-
-    def flush(self) -> None:
-        self.file.flush()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from sgtm_kernels.dispatch import resolve
 
 MANIFEST = "manifest.json"
 DAMAGED = "damaged-"
+NAME = re.compile(r"step_\d{8,}")
 
 
 def checkpoints_dir(run_dir: Path | str) -> Path:
@@ -41,9 +43,16 @@ def find_latest(run_dir: Path | str) -> Path | None:
 def finished(run_dir: Path | str) -> list[Path]:
     """Checkpoints that were renamed to their final name, newest first; not verified.
 
-    `latest` is for people and other programs: a kill between the rename and its writing would make it lie.
+    `latest` is for people and other programs: a kill between the rename and its writing would make it lie. What has
+    another name, as a copy that somebody made, is nobody's to take or to delete.
     """
-    return sorted((path for path in checkpoints_dir(run_dir).glob("step_*") if path.is_dir()), reverse=True)
+    there = [path for path in checkpoints_dir(run_dir).glob("step_*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(there, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Global steps that were done, from the name of a finished checkpoint."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def checkpoints_at(path: Path | str) -> list[Path]:
@@ -67,8 +76,10 @@ def remove_unfinished(run_dir: Path | str) -> None:
 def set_aside(damaged: Path) -> Path:
     """Take a damaged checkpoint out of those that count, and out of those that retention counts."""
     aside = damaged.with_name(f"{DAMAGED}{damaged.name}")
-    if aside.exists():
-        shutil.rmtree(aside)
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = damaged.with_name(f"{DAMAGED}{damaged.name}-{number}")
     return damaged.rename(aside)
 
 
@@ -81,6 +92,8 @@ def read_manifest(directory: Path) -> dict:
         sizes = [(entry["bytes"], entry["sha256"]) for entry in manifest["files"].values()]
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: not a whole checkpoint") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
@@ -99,12 +112,16 @@ def verify(directory: Path | str, share: tuple[int, int] = (0, 1)) -> None:
     files = read_manifest(directory)["files"]
     for name, entry in sorted(files.items())[share[0] :: share[1]]:
         path = directory / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing")
-        if path.stat().st_size != entry["bytes"]:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, written were {entry['bytes']}: cut short?")
-        if sha256_of(path) != entry["sha256"]:
-            raise ValueError(f"{path} is damaged: its SHA-256 is not that of {MANIFEST}")
+        try:
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                raise ValueError(f"{path} has {size} bytes, written were {entry['bytes']}: cut short?")
+            if sha256_of(path) != entry["sha256"]:
+                raise ValueError(f"{path} is damaged: its SHA-256 is not that of {MANIFEST}")
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing") from None
+        except OSError as error:  # as a disk reports a bad sector
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def newest_whole(

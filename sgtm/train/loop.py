@@ -8,8 +8,6 @@ is bitwise the uninterrupted one on the same number of ranks (tests/e2e/test_res
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -17,24 +15,23 @@ from pathlib import Path
 import torch
 
 from sgtm.config import Config
-from sgtm.config.load import save_config
 from sgtm.data.loader import Loader, only_forget
 from sgtm.data.store import Corpus
 from sgtm.data.summary import ONLY_FORGET
 from sgtm.distributed.agree import on_rank_zero, together
 from sgtm.distributed.engine import Engine
+from sgtm.distributed.env import Launch
 from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.segments import full_numel
 from sgtm.distributed.watchdog import enter
 from sgtm.evaluate.losses import Losses, category_losses
-from sgtm.files import write_atomically
 from sgtm.model.transformer import Transformer
-from sgtm.train.checkpoint import remove_unfinished
 from sgtm.train.data import open_everywhere
 from sgtm.train.dry_run import dry_run
 from sgtm.train.gradients import group_norms, probe
 from sgtm.train.metrics import MetricsLog
 from sgtm.train.resume import find_whole, load_checkpoint, resume_command
+from sgtm.train.run_directory import begin, held, refuse
 from sgtm.train.saving import CheckpointWriter
 from sgtm.train.schedule import learning_rate
 from sgtm.train.skipped import tell_skipped
@@ -54,13 +51,22 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     """
     launch = init_distributed(config)
     run = Path(config.runs) / config.name
-    on_rank_zero(lambda: _refuse(run, resume, overwrite))
+    on_rank_zero(lambda: refuse(run, resume, overwrite))
+    with held(run):
+        _train(config, launch, run, resume, overwrite)
+    return run
+
+
+def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: bool) -> None:
     notes: list[str] = []
+    enter("verifying the checkpoint", 0)
     latest = find_whole(run, launch.rank, launch.world_size, notes.append) if resume else None
+    enter("making the model")
     engine = Engine(_initial_model(config, load=latest is None), config)
     began = time.perf_counter()
     dry_run(engine, config.tables)
     warm_up = time.perf_counter() - began
+    enter("opening the corpus")
     corpus = open_everywhere(config, launch)
     if latest is None and config.train.init_from:
         from sgtm.model.pretrained import check_tokenizer
@@ -70,11 +76,13 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     totals = StepTotals(len(config.space.labels), engine.device)
     start = 0
     if latest is not None:
+        enter("loading the checkpoint")
         start, progress, reshaped = load_checkpoint(engine, latest, config, corpus.fingerprint)
         totals.restore(progress, launch.rank, launch.world_size)
         notes += [reshaped] if reshaped else []
+    enter("opening the run directory")
     log = MetricsLog(run, config, rank=engine.rank, start=start)
-    evaluated = on_rank_zero(lambda: _begin(run, config, log, resume, overwrite))
+    evaluated = on_rank_zero(lambda: begin(run, config, log, resume, overwrite))
     with StopSignal() as stop, log:
         for note in notes:
             log.say(note)
@@ -90,7 +98,6 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         writer = CheckpointWriter(engine, run, config, corpus.fingerprint)
         _steps(config, run, engine, loader, corpus, log, stop, totals, start, writer)
     enter(None)
-    return run
 
 
 def _steps(
@@ -206,48 +213,6 @@ def _initial_model(config: Config, load: bool) -> Transformer:
 
         model.load_state_dict(together(lambda: load_pretrained(folder, config.model, config.partition)))
     return model
-
-
-def _refuse(run: Path, resume: bool, overwrite: bool) -> None:
-    """Raises ValueError for a run directory that is there and may not be used; changes nothing."""
-    if not run.exists() or not any(run.iterdir()):
-        return
-    if overwrite and not (run / "config.yaml").exists():
-        raise ValueError(f"{run} holds other files and no run (no config.yaml); it is not overwritten")
-    if not (resume or overwrite):
-        raise ValueError(
-            f"run directory {run} exists; go on with --resume, start over with --overwrite, or set another --name"
-        )
-
-
-def _begin(run: Path, config: Config, log: MetricsLog, resume: bool, overwrite: bool) -> set[int]:
-    """Make the run directory and open its log; returns the steps that have been evaluated.
-
-    An old run is set aside, as `.<name>.replaced-<process>`, and deleted only when nothing can be refused any more.
-    """
-    _refuse(run, resume, overwrite)  # again: another process may have made it since
-    run = run.resolve()  # of a link, what it points to is replaced
-    aside = run.with_name(f".{run.name}.replaced-{os.getpid()}") if overwrite and run.exists() else None
-    if aside:
-        run.rename(aside)
-    file, new = run / "config.yaml", not run.exists() or not any(run.iterdir())
-    earlier = file.read_text("utf-8") if file.exists() else None
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        save_config(config, file)
-        evaluated = log.open()
-    except BaseException:
-        if new:
-            shutil.rmtree(run, ignore_errors=True)
-        elif earlier is not None:
-            write_atomically(file, earlier)
-        if aside:
-            aside.rename(run)
-        raise
-    remove_unfinished(run)
-    if aside:
-        shutil.rmtree(aside)
-    return evaluated
 
 
 def _arithmetic(config: Config, engine: Engine, start: int, warm_up: float) -> str:

@@ -105,6 +105,8 @@ class MetricsLog:
             times = {"paused": round(saved.paused, 4), "written": round(saved.seconds, 4)}
             self._write({"kind": "checkpoint", "step": saved.step, "bytes": saved.bytes, **times})
             self.say(f"checkpoint saved: {saved.path}")
+            if saved.problem:
+                self.say(f"warning: it is whole, but the earlier ones could not be tidied up: {saved.problem}")
 
     def probe(self, step: int, norms: dict[str, dict[str, float]]) -> None:
         if self.active:
@@ -126,7 +128,12 @@ class MetricsLog:
         if self.wandb and line["kind"] != "checkpoint":  # in place steps later, and wandb takes steps in order only
             flat = {f"eval/{k}/{c}": v for k, by in line.get("losses", {}).items() for c, v in by.items()}
             flat |= {f"probe/{k}/{g}": v for k, by in line.get("grad_norms", {}).items() for g, v in by.items()}
-            self.wandb.log({k: v for k, v in {**line, **flat}.items() if isinstance(v, int | float)}, step=line["step"])
+            numbers = {k: v for k, v in {**line, **flat}.items() if isinstance(v, int | float)}
+            try:
+                self.wandb.log(numbers, step=line["step"])
+            except Exception as error:  # its process may have died: of no matter to the training
+                self.say(f"warning: wandb has stopped ({error}); {self.path} has everything")
+                self.wandb = None
 
 
 def _progress(console: Console) -> Progress:

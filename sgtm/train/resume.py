@@ -17,6 +17,7 @@ import torch
 
 from sgtm.config.schema import Config
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
+from sgtm.distributed.env import on_one_machine
 from sgtm.train.checkpoint import finished, newest_whole, none_whole, read_manifest, resolved, set_aside, verify
 
 if TYPE_CHECKING:
@@ -34,15 +35,18 @@ SAME = (
     "train.init_from",
     "kernels.backend",
 )
-MAY_DIFFER = ("model.activation_checkpointing",)
+MAY_DIFFER = ("model.activation_checkpointing", "data.path")  # the data are known by their fingerprint
 # and what changes only the order in which sums are added.
 SHAPE = ("train.micro_batch", "distributed.zero_stage", "distributed.offload_optimizer")
 
 
 def resume_command(run: Path, ranks: int) -> str:
-    """For this machine; several nodes are started as the run was (launch/README.md)."""
-    launcher = "sgtm" if ranks == 1 else f"torchrun --standalone --nproc_per_node {ranks} -m sgtm"
-    return f"{launcher} train {run} --resume"
+    """What goes on with the run: a command where it ran on one machine, what to change where it ran on several."""
+    if ranks == 1:
+        return f"sgtm train {run} --resume"
+    if not on_one_machine():
+        return f"start all nodes as before, with the arguments: {run} --resume"
+    return f"torchrun --standalone --nproc_per_node {ranks} -m sgtm train {run} --resume"
 
 
 def find_whole(run_dir: Path | str, rank: int, ranks: int, say: Callable[[str], None]) -> Path | None:
@@ -106,7 +110,7 @@ def _refuse_other_run(directory: Path, config: Config, corpus: str) -> dict:
     own = f"\nsgtm train {directory.parents[1]} --resume takes those of the run; for others, set another --name"
     remedy = own if changed else ""
     if manifest["corpus"] != corpus:
-        changed.append(f"data.path: {config.data.path} has been prepared anew since, with other content")
+        changed.append(f"data.path: {config.data.path} holds other data than the run was trained on")
     if changed:
         raise ValueError(f"{directory} was written with other settings:\n  " + "\n  ".join(changed) + remedy)
     return manifest

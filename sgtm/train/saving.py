@@ -26,6 +26,7 @@ from sgtm.train.checkpoint import (
     find_latest,
     finished,
     resolved,
+    step_of,
     sync_directory,
 )
 
@@ -34,13 +35,19 @@ if TYPE_CHECKING:
 
 
 class Saved(NamedTuple):
-    """A checkpoint that is in place; `paused`: seconds that training stood still, `seconds`: from copy to rename."""
+    """A checkpoint that is in place.
+
+    paused   seconds that training stood still
+    seconds  from copy to rename
+    problem  why `latest` does not name it, or an earlier one is still there that need not be; mostly nothing
+    """
 
     path: Path
     step: int
     bytes: int
     paused: float
     seconds: float
+    problem: str = ""
 
 
 class CheckpointWriter:
@@ -99,14 +106,14 @@ class CheckpointWriter:
                 "config": resolved(self.config),
                 "files": files,
             }
-            keep, final = self.config.train, self._final
-            retired = on_rank_zero(lambda: publish(self._temporary, final, manifest, keep.keep_last, keep.keep_every))
+            final, keep = self._final, (self.config.train.keep_last, self.config.train.keep_every)
+            retired, problem = on_rank_zero(lambda: publish(self._temporary, final, manifest, *keep))
         except OSError as error:
             raise self._failed(error) from error
         self._remove(retired)
         ended = time.perf_counter()
         size = sum(entry["bytes"] for entry in files.values())
-        saved = Saved(final, self._step, size, self._paused + ended - waited, ended - self._began)
+        saved = Saved(final, self._step, size, self._paused + ended - waited, ended - self._began, problem)
         self._step = None
         return saved
 
@@ -130,7 +137,7 @@ class CheckpointWriter:
         on_rank_zero(lambda: shutil.rmtree(self._temporary, ignore_errors=True))
         final, self._step = self._final, None
         kept = find_latest(self.root.parent)
-        rest = f"the last whole one is {kept}" if kept else "there is no earlier one"
+        rest = f"the last one is {kept}" if kept else "there is no earlier one"
         return OSError(f"checkpoint {final} could not be saved: {error}; {rest}")
 
     def _remove(self, retired: list[Path]) -> None:
@@ -143,23 +150,32 @@ class CheckpointWriter:
         self._removal.start()
 
 
-def publish(temporary: Path, final: Path, manifest: dict, keep_last: int, keep_every: int = 0) -> list[Path]:
-    """Put what was written to `temporary` in place, and take away what is not to be kept; returns what to delete.
+def publish(
+    temporary: Path, final: Path, manifest: dict, keep_last: int, keep_every: int = 0
+) -> tuple[list[Path], str]:
+    """Put what was written to `temporary` in place, and take away what is not to be kept.
 
-    What is taken away gets a temporary name first, so that a kill leaves no half of a checkpoint.
+    Returns what to delete, and why not all could be taken away, or nothing. What is taken away gets a temporary name
+    first, so that a kill leaves no half of a checkpoint.
     """
     write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
     sync_directory(temporary)
     retired = [_retire(final)] if final.exists() else []  # not a whole one: the newest whole one is resumed from
     os.replace(temporary, final)
-    write_atomically(final.parent / "latest", final.name + "\n")
     sync_directory(final.parent)
-    earlier = [path for path in finished(final.parents[1]) if path.name < final.name]
-    return retired + [_retire(path) for path in earlier[keep_last - 1 :] if not _kept_for_good(path, keep_every)]
+    try:  # it is saved: what goes wrong from here on does not end the run
+        write_atomically(final.parent / "latest", final.name + "\n")
+        earlier = [path for path in finished(final.parents[1]) if step_of(path) < step_of(final)]
+        for path in earlier[keep_last - 1 :]:
+            if not _kept_for_good(path, keep_every):
+                retired.append(_retire(path))
+    except OSError as error:
+        return retired, f"{error.filename}: {error.strerror}"
+    return retired, ""
 
 
 def _kept_for_good(path: Path, keep_every: int) -> bool:
-    return keep_every > 0 and int(path.name.removeprefix("step_")) % keep_every == 0
+    return keep_every > 0 and step_of(path) % keep_every == 0
 
 
 def _retire(path: Path) -> Path:

@@ -35,7 +35,7 @@ def tell_skipped(
         again = resume_command(run, engine.world_size)
         raise ValueError(
             f"{in_a_row} steps in a row were skipped, as many as train.max_skipped_steps allows. {told}\n"
-            f"{f'the last checkpoint is whole: {kept}' if kept else 'no checkpoint was saved before'}\n"
+            f"{f'the last checkpoint is {kept}' if kept else 'no checkpoint was saved before'}\n"
             f"if the text of these documents is wrong, prepare the data without it and train under another --name "
             f"(--train.init_from takes the weights of an export); if every step fails, lower optimizer.lr there; to go "
             f"on past them: {again} --train.max_skipped_steps 0"

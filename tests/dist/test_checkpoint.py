@@ -246,7 +246,7 @@ def full_disk(stage: int, run: Path) -> None:
     text = message_of(lambda: save(engine, run, 2, config))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "step_00000002 could not be saved" in text and "pp_rank_1" in text and "File too large" in text, text
-    assert f"the last whole one is {first}" in text
+    assert f"the last one is {first}" in text
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step_00000001"]
     assert find_latest(run) == first
     verify(first)

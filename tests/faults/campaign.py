@@ -46,14 +46,14 @@ from sgtm.train import loop  # noqa: F401 (all that a rank needs is imported bef
 from sgtm.train.checkpoint import finished, newest_whole
 from sgtm.train.metrics import read_metrics
 
-STEPS = 24
+STEPS, EVERY = 24, 3
 OPTIONS = [
     f"--train.steps={STEPS}",
-    "--train.checkpoint_every=3",
+    f"--train.checkpoint_every={EVERY}",
     "--train.keep_last=3",
     "--train.eval_every=8",
     "--train.eval_sequences=4",
-    "--distributed.timeout_minutes=0.2",
+    "--distributed.timeout_minutes=0.4",
 ]
 PATIENCE = 90  # seconds for an attempt
 
@@ -223,7 +223,8 @@ def trial(number: int, seed: int, folder: Path, seconds: dict[tuple[int, int], f
         assert set(statuses) == {0}, f"the resumed run ended with {statuses}"
         assert_same(run, folder / "trials" / f"whole-{stage}-{ranks}")
     except Exception as failure:
-        error = f"{type(failure).__name__}: {failure}"
+        last = log.read_text(errors="replace").rpartition("ATTEMPT")[2][-1500:] if log.exists() else ""
+        error = f"{type(failure).__name__}: {failure}; the last attempt printed:\n{last}"
     return {"trial": number, "stage": stage, "ranks": ranks, "faults": done, "error": error}
 
 
@@ -260,12 +261,16 @@ def broken(
 
 def check_reported(run: Path, log: Path, before: list[str]) -> None:
     """The newest whole checkpoint is as new as any that the attempt reported, or found: `before`, by name."""
-    text = "".join(log.read_text(errors="replace").split())  # the terminal's width breaks lines
-    text = text.rpartition("ATTEMPT")[2]
-    names = [f"step_{word.partition('step_')[2][:8]}" for word in text.split("checkpointsaved:")[1:]]
-    expected = max(names + before, default="")
+    expected = max(reported(log) + before, default="")
     found, wrong = newest_whole(finished(run))
     assert not expected or (found and found.name >= expected), f"{expected} is lost: there is {found}; {wrong}"
+
+
+def reported(log: Path) -> list[str]:
+    """Names of the checkpoints that the last attempt has said it saved."""
+    text = "".join(log.read_text(errors="replace").split())  # the terminal's width breaks lines
+    words = text.rpartition("ATTEMPT")[2].split("checkpointsaved:")
+    return [f"step_{word.partition('step_')[2][:8]}" for word in words[1:]]
 
 
 def assert_same(run: Path, other: Path) -> None:
@@ -292,6 +297,8 @@ def whole_runs(folder: Path, stages: list[int]) -> dict[tuple[int, int], float]:
             log = folder / f"whole-{stage}-{ranks}.log"
             attempt = start(folder / "trials" / f"whole-{stage}-{ranks}", stage, ranks, log)
             assert set(attempt.wait()) == {0}, log.read_text()
+            expected = [f"step_{step:08d}" for step in range(EVERY, STEPS + 1, EVERY)]
+            assert reported(log) == expected, f"it reports {reported(log)}, and should {expected}"
             seconds[stage, ranks] = time.monotonic() - attempt.began
     return seconds
 
@@ -330,7 +337,8 @@ def main() -> int:
             shutil.rmtree(folder, ignore_errors=True)
     failed = [result for result in results if result["error"]]
     for result in failed:
-        print(f"FAILED {json.dumps(result)}")
+        error = result.pop("error")
+        print(f"FAILED {json.dumps(result)}: {error}")
     counts = Counter(fault for result in results for fault in result["faults"])
     summary = ", ".join(f"{fault} {count}" for fault, count in counts.most_common())
     print(

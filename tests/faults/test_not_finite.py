@@ -79,7 +79,7 @@ def test_so_many_in_a_row_stop_all_ranks_with_the_documents(runs):
     assert first == second and first["by"] == 0
     assert "3 steps in a row were skipped" in first["stopped"]
     assert "step 5: the loss is inf in micro-batch 1 of rank 1" in first["stopped"]
-    assert f"the last checkpoint is whole: {runs[0] / 'ever/checkpoints/step_00000004'}" in first["stopped"]
+    assert f"the last checkpoint is {runs[0] / 'ever/checkpoints/step_00000004'}" in first["stopped"]
     assert first["latest"] == "step_00000004"
 
 

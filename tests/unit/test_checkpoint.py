@@ -4,11 +4,13 @@
 
 Faults tried, each seen to fail: the pointer followed; `latest` written before the rename; one more or one less kept,
 multiples of `keep_every` dropped; a damaged checkpoint evaluated; damage that `verify` passes over; another corpus
-accepted on resuming and on evaluating.
+accepted on resuming and on evaluating; a copy that somebody made counted, taken or deleted; an error of the disk on
+reading, or one after the rename, that ends the run; a damaged one replaced by another of its step.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -52,7 +54,8 @@ def make(run: Path, *steps: int) -> list[Path]:
 def test_the_newest_counts_whatever_the_pointer_says(tmp_path: Path, content: bytes | None):
     """A kill between the rename and the pointer leaves a newer one than it names."""
     older, newest = make(tmp_path, 1, 2)
-    (tmp_path / "checkpoints/notes").mkdir()
+    for other in ("notes", "step_backup", "step_00000001.bak", "step_00000003_of_march"):
+        (tmp_path / "checkpoints" / other).mkdir()
     pointer = tmp_path / "checkpoints/latest"
     assert pointer.read_text() == f"{newest.name}\n"
     pointer.unlink() if content is None else pointer.write_bytes(content)
@@ -91,19 +94,71 @@ def test_killed_while_it_is_put_in_place(tmp_path: Path, monkeypatch, at: str):
     [(1, 0, {7}), (2, 0, {6, 7}), (2, 3, {3, 6, 7}), (1, 2, {2, 4, 6, 7}), (9, 2, {1, 2, 3, 4, 5, 6, 7})],
 )
 def test_what_is_kept(tmp_path: Path, keep_last: int, keep_every: int, left: set[int]):
-    retired = []
+    retired, copies = [], [tmp_path / "checkpoints" / name for name in ("step_00000001.bak", "step_best")]
+    for copy in copies:
+        copy.mkdir(parents=True)
     for step in range(1, 8):
         temporary = tmp_path / "checkpoints" / f".tmp-{step}"
         temporary.mkdir(parents=True)
         (temporary / "weights").write_text(f"of step {step}")
         final = tmp_path / f"checkpoints/step_{step:08d}"
-        retired += publish(temporary, final, manifest_of(temporary), keep_last, keep_every)
+        gone, problem = publish(temporary, final, manifest_of(temporary), keep_last, keep_every)
+        retired += gone
+        assert not problem
     assert {int(path.name.removeprefix("step_")) for path in finished(tmp_path)} == left
     assert {path.name.removeprefix(".tmp-retired-") for path in retired} == {
         f"step_{step:08d}" for step in range(1, 8) if step not in left
     }
     checkpoint.remove_unfinished(tmp_path)  # what is taken away has a temporary name
     assert not any(path.exists() for path in retired) and len(finished(tmp_path)) == len(left)
+    assert all(copy.exists() for copy in copies)
+
+
+@pytest.mark.parametrize("at", ["write_atomically", "_retire"])
+def test_what_goes_wrong_after_it_is_in_place_does_not_end_the_run(tmp_path: Path, monkeypatch, at: str):
+    """A disk that fills up just before `latest`, or an earlier checkpoint that may not be moved."""
+    (older,) = make(tmp_path, 1)
+    original = getattr(saving, at)
+
+    def refused(path: Path, *content: str):
+        if path.name in ("latest", older.name):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return original(path, *content)
+
+    monkeypatch.setattr(saving, at, refused)
+    temporary = tmp_path / "checkpoints/.tmp-2"
+    temporary.mkdir()
+    (temporary / "weights").write_text("of step 2")
+    final = tmp_path / "checkpoints/step_00000002"
+    retired, problem = publish(temporary, final, manifest_of(temporary), keep_last=1)
+    assert retired == [] and problem.endswith(": No space left on device")
+    assert finished(tmp_path) == [final, older]
+    verify(final)
+
+
+@pytest.mark.parametrize("unreadable", ["weights", checkpoint.MANIFEST])
+def test_one_that_cannot_be_read_is_passed_over(tmp_path: Path, monkeypatch, unreadable: str):
+    """A bad sector is an OSError, not a file that is cut short."""
+    older, newest = make(tmp_path, 1, 2)
+
+    def bad_sector(original):
+        def read(path: Path, *arguments):
+            if path == newest / unreadable:
+                raise OSError(errno.EIO, "Input/output error")
+            return original(path, *arguments)
+
+        return read
+
+    monkeypatch.setattr(checkpoint, "sha256_of", bad_sector(checkpoint.sha256_of))
+    monkeypatch.setattr(Path, "read_text", bad_sector(Path.read_text))
+    found, wrong = checkpoint.newest_whole(finished(tmp_path))
+    assert found == older and wrong == {newest: f"{newest / unreadable} cannot be read: Input/output error"}
+
+
+def test_damaged_ones_of_the_same_step_are_all_kept(tmp_path: Path):
+    names = [checkpoint.set_aside(*make(tmp_path, 1)).name for _ in range(3)]
+    assert names == ["damaged-step_00000001", "damaged-step_00000001-2", "damaged-step_00000001-3"]
+    assert not finished(tmp_path) and len(list((tmp_path / "checkpoints").glob("damaged-*"))) == 3
 
 
 def test_evaluation_takes_the_newest_whole_one(tmp_path: Path, capsys):
@@ -151,7 +206,9 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, damage: dict):
 def test_a_run_is_not_resumed_on_other_data(tmp_path: Path):
     (saved,) = make(tmp_path, 1)
     _refuse_other_run(saved, CONFIG, "of the run")
-    with pytest.raises(ValueError, match=r"other settings:\n  data\.path: data has been prepared anew since") as caught:
+    with pytest.raises(
+        ValueError, match=r"other settings:\n  data\.path: data holds other data than the run was trained on"
+    ) as caught:
         _refuse_other_run(saved, CONFIG, "prepared anew")
     assert "--resume takes those of the run" not in str(caught.value)
 

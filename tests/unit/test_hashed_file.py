@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sgtm.distributed import writer
-from sgtm.distributed.writer import HashedFile
+from sgtm import files
+from sgtm.files import HashedFile
 
 CHUNK = 64 * 1024
 
@@ -47,7 +47,7 @@ def gives_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 10 * CHUNK + 77])
 def test_content_size_and_hash(tmp_path: Path, monkeypatch, size: int):
-    monkeypatch.setattr(writer, "CHUNK", CHUNK)
+    monkeypatch.setattr(files, "CHUNK", CHUNK)
     content = os.urandom(size)
     with open(tmp_path / "file", "wb") as file:
         hashed = HashedFile(file)
@@ -61,7 +61,7 @@ def test_content_size_and_hash(tmp_path: Path, monkeypatch, size: int):
 @pytest.mark.parametrize("tensors", [1, 40])
 def test_little_of_it_is_in_the_page_cache(tmp_path: Path, monkeypatch, gives_back, tensors: int):
     """One tensor as large as the file, or many small ones."""
-    monkeypatch.setattr(writer, "CHUNK", CHUNK)
+    monkeypatch.setattr(files, "CHUNK", CHUNK)
     path, seen = tmp_path / "file", []
 
     class Watched(HashedFile):

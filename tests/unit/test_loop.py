@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from tiny import tiny_config
 
-from sgtm.train import loop
+from sgtm.train import loop, run_directory
 from sgtm.train.loop import StopSignal
 
 
@@ -48,7 +48,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def begin(run: Path, refused: bool = False, resume: bool = False, overwrite: bool = False) -> set[int]:
-    return loop._begin(run, tiny_config(), Log(run, refused), resume, overwrite)
+    return run_directory.begin(run, tiny_config(), Log(run, refused), resume, overwrite)
 
 
 @pytest.fixture

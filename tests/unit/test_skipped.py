@@ -1,7 +1,8 @@
 """Steps that are skipped: what is counted, what is said of them, and when the run ends.
 
 Faults tried, each seen to fail: the losses of skipped steps summed; the count in a row not started over, or neither
-kept by a checkpoint; another micro-batch's documents named; the limit of 0 taken as one; the checkpoint not named.
+kept by a checkpoint; another micro-batch's documents named; the limit of 0 taken as one; the checkpoint not named;
+a command for one machine given on two.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from corpora import build, config_for, mixed_records
 
 from sgtm.data.loader import Loader
 from sgtm.data.store import Corpus
+from sgtm.distributed import env
+from sgtm.distributed.env import Launch
 from sgtm.train import skipped
 from sgtm.train.loop import _losses
 from sgtm.train.step import StepTotals
@@ -67,10 +70,12 @@ def test_so_many_in_a_row_end_the_run_with_what_to_do(monkeypatch, corpus, tmp_p
     assert "no checkpoint was saved before" in str(stopped.value)
     (tmp_path / "checkpoints" / "step_00000002").mkdir(parents=True)
     (tmp_path / "checkpoints" / "latest").write_text("step_00000002")
-    with pytest.raises(ValueError) as stopped:
-        tell(monkeypatch, corpus, [[math.nan]] * 2, in_a_row=4, run=str(tmp_path))
-    assert f"the last checkpoint is whole: {tmp_path / 'checkpoints' / 'step_00000002'}" in str(stopped.value)
-    assert f"-m sgtm train {tmp_path} --resume --train.max_skipped_steps 0" in str(stopped.value)
+    for here, start in ((2, f"--nproc_per_node 2 -m sgtm train {tmp_path}"), (1, f"with the arguments: {tmp_path}")):
+        monkeypatch.setattr(env, "detect_launch", lambda here=here: Launch("torchrun", 0, 2, 0, here))
+        with pytest.raises(ValueError) as stopped:
+            tell(monkeypatch, corpus, [[math.nan]] * 2, in_a_row=4, run=str(tmp_path))
+        assert f"the last checkpoint is {tmp_path / 'checkpoints' / 'step_00000002'}" in str(stopped.value)
+        assert f"{start} --resume --train.max_skipped_steps 0" in str(stopped.value)
     assert "nothing was updated" in tell(monkeypatch, corpus, [[math.nan]], in_a_row=9, limit=0)
 
 

@@ -1,0 +1,75 @@
+"""One process at a time trains a run, and all ranks see the same directory of runs.
+
+Faults tried, each seen to fail: no lock; a lock that outlives the run; the file of a killed run taken for a lock; what
+rank 1 sees not asked.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sgtm.distributed.testing import run_ranks
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from sgtm.train.run_directory import _take
+_take(Path(sys.argv[1]), Path("run"), kept := [])
+print("held", flush=True)
+time.sleep(100)
+"""
+
+
+def hold(folder: str) -> None:
+    import torch.distributed as dist
+
+    from sgtm.train import run_directory
+    from sgtm.train.run_directory import held
+
+    run, lock = Path(folder, "runs", "mine"), Path(folder, "runs", ".mine.lock")
+    other = None
+    if dist.get_rank() == 0:
+        lock.parent.mkdir()
+        other = subprocess.Popen([sys.executable, "-c", HOLDER, lock], stdout=subprocess.PIPE, text=True)
+        assert other.stdout.readline() == "held\n"
+    dist.barrier()
+    with pytest.raises(ValueError, match=r"mine is being trained by process \d+ on .*; wait for it"), held(run):
+        pytest.fail("another process has it")
+    if other:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        assert lock.exists()
+    dist.barrier()
+
+    for _ in range(2):  # what the killed one has left does not matter
+        with held(run):
+            assert lock.read_text().endswith(f"on {os.uname().nodename}")
+            dist.barrier()
+        dist.barrier()
+        assert not lock.exists()
+        dist.barrier()
+
+    run_directory.VISIBLE_WITHIN = 0.3
+    own = Path(folder, f"of-{dist.get_rank()}", "mine")
+    with pytest.raises(ValueError, match=r"of-1 on .* is not the directory that rank 0 has \(.*shared"), held(own):
+        pytest.fail("each rank has a directory of its own")
+
+    run_directory.VISIBLE_WITHIN = 30.0
+    slow = Path(folder, "slow")
+    if dist.get_rank() == 1:  # as a file system that takes a while to show what another node has written
+        read = Path.read_text
+        shown = time.monotonic() + 0.5
+        Path.read_text = lambda path: read(path) if time.monotonic() > shown else ""
+    with held(slow):
+        pass
+
+
+def test_one_at_a_time_and_the_same_for_all_ranks(tmp_path: Path):
+    run_ranks(hold, 2, str(tmp_path))
