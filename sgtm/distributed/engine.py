@@ -318,6 +318,8 @@ class Engine:
         for name, buffer in self.module.named_buffers():
             if name in stored.buffers:
                 buffer.copy_(stored.buffers[name])
+        if hasattr(self._deepspeed.optimizer, "invalidate_secondary_tensor"):  # of hpZ: copies of the weights before
+            self._deepspeed.optimizer.invalidate_secondary_tensor()
         self.optimizer.steps = dict(stored.client["optimizer_steps"])
         return stored.client["state"]
 
