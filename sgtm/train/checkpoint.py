@@ -2,7 +2,7 @@
 
     <run>/checkpoints/latest                   name of the newest
                       step_00000100/           what DeepSpeed wrote, and
-                      step_00000100/manifest.json   size and SHA-256 of every file, the step, the ranks, the config
+                      step_00000100/manifest.json   size and SHA-256 of every file and of itself, step, ranks, config
                       .tmp-step_00000200/      one that is being written, or was not finished; removed at the next start
                       damaged-step_00000300/   one that was found damaged, and not resumed from; never removed
 
@@ -13,6 +13,7 @@ from one: sgtm/train/resume.py.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from sgtm.config.load import load_run_config
 from sgtm.config.schema import Config
-from sgtm.files import sha256_of
+from sgtm.files import sha256_of, write_atomically
 from sgtm_kernels.dispatch import resolve
 
 MANIFEST = "manifest.json"
@@ -83,11 +84,23 @@ def set_aside(damaged: Path) -> Path:
     return damaged.rename(aside)
 
 
+def write_manifest(directory: Path, manifest: dict) -> None:
+    """Write what `read_manifest` reads, with its own SHA-256: nothing else tells a flipped bit from a fact."""
+    write_atomically(directory / MANIFEST, json.dumps({"sha256": _digest(manifest), **manifest}, indent=1))
+
+
+def _digest(manifest: dict) -> str:
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(directory: Path) -> dict:
     """The manifest of a checkpoint. Raises ValueError where it is missing or damaged."""
     path = Path(directory) / MANIFEST
     try:
         manifest = json.loads(path.read_text())
+        if manifest["sha256"] != _digest(manifest):
+            raise ValueError(f"{path} is damaged: its own SHA-256 is another")
         manifest = {key: manifest[key] for key in ("step", "ranks", "corpus", "config", "files")}
         sizes = [(entry["bytes"], entry["sha256"]) for entry in manifest["files"].values()]
     except FileNotFoundError:

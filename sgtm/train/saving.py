@@ -7,7 +7,6 @@ one checkpoint in the making at most: `start` waits for the one before.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -21,13 +20,13 @@ from sgtm.config.schema import Config
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.files import write_atomically
 from sgtm.train.checkpoint import (
-    MANIFEST,
     checkpoints_dir,
     find_latest,
     finished,
     resolved,
     step_of,
     sync_directory,
+    write_manifest,
 )
 
 if TYPE_CHECKING:
@@ -138,7 +137,7 @@ class CheckpointWriter:
         final, self._step = self._final, None
         kept = find_latest(self.root.parent)
         rest = f"the last one is {kept}" if kept else "there is no earlier one"
-        return OSError(f"checkpoint {final} could not be saved: {error}; {rest}")
+        return OSError(f"checkpoint {final} could not be saved: {error}; {rest}. Go on with --resume when it can be")
 
     def _remove(self, retired: list[Path]) -> None:
         """In a thread of rank 0: deleting large files takes a while on a shared disk."""
@@ -158,7 +157,7 @@ def publish(
     Returns what to delete, and why not all could be taken away, or nothing. What is taken away gets a temporary name
     first, so that a kill leaves no half of a checkpoint.
     """
-    write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
+    write_manifest(temporary, manifest)
     sync_directory(temporary)
     retired = [_retire(final)] if final.exists() else []  # not a whole one: the newest whole one is resumed from
     os.replace(temporary, final)

@@ -3,9 +3,9 @@
 `tests/dist/test_checkpoint.py` saves and loads real ones.
 
 Faults tried, each seen to fail: the pointer followed; `latest` written before the rename; one more or one less kept,
-multiples of `keep_every` dropped; a damaged checkpoint evaluated; damage that `verify` passes over; another corpus
-accepted on resuming and on evaluating; a copy that somebody made counted, taken or deleted; an error of the disk on
-reading, or one after the rename, that ends the run; a damaged one replaced by another of its step.
+multiples of `keep_every` dropped; a damaged checkpoint evaluated; damage that `verify` passes over, or of the manifest
+itself; another corpus accepted on resuming and on evaluating; a copy that somebody made counted, taken or deleted; an
+error of the disk on reading, or one after the rename, that ends the run; a damaged one replaced by another of its step.
 """
 
 from __future__ import annotations
@@ -198,9 +198,21 @@ def test_verifying_a_run_or_one_checkpoint(tmp_path: Path, capsys):
 def test_a_damaged_manifest_is_named(tmp_path: Path, damage: dict):
     (saved,) = make(tmp_path, 1)
     file = saved / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    checkpoint.write_manifest(saved, json.loads(file.read_text()) | damage)
     with pytest.raises(ValueError, match=r"step_00000001/manifest\.json is damaged: "):
         verify(saved)
+
+
+def test_no_flipped_bit_of_a_manifest_is_taken_for_a_fact(tmp_path: Path):
+    (saved,) = make(tmp_path, 1)
+    file = saved / "manifest.json"
+    content, expected = file.read_bytes(), checkpoint.read_manifest(saved)
+    for position in range(len(content)):
+        file.write_bytes(content[:position] + bytes([content[position] ^ 1 << position % 8]) + content[position + 1 :])
+        try:
+            assert checkpoint.read_manifest(saved) == expected, content[position - 20 : position + 20]
+        except ValueError as error:
+            assert "is damaged" in str(error)
 
 
 def test_a_run_is_not_resumed_on_other_data(tmp_path: Path):

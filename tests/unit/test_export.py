@@ -22,6 +22,7 @@ from sgtm.masking.strategy import removal_tables
 from sgtm.model import export
 from sgtm.model.export import export_run
 from sgtm.model.transformer import Transformer
+from sgtm.train.checkpoint import write_manifest
 from sgtm_kernels.plan import MaskPlan
 
 GPT_NEO = """\
@@ -63,7 +64,7 @@ def make_run(run: Path, text: str) -> Transformer:
     entry = {"bytes": weights.stat().st_size, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
     manifest = {"step": 7, "ranks": 1, "corpus": "of the run", "config": config.model_dump(mode="json")}
     manifest["files"] = {weights.name: entry}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(checkpoint, manifest)
     (run / "checkpoints" / "latest").write_text(checkpoint.name)
     return model
 
