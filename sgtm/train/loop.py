@@ -148,7 +148,8 @@ def _steps(
             )
         enter("checkpoint")
         log.checkpoint(writer.poll())
-        if last or stopping or (every.checkpoint_every and done % every.checkpoint_every == 0):
+        due = every.checkpoint_every and done % every.checkpoint_every == 0
+        if last or stopping or (due and not totals.in_a_row):  # the ones from before the skipped steps are kept
             for saved in writer.start(done, totals.state()):
                 log.checkpoint(saved)
         if last or stopping:

@@ -33,12 +33,12 @@ def tell_skipped(
             return f"{told}; nothing was updated"
         kept = find_latest(run)
         again = resume_command(run, engine.world_size)
+        past = f"; to go on past these steps: {again} --train.max_skipped_steps 0" if kept else ""
         raise ValueError(
             f"{in_a_row} steps in a row were skipped, as many as train.max_skipped_steps allows. {told}\n"
             f"{f'the last checkpoint is {kept}' if kept else 'no checkpoint was saved before'}\n"
-            f"if the text of these documents is wrong, prepare the data without it and train under another --name "
-            f"(--train.init_from takes the weights of an export); if every step fails, lower optimizer.lr there; to go "
-            f"on past them: {again} --train.max_skipped_steps 0"
+            f"if every step fails, lower optimizer.lr; if the text of these documents is wrong, prepare the data "
+            f"without it; either way under another --name (--train.init_from takes the weights of an export){past}"
         )
 
     return on_rank_zero(line)
