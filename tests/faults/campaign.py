@@ -32,6 +32,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -43,7 +44,7 @@ from sgtm.config import load_config
 from sgtm.data.open import open_corpus
 from sgtm.distributed.storage import PARTS, Stored
 from sgtm.train import loop  # noqa: F401 (all that a rank needs is imported before it is forked)
-from sgtm.train.checkpoint import finished, newest_whole
+from sgtm.train.checkpoint import finished, newest_whole, step_of
 from sgtm.train.metrics import read_metrics
 
 STEPS, EVERY = 24, 3
@@ -156,11 +157,18 @@ def stop_one(attempt: Attempt, chance: random.Random) -> None:
     attempt.signal(signal.SIGKILL, [hung])
 
 
+class NoFault(Exception):
+    """There was nothing to damage yet."""
+
+
 def damage(run: Path, chance: random.Random) -> set[str]:
-    """Cut short or flip a bit of a file of the newest checkpoint, if another is there to go back to; its name."""
+    """Cut short or flip a bit of a file of the newest checkpoint, if another is there to go back to; its name.
+
+    Raises NoFault if none is.
+    """
     there = finished(run)
     if len(there) < 2:
-        return set()
+        raise NoFault
     file = chance.choice(sorted(path for path in there[0].iterdir()))
     content = bytearray(file.read_bytes())
     if chance.random() < 0.5:
@@ -171,21 +179,42 @@ def damage(run: Path, chance: random.Random) -> set[str]:
     return {there[0].name}
 
 
-def full_disk(room: int) -> Callable[[int], None]:
-    """On every rank no file may grow beyond `room` bytes: a disk that is full, without a disk of its own."""
+@dataclass
+class Moment:
+    """`delay` seconds after the run has logged so many steps; 0: after it is started."""
+
+    metrics: Path
+    step: int
+    delay: float
+
+    def wait(self, while_: Callable[[], bool] = lambda: True) -> None:
+        mark = f'"kind": "step", "step": {self.step},'
+        while self.step and while_() and not (self.metrics.exists() and mark in self.metrics.read_text()):
+            time.sleep(0.002)
+        end = time.monotonic() + self.delay
+        while while_() and time.monotonic() < end:
+            time.sleep(0.001)
+
+
+def full_disk(room: int, moment: Moment) -> Callable[[int], None]:
+    """From then on no file of any rank may grow beyond `room` bytes: a full disk, without a disk of its own."""
+
+    def fill() -> None:
+        moment.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
     def before(rank: int) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        threading.Thread(target=fill, daemon=True).start()
 
     return before
 
 
-def cut_network(rank: int, seconds: float) -> Callable[[int], None]:
-    """After so many seconds all connections of this rank are shut down, for both ends."""
+def cut_network(rank: int, moment: Moment) -> Callable[[int], None]:
+    """All connections of this rank are shut down then, for both ends."""
 
     def cut() -> None:
-        time.sleep(seconds)
+        moment.wait()
         shutdown = ctypes.CDLL(None).shutdown
         for descriptor in map(int, os.listdir("/proc/self/fd")):
             if descriptor > 2:
@@ -206,57 +235,78 @@ FAULTS = {
 WEIGHTS = {"a rank hangs": 0.3}  # each waits for the timeout
 
 
+@dataclass
+class Trial:
+    """A run that is broken again and again.
+
+    seconds  that a whole run takes
+    damaged  names of the checkpoints that were damaged on purpose
+    """
+
+    run: Path
+    log: Path
+    stage: int
+    ranks: int
+    seconds: float
+    chance: random.Random
+    damaged: set[str] = field(default_factory=set)
+
+    def start(self, before: Callable[[int], None] = lambda rank: None) -> Attempt:
+        return start(self.run, self.stage, self.ranks, self.log, before)
+
+    def some_fault(self) -> str:
+        (fault,) = self.chance.choices(FAULTS[self.ranks], [WEIGHTS.get(fault, 1.0) for fault in FAULTS[self.ranks]])
+        return fault
+
+    def moment(self, fault: str) -> Moment:
+        """Any time from the start on, or (three times in four) soon after a step of what is left to do."""
+        if fault != "damaged checkpoint" and self.chance.random() < 1 / 4:
+            return Moment(self.run / "metrics.jsonl", 0, self.chance.uniform(0, 1.1 * self.seconds))
+        done = step_of(there[0]) if (there := finished(self.run)) else 0
+        step = self.chance.randrange(min(done, STEPS - 1), STEPS)
+        return Moment(self.run / "metrics.jsonl", step, self.chance.uniform(0, self.seconds / STEPS))
+
+    def broken(self, fault: str) -> None:
+        """One attempt that is broken, or has ended before that. Raises NoFault if there was nothing to break."""
+        moment, there = self.moment(fault), [path.name for path in finished(self.run) if path.name not in self.damaged]
+        before: Callable[[int], None] = lambda rank: None  # noqa: E731
+        if fault == "full disk":
+            before = full_disk(self.chance.choice([0, 300, 4096, 60_000, self.chance.randrange(400_000)]), moment)
+        elif fault == "cut network":
+            before = cut_network(self.chance.randrange(self.ranks), moment)
+        attempt = self.start(before)
+        if fault in (*KILLS, "damaged checkpoint"):
+            moment.wait(attempt.alive)
+        KILLS.get(fault, kill_all if fault == "damaged checkpoint" else lambda *_: None)(attempt, self.chance)
+        statuses = attempt.wait()
+        if fault == "SIGTERM" and -signal.SIGTERM not in statuses:  # it was there to be heeded
+            assert set(statuses) == {0}, f"SIGTERM ended the ranks with {statuses}"
+        check_reported(self.run, self.log, there)
+        if fault == "damaged checkpoint":
+            self.damaged |= damage(self.run, self.chance)
+
+
 def trial(number: int, seed: int, folder: Path, seconds: dict[tuple[int, int], float]) -> dict:
     """One run, broken once or twice; `seconds` is what a whole run takes. Returns what was done, and `error` if any."""
     chance = random.Random(f"{seed}-{number}")
     stage, ranks = chance.choice(sorted(seconds))
-    run, done, error = folder / "trials" / f"{number}", [], ""
-    damaged: set[str] = set()
-    log = folder / f"{number}.log"
+    done, error = [], ""
+    this = Trial(folder / "trials" / f"{number}", folder / f"{number}.log", stage, ranks, seconds[stage, ranks], chance)
     try:
         for _ in range(1 + (chance.random() < 1 / 3)):
-            weights = [WEIGHTS.get(fault, 1.0) for fault in FAULTS[ranks]]
-            (fault,) = chance.choices(FAULTS[ranks], weights)
-            done.append(fault)
-            broken(run, stage, ranks, log, fault, chance, seconds[stage, ranks], damaged)
-        statuses = start(run, stage, ranks, log).wait()
+            fault = this.some_fault()
+            with suppress(NoFault):
+                this.broken(fault)
+                done.append(fault)
+        statuses = this.start().wait()
         assert set(statuses) == {0}, f"the resumed run ended with {statuses}"
-        assert_same(run, folder / "trials" / f"whole-{stage}-{ranks}")
+        assert_same(this.run, folder / "trials" / f"whole-{stage}-{ranks}")
     except Exception as failure:
-        last = log.read_text(errors="replace").rpartition("ATTEMPT")[2][-1500:] if log.exists() else ""
-        error = f"{type(failure).__name__}: {failure}; the last attempt printed:\n{last}"
+        text = this.log.read_text(errors="replace") if this.log.exists() else ""
+        error = (
+            f"{type(failure).__name__}: {failure}; the last attempt printed:\n{text.rpartition('ATTEMPT')[2][-1500:]}"
+        )
     return {"trial": number, "stage": stage, "ranks": ranks, "faults": done, "error": error}
-
-
-def broken(
-    run: Path,
-    stage: int,
-    ranks: int,
-    log: Path,
-    fault: str,
-    chance: random.Random,
-    seconds: float,
-    damaged: set[str],
-) -> None:
-    """One attempt that is broken, or has ended before that; `damaged` gets the name of what is damaged on purpose."""
-    moment = chance.uniform(0, 1.1 * seconds)
-    before: Callable[[int], None] = lambda rank: None  # noqa: E731
-    if fault == "full disk":
-        before = full_disk(chance.choice([0, 300, 4096, 60_000, chance.randrange(400_000)]))
-    elif fault == "cut network":
-        before = cut_network(chance.randrange(ranks), moment)
-    there = [path.name for path in finished(run) if path.name not in damaged]
-    attempt = start(run, stage, ranks, log, before)
-    end = attempt.began + moment
-    while fault in (*KILLS, "damaged checkpoint") and time.monotonic() < end and attempt.alive():
-        time.sleep(0.001)
-    KILLS.get(fault, kill_all if fault == "damaged checkpoint" else lambda *_: None)(attempt, chance)
-    statuses = attempt.wait()
-    if fault == "SIGTERM" and -signal.SIGTERM not in statuses:  # it was there to be heeded
-        assert set(statuses) == {0}, f"SIGTERM ended the ranks with {statuses}"
-    check_reported(run, log, there)
-    if fault == "damaged checkpoint":
-        damaged |= damage(run, chance)
 
 
 def check_reported(run: Path, log: Path, before: list[str]) -> None:
@@ -276,8 +326,8 @@ def reported(log: Path) -> list[str]:
 def assert_same(run: Path, other: Path) -> None:
     """Bitwise the same end: weights, moments, counts, losses and evaluations."""
     ours, theirs = (Stored(finished(path)[0]) for path in (run, other))
-    assert ours.client["state"]["step"] == theirs.client["state"]["step"] == STEPS
-    assert ours.client["optimizer_steps"] == theirs.client["optimizer_steps"]
+    assert ours.client["state"]["step"] == theirs.client["state"]["step"] == STEPS, "not at its last step"
+    assert ours.client["optimizer_steps"] == theirs.client["optimizer_steps"], "the optimizer's step counts differ"
     for name in theirs.shapes:
         for part in PARTS:
             assert torch.equal(ours.read(name, part), theirs.read(name, part)), f"{part} of {name} differs"
