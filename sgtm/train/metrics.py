@@ -18,8 +18,8 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -75,7 +75,8 @@ class MetricsLog:
         with suppress(OSError):  # what could not be written has been said
             self.file.close()
         if self.wandb:
-            self.wandb.finish(exit_code=int(error[0] is not None))
+            with self._without_wandb():
+                self.wandb.finish(exit_code=int(error[0] is not None))
 
     def step(self, values: dict) -> None:
         """One line of training; `values` as described above."""
@@ -117,6 +118,19 @@ class MetricsLog:
         if self.active:
             (self.progress.console if self.progress else self.console).print(text, highlight=False, soft_wrap=True)
 
+    @contextmanager
+    def _without_wandb(self) -> Iterator[None]:
+        """Should wandb's own process have died, the run goes on without it."""
+        try:
+            yield
+        except Exception as error:
+            self.say(f"warning: wandb has stopped ({error}); {self.path} has everything")
+            self.wandb = None
+            import wandb
+
+            with suppress(Exception):
+                wandb.teardown()  # or it prints a traceback at the end
+
     def _write(self, line: dict) -> None:
         try:
             self.file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
@@ -129,11 +143,8 @@ class MetricsLog:
             flat = {f"eval/{k}/{c}": v for k, by in line.get("losses", {}).items() for c, v in by.items()}
             flat |= {f"probe/{k}/{g}": v for k, by in line.get("grad_norms", {}).items() for g, v in by.items()}
             numbers = {k: v for k, v in {**line, **flat}.items() if isinstance(v, int | float)}
-            try:
+            with self._without_wandb():
                 self.wandb.log(numbers, step=line["step"])
-            except Exception as error:  # its process may have died: of no matter to the training
-                self.say(f"warning: wandb has stopped ({error}); {self.path} has everything")
-                self.wandb = None
 
 
 def _progress(console: Console) -> Progress:

@@ -1,6 +1,6 @@
 """An offline wandb run, read back through wandb's own messages, holds what metrics.jsonl holds, also when resumed.
 
-Fault tried, seen to fail: the id of a start that failed not given back.
+Faults tried, each seen to fail: the id of a start that failed not given back; an error of wandb's process raised.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+from e2e.test_resume import wait_for_step
 
 from sgtm.config import load_config
 from sgtm.distributed.testing import run_ranks
+from sgtm.train.metrics import read_metrics
 
 OVERRIDES = ["--train.steps=4", "--train.eval_every=2", "--wandb.mode=offline", "--wandb.project=offline-test"]
 
@@ -124,3 +128,47 @@ def test_a_server_that_does_not_answer_is_one_warning(tmp_path: Path):
     assert done.stdout.count("warning: wandb's server does not answer") == 1 and "Traceback" not in done.stderr
     (rows,) = [rows for _, rows in read_segments(tmp_path / "debug") if rows]
     assert {row["_step"] for row in rows} == {1, 2}
+
+
+@pytest.mark.parametrize("dies", ["wandb's server", "wandb's own process"])
+def test_what_dies_in_the_middle_does_not_stop_the_training(tmp_path: Path, dies: str):
+    port_file, runs, steps = tmp_path / "port", tmp_path / "runs", 60
+    server = subprocess.Popen([sys.executable, Path(__file__).with_name("wandb_server.py"), port_file])
+    code = "from sgtm.train import metrics; metrics.WANDB_FINISH = 3; from sgtm.__main__ import run; exit(run())"
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    command = [sys.executable, "-c", code, "train", "debug", f"--runs={runs}", f"--train.steps={steps}"]
+    try:
+        until(port_file.exists)
+        url = f"http://127.0.0.1:{port_file.read_text()}"
+        process = subprocess.Popen(
+            [*command, "--wandb.mode=online"],
+            env={**environ, "HOME": str(tmp_path), "WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        wait_for_step(runs / "debug", 5)
+        rank = psutil.Process(process.pid)
+        rank.suspend()
+        core = [child for child in rank.children(recursive=True) if "wandb-core" in child.name()]
+        assert core and len(read_metrics(runs / "debug" / "metrics.jsonl")) < steps
+        if dies == "wandb's server":
+            server.kill()
+        else:
+            core[0].kill()
+        rank.resume()
+        printed, _ = process.communicate(timeout=200)
+    finally:
+        server.kill()
+        server.wait()
+    assert process.returncode == 0 and "Traceback" not in printed, printed
+    assert "does not answer" not in printed, "it answered in the beginning"
+    assert printed.count("warning: wandb has stopped") == (dies == "wandb's own process"), printed
+    assert [line["step"] for line in read_metrics(runs / "debug" / "metrics.jsonl") if "loss" in line] == [
+        *range(1, steps + 1)
+    ]
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
