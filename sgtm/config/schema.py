@@ -237,8 +237,11 @@ class KernelsConfig(Section):
 
 class WandbConfig(Section):
     mode: Literal["off", "offline", "online"] = "off"
+    """`offline` writes to `<run>/wandb`, for `wandb sync`; `online` does too where the server does not answer."""
     project: str = "sgtm"
+    """Project that the run appears in."""
     entity: str | None = None
+    """User or team that the project belongs to; null: the one that is logged in."""
 
 
 class Config(Section):

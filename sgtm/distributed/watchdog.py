@@ -209,8 +209,10 @@ class Watchdog:
         if self.rank == min(here - set(silent)):
             for rank in here & set(silent):
                 with suppress(ProcessLookupError):
+                    os.write(2, f"rank {self.rank} ends rank {rank}, which was here:\n".encode())
                     os.kill(self.neighbours[rank]["pid"], signal.SIGABRT)
                     os.kill(self.neighbours[rank]["pid"], signal.SIGCONT)
+                    time.sleep(BEAT / 4)  # one stack after the other
 
     def _diagnosis(self, silent: list[int]) -> str:
         """What every rank says of a run that hangs."""
