@@ -1,5 +1,8 @@
 """The folder that `prepare` writes: who may, what is in it already, and how a finished corpus is replaced.
 
+The blocks of a job lie in a folder of their own, `blocks/<job>`. So one of another job never counts, not even one that
+could not be deleted, or that a worker of a killed run puts in place when the next job has begun.
+
 A corpus that replaces another is built in a folder inside it and takes its place when it is complete. So the old one
 opens until then, whatever the new one's input, rules or vocabulary are refused for (`tests/unit/test_prepare_resume.py`
 kills it at every stage).
@@ -8,13 +11,14 @@ kills it at every stage).
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sgtm.data.store import DOCUMENTS, LOCK, MANIFEST, SPANS, Corpus
+from sgtm.data.store import DOCUMENTS, LOCK, MANIFEST, SPANS, TOKENIZER, Corpus
 from sgtm.files import write_atomically
 
 JOB, BLOCKS, REPLACEMENT = "job.json", "blocks", ".replacement"
@@ -39,12 +43,18 @@ def stored_job(out: Path) -> dict | None:
         return None
 
 
+def blocks_of(place: Path, job: dict) -> Path:
+    """The folder of the blocks of this job, whose name is the beginning of the SHA-256 of the job."""
+    return place / BLOCKS / hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def place_to_build(out: Path, job: dict, shard_tokens: int, overwrite: bool) -> Path | None:
     """Where the corpus of this job is to be built, ready for it; None where `out` holds it already, intact.
 
     What an interrupted run of the same job left behind is kept, what another one did is cleared.
 
-    Raises ValueError where `out` holds a corpus of another job and may not be overwritten, or something else.
+    Raises ValueError where `out` holds a corpus of another job and may not be overwritten, or something else, and
+    OSError naming the file where what must go cannot be deleted.
     """
     if not (out / MANIFEST).is_file() and (out / REPLACEMENT / MANIFEST).is_file():
         put_in_place(out)  # a run was killed while it did
@@ -92,11 +102,12 @@ def _start_or_resume(place: Path, job: dict) -> None:
         if foreign:
             raise ValueError(f"{place} is not empty (it holds {', '.join(sorted(foreign)[:3])}); choose another --out")
         (place / JOB).unlink(missing_ok=True)
-        for folder in (BLOCKS, "shards", "tokenizer"):
-            shutil.rmtree(place / folder, ignore_errors=True)
+        shutil.rmtree(place / BLOCKS, ignore_errors=True)  # to have the room
+        (place / TOKENIZER).unlink(missing_ok=True)
     (place / MANIFEST).unlink(missing_ok=True)
-    for leftover in place.rglob("*.tmp"):
-        leftover.unlink()
-    (place / BLOCKS).mkdir(exist_ok=True)
+    blocks = blocks_of(place, job)
+    blocks.mkdir(parents=True, exist_ok=True)
+    for leftover in [*place.glob("*.tmp"), *place.glob("tokenizer/*.tmp"), *blocks.glob("*.tmp")]:
+        leftover.unlink(missing_ok=True)
     (place / "tokenizer").mkdir(exist_ok=True)
     write_atomically(place / JOB, json.dumps(job))

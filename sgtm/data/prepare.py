@@ -28,7 +28,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from tokenizers import Tokenizer
 
 from sgtm.data.encode import EncodedBlock, Encoder, block_file, encode_blocks
-from sgtm.data.folder import BLOCKS, clear, locked, place_to_build, put_in_place, stored_job
+from sgtm.data.folder import blocks_of, clear, locked, place_to_build, put_in_place, stored_job
 from sgtm.data.readers import SUFFIXES, Block, Source, open_sources
 from sgtm.data.rules import Rules, load_rules
 from sgtm.data.store import MANIFEST, TOKENIZER, Corpus
@@ -131,9 +131,10 @@ def prepare(
         if place is not None:
             loaded, eos = _tokenizer(sources, rules, tokenizer, vocab_size, place, progress)
             encoder = Encoder(rules, place / TOKENIZER, loaded.token_to_id(eos), vocabulary_size(loaded), shard_tokens)
+            blocks = blocks_of(place, job)
             with _bar(sources, "tokenizing", progress) as advance:
-                count = encode_blocks(encoder, _all_blocks(sources, rules), place / BLOCKS, workers, advance)
-            _merge(place, encoder, count)
+                count = encode_blocks(encoder, _all_blocks(sources, rules), blocks, workers, advance)
+            _merge(place, encoder, blocks, count)
             if place != out:
                 put_in_place(out)
             clear(out)
@@ -214,14 +215,14 @@ def _all_blocks(sources: Sequence[Source], rules: Rules) -> Iterator[Block]:
         yield from source.blocks(rules.columns)
 
 
-def _merge(out: Path, encoder: Encoder, count: int) -> None:
+def _merge(out: Path, encoder: Encoder, blocks: Path, count: int) -> None:
     """Blocks, in order, into shards, index and manifest. Raises ValueError where all documents are empty or dropped."""
     splits: list[str] = []
     empty = dropped = total = 0
     shutil.rmtree(out / "shards", ignore_errors=True)
     writer = CorpusWriter(out, encoder.vocab_size, encoder.shard_tokens)
     for number in range(count):
-        block = EncodedBlock.load(block_file(out / BLOCKS, number))
+        block = EncodedBlock.load(block_file(blocks, number))
         splits += [str(name) for name in block.splits if str(name) not in splits]
         position = [splits.index(str(name)) for name in block.splits]
         if position:

@@ -101,7 +101,7 @@ def start(source: Path, out: Path, block_bytes: int = 500) -> subprocess.Popen:
 def wait_for_blocks(out: Path, count: int, *processes: subprocess.Popen) -> None:
     """Until so many blocks are encoded."""
     end = time.monotonic() + 60
-    while len(list(out.glob("blocks/*.npz"))) < count:
+    while len(list(out.glob("blocks/*/*.npz"))) < count:
         assert time.monotonic() < end and all(process.poll() is None for process in processes)
         time.sleep(0.001)
 

@@ -1,12 +1,19 @@
-"""A corpus depends on its input alone: not on the number of workers, and not on where `prepare` was killed."""
+"""A corpus depends on its input alone: not on the number of workers, and not on where `prepare` was killed, nor on
+what another job has left in the folder.
+
+Faults tried, each seen to fail: blocks of all jobs in one folder, cleared or not; another job's tokenizer kept, or the
+error of deleting it ignored; a block written under its own name; unfinished files kept.
+"""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from corpora import BYTES, contents, mixed_records, texts, write_jsonl
@@ -39,7 +46,11 @@ def run(source: Path, out: Path, **options) -> Corpus:
 
 
 def kill_at(monkeypatch, moment: int) -> None:
-    """Dies at the `moment`-th time a file is flushed, before or after, or is about to get or has got its name."""
+    """Dies at the `moment`-th time a file is flushed, before or after, or is about to get or has got its name.
+
+    As another process than the one that resumes, whose unfinished files have other names.
+    """
+    monkeypatch.setattr(os, "getpid", lambda: 1)
     clock = [0]
 
     def counted(original):
@@ -80,28 +91,105 @@ def test_killed_at_any_moment_it_does_not_open_and_resumes_to_the_same_bytes(sou
     assert moment > 20 and opened == 1
 
 
-def test_finished_blocks_are_reused_and_only_by_the_same_job(source, tmp_path, monkeypatch):
+def interrupt(source: Path, out: Path, **options) -> dict[Path, int]:
+    """Killed when all blocks are encoded; returns their files and when each was written."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_module, "_merge", lambda *args: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
-            run(source, tmp_path / "out")
-    blocks = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/blocks").iterdir()}
+            run(source, out, **options)
+    return written(out)
+
+
+def written(out: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in out.glob("blocks/*/*")}
+
+
+def test_finished_blocks_are_reused(source, tmp_path, monkeypatch):
+    blocks = interrupt(source, tmp_path / "out")
     assert len(blocks) == 3
     kept = []
     original = prepare_module._merge
 
     def merge(out, *rest):
-        kept.append({path: path.stat().st_mtime_ns for path in (out / "blocks").iterdir()})
+        kept.append(written(out))
         original(out, *rest)
 
     monkeypatch.setattr(prepare_module, "_merge", merge)
     run(source, tmp_path / "out")
-    assert kept.pop() == blocks
+    assert kept == [blocks]
     assert not (tmp_path / "out/blocks").exists()
 
-    (tmp_path / "out" / MANIFEST).unlink()  # interrupted again, but now the input is another
-    write_jsonl(source, mixed_records(20))
-    assert len(run(source, tmp_path / "out").documents) == 60
+
+@pytest.fixture
+def other(source, tmp_path) -> Path:
+    """As many blocks as `source`, of other texts, which give another tokenizer."""
+    return write_jsonl(tmp_path / "b.jsonl", [{**r, "text": "xy" + r["text"][2:]} for r in mixed_records()])
+
+
+def test_nothing_of_another_job_is_taken(source, other, tmp_path):
+    options = {"vocab_size": BYTES + 12}
+    interrupt(other, tmp_path / "out", **options)
+    found = contents(run(source, tmp_path / "out", **options).path)
+    assert found == contents(run(source, tmp_path / "alone", **options).path)
+    foreign = contents(run(other, tmp_path / "other", **options).path)
+    assert found["tokenizer/tokenizer.json"] != foreign["tokenizer/tokenizer.json"]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["cannot be deleted", "put in place late"])
+def test_a_block_of_another_job_never_counts(source, other, tmp_path, monkeypatch, late):
+    blocks = {path: path.read_bytes() for path in interrupt(other, tmp_path / "out")}
+    clear, encode = shutil.rmtree, prepare_module.encode_blocks
+
+    def all_but_blocks(path, *rest, **options):
+        if path != tmp_path / "out/blocks":
+            clear(path, *rest, **options)
+
+    def after_a_late_worker(*args):
+        for path, data in blocks.items():
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(data)
+        return encode(*args)
+
+    if late:
+        monkeypatch.setattr(prepare_module, "encode_blocks", after_a_late_worker)
+    else:
+        monkeypatch.setattr(shutil, "rmtree", all_but_blocks)
+    found = texts(run(source, tmp_path / "out"))
+    assert all(path.exists() for path in blocks) != late
+    assert sorted(found) == sorted(r["text"] for r in mixed_records())
+
+
+def test_a_tokenizer_of_another_job_that_cannot_be_deleted_is_refused(source, other, tmp_path, monkeypatch):
+    interrupt(other, tmp_path / "out")
+    unlink = os.unlink
+
+    def refused(path, **options):
+        if Path(os.fsdecode(path)).name == "tokenizer.json":
+            raise PermissionError(1, "Operation not permitted", path)
+        unlink(path, **options)
+
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(PermissionError) as raised:
+            patch.setattr(os, "unlink", refused)
+            run(source, tmp_path / "out")
+        assert str(raised.value.filename) == str(tmp_path / "out/tokenizer/tokenizer.json")
+    assert contents(run(source, tmp_path / "out").path) == contents(run(source, tmp_path / "alone").path)
+
+
+def test_a_block_that_was_half_written_is_written_again(source, tmp_path, monkeypatch):
+    """By a process that was killed in the middle, so that nothing cleaned up after it."""
+
+    def half(file, **arrays):
+        file.write(b"PK")
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "getpid", lambda: 1)
+        patch.setattr(np, "savez", half)
+        run(source, tmp_path / "out")
+    assert len(written(tmp_path / "out")) == 1
+    assert len(interrupt(source, tmp_path / "out")) == 3, "what was half written has gone"
+    assert contents(run(source, tmp_path / "out").path) == contents(run(source, tmp_path / "alone").path)
 
 
 def test_shards_of_an_interrupted_merge_do_not_stay(source, tmp_path):
@@ -143,7 +231,7 @@ def test_sigkill_leaves_no_workers_and_no_corpus(tmp_path):
     command = [sys.executable, str(tmp_path / "job.py"), str(source), str(tmp_path / "out"), RULES.model_dump_json()]
     process = subprocess.Popen(command, env=environment)
     try:
-        wait_for(lambda: len(list((tmp_path / "out").glob("blocks/*.npz"))) >= 5, process)
+        wait_for(lambda: len(list((tmp_path / "out").glob("blocks/*/*.npz"))) >= 5, process)
         workers = psutil.Process(process.pid).children(recursive=True)
         assert len(workers) >= 2
     finally:
