@@ -203,7 +203,7 @@ def _prepare(argv: list[str]) -> int:
 
 
 def _train(options) -> None:
-    from sgtm.config import load_config, preset_names
+    from sgtm.config import ConfigError, load_config, preset_names
     from sgtm.config.load import load_run_config
 
     if options.resume and options.overwrite:
@@ -218,7 +218,14 @@ def _train(options) -> None:
             raise ValueError(f"{folder} is a run directory; go on with it: sgtm train {folder} --resume")
         options.config = folder / "config.yaml"
         overrides = [f"--runs={folder.parent}", f"--name={folder.name}", *overrides]  # it may have been moved
-    config = load_config(options.config, overrides)
+    try:
+        config = load_config(options.config, overrides)
+    except ConfigError as error:
+        if options.resume and folder.is_file() and folder.suffix not in (".yaml", ".yml"):
+            problem = str(error).splitlines()[0]
+            message = f"{folder} is a file, neither a run directory nor a config ({problem}); put the run back there"
+            raise ConfigError(message) from None
+        raise
 
     from sgtm.train.loop import train
 
@@ -229,10 +236,14 @@ def _eval(options) -> None:
     from sgtm.config.load import load_run_config
 
     load_run_config(options.run_dir)  # before anything heavy is imported
-    from sgtm.evaluate.run import evaluate_run
+    from sgtm.evaluate.run import evaluate_run, write_summary
     from sgtm.report import print_summary
 
-    print_summary(evaluate_run(options.run_dir, split=options.split, sequences=options.sequences))
+    summary = evaluate_run(options.run_dir, split=options.split, sequences=options.sequences)
+    try:
+        write_summary(options.run_dir, summary)
+    finally:
+        print_summary(summary)
 
 
 def _export(options) -> None:
@@ -307,12 +318,13 @@ def _quickstart(options) -> None:
 
     config = load_config(options.config, options.overrides)
 
-    from sgtm.evaluate.run import evaluate_run
+    from sgtm.evaluate.run import evaluate_run, write_summary
     from sgtm.report import print_summary, write_report
     from sgtm.train.loop import train
 
     run = train(config, overwrite=_is_quickstart(Path(config.runs) / config.name))
     summary = evaluate_run(run)
+    write_summary(run, summary)
     page = write_report(run)
     print_summary(summary)
     print(f"report: {page}")

@@ -76,11 +76,26 @@ def load_config(source: str | os.PathLike, overrides: list[str] | None = None) -
 
 
 def load_run_config(run: Path) -> Config:
-    """The config of a run directory. Raises ConfigError for a folder that is none, naming those there are."""
-    if not (run / "config.yaml").is_file():
-        known = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml")))
-        raise ConfigError(f"{run}: not a run directory (no config.yaml in it); runs here: {known or 'none'}")
-    return load_config(run / "config.yaml")
+    """The config of a run directory. Raises ConfigError for a folder that is none, naming those in it or beside it, and
+    for an empty config, naming the checkpoint that has it too.
+    """
+    file = run / "config.yaml"
+    if not file.is_file():
+        found = (sorted(map(str, _runs_in(folder))) for folder in (run, run.parent, Path("runs")))
+        known = ", ".join(next(filter(None, found), [])) or "none"
+        raise ConfigError(f"{run}: not a run directory (no config.yaml in it); runs here: {known}")
+    if not file.read_bytes().strip(b"\0 \r\n"):
+        newest = max(run.glob("checkpoints/step_*/manifest.json"), default=None)
+        kept = f" (its values are in {newest}, under config)" if newest else ""
+        raise ConfigError(
+            f"{file} is empty; put back a copy of it{kept}, or go on with what the run was made from: "
+            f"sgtm train PRESET|FILE --runs {run.parent} --name {run.name} --resume"
+        )
+    return load_config(file)
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    return [path.parent for path in folder.glob("*/config.yaml")]
 
 
 def save_config(config: Config, path: str | os.PathLike) -> None:

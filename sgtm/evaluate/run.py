@@ -1,4 +1,4 @@
-"""Evaluating a finished (or stopped) run: `summary.json`."""
+"""Evaluating a finished (or stopped) run: what `summary.json` holds."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def load_model(config: Config, checkpoint: Path) -> Transformer:
 
 
 def evaluate_run(run: Path, split: str = "test", sequences: int | None = None) -> dict:
-    """Losses per category, full and without each subset of domains; writes and returns `summary.json`.
+    """Losses per category, full and without each subset of domains, as `summary.json` holds them.
 
     split      of the corpus to evaluate on
     sequences  at most this many sequences of each category; None: all of them
 
     Losses are computed in the precision of the training, gradient norms in fp32. Raises ValueError for a folder that is
-    no run, a damaged checkpoint, and data that are not those of the run.
+    no run, a damaged checkpoint or log, and data that are not those of the run.
     """
     config, checkpoint = open_run(run)
     corpus = open_corpus(config, write=False)
@@ -48,17 +48,17 @@ def evaluate_run(run: Path, split: str = "test", sequences: int | None = None) -
     manifest = read_manifest(checkpoint)
     if manifest["corpus"] != corpus.fingerprint:
         raise ValueError(f"{run} was trained on other data than {corpus.path} holds now: prepared anew since?")
+    steps = manifest["step"]
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step" and line["step"] <= steps]
+    seconds = max((line["seconds"] for line in lines), default=0.0)
     model = load_model(config, checkpoint)
     device = next(model.parameters()).device
     norms = gradient_norms(model, corpus, config, split=split, sequences=config.train.eval_sequences, device=device)
     if config.train.precision == "bf16":
         model = model.bfloat16()
     losses = category_losses(model, corpus, config, split=split, sequences=sequences, device=device)
-    steps = manifest["step"]
     tokens = steps * config.train.tokens_per_step
-    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step" and line["step"] <= steps]
-    seconds = max((line["seconds"] for line in lines), default=0.0)
-    summary = {
+    return {
         "name": config.name,
         "losses": losses,
         "true_labels": dict(corpus.categories),
@@ -74,5 +74,7 @@ def evaluate_run(run: Path, split: str = "test", sequences: int | None = None) -
         "gradient_norms": norms,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
+
+
+def write_summary(run: Path, summary: dict) -> None:
     write_atomically(run / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary

@@ -174,8 +174,9 @@ def open_run(run_dir: Path | str) -> tuple[Config, Path]:
 
 
 def none_whole(wrong: dict[Path, str]) -> str:
-    """The message where `newest_whole` finds none: what is wrong with each."""
-    return "no checkpoint is whole:\n  " + "\n  ".join(wrong.values())
+    """The message where `newest_whole` finds none: what is wrong with each, and the remedy."""
+    remedy = "put back copies of these files, or train from the beginning with --overwrite"
+    return "\n  ".join(["no checkpoint is whole:", *wrong.values()]) + f"\n{remedy}"
 
 
 def resolved(config: Config) -> dict:

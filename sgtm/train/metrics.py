@@ -160,16 +160,25 @@ def _progress(console: Console) -> Progress:
 def read_metrics(path: Path) -> list[dict]:
     """Lines of `metrics.jsonl`, none without a file; the last one, where a kill has cut it short, is left out.
 
-    Raises ValueError naming the line for any other that is not JSON.
+    Raises ValueError naming the line for any other that is none of a log, or not UTF-8.
     """
-    texts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    texts = path.read_bytes().splitlines() if path.is_file() else []
     lines = []
     for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            if number < len(texts):
-                raise ValueError(f"{path}, line {number}: not a JSON object: {text[:80]!r}") from None
+            line = json.loads(text.decode())
+            whole = isinstance(line, dict) and isinstance(line.get("step"), int) and "kind" in line
+            problem = "" if whole else "not a line of a log"
+        except UnicodeDecodeError:
+            problem = "not UTF-8"
+        except ValueError:
+            problem = "not a JSON object"
+        if not problem:
+            lines.append(line)
+        elif number < len(texts):
+            shown = repr(text[:80]).removeprefix("b")
+            remedy = "delete the line, or put back a copy of the file"
+            raise ValueError(f"{path}, line {number}: {problem}: {shown}; {remedy}")
     return lines
 
 

@@ -18,7 +18,7 @@ from sgtm.config import Config
 from sgtm.config.load import save_config
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.files import write_atomically
-from sgtm.train.checkpoint import remove_unfinished
+from sgtm.train.checkpoint import checkpoints_dir, remove_unfinished
 from sgtm.train.metrics import MetricsLog
 
 VISIBLE_WITHIN = 60.0
@@ -85,6 +85,8 @@ def _check_shared(file: Path, said: str) -> None:
 
 def refuse(run: Path, resume: bool, overwrite: bool) -> None:
     """Raises ValueError for a run directory that is there and may not be used; changes nothing."""
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"{run} is a file, in the place of the run directory; move it away, or set another --name")
     if not run.exists() or not any(run.iterdir()):
         return
     if overwrite and not (run / "config.yaml").exists():
@@ -92,6 +94,12 @@ def refuse(run: Path, resume: bool, overwrite: bool) -> None:
     if not (resume or overwrite):
         raise ValueError(
             f"run directory {run} exists; go on with --resume, start over with --overwrite, or set another --name"
+        )
+    checkpoints = checkpoints_dir(run)
+    if os.path.lexists(checkpoints) and not checkpoints.is_dir() and not overwrite:
+        raise ValueError(
+            f"{checkpoints} is no folder, but a file or a link to nothing; put the folder back, or move it away to "
+            f"train from the beginning"
         )
 
 

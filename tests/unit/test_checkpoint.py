@@ -4,8 +4,9 @@
 
 Faults tried, each seen to fail: the pointer followed; `latest` written before the rename; one more or one less kept,
 multiples of `keep_every` dropped; a damaged checkpoint evaluated; damage that `verify` passes over, or of the manifest
-itself; another corpus accepted on resuming and on evaluating; a copy that somebody made counted, taken or deleted; an
-error of the disk on reading, or one after the rename, that ends the run; a damaged one replaced by another of its step.
+itself; another corpus accepted on resuming and on evaluating; a damaged log found when all losses are computed; a copy
+that somebody made counted, taken or deleted; an error of the disk on reading, or one after the rename, that ends the
+run; a damaged one replaced by another of its step; no remedy where none is whole.
 """
 
 from __future__ import annotations
@@ -171,7 +172,9 @@ def test_evaluation_takes_the_newest_whole_one(tmp_path: Path, capsys):
     assert capsys.readouterr().err == problem
     (older / "weights").write_text("of step X")
     (oldest / "weights").unlink()
-    with pytest.raises(ValueError, match=r"no checkpoint is whole:\n.*has 2 bytes.*\n.*SHA-256.*\n.*is missing"):
+    with pytest.raises(
+        ValueError, match=r"no checkpoint is whole:\n.*has 2 bytes.*\n.*SHA-256.*\n.*is missing\nput back"
+    ):
         open_run(tmp_path)
     with pytest.raises(ValueError, match="has no checkpoint yet"):
         shutil.rmtree(tmp_path / "checkpoints")
@@ -233,4 +236,15 @@ def test_a_run_is_not_evaluated_on_other_data(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(evaluation, "check_corpus", lambda corpus, config: None)
     monkeypatch.setattr(evaluation, "load_model", lambda *rest: pytest.fail("evaluated"))
     with pytest.raises(ValueError, match=f"{tmp_path} was trained on other data than data holds now"):
+        evaluate_run(tmp_path)
+
+
+def test_a_damaged_log_is_refused_before_anything_is_computed(tmp_path: Path, monkeypatch):
+    make(tmp_path, 1)
+    (tmp_path / "config.yaml").write_text(json.dumps(CONFIG.model_dump(mode="json")))
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\n{}\n")
+    monkeypatch.setattr(evaluation, "open_corpus", lambda *rest, **options: SimpleNamespace(fingerprint="of the run"))
+    monkeypatch.setattr(evaluation, "check_corpus", lambda corpus, config: None)
+    monkeypatch.setattr(evaluation, "load_model", lambda *rest: pytest.fail("evaluated"))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: not UTF-8"):
         evaluate_run(tmp_path)

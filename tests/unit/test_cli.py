@@ -1,4 +1,8 @@
-"""The command line: what each command calls, and that a user's mistake is a message and never a traceback."""
+"""The command line: what each command calls, and that a user's mistake is a message and never a traceback.
+
+Faults tried, each seen to fail: losses lost where they cannot be stored; runs looked for in ./runs alone; an empty
+config of a run read as one without keys; a file in the place of a run read as a config.
+"""
 
 import os
 import subprocess
@@ -20,16 +24,20 @@ def calls(monkeypatch):
     """The functions behind the commands, replaced by ones that note their arguments."""
     noted = []
 
-    def module(name, function, result=None):
-        def note(*args, **options):
-            noted.append((function, args, options))
-            return result
+    def module(name, **results):
+        def noting(function, result):
+            def note(*args, **options):
+                noted.append((function, args, options))
+                return result
 
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**{function: note}))
+            return note
 
-    module("sgtm.train.loop", "train", Path("runs/quickstart"))
-    module("sgtm.evaluate.run", "evaluate_run", {"losses": {}})
-    module("sgtm.model.export", "export_run")
+        functions = {function: noting(function, result) for function, result in results.items()}
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**functions))
+
+    module("sgtm.train.loop", train=Path("runs/quickstart"))
+    module("sgtm.evaluate.run", evaluate_run={"losses": {}}, write_summary=None)
+    module("sgtm.model.export", export_run=None)
     monkeypatch.setattr(
         "sgtm.report.write_report", lambda run: noted.append(("write_report", (run,), {})) or run / "x.html"
     )
@@ -66,6 +74,50 @@ def test_a_run_is_resumed_by_its_directory(calls, tmp_path, capsys):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("content", [b"", b"\0" * 100], ids=["nothing", "zeros"])
+def test_an_empty_config_of_a_run_names_the_remedy(calls, tmp_path, capsys, content):
+    run = tmp_path / "mine"
+    for step in (2, 10):
+        (run / f"checkpoints/step_{step:08d}").mkdir(parents=True)
+        (run / f"checkpoints/step_{step:08d}/manifest.json").touch()
+    (run / "config.yaml").write_bytes(content)
+    for command in (["train", str(run), "--resume", "auto"], ["eval", str(run)]):
+        assert main(command) == 2 and not calls
+        assert capsys.readouterr().err == (
+            f"error: {run}/config.yaml is empty; put back a copy of it (its values are in "
+            f"{run}/checkpoints/step_00000010/manifest.json, under config), or go on with what the run was made from: "
+            f"sgtm train PRESET|FILE --runs {tmp_path} --name mine --resume\n"
+        )
+
+
+@pytest.mark.parametrize("content", ["", "of no run", "a: 1\nb: 2"])
+def test_a_file_in_the_place_of_a_run_is_said(calls, tmp_path, capsys, content):
+    (file := tmp_path / "mine").write_text(content)
+    assert main(["train", str(file), "--resume", "auto"]) == 2 and not calls
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {file} is a file, neither a run directory nor a config (")
+    assert said.endswith("put the run back there\n") and said.count("\n") == 1
+    file.write_text("extends: debug\n")  # a config may have any name
+    assert main(["train", str(file), "--resume", "auto"]) == 0
+
+
+def test_runs_are_named_wherever_they_are(tmp_path, monkeypatch, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        save_config(load_config("debug"), tmp_path / "runs" / name / "config.yaml")
+    cases = {
+        tmp_path: "runs",
+        tmp_path / "runs": "nope",
+        tmp_path / "runs/a": "../nope",
+        Path("/"): tmp_path / "runs/x",
+    }
+    for folder, wanted in cases.items():
+        monkeypatch.chdir(folder)
+        assert main(["eval", str(wanted)]) == 2
+        beside = Path(wanted) if folder == tmp_path else Path(wanted).parent
+        assert f"runs here: {beside / 'a'}, {beside / 'b'}\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["runs/smal", "smal", "small"])
 def test_resuming_a_run_that_is_not_there_names_those_that_are(calls, tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
@@ -93,7 +145,8 @@ def test_train_under_the_deepspeed_launcher(calls):
 
 def test_quickstart_trains_evaluates_reports_and_prints(calls, capsys, tmp_path):
     assert main(["quickstart", "--train.steps", "60", "--runs", str(tmp_path)]) == 0
-    assert [function for function, _, _ in calls] == ["train", "evaluate_run", "write_report", "print_summary"]
+    stages = ["train", "evaluate_run", "write_summary", "write_report", "print_summary"]
+    assert [function for function, _, _ in calls] == stages
     assert calls[0][1][0].name == "quickstart" and calls[0][1][0].train.steps == 60
     assert "report: runs/quickstart/x.html" in capsys.readouterr().out
 
@@ -111,10 +164,21 @@ def test_quickstart_replaces_a_quickstart_and_nobodys_work(calls, tmp_path, stor
 def test_commands_on_a_run(calls, run, tmp_path):
     assert main(["eval", str(run), "--sequences", "8"]) == 0
     assert calls[0] == ("evaluate_run", (run,), {"split": "test", "sequences": 8})
+    assert calls[1:] == [("write_summary", (run, {"losses": {}}), {}), ("print_summary", ({"losses": {}},), {})]
     assert main(["export", str(run), "--remove", "es", "--out", str(tmp_path / "out")]) == 0
-    assert calls[2] == ("export_run", (run, ["es"], tmp_path / "out"), {})
+    assert calls[3] == ("export_run", (run, ["es"], tmp_path / "out"), {})
     assert main(["report", str(run)]) == 0
-    assert calls[3] == ("write_report", (run,), {})
+    assert calls[4] == ("write_report", (run,), {})
+
+
+def test_losses_that_cannot_be_stored_are_printed_all_the_same(calls, run, monkeypatch, capsys):
+    def full(run, summary):
+        raise OSError(30, "Read-only file system", str(run / "summary.json"))
+
+    sys.modules["sgtm.evaluate.run"].write_summary = full
+    assert main(["eval", str(run)]) == 2
+    assert calls[1:] == [("print_summary", ({"losses": {}},), {})]
+    assert capsys.readouterr().err == f"error: {run}/summary.json: Read-only file system\n"
 
 
 @pytest.mark.parametrize("number", ["0", "-4", "many"])

@@ -1,7 +1,8 @@
 """What the training loop decides, without training: the run directory, signals, a gradient that is not finite.
 
 Faults tried, each seen to fail: the old run deleted before the log opens, or lost where it is a link; a refused first
-start, or the new config of a refused resume, left behind; a folder that is no run overwritten; SIGUSR1 not handled; a
+start, or the new config of a refused resume, left behind; a folder that is no run overwritten; a file in the place of
+the run directory or of its checkpoints found when the first is written; SIGUSR1 not handled; a
 second Ctrl-C swallowed; stopped without a checkpoint; the message about the gradient left out; the warm-up not told,
 or told of kernels that are not compiled.
 """
@@ -99,6 +100,27 @@ def test_a_folder_that_is_no_run_is_never_overwritten(tmp_path: Path):
     assert contents(tmp_path) == {"thesis/chapter.tex": b"years"}
     with pytest.raises(ValueError, match="exists; go on with --resume"):
         begin(tmp_path / "thesis")
+
+
+def test_a_file_in_the_place_of_the_run_directory_is_refused(tmp_path: Path):
+    (tmp_path / "new").touch()
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(ValueError, match=r"new is a file, in the place of the run directory; move it away, or"):
+            begin(tmp_path / "new", **options)
+    assert contents(tmp_path) == {"new": b""}
+
+
+@pytest.mark.parametrize("kind", ["file", "link to nothing"])
+def test_checkpoints_that_are_no_folder_are_refused_before_training(old: Path, kind: str):
+    folder = old / "checkpoints"
+    folder.rename(old.parent / "elsewhere")
+    folder.touch() if kind == "file" else folder.symlink_to(old.parent / "not mounted")
+    with pytest.raises(ValueError, match=r"old/checkpoints is no folder, but a file or a link to nothing; put"):
+        run_directory.refuse(old, resume=True, overwrite=False)
+    run_directory.refuse(old, resume=False, overwrite=True)
+    folder.unlink()
+    folder.symlink_to(old.parent / "elsewhere")
+    run_directory.refuse(old, resume=True, overwrite=False)
 
 
 def run_steps(

@@ -1,6 +1,7 @@
-"""The log of a run on a disk that is full.
+"""The log of a run on a disk that is full, and with a line that is damaged.
 
-Faults tried, each seen to fail: the file not named; the error of closing it raised in place of the first.
+Faults tried, each seen to fail: the file not named; the error of closing it raised in place of the first; text of
+another encoding, or JSON that is no line of a log, not told; a line cut short at the end told.
 """
 
 from __future__ import annotations
@@ -24,3 +25,25 @@ def test_a_full_disk_is_said_with_the_file(tmp_path):
     assert str(full.value).startswith(f"{tmp_path / 'metrics.jsonl'} could not be written: No space left on device;")
     assert "Go on with --resume" in str(full.value)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
+DAMAGES = {  # the first bytes of a line, and what is said of them
+    "another encoding": (b'{"kind": "st\xe9p", "step": 2}', r"""not UTF-8: '{"kind": "st\xe9p", "step": 2}'"""),
+    "cut short": (b'{"kind": "st', 'not a JSON object: \'{"kind": "st\''),
+    "zeros": (b"\0\0", r"not a JSON object: '\x00\x00'"),
+    "a number": (b"2", "not a line of a log: '2'"),
+    "no step": (b'{"kind": "step"}', 'not a line of a log: \'{"kind": "step"}\''),
+    "no kind": (b'{"step": 2}', "not a line of a log: '{\"step\": 2}'"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_line_is_told_with_the_remedy_or_left_out_at_the_end(tmp_path, damage):
+    data, said = DAMAGES[damage]
+    whole = b'{"kind": "step", "step": 1}\n'
+    (file := tmp_path / "metrics.jsonl").write_bytes(whole + data + b"\n" + whole)
+    with pytest.raises(ValueError) as raised:
+        read_metrics(file)
+    assert str(raised.value) == f"{file}, line 2: {said}; delete the line, or put back a copy of the file"
+    file.write_bytes(whole + data)
+    assert read_metrics(file) == [{"kind": "step", "step": 1}]
