@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +17,15 @@ from rich.console import Console
 
 import sgtm
 from sgtm.config.schema import Config
-from sgtm.plan.fit import GB, check_divides, check_fits
+from sgtm.plan.fit import check_divides, check_fits
 from sgtm.plan.rows import arithmetic, plan
 from sgtm.plan.speed import Machine
-from sgtm.plan.terminal import memory_table
+from sgtm.plan.terminal import print_memory
+from sgtm.plan.units import GB, amount, counted
 
 SCRIPTS = Path(sgtm.__file__).parents[1] / "launch"
 LAUNCHERS = ("local", "torchrun", "deepspeed", "slurm")
+ANOTHER = "(for another: --memory GB)"
 
 
 @dataclass(frozen=True)
@@ -117,16 +120,19 @@ def compose(where: Where, arguments: list[str]) -> tuple[dict[str, str], list[st
 def memory_limit(where: Where, given: float | None) -> tuple[float, str] | None:
     """(bytes for one rank, whose they are): as `given` in GB, else of the GPU here, else a share of this machine's.
 
-    None where the ranks run elsewhere and nothing was given.
+    None where nothing was given and nothing here says what the ranks will have: under Slurm, and on several nodes where
+    this one, perhaps a login node, has no GPU.
     """
     if given is not None:
         return given * GB, "--memory"
-    if where.launcher == "slurm":
+    gpus = _gpus_here()
+    if where.launcher == "slurm" or (where.nodes > 1 and not gpus):
         return None
-    if _gpus_here():
+    if gpus:
         device = torch.cuda.get_device_properties(0)
-        return device.total_memory, device.name
-    return psutil.virtual_memory().total / where.gpus, f"this machine's memory over {where.gpus} processes"
+        return device.total_memory, f"the {device.name} here {ANOTHER}"
+    shared = f"this machine's memory over {counted(where.gpus, 'rank')} {ANOTHER}"
+    return psutil.virtual_memory().total / where.gpus, shared
 
 
 def launch(config: Config, where: Where, arguments: list[str], memory: float | None, dry_run: bool) -> None:
@@ -143,6 +149,8 @@ def launch(config: Config, where: Where, arguments: list[str], memory: float | N
     if limit is not None:
         check_fits(config, machine.ranks, *limit)
     environment, command = compose(where, arguments)
+    if config.data.path != "synthetic" and not Path(config.data.path).exists():
+        print(f"warning: data.path {config.data.path} does not exist here; every node needs it", file=sys.stderr)
     _print(config, machine, limit, environment, command)
     if where.launcher == "torchrun" and where.nodes > 1:
         print(f"the same command on each of the {where.nodes} nodes")
@@ -154,10 +162,8 @@ def _print(config: Config, machine: Machine, limit, environment: dict[str, str],
     console = Console()
     console.print(arithmetic(config, machine), highlight=False, soft_wrap=True)
     rows = plan(config, machine)
-    console.print(memory_table(rows, None if limit is None else round(limit[0] / GB, 1)))
-    checked = (
-        "memory not checked: give --memory GB" if limit is None else f"fits into {limit[0] / GB:.1f} GB, {limit[1]}"
-    )
+    print_memory(console, rows, None if limit is None else limit[0])
+    checked = "memory not checked: give --memory GB" if limit is None else f"fits into {amount(limit[0])}, {limit[1]}"
     console.print(f"ZeRO {config.distributed.zero_stage}: {checked}", highlight=False, soft_wrap=True)
     words = [*(f"{name}={shlex.quote(value)}" for name, value in environment.items()), shlex.join(command)]
     print(" ".join(words), flush=True)

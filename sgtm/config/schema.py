@@ -226,6 +226,14 @@ class DistributedConfig(Section):
                 raise ValueError(f"{key}: ZeRO {self.zero_stage} does not have it; set zero_stage 3, or leave it out")
         return self
 
+    def check_ranks(self, world_size: int) -> None:
+        """Raises ValueError where the ranks do not divide into the groups of zero_hpz_partition_size."""
+        if world_size % self.zero_hpz_partition_size:
+            raise ValueError(
+                f"distributed.zero_hpz_partition_size {self.zero_hpz_partition_size} does not divide the number of "
+                f"ranks {world_size}"
+            )
+
 
 class KernelsConfig(Section):
     backend: Literal["auto", "reference", "runs", "triton"] = "auto"

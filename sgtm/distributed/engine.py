@@ -106,11 +106,7 @@ def deepspeed_config(config: Config, world_size: int, numel: int) -> dict:
 
 
 def _zero_options(config: DistributedConfig, world_size: int) -> dict:
-    if world_size % config.zero_hpz_partition_size:
-        raise ValueError(
-            f"distributed.zero_hpz_partition_size {config.zero_hpz_partition_size} does not divide the number of ranks "
-            f"{world_size}"
-        )
+    config.check_ranks(world_size)
     options: dict = {"offload_optimizer": {"device": "cpu"}} if config.offload_optimizer else {}
     if config.zero_stage == 3:
         options["zero_hpz_partition_size"] = config.zero_hpz_partition_size

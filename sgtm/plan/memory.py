@@ -1,7 +1,8 @@
 """Memory of one rank, as the engine configures DeepSpeed: what is held all the time, and the most that a step adds.
 
 Held: weights, the optimizer's fp32 copy of them and its moments, and gradients in fp32 (ZeRO 1 in fp32 keeps those as
-`.grad`). tests/dist/test_plan.py compares this with the tensors of engines on 2 and 4 ranks.
+`.grad`). With hpZ also the second copy of the weights, from their first release to the end of the step.
+tests/dist/test_plan.py compares this with the tensors of engines on 2 and 4 ranks.
 
 Added in a micro-batch: the weights that ZeRO-3 has gathered, buckets of gradients on their way, activations that the
 backward pass needs, and the larger of what the loss and the backward pass of a block work with. Added by the
@@ -84,6 +85,10 @@ def _held(config: Config, sizes: dict[str, int], stage: int, ranks: int, limits:
         gradients = 4 * _whole(list(sizes.values()), share, ranks)
     held = {"weights": weights, "fp32 weights": 4 * share, "moments": 8 * share, "gradients": gradients}
     always = stage == 3 or _is_zero1(config, stage)  # from the first backward pass of a step on
+    second = config.distributed.zero_hpz_partition_size if stage == 3 else 1
+    if second > 1:
+        large = (size for name, size in sizes.items() if name not in persistent(sizes, limits))
+        held["hpZ weights"] = width * split(large, ranks) // second
     return held | ({"bucket": 4 * min(total, limits.bucket)} if always else {})
 
 

@@ -6,11 +6,12 @@ import json
 from dataclasses import asdict, dataclass
 
 from sgtm.config.schema import Config
-from sgtm.plan.fit import GB, STAGES, check_divides
+from sgtm.plan.fit import STAGES, check_divides
 from sgtm.plan.memory import Memory, memory
 from sgtm.plan.shapes import parameter_sizes
 from sgtm.plan.speed import Machine, Speed, speed
 from sgtm.plan.traffic import Collective, collectives
+from sgtm.plan.units import GB, counted
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Row:
 def plan(config: Config, machine: Machine) -> list[Row]:
     """A row for each stage, with `distributed.offload_optimizer` from 1.
 
-    Raises ValueError where the step does not divide by the ranks.
+    Raises ValueError where the step, or the ranks themselves, do not divide.
     """
     check_divides(config, machine.ranks)
     rows = []
@@ -66,10 +67,11 @@ def as_json(config: Config, machine: Machine, rows: list[Row]) -> str:
 def arithmetic(config: Config, machine: Machine) -> str:
     """Parameters, ranks, and how a step's tokens are divided."""
     train, parameters = config.train, sum(parameter_sizes(config.model).values())
+    ranks = counted(machine.ranks, "rank")
     return (
         f"{config.name}: {parameters:,} parameters, {train.precision}\n"
-        f"{machine.ranks} ranks = {machine.nodes} nodes x {machine.gpus}\n"
-        f"{train.tokens_per_step:,} tokens per step = {machine.ranks} ranks x "
-        f"{config.accumulation(machine.ranks)} accumulation x {train.micro_batch} sequences x "
+        f"{ranks} = {counted(machine.nodes, 'node')} x {machine.gpus}\n"
+        f"{train.tokens_per_step:,} tokens per step = {ranks} x {config.accumulation(machine.ranks)} accumulation x "
+        f"{counted(train.micro_batch, 'sequence')} x "
         f"{config.model.context} tokens"
     )

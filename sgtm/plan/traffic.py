@@ -2,7 +2,9 @@
 
 Gradients are reduced in fp32 whatever the precision of the weights. ZeRO 0 and 1 reduce them once in a step, ZeRO 2 and
 3 for every micro-batch. ZeRO 1 and 2 reduce by all-reduce and not by reduce-scatter (use_multi_rank_bucket_allreduce,
-DeepSpeed's default), and each rank keeps its share. Scalars (norms, flags) are left out.
+DeepSpeed's default), and each rank keeps its share. Scalars (norms, flags) are left out. What hpZ saves is not
+counted: from its second gather in a step on, a weight moves inside the groups of `zero_hpz_partition_size` alone; here,
+it always moves over all ranks.
 
 tests/dist/test_plan.py counts the same bytes in runs on 2 and 4 ranks.
 """

@@ -1,7 +1,9 @@
 """`sgtm launch`: what it composes is what the scripts of launch/ take, and what cannot run is refused before.
 
 The scripts are the real ones, with stand-ins for the launchers that they call. Seen to fail with: NPROC left out of the
-environment; overrides not handed on; the check of memory, or of the hostfile's slots, left out; `--dry-run` ignored.
+environment; overrides not handed on; the check of memory, of the hostfile's slots, or of hpZ's groups, left out;
+`--dry-run` ignored; a run on other nodes held to this machine's memory; no word of `--memory`, or of data that are not
+here.
 """
 
 from __future__ import annotations
@@ -111,10 +113,14 @@ def test_a_run_directory_is_launched_with_its_own_config(tmp_path, monkeypatch, 
     [
         (
             ["--gpus=3"],
-            "train.micro_batch 2 x 3 ranks; with train.micro_batch 1 train.tokens_per_step 384 or 576 would",
+            "train.micro_batch 2 x 3 ranks; train.tokens_per_step 384 or 768 would, and so would 1 or 2 ranks",
         ),
         (["--gpus=8"], "train.micro_batch 2 x 8 ranks; train.micro_batch 1 would"),
-        (["--memory=0.0001"], "distributed.zero_stage 1 with train.micro_batch 2 on 1 ranks needs about 0.0 GB"),
+        (["--memory=0.0001"], "distributed.zero_stage 1 with train.micro_batch 2 on 1 rank needs about 2.4 MB on each"),
+        (
+            ["--gpus=4", "--distributed.zero_stage=3", "--distributed.zero_hpz_partition_size=3", "--memory=80"],
+            "distributed.zero_hpz_partition_size 3 does not divide the number of ranks 4",
+        ),
         (["--nodes=2"], "--launcher torchrun needs --rendezvous HOST:PORT"),
         (["--nodes=2", "--launcher=local"], "--launcher local is one machine, but --nodes is 2"),
         (["--nodes=2", "--launcher=deepspeed"], "--launcher deepspeed over 2 nodes needs --hostfile FILE"),
@@ -135,7 +141,34 @@ def test_the_memory_of_this_machine_is_shared_by_its_processes(monkeypatch, caps
     monkeypatch.setattr(launching.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 8_000_000})())
     assert main(["launch", "debug", "--gpus=1", "--dry-run"]) == 0
     assert main(["launch", "debug", "--gpus=4", "--dry-run"]) == 2
-    assert "more than the 0.0 GB of this machine's memory over 4 processes" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert "more than the 2.0 MB of this machine's memory over 4 ranks (for another: --memory GB)" in refused
+
+
+def test_the_memory_of_a_login_node_says_nothing_of_the_others(monkeypatch, capsys):
+    monkeypatch.setattr(launching.psutil, "virtual_memory", lambda: type("Memory", (), {"total": 8_000})())
+    several = ["launch", "debug", "--dry-run", "--nodes=2", "--gpus=2", "--rendezvous=node-0:1"]
+    assert main(several) == 0
+    printed = capsys.readouterr().out
+    assert "memory of a rank, MB\n" in printed.replace(" \n", "\n").replace("  ", "")
+    assert "ZeRO 1: memory not checked: give --memory GB" in printed
+    assert main([*several, "--memory=0.001"]) == 2
+    monkeypatch.setattr(launching, "_gpus_here", lambda: 2)
+    device = type("Device", (), {"total_memory": 1_000_000, "name": "GPU"})()
+    monkeypatch.setattr(launching.torch.cuda, "get_device_properties", lambda index: device)
+    assert main(several) == 2
+    assert "more than the 1.0 MB of the GPU here (for another: --memory GB)" in capsys.readouterr().err
+
+
+def test_data_that_are_not_here_are_a_warning(tmp_path, capsys):
+    options = ["launch", "debug", "--dry-run", "--gpus=1"]
+    assert main([*options, f"--data.path={tmp_path / 'none'}"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == f"warning: data.path {tmp_path / 'none'} does not exist here; every node needs it\n"
+    assert "local.sh" in printed.out
+    for path in (tmp_path, "synthetic"):
+        assert main([*options, f"--data.path={path}"]) == 0
+        assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

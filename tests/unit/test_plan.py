@@ -2,11 +2,14 @@
 
 What it says of traffic and held bytes is compared with real runs in tests/dist/test_plan.py. Seen to fail with: a bias
 too few; the gate of SwiGLU left out; q and k of rotary heads counted once; checkpointed blocks counted in full; a limit
-of DeepSpeed other than its default; crossings of the network between nodes counted by rank.
+of DeepSpeed other than its default; crossings of the network between nodes counted by rank; hpZ's groups not checked
+against the ranks; its second copy of the weights left out; advice that changes the micro-batch without need, or does
+not know of micro_blocks; GB for every table; plurals of one; the note on ZeRO 0 and 1 in fp32, or nowhere.
 """
 
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -17,10 +20,10 @@ from sgtm.config import load_config, preset_names
 from sgtm.model.transformer import Transformer
 from sgtm.plan.fit import check_divides, check_fits
 from sgtm.plan.memory import activations, memory
-from sgtm.plan.rows import plan
+from sgtm.plan.rows import arithmetic, plan
 from sgtm.plan.shapes import model_flops, parameter_shapes, parameter_sizes, recomputed_flops
 from sgtm.plan.speed import Machine
-from sgtm.plan.terminal import print_plan
+from sgtm.plan.terminal import print_memory, print_plan
 from sgtm.plan.traffic import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, collectives, ring_bytes
 from sgtm.plan.zero3 import Limits, gathers
 from sgtm_kernels.plan import MaskPlan, Run
@@ -144,11 +147,94 @@ def test_offload_moves_the_optimizer_to_the_host():
         (512, "train.micro_batch 4 x 512 ranks; with train.micro_batch 1 train.tokens_per_step 2097152 would, and so "
               "would 64, 128 or 256 ranks"),
         (128, "train.micro_batch 4 x 128 ranks; train.micro_batch 1 or 2 would"),
+        (21, "train.micro_batch 4 x 21 ranks; train.tokens_per_step 1032192 or 1376256 would, and so would 4, 8 or "
+             "16 ranks"),
     ],
 )  # fmt: skip
 def test_what_does_not_divide_names_what_would(ranks, message):
     with pytest.raises(ValueError, match=message):
         check_divides(load_config("llama-1b"), ranks)
+
+
+@pytest.mark.parametrize("ranks", [3, 5, 7, 9, 21])
+@pytest.mark.parametrize("options", [(), ("--data.mixing=micro", "--data.micro_blocks=3", "--train.micro_batch=2")])
+def test_the_steps_and_ranks_that_are_named_divide_with_the_micro_batch_as_it_is(ranks, options):
+    options = ["--train.tokens_per_step=65536", "--train.micro_batch=4", *options]  # 1024 sequences
+    with pytest.raises(ValueError, match="would") as refused:
+        check_divides(load_config("debug", options), ranks)
+    advice = str(refused.value).rpartition("; ")[2]
+    steps, _, counts = advice.partition(" would")
+    assert steps.startswith("train.tokens_per_step ")
+    for step in re.findall(r"\d+", steps):
+        assert check_divides(load_config("debug", [*options, f"--train.tokens_per_step={step}"]), ranks)
+    assert bool(counts) == (len(options) == 2)  # in threes no number of ranks divides 1024
+    for count in re.findall(r"\d+", counts):
+        assert check_divides(load_config("debug", options), int(count))
+
+
+HPZ = ("--distributed.zero_stage=3", "--distributed.zero_hpz_partition_size=4")
+
+
+def test_hpz_is_refused_in_the_engines_words():
+    from sgtm.distributed.engine import deepspeed_config
+
+    config = load_config("debug", list(HPZ))
+    for refuses in (lambda: check_divides(config, 2), lambda: deepspeed_config(config, 2, 100)):
+        with pytest.raises(ValueError, match=r"^distributed\.zero_hpz_partition_size 4 does not divide .* ranks 2$"):
+            refuses()
+    assert check_divides(config, 4) == 1
+
+
+def test_hpz_keeps_the_weights_a_second_time():
+    plain, config = load_config("llama-1b", [HPZ[0]]), load_config("llama-1b", list(HPZ))
+    second = memory(config, 3, 16).peak - memory(plain, 3, 16).peak
+    assert second == pytest.approx(2 * sum(parameter_sizes(config.model).values()) / 4, rel=1e-3)
+    with pytest.raises(ValueError, match=r"what fits: .*distributed\.zero_hpz_partition_size 1"):
+        check_fits(config, 16, memory(plain, 3, 16).peak, "a GPU")
+
+
+def test_the_note_on_hpz_traffic_is_where_hpz_is():
+    for options, expected in ((HPZ, 1), (HPZ[:1], 0)):
+        assert printed_plan(load_config("debug", list(options)), Machine(gpus=4)).count("what hpZ saves") == expected
+
+
+def printed_plan(config, machine: Machine) -> str:
+    wide = Console(width=120, record=True, file=io.StringIO())
+    print_plan(config, machine, plan(config, machine), wide)
+    return wide.export_text()
+
+
+def test_the_unit_is_that_of_the_largest_number():
+    small = load_config("debug")
+    rows = plan(small, machine := Machine(gpus=4))
+    text = printed_plan(small, machine)
+    assert "memory of a rank, MB, of 80.0 GB" in text and "MB sent" in text
+    cells = [line.split() for line in text.splitlines() if line.split()[:1] == ["0"]]
+    assert cells[0][-2:] == [f"{rows[0].memory.peak / 1e6:.2f}", "yes"] and float(cells[0][-2]) > 1
+    assert cells[1][1] == f"{rows[0].speed.inside / 1e6:.2f}" and float(cells[1][1]) > 0.1
+    assert "memory of a rank, GB, of 80.0 GB" in printed_plan(load_config("llama-7b"), Machine(gpus=8))
+
+
+def test_why_zero_0_and_1_are_equal_is_said_where_they_are():
+    for options, expected in (
+        (["--train.precision=bf16"], 1),
+        (["--train.precision=fp32"], 0),
+        (["--train.precision=bf16", "--distributed.offload_optimizer=true"], 0),
+    ):
+        config = load_config("debug", options)
+        assert printed_plan(config, Machine(gpus=2)).count("ZeRO 0 and 1 are the same in bf16") == expected
+    wide = Console(record=True, file=io.StringIO())
+    print_memory(wide, plan(load_config("llama-7b"), Machine(gpus=8)), None)
+    assert "shards the fp32 weights" in wide.export_text()
+
+
+def test_one_is_singular():
+    config = load_config("debug", ["--train.micro_batch=1"])
+    assert "\n1 rank = 1 node x 1\n" in arithmetic(config, Machine())
+    assert "= 1 rank x 8 accumulation x 1 sequence x 64 tokens" in arithmetic(config, Machine())
+    assert "\n4 ranks = 2 nodes x 2\n" in arithmetic(config, Machine(2, 2))
+    with pytest.raises(ValueError, match="on 1 rank needs about"):
+        check_fits(config, 1, 1, "a GPU")
 
 
 def test_what_does_not_fit_names_what_would():
