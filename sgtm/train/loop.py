@@ -31,7 +31,7 @@ from sgtm.train.dry_run import dry_run
 from sgtm.train.gradients import group_norms, probe
 from sgtm.train.metrics import MetricsLog
 from sgtm.train.resume import find_whole, load_checkpoint, resume_command
-from sgtm.train.run_directory import begin, held, refuse
+from sgtm.train.run_directory import LEASE, begin, held, refuse
 from sgtm.train.saving import CheckpointWriter
 from sgtm.train.schedule import learning_rate
 from sgtm.train.skipped import tell_skipped
@@ -46,13 +46,14 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     overwrite  delete an existing run directory first
 
     SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint after the step in progress and return. Raises ValueError for what a
-    user can put right: a run directory that exists, data that do not fit the config, checkpoints of which none is
-    whole, wandb without a login. Then no run directory has been made, and none deleted.
+    user can put right: a run directory that exists, that another process trains in or that is not the same for all
+    ranks, data that do not fit the config, checkpoints of which none is whole, wandb without a login. Then no run
+    directory has been made, and none deleted.
     """
     launch = init_distributed(config)
     run = Path(config.runs) / config.name
     on_rank_zero(lambda: refuse(run, resume, overwrite))
-    with held(run):
+    with held(run, LEASE if resume else 0.0):
         _train(config, launch, run, resume, overwrite)
     return run
 

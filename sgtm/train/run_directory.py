@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,17 +24,21 @@ from sgtm.train.metrics import MetricsLog
 
 VISIBLE_WITHIN = 60.0
 """Seconds that a shared file system may take to show one node what another has written."""
+LEASE = 120.0
+"""Seconds that it may keep the lock of a node that is gone."""
 
 
 @contextmanager
-def held(run: Path) -> Iterator[None]:
+def held(run: Path, patience: float = 0.0) -> Iterator[None]:
     """While this lasts no other process trains the run, and all ranks see the same directory of runs.
+
+    patience  seconds to wait for another process that does
 
     `.<name>.lock` beside the run directory, held by rank 0 and gone with it. A file system without locks does without.
     Every rank raises ValueError where another process holds it, or a rank sees another directory.
     """
     file, kept = run.absolute().with_name(f".{run.name}.lock"), []
-    said = on_rank_zero(lambda: _take(file, run, kept))
+    said = on_rank_zero(lambda: _take(file, run, patience, kept))
     try:
         on_every_rank(lambda: _check_shared(file, said))
         yield
@@ -44,9 +49,10 @@ def held(run: Path) -> Iterator[None]:
             lock.close()
 
 
-def _take(file: Path, run: Path, kept: list[TextIO]) -> str:
+def _take(file: Path, run: Path, patience: float, kept: list[TextIO]) -> str:
     """Lock the file and write who has it; returns what it says now. The open file is put into `kept`."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    end, told = time.monotonic() + patience, False
     while True:
         lock = file.open("a+")
         try:
@@ -56,7 +62,13 @@ def _take(file: Path, run: Path, kept: list[TextIO]) -> str:
                 lock.seek(0)
                 who = lock.read().partition(" ")[2] or "another process"
                 lock.close()
-                raise ValueError(f"{run} is being trained by {who}; wait for it, or set another --name") from None
+                if time.monotonic() >= end:
+                    raise ValueError(f"{run} is being trained by {who}; wait for it, or set another --name") from None
+                if not told:
+                    print(f"{run} is being trained by {who}; waiting {patience:.0f} s for it", file=sys.stderr)
+                told = True
+                time.sleep(0.2)
+                continue
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), file.stat()):
                 break
