@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     from sgtm import __version__
     from sgtm.checkpoint_command import add_checkpoint_tasks, run_checkpoint
     from sgtm.plan.command import add_launch_options, add_plan_options, run_launch, run_plan
+    from sgtm.quickstart_command import run_quickstart
 
     parser = argparse.ArgumentParser(
         prog="sgtm",
@@ -174,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="as JSON")
     config = configured("config", _config, "print a config with every key, or list the presets", nargs="?")
     config.add_argument("--markdown", action="store_true", help="print the reference of all keys instead")
-    quick = command("quickstart", _quickstart, "train, evaluate and report the quickstart preset", epilog=OVERRIDES)
+    quick = command("quickstart", run_quickstart, "train, evaluate and report the quickstart preset", epilog=OVERRIDES)
     quick.set_defaults(config="quickstart")
     train.format_help = _with_keys(train.format_help)
     return parser
@@ -311,32 +312,6 @@ def _config(options) -> None:
         print("\n".join(preset_names()))
     else:
         print(dump_config(load_config(options.config, options.overrides)), end="")
-
-
-def _quickstart(options) -> None:
-    from sgtm.config import load_config
-
-    config = load_config(options.config, options.overrides)
-
-    from sgtm.evaluate.run import evaluate_run, write_summary
-    from sgtm.report import print_summary, write_report
-    from sgtm.train.loop import train
-
-    run = train(config, overwrite=_is_quickstart(Path(config.runs) / config.name))
-    summary = evaluate_run(run)
-    write_summary(run, summary)
-    page = write_report(run)
-    print_summary(summary)
-    print(f"report: {page}")
-
-
-def _is_quickstart(run: Path) -> bool:
-    """Whether this is an earlier quickstart, which the next one may replace; a run of another name is somebody's work.
-
-    Read as text, so that a config of an older version counts too: top-level keys are not indented.
-    """
-    file = run / "config.yaml"
-    return file.is_file() and "name: quickstart" in file.read_text("utf-8", "replace").splitlines()
 
 
 def _positive(text: str) -> int:
