@@ -219,8 +219,11 @@ def test_no_flipped_bit_of_a_manifest_is_taken_for_a_fact(tmp_path: Path):
 
 
 def test_a_run_is_not_resumed_on_other_data(tmp_path: Path):
+    """Wherever the same data are."""
     (saved,) = make(tmp_path, 1)
     _refuse_other_run(saved, CONFIG, "of the run")
+    elsewhere = CONFIG.model_copy(update={"data": CONFIG.data.model_copy(update={"path": "elsewhere"})})
+    _refuse_other_run(saved, elsewhere, "of the run")
     with pytest.raises(
         ValueError, match=r"other settings:\n  data\.path: data holds other data than the run was trained on"
     ) as caught:
