@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 from cluster.hosts import NODES, ROOT, Hosts, Process
-from e2e.test_resume import assert_same_run, wait_for_step
+from same_run import assert_same_run, wait_for_step
 
 __all__ = ["arguments", "assert_same_run", "finish_with_torchrun", "held", "ranks", "torchrun", "wait_for_step"]
 

@@ -11,17 +11,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
+from same_run import assert_same_run, wait_for_step
 
-from sgtm.distributed.storage import consolidate
 from sgtm.train.checkpoint import find_latest
-from sgtm.train.metrics import read_metrics
 
 STEPS = 30
 OPTIONS = [
@@ -51,21 +48,6 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
-def metrics(run: Path) -> list[dict]:
-    """Lines of metrics.jsonl without what depends on the clock; where checkpoints lie depends on the kill."""
-    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] != "checkpoint"]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
-
-
-def wait_for_step(run: Path, step: int, deadline: float = 200) -> None:
-    end = time.monotonic() + deadline
-    while time.monotonic() < end:
-        if any(line["step"] >= step for line in read_metrics(run / "metrics.jsonl")):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"{run} did not reach step {step} in {deadline} s")
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
@@ -73,35 +55,8 @@ def uninterrupted(tmp_path_factory) -> Path:
     return runs / "whole"
 
 
-def assert_same_run(run: Path, other: Path) -> None:
-    assert metrics(run) == metrics(other)
-    ours, theirs = (consolidate(find_latest(path)) for path in (run, other))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert optimizer_state(run) == optimizer_state(other)
-
-
 def step_of(run: Path) -> int:
     return int(find_latest(run).name.removeprefix("step_"))
-
-
-def optimizer_state(run: Path) -> dict[str, bytes]:
-    """Bytes of every tensor, and every number, in the optimizer's files."""
-    found = {}
-    for file in sorted(find_latest(run).rglob("*optim_states.pt")):
-        pending = [(file.name, torch.load(file, weights_only=False))]
-        while pending:
-            name, value = pending.pop()
-            if isinstance(value, torch.Tensor):
-                found[name] = value.contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
-            elif isinstance(value, dict):
-                pending += [(f"{name}/{key}", item) for key, item in value.items()]
-            elif isinstance(value, list | tuple):
-                pending += [(f"{name}/{i}", item) for i, item in enumerate(value)]
-            elif isinstance(value, int | float | str):
-                found[name] = str(value).encode()
-    assert any("exp_avg_sq" in name for name in found)
-    return found
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from e2e.test_resume import wait_for_step
+from same_run import wait_for_step
 
 from sgtm.config import load_config
 from sgtm.distributed.testing import run_ranks

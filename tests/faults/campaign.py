@@ -2,34 +2,27 @@
 
     python tests/faults/campaign.py [--faults 200] [--seed 0] [--jobs 2] [--stages 0 1 2 3] [--keep DIR]
 
-Every trial starts a run through the command line, breaks it in one of FAULTS' ways at a random moment, and goes on with
-`--resume auto` until it is done; one trial in three is broken a second time on the way. It passes if
+Every trial starts a run through the command line, breaks it in one of the ways of breaking.py at a random moment, and
+goes on with `--resume auto` until it is done; one trial in three is broken a second time on the way. It passes if
 
 - every checkpoint that was reported as saved was whole when the run was broken, unless a newer whole one was there;
 - weights, moments and step counts at the end, and every logged loss and evaluation, are bitwise those of a run that was
   left alone, on as many ranks and in the same ZeRO stage.
 
-One and two ranks. The ranks are forked from a process that has imported everything, so that a trial
-takes seconds. Which faults, stages and moments there are follows from the seed; where in the program a moment falls
+One and two ranks. Which faults, stages and moments there are follows from the seed; where in the program a moment falls
 depends on the machine. Exit status 1, with the trials that failed, if any does.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import os
 import random
-import resource
 import shutil
 import signal
-import socket
 import sys
 import tempfile
-import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -38,201 +31,28 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from breaking import (
+    EVERY,
+    FAULTS,
+    KILLS,
+    STEPS,
+    WEIGHTS,
+    Attempt,
+    Moment,
+    NoFault,
+    cut_network,
+    damage,
+    full_disk,
+    kill_all,
+    start,
+)
 
-from sgtm.__main__ import run as sgtm_process
 from sgtm.config import load_config
 from sgtm.data.open import open_corpus
-from sgtm.distributed.storage import PARTS, Stored
-from sgtm.train import loop  # noqa: F401 (all that a rank needs is imported before it is forked)
 from sgtm.train.checkpoint import finished, newest_whole, step_of
-from sgtm.train.metrics import read_metrics
 
-STEPS, EVERY = 24, 3
-OPTIONS = [
-    f"--train.steps={STEPS}",
-    f"--train.checkpoint_every={EVERY}",
-    "--train.keep_last=3",
-    "--train.eval_every=8",
-    "--train.eval_sequences=4",
-    "--distributed.timeout_minutes=0.4",
-]
-PATIENCE = 90  # seconds for an attempt
-
-
-@dataclass
-class Attempt:
-    """One start of a run on forked ranks."""
-
-    ranks: list[int]
-    log: Path
-    began: float
-
-    def alive(self) -> bool:
-        return any(status is None for status in self.statuses())
-
-    def statuses(self) -> list[int | None]:
-        """Exit status of each rank, None while it runs; negative: the signal that ended it."""
-        for pid in self.ranks:
-            if pid not in self._ended:
-                found, status = os.waitpid(pid, os.WNOHANG)
-                if found:
-                    self._ended[pid] = os.waitstatus_to_exitcode(status)
-        return [self._ended.get(pid) for pid in self.ranks]
-
-    def wait(self, patience: float = PATIENCE) -> list[int]:
-        """Exit statuses of all ranks. Raises AssertionError if they do not end by themselves."""
-        end = time.monotonic() + patience
-        while self.alive():
-            if time.monotonic() > end:
-                self.signal(signal.SIGKILL)
-                raise AssertionError(f"ranks {self.statuses()} did not end in {patience} s")
-            time.sleep(0.005)
-        return self.statuses()
-
-    def signal(self, number: int, ranks: list[int] | None = None) -> None:
-        for pid in ranks or self.ranks:
-            if pid not in self._ended:
-                os.kill(pid, number)
-
-    _ended: dict[int, int] = field(default_factory=dict)
-
-
-def start(run: Path, stage: int, ranks: int, log: Path, before: Callable[[int], None] = lambda rank: None) -> Attempt:
-    """`sgtm train debug --resume auto` on forked ranks; `before(rank)` is called in each."""
-    with socket.socket() as reserved:
-        reserved.bind(("127.0.0.1", 0))
-        port = reserved.getsockname()[1]
-    command = ["sgtm", "train", "debug", "--resume", "auto", f"--runs={run.parent}", f"--name={run.name}", *OPTIONS]
-    command += [f"--distributed.zero_stage={stage}", f"--data.path={run.parents[1] / 'corpus'}"]
-    pids = []
-    for rank in range(ranks):
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(descriptor, 1)
-                os.dup2(descriptor, 2)
-                os.write(descriptor, b"ATTEMPT\n" if rank == 0 else b"")
-                if ranks > 1:
-                    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-                    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                    os.environ.update({name: str(value) for name, value in (place | address).items()})
-                sys.argv = command
-                before(rank)
-                status = sgtm_process()
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(status)
-        pids.append(pid)
-    return Attempt(pids, log, time.monotonic())
-
-
-def kill_all(attempt: Attempt, _) -> None:
-    attempt.signal(signal.SIGKILL)
-
-
-def kill_one(attempt: Attempt, chance: random.Random) -> None:
-    """The others must end by themselves."""
-    attempt.signal(signal.SIGKILL, [chance.choice(attempt.ranks)])
-
-
-def terminate(attempt: Attempt, chance: random.Random) -> None:
-    attempt.signal(signal.SIGTERM, chance.choice([attempt.ranks, attempt.ranks[-1:]]))
-
-
-def stop_one(attempt: Attempt, chance: random.Random) -> None:
-    """A rank that hangs: the others end after the timeout, it is killed then."""
-    hung = chance.choice(attempt.ranks)
-    attempt.signal(signal.SIGSTOP, [hung])
-    others = [pid for pid in attempt.ranks if pid != hung]
-    end = time.monotonic() + PATIENCE
-    while any(status is None for pid, status in zip(attempt.ranks, attempt.statuses(), strict=True) if pid in others):
-        if time.monotonic() > end:
-            attempt.signal(signal.SIGKILL)
-            raise AssertionError("a rank waits for one that hangs beyond the timeout")
-        time.sleep(0.01)
-    attempt.signal(signal.SIGKILL, [hung])
-
-
-class NoFault(Exception):
-    """There was nothing to damage yet."""
-
-
-def damage(run: Path, chance: random.Random) -> set[str]:
-    """Cut short or flip a bit of a file of the newest checkpoint, if another is there to go back to; its name.
-
-    Raises NoFault if none is.
-    """
-    there = finished(run)
-    if len(there) < 2:
-        raise NoFault
-    file = chance.choice(sorted(path for path in there[0].iterdir()))
-    content = bytearray(file.read_bytes())
-    if chance.random() < 0.5:
-        del content[chance.randrange(len(content)) :]
-    else:
-        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-    file.write_bytes(content)
-    return {there[0].name}
-
-
-@dataclass
-class Moment:
-    """`delay` seconds after the run has logged so many steps; 0: after it is started."""
-
-    metrics: Path
-    step: int
-    delay: float
-
-    def wait(self, while_: Callable[[], bool] = lambda: True) -> None:
-        mark = f'"kind": "step", "step": {self.step},'
-        while self.step and while_() and not (self.metrics.exists() and mark in self.metrics.read_text()):
-            time.sleep(0.002)
-        end = time.monotonic() + self.delay
-        while while_() and time.monotonic() < end:
-            time.sleep(0.001)
-
-
-def full_disk(room: int, moment: Moment) -> Callable[[int], None]:
-    """From then on no file of any rank may grow beyond `room` bytes: a full disk, without a disk of its own."""
-
-    def fill() -> None:
-        moment.wait()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-
-    def before(rank: int) -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        threading.Thread(target=fill, daemon=True).start()
-
-    return before
-
-
-def cut_network(rank: int, moment: Moment) -> Callable[[int], None]:
-    """All connections of this rank are shut down then, for both ends."""
-
-    def cut() -> None:
-        moment.wait()
-        shutdown = ctypes.CDLL(None).shutdown
-        for descriptor in map(int, os.listdir("/proc/self/fd")):
-            if descriptor > 2:
-                shutdown(descriptor, socket.SHUT_RDWR)  # fails for what is no socket
-
-    def before(this: int) -> None:
-        if this == rank:
-            threading.Thread(target=cut, daemon=True).start()
-
-    return before
-
-
-KILLS = {"SIGKILL": kill_all, "SIGKILL of one rank": kill_one, "SIGTERM": terminate, "a rank hangs": stop_one}
-FAULTS = {
-    1: ("SIGKILL", "SIGTERM", "damaged checkpoint", "full disk"),
-    2: ("SIGKILL", "SIGKILL of one rank", "SIGTERM", "damaged checkpoint", "full disk", "cut network", "a rank hangs"),
-}
-WEIGHTS = {"a rank hangs": 0.3}  # each waits for the timeout
+sys.path.append(str(Path(__file__).parents[1]))
+from same_run import assert_same_run
 
 
 @dataclass
@@ -300,7 +120,7 @@ def trial(number: int, seed: int, folder: Path, seconds: dict[tuple[int, int], f
                 done.append(fault)
         statuses = this.start().wait()
         assert set(statuses) == {0}, f"the resumed run ended with {statuses}"
-        assert_same(this.run, folder / "trials" / f"whole-{stage}-{ranks}")
+        assert_same_run(this.run, folder / "trials" / f"whole-{stage}-{ranks}")
     except Exception as failure:
         text = this.log.read_text(errors="replace") if this.log.exists() else ""
         error = (
@@ -321,22 +141,6 @@ def reported(log: Path) -> list[str]:
     text = "".join(log.read_text(errors="replace").split())  # the terminal's width breaks lines
     words = text.rpartition("ATTEMPT")[2].split("checkpointsaved:")
     return [f"step_{word.partition('step_')[2][:8]}" for word in words[1:]]
-
-
-def assert_same(run: Path, other: Path) -> None:
-    """Bitwise the same end: weights, moments, counts, losses and evaluations."""
-    ours, theirs = (Stored(finished(path)[0]) for path in (run, other))
-    assert ours.client["state"]["step"] == theirs.client["state"]["step"] == STEPS, "not at its last step"
-    assert ours.client["optimizer_steps"] == theirs.client["optimizer_steps"], "the optimizer's step counts differ"
-    for name in theirs.shapes:
-        for part in PARTS:
-            assert torch.equal(ours.read(name, part), theirs.read(name, part)), f"{part} of {name} differs"
-    assert metrics(run) == metrics(other), "metrics.jsonl differs"
-
-
-def metrics(run: Path) -> list[dict]:
-    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] != "checkpoint"]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
 
 
 def whole_runs(folder: Path, stages: list[int]) -> dict[tuple[int, int], float]:

@@ -5,6 +5,8 @@ Faults tried, each seen to fail: each of the checks left out.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -83,3 +85,9 @@ def test_what_does_not_fit(what, backend):
 def test_documents_that_are_not_of_the_sequences(documents):
     with pytest.raises(ValueError, match="documents must cover the 16 tokens in order, none across sequences of 8"):
         MaskPlan(PLAN.tables, PLAN.runs, 2, 8, documents)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan])
+def test_the_kernels_of_attention_refuse_a_scale_that_is_not_positive(scale):
+    with pytest.raises(ValueError, match="needs a positive scale"):
+        attention(x(36), HEADS, PLAN, scale=scale, backend="triton")

@@ -3,14 +3,13 @@
 Faults tried, each seen to fail: a slice dropped from dW; a slice's weight ignored, in dW or db; the first or the last
 token of a slice left out; a group boundary off by one row; rows nobody may update left unwritten; the token-level
 branch without its weights, on either operand, or in the bias; the out side's bias under the rows' table; dX from a
-masked gradient; `contribution` replaced by `update`; the slices of another part; partial sums added in bf16.
-In the kernels: a factor ignored, or only its zeros written in place; a strip one tile short; its sums at a wrong
-stride; all but the last partial sums lost; the last block of the copy, token or column of a tile left out; factors at
-a wrong stride; what is masked read; the unmasked operand multiplied; the bias summed from the overwritten gradient,
-or by the rows' factors; a gradient overwritten without permission. In the rectangles: a slice one token too long, by
-mask or by descriptor; a band beyond its row range, read or stored; the first slice, or the last tile, missed; the
-slices of another range; a weight ignored; the accumulator not reset, or not used; tiles that overlap; descriptors of
-unaligned rows; the tables of another layer.
+masked gradient; `contribution` replaced by `update`; the slices of another part; partial sums added in bf16. In the
+kernels: a factor ignored, or only its zeros written in place; a strip one tile short; its sums at a wrong stride; all
+but the last partial sums lost; the last block of the copy, token or column of a tile left out; factors at a wrong
+stride; the unmasked operand multiplied. In the rectangles: a slice one token too long, by mask or by descriptor; a band
+beyond its row range, read or stored; the first slice, or the last tile, missed; the slices of another range; a weight
+ignored; the accumulator not reset, or not used; tiles that overlap; descriptors of unaligned rows; the tables of
+another layer.
 """
 
 from itertools import pairwise
@@ -18,11 +17,10 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from linear_layers import BOUNDS, FAST, KERNELS, SIDES, by_kernel, by_side, gradients, inputs, op, use_way
 
 from sgtm_kernels import strips
-from sgtm_kernels.linear import kernel, linear_in, linear_out, rectangles, scaling
-from sgtm_kernels.mlp import gelu
+from sgtm_kernels.linear import kernel, linear_in, scaling
 from sgtm_kernels.plan import MaskPlan, merge_runs
 from sgtm_kernels.testing import (
     BINARY,
@@ -33,22 +31,18 @@ from sgtm_kernels.testing import (
     assert_same_bits,
     forward_backward,
     low_precision,
-    poisoned_memory,
     random_like,
     random_plan,
     random_tables,
     token_mask,
 )
 
-BOUNDS = (0, 24, 32, 40)  # 40 rows in three groups: more than columns, fewer, fewer
-WIDTH = 16
-SIDES = {"in": (linear_in, "mlp_in", WIDTH, BOUNDS[-1]), "out": (linear_out, "attn_out", BOUNDS[-1], WIDTH)}
-
-by_side = pytest.mark.parametrize("side", SIDES)
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
-# Backends and, for labels that change from token to token, the ways of `triton` (see `way`).
-KERNELS = ("triton", "rectangles", "descriptors")
-FAST = ("runs", *KERNELS)
+
+
+@pytest.fixture(autouse=True)
+def way(request, monkeypatch):
+    use_way(request, monkeypatch)
 
 
 def low(backend: str) -> torch.dtype:
@@ -60,7 +54,6 @@ def dtypes_of(*backends: str) -> list[tuple[str, torch.dtype]]:
 
 
 by_exact = pytest.mark.parametrize("backend", EXACT)
-by_kernel = pytest.mark.parametrize("backend", KERNELS)
 by_backend = pytest.mark.parametrize("backend", ("reference", *FAST))
 
 
@@ -76,27 +69,6 @@ def cases(*backends: str) -> list[tuple[str, str, torch.dtype]]:
 
 by_case = pytest.mark.parametrize(("layout", "backend", "dtype"), cases("reference", *FAST))
 by_fast_case = pytest.mark.parametrize(("layout", "backend", "dtype"), cases(*FAST))
-
-
-@pytest.fixture(autouse=True)
-def way(request, monkeypatch):
-    """`rectangles` and `descriptors` are the backend `triton` with that candidate, on masks or on descriptors."""
-    backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
-    monkeypatch.setenv("SGTM_LINEAR", "masked" if backend == "triton" else "rectangles")
-    monkeypatch.setattr(rectangles, "has_descriptors", lambda device: backend == "descriptors")
-
-
-def inputs(side: str, batch: int, seq_len: int, dtype=torch.float64) -> list[torch.Tensor]:
-    """x, weight, bias: the same values in every dtype, exact in bf16."""
-    _, _, x_width, y_width = SIDES[side]
-    shapes = [(batch, seq_len, x_width), (BOUNDS[-1], WIDTH), (y_width,)]
-    return [random_like(torch.empty(shape, dtype=torch.bfloat16), i).to(dtype) for i, shape in enumerate(shapes)]
-
-
-def op(side: str, plan, backend: str, bounds=BOUNDS, **options):
-    function, part, *_ = SIDES[side]
-    name = "triton" if backend in KERNELS else backend
-    return lambda x, weight, bias=None: function(x, weight, bias, plan, part, bounds, name, **options)
 
 
 def plain(side: str):
@@ -214,11 +186,6 @@ def test_non_interference(layout, side, dtype, backend):
             assert torch.equal(before[1], after[1]) == (tables.update_joint["attn_out_bias"][label] == 0)
 
 
-def gradients(side, plan, backend, x, weight, bias, dy) -> tuple[torch.Tensor, torch.Tensor]:
-    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
-    return torch.autograd.grad(op(side, plan, backend)(x, weight, bias), (weight, bias), dy)
-
-
 @by_side
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("ones", [6, 12])  # as few slices and as more than MAX_SLICES
@@ -316,108 +283,6 @@ def test_a_bias_of_more_partial_sums_than_a_tile_has():
     first, second = (plan.token_weights(by_label, x.double()) for by_label in by_group)
     wanted = torch.cat([first @ x[:, :2].double(), second @ x[:, 2:].double()])
     torch.testing.assert_close(total, wanted.float(), rtol=1e-5, atol=1e-4)
-
-
-@by_kernel
-@by_side
-@pytest.mark.parametrize("layout", ["sorted", "tokens"])
-def test_what_is_masked_is_not_read(layout, side, backend):
-    """NaN in masked tokens, on the side of the rows and at the bias, goes nowhere."""
-    ones = random_tables(17, (1.0,))
-    update = {part: ((0.0,) * 3, *table[1:]) for part, table in ones.update.items()}
-    joint = {kind: (0.0, *table[1:]) for kind, table in ones.update_joint.items()}
-    tables = type(ones)(ones.labels, ones.groups, ones.active, ones.route, update, joint)
-    plan = random_plan(18, tables, layout, 10, 13)
-    x, weight, bias = inputs(side, 10, 13, torch.float32)
-    dy = random_like(torch.empty(10, 13, SIDES[side][3]), 0)
-    masked = token_mask(plan, [0])[..., None]
-    clean = gradients(side, plan, backend, x, weight, bias, dy)
-    if side == "in":
-        dirty = gradients(side, plan, backend, x, weight, bias, dy.masked_fill(masked, torch.nan))
-    else:
-        dirty = gradients(side, plan, backend, x.masked_fill(masked, torch.nan), weight, bias, dy)
-        weight.requires_grad_(False)
-        (db,) = bias_gradient(side, plan, backend, x, weight, bias, dy.masked_fill(masked, torch.nan))
-        torch.testing.assert_close(db, clean[1], rtol=1e-6, atol=1e-6)
-    for old, new in zip(clean, dirty, strict=True):
-        assert_same_bits(new, old)
-
-
-def bias_gradient(side, plan, backend, x, weight, bias, dy):
-    bias = bias.clone().requires_grad_()
-    return torch.autograd.grad(op(side, plan, backend)(x, weight, bias), bias, dy)
-
-
-@by_kernel
-@pytest.mark.parametrize("layout", ["ragged", "tokens"])
-def test_a_gradient_is_written_to_only_where_it_may_be(layout, backend):
-    """The same bits whether or not it is; without permission, and where it is strided, it stays as it was."""
-    plan = random_plan(19, random_tables(20), layout, 10, 13)
-    data = inputs("in", 10, 13, torch.float32)
-    results = []
-    for overwrite in (False, True):
-        leaves = [x.clone().requires_grad_() for x in data]
-        dy = random_like(torch.empty(10, 13, BOUNDS[-1]), 0)
-        before = dy.clone()
-        with poisoned_memory():
-            out = op("in", plan, backend, overwrite=overwrite)(*leaves)
-            results.append(torch.autograd.grad(out, leaves, dy))
-        written = overwrite and layout == "tokens" and backend == "triton"
-        assert torch.equal(dy, before) != written
-    for old, new in zip(*results, strict=True):
-        assert_same_bits(new, old)
-    strided = random_like(torch.empty(13, 10, BOUNDS[-1]), 0).transpose(0, 1)
-    before = strided.clone()
-    leaves = [x.clone().requires_grad_() for x in data]
-    torch.autograd.grad(op("in", plan, backend, overwrite=True)(*leaves), leaves, strided)
-    assert torch.equal(strided, before)
-
-
-@pytest.mark.parametrize("backend", ["triton"])  # `rectangles` writes to no gradient
-@pytest.mark.parametrize("again", ["checkpoint", "twice"])
-def test_an_overwritten_gradient_behind_an_activation(again, backend):
-    """As the model uses it: recomputed under activation checkpointing, and gone through a second time."""
-    plan = random_plan(21, random_tables(22), "tokens", 4, 13)
-    data = inputs("in", 4, 13, torch.float32)
-
-    def mlp(overwrite):
-        return lambda *leaves: gelu(op("in", plan, backend, overwrite=overwrite)(*leaves), plan, BOUNDS, "triton")
-
-    wanted = forward_backward(mlp(False), *data)
-    leaves = [x.clone().requires_grad_() for x in data]
-    if again == "checkpoint":
-        out = checkpoint(mlp(True), *leaves, use_reentrant=False)
-    else:
-        out = mlp(True)(*leaves)
-        out.backward(random_like(out, 1), retain_graph=True)
-        for leaf in leaves:
-            leaf.grad = None
-    out.backward(random_like(out, 0))
-    for new, old in zip((out, *(leaf.grad for leaf in leaves)), wanted, strict=True):
-        assert_same_bits(new, old)
-
-
-@by_side
-@pytest.mark.parametrize("layout", ["ragged", "tokens"])
-def test_one_pass_and_one_sum_for_a_layer(layout, side, monkeypatch):
-    """Whatever the row ranges: one kernel for scaling and bias sums, one that adds the partial sums."""
-    launched = []
-    monkeypatch.setenv("SGTM_LINEAR", "masked")
-    for module, name in ((scaling, "scale_and_sum"), (scaling, "scale_input_and_sum"), (strips, "add_partial_sums")):
-        monkeypatch.setattr(module, name, Counted(getattr(module, name), launched))
-    plan = random_plan(11, random_tables(12), layout, 6, 9)
-    forward_backward(op(side, plan, "triton"), *inputs(side, 6, 9, torch.float32))
-    both = layout == "tokens" and side == "out"
-    assert launched == ["scale_input_and_sum" if both else "scale_and_sum", "add_partial_sums"]
-
-
-class Counted:
-    def __init__(self, kernel, launched):
-        self.kernel, self.launched = kernel, launched
-
-    def __getitem__(self, grid):
-        self.launched.append(self.kernel.fn.__name__)
-        return self.kernel[grid]
 
 
 def test_an_unknown_way_is_an_error(monkeypatch):

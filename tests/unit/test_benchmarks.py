@@ -84,7 +84,7 @@ def test_tests_of_one_op_run_on_a_bare_machine(bare, gpu):
     done = execute([*gpu.test_command(["norm"]), "-k", "runs and uniform and not test_dx"], bare)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
     assert "test_norm" in str(gpu.test_command(["norm"])) and "test_mlp" not in str(gpu.test_command(["norm"]))
-    assert {"test_attention.py", "test_attention_public.py"} == {
+    assert {"test_attention.py", "test_attention_blocks.py", "test_attention_public.py"} == {
         Path(word).name for word in gpu.test_command(["attention"]) if word.endswith(".py")
     }
 

@@ -1,4 +1,4 @@
-"""The command line: what each command calls, and that a user's mistake is a message and never a traceback.
+"""The command line: what each command calls and prints; mistakes are in test_cli_errors.py.
 
 Faults tried, each seen to fail: losses lost where they cannot be stored; runs looked for in ./runs alone; an empty
 config of a run read as one without keys; a file in the place of a run read as a config.
@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from sgtm.__main__ import run as run_process
 from sgtm.cli import main
 from sgtm.config.load import load_config, save_config
 
@@ -255,145 +254,6 @@ def test_train_help_lists_the_keys(capsys):
     assert exit.value.code == 0
     assert "PRESET|FILE.yaml|RUN" in (printed := capsys.readouterr().out)
     assert "--optimizer.masked_update  one of exact, zero_grad [exact]" in printed
-
-
-MISTAKES = {
-    "preset": (["train", "debgu"], "error: unknown preset 'debgu'"),
-    "key": (["train", "debug", "--train.step", "3"], "error: debug: train.step: unknown key"),
-    "both": (
-        ["train", "debug", "--resume", "--overwrite"],
-        "error: --resume continues a run and --overwrite deletes it",
-    ),
-    "no run": (["eval", "no/such"], "error: no/such: not a run directory (no config.yaml in it)"),
-}
-
-
-@pytest.mark.parametrize("case", MISTAKES)
-def test_mistake_is_a_message_and_status_2(case, capsys, monkeypatch):
-    monkeypatch.delenv("SGTM_TRACEBACK", raising=False)
-    arguments, expected = MISTAKES[case]
-    assert main(arguments) == 2
-    printed = capsys.readouterr()
-    assert printed.err.startswith(expected)
-    assert "Traceback" not in printed.err and not printed.out
-
-
-@pytest.mark.parametrize("values", [["bio", "es"], ["[bio,", "es]"]])
-def test_a_list_that_the_shell_cut_up_is_recognized(values, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["train", "debug", "--masking.domains", *values])
-    assert exit.value.code == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert f"unrecognized arguments: {values[1]}; a list or mapping is one argument, in quotes: --" in error
-
-
-@pytest.mark.parametrize(
-    ("argument", "hint"),
-    [
-        ("--resmue", "; did you mean --resume?"),
-        ("--steps=5", "; did you mean --train.steps?"),
-        ("--warmup-steps=5", "; did you mean --optimizer.warmup_steps?"),
-        ("--seed=5", "; did you mean --data.seed or --train.seed?"),
-        ("--xyzzy", ""),
-    ],
-)
-def test_the_key_that_an_unknown_option_may_mean(argument, hint, capsys):
-    unknown_option("train", argument, hint, capsys)
-
-
-@pytest.mark.parametrize(
-    ("command", "argument", "hint"),
-    [
-        ("bench", "--round=5", "; did you mean --rounds?"),
-        ("profile", "--step=5", "; did you mean --steps or --train.steps?"),
-        ("profile", "--resmue", ""),
-    ],
-)
-def test_an_option_of_its_own_that_a_command_may_mean(command, argument, hint, capsys):
-    unknown_option(command, argument, hint, capsys)
-
-
-def unknown_option(command, argument, hint, capsys):
-    with pytest.raises(SystemExit):
-        main([command, "debug", "--train.steps", "3", argument])
-    assert capsys.readouterr().err.endswith(f"unrecognized arguments: {argument}{hint}\n")
-
-
-def test_traceback_on_demand(monkeypatch):
-    monkeypatch.setenv("SGTM_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="unknown preset"):
-        main(["train", "debgu"])
-
-
-def raising(monkeypatch, error):
-    def train(*args, **options):
-        raise error
-
-    monkeypatch.setitem(sys.modules, "sgtm.train.loop", SimpleNamespace(train=train))
-    return main(["train", "debug"])
-
-
-def test_errors_of_the_system_are_named_by_file(monkeypatch, capsys):
-    assert raising(monkeypatch, OSError(28, "No space left on device", "runs/debug/model.pt")) == 2
-    assert capsys.readouterr().err == "error: runs/debug/model.pt: No space left on device\n"
-
-
-def test_another_broken_pipe_is_told(monkeypatch, capfd):
-    assert raising(monkeypatch, BrokenPipeError(32, "Broken pipe")) == 2
-    assert capfd.readouterr().err == "error: Broken pipe\n"
-
-
-def test_a_process_ends_as_a_rank_after_it_has_told_its_error(monkeypatch, capsys):
-    """Whether the command succeeds, is refused or breaks; `main` itself never ends its caller."""
-    ended = []
-    monkeypatch.setitem(sys.modules, "sgtm.distributed.process_group", SimpleNamespace(end_rank=ended.append))
-    for train, status in ((lambda *a, **k: None, 0), (_refuse, 2), (_break, 1)):
-        monkeypatch.setitem(sys.modules, "sgtm.train.loop", SimpleNamespace(train=train))
-        monkeypatch.setattr(sys, "argv", ["sgtm", "train", "debug"])
-        assert (run_process(), ended) == (status, [status])
-        ended.clear()
-    assert capsys.readouterr().err.splitlines()[-1] == "RuntimeError: a bug"
-    monkeypatch.setitem(sys.modules, "sgtm.train.loop", SimpleNamespace(train=_refuse))
-    assert (main(["train", "debug"]), ended) == (2, [])
-    monkeypatch.setenv("SGTM_TRACEBACK", "1")
-    assert (run_process(), ended) == (1, [1])
-    assert capsys.readouterr().err.splitlines()[-1] == "ValueError: a mistake"
-
-
-def _refuse(*args, **options):
-    raise ValueError("a mistake")
-
-
-def _break(*args, **options):
-    raise RuntimeError("a bug")
-
-
-def test_interrupt_and_own_bugs_are_not_dressed_up(monkeypatch, capsys):
-    assert raising(monkeypatch, KeyboardInterrupt()) == 130
-    with pytest.raises(RuntimeError):
-        raising(monkeypatch, RuntimeError("a bug"))
-
-
-def test_ranks_speak_once_about_the_config_and_each_for_itself_otherwise(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert main(["train", "debgu"]) == 2
-    assert capsys.readouterr().err == ""
-    assert raising(monkeypatch, ValueError("shard 2: hash differs")) == 2
-    assert capsys.readouterr().err == "error: rank 3: shard 2: hash differs\n"
-    together = ValueError("shard 2: hash differs")
-    for together.rank, expected in ((2, ""), (3, "error: rank 3: shard 2: hash differs\n")):
-        assert raising(monkeypatch, together) == 2
-        assert capsys.readouterr().err == expected
-
-
-def test_ranks_under_srun_speak_once_too(monkeypatch, capsys):
-    monkeypatch.setenv("SLURM_STEP_ID", "0")
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    for rank, expected in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("SLURM_PROCID", rank)
-        assert main(["train", "debgu"]) == 2
-        assert capsys.readouterr().err.count("error: rank 0: unknown preset 'debgu'") == expected
 
 
 def test_help_is_instant():

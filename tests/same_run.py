@@ -1,0 +1,41 @@
+"""Whether two runs have gone the same way, bit for bit."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from sgtm.distributed.storage import PARTS, Stored
+from sgtm.train.checkpoint import find_latest
+from sgtm.train.metrics import read_metrics
+
+
+def wait_for_step(run: Path, step: int, deadline: float = 200) -> None:
+    end = time.monotonic() + deadline
+    while time.monotonic() < end:
+        if any(line["step"] >= step for line in read_metrics(run / "metrics.jsonl")):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{run} did not reach step {step} in {deadline} s")
+
+
+def metrics(run: Path) -> list[dict]:
+    """Lines of metrics.jsonl without what depends on the clock; where checkpoints lie depends on the kill."""
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] != "checkpoint"]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """The same end: weights, buffers, moments, step counts, losses and evaluations."""
+    assert metrics(run) == metrics(other), "metrics.jsonl differs"
+    ours, theirs = (Stored(find_latest(path)) for path in (run, other))
+    assert ours.client["state"]["step"] == theirs.client["state"]["step"], "another last step"
+    assert ours.client["optimizer_steps"] == theirs.client["optimizer_steps"], "the optimizer's step counts differ"
+    assert ours.shapes == theirs.shapes and ours.buffers.keys() == theirs.buffers.keys(), "another model"
+    for name in theirs.shapes:
+        for part in PARTS:
+            assert torch.equal(ours.read(name, part), theirs.read(name, part)), f"{part} of {name} differs"
+    for name, buffer in theirs.buffers.items():
+        assert torch.equal(ours.buffers[name], buffer), f"{name} differs"

@@ -1,0 +1,25 @@
+"""Steps as the benchmarks take them, for the tests of both models that they time."""
+
+import pytest
+import torch
+from bare import ROOT
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The scripts of benchmarks/ can be imported."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture
+def ours(benchmarks):
+    """(name, dtype) -> a setting, and its model and optimizer, at a tiny shape on the CPU."""
+
+    def build(name: str, dtype: torch.dtype = torch.float32):
+        from model_shapes import SETTINGS
+        from step_cases import Ours
+
+        torch.manual_seed(1)
+        return SETTINGS[name](), Ours(SETTINGS[name](), torch.device("cpu"), dtype)
+
+    return build
