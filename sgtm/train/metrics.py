@@ -85,7 +85,9 @@ class MetricsLog:
         self.seconds = values["seconds"]
         self._write({"kind": "step", **values})
         labels = "  ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
-        text = f"loss {values['loss']:.3f}  ({labels})  {values['tokens_per_second']:,.0f} tokens/s"
+        parts = [f"loss {values['loss']:.3f}", f"({labels})" if labels else ""]
+        parts += [f"{skipped} skipped" if (skipped := values.get("skipped_steps")) else ""]
+        text = "  ".join(filter(None, [*parts, f"{values['tokens_per_second']:,.0f} tokens/s"]))
         if self.progress:
             self.progress.update(self.task, completed=values["step"], text=text)
         else:

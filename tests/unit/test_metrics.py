@@ -1,10 +1,13 @@
 """The log of a run on a disk that is full, and with a line that is damaged.
 
 Faults tried, each seen to fail: the file not named; the error of closing it raised in place of the first; text of
-another encoding, or JSON that is no line of a log, not told; a line cut short at the end told.
+another encoding, or JSON that is no line of a log, not told; a line cut short at the end told; skipped steps left out
+of the line on the terminal, or empty parentheses in it.
 """
 
 from __future__ import annotations
+
+import math
 
 import pytest
 from tiny import tiny_config
@@ -47,3 +50,15 @@ def test_a_damaged_line_is_told_with_the_remedy_or_left_out_at_the_end(tmp_path,
     assert str(raised.value) == f"{file}, line 2: {said}; delete the line, or put back a copy of the file"
     file.write_bytes(whole + data)
     assert read_metrics(file) == [{"kind": "step", "step": 1}]
+
+
+def test_skipped_steps_are_told_where_one_watches(tmp_path, capsys):
+    """Also where no step of an interval had a loss."""
+    log = MetricsLog(tmp_path, tiny_config(), rank=0, start=0)
+    log.open()
+    with log:
+        log.step({**LINE, "skipped_steps": 0, "loss/retain": 2.0})
+        log.step({**LINE, "skipped_steps": 9, "loss": math.nan})
+    first, second = (line.strip() for line in capsys.readouterr().out.splitlines())
+    assert "loss 2.000  (retain 2.000)  3 tokens/s" in first and "skipped" not in first
+    assert "loss nan  9 skipped  3 tokens/s" in second
