@@ -239,8 +239,9 @@ class KernelsConfig(Section):
     backend: Literal["auto", "reference", "runs", "triton"] = "auto"
     """`auto` follows the environment variable SGTM_KERNELS, else `runs`. A named backend never falls back."""
     deterministic: bool = True
-    """On CUDA: torch and cuBLAS use deterministic algorithms, which the promises to the bit need (attention's backward
-    pass in the libraries adds in any order otherwise). Ours, and everything on a CPU, are deterministic always."""
+    """On CUDA: torch and cuBLAS use deterministic algorithms, which the promises to the bit need; an op without one
+    raises. Without it the backward pass of attention in the libraries adds in any order. Our kernels, and everything on
+    a CPU, are deterministic always."""
 
 
 class WandbConfig(Section):

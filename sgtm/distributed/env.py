@@ -161,9 +161,13 @@ def cpu_threads(launch: Launch) -> int | None:
 
 
 def use_deterministic_algorithms() -> None:
-    """In torch and cuBLAS, for the rest of the process, before CUDA is first used. An op that has none warns."""
+    """In torch and cuBLAS, for the rest of the process, before CUDA is first used.
+
+    An op without a deterministic algorithm raises RuntimeError. A mere warning is not an option: SDPA's backward passes
+    are deterministic only where they have to be (sgtm_kernels/attention/public.py).
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every torch.empty
 
 
