@@ -11,9 +11,16 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
+from sgtm_kernels.dispatch import resolve
+
+if TYPE_CHECKING:
+    from sgtm.config import Config
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by train.precision
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -131,6 +138,11 @@ def set_defaults(cuda: bool) -> None:
 def device_type() -> str:
     """`cuda` or `cpu`: what DS_ACCELERATOR says, else whether there is a GPU."""
     return os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def kernel_backend(config: Config) -> str:
+    """The kernel backend of a run on its device, in its precision. Raises ValueError as `sgtm_kernels.dispatch`."""
+    return resolve(config.kernels.backend, DTYPES[config.train.precision], device_type())
 
 
 def gpu_of(launch: Launch, visible: int) -> int:
