@@ -267,6 +267,9 @@ def test_prepared_steps_are_single_ones(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_to_update_is_fine(backend):
     adamw([], LR, BETAS, EPS, backend)
+    flat = flat_tensors(10)
+    prepare([], BETAS, EPS, backend)([Tensors(*flat.values())], [], LR, 0.5)
+    assert all(torch.equal(t, flat_tensors(10)[name]) for name, t in flat.items())
 
 
 @pytest.mark.gpu

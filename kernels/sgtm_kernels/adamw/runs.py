@@ -37,7 +37,7 @@ class _Step:
             self.addresses = addresses
         weights, exp_avgs, exp_avg_sqs = self.kept
         grads = self._pieces([group[1] for group in tensors])
-        if factor != 1.0:
+        if factor != 1.0 and grads:
             torch._foreach_mul_(grads, factor)
         for decay, places in self.by_decay.items():
             # torch counts the step up before it uses it, one fp32 scalar for each slice, on the device of the weights
