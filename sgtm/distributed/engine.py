@@ -48,6 +48,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -224,7 +225,8 @@ class Engine:
             self._deepspeed.optimizer.averaged_gradients.clear()
 
     def _clip(self, norm: float) -> None:
-        self.optimizer.factor = float(self.clip_factor())
+        limit = self.config.optimizer.grad_clip
+        self.optimizer.factor = float(np.float32(min(1.0, limit / (norm + 1e-6)))) if limit else 1.0
 
     @property
     def finite(self) -> bool:
@@ -246,8 +248,7 @@ class Engine:
 
     def clip_factor(self) -> torch.Tensor:
         """What the last step's gradient was multiplied by to be clipped: fp32 scalar up to 1 in the host's memory."""
-        limit = self.config.optimizer.grad_clip
-        return torch.tensor(min(1.0, limit / (self.grad_norm() + 1e-6)) if limit else 1.0)
+        return torch.tensor(self.optimizer.factor)
 
     def key_norms(self) -> dict[str, float]:
         """L2 norm by key of the last step's gradient, before clipping; a collective call, after `step(measure=True)`.
