@@ -2,8 +2,8 @@
 
 A read is a number that the host takes out of a tensor: on a GPU it waits for the device there. Faults tried, each seen
 to fail: the wish to stop in an all-reduce of its own; DeepSpeed's overflow check, its clipping or its norm left in
-place; the wish of another rank ignored; a sum of the shares of one rank alone; ranks' gradients rounded to bf16 where
-communication is fp32; the host waiting for the device under overlap_comm.
+place, or its look at every gradient on its way to the host; the wish of another rank ignored, or not sent; gradients
+sent in fp32 all the same; one piece of a share received; the host waiting for the device under overlap_comm.
 """
 
 from __future__ import annotations
@@ -64,8 +64,13 @@ def watch_steps() -> None:
         engine.stop_if(lambda wishes=wishes, engine=engine: engine.rank in wishes)
         for step, wish in enumerate([[], [1], [0, 1], []]):
             wishes[:] = wish
+            backward = []
             for batch in tiny_step(config, step, MIXED, engine.rank, engine.world_size):
-                engine.backward(engine(*batch)[0])
+                loss, _ = engine(*batch)
+                with pytest.MonkeyPatch.context() as monkeypatch, Watched(monkeypatch) as watched:
+                    engine.backward(loss)
+                backward.append(watched.reads)
+            assert backward[-1] == backward[0], f"{case}: {backward} reads, more in the last micro-batch"
             with pytest.MonkeyPatch.context() as monkeypatch, Watched(monkeypatch) as watched:
                 engine.step(live_keys(config.tables, MIXED), 1e-2)
                 assert signal.anywhere(engine) == bool(wish), f"{case}, step {step}"
@@ -91,6 +96,7 @@ def send_in_bf16() -> None:
             distributed = {"offload_optimizer": offload, "communication": communication}
             config = tiny_config(stage, precision, optimizer={"grad_clip": 0.0}, distributed=distributed)
             engine = Engine(tiny_model(config), config)
+            engine._takeover.bucket = 100  # several pieces of a share
             _, gradient = train_one(engine, 0)
             expected = expected_gradient(config, precision)
             errors[communication] = max(
