@@ -102,6 +102,7 @@ def deepspeed_config(config: Config, world_size: int, numel: int) -> dict:
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": config.distributed.communication,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice in every micro-batch
     }
 
 

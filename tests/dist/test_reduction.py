@@ -3,7 +3,8 @@
 A read is a number that the host takes out of a tensor: on a GPU it waits for the device there. Faults tried, each seen
 to fail: the wish to stop in an all-reduce of its own; DeepSpeed's overflow check, its clipping or its norm left in
 place, or its look at every gradient on its way to the host; the wish of another rank ignored, or not sent; gradients
-sent in fp32 all the same; one piece of a share received; the host waiting for the device under overlap_comm.
+sent in fp32 all the same; one piece of a share received; the host waiting for the device under
+overlap_comm, or for DeepSpeed's timer.
 """
 
 from __future__ import annotations
@@ -49,7 +50,18 @@ class Watched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def host_waits(*args):
+    raise AssertionError("the host waits for the device")
+
+
 def watch_steps() -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        watch_cases(monkeypatch)
+
+
+def watch_cases(monkeypatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+
     from sgtm.distributed.engine import Engine
     from sgtm.distributed.process_group import init_distributed
     from sgtm.train.loop import StopSignal
@@ -62,16 +74,17 @@ def watch_steps() -> None:
         engine, signal = Engine(tiny_model(config), config), StopSignal()
         wishes: list[int] = []
         engine.stop_if(lambda wishes=wishes, engine=engine: engine.rank in wishes)
+        monkeypatch.setattr(get_accelerator(), "synchronize", host_waits)
         for step, wish in enumerate([[], [1], [0, 1], []]):
             wishes[:] = wish
             backward = []
             for batch in tiny_step(config, step, MIXED, engine.rank, engine.world_size):
                 loss, _ = engine(*batch)
-                with pytest.MonkeyPatch.context() as monkeypatch, Watched(monkeypatch) as watched:
+                with pytest.MonkeyPatch.context() as patch, Watched(patch) as watched:
                     engine.backward(loss)
                 backward.append(watched.reads)
             assert backward[-1] == backward[0], f"{case}: {backward} reads, more in the last micro-batch"
-            with pytest.MonkeyPatch.context() as monkeypatch, Watched(monkeypatch) as watched:
+            with pytest.MonkeyPatch.context() as patch, Watched(patch) as watched:
                 engine.step(live_keys(config.tables, MIXED), 1e-2)
                 assert signal.anywhere(engine) == bool(wish), f"{case}, step {step}"
             assert engine.finite and engine.clip_factor() < 1
@@ -133,10 +146,6 @@ class Stream:
 
     def wait_stream(self, other) -> None:
         Stream.waits += 1
-
-
-def host_waits(*args):
-    raise AssertionError("the host waits for the device")
 
 
 def overlap() -> None:
