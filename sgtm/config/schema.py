@@ -209,6 +209,12 @@ class DistributedConfig(Section):
     zero_quantized_gradients: bool = False
     """ZeRO++'s gradients in 4 bits: always refused. DeepSpeed's kernels (0.19) read fp16, and gradients are bf16 and
     fp32 here; and where a matrix is wider than tall, rows of different groups share a scale."""
+    communication: Literal["fp32", "bf16"] = "fp32"
+    """What gradients are summed over the ranks in. A rank's own micro-batches are summed in fp32 either way: before
+    they are sent in ZeRO 0 and 1, after that in ZeRO 2 and 3. `bf16` halves the bytes. It costs accuracy: every
+    addition rounds to 8 bits, so that the error grows with the number of ranks. It costs equality: other stages and
+    numbers of ranks agree less closely. Frozen weights keep every bit and a resumed run is the same run all the same.
+    """
     timeout_minutes: PositiveFloat = 30
     """How long a rank may stay in one place, as in a collective, before the run ends with a diagnosis."""
 

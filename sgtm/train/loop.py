@@ -88,6 +88,7 @@ def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: b
     log = MetricsLog(run, config, rank=engine.rank, start=start)
     evaluated = on_rank_zero(lambda: begin(run, config, log, resume, overwrite))
     with StopSignal() as stop, log:
+        engine.stop_if(lambda: stop.received)
         for note in notes:
             log.say(note)
         log.say(_arithmetic(config, engine, start, warm_up))
@@ -261,7 +262,8 @@ class StopSignal:
         self.received = True
 
     def anywhere(self, engine: Engine) -> bool:
-        """The same answer on all ranks; a collective call."""
-        if engine.world_size == 1:
-            return self.received
-        return bool(engine.all_reduce_sum(torch.tensor(float(self.received))) > 0)
+        """The same answer on all ranks, after a step: what had reached any of them when its gradient was complete.
+
+        A rank by itself knows more. Needs `engine.stop_if(...)`.
+        """
+        return self.received if engine.world_size == 1 else engine.stopping

@@ -41,7 +41,7 @@ class StepTotals:
     def __init__(self, labels: int, device: torch.device):
         self.sums = torch.zeros(labels, dtype=torch.float64, device=device)
         self.counts = torch.zeros(labels, dtype=torch.int64)
-        self.clipping = torch.zeros(3, dtype=torch.float64, device=device)
+        self.clipping = torch.zeros(3, dtype=torch.float64)
         self.skipped = self.in_a_row = 0
         self._step = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
 
