@@ -21,6 +21,8 @@ BACKENDS = ("reference", "runs", "triton")
 WAYS = {"SGTM_ATTENTION": ("sdpa", "flash_attn", "flex"), "SGTM_LINEAR": ("masked", "rectangles")}
 DEFAULT = "runs"
 DEFAULT_REASON = "the default, on a GPU too until triton has been measured there"  # benchmarks/LOG.md
+# Ops of a transformer block, which `torch.compile` captures: in a graph `runs` has a module of its own for them.
+CAPTURED = ("linear", "mlp", "attention", "norm")
 _MODULES = {"triton": "kernel"}  # of an op's folder, where it is not the backend's name
 _LOADED: dict[tuple[str, str], ModuleType] = {}
 
@@ -65,7 +67,9 @@ def unusable(backend: str, dtype: torch.dtype | None = None) -> str | None:
 
 
 def pick(op: str, backend: str) -> ModuleType:
-    """The module of one op in one (resolved) backend."""
+    """The module of one op in one (resolved) backend; inside a graph of `torch.compile` the one that it captures."""
+    if backend == "runs" and op in CAPTURED and torch.compiler.is_compiling():
+        return _LOADED[op, "compiled"]
     if (op, backend) not in _LOADED:
         if op not in OPS or backend not in BACKENDS:
             known = f"ops: {', '.join(OPS)}; backends: {', '.join(BACKENDS)}"
@@ -83,6 +87,9 @@ def load(backend: str) -> None:
         way(variable)
     for op in OPS:
         pick(op, backend)
+    if backend == "runs":
+        for op in CAPTURED:
+            _LOADED[op, "compiled"] = import_module(module_name(op, "compiled"))
 
 
 def module_name(op: str, backend: str) -> str:
