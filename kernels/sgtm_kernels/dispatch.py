@@ -87,9 +87,8 @@ def load(backend: str) -> None:
         way(variable)
     for op in OPS:
         pick(op, backend)
-    if backend == "runs":
-        for op in CAPTURED:
-            _LOADED[op, "compiled"] = import_module(module_name(op, "compiled"))
+    for op in CAPTURED:
+        _LOADED[op, "compiled"] = import_module(module_name(op, "compiled"))
 
 
 def module_name(op: str, backend: str) -> str:

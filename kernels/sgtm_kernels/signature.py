@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 if TYPE_CHECKING:
     from sgtm_kernels.plan import MaskPlan, Tables
 
@@ -39,10 +41,9 @@ def signature_of(tables: Tables, labels: tuple[int, ...], documents: bool) -> Si
         partial = any(tables.contribution(part, label, group) != 1 for label in labels for group in groups)
         return partial or any(joint.get(f"{part}_bias", {label: 1.0})[label] != 1 for label in labels)
 
+    both = (tables.active, tables.route)
     return Signature(
-        any(
-            table[label][group] != 1 for table in (tables.active, tables.route) for label in labels for group in groups
-        ),
+        any(table[label][group] != 1 for table in both for label in labels for group in groups),
         *(contributes(part) for part in ("attn_in", "attn_out", "mlp_in", "mlp_out")),
         any(joint["norm"][label] != 1 for label in labels),
         documents,
@@ -52,3 +53,13 @@ def signature_of(tables: Tables, labels: tuple[int, ...], documents: bool) -> Si
 def masked(plan: MaskPlan, what: str | None) -> bool:
     """Whether the plan masks `what`, a field of `Signature`; True for what is none, as it is not of a block."""
     return what is not None and getattr(plan.signature, what, True)
+
+
+def backend_of(backend: str, plan: MaskPlan, *what: str | None) -> str:
+    """The backend of an op that masks `what`: where a graph is captured and nothing of it is masked, always `runs`.
+
+    There `runs` is plain torch, which the compiler sees and fuses; to a kernel of ours it is blind.
+    """
+    if torch.compiler.is_compiling() and not any(masked(plan, field) for field in what if field is not None):
+        return "runs"
+    return backend

@@ -20,6 +20,7 @@ from families import (
     MIXINGS,
     SPACE,
     STRATEGIES,
+    UNLABELED,
     assert_promise,
     by_key,
     gradients,
@@ -39,10 +40,10 @@ KINDS_OF_LAYERS = {"gpt_neo": 2, "llama": 1}  # global and local
 class Pair:
     """The same model as it is and compiled, and the graphs that there should be."""
 
-    def __init__(self, family: str, backend: str = "aot_eager", **changes):
+    def __init__(self, family: str, backend: str = "aot_eager", kernels: str = "runs", **changes):
         torch._dynamo.reset()
         self.family, self.counter = family, CompileCounterWithBackend(backend)
-        self.plain, self.compiled = (model_of(family, "runs", **changes) for _ in range(2))
+        self.plain, self.compiled = (model_of(family, kernels, **changes) for _ in range(2))
         compile_blocks(self.compiled, self.counter)
         self.signatures = set()
 
@@ -86,6 +87,18 @@ def test_blocks_by_inductor(family):
     for plain, compiled in (pair.losses(batches, tables), pair.gradients(batches, tables)):
         torch.testing.assert_close(compiled, plain, rtol=0, atol=2e-6)
     pair.check_graphs()
+
+
+def test_triton_keeps_its_kernels_where_something_is_masked():
+    pair, tables = Pair("gpt_neo", kernels="triton", layers=1), STRATEGIES["sgtm"]()
+    for label in (UNLABELED, BIO):
+        batches = pair.batches("step", tables, label=label)[:1]
+        for plain, compiled in (pair.losses(batches, tables), pair.gradients(batches, tables)):
+            torch.testing.assert_close(compiled, plain, rtol=0, atol=2e-6)
+    plain, masked = ({str(node.target) for node in graph.graph.nodes} for graph in pair.counter.graphs)
+    assert {name for name in plain if "sgtm" in name} == {"sgtm.attention.default"}
+    ours = {f"sgtm.{op}.default" for op in ("attention", "linear_in", "linear_out", "activation")}
+    assert {name for name in masked if "sgtm" in name} == ours
 
 
 def test_layers_without_groups_have_a_graph_of_their_own():

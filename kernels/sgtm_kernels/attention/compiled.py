@@ -6,6 +6,8 @@ there are documents, or choose another library for, is one op; its backward pass
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 
@@ -51,10 +53,20 @@ def _forward(q, k, v, plan, scale, window):
 
 
 def _backward(dy, q, k, v, plan, scale, window):
-    with torch.enable_grad():
+    with _recording():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         out = attend(*leaves, scale, Visible(plan_of(plan), window))
     return tuple(dx.contiguous() for dx in torch.autograd.grad(out, leaves, dy))
+
+
+@contextmanager
+def _recording():
+    """Record for autograd inside an op, where the dispatcher may have put that behind it (under a dispatch mode)."""
+    keys, excluded = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
 
 
 MASKS = "Tensor plan, float scale, int? window"
