@@ -51,6 +51,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.utils import set_z3_leaf_module
 
 from sgtm.config.schema import Config, DistributedConfig
 from sgtm.distributed.agree import on_every_rank
@@ -141,6 +142,9 @@ class Engine:
         backend = kernel_backend(config)
         if config.distributed.offload_optimizer and backend == "triton":
             backend = "runs"  # the optimizer's tensors are the host's
+        if config.train.compile == "blocks" and config.distributed.zero_stage == 3:
+            for block in module.blocks:  # gathered at once: a hook on a part of a block would cut its graph
+                set_z3_leaf_module(block, True)
         self.optimizer = SegmentedAdamW(parameters.values(), config.optimizer, backend)
         with _quiet():
             self._deepspeed, *_ = deepspeed.initialize(
