@@ -268,8 +268,8 @@ class StopSignal:
         self.received = True
 
     def anywhere(self, engine: Engine) -> bool:
-        """The same answer on all ranks, after a step: what had reached any of them when its gradient was complete.
+        """Whether to stop after the step just done, the same on all ranks. Needs `engine.stop_if(...)`.
 
-        A rank by itself knows more. Needs `engine.stop_if(...)`.
+        Of several ranks: what had reached any of them when the step's gradient was complete.
         """
         return self.received if engine.world_size == 1 else engine.stopping
