@@ -68,13 +68,25 @@ def _verdict(op: str, smoke: dict[tuple[str, str, str], dict], tests: list[dict]
     )
     outcomes = {row["item"]: row["outcome"] for row in latest(tests)}
     own = [row["item"] for row in latest(tests) if row.get("op") == op]
-    red = [r["test"] for r in tests if "test" in r and _concerns(r, op) and outcomes.get(r["file"]) != "ok"]
-    red = red or [file for file in own if outcomes[file] != "ok"]
+    red = [row["test"] for row in _open(tests) if _concerns(row, op)] or [
+        file for file in own if outcomes[file] != "ok"
+    ]
     return Verdict(
         smoke=FAILED if wrong else PASSED if complete else NOT_RUN,
         tests=FAILED if red else PASSED if own else NOT_RUN,
         why="; ".join(wrong[:1] + red[:1]),
     )
+
+
+def _open(tests: list[dict]) -> list[dict]:
+    """Failed tests whose file has not passed since."""
+    found: list[dict] = []
+    for row in tests:
+        if "test" in row:
+            found.append(row)
+        elif row["outcome"] == "ok":
+            found = [failed for failed in found if failed["file"] != row["item"]]
+    return found
 
 
 def _concerns(row: dict, op: str) -> bool:
