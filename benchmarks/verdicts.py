@@ -68,9 +68,8 @@ def _verdict(op: str, smoke: dict[tuple[str, str, str], dict], tests: list[dict]
     )
     outcomes = {row["item"]: row["outcome"] for row in latest(tests)}
     own = [row["item"] for row in latest(tests) if row.get("op") == op]
-    red = [row["test"] for row in _open(tests) if _concerns(row, op)] or [
-        file for file in own if outcomes[file] != "ok"
-    ]
+    red = [row["test"] for row in _open(tests) if _concerns(row, op)]
+    red = red or [file for file in own if outcomes[file] != "ok"]
     return Verdict(
         smoke=FAILED if wrong else PASSED if complete else NOT_RUN,
         tests=FAILED if red else PASSED if own else NOT_RUN,

@@ -234,7 +234,11 @@ def test_killed_at_any_moment_no_row_is_lost_and_the_next_run_continues(tmp_path
     assert [row["outcome"] for row in rows_of(tmp_path, "stages.jsonl")] == ["done"] * 3
 
 
-def test_the_processes_of_a_killed_run_are_gone(tmp_path):
+def test_the_processes_of_a_killed_run_are_gone_before_the_next_one_begins(tmp_path, monkeypatch):
+    """Stopped, so that they live on for a while: the folder is theirs until then."""
+    import gpu
+
+    monkeypatch.setattr(gpu, "LOCK", 0.2)
     (tmp_path / "x.py").write_text(
         f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(100)"
     )
@@ -242,10 +246,16 @@ def test_the_processes_of_a_killed_run_are_gone(tmp_path):
     environ = os.environ | {"PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT / 'kernels'}"}
     process = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), str(tmp_path)], env=environ)
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    pid = int((tmp_path / "pid").read_text())
+    os.killpg(os.getpgid(pid), signal.SIGSTOP)
     process.kill()
     process.wait()
-    pid = int((tmp_path / "pid").read_text())
+    with pytest.raises(SystemExit, match="another run is writing to"), gpu.locked(tmp_path):
+        pass
+    os.killpg(os.getpgid(pid), signal.SIGCONT)
     wait_for(lambda: not alive(pid))
+    with gpu.locked(tmp_path):
+        pass
 
 
 def wait_for(reached, seconds: float = 60) -> None:
@@ -315,7 +325,7 @@ def test_what_is_wrong_is_said_before_anything_runs(arguments, message, tmp_path
 
 
 PLAIN = "def test_one(): pass\ndef test_two(): assert 0, 'two is wrong'\n"
-CRASH = "import os\ndef test_before(): pass\ndef test_crash(): os._exit(3)\ndef test_after(): pass\n"
+CRASH = "import os\ndef test_before(): pass\ndef test_after(): pass\ndef test_crash(): os._exit(3)\n"
 
 
 def test_tests_are_rows_by_file_and_a_crash_is_one_failed_test(tmp_path):
