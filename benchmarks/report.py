@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 from environment import RESULTS, read_rows
+from step_table import steps
+from tables import markdown, spread
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
@@ -56,7 +58,7 @@ def section(path: Path, up: str) -> str:
     if any(kinds.values()):
         text = "\n\n".join(kind(found) for kind, found in kinds.items() if found)
     else:
-        own = {"step_overhead": step_overhead, "checkpoints": checkpoints}.get(path.stem)
+        own = {"steps": steps, "checkpoints": checkpoints}.get(path.stem)
         text = own(rows) if own else runs(path.stem, rows)
     source = (
         f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, commit {first['commit']}, "
@@ -82,19 +84,6 @@ def runs(name: str, rows: list[dict]) -> str:
         f"whole test split; {r['seconds'] / 60:.0f} minutes of training for the first run"
     )
     return f"### {TITLES[name]}\n\n{about}.\n\n{markdown(table)}"
-
-
-def step_overhead(rows: list[dict]) -> str:
-    """Step times and memory, relative to the unmasked step of the same code in the same round."""
-    table = [["row", "tokens/s", "ratio p20 / p50 / p80", "target", "of", "peak memory ratio"]]
-    for r in rows:
-        tokens, memory = f"{r['tokens_per_second']:,.0f}", f"{r['memory_ratio']:.3f}"
-        table.append([r["row"], tokens, spread(r["ratio"]), r["target"] or "", r["ratio_of"], memory])
-    about = (
-        f"One training step, AdamW included, {rows[0]['rounds']} interleaved rounds; {rows[0]['setting']}. On a CPU "
-        "ours keeps freed memory; Hugging Face's runs as it comes, and once more with freed memory kept."
-    )
-    return f"### What a masked step costs\n\n{about}\n\n{markdown(table)}"
 
 
 def checkpoints(rows: list[dict]) -> str:
@@ -133,46 +122,6 @@ def ops(rows: list[dict]) -> str:
         f"{r['versions']['triton']}, driver {r['driver']}; tests on the device: {r.get('tests', 'not run')}."
     )
     return f"### What a masked op costs\n\n{about}\n\n{markdown(table)}"
-
-
-def steps(rows: list[dict]) -> str:
-    """Whole steps of every mixing mode, relative to the unmasked step on the same batches and to plain PyTorch."""
-    table = [
-        ["shape", "backend", "step", "tokens/s", "ratio p20 / p50 / p80", "target", "to plain", "MFU", "of data sheet",
-         "peak MiB", "memory ratio"],
-    ]  # fmt: skip
-    for r in rows:
-        shares = [f"{r[key]['p50']:.1%}" if key in r else "" for key in ("flops_utilisation", "datasheet_utilisation")]
-        cells = [
-            f"{r['tokens_per_second']:,.0f}",
-            spread(r["ratio"]) if "ratio" in r else "",
-            f"<= {r['target']:.2f}" if r.get("target") else "",
-            f"{r['ratio_public']['p50']:.3f}" if "ratio_public" in r else "",
-            *shares,
-            f"{r['peak_mib']:,.0f}",
-            f"{r['memory_ratio']:.3f}" if "memory_ratio" in r else "",
-        ]
-        table.append([r["shape"], r["backend"], r["row"] + "*" * bool(r["mean_of"]), *cells])
-    speeds = {r["shape"]: r["target_tokens_per_second"] for r in rows if r["target_tokens_per_second"]}
-    targets = ", ".join(f"{shape} {speed:,}" for shape, speed in speeds.items())
-    rounds = sorted({r["rounds"] for r in rows})
-    about = (
-        f"Forward, backward and AdamW in {rows[0]['dtype']}, {' or '.join(map(str, rounds))} interleaved rounds "
-        "(`benchmarks/steps.py`); ratio: time of the step to that of strategy `none` on the same batches; to plain: "
-        "time for a token to that of plain PyTorch, compiled. MFU: of the rate of a big matmul in the same rounds. * "
-        "share that comes about over several steps: their mean. Targets for tokens/s unmasked on one H100: "
-        f"{targets or 'none'}; tests on the device: {rows[0].get('tests', 'not run')}."
-    )
-    return f"### What a masked step costs on a GPU\n\n{about}\n\n{markdown(table)}"
-
-
-def spread(values: dict[str, float]) -> str:
-    return " / ".join(f"{values[p]:.3f}" for p in ("p20", "p50", "p80"))
-
-
-def markdown(table: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in table]
-    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
 if __name__ == "__main__":

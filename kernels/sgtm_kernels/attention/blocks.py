@@ -25,7 +25,7 @@ HEAD_DIM = 16  # up to this, it beat SDPA on two cores, forward and backward tog
 
 def pays(q: torch.Tensor) -> bool:
     """Whether this beats SDPA, for q [B, heads, S, d]: small heads in bf16."""
-    return q.device.type == "cpu" and q.dtype is torch.bfloat16 and q.shape[3] <= HEAD_DIM
+    return q.device.type == "cpu" and q.dtype is torch.bfloat16 and q.shape[1] > 0 and q.shape[3] <= HEAD_DIM
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:

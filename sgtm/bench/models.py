@@ -10,7 +10,7 @@ import yaml
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition, build_partition
 
-PRESETS = Path(__file__).parent.parent / "sgtm" / "config" / "presets"
+PRESETS = Path(__file__).parents[1] / "config" / "presets"
 LABELS = LabelSpace(("forget",))
 
 
