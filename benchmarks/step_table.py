@@ -56,8 +56,8 @@ def _about(rows: Sequence[dict], plain: bool) -> str:
     if plain:
         text.append(
             "Steps that mask micro-batches or documents are compared with the unmasked step on the same ones. To "
-            f"plain: time for a token to that of {PLAIN}, compiled on a GPU. MFU: of the rate of a big matmul in the same "
-            "rounds. * mean of several steps."
+            f"plain: time for a token to that of {PLAIN}, compiled on a GPU. MFU: of the rate of a big matmul in the "
+            "same rounds. * mean of several steps."
         )
     if any("attention" in row for row in rows):
         text.append(

@@ -115,9 +115,8 @@ def _softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, gradient: bo
     buffer = torch.empty(block, logits.shape[1], dtype=wide, device=logits.device)
     for start in range(0, len(targets), block):
         rows = slice(start, start + block)
-        n = len(index[rows])
-        p = buffer[:n].copy_(logits[rows])
-        torch.softmax(p, dim=-1, out=p)
+        p = buffer[: len(index[rows])].copy_(logits[rows])
+        p = torch.softmax(p, dim=-1, out=None if p.is_cuda else p)  # in place it is not tried on a GPU
         losses[rows] = _losses(logits[rows], p, index[rows])
         if gradient:
             logits[rows] = p.scatter_add_(1, index[rows], torch.full_like(index[rows], -1, dtype=wide))
