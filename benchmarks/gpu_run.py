@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from step_table import steps
 from tables import markdown, spread
 from verdicts import OPS, admitted, verdicts
 
@@ -12,7 +13,7 @@ def section(rows: Sequence[dict]) -> str:
     """Markdown. Measurements are only those that the checks of the same run admit; what they refuse is named."""
     measured = {
         ops: last_by([row for row in rows if "roofline_share" in row], "variant", "shape", "dtype", "backend", "mask"),
-        steps: last_by([row for row in rows if "flops_utilisation" in row], "shape", "backend", "row"),
+        steps: last_by([row for row in rows if row["stage"] == "steps" and "row" in row], "shape", "backend", "row"),
         profiles: last_by([row for row in rows if "busy_share" in row], "shape", "backend"),
     }
     checks = [row for row in rows if row["stage"] in ("smoke", "tests", "train")]
@@ -20,7 +21,7 @@ def section(rows: Sequence[dict]) -> str:
     for table, found in measured.items():
         kept, left_out = admitted(found, checks)
         refused |= left_out
-        parts += [table(kept)] if kept else []
+        parts += [table(kept)] if any("error" not in row for row in kept) else []
     if refused:
         reasons = "; ".join(f"{what} ({why})" for what, why in refused.items())
         parts.append(f"Not reported, because checks on this device failed or were not run to the end: {reasons}.")
@@ -76,34 +77,3 @@ def ops(rows: list[dict]) -> str:
         f"{r['versions']['triton']}, driver {r['driver']}."
     )
     return f"### What a masked op costs\n\n{about}\n\n{markdown(table)}"
-
-
-def steps(rows: list[dict]) -> str:
-    """Whole steps of every mixing mode, relative to the unmasked step on the same batches and to plain PyTorch."""
-    table = [
-        ["shape", "backend", "step", "tokens/s", "ratio p20 / p50 / p80", "target", "to plain", "MFU", "of data sheet",
-         "peak MiB", "memory ratio"],
-    ]  # fmt: skip
-    for r in rows:
-        shares = [f"{r[key]['p50']:.1%}" if key in r else "" for key in ("flops_utilisation", "datasheet_utilisation")]
-        cells = [
-            f"{r['tokens_per_second']:,.0f}",
-            spread(r["ratio"]) if "ratio" in r else "",
-            f"<= {r['target']:.2f}" if r.get("target") else "",
-            f"{r['ratio_public']['p50']:.3f}" if "ratio_public" in r else "",
-            *shares,
-            f"{r['peak_mib']:,.0f}",
-            f"{r['memory_ratio']:.3f}" if "memory_ratio" in r else "",
-        ]
-        table.append([r["shape"], r["backend"], r["row"] + "*" * bool(r["mean_of"]), *cells])
-    speeds = {r["shape"]: r["target_tokens_per_second"] for r in rows if r["target_tokens_per_second"]}
-    targets = ", ".join(f"{shape} {speed:,}" for shape, speed in speeds.items())
-    rounds = sorted({r["rounds"] for r in rows})
-    about = (
-        f"Forward, backward and AdamW in {rows[0]['dtype']}, {' or '.join(map(str, rounds))} interleaved rounds "
-        "(`benchmarks/steps.py`); ratio: time of the step to that of strategy `none` on the same batches; to plain: "
-        "time for a token to that of plain PyTorch, compiled. MFU: of the rate of a big matmul in the same rounds. * "
-        "share that comes about over several steps: their mean. Targets for tokens/s unmasked on one H100: "
-        f"{targets or 'none'}."
-    )
-    return f"### What a masked step costs on a GPU\n\n{about}\n\n{markdown(table)}"

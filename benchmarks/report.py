@@ -19,6 +19,7 @@ from pathlib import Path
 import gpu_run
 from environment import RESULTS, read_rows
 from journal import ENVIRONMENT
+from step_table import steps
 from tables import markdown, spread
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +86,7 @@ def section(path: Path, up: str) -> str:
     if "stage" in first:
         text = gpu_run.section(rows)
     else:
-        own = {"step_overhead": step_overhead, "checkpoints": checkpoints}.get(path.stem)
+        own = {"steps": steps, "checkpoints": checkpoints}.get(path.stem)
         text = own(rows) if own else runs(path.stem, rows)
     source = (
         f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, commit {first['commit']}, "
@@ -111,19 +112,6 @@ def runs(name: str, rows: list[dict]) -> str:
         f"whole test split; {r['seconds'] / 60:.0f} minutes of training for the first run"
     )
     return f"### {TITLES[name]}\n\n{about}.\n\n{markdown(table)}"
-
-
-def step_overhead(rows: list[dict]) -> str:
-    """Step times and memory, relative to the unmasked step of the same code in the same round."""
-    table = [["row", "tokens/s", "ratio p20 / p50 / p80", "target", "of", "peak memory ratio"]]
-    for r in rows:
-        tokens, memory = f"{r['tokens_per_second']:,.0f}", f"{r['memory_ratio']:.3f}"
-        table.append([r["row"], tokens, spread(r["ratio"]), r["target"] or "", r["ratio_of"], memory])
-    about = (
-        f"One training step, AdamW included, {rows[0]['rounds']} interleaved rounds; {rows[0]['setting']}. On a CPU "
-        "ours keeps freed memory; Hugging Face's runs as it comes, and once more with freed memory kept."
-    )
-    return f"### What a masked step costs\n\n{about}\n\n{markdown(table)}"
 
 
 def checkpoints(rows: list[dict]) -> str:

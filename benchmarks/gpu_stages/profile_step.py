@@ -54,14 +54,15 @@ def main() -> int:
 
 def unmasked_step(backend: str, shape: str, on: torch.device) -> Callable[[], None]:
     """A training step of strategy `none` as steps.py times it."""
-    from model_shapes import SETTINGS
-    from step_cases import NONE, Ours, cases, random_batches, tables_of
+    from sgtm.bench.bare import Ours
+    from sgtm.bench.cases import NONE, cases, random_batches
+    from sgtm.bench.models import SETTINGS
 
     torch.manual_seed(0)
     setting = SETTINGS[shape]()
     ours, case = Ours(setting, on, torch.bfloat16), cases(setting)[NONE]
-    batches, tables = random_batches(setting, case.batches, on), tables_of(setting, case.strategy)
-    return lambda: ours.step(backend, tables, batches)
+    batches = random_batches(case.batches, setting.model, on)
+    return lambda: ours.step(backend, case.tables, batches)
 
 
 def profiled(backend: str, shape: str, on: torch.device) -> dict:

@@ -9,7 +9,7 @@ from pathlib import Path
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition, build_partition
 
-PRESETS = Path(__file__).parent.parent / "sgtm" / "config" / "presets"
+PRESETS = Path(__file__).parents[1] / "config" / "presets"
 LABELS = LabelSpace(("forget",))
 
 
