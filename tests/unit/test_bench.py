@@ -2,9 +2,10 @@
 
 Faults tried, each seen to fail: a row left out; labels of a row not those of its name; forget sequences not dealt over
 the micro-batches; all of one domain; joint masked without the mask; ratios upside down, or to another round; the rows
-one after the other; a file that cannot be written found after the measurement; an empty file left behind where it is
-broken off; a column that report.py reads renamed; nothing said before the measurement; the tuner started for another
-backend, without a GPU, or past SGTM_TUNED; the sequences counted after the model is built.
+one after the other, or in one order in every round; CPU time of one thread; an error of ours taken for a peer's; the
+target on the slower peer; a file that cannot be written found after the measurement; an empty file left behind where it
+is broken off; a column that step_table.py reads renamed; nothing said before the measurement; the tuner started for
+another backend, without a GPU, or past SGTM_TUNED; the sequences counted after the model is built.
 """
 
 from __future__ import annotations

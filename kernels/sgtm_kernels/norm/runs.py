@@ -95,9 +95,10 @@ def _fused(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def _rms_norm_dx(dy, x, rstd, weight):
     """That of a layer norm with a mean of 0, which takes the mean of dY * weight, times rstd, away."""
-    wide, mean = weight.to(rstd.dtype), torch.zeros_like(rstd)
+    # On a CPU the weight is as wide as the statistics, elsewhere as x.
+    scale, mean = weight.to(rstd.dtype if x.device.type == "cpu" else x.dtype), torch.zeros_like(rstd)
     dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-        dy, x, weight.shape, mean, rstd, wide, None, [True, False, False]
+        dy, x, weight.shape, mean, rstd, scale, None, [True, False, False]
     )
     means = torch.mv(dy.reshape(-1, *weight.shape), weight).view(rstd.shape).to(rstd.dtype).div_(x.shape[-1])
     return dx.add_(means.mul_(rstd).to(dx.dtype))
