@@ -124,10 +124,15 @@ def test_a_hanging_stage_is_killed_with_all_its_processes_and_recorded(tmp_path)
 
 
 def alive(pid: int) -> bool:
+    return state(pid) not in (None, "Z")
+
+
+def state(pid: int) -> str | None:
+    """As proc(5) has it: T where it is stopped, Z where it has ended and nobody has waited for it."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except OSError:
-        return False
+        return None
 
 
 def test_a_crash_is_a_row_and_ends_nothing_else(tmp_path):
@@ -248,6 +253,7 @@ def test_the_processes_of_a_killed_run_are_gone_before_the_next_one_begins(tmp_p
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     pid = int((tmp_path / "pid").read_text())
     os.killpg(os.getpgid(pid), signal.SIGSTOP)
+    wait_for(lambda: state(pid) == state(os.getpgid(pid)) == "T")
     process.kill()
     process.wait()
     with pytest.raises(SystemExit, match="another run is writing to"), gpu.locked(tmp_path):
