@@ -25,7 +25,7 @@ from gpu_stages.stages import PACKAGES
 
 ROOT = Path(__file__).parents[2]
 GPU = ["gpt2-124m", "--train.steps=50", "--train.tokens_per_step=65536", "--train.checkpoint_every=15"]
-GPU += ["--optimizer.warmup_steps=10", "--model.vocab_size=4096"]  # the embedded corpus has text for no more
+GPU += ["--optimizer.warmup_steps=10", "--masking.domains=[es]", "--model.vocab_size=4096"]  # of the corpus
 CPU = ["debug", "--train.steps=12", "--train.tokens_per_step=256", "--train.checkpoint_every=4"]
 COMMON = ["--data.path=synthetic", "--train.log_every=1", "--train.eval_every=0"]
 KILLED_AFTER = {"gpt2-124m": 35, "debug": 9}
