@@ -354,3 +354,19 @@ def test_tests_are_rows_by_file_and_a_crash_is_one_failed_test(tmp_path):
     assert by_file["test_linear_memory.py"]["failed_tests"] == ["test_crash"]
     assert [row["test"] for row in rows if "test" in row] == ["test_two", "test_crash"]
     assert "two is wrong" in json.dumps(rows)
+
+
+def test_the_preset_of_the_train_stage_fits_the_embedded_corpus(monkeypatch):
+    """What no CPU trains in a test: its options are a valid config, with the corpus's domain."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu_stages"))
+    import train_runs
+
+    from sgtm.config import load_config
+    from sgtm.data.synthetic import RULES
+
+    for options in (train_runs.GPU, train_runs.CPU):
+        config = load_config(options[0], [*options[1:], *train_runs.COMMON])
+        forgotten = {label.removeprefix("forget:") for label in RULES.labels.values() if label.startswith("forget:")}
+        assert set(config.masking.domains) == forgotten and config.data.path == "synthetic"
+        assert train_runs.KILLED_AFTER[options[0]] < config.train.steps
+        assert train_runs.KILLED_AFTER[options[0]] > config.train.checkpoint_every
