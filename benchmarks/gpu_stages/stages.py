@@ -42,7 +42,7 @@ def stages(folder: Path, *, cpu: bool = False, only: Collection[str] = (), ops: 
         )
     ]
     if any(find_spec(name) is None for name in PACKAGES):
-        found[-1] = replace(found[-1], share=1.0)  # it says so, and leaves the others its time
+        found[-1] = replace(found[-1], share=8.0)  # it says so, and leaves the others its time
     return [stage for stage in found if not only or stage.name in only]
 
 
