@@ -81,7 +81,8 @@ def profiled(backend: str, shape: str, on: torch.device) -> dict:
     spans = [
         Span(e.name, e.time_range.start, e.time_range.end)
         for e in found.events()
-        if e.device_type == kind and (on.type == "cuda" or e.cpu_parent is None)
+        # A named range, such as that of an optimizer's step, lies on the GPU from its first kernel to its last.
+        if e.device_type == kind and not e.is_user_annotation and (on.type == "cuda" or e.cpu_parent is None)
     ]
     return {"device_of_spans": on.type, "steps": STEPS, "wall_ms": round(wall / 1e3, 3)} | summary(spans, STEPS)
 

@@ -2,9 +2,9 @@
 
     train_runs.py ROWS --folder FOLDER [--cpu]
 
-For ZeRO 1 and 3: 50 steps of a preset on the embedded corpus; the same once more, killed with SIGKILL on the way and
-resumed. A row says whether weights, moments, step counts and logged losses of the two are the same bits, and how fast
-the first one trained. Where packages of `sgtm` are missing, a row names them and nothing runs.
+For ZeRO 1 and 3: 50 steps of a preset on the embedded corpus, whose row says how fast they were; then the same once
+more, killed with SIGKILL on the way and resumed, whose row says whether weights, moments, step counts and logged losses
+of the two are the same bits. Where packages of `sgtm` are missing, a row names them and nothing runs.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from journal import Items, Journal
+from journal import FAILED, Items, Journal
+
+from gpu_stages.stages import PACKAGES
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = (
-    "deepspeed", "transformers", "tokenizers", "pyarrow", "safetensors", "zstandard", "pydantic", "yaml", "tyro",
-    "rich", "psutil", "jinja2", "matplotlib",
-)  # fmt: skip
 GPU = ["gpt2-124m", "--train.steps=50", "--train.tokens_per_step=65536", "--train.checkpoint_every=15"]
+GPU += ["--optimizer.warmup_steps=10", "--masking.domains=[es]", "--model.vocab_size=4096"]  # of the corpus
 CPU = ["debug", "--train.steps=12", "--train.tokens_per_step=256", "--train.checkpoint_every=4"]
 COMMON = ["--data.path=synthetic", "--train.log_every=1", "--train.eval_every=0"]
 KILLED_AFTER = {"gpt2-124m": 35, "debug": 9}
@@ -44,10 +43,22 @@ def main() -> int:
         print(f"left out: not installed: {', '.join(missing)}")
         items.measure("packages", lambda: [{"missing": missing}])
         return 0
-    for stage in (1, 3):
-        options = CPU if args.cpu else GPU
-        items.measure(f"zero {stage}", lambda stage=stage, o=options: [killed_and_resumed(stage, args.folder, o)])
+    options = CPU if args.cpu else GPU
+    for zero in (1, 3):
+        for name, way in ((f"zero {zero}, left alone", left_alone), (f"zero {zero}, killed", killed_and_resumed)):
+            items.measure(name, lambda way=way, zero=zero: [way(zero, args.folder, options)])
     return 0
+
+
+def start(zero: int, folder: Path, options: list[str]) -> list[str]:
+    return [*options, *COMMON, f"--distributed.zero_stage={zero}", f"--runs={folder}", "--overwrite"]
+
+
+def left_alone(zero: int, folder: Path, options: list[str]) -> dict:
+    name = f"whole-zero-{zero}"
+    finish(begin([*start(zero, folder, options), f"--name={name}"]))
+    row = {"preset": options[0], "zero_stage": zero, "options": options[1:]}
+    return row | {"tokens_per_second": speed(folder / name)}
 
 
 def killed_and_resumed(zero: int, folder: Path, options: list[str]) -> dict:
@@ -56,26 +67,22 @@ def killed_and_resumed(zero: int, folder: Path, options: list[str]) -> dict:
 
     from sgtm.train.checkpoint import find_latest
 
-    preset, after = options[0], KILLED_AFTER[options[0]]
-    names = whole, killed = f"whole-zero-{zero}", f"killed-zero-{zero}"
-    start = [*options, *COMMON, f"--distributed.zero_stage={zero}", f"--runs={folder}", "--overwrite"]
-    finish(begin([*start, f"--name={whole}"]))
-    process = begin([*start, f"--name={killed}"])
-    wait_for(lambda: any(line.get("step", 0) >= after for line in _metrics(metrics, folder / killed)), process)
+    whole, killed, after = folder / f"whole-zero-{zero}", folder / f"killed-zero-{zero}", KILLED_AFTER[options[0]]
+    process = begin([*start(zero, folder, options), f"--name={killed.name}"])
+    wait_for(lambda: any(line.get("step", 0) >= after for line in _metrics(metrics, killed)), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     if process.returncode != -signal.SIGKILL:
         raise RuntimeError(f"{killed} ended with {process.returncode} before it was killed")
-    resumed = int(find_latest(folder / killed).name.removeprefix("step_"))
-    finish(begin([str(folder / killed), "--resume"]))
+    resumed = int(find_latest(killed).name.removeprefix("step_"))
+    finish(begin([str(killed), "--resume"]))
     difference = ""
     try:
-        assert_same_run(*(folder / name for name in names))
+        assert_same_run(killed, whole)
     except AssertionError as error:
         difference = str(error)[:500]
-    row = {"preset": preset, "zero_stage": zero, "options": options[1:], "killed_after": after}
-    row |= {"resumed_after": resumed, "same_bits": not difference, "tokens_per_second": speed(folder / whole)}
-    return row | ({"outcome": "failed", "error": difference} if difference else {})
+    row = {"preset": options[0], "zero_stage": zero, "killed_after": after, "resumed_after": resumed}
+    return row | {"same_bits": not difference} | ({"outcome": FAILED, "error": difference} if difference else {})
 
 
 def begin(arguments: list[str]) -> subprocess.Popen:
