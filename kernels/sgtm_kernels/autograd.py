@@ -56,9 +56,11 @@ def eager(forward: Callable, keep: Callable, backward: Callable, outputs: tuple[
         def backward(ctx, *dys):
             return (twice if torch.is_grad_enabled() else gradients)(ctx, *dys)
 
+    apply = super(torch.autograd.Function, Eager).apply  # without a third of its cost, which is for functorch
+
     def call(*inputs):
         if torch.is_grad_enabled():
-            return Eager.apply(*inputs)
+            return (Eager.apply if torch._C._are_functorch_transforms_active() else apply)(*inputs)
         result = forward(*inputs)
         if not isinstance(result, tuple):
             return result
