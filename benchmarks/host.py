@@ -2,10 +2,10 @@
 
     python benchmarks/host.py [--backend triton,runs] [--rounds 31] [--json FILE]
 
-Models of tiny tensors, so that the work itself is next to nothing, against the plain eager model of plain.py in the same
-rounds. Triton's kernels are replaced by launches that do nothing (their own cost, 10 to 20 us each, is Triton's). Times
-are CPU time of the process, so that other processes on the machine matter little; a layer's time is the difference
-between a deep and a shallow model over the difference in depth. No GPU is used.
+Models of tiny tensors, so that the work itself is next to nothing, against the plain eager model of plain.py in the
+same rounds. Triton's kernels are replaced by launches that do nothing (their own cost, 10 to 20 us each, is Triton's).
+Times are CPU time of the process, so that other processes on the machine matter little; a layer's time is the
+difference between a deep and a shallow model over the difference in depth. No GPU is used.
 """
 
 from __future__ import annotations

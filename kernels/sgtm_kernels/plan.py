@@ -289,14 +289,18 @@ class MaskPlan:
         return self.cached((tuple(by_group), device), make)
 
     def mask(self, table: str, groups: int, device: torch.device) -> torch.Tensor | None:
-        """`factors` of the first `groups` groups from `active`, `route`, `passes` or the contributions to a part; None
-        where all are 1, as in a layer of one group, whatever the tables say."""
+        """`factors` of the first `groups` groups from `active`, `route`, `passes` or the contributions to a part, or of
+        a joint kind ([1, tokens]); None where all are 1, as in a layer of one group, whatever the tables say."""
         return self.cached((table, groups, device), lambda: self._mask(table, groups, device))
 
     def _mask(self, table: str, groups: int, device: torch.device) -> torch.Tensor | None:
-        if groups == 1:
+        tables = self.tables
+        if table in KINDS:
+            by_group = (tables.update_joint[table],)
+        elif groups == 1:
             return None
-        by_group = self.contributions(table, groups) if table in PARTS else self.tables.columns[table][:groups]
+        else:
+            by_group = (tables.contributions if table in PARTS else tables.columns)[table][:groups]
         return self.factors(by_group, device) if self.masks(by_group) else None
 
     def spans(self, device: torch.device) -> torch.Tensor:

@@ -279,7 +279,7 @@ def test_a_bias_of_more_partial_sums_than_a_tile_has():
     plan = random_plan(23, random_tables(24), "tokens", 1, tokens)
     by_group = ((1.0, 0.0, 0.5, -1.0), (0.0, 2.0, 1.0, 1.0))
     x = random_like(torch.empty(tokens, 5), 0)
-    total = scaling.bias_sum(x, plan, by_group, (0, 2, 5))
+    total = scaling.masked_sum(x, plan.factors(by_group, x.device), (0, 2, 5))
     first, second = (plan.token_weights(by_label, x.double()) for by_label in by_group)
     wanted = torch.cat([first @ x[:, :2].double(), second @ x[:, 2:].double()])
     torch.testing.assert_close(total, wanted.float(), rtol=1e-5, atol=1e-4)

@@ -91,12 +91,12 @@ def weight_gradient(left: torch.Tensor, right: torch.Tensor, plan: MaskPlan, wor
                 torch.mm(left[:, start:end].t(), right * weights, out=rows)
         elif len(slices) == 1 and slices[0].weight == 1:
             s, e, _ = slices[0]
-            torch.mm(left[s:e, start:end].t(), right[s:e], out=rows)
+            torch.mm(left[s:e].t()[start:end], right[s:e], out=rows)
         else:
             # Partial sums are added in fp32: in bf16 each addition would cost as much precision as the matmul itself.
             total = torch.zeros(rows.shape, dtype=torch.promote_types(out.dtype, torch.float32), device=out.device)
             for s, e, weight in slices:
-                total.add_(left[s:e, start:end].t() @ right[s:e], alpha=weight)
+                total.add_(torch.mm(left[s:e].t()[start:end], right[s:e]), alpha=weight)
             rows.copy_(total)
     return out
 

@@ -14,7 +14,6 @@ import triton.language as tl
 
 from sgtm_kernels import strips
 from sgtm_kernels.launch import Launch
-from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.strips import partial_sums, total_of
 from sgtm_kernels.tiles import factor_of, place
 from sgtm_kernels.tuning import DTYPES, Tunable
@@ -35,12 +34,12 @@ TILE = Tunable(  # by dtype
 )
 
 
-def bias_sum(x: torch.Tensor, plan: MaskPlan, by_group: tuple[tuple[float, ...], ...], bounds) -> torch.Tensor:
-    """Sum over the tokens of x [tokens, columns] times the weight of token and column, [columns]."""
-    if not plan.masks(by_group):
+def masked_sum(x: torch.Tensor, factors: torch.Tensor | None, bounds: tuple[int, ...]) -> torch.Tensor:
+    """Sum over the tokens of x [tokens, columns] times the factor of token and column's group, [columns]."""
+    if factors is None:
         return x.sum(0)
     partial = sums_of(x)
-    scale_sum(x, None, partial, plan.factors(by_group, x.device), bounds)
+    scale_sum(x, None, partial, factors, bounds)
     return total_of(partial, x.dtype)
 
 
@@ -62,8 +61,9 @@ def scale_sum(x, out, partial, factors, bounds) -> None:
     (tokens, columns), tile = x.shape, _tile(x)
     grid = (-(-columns // tile.columns), -(-tokens // tile.strip))
     scale_and_sum[grid](
-        x, x if out is None else out, factors if partial is None else partial, factors, tokens, BOUNDS=tuple(bounds),
-        SCALE=out is not None, IN_PLACE=out is x, SUM=partial is not None, **_blocks(tile), num_warps=tile.warps,
+        x, x if out is None else out, factors if partial is None else partial, factors, tokens, BOUNDS=bounds,
+        SCALE=out is not None, IN_PLACE=out is x, SUM=partial is not None, BT=tile.tokens, BC=tile.columns,
+        STRIP=tile.strip, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def scale_input_sum(x, out, dy, partial, x_factors, dy_factors, bounds) -> None:
     blocks = -(-bounds[-1] // tile.columns) - (-columns // tile.columns)
     grid = (blocks, -(-tokens // tile.strip))
     scale_input_and_sum[grid](
-        x, out, dy, partial, x_factors, dy_factors, tokens, BOUNDS=tuple(bounds), WIDTH=(0, columns), **_blocks(tile),
+        x, out, dy, partial, x_factors, dy_factors, tokens, BOUNDS=bounds, WIDTH=(0, columns), **_blocks(tile),
         num_warps=tile.warps,
     )  # fmt: skip
 

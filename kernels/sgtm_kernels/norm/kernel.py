@@ -67,20 +67,18 @@ def _backward(dy, x, weight, bias, mean, rstd, plan, kind, wanted):
     """dX, and where wanted those of weight and bias."""
     x, dy, weight, centered = x.contiguous(), dy.contiguous(), weight.contiguous(), bias is not None
     wanted = wanted[1] or wanted[2]
-    learners = None if kind is None else plan.joint(kind)
-    summed = wanted and (learners is None or bool(learners.slices))
-    masked = summed and learners is not None and not plan.plain(learners)
+    summed = wanted and (kind is None or bool(plan.joint(kind).slices))
+    factors = plan.mask(kind, 1, x.device) if summed and kind is not None else None
     shape, warps = _shape(x.shape[-1])
     width, tokens = shape["WIDTH"], plan.tokens
     strip = -(-tokens // STRIPS)
     strip += -strip % shape["BT"]
     strips = -(-tokens // strip)
-    factors = plan.factors((learners.by_label,), x.device) if masked else rstd
     sums = x.new_empty((1 + centered, strips, width) if summed else 1, dtype=torch.float32)
     dx = torch.empty_like(x)
     norm_backward[(strips,)](
-        x, dy, weight, mean if centered else rstd, rstd, factors, dx, sums, tokens, strip, CENTERED=centered,
-        SUMMED=summed, MASKED=masked, **shape, num_warps=warps, **FUSION,
+        x, dy, weight, mean if centered else rstd, rstd, rstd if factors is None else factors, dx, sums, tokens, strip,
+        CENTERED=centered, SUMMED=summed, MASKED=factors is not None, **shape, num_warps=warps, **FUSION,
     )  # fmt: skip
     if not wanted:
         return dx, None, None

@@ -11,6 +11,8 @@ import torch
 from sgtm_kernels.dispatch import pick
 from sgtm_kernels.plan import MaskPlan, known
 
+KINDS = ("norm", "final_norm", None)
+
 
 def layer_norm(
     x: torch.Tensor,
@@ -35,7 +37,8 @@ def rms_norm(
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: MaskPlan, kind: str | None) -> None:
-    known("kind of norm", kind, ("norm", "final_norm", None))
+    known("kind of norm", kind, KINDS)
     plan.check(x)
-    if any(p is not None and p.shape != x.shape[-1:] for p in (weight, bias)):
+    columns = x.shape[-1:]
+    if weight.shape != columns or (bias is not None and bias.shape != columns):
         raise ValueError(f"weight and bias of a norm of {x.shape[-1]} columns must have as many entries")
