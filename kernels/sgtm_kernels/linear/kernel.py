@@ -43,9 +43,9 @@ WAY = Tunable(
 )
 
 
-def candidate(x: torch.Tensor, work: tuple[RowWork, ...]) -> str:
-    """How dW is computed for labels that change from token to token; x [tokens, columns]: an operand."""
-    return way("SGTM_LINEAR") or WAY(x.device, DTYPES[x.dtype], *_share_and_length(work, len(x))).way
+def candidate(x: torch.Tensor, buckets: tuple[int, int]) -> str:
+    """How dW is computed for labels that change from token to token; x: an operand, buckets: of the masks."""
+    return way("SGTM_LINEAR") or WAY(x.device, DTYPES[x.dtype], *buckets).way
 
 
 def _share_and_length(work: tuple[RowWork, ...], tokens: int) -> tuple[int, int]:
@@ -73,12 +73,12 @@ def linear_out(x, weight, bias, plan: MaskPlan, part: str, bounds):
     return eager_linear_out(x, weight, bias, plan, part, bounds)
 
 
-def _work(plan: MaskPlan, part: str, bounds: tuple[int, ...]) -> tuple[tuple[RowWork, ...], bool]:
-    """The work of dW, and whether some rows' tokens form too many slices for matmuls of their own."""
+def _work(plan: MaskPlan, part: str, bounds: tuple[int, ...]) -> tuple[tuple[RowWork, ...], tuple[int, int] | None]:
+    """The work of dW; and the buckets of `WAY` where the tokens of some rows are too many slices for matmuls."""
 
     def make():
         rows = plan.rows(part, bounds)
-        return rows, any(map(_many, rows))
+        return rows, _share_and_length(rows, plan.tokens) if any(map(_many, rows)) else None
 
     return plan.cached(("linear", part, bounds), make)
 
@@ -104,13 +104,13 @@ def _in_backward(dy, x, weight, plan, part, bounds, overwrite, wanted):
     dx = dy @ weight if wanted[0] else None
     packed = dy.contiguous()
     dy2, x2 = packed.flatten(0, 1), x.flatten(0, 1)
-    rows, token_level = _work(plan, part, bounds)
+    rows, buckets = _work(plan, part, bounds)
     factors = plan.mask(part, len(bounds) - 1, dy.device)
     dw = db = None
     if wanted[1]:
-        if not token_level:
+        if buckets is None:
             dw = weight_gradient(dy2, x2, plan, rows)
-        elif candidate(dy2, rows) == "rectangles":
+        elif candidate(dy2, buckets) == "rectangles":
             dw = rectangles.weight_gradient(dy2, x2.contiguous(), plan, rows)
         else:
             # autograd may hand one tensor to several ops. Only a copy made here, and what the caller promises that
@@ -128,13 +128,13 @@ def _in_backward(dy, x, weight, plan, part, bounds, overwrite, wanted):
 def _out_backward(dy, x, weight, plan, part, bounds, wanted):
     dx = dy @ weight.t() if wanted[0] else None
     x2, dy2 = x.flatten(0, 1).contiguous(), dy.flatten(0, 1).contiguous()
-    rows, token_level = _work(plan, part, bounds)
+    rows, buckets = _work(plan, part, bounds)
     of_bias = plan.mask(JOINT[part], 1, dy.device) if wanted[2] else None
     dw = db = None
     if wanted[1]:
-        if not token_level:
+        if buckets is None:
             dw = weight_gradient(x2, dy2, plan, rows)
-        elif candidate(dy2, rows) == "rectangles":
+        elif candidate(dy2, buckets) == "rectangles":
             dw = rectangles.weight_gradient(x2, dy2, plan, rows)
         else:
             out = torch.empty_like(x2)  # never in place: X belongs to the forward pass
