@@ -2,7 +2,7 @@
 # make test          run all tests
 # make cluster-test  SLURM, torchrun on two hosts and deepspeed over ssh, in namespaces of this machine; as root
 # make fault-campaign  200 faults at random moments of runs; resumed, each must end as if left alone
-# make gpu           on a machine with a GPU: tests and timings of ops and steps by PYTHON; GPU_ARGS="--only mlp"
+# make gpu           on a machine with a GPU, by PYTHON: checks and timings within nine minutes; GPU_ARGS="--budget 300"
 # All but `make gpu` make the virtual environment .venv on first use; PYTHON=... chooses the interpreter (3.10 to 3.12).
 
 PYTHON ?= python3
@@ -38,7 +38,7 @@ fault-campaign: install
 	$(BIN)/python tests/faults/campaign.py $(CAMPAIGN_ARGS)
 
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
+	$(PYTHON) benchmarks/gpu.py --out gpu-run $(GPU_ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ setup(
     },
     entry_points={"console_scripts": ["sgtm = sgtm.__main__:run"]},
     install_requires=[
-        "torch>=2.13",
+        "torch>=2.11",
         "deepspeed>=0.19,<0.20",
         "transformers>=5",
         "tokenizers>=0.22",
@@ -59,7 +59,7 @@ setup(
             "hypothesis>=6",
             "ruff>=0.12",
             "setuptools>=77",
-            'triton>=3.7; platform_system == "Linux"',  # its interpreter and its compiler, which need no GPU
+            'triton>=3.6; platform_system == "Linux"',  # its interpreter and its compiler, which need no GPU
         ],
     },
 )

@@ -10,6 +10,7 @@ interval is that loss over the time of so many steps.
 
 from __future__ import annotations
 
+import argparse
 import random
 import tempfile
 import time
@@ -17,11 +18,11 @@ from pathlib import Path
 
 import torch
 from environment import environment, percentiles, write_rows
-from one_micro_batch import asked
 
-from sgtm.bench import setting
-from sgtm.config import Config
+from sgtm.bench.command import setting
+from sgtm.config import Config, load_config
 from sgtm.distributed.engine import Engine
+from sgtm.distributed.process_group import init_distributed
 from sgtm.masking.labels import UNLABELED
 from sgtm.model.transformer import Transformer
 from sgtm.train.dry_run import random_batch
@@ -101,7 +102,18 @@ def measure(config: Config, rounds: int, folder: Path) -> list[dict]:
 
 
 def main() -> None:
-    args, config = asked(__doc__.splitlines()[0], rounds=24)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="tinystories-18m")
+    parser.add_argument("--sequences", type=int, default=4, help="sequences of a step, one micro-batch (default 4)")
+    parser.add_argument("--rounds", type=int, default=24, help="(default 24)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write one JSON object per row")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    tokens = args.sequences * load_config(args.preset, []).model.context
+    overrides = [f"--train.tokens_per_step={tokens}", f"--train.micro_batch={args.sequences}"]
+    config = load_config(args.preset, overrides)
+    init_distributed(config)
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk of the results, not in memory
         rows = measure(config, args.rounds, Path(folder))
     for row in rows:

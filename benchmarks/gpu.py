@@ -1,119 +1,140 @@
-"""Everything that wants a GPU: the kernels' tests on it, then what each op and a whole step cost, into a results file.
+"""Everything that wants a GPU, in one run with a budget: checks, then what each op and a whole step cost.
 
-    make gpu            or    python benchmarks/gpu.py [--only linear,mlp,steps] [--shape 254m]
+    make gpu      or      python benchmarks/gpu.py --out DIR [--budget 540] [--only smoke,steps,attention]
 
-Runs on a bare machine: torch, Triton, transformers, numpy and pytest; `sgtm` need not be installed. Where a test is
-red it stops there and nothing is timed or written. Otherwise the rows of ops.py and of steps.py go to
-results/<device>/<date>_<commit>.jsonl, each with the outcome of the tests; where one of the two fails, those of the
-one before. `--only` takes ops, for tests and timings, and `steps`, which needs the tests of all ops. Exits 1 where
-there is no GPU.
+Stages, in the order of their worth, each within a share of the budget (gpu_stages/stages.py); unused time passes on:
+
+    rates    copy in GB/s, a big matmul in TFLOP/s
+    warm     all kernels that the timed ops launch, compiled by a pool of processes
+    smoke    every op at the widths of real models against the reference, in NaN-poisoned memory, under four masks
+    profile  three unmasked steps: share of the time that the GPU is busy, gaps, top kernels
+    steps    whole training steps against plain compiled PyTorch, in the mixing modes (steps.py)
+    ops      every op against the best public equivalents (ops.py)
+    tune     block sizes, written to DIR/tuned.json after every choice
+    tests    tests/kernels, a row for each file
+    train    `sgtm train` under ZeRO 1 and 3, killed and resumed, where its packages are installed
+
+Every row is in DIR/<stage>*.jsonl, synced, before the next is measured; a failure is a row and ends nothing else. A
+second run with the same DIR skips what is finished, so a run may be killed at any moment; `--again` runs what failed
+once more. `python benchmarks/report.py --add DIR` puts the results among the committed ones and into the README,
+without those of an op whose checks failed.
+
+Needs torch, Triton, numpy and pytest. `--cpu` runs every stage on small shapes, Triton's kernels in its interpreter.
+Exits 1 where there is no GPU, 2 where DIR holds rows of another device, version or commit; 0 otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import fcntl
 import os
-import re
-import subprocess
+import signal
 import sys
-import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from arguments import one_of
-from environment import RESULTS, environment, read_rows
+sys.path.insert(0, str(Path(__file__).parent))
 
-from sgtm_kernels.dispatch import OPS
+from gpu_stages import summary
+from gpu_stages.driver import Driver, Ended, Processes, Stage, Unit
+from gpu_stages.stages import HERE, NAMES, OPS, stages
 
-ROOT = Path(__file__).parent.parent
-TESTS = ROOT / "tests" / "kernels"
-# Arithmetic on the CPU, which needs hypothesis; compilation for all architectures, which takes longer than the rest.
-NOT_ON_A_GPU = ("test_plan.py", "test_aot.py")
-STEPS = "steps"
+BEGAN = time.monotonic()
+PROBE = 90  # seconds at most in which torch must be imported and the device found
+LOCK = 10  # seconds in which the processes of a killed run are gone
 
 
 def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with locked(args.out) as lock:
+        execute = Processes(args.out, lock)
+        flags = ["--cpu"] * args.cpu + (["--commit", args.commit] if args.commit else [])
+        ended = execute(
+            Stage("probe", "", 1, []),
+            Unit("all", lambda limit: [sys.executable, str(HERE / "probe.py"), str(args.out), *flags], "probe.jsonl"),
+            min(PROBE, args.budget),
+        )
+        if problem := problem_of(ended):
+            print(f"benchmarks/gpu.py: {problem}", file=sys.stderr)
+            return ended.code or 1
+        chosen = [name for name in args.only if name in NAMES]
+        ops = [name for name in args.only if name in OPS]
+        if ops and not chosen:
+            chosen = ["warm", "smoke", "ops", "tests"]
+        driver = Driver(args.out, args.budget, began=BEGAN, again=args.again, execute=execute, say=say)
+        driver.run(stages(args.out, cpu=args.cpu, only=chosen, ops=ops))
+        say(summary.text(args.out))
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    known = (*OPS, STEPS)
-    parser.add_argument("--only", type=one_of(known), default=[], help=f"of {','.join(known)} (default: all)")
-    parser.add_argument("--shape", default="", help="e.g. 124m,llama-1b (default: 254m for ops, all for steps)")
-    parser.add_argument("--commit", help="of this code, where it is not a git checkout")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: the committed)")
-    args = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("benchmarks/gpu.py: no CUDA device here; nothing was run", file=sys.stderr)
-        return 1
-    where = environment()
-    commit = args.commit or where["commit"]
-    if not commit:
-        parser.error("not a git checkout: name the commit with --commit")
-    only = args.only
-    ops = [name for name in only if name != STEPS]
-    code, outcome = run(test_command([] if STEPS in only else ops))
-    if code:
-        print(f"benchmarks/gpu.py: red tests ({outcome}); nothing was timed, nothing written", file=sys.stderr)
-        return code
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for command in [ops_command] * bool(ops or not only) + [steps_command] * (STEPS in only or not only):
-            measured = Path(folder) / "rows.jsonl"
-            code, _ = run(command(ops, args.shape, measured))
-            if code:
-                print(f"benchmarks/gpu.py: {command.__name__} ended with {code}", file=sys.stderr)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--budget", type=seconds, default=540.0, help="seconds for all stages (default 540)")
+    known = (*NAMES, *OPS)
+    parser.add_argument("--only", type=names(known), default=[], help=f"stages and ops, of {','.join(known)}")
+    parser.add_argument("--cpu", action="store_true", help="every stage on small shapes, without a GPU")
+    parser.add_argument("--again", action="store_true", help="run what failed in an earlier run once more")
+    parser.add_argument(
+        "--commit", help="of this code, where it is not a git checkout (default: a hash of the sources)"
+    )
+    return parser.parse_args(arguments)
+
+
+def names(known: tuple[str, ...]):
+    def parse(text: str) -> list[str]:
+        found = text.split(",")
+        if unknown := [name for name in found if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+        return found
+
+    return parse
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
+    return value
+
+
+def problem_of(ended: Ended) -> str | None:
+    if ended.code == 0:
+        return None
+    if ended.cut:
+        return f"importing torch and finding the device took longer than {PROBE} s"
+    return (ended.tail.strip().splitlines() or [f"the probe ended with {ended.code}"])[-1]
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """One run at a time in a folder. The lock is that of the stages' processes too: those of a run that was killed are
+    gone when this returns. Raises SystemExit where another run holds it for more than `LOCK` seconds."""
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+    ends = time.monotonic() + LOCK
+    try:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            rows += [{**row, "commit": commit, "tests": outcome} for row in read_rows(measured)]
-    if not rows:
-        return code
-    path = args.results / slug(where["device"]) / f"{where['time'][:10]}_{slug(commit)}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print(f"wrote {path}")
-    return code
+            except BlockingIOError:
+                if time.monotonic() > ends:
+                    raise SystemExit(f"benchmarks/gpu.py: another run is writing to {folder}") from None
+                time.sleep(0.05)
+        yield lock
+    finally:
+        os.close(lock)
 
 
-def test_command(only: list[str]) -> list[str]:
-    """pytest without the plugins that pyproject.toml has options for."""
-    files = [file for op in only for file in sorted(TESTS.glob(f"test_{op}*.py"))]
-    files = files or sorted(set(TESTS.glob("test_*.py")) - _left_out())
-    options = ["-o", "addopts=--import-mode=importlib -ra", "-p", "no:cacheprovider", "-q"]
-    return [sys.executable, "-m", "pytest", *options, *map(str, files)]
-
-
-def _left_out() -> set[Path]:
-    return {TESTS / name for name in NOT_ON_A_GPU}
-
-
-def ops_command(only: list[str], shape: str, to: Path) -> list[str]:
-    choice = ["--only", ",".join(only)] if only else []
-    return [*_script("ops.py"), *choice, "--shape", shape or "254m", "--json", str(to)]
-
-
-def steps_command(only: list[str], shape: str, to: Path) -> list[str]:
-    return [*_script("steps.py"), *(["--shape", shape] if shape else []), "--json", str(to)]
-
-
-def _script(name: str) -> list[str]:
-    return [sys.executable, str(ROOT / "benchmarks" / name)]
-
-
-def run(command: list[str]) -> tuple[int, str]:
-    """Exit status and last line; what the command prints is shown as it comes."""
-    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("SGTM_")}
-    paths = [str(ROOT / "kernels"), str(ROOT), *filter(None, [environ.get("PYTHONPATH")])]
-    environ["PYTHONPATH"] = os.pathsep.join(paths)
-    last = ""
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            last = line.strip() or last
-    return process.returncode, last
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+def say(text: str) -> None:
+    print(text, flush=True)
 
 
 if __name__ == "__main__":

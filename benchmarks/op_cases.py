@@ -1,4 +1,4 @@
-"""The masked ops as they are timed: inputs, our call, the best public equivalents, and the work each mask leaves.
+"""The masked ops as they are timed and checked: inputs, our call, the best public equivalents, the work of each mask.
 
 Shapes and masks are those of sgtm_kernels/shapes.py. Needs torch and `sgtm_kernels`, nothing of `sgtm`.
 """
@@ -25,6 +25,7 @@ from sgtm_kernels.mlp import gelu, linear_gelu, swiglu
 from sgtm_kernels.norm import layer_norm, rms_norm
 from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.shapes import FORGET, NONE, UNLABELED, Shape
+from sgtm_kernels.testing import poisoned_memory
 from sgtm_kernels.timing import Way
 
 
@@ -36,14 +37,17 @@ def forget_share(plan: MaskPlan) -> float:
 class Case:
     """One op on its inputs, forward and backward.
 
-    ours    (plan, backend) -> a call of ours
-    public  calls of public code that do the same unmasked
-    work    plan -> (floating-point operations of matmuls, bytes moved at least) that this mask leaves to do
+    ours     (plan, backend) -> a call of ours
+    public   calls of public code that do the same unmasked
+    work     plan -> (floating-point operations of matmuls, bytes moved at least) that this mask leaves to do
+    results  (plan, backend, dtype) -> what our call computes from the same inputs in this dtype, by name, in memory
+             that is NaN where nothing was written
     """
 
     ours: Callable[[MaskPlan, str], Way]
     public: dict[str, Way]
     work: Callable[[MaskPlan], tuple[float, float]]
+    results: Callable[[MaskPlan, str, torch.dtype], dict[str, torch.Tensor]]
 
 
 class Inputs:
@@ -71,6 +75,28 @@ def both(function: Callable[..., torch.Tensor], leaves: list[torch.Tensor], dy: 
     return lambda: torch.autograd.grad(function(*leaves), leaves, dy)
 
 
+def differentiable(
+    op: Callable[[MaskPlan, str], Callable[..., torch.Tensor]],
+    leaves: dict[str, torch.Tensor],
+    dy: torch.Tensor,
+    public: dict[str, Way],
+    work: Callable[[MaskPlan], tuple[float, float]],
+) -> Case:
+    """A case of a function of `leaves`: `op(plan, backend)` is the function."""
+
+    def ours(plan: MaskPlan, backend: str) -> Way:
+        return both(op(plan, backend), list(leaves.values()), dy)
+
+    def results(plan: MaskPlan, backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        inputs = [x.detach().to(dtype).requires_grad_() for x in leaves.values()]
+        with poisoned_memory():
+            out = op(plan, backend)(*inputs)
+            gradients = torch.autograd.grad(out, inputs, dy.to(out.dtype))
+        return {"out": out.detach()} | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+    return Case(ours, public, work, results)
+
+
 def _updating(tokens) -> int:
     return sum(end - start for start, end, _ in tokens.slices)
 
@@ -82,12 +108,14 @@ def linear(s: Shape, make: Inputs, side: str) -> Case:
     bounds = (0, fold * (s.neurons - s.forget_neurons), rows)
     x = make.random(s.batch, s.seq_len, s.width if side == "in" else rows)
     weight = make.random(rows, s.width)
-    leaves = [x, weight] if s.gated else [x, weight, make.random(rows if side == "in" else s.width)]
+    leaves = {"x": x, "weight": weight}
+    if not s.gated:
+        leaves["bias"] = make.random(rows if side == "in" else s.width)
     dy = make.random(s.batch, s.seq_len, rows if side == "in" else s.width, learned=False)
     op, part = (linear_in, "mlp_in") if side == "in" else (linear_out, "mlp_out")
 
     def ours(plan, backend):
-        return both(lambda x, w, b=None: op(x, w, b, plan, part, bounds, backend), leaves, dy)
+        return lambda x, w, b=None: op(x, w, b, plan, part, bounds, backend)
 
     def work(plan):
         dw = sum((r.end - r.start) * _updating(r.tokens) for r in plan.rows(part, bounds)) / (rows * s.tokens)
@@ -95,7 +123,7 @@ def linear(s: Shape, make: Inputs, side: str) -> Case:
         return (2 + dw) * 2 * s.tokens * rows * s.width, (2 + dw) * each * x.element_size()
 
     plain = F.linear if side == "in" else lambda x, w, b=None: F.linear(x, w.t(), b)
-    return Case(ours, {"F.linear": both(plain, leaves, dy)}, work)
+    return differentiable(ours, leaves, dy, {"F.linear": both(plain, list(leaves.values()), dy)}, work)
 
 
 def mlp(s: Shape, make: Inputs) -> Case:
@@ -110,8 +138,10 @@ def mlp(s: Shape, make: Inputs) -> Case:
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    return Case(
-        lambda plan, backend: both(lambda x: op(x, plan, bounds, backend), [x], dy),
+    return differentiable(
+        lambda plan, backend: lambda x: op(x, plan, bounds, backend),
+        {"x": x},
+        dy,
         make.public("F.silu" if s.gated else "F.gelu", plain, [x], dy),
         lambda plan: (0, (3 * x.numel() + 2 * dy.numel()) * x.element_size()),
     )
@@ -122,16 +152,21 @@ def mlp_in(s: Shape, make: Inputs) -> Case:
     bounds = (0, s.neurons - s.forget_neurons, s.neurons)
     x, weight, bias = make.random(s.batch, s.seq_len, s.width), make.random(s.neurons, s.width), make.random(s.neurons)
     dy = make.random(s.batch, s.seq_len, s.neurons, learned=False)
-    leaves = [x, weight, bias]
+    leaves = {"x": x, "weight": weight, "bias": bias}
 
     def work(plan):
         dw = sum((r.end - r.start) * _updating(r.tokens) for r in plan.rows("mlp_in", bounds)) / (s.neurons * s.tokens)
         each = s.tokens * s.neurons + s.tokens * s.width + s.neurons * s.width
         return (2 + dw) * 2 * s.tokens * s.neurons * s.width, ((2 + dw) * each + 5 * dy.numel()) * x.element_size()
 
-    return Case(
-        lambda plan, backend: both(lambda *inputs: linear_gelu(*inputs, plan, bounds, backend), leaves, dy),
-        make.public("F.gelu of F.linear", lambda *inputs: F.gelu(F.linear(*inputs), approximate="tanh"), leaves, dy),
+    def plain(*inputs):
+        return F.gelu(F.linear(*inputs), approximate="tanh")
+
+    return differentiable(
+        lambda plan, backend: lambda *inputs: linear_gelu(*inputs, plan, bounds, backend),
+        leaves,
+        dy,
+        make.public("F.gelu of F.linear", plain, list(leaves.values()), dy),
         work,
     )
 
@@ -153,7 +188,7 @@ def attend(s: Shape, make: Inputs, window: int | None = None, documents: int = 1
 
     def ours(plan, backend):
         plan = cut(plan)
-        return both(lambda qkv: attention(qkv, layout, plan, scale=scale, window=window, backend=backend), [qkv], dy)
+        return lambda qkv: attention(qkv, layout, plan, scale=scale, window=window, backend=backend)
 
     visible = Visible(cut(MaskPlan.uniform(NONE, UNLABELED, s.batch, s.seq_len)), window)
 
@@ -182,24 +217,26 @@ def attend(s: Shape, make: Inputs, window: int | None = None, documents: int = 1
         pairs = documents * (length * seen - seen**2 / 2)  # of queries and keys; without cuts half of the square
         return heads * 14 * pairs * s.head_dim, (3 * qkv.numel() + 3 * dy.numel()) * qkv.element_size()
 
-    return Case(ours, public, work)
+    return differentiable(ours, {"qkv": qkv}, dy, public, work)
 
 
 def norm(s: Shape, make: Inputs) -> Case:
     x, weight = make.random(s.batch, s.seq_len, s.width), make.random(s.width)
     dy = make.random(s.batch, s.seq_len, s.width, learned=False)
-    leaves = [x, weight] if s.gated else [x, weight, make.random(s.width)]
+    leaves = {"x": x, "weight": weight}
+    if not s.gated:
+        leaves["bias"] = make.random(s.width)
 
     def ours(plan, backend):
         if s.gated:
-            return both(lambda x, w: rms_norm(x, w, 1e-5, plan, "norm", backend), leaves, dy)
-        return both(lambda x, w, b: layer_norm(x, w, b, 1e-5, plan, "norm", backend), leaves, dy)
+            return lambda x, w: rms_norm(x, w, 1e-5, plan, "norm", backend)
+        return lambda x, w, b: layer_norm(x, w, b, 1e-5, plan, "norm", backend)
 
     def plain(x, w, b=None):
         return F.rms_norm(x, (s.width,), w, 1e-5) if s.gated else F.layer_norm(x, (s.width,), w, b, 1e-5)
 
-    public = make.public("F.rms_norm" if s.gated else "F.layer_norm", plain, leaves, dy)
-    return Case(ours, public, lambda plan: (0, 5 * x.numel() * x.element_size()))
+    public = make.public("F.rms_norm" if s.gated else "F.layer_norm", plain, list(leaves.values()), dy)
+    return differentiable(ours, leaves, dy, public, lambda plan: (0, 5 * x.numel() * x.element_size()))
 
 
 def embed(s: Shape, make: Inputs) -> Case:
@@ -210,8 +247,10 @@ def embed(s: Shape, make: Inputs) -> Case:
         rows = 2 * s.tokens + _updating(plan.joint("embedding")) + s.vocab
         return 0, rows * s.width * weight.element_size()
 
-    return Case(
-        lambda plan, backend: both(lambda w: embedding(ids, w, plan, "embedding", backend), [weight], dy),
+    return differentiable(
+        lambda plan, backend: lambda w: embedding(ids, w, plan, "embedding", backend),
+        {"weight": weight},
+        dy,
         {"F.embedding": both(lambda w: F.embedding(ids, w), [weight], dy)},
         work,
     )
@@ -222,10 +261,7 @@ def cross_entropy(s: Shape, make: Inputs) -> Case:
     targets, one = make.integers(s.vocab, s.batch, s.seq_len), torch.ones((), device=make.device)
 
     def ours(plan, backend):
-        def loss(x, w):
-            return linear_cross_entropy(x, w, None, targets, plan, 1 / s.tokens, backend)[0]
-
-        return both(loss, [x, weight], one)
+        return lambda x, w: linear_cross_entropy(x, w, None, targets, plan, 1 / s.tokens, backend)[0]
 
     def plain(x, w):
         return F.cross_entropy(F.linear(x, w).flatten(0, 1).float(), targets.flatten())
@@ -242,7 +278,7 @@ def cross_entropy(s: Shape, make: Inputs) -> Case:
         dw = _updating(plan.joint("head")) / s.tokens
         return (2 + dw) * matmul, (2 * x.numel() + (2 + (dw > 0)) * weight.numel()) * x.element_size()
 
-    return Case(ours, public, work)
+    return differentiable(ours, {"x": x, "weight": weight}, one, public, work)
 
 
 def optimize(s: Shape, make: Inputs) -> Case:
@@ -255,11 +291,18 @@ def optimize(s: Shape, make: Inputs) -> Case:
     def live(plan):
         return [(r.start, r.end) for r in plan.rows("mlp_in", bounds) if r.tokens.slices]
 
-    def ours(plan, backend):
+    def ours(plan, backend, sets=sets, lr=1e-6):
         updates = [
             Update(*(t[start:end].view(-1) for t in tensors), 10, 0.1) for tensors in sets for start, end in live(plan)
         ]
-        return lambda: adamw(updates, 1e-6, betas, 1e-8, backend)
+        return lambda: adamw(updates, lr, betas, 1e-8, backend)
+
+    def results(plan, backend, dtype):
+        copies = [[t.to(torch.promote_types(dtype, torch.float32), copy=True) for t in tensors] for tensors in sets]
+        with poisoned_memory():
+            ours(plan, backend, copies, lr=1e-2)()
+        names = ("weight", "gradient", "exp_avg", "exp_avg_sq")
+        return {name: torch.stack(tensors) for name, tensors in zip(names, zip(*copies, strict=True), strict=True)}
 
     def plain():
         columns = [list(column) for column in zip(*sets, strict=True)]
@@ -271,7 +314,7 @@ def optimize(s: Shape, make: Inputs) -> Case:
     def work(plan):
         return 0, 7 * 4 * len(sets) * s.width * sum(end - start for start, end in live(plan))
 
-    return Case(ours, {"torch AdamW, fused": plain}, work)
+    return Case(ours, {"torch AdamW, fused": plain}, work, results)
 
 
 CASES: dict[str, dict[str, Callable[[Shape, Inputs], Case]]] = {

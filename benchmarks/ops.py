@@ -1,6 +1,6 @@
 """What each masked op costs: against the same code with nothing masked, against public code, and of the roofline.
 
-    python benchmarks/ops.py [--only linear,mlp] [--backend runs,triton] [--shape 254m] [--json FILE]
+    python benchmarks/ops.py [--only linear,mlp] [--backend runs,triton] [--shape 254m] [--mask MASK,...] [--json FILE]
 
 For every op, forward and backward of one layer: in every round each way of doing it takes its turn, ours under each
 mask and the public ones, so that ratios are of times of the same round. A row is one mask in one backend:
@@ -12,8 +12,9 @@ mask and the public ones, so that ratios are of times of the same round. A row i
                      copy, timed in the same rounds
 
 each as p20/p50/p80. On CUDA with events. `--only` takes ops, `--backend` those to compare (by default all that run
-here); the masks are in sgtm_kernels/shapes.py, the work in op_cases.py. Needs nothing but torch, numpy and
-`sgtm_kernels`.
+here); the masks are in sgtm_kernels/shapes.py, the work in op_cases.py. The rows of a variant are appended to FILE as
+soon as it is measured; a variant that has rows there is not measured again, and one that fails gets a row that says
+so. Needs nothing but torch, numpy and `sgtm_kernels`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 from arguments import FAST, add_measuring, one_of
-from environment import percentiles, write_rows
+from environment import environment, healthy, percentiles
+from journal import ENVIRONMENT, FAILED, Items, Journal
 from op_cases import CASES, Case, Inputs, forget_share
 from roofline import COPY, MATMUL, Roofline
 
@@ -34,6 +36,7 @@ from sgtm_kernels.shapes import SHAPES, Shape, plans
 from sgtm_kernels.timing import Clock
 
 BASE = "unmasked"
+SLOW = ("attention, window", "attention, documents")  # whose public calls compile longest: last
 
 
 def main() -> int:
@@ -41,6 +44,10 @@ def main() -> int:
     parser.add_argument("--only", type=one_of(CASES), default=list(CASES), help=f"ops, of {','.join(CASES)}")
     add_measuring(parser, "op", rounds=40, seconds=8)
     parser.add_argument("--shape", type=one_of(SHAPES), default=["254m"], help=f"of {','.join(SHAPES)} (default 254m)")
+    known = list(plans(SHAPES["254m"]))
+    parser.add_argument(
+        "--mask", type=one_of(known), default=known, help=f"of {','.join(known)}; {BASE} always".replace("%", "%%")
+    )
     args = parser.parse_args()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     for backend in args.backend or ():
@@ -48,19 +55,31 @@ def main() -> int:
             if problem := missing(op, backend):
                 parser.error(f"--backend {backend}: {problem}")
     torch.manual_seed(0)
-    clock, roofline, rows = Clock(args.device), Roofline(args.device, dtype), []
+    clock, roofline, items = Clock(args.device), Roofline(args.device, dtype), items_of(args)
+    failed = False
     for name in args.shape:
-        for op in args.only:
-            backends = [b for b in args.backend or FAST if not missing(op, b)]
-            for variant, build in CASES[op].items():
-                shape = SHAPES[name]
+        variants = [(op, variant, build) for op in args.only for variant, build in CASES[op].items()]
+        for op, variant, build in sorted(variants, key=lambda found: found[1] in SLOW):  # stable
+
+            def rows(op=op, variant=variant, build=build, name=name) -> list[dict]:
+                shape, backends = SHAPES[name], [b for b in args.backend or FAST if not missing(op, b)]
                 measured = measure(build(shape, Inputs(args.device, dtype)), shape, backends, clock, roofline, args)
-                head = {"op": op, "variant": variant, "shape": name, "dtype": args.dtype}
-                rows += [head | row for row in measured]
                 show(f"{variant}, {name}, {args.dtype}", measured)
-    if args.json:
-        write_rows(args.json, rows)
-    return 0
+                head = {"op": op, "variant": variant, "shape": name, "dtype": args.dtype}
+                return [head | row for row in measured]
+
+            found = items.measure(f"{variant}, {name}, {args.dtype}", rows)
+            failed |= any(row["outcome"] == FAILED for row in found)
+            healthy()  # frees
+    return int(failed)
+
+
+def items_of(args: argparse.Namespace) -> Items:
+    """Rows go to `--json`, with the environment beside it where a run wrote one, else with that of this process."""
+    if args.json is None:
+        return Items(None, healthy)
+    beside = args.json.parent / ENVIRONMENT
+    return Items(Journal(args.json, None if beside.exists() else environment()), healthy)
 
 
 def missing(op: str, backend: str) -> str | None:
@@ -72,7 +91,7 @@ def missing(op: str, backend: str) -> str | None:
 
 def measure(case: Case, shape: Shape, backends: list[str], clock: Clock, roofline: Roofline, args) -> list[dict]:
     """Rows of one op: the public calls, then every backend under every mask."""
-    masks = plans(shape)
+    masks = {mask: plan for mask, plan in plans(shape).items() if mask in (BASE, *args.mask)}
     ours = {(backend, mask): case.ours(plan, backend) for backend in backends for mask, plan in masks.items()}
     public = {name: way for name, way in case.public.items() if works(name, way)}
     times = clock.rounds({**public, **ours, **roofline.ways}, args.rounds, args.seconds)

@@ -19,7 +19,7 @@ OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --mask
 SOURCE = "PRESET|FILE.yaml", "preset (see sgtm config) or file"
 OPTIONS = {
     "train": ("resume", "overwrite"),
-    "bench": ("rounds", "json", "tune"),
+    "bench": ("rounds", "json", "peers", "tune"),
     "profile": ("steps", "out", "kernel", "no-trace"),
     "doctor": ("json", "check"),
     "plan": ("nodes", "gpus", "memory", "tflops", "inside", "between", "reached", "sustained", "json"),
@@ -153,6 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--rounds", type=_positive, default=15, metavar="N", help="steps of each row (default: 15)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write one JSON object per row")
+    bench.add_argument(
+        "--peers", action="store_true", help="compare with Hugging Face's model of this shape as well, unmasked"
+    )
     bench.add_argument(
         "--tune",
         action="store_true",
@@ -288,9 +291,9 @@ def _bench(options) -> None:
 
     config = load_config(options.config, options.overrides)
 
-    from sgtm.bench import bench
+    from sgtm.bench.command import bench
 
-    bench(config, options.rounds, options.json, options.tune)
+    bench(config, options.rounds, options.json, options.tune, options.peers)
 
 
 def _profile(options) -> None:

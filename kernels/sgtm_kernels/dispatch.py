@@ -24,8 +24,11 @@ BACKENDS = ("reference", "runs", "triton")
 # Environment variables that choose inside a backend, and what they may name.
 WAYS = {"SGTM_ATTENTION": ("sdpa", "flash_attn", "flex"), "SGTM_LINEAR": ("masked", "rectangles")}
 FALLBACK = "runs"  # runs everywhere
+# Ops of a transformer block, which `torch.compile` captures: in a graph `runs` has a module of its own for them.
+CAPTURED = ("linear", "mlp", "attention", "norm")
 _MODULES = {"triton": "kernel"}  # of an op's folder, where it is not the backend's name
 _LOADED: dict[tuple[str, str], ModuleType] = {}
+_FALLEN: set[tuple[str, str]] = set()  # ops and backends that FALLBACK serves
 
 
 def resolve(name: str = "auto", dtype: torch.dtype | None = None, device: str | None = None) -> str:
@@ -84,7 +87,11 @@ def unusable(backend: str, dtype: torch.dtype | None = None) -> str | None:
 
 
 def pick(op: str, backend: str) -> ModuleType:
-    """The module of one op in one (resolved) backend."""
+    """The module of one op in one (resolved) backend; inside a graph of `torch.compile` the one that it captures."""
+    if (op, backend) in _FALLEN:
+        backend = FALLBACK
+    if backend == FALLBACK and op in CAPTURED and torch.compiler.is_compiling():
+        return _LOADED[op, "compiled"]
     if (op, backend) not in _LOADED:
         if op not in OPS or backend not in BACKENDS:
             known = f"ops: {', '.join(OPS)}; backends: {', '.join(BACKENDS)}"
@@ -95,25 +102,26 @@ def pick(op: str, backend: str) -> ModuleType:
 
 def fall_back(op: str, backend: str) -> None:
     """From now on, in this process, `runs` serves this op where `backend` is picked."""
-    _LOADED[op, backend] = pick(op, FALLBACK)
+    pick(op, FALLBACK)
+    _FALLEN.add((op, backend))
 
 
 def served(backend: str) -> str:
     """The backend, and the ops that have fallen back: `triton`, or `triton (attention, norm by runs)`."""
-    fallen = [op for op in OPS if backend != FALLBACK and pick(op, backend) is pick(op, FALLBACK)]
+    fallen = [op for op in OPS if (op, backend) in _FALLEN]
     return f"{backend} ({', '.join(fallen)} by {FALLBACK})" if fallen else backend
 
 
 @contextmanager
 def replaced(modules: dict[tuple[str, str], ModuleType]) -> Iterator[None]:
     """Inside, these serve the ops and backends that are their keys."""
-    before = dict(_LOADED)
+    before, fallen = dict(_LOADED), set(_FALLEN)
     _LOADED.update(modules)
     try:
         yield
     finally:
-        _LOADED.clear()
-        _LOADED.update(before)
+        _LOADED.clear(), _FALLEN.clear()
+        _LOADED.update(before), _FALLEN.update(fallen)
 
 
 def load(backend: str) -> None:
@@ -125,6 +133,8 @@ def load(backend: str) -> None:
         way(variable)
     for op in OPS:
         pick(op, backend)
+    for op in CAPTURED:
+        _LOADED[op, "compiled"] = import_module(module_name(op, "compiled"))
 
 
 def module_name(op: str, backend: str) -> str:

@@ -21,6 +21,8 @@ from weakref import finalize
 
 import torch
 
+from sgtm_kernels.signature import Signature, signature_of
+
 PARTS = ("attn_in", "attn_out", "mlp_in", "mlp_out")
 KINDS = ("attn_out_bias", "mlp_out_bias", "norm", "final_norm", "embedding", "position", "head", "head_bias")
 
@@ -142,6 +144,7 @@ class MaskPlan:
                arguments are tensors and numbers, and a compiled graph serves every plan only if it sees no number
                of it. `plan_of` gives the plan back, for as long as the handle lives: a graph that saves the handle
                for its backward pass has the plan then, whoever else has dropped it
+    signature  what a compiled graph depends on
     """
 
     tables: Tables
@@ -149,6 +152,7 @@ class MaskPlan:
     batch: int
     seq_len: int
     documents: tuple[tuple[int, int], ...] | None = None
+    signature: Signature = field(init=False, repr=False)
     handle: torch.Tensor = field(init=False, repr=False)
     _cache: dict = field(default_factory=dict, repr=False)
 
@@ -166,6 +170,9 @@ class MaskPlan:
                 )
         if any(not 0 <= run.label < len(self.tables.labels) for run in self.runs):
             raise ValueError(f"runs {self.runs} name a label outside {self.tables.labels}")
+        # A plain attribute: a compiled graph has a guard on each boolean that it reads.
+        signature = signature_of(self.tables, self.present, self.documents is not None)
+        object.__setattr__(self, "signature", signature)
         number = next(_NUMBERS)
         _PLANS[number] = twin = object.__new__(type(self))  # without a handle: it must not keep itself alive
         twin.__dict__.update(self.__dict__)

@@ -1,12 +1,13 @@
 """Time the candidates of every tunable on this GPU, and write the table that later processes take them from.
 
-    python -m sgtm_kernels.tune [--only attention,linear] [--shape 124m,254m] [--table FILE]
+    python -m sgtm_kernels.tune [--only attention,linear] [--shape 124m,254m] [--table FILE] [--resume]
 
 The ops run as a model calls them, forward or backward, at the shapes of shapes.py, in bf16; every choice that has
 candidates for its key is tried. In each round every candidate takes its turn, in an order that changes. A candidate
 replaces the heuristic only if it is faster by more than the noise: if the p80 of its time over the heuristic's of the
 same round is below 1; of several, the one with the smallest median of that ratio. Prints what was found and writes
-kernels/sgtm_kernels/tuned/<device>.json; entries of an earlier table that were not measured now are kept.
+kernels/sgtm_kernels/tuned/<device>.json after every choice; entries of an earlier table that were not measured now are
+kept, and with `--resume` none of them is measured again.
 Needs torch and Triton, and a CUDA device.
 """
 
@@ -30,7 +31,7 @@ from triton.runtime.errors import OutOfResources
 from sgtm_kernels.attention import attention
 from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.linear import linear_in, linear_out
-from sgtm_kernels.measurement import environment
+from sgtm_kernels.measurement import cpu_model, environment
 from sgtm_kernels.mlp import gelu, swiglu
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan, merge_runs
 from sgtm_kernels.shapes import FORGET, NONE, SGTM, SHAPES, UNLABELED, Shape
@@ -63,6 +64,10 @@ def tune(
     *,
     rounds: int = 40,
     seconds: float = 4.0,
+    resume: bool = False,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    decided: Callable[[Choice, Found], None] = lambda at, found: None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Tune the ops `only` (default: all that have candidates) on this CUDA device; returns the table that was written.
@@ -70,6 +75,9 @@ def tune(
     shapes   of what is launched, or names of some in shapes.py
     table    where to (default: tuned/<device>.json); commit: of this code, where it is not a git checkout
     rounds   of a choice; fewer, but at least three, where `seconds` are over before
+    resume   choices that the table has are not measured
+    device   default: the current CUDA device; a CPU only in Triton's interpreter, to try the tuner out
+    decided  called with every choice once the table has it
 
     Raises ValueError without a CUDA device, for an unknown op or shape, and for a table of another device; OSError
     where the table cannot be written, before anything is measured.
@@ -77,29 +85,56 @@ def tune(
     for kind, names, known in (("op", only, CASES), ("shape", shapes, SHAPES)):
         if unknown := [name for name in names if isinstance(name, str) and name not in known]:
             raise ValueError(f"unknown {kind} {unknown[0]!r}; known: {', '.join(known)}")
-    if not torch.cuda.is_available():
-        raise ValueError("tuning needs a CUDA device and there is none here; without a table the heuristics hold")
-    device, name = torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
+    if device is None:
+        if not torch.cuda.is_available():
+            raise ValueError("tuning needs a CUDA device and there is none here; without a table the heuristics hold")
+        device = torch.device("cuda", torch.cuda.current_device())
+    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu_model()
     path = table or path_of(name)
     kept = entries_of(path, name)
     unfinished_of(path).touch()
     unfinished_of(path).unlink()
     found: dict[Choice, Found] = {}
+    measured: dict[Choice, Found] = {}
+    source = {**provenance(), **({"commit": commit} if commit else {})}
+
+    def save(at: Choice) -> None:
+        measured[at] = found[at]
+        write(path, name, kept, measured, source)
+        table_of.cache_clear()
+        decided(at, found[at])
+
     torch.manual_seed(0)
     for shape in shapes:
         for op in only or CASES:
-            for way in CASES[op](SHAPES[shape] if isinstance(shape, str) else shape, device, torch.bfloat16):
-                tune_call(way, Clock(device), found, rounds, seconds, say)
-    write(path, name, kept, found, {**provenance(), **({"commit": commit} if commit else {})})
+            for way in CASES[op](SHAPES[shape] if isinstance(shape, str) else shape, device, dtype):
+                tune_call(way, Clock(device), found, rounds, seconds, say, kept if resume else {}, save)
+    write(path, name, kept, measured, source)
     table_of.cache_clear()
     say(f"wrote {path}")
     return path
 
 
-def tune_call(way: Way, clock: Rounds, found: dict[Choice, Found], rounds: int, seconds: float, say) -> None:
-    """Decide every choice that a call makes and that is not in `found` yet, and add it there."""
+def tune_call(
+    way: Way,
+    clock: Rounds,
+    found: dict[Choice, Found],
+    rounds: int,
+    seconds: float,
+    say: Callable[[str], None],
+    table: dict[str, dict[str, dict]] | None = None,
+    save: Callable[[Choice], None] = lambda at: None,
+) -> None:
+    """Decide every choice that a call makes and that is not in `found` yet, and add it there.
+
+    table  entries of a table: a choice that it has is taken from there, not measured
+    save   called with a choice that was measured
+    """
     for at, candidates, given in choices(way):
         if at in found or len(candidates) == 1:
+            continue
+        if before := recalled(table or {}, at, candidates):
+            found[at] = before
             continue
         best = {choice: result.config for choice, result in found.items()}
         ways = {str(c): partial(_forced, way, {**best, **given, at: c}) for c in candidates}
@@ -109,6 +144,7 @@ def tune_call(way: Way, clock: Rounds, found: dict[Choice, Found], rounds: int, 
             f"{at[0]:26} {written(at[1]):22} {result.p50 * 1e6:9.1f} us, heuristic {result.heuristic_p50 * 1e6:9.1f} us"
             f"  {result.config}"
         )
+        save(at)
 
 
 def choices(way: Way) -> list[tuple[Choice, list[NamedTuple], dict[Choice, NamedTuple]]]:
@@ -135,6 +171,15 @@ def choices(way: Way) -> list[tuple[Choice, list[NamedTuple], dict[Choice, Named
 
     visit({})
     return found
+
+
+def recalled(entries: dict[str, dict[str, dict]], at: Choice, candidates: Sequence[NamedTuple]) -> Found | None:
+    """What a table has for a choice; None where it has nothing, or what is no candidate any more."""
+    entry = entries.get(at[0], {}).get(written(at[1]))
+    for config in candidates:
+        if entry and config._asdict() == entry["config"]:
+            return Found(config, *(entry[f"{which}p50_microseconds"] / 1e6 for which in ("", "heuristic_")))
+    return None
 
 
 def decide(candidates: Sequence[NamedTuple], times: Sequence[Sequence[float]]) -> Found:
@@ -273,10 +318,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", default=",".join(SHAPE_NAMES), help=f"of {','.join(SHAPES)}")
     parser.add_argument("--table", type=Path, help="file to write (default: this device's, beside the kernels)")
     parser.add_argument("--commit", help="of this code, where it is not a git checkout")
+    parser.add_argument("--resume", action="store_true", help="measure nothing that the table has")
     args = parser.parse_args(arguments)
     only = [op for op in args.only.split(",") if op]
     try:
-        tune(only, args.shape.split(","), args.table, args.commit)
+        tune(only, args.shape.split(","), args.table, args.commit, resume=args.resume)
     except (ValueError, OSError) as error:
         print(f"sgtm_kernels.tune: {error}", file=sys.stderr)
         return 1

@@ -168,6 +168,10 @@ class TrainConfig(Section):
     micro_batch: PositiveInt = 8
     """Sequences of a micro-batch on one rank."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    compile: Literal["off", "blocks"] = "off"
+    """`blocks`: `torch.compile` every transformer block, before the first step. Losses then differ by rounding. A CPU
+    needs a C++ compiler for it, CUDA Triton and a C compiler. ZeRO 3 then gathers the weights of a block at once. `off`
+    is the default because the gain on a GPU has not been measured."""
     seed: NonNegativeInt = 0
     """Of the initial weights."""
     init_from: str | None = None

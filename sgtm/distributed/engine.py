@@ -11,7 +11,7 @@ ranks:
 - what the step may not update is left bitwise alone (sgtm/train/optim.py);
 - a step whose gradient, or one of whose losses, is not finite changes nothing on any rank, and `finite` is False then.
 
-A step has one reduction of its own, of the gradient's norm and the wish to stop, and reads the device once, for both
+A step has one reduction of its own, of the gradient's norm and the stop flag, and reads the device once, for both
 (sgtm/distributed/agreement.py); AdamW clips (takeover.py has what that replaces in DeepSpeed).
 
 ZeRO 0 in bf16: DeepSpeed's own accumulates and reduces gradients in bf16, so that contributions of late micro-batches
@@ -51,6 +51,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.utils import set_z3_leaf_module
 
 from sgtm.config.schema import Config, DistributedConfig
 from sgtm.distributed.agree import on_every_rank
@@ -141,6 +142,9 @@ class Engine:
         backend = kernel_backend(config)
         if config.distributed.offload_optimizer and backend == "triton":
             backend = "runs"  # the optimizer's tensors are the host's
+        if config.train.compile == "blocks" and config.distributed.zero_stage == 3:
+            for block in module.blocks:  # gathered at once: a hook on a part of a block would cut its graph
+                set_z3_leaf_module(block, True)
         self.optimizer = SegmentedAdamW(parameters.values(), config.optimizer, backend)
         with _quiet():
             self._deepspeed, *_ = deepspeed.initialize(
@@ -234,12 +238,12 @@ class Engine:
 
     @property
     def stopping(self) -> bool:
-        """Whether `stop_if` was true on any rank when the last step's gradient was complete; the same on all ranks."""
+        """Whether the stop flag was set on any rank when the last step's gradient was complete; the same on all."""
         return self._agreement.stopping
 
-    def stop_if(self, wish: Callable[[], bool]) -> None:
-        """Have every step ask this rank whether to stop, and tell all ranks by `stopping`: no collective of its own."""
-        self._agreement.stop = wish
+    def stop_if(self, flag: Callable[[], bool]) -> None:
+        """Read this rank's stop flag in every step. It travels in a reduction that the step has in any case."""
+        self._agreement.stop = flag
 
     def grad_norm(self) -> float:
         """Global L2 norm of the last step's gradient, before clipping; infinite where that was not finite."""

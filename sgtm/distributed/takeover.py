@@ -1,10 +1,10 @@
 """What DeepSpeed's optimizers (0.19) leave to us: who reduces which gradient, the norm, and clipping.
 
 Each of the three has a way of its own to reduce, to look for what is not finite, and to clip, and reads the device for
-each. In all of them the norm now comes from `agree` (sgtm/distributed/agreement.py), and AdamW clips by a factor while
-it reads the gradient, instead of a pass over it before.
+each. In all of them the norm comes from sgtm/distributed/agreement.py instead, and AdamW clips by a factor while it
+reads the gradient, not in a pass before.
 
-    ZeRO 0 in fp32     plain data parallelism: the wish to stop is one more element of the gradients' all-reduce
+    ZeRO 0 in fp32     plain data parallelism: the stop flag is one more element of the gradients' all-reduce
     ZeRO 0, 1 in bf16  its bf16 optimizer would all-reduce the fp32 gradients of the whole model: reduce-scattered
     ZeRO 1, 2          each share is reduced to its owner. With `overlap_comm`, DeepSpeed would wait for the device
                        before each of them and after every backward pass; streams wait for one another instead
@@ -14,7 +14,7 @@ it reads the gradient, instead of a pass over it before.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,6 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from sgtm.distributed.agreement import Agreement
 from sgtm.distributed.private import replace
-
-Agree = Callable[[Sequence[torch.Tensor]], float]
-AgreeBy = Callable[[torch.Tensor], float]
 
 
 class Takeover:
@@ -37,7 +34,7 @@ class Takeover:
     def __init__(self, engine, agreement: Agreement, bucket: int, agreed: Callable[[float], None]):
         self.engine, self.agreement, self.bucket, self.agreed = engine, agreement, bucket, agreed
         self.optimizer = engine.optimizer
-        self.wishes = torch.zeros(1, device=agreement.device)
+        self.flags = torch.zeros(1, device=agreement.device)
         if isinstance(self.optimizer, BF16_Optimizer):
             replace(engine, "buffered_allreduce_fallback", self.reduce_scatter)
             replace(self.optimizer, "step", self.step)
@@ -69,20 +66,20 @@ class Takeover:
     def plain_norm(self) -> float:
         """Of gradients that every rank has whole: ZeRO 0 in fp32."""
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        norm = self.agreement.reach(gradients, self.wishes)
+        norm = self.agreement.reach(gradients, self.flags)
         self.agreed(norm)
         return norm
 
     def gradients(self) -> Callable:
-        """What plain data parallelism reduces, and the wish to stop."""
+        """What plain data parallelism reduces, and the stop flag."""
         inner = self.engine._get_gradients_for_reduction
 
-        def with_wishes():
+        def with_flag():
             gradients, experts = inner()
-            self.wishes = self.agreement.wish()
-            return [*gradients, self.wishes], experts
+            self.flags = self.agreement.flag()
+            return [*gradients, self.flags], experts
 
-        return with_wishes
+        return with_flag
 
     def reduce_scatter(self, grads=None, elements_per_buffer=None) -> None:
         """Of the bf16 optimizer: the sum of each share on its rank, in place. What else the gradient holds is stale."""
@@ -149,7 +146,9 @@ class Takeover:
         inner, synchronize = zero.independent_gradient_partition_epilogue, accelerator.synchronize
 
         def in_order() -> None:
-            replace(accelerator, "synchronize", lambda: accelerator.current_stream().wait_stream(zero.reduction_stream))
+            replace(
+                accelerator, "synchronize", lambda *_: accelerator.current_stream().wait_stream(zero.reduction_stream)
+            )
             try:
                 inner()
             finally:

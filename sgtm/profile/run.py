@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from sgtm.bench import wait_for_device
+from sgtm.bench.rounds import wait_for_device
 from sgtm.config import Config
 from sgtm.data.batch import Batch
 from sgtm.data.loader import Loader

@@ -2,12 +2,13 @@
 
 Out of memory, a kernel that does not compile and a collective that hangs show here and not after an hour of reading.
 Kernels that are compiled when they are first launched, for every kind of mask, are launched here under all the masks
-that `data.mixing` makes: else the first step with a new one would wait for its compiler.
+that `data.mixing` makes: else the first step with a new one would wait for its compiler. So are the graphs of
+`train.compile`, those of evaluations too.
 """
 
 from __future__ import annotations
 
-from itertools import cycle, islice, pairwise
+from itertools import combinations, cycle, islice, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,8 +17,10 @@ from sgtm.config import Config
 from sgtm.data.batch import Batch
 from sgtm.data.loader import isolates_documents
 from sgtm.masking.labels import UNLABELED
+from sgtm.masking.strategy import removal_tables
 from sgtm.train.step import train_step
 from sgtm_kernels.plan import MAX_SLICES, Tables
+from sgtm_kernels.signature import signature_of
 
 if TYPE_CHECKING:  # deepspeed takes seconds to import
     from sgtm.distributed.engine import Engine
@@ -26,14 +29,19 @@ if TYPE_CHECKING:  # deepspeed takes seconds to import
 def dry_run(engine: Engine, tables: Tables) -> None:
     """Raises ValueError where a step does not fit into memory."""
     config = engine.config
-    compiled = engine.module.backend == "triton"
+    graphs = config.train.compile == "blocks"
+    compiled = engine.module.backend == "triton" or graphs
     pieces = label_pieces(config, len(tables.labels)) if compiled else [(UNLABELED,)]
+    if graphs:
+        pieces += more_signatures(config, tables, pieces)
     batches = [random_batch(config, labels, index) for index, labels in enumerate(pieces)]
     n = engine.accumulation
     steps = [list(islice(cycle(batches), start, start + n)) for start in range(0, len(batches), n)]
     try:
         for step in steps:
             train_step(engine, step, tables, 0.0, None)
+        if graphs:
+            _evaluate(engine, batches[0])
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"a step does not fit into memory ({str(error).split('.')[0]}); lower train.micro_batch "
@@ -52,6 +60,29 @@ def label_pieces(config: Config, labels: int) -> list[tuple[int, ...]]:
         many = -(-labels * (MAX_SLICES + 1) // sequences)  # of a sequence: more runs of each label than slices are for
         found.append(tuple(islice(everything, sequences * min(many, config.model.context))))
     return found
+
+
+def more_signatures(config: Config, tables: Tables, pieces: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Labels that meet in a micro-batch and need a graph that none of `pieces` does; up to three of them suffice."""
+    largest = {"sequence": min(3, config.train.micro_batch), "token": 3}.get(config.data.mixing, 1)
+    seen, found = {signature_of(tables, labels, False) for labels in pieces}, []
+    for count in range(2, largest + 1):
+        for labels in combinations(range(len(tables.labels)), count):
+            signature = signature_of(tables, labels, False)
+            if signature not in seen:
+                seen.add(signature)
+                # As many pieces as sequences, where they are whole ones.
+                found.append(tuple(islice(cycle(labels), max(count, config.train.micro_batch))))
+    return found
+
+
+@torch.no_grad()
+def _evaluate(engine: Engine, batch: Batch) -> None:
+    """With nothing removed, and with every domain: evaluations have the graphs of these two."""
+    space = engine.config.space
+    ids, targets = batch.input_ids.to(engine.device), batch.targets.to(engine.device)
+    for removed in ((), space.domains):
+        engine(ids, targets, batch.plan(removal_tables(space, removed)), 1.0)
 
 
 def random_batch(config: Config, labels: tuple[int, ...], seed: int = 0) -> Batch:

@@ -20,11 +20,12 @@ from sgtm.data.store import Corpus
 from sgtm.data.summary import ONLY_FORGET
 from sgtm.distributed.agree import on_rank_zero, together
 from sgtm.distributed.engine import Engine
-from sgtm.distributed.env import Launch, kernel_backend
+from sgtm.distributed.env import Launch, device_type, kernel_backend
 from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.segments import full_numel
 from sgtm.distributed.watchdog import enter
 from sgtm.evaluate.losses import Losses, category_losses
+from sgtm.model.compile import check_compiler, compile_blocks
 from sgtm.model.transformer import Transformer
 from sgtm.train.data import open_everywhere
 from sgtm.train.dry_run import dry_run
@@ -65,6 +66,9 @@ def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: b
     latest = find_whole(run, launch.rank, launch.world_size, notes.append) if resume else None
     enter("checking the kernels", 0)
     notes += check_kernels(config)
+    if config.train.compile == "blocks":
+        enter("compiling")
+        together(lambda: check_compiler(device_type(), kernel_backend(config)))
     enter("making the model")
     engine = Engine(_initial_model(config, load=latest is None), config)
     began = time.perf_counter()
@@ -218,6 +222,8 @@ def _initial_model(config: Config, load: bool) -> Transformer:
         from sgtm.model.pretrained import load_pretrained  # transformers takes seconds to import
 
         model.load_state_dict(together(lambda: load_pretrained(folder, config.model, config.partition)))
+    if config.train.compile == "blocks":
+        compile_blocks(model)
     return model
 
 
@@ -227,14 +233,14 @@ def _arithmetic(config: Config, engine: Engine, start: int, warm_up: float) -> s
     parameters = sum(full_numel(p) for p in engine.module.parameters())
     lines = [
         f"{config.name}: {parameters:,} parameters, strategy {config.masking.strategy}, "
-        f"kernels {served(engine.module.backend)}",
+        f"kernels {served(engine.module.backend)}" + (", blocks compiled" if t.compile == "blocks" else ""),
         f"{t.tokens_per_step:,} tokens per step = {engine.world_size} ranks x {engine.accumulation} accumulation x "
         f"{t.micro_batch} sequences x {config.model.context} tokens",
         f"ZeRO {config.distributed.zero_stage}, {t.precision}" + (f", resumed after step {start}" if start else ""),
     ]
     if config.train.init_from and not start:
         lines.append(f"weights from {config.train.init_from}")
-    if engine.module.backend == "triton":
+    if engine.module.backend == "triton" or t.compile == "blocks":
         lines.append(f"kernels ready after {warm_up:.0f} s")
     return "\n".join(lines)
 
@@ -262,8 +268,8 @@ class StopSignal:
         self.received = True
 
     def anywhere(self, engine: Engine) -> bool:
-        """The same answer on all ranks, after a step: what had reached any of them when its gradient was complete.
+        """Whether to stop after the step just done, the same on all ranks. Needs `engine.stop_if(...)`.
 
-        A rank by itself knows more. Needs `engine.stop_if(...)`.
+        Of several ranks: what had reached any of them when the step's gradient was complete.
         """
         return self.received if engine.world_size == 1 else engine.stopping

@@ -1,8 +1,8 @@
 """What a step sends and reads besides gradients and weights, in every ZeRO stage, and gradients sent in bf16.
 
 A read is a number that the host takes out of a tensor: on a GPU it waits for the device there. Faults tried, each seen
-to fail: the wish to stop in an all-reduce of its own; DeepSpeed's overflow check, its clipping or its norm left in
-place, or its look at every gradient on its way to the host; the wish of another rank ignored, or not sent; gradients
+to fail: the stop flag in an all-reduce of its own; DeepSpeed's overflow check, its clipping or its norm left in
+place, or its look at every gradient on its way to the host; the flag of another rank ignored, or not sent; gradients
 sent in fp32 all the same; one piece of a share received; the host waiting for the device under
 overlap_comm, or for DeepSpeed's timer.
 """
@@ -72,11 +72,11 @@ def watch_cases(monkeypatch) -> None:
         sections = {"optimizer": {"grad_clip": 0.1}, "distributed": {"offload_optimizer": offload}}
         config = tiny_config(stage, precision, **sections)
         engine, signal = Engine(tiny_model(config), config), StopSignal()
-        wishes: list[int] = []
-        engine.stop_if(lambda wishes=wishes, engine=engine: engine.rank in wishes)
+        flagged: list[int] = []
+        engine.stop_if(lambda flagged=flagged, engine=engine: engine.rank in flagged)
         monkeypatch.setattr(get_accelerator(), "synchronize", host_waits)
-        for step, wish in enumerate([[], [1], [0, 1], []]):
-            wishes[:] = wish
+        for step, ranks in enumerate([[], [1], [0, 1], []]):
+            flagged[:] = ranks
             backward = []
             for batch in tiny_step(config, step, MIXED, engine.rank, engine.world_size):
                 loss, _ = engine(*batch)
@@ -86,11 +86,11 @@ def watch_cases(monkeypatch) -> None:
             assert backward[-1] == backward[0], f"{case}: {backward} reads, more in the last micro-batch"
             with pytest.MonkeyPatch.context() as patch, Watched(patch) as watched:
                 engine.step(live_keys(config.tables, MIXED), 1e-2)
-                assert signal.anywhere(engine) == bool(wish), f"{case}, step {step}"
+                assert signal.anywhere(engine) == bool(ranks), f"{case}, step {step}"
             assert engine.finite and engine.clip_factor() < 1
             # ZeRO 3 looks at the norm once more, which lies in the host's memory by then.
             assert watched.reads == (2 if stage == 3 else 1), f"{case}: {watched.reads} reads"
-            # In ZeRO 0 in fp32 the wish has gone with the gradients.
+            # In ZeRO 0 in fp32 the flag has gone with the gradients.
             assert watched.small == (0 if stage == 0 and precision == "fp32" else 1), f"{case}: {watched.small} sent"
 
 
@@ -172,7 +172,7 @@ def test_streams_wait_for_one_another_and_no_host_for_them():
     run_ranks(overlap, 2)
 
 
-def test_what_deepspeed_is_asked_for():
+def test_deepspeed_config():
     from sgtm.distributed.engine import deepspeed_config
 
     for stage in range(4):

@@ -68,8 +68,7 @@ by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """In bf16 `runs` takes blocks of 4 queries, on however few heads; `triton` takes small blocks."""
-    monkeypatch.setattr(blocks, "HEADS", 1)
+    """In bf16 `runs` takes blocks of 4 queries; `triton` takes small blocks."""
     monkeypatch.setattr(blocks, "ROWS", 4)
     monkeypatch.setattr(kernel, "tile", lambda launched, width, like: TILES[launched])
 

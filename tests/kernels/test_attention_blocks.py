@@ -1,4 +1,4 @@
-"""Attention of many small heads on a CPU, by blocks of queries (attention/blocks.py), and of few, which is torch's.
+"""Attention of small heads on a CPU, by blocks of queries (attention/blocks.py), and of large ones, which is torch's.
 
 Faults tried, each seen to fail: a window or a diagonal off by one, one of the two masks left out, the keys of another
 block or another sequence, sums of blocks overwritten or begun at 1, the scale left out of one gradient, dk and dv
@@ -25,6 +25,7 @@ from sgtm_kernels.testing import (
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "seq_len", "window", "scale", "buffer"),
     [
+        (1, 1, 300, 70, 1.0, blocks.BUFFER),  # blocks of 128
         (33, 33, 200, 70, 0.7, blocks.BUFFER),
         (16, 4, 130, None, 0.7, blocks.BUFFER),
         (8, 8, 64, 9, 3.3, blocks.BUFFER),  # scores of 30, as GPT-Neo's unscaled ones can be
@@ -54,9 +55,9 @@ def test_blocks_of_queries_are_as_accurate_as_torch(heads, kv_heads, seq_len, wi
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_few_heads_are_torchs_own_attention(layout, dtype):
+def test_large_heads_are_torchs_own_attention(layout, dtype):
     """Nothing masked, bit for bit: blocks do not pay there."""
-    heads = HeadLayout((4, 2, 6), (2, 1, 3), 4)
+    heads = HeadLayout((4, 2, 6), (2, 1, 3), 24)
     plan = random_plan(11, random_tables(12, (1.0,)), layout, 10, 13)
 
     def plain(qkv):
@@ -69,6 +70,6 @@ def test_few_heads_are_torchs_own_attention(layout, dtype):
     def ours(qkv):
         return attention(qkv, heads, plan, scale=0.7, window=None, rotary=None, backend="runs")
 
-    x = random_like(torch.empty(10, 13, 4 * (12 + 2 * 6), dtype=torch.bfloat16), 1).to(dtype)
+    x = random_like(torch.empty(10, 13, 24 * (12 + 2 * 6), dtype=torch.bfloat16), 1).to(dtype)
     for mine, theirs in zip(forward_backward(ours, x), forward_backward(plain, x), strict=True):
         assert_same_bits(mine, theirs)

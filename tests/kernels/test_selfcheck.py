@@ -130,8 +130,8 @@ def of_another_shape(original):
 
 
 def wrong_slices(original):
-    def wrong(updates, *rest):
-        return original([u._replace(decay=u.decay + 0.5) for u in updates], *rest)
+    def wrong(slices, *rest):
+        return original([piece._replace(decay=piece.decay + 0.5) for piece in slices], *rest)
 
     return wrong
 
@@ -144,7 +144,7 @@ FAULTS = [
     ("attention", "attention", raising, "RuntimeError: no kernel image is available"),
     ("mlp", "linear_gelu", not_finite, "output 0 is not finite"),
     ("linear", "linear_out", of_another_shape, "output 0 is torch.float32 (2, 20, 31), not torch.float32 (2, 20, 32)"),
-    ("adamw", "adamw", wrong_slices, "weight is off by"),
+    ("adamw", "prepare", wrong_slices, "weight is off by"),
 ]
 
 

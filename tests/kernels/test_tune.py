@@ -2,7 +2,8 @@
 
 Faults tried, each seen to fail: a choice by the median alone, by times of different rounds, or of the slowest; a way
 decided before its tile; entries that were not measured lost; a candidate that does not fit an error; tuning without a
-GPU; a table that cannot be written found after the measurement.
+GPU; a table that cannot be written found after the measurement; a table written at the end alone; choices of the table
+measured again, or taken from it though no candidate any more.
 """
 
 import json
@@ -115,6 +116,44 @@ def test_a_table_that_cannot_be_written_is_known_before_anything_is_measured(mon
     monkeypatch.setattr(tune, "CASES", {"mlp": lambda *args: []})
     assert tune.main(["--table", str(tmp_path / "new" / "t.json"), "--commit", "v1"]) == 0
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["t.json"]
+
+
+@in_the_interpreter
+def test_the_table_has_every_choice_at_once_and_resuming_measures_the_others(tmp_path, monkeypatch, others):
+    """Stopped by an exception after the first choice, as by a kill."""
+    path, seen, timed = tmp_path / "t.json", [], []
+
+    class Clock(FakeClock):
+        def __init__(self, device):
+            super().__init__({str(SMALL): 0.5})
+
+        def rounds(self, ways, rounds, seconds):
+            timed.append(list(ways))
+            return super().rounds(ways, rounds, seconds)
+
+    def entries() -> dict:
+        return json.loads(path.read_text())["entries"]
+
+    def stop(at, found):
+        assert entries()[at[0]]["fp32 plain"]["config"] == SMALL._asdict() == found.config._asdict()
+        seen.append(at)
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "Clock", Clock)
+    options = {"device": torch.device("cpu"), "dtype": torch.float32, "resume": True}
+    options |= {"decided": stop, "say": lambda text: None}
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune(["mlp"], ["tiny"], path, "v1", **options)
+    assert set(entries()) == {"activation_forward"}
+    tune.tune(["mlp"], ["tiny"], path, "v2", **options)
+    assert set(entries()) == {"activation_forward", "activation_backward"} and len(timed) == 2
+    assert [entries()[name]["fp32 plain"]["commit"] for name in sorted(entries())] == ["v2", "v1"]
+    changed = entries()
+    changed["activation_forward"]["fp32 plain"]["config"]["tokens"] = 3  # of another version
+    path.write_text(json.dumps({"device": tune.cpu_model(), "entries": changed}))
+    tune.tune(["mlp"], ["tiny"], path, "v3", **options)
+    assert len(timed) == 3 and entries()["activation_forward"]["fp32 plain"]["commit"] == "v3"
 
 
 @pytest.mark.parametrize(("quarters", "length"), [(1, 24), (2, 7), (3, 5), (1, 64)])

@@ -13,6 +13,8 @@ import importlib.util
 import io
 import json
 import os
+import threading
+import time
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -21,7 +23,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sgtm.bench import masked_steps, measure
+from sgtm.bench.cases import NONE
+from sgtm.bench.command import rows as rows_of
+from sgtm.bench.engine import engine_steps, label_cases
+from sgtm.bench.peer import Peer
+from sgtm.bench.rounds import LEAST, LocalStep, Rounds, Took, take_rounds
 from sgtm.cli import main
 from sgtm.config import load_config
 from sgtm.distributed.testing import run_ranks
@@ -46,11 +52,12 @@ def called(*arguments: str) -> tuple[int, str, str]:
 
 
 def rows(*overrides: str) -> dict[str, SimpleNamespace]:
-    steps = masked_steps(load_config("debug", list(overrides)))
-    return {
-        name: SimpleNamespace(tables=step.tables, batches=step.batches, labels=[b.labels for b in step.batches])
-        for name, step in steps.items()
-    }
+    config = load_config("debug", list(overrides))
+    found = {}
+    for name, step in engine_steps(config, label_cases(config, 1)).items():
+        _, batches, tables, *_ = step.call.args
+        found[name] = SimpleNamespace(tables=tables, batches=batches, labels=[b.labels for b in batches])
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +75,15 @@ def test_the_command_prints_and_writes_every_row(taken, file):
     setting = "debug, batch 8 x 64 in micro-batches of 4, fp32: "
     assert status == 0 and f"{setting}3 rounds; time and memory" in printed
     assert printed.startswith(f"{setting}measuring 6 rows in 3 rounds; so few compare nothing: --rounds 15\n")
-    assert printed.endswith("ratios compare steps of the same round; tokens/s is of the median step\n")
+    assert printed.endswith("ratios compare steps of the same round; tokens/s are those of none over the ratio\n")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["row"] for row in rows] == ROWS
     for row in rows:
         (line,) = (line for line in printed.splitlines() if line.strip().startswith(row["row"] + "  "))
-        assert len(line) <= 80 and f"{row['tokens_per_second']:,.0f}" in line and f"{row['ratio']['p50']:.3f}" in line
-        assert row["rounds"] == 3 and row["seconds"]["p20"] > 0 and row["versions"]["torch"] == torch.__version__
-    assert rows[0]["ratio"] == {"p20": 1, "p50": 1, "p80": 1} and rows[0]["memory_ratio"] in (1, None)
+        assert len(line) <= 80 and f"{row['tokens_per_second']:,.0f}" in line
+        assert row is rows[0] or (f"/{row['ratio']['p50']:.3f}/" in line and f" {row['cpu_ratio']['p50']:.3f} " in line)
+        assert row["rounds"] == 3 and row["wall"]["p20"] > 0 and row["versions"]["torch"] == torch.__version__
+        assert row["of"] == (NONE if row is not rows[0] else None) and row["target"] is row["missed"] is None
 
 
 def test_the_report_reads_the_rows(taken, file, monkeypatch):
@@ -83,8 +91,9 @@ def test_the_report_reads_the_rows(taken, file, monkeypatch):
     spec = importlib.util.spec_from_file_location("report_of_benchmarks", ROOT / "benchmarks" / "report.py")
     report = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(report)
-    table = report.step_overhead(report.read_rows(file))
+    table = report.steps(report.read_rows(file))
     assert all(f"\n| {name} |" in table for name in ROWS) and "3 interleaved rounds; debug, batch 8 x 64" in table
+    assert "| CPU time |" in table
 
 
 def test_each_row_has_the_labels_and_tables_of_its_name(taken):
@@ -121,8 +130,8 @@ def test_one_round_is_said_and_which_domain(taken):
 
 
 def test_a_step_without_a_quarter_is_refused_before_there_is_a_model(capsys, monkeypatch):
-    monkeypatch.setattr("sgtm.bench.init_distributed", lambda config: SimpleNamespace(rank=0, world_size=2))
-    monkeypatch.setattr("sgtm.bench.masked_steps", lambda config: pytest.fail("a model was built"))
+    monkeypatch.setattr("sgtm.bench.command.init_distributed", lambda config: SimpleNamespace(rank=0, world_size=2))
+    monkeypatch.setattr("sgtm.bench.command.engine_steps", lambda *args: pytest.fail("a model was built"))
     assert main(["bench", "debug", "--train.tokens_per_step=256", "--train.micro_batch=2"]) == 2
     printed = capsys.readouterr()
     assert not printed.out and printed.err.startswith("error: train.tokens_per_step 256 is 2 sequences of 64 for each")
@@ -137,7 +146,7 @@ def test_what_is_broken_off_leaves_no_empty_file(there, tmp_path, monkeypatch):
     file = tmp_path / "rows.jsonl"
     if there:
         file.write_text("rows of before")
-    monkeypatch.setattr("sgtm.bench.init_distributed", broken_off)
+    monkeypatch.setattr("sgtm.bench.command.init_distributed", broken_off)
     assert main(["bench", "debug", "--json", str(file)]) == 130
     assert file.read_text() == "rows of before" if there else not file.exists()
 
@@ -154,33 +163,112 @@ def test_what_is_broken_off_leaves_no_empty_file(there, tmp_path, monkeypatch):
     ],
 )
 def test_a_mistake_is_a_message_before_anything_is_measured(overrides, message, capsys, monkeypatch):
-    monkeypatch.setattr("sgtm.bench.init_distributed", lambda *args: pytest.fail("began"))
+    monkeypatch.setattr("sgtm.bench.command.init_distributed", lambda *args: pytest.fail("began"))
     assert main(["bench", "debug", *overrides]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith(message) and not printed.out
 
 
-def test_a_row_is_compared_with_the_unmasked_step_of_the_same_round():
-    """The second round at half the speed: ratios do not see it. The rows take turns."""
+class Timed:
+    """A step whose second round takes twice as long."""
+
+    def __init__(self, seconds: float, calls: list, name: str = ""):
+        self.seconds, self.calls, self.name, self.taken = seconds, calls, name, 0
+
+    def step(self) -> Took:
+        self.calls.append(self.name)
+        self.taken += 1
+        return Took(self.seconds * self.taken, 2 * self.seconds * self.taken**2)
+
+    def peak(self) -> float:
+        return 100 * self.seconds
+
+
+def test_steps_take_turns_in_rounds_of_another_order_each():
     calls = []
+    steps = {name: Timed(1.0, calls, name) for name in "abcd"}
+    found = take_rounds(steps, 20)
+    assert all(len(took) == 20 for took in found.took.values())
+    rounds = ["".join(calls[i : i + 4]) for i in range(4, len(calls), 4)]
+    assert all(sorted(order) == list("abcd") for order in rounds) and len(set(rounds)) > 5
+    assert len(take_rounds(steps, 20, seconds=0).took["a"]) == LEAST
 
-    class Timed:
-        def __init__(self, name: str, seconds: float):
-            self.name, self.seconds, self.taken = name, seconds, 0
 
-        def step(self) -> float:
-            calls.append(self.name)
-            self.taken += 1
-            return self.seconds * self.taken
+def test_a_row_is_compared_with_the_unmasked_step_of_the_same_round():
+    """The second round at half the speed: ratios do not see it. tokens/s follow from them."""
+    steps = {"none": Timed(2.0, []), "pure forget": Timed(1.0, [])}
+    rows = rows_of(load_config("debug"), take_rounds(steps, 2))
+    assert [set(rows[1][key].values()) for key in ("ratio", "cpu_ratio")] == [{0.5}, {0.5}]
+    assert rows[1]["memory_ratio"] == 0.5 and "ratio" not in rows[0]
+    assert [row["tokens_per_second"] for row in rows] == [round(512 / 5, 1), round(1024 / 5, 1)]
 
-        def peak(self) -> float:
-            return 100 * self.seconds
 
-    rows = measure({"none": Timed("none", 2.0), "pure forget": Timed("pure forget", 1.0)}, load_config("debug"), 2)
-    assert calls == ["none", "pure forget"] * 3
-    assert [row["ratio"]["p20"] for row in rows] == [row["ratio"]["p80"] for row in rows] == [1, 0.5]
-    assert [row["memory_ratio"] for row in rows] == [1, 0.5]
-    assert [row["tokens_per_second"] for row in rows] == [round(512 / 5, 1), round(512 / 2.5, 1)]
+def test_targets_hold_for_the_18m_shape_and_the_best_peer():
+    config, cpu = load_config("tinystories-18m", []), {"nothing masked": 1.02, "25 % forget sequences": 1.0}
+    cpu |= {"pure forget": 0.95, "pure forget, joint masked": 0.79, "none": 1.0}
+    found = Rounds({name: [Took(1.0, seconds)] for name, seconds in cpu.items()})
+    found.took |= {"Hugging Face, a": [Took(1.9, 9.0)], "Hugging Face, b": [Took(1.7, 9.0)], "Hugging Face, c": []}
+    found.failed = {"Hugging Face, c": "RuntimeError: no"}
+    verdicts = {row["row"]: (row.get("target"), row.get("missed")) for row in rows_of(config, found)}
+    assert verdicts == {
+        "none": (None, None),
+        "nothing masked": ("CPU <= 1.01", True),
+        "25 % forget sequences": ("CPU <= 1.00", False),
+        "pure forget": ("CPU <= 0.93", True),
+        "pure forget, joint masked": ("CPU <= 0.80", False),
+        "Hugging Face, a": (None, None),
+        "Hugging Face, b": ("time >= 1.80", True),
+        "Hugging Face, c": (None, None),
+    }
+    assert all(row["target"] is None for row in rows_of(load_config("debug"), found) if "error" not in row)
+
+
+def test_a_step_of_ours_that_fails_ends_the_measurement():
+    class Broken(Timed):
+        def step(self):
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        take_rounds({"none": Broken(1.0, [])}, 1, may_fail=["peer"])
+    assert take_rounds({"peer": Broken(1.0, [])}, 1, may_fail=["peer"]).failed == {"peer": "RuntimeError: broken"}
+
+
+def test_a_step_takes_the_cpu_time_of_its_process():
+    """Half a second of waiting is wall time alone; work of another thread is CPU time as well."""
+    waiting = LocalStep(lambda: time.sleep(0.3)).step()
+    assert waiting.wall >= 0.3 and waiting.cpu < 0.15
+
+    def work() -> None:
+        until = time.thread_time() + 0.2
+        while time.thread_time() < until:
+            pass
+
+    def both() -> None:
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    assert LocalStep(both).step().cpu >= 0.4
+
+
+@pytest.mark.parametrize("overrides", [[], ["--model.family", "llama"]])
+def test_hugging_face_trains_with_the_best_attention_it_has(overrides):
+    """In a process of its own, whose CPU time counts; a family without SDPA takes eager attention."""
+    peer = Peer(load_config("debug", ["--model.window", "null", *overrides]), "bf16 weights")
+    assert all(0 < seconds < 60 for seconds in peer.step())
+    assert peer.attention() == ("sdpa" if overrides else "eager")
+    assert peer.peak() >= 0
+    peer.process.terminate()
+    peer.process.join()
+    with pytest.raises(RuntimeError, match="the process of Hugging Face's model ended with -15"):
+        peer.step()
+
+
+def test_what_a_peer_cannot_do_is_said():
+    with pytest.raises(RuntimeError, match="GPT-Neo's LM head has no bias"):
+        Peer(load_config("debug", ["--model.head_bias", "true"]), "bf16 weights").step()
 
 
 @pytest.mark.parametrize("preset", ["tinystories-18m", "llama-1b"])
@@ -189,7 +277,9 @@ def test_kernels_are_tuned_at_the_shape_of_the_config(preset, monkeypatch):
 
     tuned = []
     monkeypatch.setattr(tune, "tune", lambda shapes: tuned.extend(shapes))
-    monkeypatch.setattr("sgtm.bench.init_distributed", lambda *args: (_ for _ in ()).throw(ValueError("enough")))
+    monkeypatch.setattr(
+        "sgtm.bench.command.init_distributed", lambda *args: (_ for _ in ()).throw(ValueError("enough"))
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     overrides = ["--masking.domains", "[es]", "--masking.forget_heads", "4", "--masking.forget_neurons", "24"]
     overrides += ["--kernels.backend", "triton"]

@@ -40,7 +40,7 @@ def as_plain(model, tensors: dict) -> dict:
 
 def alike(setting, ours):
     """The plain model's steps, with the weights of ours."""
-    from step_cases import PlainSteps
+    from sgtm.bench.bare import PlainSteps
 
     plain = PlainSteps(setting, CPU, torch.float32)
     with torch.no_grad():
@@ -59,17 +59,18 @@ def alike(setting, ours):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_plain_model_is_our_function(name, compiled, ours):
     """Loss and gradients; and it is one graph for torch.compile, through which its hooks gather gradients."""
-    from step_cases import by_sequence, random_batches, tables_of
+    from sgtm.bench.cases import NONE, cases, random_batches
 
     setting, trained = ours(name)
     plain = alike(setting, trained)
     function = (
         torch.compile(plain.model, backend="aot_eager", fullgraph=True, dynamic=False) if compiled else plain.model
     )
-    batch = random_batches(setting, by_sequence(setting, 0), CPU)[0]
+    unmasked = cases(setting)[NONE]
+    batch = random_batches(unmasked.batches, setting.model, CPU)[0]
     arguments = (batch.input_ids, batch.targets)
     theirs = function(*arguments, 0.01)
-    loss, _ = trained.mixed.model(*arguments, batch.plan(tables_of(setting, "none")), 0.01)
+    loss, _ = trained.mixed.model(*arguments, batch.plan(unmasked.tables), 0.01)
     torch.testing.assert_close(theirs, loss, rtol=1e-5, atol=0)
     theirs.backward()
     loss.backward()
@@ -85,15 +86,15 @@ def test_both_train_alike(name, ours):
     """Three steps of two micro-batches, AdamW included: the same master weights, and far from where they began."""
     from dataclasses import replace
 
-    from step_cases import by_sequence, random_batches, tables_of
+    from sgtm.bench.cases import NONE, cases, random_batches
 
     setting, trained = ours(name)
     setting = replace(setting, micro_batch=2, accumulation=2)
-    plain = alike(setting, trained)
+    plain, unmasked = alike(setting, trained), cases(setting)[NONE]
     start = {key: master.clone() for key, master in plain.mixed.masters.items()}
     for _ in range(3):
-        batches = random_batches(setting, by_sequence(setting, 0), CPU)
-        trained.step("runs", tables_of(setting, "none"), batches)
+        batches = random_batches(unmasked.batches, setting.model, CPU)
+        trained.step("runs", unmasked.tables, batches)
         plain.step(batches)
         torch.testing.assert_close(plain.loss, trained.loss, rtol=1e-5, atol=0)
     wanted = as_plain(trained.mixed.model, trained.mixed.masters)

@@ -3,8 +3,11 @@
 `scaled_dot_product_attention` walks small tiles of one head each, which small heads leave nearly empty. Here the scores
 of a block of queries, for all heads of a sequence, are one product into a buffer that stays in the cache; keys that no
 query of the block sees (its future, or beyond the window) are not computed. As in flash attention (Dao et al., 2022),
-scores and their softmax are fp32, probabilities enter the products in the dtype of `q`, and the backward pass computes
-them again. A sequence is computed alone: its bits do not depend on what else is in the batch.
+the backward pass computes the probabilities again.
+
+Heads are held as [d, S], a row for each dimension: with d of 8 or 16 every product then runs along the sequence, which
+is up to twice as fast. All arithmetic is fp32: rounding the probabilities to bf16 costs as much as its products save. A
+sequence is computed alone: its bits do not depend on what else is in the batch.
 """
 
 from __future__ import annotations
@@ -14,16 +17,15 @@ from functools import lru_cache
 
 import torch
 
-ROWS = 64  # queries of a block at most: half a block of scores beyond the diagonal is computed in vain
-BUFFER = 2**20  # scores of a block at most: 4 MiB in fp32, which stays in the cache
+ROWS = 128  # queries of a block at most: half a block of scores beyond the diagonal is computed in vain
+BUFFER = 2**19  # scores of a block at most: 2 MiB, the second-level cache of one core
 
-# Where it beat SDPA on two cores, forward and backward together (benchmarks/LOG.md, 2026-11-22).
-HEADS, HEAD_DIM = 8, 32
+HEAD_DIM = 16  # up to this, it beat SDPA on two cores, forward and backward together (benchmarks/LOG.md, 2026-11-28)
 
 
 def pays(q: torch.Tensor) -> bool:
-    """Whether this beats SDPA, for q [B, heads, S, d]: many small heads in bf16."""
-    return q.device.type == "cpu" and q.dtype is torch.bfloat16 and q.shape[1] >= HEADS and q.shape[3] <= HEAD_DIM
+    """Whether this beats SDPA, for q [B, heads, S, d]: small heads in bf16."""
+    return q.device.type == "cpu" and q.dtype is torch.bfloat16 and q.shape[1] > 0 and q.shape[3] <= HEAD_DIM
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
@@ -37,88 +39,97 @@ class _Blocks(torch.autograd.Function):
     def forward(ctx, q, k, v, scale, window):
         ctx.save_for_backward(q, k, v)
         ctx.scale, ctx.window = scale, window
-        batch, heads, seq_len, dim = q.shape
-        out = q.new_empty(batch, seq_len, heads, dim)
-        buffer = _buffer(heads, seq_len)
-        for sequence in range(batch):
-            one = _Sequence(q[sequence], k[sequence], scale, window, buffer)
-            values = v[sequence].contiguous()
-            for queries, keys in one.blocks():
-                p = one.probabilities(queries, keys).to(v.dtype)
-                one.store(out[sequence, queries], p @ values[:, keys])
-        return out.flatten(2)
+        blocks = _Probabilities(q, k, scale, window)
+        v, out = _by_dimension(v), torch.empty_like(blocks.q)
+        for sequence in range(len(out)):
+            for queries, keys, _, p in blocks.of(sequence):
+                out[sequence, ..., queries] = blocks.heads(v[sequence, ..., keys] @ p.transpose(1, 2))
+        return _by_token(out, q).flatten(2)
 
     @staticmethod
     def backward(ctx, dy):
         q, k, v = ctx.saved_tensors
-        batch, heads, seq_len, dim = q.shape
-        dy = dy.unflatten(-1, (heads, dim))
-        dq = q.new_empty(batch, seq_len, heads, dim)
-        dk, dv = (torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (k, v))
-        buffer = _buffer(heads, seq_len)
-        for sequence in range(batch):
-            one = _Sequence(q[sequence], k[sequence], ctx.scale, ctx.window, buffer)
-            raw_keys, values_t = k[sequence].contiguous(), v[sequence].transpose(1, 2)
-            sums = torch.zeros(2, *k.shape[1:], dtype=torch.float32)  # of dk and dv
-            for queries, keys in one.blocks():
-                p = one.probabilities(queries, keys).to(v.dtype)
-                d_out = one.grouped(dy[sequence, queries].transpose(0, 1))
-                dp = d_out @ values_t[:, :, keys]
-                ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-                one.store(dq[sequence, queries], (ds @ raw_keys[:, keys]).mul_(ctx.scale))
-                sums[0, :, keys] += ds.transpose(1, 2) @ one.grouped(q[sequence, :, queries])
-                sums[1, :, keys] += p.transpose(1, 2) @ d_out
-            dk[sequence] = sums[0].mul_(ctx.scale).transpose(0, 1)
-            dv[sequence] = sums[1].transpose(0, 1)
-        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None, None
+        blocks = _Probabilities(q, k, ctx.scale, ctx.window)
+        d_out = _by_dimension(dy.unflatten(-1, (q.shape[1], -1)).transpose(1, 2))
+        values, dq = _by_dimension(v), torch.empty_like(blocks.q)
+        dk, dv = torch.zeros_like(blocks.k), torch.zeros_like(values)
+        buffer = torch.empty_like(blocks.buffer)
+        for sequence in range(len(dq)):
+            for queries, keys, q_block, p in blocks.of(sequence):
+                dy_block = blocks.grouped(d_out[sequence, ..., queries])
+                ds = buffer[: p.numel()].view(p.shape)
+                torch.bmm(dy_block.transpose(1, 2), values[sequence, ..., keys], out=ds)
+                torch.ops.aten._softmax_backward_data.out(ds, p, -1, ds.dtype, grad_input=ds)
+                dq[sequence, ..., queries] = blocks.heads(blocks.k[sequence, ..., keys] @ ds.transpose(1, 2))
+                dk[sequence, ..., keys].add_(q_block @ ds)  # `+=` would copy the slice onto itself
+                dv[sequence, ..., keys].add_(dy_block @ p)
+        if ctx.scale != 1:
+            dq *= ctx.scale
+        return *(_by_token(dx, x).transpose(1, 2) for dx, x in ((dq, q), (dk, k), (dv, v))), None, None
 
 
-class _Sequence:
-    """One sequence: q [heads, S, d], k [kv_heads, S, d]. The query heads of a KV head are rows of one product."""
+class _Probabilities:
+    """Blocks of attention probabilities of q [B, heads, S, d] on k [B, kv_heads, S, d].
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, scale: float, window: int, buffer: torch.Tensor):
-        self.window, self.kv_heads, self.seq_len = window, k.shape[0], q.shape[1]
-        self.q = q.float() * scale
-        self.k_t = k.float().transpose(1, 2)
-        self.rows = _rows(q.shape[0], self.seq_len)
-        self.buffer = buffer
+    The query heads of a KV head are rows of one product. `q` (times the scale) and `k` are fp32 [B, heads, d, S].
+    """
 
-    def blocks(self) -> Iterator[tuple[slice, slice]]:
-        """Blocks of queries, and the keys that one of them sees."""
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, scale: float, window: int):
+        self.q, self.k, self.window = _by_dimension(q), _by_dimension(k), window
+        if scale != 1:
+            self.q *= scale
+        self.kv_heads, self.seq_len = k.shape[1], q.shape[2]
+        self.rows = _rows(q.shape[1], self.seq_len)
+        self.buffer = torch.empty(q.shape[1] * self.rows * self.seq_len)
+
+    def of(self, sequence: int) -> Iterator[tuple[slice, slice, torch.Tensor, torch.Tensor]]:
+        """Queries of a block, the keys that one of them sees, q [kv_heads, d, queries of all heads of a KV head], and
+        the probabilities [kv_heads, queries of all heads of a KV head, keys], valid until the next block."""
+        q, k = self.q[sequence], self.k[sequence]
         for start in range(0, self.seq_len, self.rows):
             end = min(start + self.rows, self.seq_len)
-            yield slice(start, end), slice(max(0, start - self.window + 1), end)
+            block, keys = self.grouped(q[..., start:end]), slice(max(0, start - self.window + 1), end)
+            yield slice(start, end), keys, block, self._softmax(block, k[..., keys], end - start)
 
-    def probabilities(self, queries: slice, keys: slice) -> torch.Tensor:
-        """fp32 [kv_heads, queries of all heads of a KV head, keys], valid until the next call."""
-        q = self.grouped(self.q[:, queries])
-        shape = (*q.shape[:2], keys.stop - keys.start)
-        scores, p = (half[: shape[0] * shape[1] * shape[2]].view(shape) for half in self.buffer)
-        torch.bmm(q, self.k_t[:, :, keys], out=scores)
-        n, ahead = queries.stop - queries.start, queries.start - keys.start
-        by_query = scores.unflatten(1, (-1, n))
-        by_query[..., ahead:] += _future(n)
+    def _softmax(self, q: torch.Tensor, k: torch.Tensor, n: int) -> torch.Tensor:
+        shape = (self.kv_heads, q.shape[2], k.shape[2])
+        p = self.buffer[: shape[0] * shape[1] * shape[2]].view(shape)
+        torch.bmm(q.transpose(1, 2), k, out=p)
+        by_query, ahead = p.view(-1, n, k.shape[2]), k.shape[2] - n
+        by_query[..., ahead:].add_(_future(n))
         if ahead + n > self.window:
-            by_query[..., : ahead + n - self.window] += _beyond(n, ahead, self.window)
-        return torch.softmax(scores, -1, out=p)
+            by_query[..., : ahead + n - self.window].add_(_beyond(n, ahead, self.window))
+        return torch.softmax(p, -1, out=p)
 
     def grouped(self, x: torch.Tensor) -> torch.Tensor:
-        """[heads, rows, d] -> [kv_heads, heads / kv_heads * rows, d]."""
-        return x.reshape(self.kv_heads, -1, x.shape[-1])
+        """[heads, d, rows] -> [kv_heads, d, heads / kv_heads * rows]; a view where each head has keys of its own."""
+        if len(x) == self.kv_heads:
+            return x
+        return x.unflatten(0, (self.kv_heads, -1)).transpose(1, 2).flatten(2)
 
-    def store(self, to: torch.Tensor, x: torch.Tensor) -> None:
-        """What `grouped` made, back into [rows, heads, d]."""
-        to.copy_(x.view(to.shape[1], to.shape[0], -1).transpose(0, 1))
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        """What `grouped` made, back into [heads, d, rows]."""
+        heads = self.q.shape[1]
+        if heads == self.kv_heads:
+            return x
+        return x.unflatten(2, (heads // self.kv_heads, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _by_dimension(x: torch.Tensor) -> torch.Tensor:
+    """[B, heads, S, d] -> fp32 [B, heads, d, S]."""
+    x = x.transpose(2, 3)
+    return torch.empty(x.shape, dtype=torch.float32).copy_(x)
+
+
+def _by_token(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """fp32 [B, heads, d, S] -> [B, S, heads, d] in the dtype of `like`."""
+    x = x.permute(0, 3, 1, 2)
+    return torch.empty(x.shape, dtype=like.dtype).copy_(x)
 
 
 def _rows(heads: int, seq_len: int) -> int:
     """Queries of a block."""
     return min(seq_len, max(16, BUFFER // (heads * seq_len) // 16 * 16), ROWS)
-
-
-def _buffer(heads: int, seq_len: int) -> torch.Tensor:
-    """Room for the scores of a block and for their softmax."""
-    return torch.empty(2, heads * _rows(heads, seq_len) * seq_len)
 
 
 @lru_cache(maxsize=32)

@@ -10,7 +10,6 @@ from itertools import groupby
 
 import torch
 
-from sgtm_kernels.attention.op import rotate
 from sgtm_kernels.attention.public import attend
 from sgtm_kernels.attention.visible import Visible
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan
@@ -18,10 +17,10 @@ from sgtm_kernels.scale import products, scale_columns_
 
 
 def attention(qkv, layout, plan: MaskPlan, scale, window, rotary):
-    outputs = []
+    outputs, tables = [], None if rotary is None else _tables(rotary, qkv.dtype, plan)
     for group, (q, k, v) in enumerate(layout.split(qkv)):
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+        if tables is not None:
+            q, k = _Rotate.apply(q, *tables), _Rotate.apply(k, *tables)
         if len(layout.heads) == 1:
             outputs.append(attend(q, k, v, scale, Visible(plan, window)))
         elif plan.whole_sequences and len(plan.runs) <= MAX_SLICES:
@@ -30,6 +29,37 @@ def attention(qkv, layout, plan: MaskPlan, scale, window, rotary):
             outputs.append(_by_tokens(q, k, v, scale, window, plan, group))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
     return out if out.requires_grad else _Stopped.apply(out, qkv)
+
+
+def _tables(rotary, dtype: torch.dtype, plan: MaskPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [S, head_dim / 2] in this dtype, made once for all layers. Both halves of a head turn alike."""
+    half = rotary[0].shape[-1] // 2
+
+    def make():
+        return rotary, tuple(table[:, :half].to(dtype).contiguous() for table in rotary)
+
+    return plan.cached(("rotary", id(rotary[0]), dtype), make)[1]  # which holds `rotary`, so its id is not used again
+
+
+class _Rotate(torch.autograd.Function):
+    """`rotate` (op.py) of x [B, heads, S, d], in two passes over each half, and no temporaries."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _turned(dy, *ctx.saved_tensors, -1), None, None
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
+    y = torch.empty_like(x)
+    (real, imaginary), (y_real, y_imaginary) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
+    torch.mul(real, cos, out=y_real).addcmul_(imaginary, sin, value=-direction)
+    torch.mul(imaginary, cos, out=y_imaginary).addcmul_(real, sin, value=direction)
+    return y
 
 
 def _by_sequences(q, k, v, scale, window, plan: MaskPlan, group: int) -> torch.Tensor:

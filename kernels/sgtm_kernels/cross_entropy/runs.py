@@ -19,9 +19,9 @@ from sgtm_kernels.plan import MaskPlan, Slice, Updaters
 IGNORE = -100
 # A chunk's logits take at most this much, in the dtype of the model: 2,670 tokens of 50,257 logits in bf16.
 CHUNK_BYTES = 2**28
-# Tokens whose softmax is in flight in fp32 at a time. On a CPU 13 MB of 50,257 logits, which stay in the cache; on a
-# GPU more, as every block costs nine launches.
-ROWS, GPU_ROWS = 64, 1024
+# Tokens whose softmax is in flight in fp32 at a time. On a CPU 3 MB of 50,257 logits, which stay in the cache; on a GPU
+# more, as every block costs nine launches.
+ROWS, GPU_ROWS = 16, 1024
 
 
 class ChunkOps(NamedTuple):
@@ -103,26 +103,39 @@ class _Sum:
 
 
 def _softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, gradient: bool) -> torch.Tensor:
-    """`ChunkOps.gradient_` in torch, a few rows at a time."""
+    """`ChunkOps.gradient_` in torch, a few rows at a time.
+
+    A row's loss is -log p of its target, which needs no pass of its own over the logits, unless p is next to nothing.
+    """
     wide = torch.promote_types(logits.dtype, torch.float32)
     ignored = targets == IGNORE
     index = targets.masked_fill(ignored, 0)[:, None]
     losses = torch.empty(len(targets), dtype=wide, device=logits.device)
     block = min(GPU_ROWS if logits.is_cuda else ROWS, len(targets))
-    z_buffer, p_buffer = torch.empty(2, block, logits.shape[1], dtype=wide, device=logits.device)
+    buffer = torch.empty(block, logits.shape[1], dtype=wide, device=logits.device)
     for start in range(0, len(targets), block):
         rows = slice(start, start + block)
-        n = len(index[rows])
-        z, p = z_buffer[:n].copy_(logits[rows]), p_buffer[:n]
-        torch.softmax(z, dim=-1, out=p)
-        # log(max p) is -log(sum(exp(z - max z))): the sum's logarithm without exponentials of its own.
-        below_max = z.amax(-1) - z.gather(1, index[rows]).squeeze(1)
-        losses[rows] = below_max - p.amax(-1).log_()
+        p = buffer[: len(index[rows])].copy_(logits[rows])
+        p = torch.softmax(p, dim=-1, out=None if p.is_cuda else p)  # in place it is not tried on a GPU
+        losses[rows] = _losses(logits[rows], p, index[rows])
         if gradient:
             logits[rows] = p.scatter_add_(1, index[rows], torch.full_like(index[rows], -1, dtype=wide))
     if gradient and (logits.is_cuda or ignored.any()):  # to ask a GPU would be to wait for it
         logits.masked_fill_(ignored[:, None], 0)
     return losses.masked_fill_(ignored, 0)
+
+
+def _losses(logits: torch.Tensor, p: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[n] negative logarithms of the softmax `p` of logits [n, V] at index [n, 1], to the precision of `p`."""
+    if logits.is_cuda:  # a GPU cannot be asked whether one is too small, so all losses go by the largest logit
+        largest, at = logits.max(-1, keepdim=True)
+        return (largest.to(p.dtype) - logits.gather(1, index).to(p.dtype) - p.gather(1, at).log_()).squeeze(1)
+    picked = p.gather(1, index).squeeze(1)
+    losses, small = -picked.log(), picked < torch.finfo(p.dtype).tiny
+    if small.any():
+        rest = logits[small].to(p.dtype)
+        losses[small] = torch.logsumexp(rest, -1) - rest.gather(1, index[small]).squeeze(1)
+    return losses
 
 
 def _clipped(tokens: Updaters, start: int, end: int) -> list[Slice]:

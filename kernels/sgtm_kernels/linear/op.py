@@ -12,6 +12,7 @@ import torch
 
 from sgtm_kernels.dispatch import pick
 from sgtm_kernels.plan import MaskPlan, known
+from sgtm_kernels.signature import backend_of
 
 
 def linear_in(
@@ -37,7 +38,7 @@ def linear_in(
     known("part of linear_in", part, ("attn_in", "mlp_in"))
     plan.check(x)
     plan.check_bounds(bounds, weight.shape[0])
-    return pick("linear", backend).linear_in(x, weight, bias, plan, part, bounds, overwrite)
+    return pick("linear", backend_of(backend, plan, part)).linear_in(x, weight, bias, plan, part, bounds, overwrite)
 
 
 def linear_out(
@@ -57,4 +58,4 @@ def linear_out(
     known("part of linear_out", part, ("attn_out", "mlp_out"))
     plan.check(x)
     plan.check_bounds(bounds, weight.shape[0])
-    return pick("linear", backend).linear_out(x, weight, bias, plan, part, bounds)
+    return pick("linear", backend_of(backend, plan, part)).linear_out(x, weight, bias, plan, part, bounds)

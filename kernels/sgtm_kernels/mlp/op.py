@@ -10,13 +10,14 @@ import torch
 
 from sgtm_kernels.dispatch import pick
 from sgtm_kernels.plan import MaskPlan
+from sgtm_kernels.signature import backend_of
 
 
 def gelu(x: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...], backend: str = "runs") -> torch.Tensor:
     """tanh-GELU (Hendrycks and Gimpel, 2016), x [B, S, F] -> [B, S, F]; `bounds`: group boundaries in the neurons."""
     plan.check(x)
     plan.check_bounds(bounds, x.shape[-1])
-    return pick("mlp", backend).gelu(x, plan, bounds)
+    return pick("mlp", backend_of(backend, plan, *_masks(bounds, "outputs"))).gelu(x, plan, bounds)
 
 
 def swiglu(x: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...], backend: str = "runs") -> torch.Tensor:
@@ -26,7 +27,7 @@ def swiglu(x: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...], backend: st
     """
     plan.check(x)
     plan.check_bounds(bounds, x.shape[-1] // 2)
-    return pick("mlp", backend).swiglu(x, plan, bounds)
+    return pick("mlp", backend_of(backend, plan, *_masks(bounds, "outputs"))).swiglu(x, plan, bounds)
 
 
 def linear_gelu(
@@ -43,4 +44,11 @@ def linear_gelu(
     """
     plan.check(x)
     plan.check_bounds(bounds, weight.shape[0])
-    return pick("mlp", backend).linear_gelu(x, weight, bias, plan, bounds)
+    return pick("mlp", backend_of(backend, plan, *_masks(bounds, "mlp_in", "outputs"))).linear_gelu(
+        x, weight, bias, plan, bounds
+    )
+
+
+def _masks(bounds: tuple[int, ...], *what: str) -> tuple[str, ...]:
+    """What of a plan masks the op: nothing where there is one group."""
+    return what if len(bounds) > 2 else ()

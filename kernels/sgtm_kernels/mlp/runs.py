@@ -20,9 +20,6 @@ def gelu(x, plan: MaskPlan, bounds):
 
 
 def swiglu(x, plan: MaskPlan, bounds):
-    if len(bounds) == 2:
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up
     return _SwiGLU.apply(x, plan, bounds)
 
 
@@ -34,6 +31,18 @@ def _groups(bounds: tuple[int, ...]):
     return enumerate(pairwise(bounds))
 
 
+def _scale_(x: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...], rows: int, backward: bool) -> None:
+    """Multiply the columns of each group, `rows` per neuron, by `active`, in the backward pass by `route` as well.
+
+    x [B, S, rows * neurons], in place. A layer without groups is left alone.
+    """
+    for group, (start, end) in _groups(bounds if len(bounds) > 2 else ()):
+        factors = plan.column("active", group)
+        if backward:
+            factors = products(factors, plan.column("route", group))
+        scale_columns_(x.view(plan.tokens, -1), plan, rows * start, rows * end, factors)
+
+
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, plan, bounds):
@@ -41,18 +50,14 @@ class _Gelu(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.plan, ctx.bounds = plan, bounds
         h = F.gelu(x, approximate="tanh")
-        for group, (start, end) in _groups(bounds):
-            scale_columns_(h.view(plan.tokens, -1), plan, start, end, plan.column("active", group))
+        _scale_(h, plan, bounds, 1, backward=False)
         return h
 
     @staticmethod
     def backward(ctx, dh):
         (x,) = ctx.saved_tensors
-        plan = ctx.plan
         dx = torch.ops.aten.gelu_backward(dh.contiguous(), x, approximate="tanh")
-        for group, (start, end) in _groups(ctx.bounds):
-            factors = products(plan.column("active", group), plan.column("route", group))
-            scale_columns_(dx.view(plan.tokens, -1), plan, start, end, factors)
+        _scale_(dx, ctx.plan, ctx.bounds, 1, backward=True)
         return dx, None, None
 
 
@@ -63,23 +68,22 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.plan, ctx.bounds = plan, bounds
         h = x.new_empty(*x.shape[:-1], bounds[-1])
-        for group, (start, end) in _groups(bounds):
+        for _, (start, end) in _groups(bounds):
             gate, up = x[..., 2 * start : 2 * end].chunk(2, dim=-1)
-            torch.mul(F.silu(gate), up, out=h[..., start:end])
-            scale_columns_(h.view(plan.tokens, -1), plan, start, end, plan.column("active", group))
+            torch.ops.aten.silu.out(gate, out=h[..., start:end]).mul_(up)
+        _scale_(h, plan, bounds, 1, backward=False)
         return h
 
     @staticmethod
     def backward(ctx, dh):
         (x,) = ctx.saved_tensors
-        plan = ctx.plan
         dx = torch.empty_like(x)
-        for group, (start, end) in _groups(ctx.bounds):
+        for _, (start, end) in _groups(ctx.bounds):
             gate, up = x[..., 2 * start : 2 * end].chunk(2, dim=-1)
             dgate, dup = dx[..., 2 * start : 2 * end].chunk(2, dim=-1)
             dh_g = dh[..., start:end]
-            torch.mul(dh_g, F.silu(gate), out=dup)
-            dgate.copy_(torch.ops.aten.silu_backward(dh_g * up, gate))
-            factors = products(plan.column("active", group), plan.column("route", group))
-            scale_columns_(dx.view(plan.tokens, -1), plan, 2 * start, 2 * end, factors)
+            torch.ops.aten.silu.out(gate, out=dup).mul_(dh_g)
+            torch.mul(dh_g, up, out=dgate)
+            torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
+        _scale_(dx, ctx.plan, ctx.bounds, 2, backward=True)
         return dx, None, None

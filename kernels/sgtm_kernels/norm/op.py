@@ -10,6 +10,7 @@ import torch
 
 from sgtm_kernels.dispatch import pick
 from sgtm_kernels.plan import MaskPlan, known
+from sgtm_kernels.signature import backend_of
 
 KINDS = ("norm", "final_norm", None)
 
@@ -25,7 +26,7 @@ def layer_norm(
 ) -> torch.Tensor:
     """LayerNorm (Ba et al., 2016) of x [B, S, D], weight and bias [D]. `kind`: `norm`, `final_norm`; None: no mask."""
     _check(x, weight, bias, plan, kind)
-    return pick("norm", backend).layer_norm(x, weight, bias, eps, plan, kind)
+    return pick("norm", backend_of(backend, plan, kind)).layer_norm(x, weight, bias, eps, plan, kind)
 
 
 def rms_norm(
@@ -33,7 +34,7 @@ def rms_norm(
 ) -> torch.Tensor:
     """RMSNorm (Zhang and Sennrich, 2019) of x [B, S, D] with weight [D], computed in at least fp32."""
     _check(x, weight, None, plan, kind)
-    return pick("norm", backend).rms_norm(x, weight, eps, plan, kind)
+    return pick("norm", backend_of(backend, plan, kind)).rms_norm(x, weight, eps, plan, kind)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: MaskPlan, kind: str | None) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from model_shapes import ModelShape
 from torch import nn
+
+from sgtm.bench.models import ModelShape
 
 
 def norm(shape: ModelShape) -> nn.Module:

@@ -1,16 +1,15 @@
-"""The models that a training step is timed on: shape, partition and masks of the presets, read without pydantic."""
+"""The models that a training step is timed on: shape, partition and masks of the presets, read without any package."""
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import yaml
 
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition, build_partition
 
-PRESETS = Path(__file__).parent.parent / "sgtm" / "config" / "presets"
+PRESETS = Path(__file__).parents[1] / "config" / "presets"
 LABELS = LabelSpace(("forget",))
 
 
@@ -84,9 +83,31 @@ class Setting:
         )
 
 
+def sections_of(text: str) -> dict[str, dict]:
+    """Sections of a preset with their numbers, booleans and words; other values as they are written. A GPU machine may
+    lack a package for YAML."""
+    found: dict[str, dict] = {}
+    section: dict = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(" #")[0].strip().partition(":")
+        if key and not line.startswith(("#", " ")):
+            section = found.setdefault(key, {})
+        elif key and not key.startswith("#"):
+            section[key] = _scalar(value.strip())
+    return found
+
+
+def _scalar(text: str) -> object:
+    named = {"true": True, "false": False, "null": None}
+    try:
+        return named[text] if text in named else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 def preset(name: str, micro_batch: int, accumulation: int) -> Setting:
     """Of sgtm/config/presets, with activations kept: these micro-batches fit into 80 GB beside the plain model."""
-    sections = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
+    sections = sections_of((PRESETS / f"{name}.yaml").read_text())
     masking, model = sections["masking"], ModelShape(**sections["model"])
     return Setting(
         replace(model, activation_checkpointing=False),

@@ -1,0 +1,115 @@
+"""Stage `smoke`: every op at the widths of real models, against the reference in fp64.
+
+    smoke.py ROWS [--cpu] [--only linear,mlp] [--shape 254m,llama-1b]
+
+Forward and backward of each op of op_cases.py under four masks, in bf16 (AdamW in fp32), in memory that is NaN where
+nothing was written. The largest error of each result may be `FACTOR` times that of the reference in the same dtype, and
+a row that the reference has as zeros must be zeros. Four sequences of at most 1,024 tokens, so that the reference fits.
+A row is one op under one mask in one backend; `same_bits` is whether a second call gave the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from device import backends, device_of, healthy
+from journal import FAILED, OK, Items, Journal
+from op_cases import CASES, Case, Inputs
+from verdicts import MASKS, smoke_item
+
+from sgtm_kernels.plan import MaskPlan
+from sgtm_kernels.shapes import SHAPES, Shape, plans
+
+import torch  # isort: skip
+
+BATCH, LENGTH = 4, 1024
+FACTOR = 4.0  # tests/kernels hold 2 on small shapes; these are maxima over some ten million entries
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--only", default=",".join(CASES))
+    parser.add_argument("--shape", default="254m,llama-1b")
+    args = parser.parse_args()
+    on, items = device_of(args.cpu), Items(Journal(args.rows), healthy)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for name in args.shape.split(","):
+        shape = replace(SHAPES[name], batch=BATCH, seq_len=min(LENGTH, SHAPES[name].seq_len))
+        for op in args.only.split(","):
+            for variant, build in CASES[op].items():
+                if variant == "linear_gelu" and shape.gated:
+                    continue
+                check_variant(items, op, variant, name, shape, build, on)
+    return 0
+
+
+def check_variant(items: Items, op: str, variant: str, name: str, shape: Shape, build: Callable, on) -> None:
+    """All masks in all backends; inputs and references are made where one of them is not finished."""
+    case, known = None, {}
+    for backend, dtype in backends():
+        for mask, plan in plans(shape).items():
+            item = smoke_item(variant, name, mask, backend)
+            if mask not in MASKS or item in items.finished:
+                continue
+
+            def way(backend=backend, dtype=dtype, mask=mask, plan=plan) -> list[dict]:
+                nonlocal case
+                began = time.monotonic()
+                if case is None:
+                    torch.manual_seed(0)
+                    case = build(shape, Inputs(on, torch.bfloat16))
+                head = {"op": op, "variant": variant, "shape": name, "mask": mask, "backend": backend}
+                found = check(case, plan, backend, dtype, known.setdefault(mask, {}))
+                return [head | {"dtype": str(dtype).removeprefix("torch.")} | found | _seconds(began)]
+
+            items.measure(item, way)
+
+
+def _seconds(began: float) -> dict:
+    return {"seconds": round(time.monotonic() - began, 3)}
+
+
+def check(case: Case, plan: MaskPlan, backend: str, dtype: torch.dtype, known: dict) -> dict:
+    """Errors and their budgets by name of the result, and whether all are within them.
+
+    known  results of the reference by dtype, kept on the CPU for the other backends
+    """
+    for precision in (torch.float64, dtype):
+        if precision not in known:
+            known[precision] = {k: t.cpu() for k, t in case.results(plan, "reference", precision).items()}
+    ours = case.results(plan, backend, dtype)
+    again = case.results(plan, backend, dtype)
+    same = all(torch.equal(ours[name], again[name]) for name in ours)
+    del again
+    results, wrong = {}, []
+    for name, actual in ours.items():
+        exact, plain = (known[precision][name].to(actual.device) for precision in (torch.float64, dtype))
+        results[name] = compared(actual, plain, exact)
+        if not results[name]["ok"]:
+            wrong.append(f"{name}: {results[name]}")
+    found = {"outcome": FAILED if wrong else OK, "results": results, "same_bits": same}
+    return found | ({"error": "; ".join(wrong)[:1000]} if wrong else {})
+
+
+def compared(actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> dict:
+    """The largest error, the budget of the same dtype in plain PyTorch, and rows that must be zeros and are not.
+
+    actual, plain  in one dtype; exact: in fp64; all of one shape
+    """
+    error, own = ((x.double() - exact).abs().max().item() for x in (actual, plain))
+    budget = FACTOR * own + 2 * torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    width = actual.shape[-1] if actual.dim() > 1 else 1
+    zeros = (exact.reshape(-1, width) == 0).all(-1)
+    touched = int((actual.reshape(-1, width)[zeros] != 0).any(-1).sum())
+    return {"ok": error <= budget and not touched, "error": error, "budget": budget, "rows_not_zero": touched}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

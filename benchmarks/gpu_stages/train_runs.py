@@ -1,0 +1,117 @@
+"""Stage `train`: `sgtm train` itself, killed and resumed, against the same run left alone.
+
+    train_runs.py ROWS --folder FOLDER [--cpu]
+
+For ZeRO 1 and 3: 50 steps of a preset on the embedded corpus; the same once more, killed with SIGKILL on the way and
+resumed. A row says whether weights, moments, step counts and logged losses of the two are the same bits, and how fast
+the first one trained. Where packages of `sgtm` are missing, a row names them and nothing runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from journal import Items, Journal
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = (
+    "deepspeed", "transformers", "tokenizers", "pyarrow", "safetensors", "zstandard", "pydantic", "yaml", "tyro",
+    "rich", "psutil", "jinja2", "matplotlib",
+)  # fmt: skip
+GPU = ["gpt2-124m", "--train.steps=50", "--train.tokens_per_step=65536", "--train.checkpoint_every=15"]
+CPU = ["debug", "--train.steps=12", "--train.tokens_per_step=256", "--train.checkpoint_every=4"]
+COMMON = ["--data.path=synthetic", "--train.log_every=1", "--train.eval_every=0"]
+KILLED_AFTER = {"gpt2-124m": 35, "debug": 9}
+PATIENCE = 300  # seconds until a run must have come to that step
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--cpu", action="store_true")
+    args = parser.parse_args()
+    items = Items(Journal(args.rows))
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        print(f"left out: not installed: {', '.join(missing)}")
+        items.measure("packages", lambda: [{"missing": missing}])
+        return 0
+    for stage in (1, 3):
+        options = CPU if args.cpu else GPU
+        items.measure(f"zero {stage}", lambda stage=stage, o=options: [killed_and_resumed(stage, args.folder, o)])
+    return 0
+
+
+def killed_and_resumed(zero: int, folder: Path, options: list[str]) -> dict:
+    sys.path.insert(0, str(ROOT / "tests"))
+    from same_run import assert_same_run, metrics
+
+    from sgtm.train.checkpoint import find_latest
+
+    preset, after = options[0], KILLED_AFTER[options[0]]
+    names = whole, killed = f"whole-zero-{zero}", f"killed-zero-{zero}"
+    start = [*options, *COMMON, f"--distributed.zero_stage={zero}", f"--runs={folder}", "--overwrite"]
+    finish(begin([*start, f"--name={whole}"]))
+    process = begin([*start, f"--name={killed}"])
+    wait_for(lambda: any(line.get("step", 0) >= after for line in _metrics(metrics, folder / killed)), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if process.returncode != -signal.SIGKILL:
+        raise RuntimeError(f"{killed} ended with {process.returncode} before it was killed")
+    resumed = int(find_latest(folder / killed).name.removeprefix("step_"))
+    finish(begin([str(folder / killed), "--resume"]))
+    difference = ""
+    try:
+        assert_same_run(*(folder / name for name in names))
+    except AssertionError as error:
+        difference = str(error)[:500]
+    row = {"preset": preset, "zero_stage": zero, "options": options[1:], "killed_after": after}
+    row |= {"resumed_after": resumed, "same_bits": not difference, "tokens_per_second": speed(folder / whole)}
+    return row | ({"outcome": "failed", "error": difference} if difference else {})
+
+
+def begin(arguments: list[str]) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "sgtm", "train", *arguments], cwd=ROOT, env=os.environ)
+
+
+def finish(process: subprocess.Popen) -> None:
+    if process.wait():
+        raise RuntimeError(f"sgtm train ended with {process.returncode}; its output is in the stage's log")
+
+
+def wait_for(reached, process: subprocess.Popen) -> None:
+    ends = time.monotonic() + PATIENCE
+    while not reached():
+        if process.poll() is not None:
+            raise RuntimeError(f"sgtm train ended with {process.returncode} before the step at which it is killed")
+        if time.monotonic() > ends:
+            process.kill()
+            raise RuntimeError(f"sgtm train did not come to that step in {PATIENCE} s")
+        time.sleep(0.01)
+
+
+def _metrics(read, run: Path) -> list[dict]:
+    try:
+        return read(run)
+    except OSError:  # not there yet
+        return []
+
+
+def speed(run: Path) -> float | None:
+    """Median of the second half of the run's logged steps."""
+    from sgtm.train.metrics import read_metrics
+
+    found = [line["tokens_per_second"] for line in read_metrics(run / "metrics.jsonl") if "tokens_per_second" in line]
+    return round(statistics.median(found[len(found) // 2 :]), 1) if found else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

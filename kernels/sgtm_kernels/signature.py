@@ -1,0 +1,65 @@
+"""Which masks a micro-batch has at all: what a compiled graph may depend on.
+
+A graph that depended on the runs of a plan would serve one micro-batch. It depends on these booleans instead: where one
+is False the op is the plain one, which the compiler can see into and fuse; where it is True the masks come from the
+plan when the graph runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from sgtm_kernels.plan import MaskPlan, Tables
+
+
+class Signature(NamedTuple):
+    """Each is True where the factor of some label in the micro-batch differs from 1.
+
+    outputs     `active` or `route` of a group
+    attn_in, attn_out, mlp_in, mlp_out  the contribution to a group's weights, or (out) to the bias
+    norm        the contribution to the norms of the blocks
+    documents   True where documents do not attend to one another
+    """
+
+    outputs: bool
+    attn_in: bool
+    attn_out: bool
+    mlp_in: bool
+    mlp_out: bool
+    norm: bool
+    documents: bool
+
+
+def signature_of(tables: Tables, labels: tuple[int, ...], documents: bool) -> Signature:
+    """Of a micro-batch with these labels."""
+    groups, joint = range(len(tables.groups)), tables.update_joint
+
+    def contributes(part: str) -> bool:
+        partial = any(tables.contribution(part, label, group) != 1 for label in labels for group in groups)
+        return partial or any(joint.get(f"{part}_bias", {label: 1.0})[label] != 1 for label in labels)
+
+    both = (tables.active, tables.route)
+    return Signature(
+        any(table[label][group] != 1 for table in both for label in labels for group in groups),
+        *(contributes(part) for part in ("attn_in", "attn_out", "mlp_in", "mlp_out")),
+        any(joint["norm"][label] != 1 for label in labels),
+        documents,
+    )
+
+
+def masked(plan: MaskPlan, what: str | None) -> bool:
+    """Whether the plan masks `what`, a field of `Signature`; True for what is none, as it is not of a block."""
+    return what is not None and getattr(plan.signature, what, True)
+
+
+def backend_of(backend: str, plan: MaskPlan, *what: str | None) -> str:
+    """The backend of an op that masks `what`: where a graph is captured and nothing of it is masked, always `runs`.
+
+    There `runs` is plain torch, which the compiler sees and fuses; to a kernel of ours it is blind.
+    """
+    if torch.compiler.is_compiling() and not any(masked(plan, field) for field in what if field is not None):
+        return "runs"
+    return backend

@@ -1,0 +1,148 @@
+"""Wall time, CPU time and memory of training steps, in rounds in which every step takes its turn."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from sgtm_kernels.measurement import peak_growth
+
+LEAST = 3  # rounds, however little time there is
+PEAKS = 5  # rounds of memory on a CPU, where the allocator is not alone in the process
+
+
+class Took(NamedTuple):
+    """Seconds of one step: wall time until its work is done, and user + system time of its process.
+
+    With a GPU the CPU time ends where the step's work is queued: waiting for a GPU spins, and would count as work.
+    """
+
+    wall: float
+    cpu: float
+
+
+class TimedStep(Protocol):
+    """One kind of training step."""
+
+    def step(self) -> Took:
+        """Take it once."""
+
+    def peak(self) -> float:
+        """MiB by which memory grows at most during a step."""
+
+
+@dataclass(frozen=True)
+class LocalStep:
+    """A step of this process; `call` takes it."""
+
+    call: Callable[[], object]
+
+    def step(self) -> Took:
+        wait_for_device()
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.call()
+        cpu = time.process_time() - cpu
+        wait_for_device()
+        return Took(time.perf_counter() - wall, cpu)
+
+    def peak(self) -> float:
+        return peak_growth(self.call)
+
+
+def wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One kind of step over the rounds: seconds [rounds] of wall and CPU time, tokens of a step, memory in MiB."""
+
+    wall: np.ndarray
+    cpu: np.ndarray
+    tokens: float
+    peak: float
+
+    @staticmethod
+    def mean(weights: list[float], samples: list[Sample]) -> Sample:
+        """Steps taken in these proportions; memory is that of the largest."""
+        pairs = list(zip(weights, samples, strict=True))
+        return Sample(
+            sum(weight * sample.wall for weight, sample in pairs),
+            sum(weight * sample.cpu for weight, sample in pairs),
+            sum(weight * sample.tokens for weight, sample in pairs),
+            max(sample.peak for sample in samples),
+        )
+
+
+@dataclass
+class Rounds:
+    """`took` by name of the step, an item for each round; `failed`: the error of steps that could not be taken."""
+
+    took: dict = field(default_factory=dict)
+    peaks: dict = field(default_factory=dict)
+    failed: dict = field(default_factory=dict)
+
+    def sample(self, name, tokens: float) -> Sample:
+        wall, cpu = np.array(self.took[name]).T
+        return Sample(wall, cpu, tokens, float(np.median(self.peaks.get(name, [0.0]))))
+
+
+def take_rounds(
+    steps: dict, rounds: int, seconds: float = float("inf"), may_fail: Collection = (), warm_up: int = 1
+) -> Rounds:
+    """Every step once a round, after `warm_up` first ones, in an order that changes from round to round (what ran
+    before leaves its traces); fewer rounds, but at least `LEAST`, if `seconds` are over before. Then their memory.
+
+    may_fail  names of steps whose exceptions are recorded, and that are not taken again; others raise theirs
+    """
+    found = Rounds()
+    for _ in range(warm_up):
+        for name in steps:
+            _attempt(found, name, steps[name].step, may_fail)
+    order, until = random.Random(0), time.monotonic() + seconds
+    found.took = {name: [] for name in steps}
+    for done in range(rounds):
+        if done >= LEAST and time.monotonic() > until:
+            break
+        for name in order.sample(list(steps), len(steps)):
+            _attempt(found, name, steps[name].step, may_fail, found.took[name])
+    found.peaks = {name: [] for name in steps}
+    for _ in range(1 if torch.cuda.is_available() else min(rounds, PEAKS)):
+        for name in steps:
+            _attempt(found, name, steps[name].peak, may_fail, found.peaks[name])
+    return found
+
+
+def _attempt(found: Rounds, name, take: Callable, may_fail: Collection, into: list | None = None) -> None:
+    if name in found.failed:
+        return
+    try:
+        value = take()
+    except Exception as error:
+        if name not in may_fail:
+            raise
+        found.failed[name] = described(error)
+        release_memory()  # of what ran out of it
+    else:
+        if into is not None:
+            into.append(value)
+
+
+def described(error: Exception) -> str:
+    """One line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to; compiled models are in cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
