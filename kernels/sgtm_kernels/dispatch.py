@@ -15,6 +15,8 @@ from types import ModuleType
 
 import torch
 
+from sgtm_kernels.autograd import captured
+
 OPS = ("linear", "mlp", "attention", "norm", "embedding", "cross_entropy", "adamw")
 BACKENDS = ("reference", "runs", "triton")
 # Environment variables that choose inside a backend, and what they may name.
@@ -68,7 +70,7 @@ def unusable(backend: str, dtype: torch.dtype | None = None) -> str | None:
 
 def pick(op: str, backend: str) -> ModuleType:
     """The module of one op in one (resolved) backend; inside a graph of `torch.compile` the one that it captures."""
-    if backend == "runs" and op in CAPTURED and torch.compiler.is_compiling():
+    if backend == "runs" and op in CAPTURED and captured():
         return _LOADED[op, "compiled"]
     if (op, backend) not in _LOADED:
         if op not in OPS or backend not in BACKENDS:
