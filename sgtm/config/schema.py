@@ -213,6 +213,12 @@ class DistributedConfig(Section):
     zero_quantized_gradients: bool = False
     """ZeRO++'s gradients in 4 bits: always refused. DeepSpeed's kernels (0.19) read fp16, and gradients are bf16 and
     fp32 here; and where a matrix is wider than tall, rows of different groups share a scale."""
+    communication: Literal["fp32", "bf16"] = "fp32"
+    """What gradients are summed over the ranks in. A rank's own micro-batches are summed in fp32 either way: before
+    they are sent in ZeRO 0 and 1, after that in ZeRO 2 and 3. `bf16` halves the bytes. It costs accuracy: every
+    addition rounds to 8 bits, so that the error grows with the number of ranks. It costs equality: other stages and
+    numbers of ranks agree less closely. Frozen weights keep every bit and a resumed run is the same run all the same.
+    """
     timeout_minutes: PositiveFloat = 30
     """How long a rank may stay in one place, as in a collective, before the run ends with a diagnosis."""
 
@@ -241,10 +247,13 @@ class DistributedConfig(Section):
 
 class KernelsConfig(Section):
     backend: Literal["auto", "reference", "runs", "triton"] = "auto"
-    """`auto` follows the environment variable SGTM_KERNELS, else `runs`. A named backend never falls back."""
+    """`auto` follows the environment variable SGTM_KERNELS, else is `triton` on CUDA and `runs` on a CPU; an op whose
+    Triton kernels fail the self-check before the first step is then served by `runs`. A named backend never falls
+    back: the run ends instead."""
     deterministic: bool = True
-    """On CUDA: torch and cuBLAS use deterministic algorithms, which the promises to the bit need (attention's backward
-    pass in the libraries adds in any order otherwise). Ours, and everything on a CPU, are deterministic always."""
+    """On CUDA: torch and cuBLAS use deterministic algorithms, which the promises to the bit need; an op without one
+    raises. Without it the backward pass of attention in the libraries adds in any order. Our kernels, and everything on
+    a CPU, are deterministic always."""
 
 
 class WandbConfig(Section):

@@ -6,29 +6,36 @@ ranks:
 - the gradient of a global step is the *sum* of the gradients of all losses handed to `backward`, over ranks and
   micro-batches. DeepSpeed would average; it is told to sum, and where it cannot (ZeRO-3) the loss is multiplied by the
   number of ranks that it then divides by, which is exact for powers of two;
-- gradients are accumulated and reduced in fp32, and the optimizer works on fp32 weights;
+- gradients are accumulated in fp32 and reduced in `distributed.communication` (fp32, unless it is bf16), and the
+  optimizer works on fp32 weights;
 - what the step may not update is left bitwise alone (sgtm/train/optim.py);
-- a step whose gradient, or one of whose losses, is not finite changes nothing on any rank, and `finite` says so.
+- a step whose gradient, or one of whose losses, is not finite changes nothing on any rank, and `finite` is False then.
+
+A step has one reduction of its own, of the gradient's norm and the wish to stop, and reads the device once, for both
+(sgtm/distributed/agreement.py); AdamW clips (takeover.py has what that replaces in DeepSpeed).
 
 ZeRO 0 in bf16: DeepSpeed's own accumulates and reduces gradients in bf16, so that contributions of late micro-batches
 are lost. That combination runs as its bf16 optimizer with fp32 gradients instead, which DeepSpeed files under ZeRO 1:
 weights and gradients are replicated as in ZeRO 0, only the fp32 copy and the moments are sharded.
 
+ZeRO 2 reduces gradients while the backward pass computes, and ZeRO 3 all that it sends (overlap_comm). On a CPU, where
+there are no streams, the same code runs in order.
+
 `distributed.offload_optimizer`: the optimizer's tensors are in the host's memory and AdamW runs there, by `runs` where
-the kernels are Triton's. All of the above holds with it. It has been run on CPUs, where host and device are one; on a
-GPU DeepSpeed also pins the host's buffers, copies gradients into them without waiting before `step`, and reads the norm
-of every parameter back by itself (ZeRO 1 and 2): that has not been run.
+the kernels are Triton's. All of the above holds with it, but for the single read. It has been run on CPUs, where host
+and device are one; on a GPU DeepSpeed also pins the host's buffers and copies gradients into them without waiting
+before `step`: that has not been run.
 
 A run agrees with another one to the bit, in all that it computes on the same machine,
 
 - if it is the same run again, or resumed, in the same stage and on the same number of ranks;
 - with ZeRO 0 and ZeRO 1 in bf16, which are one optimizer;
-- and as long as no gradient is clipped: with and without offload in any stage; with ZeRO 0 and ZeRO 1 in fp32 on one
-  and two ranks; in ZeRO 0, 1 and 2 on one rank.
+- and as long as no gradient is clipped: with and without offload in any stage, with `communication: fp32`; in ZeRO 0, 1
+  and 2 on one rank.
 
-The others sum a gradient, or the norm that clips, in another order, and their losses agree within a bound
-(tests/e2e/test_same_losses.py: 2e-6 nats in fp32, 2e-3 in bf16, after 20 steps). ZeRO 3 also keeps the weights at other
-addresses, by which a CPU's matrix product may round otherwise.
+The others sum a gradient, or the norm that clips, in another order, or cut a row between ranks, which changes how a
+CPU's AdamW rounds; their losses agree within a bound (tests/e2e/test_same_losses.py: 2e-6 nats in fp32, 2e-3 in bf16,
+after 20 steps). ZeRO 3 also keeps the weights at other addresses, by which a CPU's matrix product may round otherwise.
 """
 
 from __future__ import annotations
@@ -36,42 +43,34 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import set_z3_leaf_module
 
 from sgtm.config.schema import Config, DistributedConfig
 from sgtm.distributed.agree import on_every_rank
-from sgtm.distributed.env import device_type
+from sgtm.distributed.agreement import Agreement
+from sgtm.distributed.env import device_type, kernel_backend
+from sgtm.distributed.private import replace
 from sgtm.distributed.process_group import outlast_watchdog
 from sgtm.distributed.segments import Fragment, check_cover, fragments, full_numel, segment_tables
 from sgtm.distributed.storage import PARTS, Stored
+from sgtm.distributed.takeover import Takeover
 from sgtm.distributed.universal import universal_info
 from sgtm.distributed.watchdog import enter
 from sgtm.distributed.writer import BackgroundWriter
 from sgtm.train.optim import SegmentedAdamW
-from sgtm_kernels.dispatch import resolve
-
-
-def _replace(owner: object, name: str, value: object) -> None:
-    """Set a private name of DeepSpeed. Raises RuntimeError where it is not there: setting it would change nothing."""
-    if name not in (owner if isinstance(owner, dict) else dir(owner)):
-        where = "__compatible_ops__" if isinstance(owner, dict) else getattr(owner, "__name__", type(owner).__name__)
-        raise RuntimeError(f"deepspeed {deepspeed.__version__} has no {name} in {where}; SGTM needs 0.19 (setup.py)")
-    if isinstance(owner, dict):
-        owner[name] = value
-    else:
-        setattr(owner, name, value)
-
 
 if device_type() == "cpu":  # it would compile a shared-memory collective at the first start (35 s, with a compiler)
-    _replace(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
+    replace(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
 # Its bf16 optimizer prints the memory in use, and collects garbage each time: a second of every start.
-_replace(deepspeed.runtime.bf16_optimizer, "see_memory_usage", lambda *args, **kwargs: None)
+replace(deepspeed.runtime.bf16_optimizer, "see_memory_usage", lambda *args, **kwargs: None)
 
 warnings.filterwarnings("ignore", r".*is deprecated. Please use `torch.distributed", FutureWarning)  # DeepSpeed's calls
 
@@ -89,7 +88,7 @@ def deepspeed_config(config: Config, world_size: int, numel: int) -> dict:
         "train_batch_size": config.sequences_per_step,
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": config.accumulation(world_size),
-        "gradient_clipping": 0.0 if stage == 0 and not bf16 else config.optimizer.grad_clip,
+        "gradient_clipping": 0.0,  # AdamW clips
         "gradient_allreduce_op": "mean" if stage == 3 else "sum",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # it would refuse our optimizer under offload_optimizer
@@ -101,14 +100,17 @@ def deepspeed_config(config: Config, world_size: int, numel: int) -> dict:
         },
         "bf16": {"enabled": bf16, "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
+        "communication_data_type": config.distributed.communication,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice in every micro-batch
     }
 
 
 def _zero_options(config: DistributedConfig, world_size: int) -> dict:
     config.check_ranks(world_size)
     options: dict = {"offload_optimizer": {"device": "cpu"}} if config.offload_optimizer else {}
+    options["overlap_comm"] = config.zero_stage >= 2
+    options["use_multi_rank_bucket_allreduce"] = False  # of ZeRO 1 and 2: it would all-reduce what one rank needs
     if config.zero_stage == 3:
         options["zero_hpz_partition_size"] = config.zero_hpz_partition_size
         options["zero_quantized_weights"] = config.zero_quantized_weights
@@ -130,17 +132,14 @@ class Engine:
         self.config = config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.accumulation = config.accumulation(self.world_size)
-        self.finite = True
         self.losses: list[torch.Tensor] = []
         """What `backward` was given on this rank since the last step began, detached."""
         self._micro_batches = 0
-        self._norm = 0.0
         self._writer = BackgroundWriter()
         rows = module.parameter_rows()
         parameters = dict(module.named_parameters())
         numels = {name: full_numel(p) for name, p in parameters.items()}
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.precision]
-        backend = resolve(config.kernels.backend, dtype)
+        backend = kernel_backend(config)
         if config.distributed.offload_optimizer and backend == "triton":
             backend = "runs"  # the optimizer's tensors are the host's
         if config.train.compile == "blocks" and config.distributed.zero_stage == 3:
@@ -156,9 +155,11 @@ class Engine:
             )
         outlast_watchdog(config)
         # It would put its recovery script beside every checkpoint; ours is sgtm/distributed/storage.py.
-        _replace(self._deepspeed, "_copy_recovery_script", lambda path: None)
-        _replace(self._deepspeed, "checkpoint_engine", self._writer)
+        replace(self._deepspeed, "_copy_recovery_script", lambda path: None)
+        replace(self._deepspeed, "checkpoint_engine", self._writer)
         self.device = torch.device(self._deepspeed.device)
+        self._agreement = Agreement(self.device, self.world_size)
+        self._takeover = Takeover(self._deepspeed, self._agreement, BUCKET, self._clip)
         self._fragments = fragments(self._deepspeed.optimizer, parameters)
         replicas = self.world_size if self._plain else 1
         check_cover(self._fragments, numels, replicas, self.all_reduce_sum)
@@ -218,34 +219,39 @@ class Engine:
             raise RuntimeError(f"step called after {self._micro_batches} of {self.accumulation} micro-batches")
         enter("optimizer")
         self.optimizer.begin_step(live, lr, measure)
-        if self._plain:
-            self._clip()
+        if self._plain and not math.isfinite(self._takeover.plain_norm()):
+            self.optimizer.begin_step(live=frozenset(), lr=0.0)
         self._deepspeed.step()
         self._micro_batches = 0
-        if not self._plain:
-            self.finite = not self._deepspeed.optimizer.overflow
-            if not self.finite and self.config.distributed.offload_optimizer:
-                # In ZeRO 1 and 2 in bf16 the next gradient would be added to this one (0.19.8).
-                self._deepspeed.optimizer.averaged_gradients.clear()
-            self._norm = self._deepspeed.get_global_grad_norm()
+        if not self.finite and self.config.distributed.offload_optimizer and not self._plain:
+            # In ZeRO 1 and 2 in bf16 the next gradient would be added to this one (0.19.8).
+            self._deepspeed.optimizer.averaged_gradients.clear()
 
-    def _clip(self) -> None:
-        """ZeRO 0 in fp32: DeepSpeed neither reports the norm nor looks whether it is finite."""
-        parameters = list(self.module.parameters())
-        limit = self.config.optimizer.grad_clip or math.inf
-        self._norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        self.finite = bool(torch.isfinite(self._norm))
-        if not self.finite:
-            self.optimizer.begin_step(live=frozenset(), lr=0.0)
+    def _clip(self, norm: float) -> None:
+        limit = self.config.optimizer.grad_clip
+        self.optimizer.factor = float(np.float32(min(1.0, limit / (norm + 1e-6)))) if limit else 1.0
+
+    @property
+    def finite(self) -> bool:
+        """Whether the last step's gradient and losses were finite, on all ranks; where not, it has changed nothing."""
+        return self._agreement.finite
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop_if` was true on any rank when the last step's gradient was complete; the same on all ranks."""
+        return self._agreement.stopping
+
+    def stop_if(self, wish: Callable[[], bool]) -> None:
+        """Have every step ask this rank whether to stop, and tell all ranks by `stopping`: no collective of its own."""
+        self._agreement.stop = wish
 
     def grad_norm(self) -> float:
         """Global L2 norm of the last step's gradient, before clipping; infinite where that was not finite."""
-        return float(self._norm) if self.finite else math.inf
+        return self._agreement.norm
 
     def clip_factor(self) -> torch.Tensor:
-        """What the last step's gradient was multiplied by to be clipped: fp32 scalar up to 1, where the norm lies."""
-        norm, limit = torch.as_tensor(self._norm, dtype=torch.float32), self.config.optimizer.grad_clip
-        return (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
+        """What the last step's gradient was multiplied by to be clipped: fp32 scalar up to 1 in the host's memory."""
+        return torch.tensor(self.optimizer.factor)
 
     def key_norms(self) -> dict[str, float]:
         """L2 norm by key of the last step's gradient, before clipping; a collective call, after `step(measure=True)`.
@@ -258,8 +264,7 @@ class Engine:
         if squares is None:
             raise RuntimeError("key_norms asked for after a step without measure")
         total = squares if self._plain else self.all_reduce_sum(squares)  # of replicas every rank has the whole
-        norms = total.sqrt().to(self.device) / self.clip_factor().to(self.device)
-        return dict(zip(keys, norms.tolist(), strict=True))
+        return dict(zip(keys, total.sqrt().tolist(), strict=True))
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, as a new tensor on the engine's device."""

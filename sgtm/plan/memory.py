@@ -18,7 +18,7 @@ from math import ceil
 
 from sgtm.config.schema import Config
 from sgtm.plan.shapes import parameter_sizes
-from sgtm.plan.traffic import padded, split, width_of
+from sgtm.plan.traffic import is_bf16_optimizer, padded, sent_width, split, width_of
 from sgtm.plan.zero3 import Limits, gathers, persistent
 
 FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed flattens at a time where it reduces without ZeRO
@@ -85,11 +85,12 @@ def _held(config: Config, sizes: dict[str, int], stage: int, ranks: int, limits:
         gradients = 4 * _whole(list(sizes.values()), share, ranks)
     held = {"weights": weights, "fp32 weights": 4 * share, "moments": 8 * share, "gradients": gradients}
     always = stage == 3 or _is_zero1(config, stage)  # from the first backward pass of a step on
+    staged = sent_width(config) if stage == 3 else 4
     second = config.distributed.zero_hpz_partition_size if stage == 3 else 1
     if second > 1:
         large = (size for name, size in sizes.items() if name not in persistent(sizes, limits))
         held["hpZ weights"] = width * split(large, ranks) // second
-    return held | ({"bucket": 4 * min(total, limits.bucket)} if always else {})
+    return held | ({"bucket": staged * min(total, limits.bucket)} if always else {})
 
 
 def _whole(sizes: list[int], share: int, ranks: int) -> int:
@@ -103,8 +104,8 @@ def _whole(sizes: list[int], share: int, ranks: int) -> int:
 
 
 def _is_zero1(config: Config, stage: int) -> bool:
-    """Whether DeepSpeed's ZeRO 1 runs: in bf16 it is its bf16 optimizer instead, for stage 0 too, but with offload."""
-    return stage == 1 and (config.train.precision == "fp32" or config.distributed.offload_optimizer)
+    """Whether DeepSpeed's ZeRO 1 runs, and not its bf16 optimizer instead."""
+    return stage == 1 and not is_bf16_optimizer(config, stage)
 
 
 def _buffers(
@@ -112,15 +113,18 @@ def _buffers(
 ) -> tuple[dict[str, int], int]:
     """What communication needs during forward and backward, and what the step copies."""
     width, total, share = width_of(config), sum(sizes.values()), _share(sizes, stage, ranks)
-    bucket = min(total, limits.bucket)
+    bucket, sent = min(total, limits.bucket), sent_width(config)
     if stage == 3:
         live = width * gathers(config.model, limits).peak
-        return {"gathered weights": live, "buckets": 4 * bucket}, 4 * min(share, limits.sub_group)
-    if stage == 2:  # as it comes, flattened, and in fp32
-        return {"buckets": 8 * bucket}, 0 if width == 2 else 4 * share
+        return {"gathered weights": live, "buckets": sent * bucket}, 4 * min(share, limits.sub_group)
+    if stage == 2:  # as it comes, twice as one is filled while the other is sent; flattened; and as it is sent
+        cast = sent if sent != width else 0
+        return {"buckets": (3 * width + cast) * bucket}, 0 if width == 2 else 4 * share
     if _is_zero1(config, stage):
-        return {"buckets": 4 * bucket}, 8 * share
-    return {"buckets": 0 if width == 2 else 4 * min(total, FALLBACK_BUCKET)}, 0
+        return {"buckets": (4 + (sent if sent < 4 else 0)) * bucket}, 8 * share
+    if width == 2:  # shares of all ranks as they are sent, and the sum of this rank's
+        return {"buckets": (sent * bucket + sent * bucket // ranks) if sent < 4 and ranks > 1 else 0}, 0
+    return {"buckets": (4 + (sent if sent < 4 else 0)) * min(total, FALLBACK_BUCKET)}, 0
 
 
 def activations(config: Config) -> int:

@@ -33,7 +33,7 @@ def plan(config: Config, machine: Machine) -> list[Row]:
     rows = []
     for stage in STAGES[1:] if config.distributed.offload_optimizer else STAGES:
         moved = collectives(config, stage, machine.ranks)
-        rows.append(Row(stage, memory(config, stage, machine.ranks), moved, speed(config, stage, machine, moved)))
+        rows.append(Row(stage, memory(config, stage, machine.ranks), moved, speed(config, machine, moved)))
     return rows
 
 

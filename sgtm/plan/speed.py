@@ -3,8 +3,8 @@
     compute        FLOPs of the model, and those of recomputed blocks, over the ranks' peak times `reached`
     communication  a ring over all ranks goes through the network inside each node and, once for each node, through the
                    one between nodes; the slower of the two sets the pace, at its bandwidth times `sustained`
-    step           ZeRO 0 to 2: one after the other, as the engine leaves DeepSpeed's overlap_comm off there;
-                   ZeRO 3: the longer of both (overlap_comm, DeepSpeed's default for it)
+    step           one after the other, but the longer of both for what is overlapped: the reduction of gradients in
+                   ZeRO 2, and all of ZeRO 3's communication (DeepSpeed's overlap_comm)
 
 Left out: latency, the optimizer's own time, the input, and what masks save. Model FLOP utilisation is the model's FLOPs
 alone over the peak (sgtm/plan/shapes.py).
@@ -68,17 +68,19 @@ class Speed:
     utilisation: float
 
 
-def speed(config: Config, stage: int, machine: Machine, moved: list[Collective]) -> Speed:
+def speed(config: Config, machine: Machine, moved: list[Collective]) -> Speed:
     sent = sum(collective.sent(machine.ranks) for collective in moved)
+    behind = sum(collective.sent(machine.ranks) for collective in moved if collective.overlapped)
     crossing = sent if machine.nodes > 1 else 0.0  # of a ring's ranks one of each node sends to the next node
     within = sent if machine.gpus > 1 else 0.0
     paths = (within / machine.inside, crossing / machine.between)
     communication = max(paths) / (machine.sustained * 1e9)
+    hidden = communication * behind / sent if sent else 0.0
     peak = 1e12 * (machine.tflops or PEAK[config.train.precision]) * machine.ranks
     flops = model_flops(config.model) * config.train.tokens_per_step
     again = recomputed_flops(config.model) * config.train.tokens_per_step
     compute = (flops + again) / (peak * machine.reached)
-    step = max(compute, communication) if stage == 3 else compute + communication
+    step = max(compute, hidden) + communication - hidden
     mean_within = sent * (machine.gpus - 1) / machine.gpus if machine.nodes > 1 else within
     return Speed(
         inside=mean_within,

@@ -91,9 +91,16 @@ def _assumptions(config: Config, machine: Machine, rows: list[Row]) -> str:
         "others; ratio: of the time to compute to that of communication.",
         f"Assumed, not measured: {peak:g} TFLOP/s a GPU at its peak, of which a step reaches {machine.reached:.0%} "
         f"while it computes; {machine.inside:g} GB/s for a GPU inside its node and {machine.between:g} GB/s for a "
-        f"node, in one direction, of which collectives reach {machine.sustained:.0%}. ZeRO 3 communicates while it "
-        "computes, the others do not. Latency, the optimizer and what masks save are left out.",
+        f"node, in one direction, of which collectives reach {machine.sustained:.0%}. Gradients in ZeRO 2, and all "
+        "that ZeRO 3 sends, move while it computes; the rest does not. Latency, the optimizer and what masks save are "
+        "left out.",
     ]
+    accumulation, machine_bytes = config.accumulation(machine.ranks), machine.memory * GB
+    if accumulation > 1 and any(row.stage == 1 and row.memory.peak <= machine_bytes for row in rows) and rows[0].moved:
+        lines.append(
+            f"ZeRO 2 and 3 reduce gradients in each of the {accumulation} micro-batches of a step, ZeRO 0 and 1 once, "
+            "for which every rank keeps the whole gradient in fp32: take ZeRO 1 where it fits."
+        )
     if any(row.memory.host for row in rows):
         lines.append("Time does not count the way to the host and the update there.")
     if config.distributed.zero_hpz_partition_size > 1:

@@ -1,10 +1,10 @@
 """Collectives of a global step, as the engine configures DeepSpeed, and the bytes that they move.
 
-Gradients are reduced in fp32 whatever the precision of the weights. ZeRO 0 and 1 reduce them once in a step, ZeRO 2 and
-3 for every micro-batch. ZeRO 1 and 2 reduce by all-reduce and not by reduce-scatter (use_multi_rank_bucket_allreduce,
-DeepSpeed's default), and each rank keeps its share. Scalars (norms, flags) are left out. What hpZ saves is not
-counted: from its second gather in a step on, a weight moves inside the groups of `zero_hpz_partition_size` alone; here,
-it always moves over all ranks.
+Gradients are reduced in `distributed.communication` whatever the precision of the weights. ZeRO 0 and 1 reduce them
+once in a step, ZeRO 2 and 3 for every micro-batch. All but ZeRO 0 in fp32 send a share of the gradient to its owner
+alone: by a reduce-scatter, or in DeepSpeed's ZeRO 1 and 2 by a reduce for each owner, which moves the same bytes.
+Scalars (norms, flags) are left out. What hpZ saves is not counted: from its second gather in a step on, a weight moves
+inside the groups of `zero_hpz_partition_size` alone; here, it always moves over all ranks.
 
 tests/dist/test_plan.py counts the same bytes in runs on 2 and 4 ranks.
 """
@@ -18,18 +18,24 @@ from sgtm.config.schema import Config
 from sgtm.plan.shapes import parameter_sizes
 from sgtm.plan.zero3 import Limits, gathers, persistent
 
-ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER = "all-reduce", "reduce-scatter", "all-gather"
+ALL_REDUCE, REDUCE, REDUCE_SCATTER, ALL_GATHER = "all-reduce", "reduce", "reduce-scatter", "all-gather"
+
+WIDTHS = {"bf16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of collective of a step: `times` times `elements` of `width` bytes; `elements` of the whole tensor."""
+    """One kind of collective of a step: `times` times `elements` of `width` bytes; `elements` of the whole tensor.
+
+    overlapped  whether the ranks compute meanwhile
+    """
 
     kind: str
     what: str
     elements: int
     width: int
     times: int = 1
+    overlapped: bool = False
 
     def sent(self, ranks: int) -> float:
         """Bytes that each rank sends in a step."""
@@ -38,14 +44,25 @@ class Collective:
 
 def ring_bytes(kind: str, size: int, ranks: int) -> float:
     """Bytes each rank sends in a ring collective over `size` bytes, the whole tensor on one rank (Patarasuk and Yuan,
-    2009): an all-reduce is a reduce-scatter and an all-gather."""
-    passes = {ALL_REDUCE: 2, REDUCE_SCATTER: 1, ALL_GATHER: 1}[kind]
+    2009): an all-reduce is a reduce-scatter and an all-gather. In a reduce every rank but one sends the tensor on: the
+    mean."""
+    passes = {ALL_REDUCE: 2, REDUCE: 1, REDUCE_SCATTER: 1, ALL_GATHER: 1}[kind]
     return passes * size * (ranks - 1) / ranks
 
 
 def width_of(config: Config) -> int:
     """Bytes of a weight."""
-    return {"bf16": 2, "fp32": 4}[config.train.precision]
+    return WIDTHS[config.train.precision]
+
+
+def sent_width(config: Config) -> int:
+    """Bytes of an element of a gradient on its way."""
+    return WIDTHS[config.distributed.communication]
+
+
+def is_bf16_optimizer(config: Config, stage: int) -> bool:
+    """Whether DeepSpeed's bf16 optimizer runs: in bf16 for ZeRO 0 and 1, unless the optimizer is the host's."""
+    return config.train.precision == "bf16" and stage < 2 and not config.distributed.offload_optimizer
 
 
 def padded(size: int, ranks: int) -> int:
@@ -64,16 +81,21 @@ def collectives(config: Config, stage: int, ranks: int, limits: Limits | None = 
     accumulation = config.accumulation(ranks)
     if ranks == 1:
         return []
-    total = sum(sizes.values())
+    total, sent = sum(sizes.values()), sent_width(config)
     if stage == 0 and width == 4:
-        return [Collective(ALL_REDUCE, "gradients", total, 4)]
+        return [Collective(ALL_REDUCE, "gradients", total, sent)]
+    if is_bf16_optimizer(config, stage):
+        whole = padded(total, ranks)
+        return [Collective(REDUCE_SCATTER, "gradients", whole, sent), Collective(ALL_GATHER, "weights", whole, width)]
     if stage < 3:
-        reduced = Collective(ALL_REDUCE, "gradients", total, 4, accumulation if stage == 2 else 1)
+        times = accumulation if stage == 2 else 1
+        reduced = Collective(REDUCE, "gradients", total, sent, times, overlapped=stage == 2)
         return [reduced, Collective(ALL_GATHER, "weights", padded(total, ranks), width)]
     kept = persistent(sizes, limits)
     gathered = split((sizes[name] for name in gathers(config.model, limits).names), ranks)
+    whole = split((sizes[name] for name in kept), ranks)
     return [
-        Collective(REDUCE_SCATTER, "gradients", split(sizes.values(), ranks), 4, accumulation),
-        Collective(ALL_GATHER, "weights", gathered, width, accumulation),
-        Collective(ALL_GATHER, "persistent weights", split((sizes[name] for name in kept), ranks), width),
+        Collective(REDUCE_SCATTER, "gradients", split(sizes.values(), ranks), sent, accumulation, overlapped=True),
+        Collective(ALL_GATHER, "weights", gathered, width, accumulation, overlapped=True),
+        Collective(ALL_GATHER, "persistent weights", whole, width, overlapped=True),
     ]

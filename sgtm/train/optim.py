@@ -1,11 +1,10 @@
 """AdamW that leaves what a step may not update bitwise alone.
 
 DeepSpeed hands an optimizer flat fp32 partitions, in which a weight's rows can begin and end anywhere. A *segment
-table* (sgtm/distributed/segments.py) says which elements of such a tensor belong to which key (sgtm/model/rows.py);
-padding belongs to none. Before each step the optimizer is told which keys are live. With `masked_update: exact`, a key
-that is not live keeps its weights, both moments and its own step count; with `zero_grad` every key is updated with
-whatever gradient it has, so that decay and stale momentum move masked weights, as in the reference implementation of
-the paper.
+table* (sgtm/distributed/segments.py) lists which elements of such a tensor belong to which key (sgtm/model/rows.py);
+padding belongs to none. Each step names the keys that are live. With `masked_update: exact`, a key that is not live
+keeps its weights, both moments and its own step count; with `zero_grad` every key is updated with whatever gradient it
+has, so that decay and stale momentum move masked weights, as in the reference implementation of the paper.
 
 tests/dist/test_freeze.py holds this in every ZeRO stage.
 """
@@ -17,10 +16,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sgtm_kernels.adamw import Update, adamw
+from sgtm_kernels.adamw import Slice, Tensors, prepare
 
 if TYPE_CHECKING:  # benchmarks/steps.py runs where there is no pydantic
     from sgtm.config.schema import OptimizerConfig
+
+PREPARED = 64  # launches kept; a run has as many live sets as its steps have mixtures of labels
 
 
 class Segment(NamedTuple):
@@ -39,8 +40,10 @@ class SegmentedAdamW(torch.optim.Optimizer):
     backend  resolved kernel backend
     tables   segments of every tensor this rank owns a part of, by tensor
     steps    number of updates each key has had; the same on all ranks, part of a checkpoint
-    squares  after a step with `measure`: sum of squares of this rank's gradient by key, in order of `steps`, as `step`
-             was given it (clipped, and also of keys that are not live); fp64 [keys]; else None
+    factor   what the gradient of the coming `step` is multiplied by, an fp32 number up to 1 (clipping); 1.0 unless set
+             after `begin_step`. The backend `runs` then multiplies the gradient of live segments in place.
+    squares  after a step with `measure`: sum of squares of this rank's gradient by key, in order of `steps`, before
+             `factor` (and also of keys that are not live); fp64 [keys]; else None
 
     State of a tensor: `exp_avg` and `exp_avg_sq`, fp32, of its shape (names known to DeepSpeed's universal checkpoint).
     """
@@ -50,10 +53,12 @@ class SegmentedAdamW(torch.optim.Optimizer):
         self.config = config
         self.backend = backend
         self.steps: dict[str, int] = {}
+        self.factor = 1.0
         self.tables: dict[torch.Tensor, list[Segment]] = {}
         self.squares: torch.Tensor | None = None
         self._live: frozenset[str] = frozenset()
         self._counted = True
+        self._prepared: dict[tuple, tuple] = {}
 
     def set_segments(self, tables: dict[torch.Tensor, list[Segment]], keys: Iterable[str]) -> None:
         """Segment tables of this rank's tensors, and every key of the model (other ranks may own some alone).
@@ -62,6 +67,7 @@ class SegmentedAdamW(torch.optim.Optimizer):
         """
         self.tables = tables
         self.steps = dict.fromkeys(sorted(keys), 0)
+        self._prepared.clear()
         for tensor in tables:
             self.state[tensor] = {"exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
 
@@ -74,8 +80,9 @@ class SegmentedAdamW(torch.optim.Optimizer):
         where the gradient is not finite.
         """
         everything = live and self.config.masked_update == "zero_grad"
-        self._live = frozenset(self.steps) if everything else live & self.steps.keys()
+        self._live = frozenset(self.steps) if everything else live.intersection(self.steps)
         self._counted = False
+        self.factor = 1.0
         device = next(iter(self.tables)).device if self.tables else None
         self.squares = torch.zeros(len(self.steps), dtype=torch.float64, device=device) if measure else None
         for group in self.param_groups:
@@ -89,26 +96,40 @@ class SegmentedAdamW(torch.optim.Optimizer):
             for key in self._live:
                 self.steps[key] += 1
         for group in self.param_groups:
+            tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
             if self.squares is not None:
-                self._measure(group["params"])
-            updates = [update for tensor in group["params"] for update in self._updates(tensor)]
-            adamw(updates, group["lr"], self.config.betas, self.config.eps, self.backend)
+                self._measure(tensors)
+            update, keys = self._update_of(tensors)
+            update(
+                [Tensors(t, t.grad, (s := self.state[t])["exp_avg"], s["exp_avg_sq"]) for t in tensors],
+                [self.steps[key] for key in keys],
+                group["lr"],
+                self.factor,
+            )
+
+    def _update_of(self, tensors: list[torch.Tensor]) -> tuple:
+        """The update of the live segments of these tensors, and the keys whose counts it takes; made once."""
+        name = (self._live, self.backend, *map(id, tensors))
+        if name not in self._prepared:
+            if len(self._prepared) == PREPARED:
+                self._prepared.clear()
+            keys = sorted(self._live)
+            counters = {key: place for place, key in enumerate(keys)}
+            slices = [
+                Slice(number, start, end, counters[key], self.config.weight_decay if decay else 0.0)
+                for number, tensor in enumerate(tensors)
+                for start, end, key, decay in self.tables[tensor]
+                if key in self._live
+            ]
+            self._prepared[name] = prepare(slices, self.config.betas, self.config.eps, self.backend), keys
+        return self._prepared[name]
 
     def _measure(self, tensors: Iterable[torch.Tensor]) -> None:
         places = {key: place for place, key in enumerate(self.steps)}
         for tensor in tensors:
-            if tensor.grad is not None:
-                flat, table = tensor.grad.reshape(-1), self.tables[tensor]
-                norms = torch.stack(torch._foreach_norm([flat[start:end] for start, end, _, _ in table])).double()
-                index = torch.tensor([places[segment.key] for segment in table], device=norms.device)
-                self.squares.index_add_(0, index, norms.square())
-
-    def _updates(self, tensor: torch.Tensor) -> Iterable[Update]:
-        if tensor.grad is None:
-            return
-        state = self.state[tensor]
-        flat = [t.reshape(-1) for t in (tensor.detach(), tensor.grad, state["exp_avg"], state["exp_avg_sq"])]
-        for start, end, key, decay in self.tables[tensor]:
-            if key in self._live:
-                views = (t[start:end] for t in flat)
-                yield Update(*views, self.steps[key], self.config.weight_decay if decay else 0.0)
+            table = self.tables[tensor]
+            borders = [border for start, end, _, _ in table for border in (start, end)]
+            pieces = tensor.grad.reshape(-1).tensor_split(borders)[1::2]
+            norms = torch.stack(torch._foreach_norm(pieces)).double()
+            index = torch.tensor([places[segment.key] for segment in table], device=norms.device)
+            self.squares.index_add_(0, index, norms.square())

@@ -8,14 +8,17 @@ add up.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from sgtm.data.batch import IGNORE, Batch
-from sgtm.distributed.engine import Engine
 from sgtm.model.rows import live_keys
 from sgtm_kernels.plan import Tables
+
+if TYPE_CHECKING:  # deepspeed takes seconds to import
+    from sgtm.distributed.engine import Engine
 
 
 def target_counts(batch: Batch, labels: int) -> torch.Tensor:
@@ -38,7 +41,7 @@ class StepTotals:
     def __init__(self, labels: int, device: torch.device):
         self.sums = torch.zeros(labels, dtype=torch.float64, device=device)
         self.counts = torch.zeros(labels, dtype=torch.int64)
-        self.clipping = torch.zeros(3, dtype=torch.float64, device=device)
+        self.clipping = torch.zeros(3, dtype=torch.float64)
         self.skipped = self.in_a_row = 0
         self._step = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
 

@@ -24,13 +24,13 @@ PURE_FORGET = (FORGET,) * 8
 
 
 def by_key(engine) -> dict[tuple[str, int], dict[str, torch.Tensor]]:
-    """A copy of the weights (fp32), both moments and the last gradient of every segment of this rank."""
+    """A copy of the weights (fp32), both moments and the last gradient, clipped, of every segment of this rank."""
     copies = {}
     for number, (tensor, table) in enumerate(engine.optimizer.tables.items()):
         state = engine.optimizer.state[tensor]
         parts = {"weight": tensor, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
         if tensor.grad is not None:
-            parts["grad"] = tensor.grad
+            parts["grad"] = tensor.grad * engine.optimizer.factor
         for start, end, key, decay in table:
             segment = {name: part.detach().reshape(-1)[start:end].clone() for name, part in parts.items()}
             copies[key, number, start] = segment | {"decay": decay}

@@ -34,12 +34,12 @@ def masters(engine) -> dict[str, torch.Tensor]:
 
 
 def train_one(engine, step: int, spoil=lambda loss: loss) -> tuple[float, dict[str, torch.Tensor]]:
-    """One global step; returns its loss and the gradient that reached the optimizer. `spoil`: of rank 0's first loss."""
+    """One global step; returns its loss and the gradient as the optimizer clips it. `spoil`: of rank 0's first loss."""
     config, gradients, inner = engine.config, {}, engine.optimizer.step
 
     def recording(*args):
         for group in engine.optimizer.param_groups:
-            gradients.update({t: t.grad.reshape(-1).clone() for t in group["params"]})
+            gradients.update({t: t.grad.reshape(-1) * engine.optimizer.factor for t in group["params"]})
         return inner(*args)
 
     engine.optimizer.step = recording
@@ -171,9 +171,10 @@ def test_where_runs_agree_to_the_bit(world_size):
     """As sgtm/distributed/engine.py says; stages that reduce a gradient in another order are not among them."""
     clipped, unclipped = results(world_size)
     pairs = [(unclipped, f"ZeRO {stage} {p}", f"ZeRO {stage} offloaded {p}") for stage in (1, 2, 3) for p in PRECISIONS]
-    pairs += [(unclipped, f"ZeRO 0 {p}", f"ZeRO 1 {p}") for p in PRECISIONS]
-    pairs += [(unclipped, f"ZeRO 1 {p}", f"ZeRO 2 {p}") for p in PRECISIONS if world_size == 1]
-    pairs += [(clipped, "ZeRO 0 bf16", "ZeRO 1 bf16")]
+    pairs += [(unclipped, "ZeRO 0 bf16", "ZeRO 1 bf16"), (clipped, "ZeRO 0 bf16", "ZeRO 1 bf16")]
+    if world_size == 1:  # on two, a share begins inside a row, which torch's AdamW rounds otherwise on some CPUs
+        pairs += [(unclipped, "ZeRO 0 fp32", "ZeRO 1 fp32")]
+        pairs += [(unclipped, f"ZeRO 1 {p}", f"ZeRO 2 {p}") for p in PRECISIONS]
     for runs, one, other in pairs:
         (losses, weights), (other_losses, other_weights) = runs[one], runs[other]
         assert losses == other_losses, f"{one} and {other}"

@@ -93,7 +93,8 @@ def test_two_ranks_stopped_killed_and_resumed(tmp_path: Path):
     output, _ = process.communicate(timeout=200)
     assert "checkpoint saved" in output and "terminate called" not in output, output
     assert output.count("Traceback") == 1, "torchrun's own: " + output
-    assert step_of(tmp_path / "killed") in {9, 10}
+    # Ranks hear of one another's signal with the gradient of a step: the one after the wait at the latest.
+    assert step_of(tmp_path / "killed") in {9, 10, 11}
 
     process = launch("killed", "--resume", pause=8)
     wait_for_step(tmp_path / "killed", 16)
@@ -101,7 +102,7 @@ def test_two_ranks_stopped_killed_and_resumed(tmp_path: Path):
         with suppress(psutil.NoSuchProcess):
             one.kill()
     process.communicate(timeout=200)
-    assert step_of(tmp_path / "killed") in {9, 10, 15}
+    assert step_of(tmp_path / "killed") in {9, 10, 11, 15}
 
     assert "resumed after step" in finish(launch("killed", "--resume"))
     finish(launch("whole"))

@@ -1,21 +1,23 @@
 """AdamW on slices: the formula of the paper, in all backends, and not a bit outside the slices.
 
-Faults tried in the kernel, each seen to fail: the block of the next slice; a search one halving short; the first
-elements of a block that begins before its slice, or those behind the end, not masked; the last element or block lost;
-a slice's distance from its border forgotten; a block taken for a whole one at either end; a border taken from the
-weight alone; the decay of another slice; a bias correction missing; decay missing; a moment stored in place of another;
-gradients read in the wrong precision, or all in that of the first; half of the table on a default device.
+Faults tried in the kernel, each seen to fail: the block of the next slice; the first elements of a block that begins
+before its slice, or those behind the end, not masked; the last element or block lost; a slice's distance from its
+border forgotten; a block taken for a whole one at either end; a border taken from the weight alone; the decay of
+another slice; a bias correction missing; decay missing; a moment stored in place of another; gradients read in the
+wrong precision, or all in that of the first; half of the table on a default device; the factor not applied, or folded
+into beta; addresses or step counts of the step before; no block for what a first border adds.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from itertools import pairwise
 
 import pytest
 import torch
 
-from sgtm_kernels.adamw import Update, adamw
+from sgtm_kernels.adamw import Slice, Tensors, Update, adamw, prepare
 from sgtm_kernels.dispatch import BACKENDS, pick
 
 LR, BETAS, EPS = 3e-3, (0.9, 0.95), 1e-8
@@ -119,17 +121,39 @@ def test_the_kernel_rounds_every_element_alike():
 
 @pytest.mark.parametrize(("offset", "grad_offset", "aligned"), [(0, 0, 1), (5, 5, 1), (5, 9, 1), (5, 6, 0), (0, 2, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_aligned_slices_begin_at_a_border(offset, grad_offset, aligned, dtype):
+def test_aligned_tensors_are_addressed_from_a_border(offset, grad_offset, aligned, dtype):
     """What the kernel moves 16 bytes at a time (8 of half precision) lies at such borders in all four tensors."""
     flat = flat_tensors(100)
     weight, _, *moments = (t[offset : offset + 50] for t in flat.values())
     grad = flat["grad"].to(dtype)[grad_offset : grad_offset + 50]
-    table, blocks = pick("adamw", "triton").segment_table([Update(weight, grad, *moments, 1, 0.1)], LR, BETAS)
-    *addresses, start, end, _, flag, _, _ = table[0].tolist()
-    assert (flag, end - start, blocks) == (aligned, 50, 1)
+    step = pick("adamw", "triton").prepare([Slice(0, 0, 50, 0, 0.1)], BETAS, EPS)
+    table, numbers = step.table([Tensors(weight, grad, *moments)], [1], LR)
+    *addresses, shift, _ = table[:6].tolist()
+    assert (numbers, shift >= 0, len(step.blocks)) == (12, aligned, 1)
     for address, tensor in zip(addresses, (weight, grad, *moments), strict=True):
-        assert address + start * tensor.element_size() == tensor.data_ptr()
+        assert address + max(shift, 0) * tensor.element_size() == tensor.data_ptr()
         assert not aligned or address % (4 * tensor.element_size()) == 0
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="looks into Triton's interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_kernel_promises_the_compiler_what_holds(monkeypatch, dtype):
+    """Addresses and offsets that it calls multiples are multiples: else a GPU refuses to move 16 bytes from there."""
+    from triton.runtime.interpreter import TensorHandle
+
+    promised = []
+
+    def set_attr(handle, name, values):
+        if name == "tt.divisibility":
+            promised.extend(values)
+            assert (handle.data % values[0] == 0).all()
+
+    monkeypatch.setattr(TensorHandle, "set_attr", set_attr)
+    flat = flat_tensors(9000)
+    tensors = Tensors(*(t[1:] for t in flat.values()))._replace(grad=flat["grad"].to(dtype)[1:])
+    slices = [Slice(0, 0, 1030, 0, 0.1), Slice(0, 1030, 1031, 0, 0.0), Slice(0, 1033, 8999, 0, 0.1)]
+    prepare(slices, BETAS, EPS, "triton")([tensors], [1], LR, 1.0)
+    assert set(promised) == {4, 16} | ({8} if dtype == torch.float16 else set())
 
 
 @pytest.mark.parametrize("slices", [1, 2, 3, 8, 33])
@@ -176,18 +200,76 @@ def test_the_kernel_refuses_what_its_addresses_cannot_describe(wrong):
         adamw([Update(*flat.values(), 1, 0.1)], LR, BETAS, EPS, "triton")
 
 
-def test_the_table_is_built_on_the_cpu_whatever_the_default_device():
-    updates = [Update(*flat_tensors(n).values(), 3, 0.1) for n in (7, 2000)]
-    module = pick("adamw", "triton")
-    wanted, blocks = module.segment_table(updates, LR, BETAS)
+def test_the_kernel_refuses_what_its_slices_cannot_address():
+    step, flat = prepare([Slice(0, 0, 11, 0, 0.1)], BETAS, EPS, "triton"), flat_tensors(10)
+    with pytest.raises(ValueError, match="ends at 11, behind the 10 elements"):
+        step([Tensors(*flat.values())], [1], LR, 1.0)
+    step = prepare([Slice(0, 0, 10, 0, 0.1), Slice(1, 0, 10, 0, 0.1)], BETAS, EPS, "triton")
+    half = Tensors(flat["weight"], flat["grad"].half(), flat["exp_avg"], flat["exp_avg_sq"])
+    with pytest.raises(ValueError, match=r"one dtype, got torch\.float32 and torch\.float16"):
+        step([Tensors(*flat.values()), half], [1], LR, 1.0)
+
+
+def test_tables_are_built_on_the_cpu_whatever_the_default_device():
+    tensors = [Tensors(*flat_tensors(n).values()) for n in (7, 2000)]
+    slices = [Slice(0, 0, 7, 1, 0.1), Slice(1, 3, 1999, 0, 0.0)]
+
+    def tables():
+        step = pick("adamw", "triton").prepare(slices, BETAS, EPS)
+        return step.rows, step.blocks, step.table(tensors, [3, 4], LR)[0]
+
+    expected = tables()
     with torch.device("meta"):
-        table, again = module.segment_table(updates, LR, BETAS)
-    assert table.device.type == wanted.device.type == "cpu" and torch.equal(table, wanted) and again == blocks
+        found = tables()
+    assert all(t.device.type == "cpu" for t in found) and all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("factor", [0.7, 1e-3])
+def test_a_factor_is_as_good_as_a_clipped_gradient(backend, factor):
+    """Bit for bit, with a factor that fp32 rounds; what no slice covers of the gradient stays as it is."""
+    factor = float(torch.tensor(factor))
+    folded, clipped = flat_tensors(3000), flat_tensors(3000)
+    clipped["grad"].mul_(torch.tensor(factor))
+    ranges = [(1, 1500, 1, 0.1), (1501, 2999, 9, 0.0)]
+    for flat, f in ((folded, factor), (clipped, 1.0)):
+        adamw([Update(*(t[a:b] for t in flat.values()), *rest) for a, b, *rest in ranges], LR, BETAS, EPS, backend, f)
+    for name in ("weight", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(folded[name], clipped[name]), name
+    grad = flat_tensors(3000)["grad"]
+    assert all(folded["grad"][place] == grad[place] for place in (0, 1500, 2999))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prepared_steps_are_single_ones(backend):
+    """Bit for bit over several steps: gradients at new addresses, other counts and rates, tensors that move."""
+    ranges = [(0, 3, 1027, 0, 0.1), (0, 1027, 2051, 1, 0.1), (0, 2060, 2100, 0, 0.0), (1, 0, 1025, 2, 0.0)]
+    slices = [Slice(*r) for r in ranges]
+    ours, theirs = ([flat_tensors(n, seed=n) for n in (2100, 1030)] for _ in range(2))
+    step = prepare(slices, BETAS, EPS, backend)
+    for number in range(1, 5):
+        counts, lr = [number, 3 * number, 1], LR / number
+        for tensors in (*ours, *theirs):
+            generator = torch.Generator().manual_seed(number)
+            n = len(tensors["weight"])
+            tensors["grad"] = torch.randn(n + number, generator=generator)[number:]  # at another distance from a border
+        if number == 3:
+            ours = [{name: t.clone() for name, t in tensors.items()} for tensors in ours]
+        step([Tensors(*tensors.values()) for tensors in ours], counts, lr, 1.0)
+        for tensor, start, end, counter, decay in slices:
+            views = (t[start:end] for t in theirs[tensor].values())
+            adamw([Update(*views, counts[counter], decay)], lr, BETAS, EPS, backend)
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in ("weight", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(mine[name], other[name]), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_to_update_is_fine(backend):
     adamw([], LR, BETAS, EPS, backend)
+    flat = flat_tensors(10)
+    prepare([], BETAS, EPS, backend)([Tensors(*flat.values())], [], LR, 0.5)
+    assert all(torch.equal(t, flat_tensors(10)[name]) for name, t in flat.items())
 
 
 @pytest.mark.gpu

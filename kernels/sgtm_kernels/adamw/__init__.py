@@ -1,3 +1,3 @@
-from sgtm_kernels.adamw.op import Update, adamw
+from sgtm_kernels.adamw.op import Slice, Tensors, Update, adamw, prepare
 
-__all__ = ["Update", "adamw"]
+__all__ = ["Slice", "Tensors", "Update", "adamw", "prepare"]

@@ -1,9 +1,10 @@
-"""AdamW in one Triton launch for all slices of a call.
+"""AdamW in one Triton launch for all slices of a step.
 
-A table with one row for each slice (addresses, first and last element, bias corrections, decay) is built on the CPU and
-copied without waiting. A program finds its slice by its number and updates one block of it, so that memory of slices
-that are not passed is never read or written. Slices that begin at the same distance from a 16-byte border in all four
-tensors, as views of flat partitions do, are cut into blocks at such borders and moved 16 bytes at a time.
+What follows from the slices alone is on the device from the first step on: which blocks of which slice there are, and
+of which tensor. A step brings one small table, copied without waiting: the addresses of its tensors, and for each pair
+of step count and weight decay the numbers of the formula. Memory outside the slices is never read or written. Tensors
+that begin at the same distance from a 16-byte border in all four parts are cut into blocks at such borders and moved 16
+bytes at a time.
 
 Division and square root are rounded correctly and multiplications and additions are not contracted: the new value of an
 element depends on nothing but its old values and the slice's numbers, on any device.
@@ -20,64 +21,101 @@ import triton.language as tl
 from sgtm_kernels.launch import Launch
 
 BLOCK = 1024  # elements
-BORDER = 4  # elements of fp32 between 16-byte borders
-FIELDS = tl.constexpr(10)  # int64 of a row: 4 addresses, first element, end, first block, aligned, 4 x fp32 in the rest
+BORDER = tl.constexpr(4)  # elements of fp32 between 16-byte borders
+ROW = tl.constexpr(5)  # int64 of a slice: tensor, first element, end, numbers, first block
+PLACE = tl.constexpr(6)  # int64 of a tensor: 4 addresses at or before its begin, elements from there or -1, unused
 GRADS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def adamw(updates, lr, betas, eps):
-    by_dtype: dict[torch.dtype, list] = {}
-    for update in updates:
-        if update.weight.numel():
-            by_dtype.setdefault(update.grad.dtype, []).append(update)
-    for dtype, group in by_dtype.items():
-        table, blocks = segment_table(group, lr, betas)
-        device = group[0].weight.device
-        table = (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
-        (beta1, beta2), segments = betas, len(group)
-        adamw_update[(blocks,)](
-            table, table.view(torch.float32), segments, segments.bit_length(), beta1, 1 - beta1, beta2, 1 - beta2, eps,
+def prepare(slices, betas, eps):
+    return _Step(slices, betas, eps)
+
+
+class _Step:
+    """The launch of these slices: `rows` and `blocks` are made once, `table` is that of a step."""
+
+    def __init__(self, slices, betas, eps):
+        self.betas, self.eps = betas, eps
+        self.pairs: dict[tuple[int, float], int] = {}  # (counter, decay): place of its numbers
+        rows, lengths, first = [], [], 0
+        for tensor, start, end, counter, decay in slices:
+            if start < end:
+                number = self.pairs.setdefault((counter, decay), len(self.pairs))
+                rows.append([tensor, start, end, number, first])
+                lengths.append(-(-(end - start + BORDER.value - 1) // BLOCK))  # enough, wherever its first border is
+                first += lengths[-1]
+        self.ends: dict[int, int] = {}
+        for tensor, _, end, *_ in rows:
+            self.ends[tensor] = max(end, self.ends.get(tensor, 0))
+        self.rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        index = torch.arange(len(rows), dtype=torch.int32, device="cpu")
+        self.blocks = index.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device="cpu"))
+        self.seen: list[tuple] = []
+        self.places: list[list[int]] = []
+
+    def __call__(self, tensors, counts, lr, factor):
+        if not len(self.rows):
+            return
+        device, dtype = tensors[0][0].device, tensors[0][1].dtype
+        table, numbers = self.table(tensors, counts, lr)
+        if device.type == "cuda":
+            table = table.pin_memory().to(device, non_blocking=True)
+        if self.rows.device != device:
+            self.rows, self.blocks = self.rows.to(device), self.blocks.to(device)
+        beta1, beta2 = self.betas
+        adamw_update[(len(self.blocks),)](
+            self.rows, self.blocks, table, table.view(torch.float32)[numbers:],
+            beta1, 1 - beta1, beta2, 1 - beta2, self.eps, factor,
             GRAD=GRADS[dtype], BLOCK=BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
 
+    def table(self, tensors, counts, lr: float) -> tuple[torch.Tensor, int]:
+        """Places of the tensors and numbers of the pairs, int64 on the CPU, and the first number in units of fp32.
 
-def segment_table(updates, lr: float, betas: tuple[float, float]) -> tuple[torch.Tensor, int]:
-    """The table of these slices, int64 [slices, FIELDS] on the CPU, and their number of blocks.
-
-    Raises ValueError for a tensor that is not of the documented dtype, not contiguous or of another length.
-    """
-    places, numbers, blocks = [], [], 0
-    for update in updates:
-        tensors = update[:4]
-        _check(tensors)
-        addresses = [t.data_ptr() for t in tensors]
-        sizes = [t.element_size() for t in tensors]
-        shifts = {address // size % BORDER for address, size in zip(addresses, sizes, strict=True)}
-        aligned = len(shifts) == 1 and all(a % size == 0 for a, size in zip(addresses, sizes, strict=True))
-        shift = shifts.pop() if aligned else 0
-        addresses = [address - shift * size for address, size in zip(addresses, sizes, strict=True)]
-        end = shift + tensors[0].numel()
-        places.append([*addresses, shift, end, blocks, int(aligned)])
-        step_size = lr / (1 - betas[0] ** update.step)
-        numbers.append([1 - lr * update.decay, step_size, math.sqrt(1 - betas[1] ** update.step), 0.0])
-        blocks += triton.cdiv(end, BLOCK)
-    numbers = torch.tensor(numbers, dtype=torch.float32, device="cpu").view(torch.int64)
-    return torch.cat([torch.tensor(places, dtype=torch.int64, device="cpu"), numbers], dim=1), blocks
+        Raises ValueError for tensors that are not of the documented dtype, not contiguous or of another length.
+        """
+        seen = [(*(t.data_ptr() for t in group), group[1].dtype, group[1].numel()) for group in tensors]
+        if seen != self.seen:
+            _check(tensors, self.ends)
+            self.places = [_place(group) for group in tensors]
+            self.seen = seen
+        beta1, beta2 = self.betas
+        numbers = [
+            (1 - lr * decay, lr / (1 - beta1 ** counts[counter]), math.sqrt(1 - beta2 ** counts[counter]), 0.0)
+            for counter, decay in self.pairs
+        ]
+        numbers = torch.tensor(numbers, dtype=torch.float32, device="cpu").view(torch.int64)
+        places = torch.tensor(self.places, dtype=torch.int64, device="cpu")
+        return torch.cat([places.view(-1), numbers.view(-1)]), 2 * places.numel()
 
 
-def _check(tensors) -> None:
-    weight, grad, *moments = tensors
-    if any(t.dtype != torch.float32 for t in (weight, *moments)) or grad.dtype not in GRADS:
-        raise ValueError(f"AdamW's kernel needs fp32 weights and moments, got {[t.dtype for t in tensors]}")
-    if any(t.numel() != weight.numel() or not t.is_contiguous() or t.device != weight.device for t in tensors):
-        raise ValueError("the tensors of a slice must be contiguous, of one length and on one device")
+def _place(tensors) -> list[int]:
+    addresses, sizes = [t.data_ptr() for t in tensors], [t.element_size() for t in tensors]
+    shifts = {address // size % BORDER.value for address, size in zip(addresses, sizes, strict=True)}
+    if len(shifts) > 1 or any(a % size for a, size in zip(addresses, sizes, strict=True)):
+        return [*addresses, -1, 0]
+    (shift,) = shifts
+    return [*(address - shift * size for address, size in zip(addresses, sizes, strict=True)), shift, 0]
+
+
+def _check(groups, ends: dict[int, int]) -> None:
+    for number, (weight, grad, *moments) in enumerate(groups):
+        tensors = (weight, grad, *moments)
+        if any(t.dtype != torch.float32 for t in (weight, *moments)) or grad.dtype not in GRADS:
+            raise ValueError(f"AdamW's kernel needs fp32 weights and moments, got {[t.dtype for t in tensors]}")
+        if grad.dtype != groups[0][1].dtype:
+            raise ValueError(f"gradients of one step must have one dtype, got {groups[0][1].dtype} and {grad.dtype}")
+        if any(t.numel() != weight.numel() or not t.is_contiguous() or t.device != weight.device for t in tensors):
+            raise ValueError("the tensors of a slice must be contiguous, of one length and on one device")
+        if ends.get(number, 0) > weight.numel():
+            raise ValueError(f"a slice ends at {ends[number]}, behind the {weight.numel()} elements of its tensor")
 
 
 @triton.jit
 def _update_block(
-    weights, grads, exp_avgs, exp_avg_sqs, at, inside, keep, step_size, root, beta1, rest1, beta2, rest2, eps
+    weights, grads, exp_avgs, exp_avg_sqs, at, inside, keep, step_size, root, beta1, rest1, beta2, rest2, eps, factor
 ):  # fmt: skip
-    grad = tl.load(grads + at, mask=inside).to(tl.float32)
+    grad = tl.load(grads + at, mask=inside).to(tl.float32) * factor
     m = tl.load(exp_avgs + at, mask=inside) * beta1 + grad * rest1
     v = tl.load(exp_avg_sqs + at, mask=inside) * beta2 + grad * grad * rest2
     step = step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
@@ -86,53 +124,45 @@ def _update_block(
     tl.store(exp_avg_sqs + at, v, mask=inside)
 
 
-@triton.jit(do_not_specialize=["segments", "halvings"])
+@triton.jit
 def adamw_update(
-    table, numbers, segments, halvings, beta1, rest1, beta2, rest2, eps, GRAD: tl.constexpr, BLOCK: tl.constexpr
+    rows, blocks, places, numbers, beta1, rest1, beta2, rest2, eps, factor, GRAD: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """table, numbers: the same memory, as int64 and as fp32."""
+    """rows, places: as ROW and PLACE say; blocks: int32, the slice of every block; numbers: fp32, four for a pair."""
     block = tl.program_id(0)
-    low = block * 0
-    high = low + segments
-    for _ in range(halvings):  # the last slice whose first block is not behind this one
-        middle = (low + high) // 2
-        here = tl.load(table + middle * FIELDS + 6) <= block
-        low = tl.where(here, middle, low)
-        high = tl.where(here, high, middle)
-    row = table + low * FIELDS
-    weights = tl.load(row).to(tl.pointer_type(tl.float32))
-    grads = tl.load(row + 1).to(tl.pointer_type(GRAD))
-    exp_avgs = tl.load(row + 2).to(tl.pointer_type(tl.float32))
-    exp_avg_sqs = tl.load(row + 3).to(tl.pointer_type(tl.float32))
-    start, end = tl.load(row + 4), tl.load(row + 5)
-    offset = (block - tl.load(row + 6)) * BLOCK
-    aligned = tl.load(row + 7) != 0
-    keep = tl.load(numbers + low * (2 * FIELDS) + 16)
-    step_size = tl.load(numbers + low * (2 * FIELDS) + 17)
-    root = tl.load(numbers + low * (2 * FIELDS) + 18)
-    at = offset + tl.arange(0, BLOCK)
+    row = rows + tl.load(blocks + block) * ROW
+    place = places + tl.load(row) * PLACE
+    weights = tl.load(place).to(tl.pointer_type(tl.float32))
+    grads = tl.load(place + 1).to(tl.pointer_type(GRAD))
+    exp_avgs = tl.load(place + 2).to(tl.pointer_type(tl.float32))
+    exp_avg_sqs = tl.load(place + 3).to(tl.pointer_type(tl.float32))
+    shift = tl.load(place + 4)
+    aligned = shift >= 0
+    shift = tl.maximum(shift, 0)
+    start, end = tl.load(row + 1) + shift, tl.load(row + 2) + shift
+    offset = start // BORDER * BORDER + (block - tl.load(row + 4)) * BLOCK
+    number = numbers + tl.load(row + 3) * 4
+    keep, step_size, root = tl.load(number), tl.load(number + 1), tl.load(number + 2)
+    at = tl.multiple_of(offset, 4) + tl.arange(0, BLOCK)
     if aligned & (offset >= start) & (offset + BLOCK <= end):
         weights = tl.multiple_of(weights, 16)
         grads = tl.multiple_of(grads, 4 * GRAD.primitive_bitwidth // 8)
         exp_avgs = tl.multiple_of(exp_avgs, 16)
         exp_avg_sqs = tl.multiple_of(exp_avg_sqs, 16)
         _update_block(
-            weights, grads, exp_avgs, exp_avg_sqs, at, None, keep, step_size, root, beta1, rest1, beta2, rest2, eps
+            weights, grads, exp_avgs, exp_avg_sqs, at, None,
+            keep, step_size, root, beta1, rest1, beta2, rest2, eps, factor,
         )  # fmt: skip
     else:
         inside = (at >= start) & (at < end)
         _update_block(
-            weights, grads, exp_avgs, exp_avg_sqs, at, inside, keep, step_size, root, beta1, rest1, beta2, rest2, eps
+            weights, grads, exp_avgs, exp_avg_sqs, at, inside,
+            keep, step_size, root, beta1, rest1, beta2, rest2, eps, factor,
         )  # fmt: skip
 
 
 def launches() -> list[Launch]:
     """Every dtype of a gradient, for the ahead-of-time suite."""
-    numbers = dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps"), "fp32")
-    signature = {"table": "*i64", "numbers": "*fp32", "segments": "i32", "halvings": "i32"} | numbers
-    return [
-        Launch(
-            adamw_update, signature, {"GRAD": grad, "BLOCK": BLOCK}, unaligned=("segments", "halvings"), fp_fusion=False
-        )
-        for grad in GRADS.values()
-    ]
+    numbers = dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps", "factor"), "fp32")
+    signature = {"rows": "*i64", "blocks": "*i32", "places": "*i64", "numbers": "*fp32"} | numbers
+    return [Launch(adamw_update, signature, {"GRAD": grad, "BLOCK": BLOCK}, fp_fusion=False) for grad in GRADS.values()]

@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 
 
-def adamw(updates, lr, betas, eps):
+def prepare(slices, betas, eps):
     beta1, beta2 = betas
-    for weight, grad, exp_avg, exp_avg_sq, step, decay in updates:
-        weight.mul_(1 - lr * decay)
-        exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
-        weight.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+
+    def step(tensors, counts, lr, factor):
+        for tensor, start, end, counter, decay in slices:
+            weight, grad, exp_avg, exp_avg_sq = (t.view(-1)[start:end] for t in tensors[tensor])
+            grad = grad * factor
+            weight.mul_(1 - lr * decay)
+            exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
+            exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2 ** counts[counter])).add_(eps)
+            weight.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1 ** counts[counter]))
+
+    return step

@@ -1,0 +1,162 @@
+"""What DeepSpeed's optimizers (0.19) leave to us: who reduces which gradient, the norm, and clipping.
+
+Each of the three has a way of its own to reduce, to look for what is not finite, and to clip, and reads the device for
+each. In all of them the norm now comes from `agree` (sgtm/distributed/agreement.py), and AdamW clips by a factor while
+it reads the gradient, instead of a pass over it before.
+
+    ZeRO 0 in fp32     plain data parallelism: the wish to stop is one more element of the gradients' all-reduce
+    ZeRO 0, 1 in bf16  its bf16 optimizer would all-reduce the fp32 gradients of the whole model: reduce-scattered
+    ZeRO 1, 2          each share is reduced to its owner. With `overlap_comm`, DeepSpeed would wait for the device
+                       before each of them and after every backward pass; streams wait for one another instead
+    ZeRO 3             reduce-scatters by itself; it waits for the device once in a backward pass (not replaced)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+from sgtm.distributed.agreement import Agreement
+from sgtm.distributed.private import replace
+
+Agree = Callable[[Sequence[torch.Tensor]], float]
+AgreeBy = Callable[[torch.Tensor], float]
+
+
+class Takeover:
+    """The parts of one DeepSpeed engine that are replaced.
+
+    agreed  called with the norm in every step, before the optimizer's; infinite where the step will be skipped
+    """
+
+    def __init__(self, engine, agreement: Agreement, bucket: int, agreed: Callable[[float], None]):
+        self.engine, self.agreement, self.bucket, self.agreed = engine, agreement, bucket, agreed
+        self.optimizer = engine.optimizer
+        self.wishes = torch.zeros(1, device=agreement.device)
+        if isinstance(self.optimizer, BF16_Optimizer):
+            replace(engine, "buffered_allreduce_fallback", self.reduce_scatter)
+            replace(self.optimizer, "step", self.step)
+        elif hasattr(self.optimizer, "fp32_partitioned_groups_flat"):
+            replace(self.optimizer, "_get_norm_groups", lambda: [torch.tensor(self.norm())])
+            replace(self.optimizer, "unscale_and_clip_grads", nothing)
+        elif hasattr(self.optimizer, "single_partition_of_fp32_groups"):
+            replace(self.optimizer, "check_overflow", nothing)
+            replace(self.optimizer, "scaled_global_norm", self.norm)
+            replace(self.optimizer, "update_offload_overflow_tracker", nothing)
+            replace(self.optimizer, "allreduce_and_copy", self.reduce_to_owner)
+            replace(self.optimizer, "independent_gradient_partition_epilogue", self.epilogue())
+        else:
+            replace(engine, "_get_gradients_for_reduction", self.gradients())
+
+    def norm(self) -> float:
+        """Of the gradient that ZeRO 1 to 3 have partitioned; of the optimizer in the host's memory by parameter."""
+        by_parameter = getattr(self.optimizer, "norm_for_param_grads", None)
+        if by_parameter is None:
+            pieces = [piece for group in self.optimizer.averaged_gradients.values() for piece in group]
+            norm = self.agreement.reach(pieces)
+        else:
+            device = self.agreement.device
+            norms = [norm.to(device) for norm in by_parameter.values()] or [torch.zeros((), device=device)]
+            norm = self.agreement.reach_by(torch.stack(norms))
+        self.agreed(norm)
+        return norm
+
+    def plain_norm(self) -> float:
+        """Of gradients that every rank has whole: ZeRO 0 in fp32."""
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        norm = self.agreement.reach(gradients, self.wishes)
+        self.agreed(norm)
+        return norm
+
+    def gradients(self) -> Callable:
+        """What plain data parallelism reduces, and the wish to stop."""
+        inner = self.engine._get_gradients_for_reduction
+
+        def with_wishes():
+            gradients, experts = inner()
+            self.wishes = self.agreement.wish()
+            return [*gradients, self.wishes], experts
+
+        return with_wishes
+
+    def reduce_scatter(self, grads=None, elements_per_buffer=None) -> None:
+        """Of the bf16 optimizer: the sum of each share on its rank, in place. What else the gradient holds is stale."""
+        flats, shares = self.optimizer.fp32_groups_gradients_flat, self.optimizer.fp32_groups_gradient_flat_partition
+        ranks = self.agreement.ranks
+        for flat, share in zip(flats, shares, strict=True) if ranks > 1 else ():
+            if self.engine.communication_data_type == flat.dtype:
+                dist.reduce_scatter_tensor(share, flat)
+                continue
+            by_rank, size = flat.view(ranks, -1), max(1, self.bucket // ranks)
+            for start in range(0, share.numel(), size):
+                sent = by_rank[:, start : start + size].to(self.engine.communication_data_type).contiguous()
+                received = torch.empty_like(sent[0])
+                dist.reduce_scatter_tensor(received, sent.view(-1))
+                share[start : start + size].copy_(received)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Of the bf16 optimizer, as BF16_Optimizer.step but for the norm and the clipping."""
+        bf16 = self.optimizer
+        norm = self.agreement.reach(bf16.fp32_groups_gradient_flat_partition)
+        self.agreed(norm)
+        bf16._global_grad_norm, bf16.overflow = norm, not math.isfinite(norm)
+        if not bf16.overflow:
+            for weights, gradient in zip(
+                bf16.fp32_groups_flat_partition, bf16.fp32_groups_gradient_flat_partition, strict=True
+            ):
+                weights.grad = gradient
+            bf16.optimizer.step()
+            bf16._lazy_init_hp_params_optimizer_state()
+            bf16.update_lp_params()
+        bf16.clear_hp_grads()
+
+    def reduce_to_owner(
+        self,
+        small_bucket: list[torch.Tensor],
+        communication_data_type: torch.dtype,
+        rank: int | None = None,
+        log=None,
+        divide: bool = True,
+        process_group=None,
+        output_bucket: list[torch.Tensor | None] | None = None,
+    ) -> None:
+        """Of ZeRO 1 and 2, as their `allreduce_and_copy`; but with `overlap_comm` no host waits. On the stream that is
+        current, which reads the gradients after they are freed elsewhere."""
+        zero = self.optimizer
+        reduced = zero.allreduce_bucket(
+            small_bucket, communication_data_type, rank=rank, divide=divide, process_group=process_group
+        )
+        if zero.overlap_comm and not get_accelerator().resolves_data_dependency():
+            for gradient in (reduced, *small_bucket):
+                gradient.record_stream(zero.reduction_stream)
+        if rank is not None and rank != dist.get_rank(group=process_group or zero.dp_process_group):
+            return
+        outputs = output_bucket or [None] * len(small_bucket)
+        for gradient, total, output in zip(small_bucket, zero.unflatten(reduced, small_bucket), outputs, strict=True):
+            zero._add_to_grad_partition_buffer(output, total)
+            gradient.copy_(total)
+
+    def epilogue(self) -> Callable[[], None]:
+        """Of a backward pass in ZeRO 1 and 2: with `overlap_comm`, the stream of the next one waits for the reductions,
+        in place of the host."""
+        zero, accelerator = self.optimizer, get_accelerator()
+        inner, synchronize = zero.independent_gradient_partition_epilogue, accelerator.synchronize
+
+        def in_order() -> None:
+            replace(accelerator, "synchronize", lambda: accelerator.current_stream().wait_stream(zero.reduction_stream))
+            try:
+                inner()
+            finally:
+                replace(accelerator, "synchronize", synchronize)
+
+        return in_order if zero.overlap_comm else inner
+
+
+def nothing(*args, **kwargs) -> None:
+    """In place of what is not needed."""
