@@ -49,11 +49,13 @@ def leaf(*shape: int, learns: bool = True) -> torch.Tensor:
 
 
 def linear(plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
-    x, wide, weight = leaf(BATCH, SEQ_LEN, WIDTH), leaf(BATCH, SEQ_LEN, BOUNDS[-1]), leaf(BOUNDS[-1], WIDTH)
-    for way, biased in product(("masked", "pointers", "descriptors"), (False, True)):
+    wide = leaf(BATCH, SEQ_LEN, BOUNDS[-1])
+    for way, biased in product(("masked", "pointers", "descriptors", "ragged"), (False, True)):
+        x = leaf(BATCH, SEQ_LEN, WIDTH // 2) if way == "ragged" else leaf(BATCH, SEQ_LEN, WIDTH)
+        weight = leaf(BOUNDS[-1], x.shape[-1])
         monkeypatch.setenv("SGTM_LINEAR", "masked" if way == "masked" else "rectangles")
         monkeypatch.setattr(rectangles, "has_descriptors", lambda device, way=way: way == "descriptors")
-        bias_in, bias_out = (leaf(n) if biased else None for n in (BOUNDS[-1], WIDTH))
+        bias_in, bias_out = (leaf(n) if biased else None for n in (BOUNDS[-1], x.shape[-1]))
         yield linear_out(wide, weight, bias_out, plan, "mlp_out", BOUNDS, "triton")
         for overwrite in (False, True):
             yield linear_in(x, weight, bias_in, plan, "mlp_in", BOUNDS, "triton", overwrite=overwrite)
