@@ -21,10 +21,11 @@ OPTIONS = {
     "train": ("resume", "overwrite"),
     "bench": ("rounds", "json", "tune"),
     "profile": ("steps", "out", "kernel", "no-trace"),
+    "doctor": ("json", "check"),
     "plan": ("nodes", "gpus", "memory", "tflops", "inside", "between", "reached", "sustained", "json"),
     "launch": ("launcher", "nodes", "gpus", "rendezvous", "hostfile", "memory", "resume", "overwrite", "dry-run"),
 }
-CONFIGURED = ("train", "explain", "config", "quickstart", "bench", "profile", "plan", "launch")
+CONFIGURED = ("train", "explain", "config", "quickstart", "bench", "profile", "plan", "launch", "doctor")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -171,8 +172,17 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--no-trace", action="store_true", help="take the steps only, for another profiler")
     add_plan_options(configured("plan", run_plan, "estimate memory, traffic and speed of a run", nargs="?"))
     add_launch_options(configured("launch", run_launch, "start a run on many ranks, or say how", nargs="?"))
-    doctor = command("doctor", _doctor, "versions, devices, kernel backends, and what is missing for what")
+    about = "versions, devices, kernel backends, and what is missing for what"
+    doctor = command("doctor", _doctor, about, epilog=f"With --check: {OVERRIDES[0].lower()}{OVERRIDES[1:]}")
     doctor.add_argument("--json", action="store_true", help="as JSON")
+    doctor.add_argument(
+        "--check",
+        dest="config",
+        nargs="?",
+        const="quickstart",
+        metavar=SOURCE[0],
+        help="also run the kernels of this config (default: quickstart) against the reference; status 1 on failure",
+    )
     config = configured("config", _config, "print a config with every key, or list the presets", nargs="?")
     config.add_argument("--markdown", action="store_true", help="print the reference of all keys instead")
     quick = command("quickstart", run_quickstart, "train, evaluate and report the quickstart preset", epilog=OVERRIDES)
@@ -295,10 +305,14 @@ def _profile(options) -> None:
     run_profile(config, steps=options.steps, out=options.out, kernel=options.kernel, command=command, trace=trace)
 
 
-def _doctor(options) -> None:
+def _doctor(options) -> int:
+    from sgtm.config import load_config
     from sgtm.doctor import print_findings
 
-    print_findings(as_json=options.json)
+    if options.overrides and not options.config:
+        raise ValueError(f"{options.overrides[0]} is a key of a config, which only --check takes")
+    check = load_config(options.config, options.overrides) if options.config else None
+    return print_findings(as_json=options.json, check=check)
 
 
 def _config(options) -> None:

@@ -15,10 +15,14 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import psutil
 
 from sgtm_kernels.measurement import cpu_model, cpuinfo, driver, installed
+
+if TYPE_CHECKING:
+    from sgtm.config import Config
 
 # fmt: off
 PACKAGES = (
@@ -47,12 +51,16 @@ VARIABLES = (
     "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTHONPATH", "HF_HOME", "HF_HUB_OFFLINE", "WANDB_MODE",
 )
 # fmt: on
+PASSED = "passed"
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 GIB = 2**30
 
 
-def findings() -> dict:
-    """Everything the doctor sees, by section; plain JSON types only."""
+def findings(check: Config | None = None) -> dict:
+    """Everything the doctor sees, by section; plain JSON types only.
+
+    check  config whose kernels are run against the reference too (sgtm/train/kernels.py)
+    """
     import torch
 
     from sgtm import __version__
@@ -71,6 +79,7 @@ def findings() -> dict:
         "gpus": _gpus(),
         "backends": _backends(),
         "dispatch": _dispatch(),
+        **({"self-check": _self_check(check)} if check else {}),
         "tuning": _tuning(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "missing": {
@@ -81,12 +90,13 @@ def findings() -> dict:
     }
 
 
-def print_findings(as_json: bool = False) -> None:
-    """Print the findings as aligned text, or as JSON."""
-    found = findings()
+def print_findings(as_json: bool = False, check: Config | None = None) -> int:
+    """Print the findings as aligned text, or as JSON; returns the exit status, 1 where the self-check has failed."""
+    found = findings(check)
+    status = int(any(verdict != PASSED for op, verdict in found.get("self-check", {}).items() if op != "config"))
     if as_json:
         print(json.dumps(found, indent=2))
-        return
+        return status
     for section, entries in found.items():
         print(f"{section if section != 'missing' else 'missing (and what for)'}:")
         width = max(map(len, entries), default=0)
@@ -94,6 +104,7 @@ def print_findings(as_json: bool = False) -> None:
             print(f"  {name:<{width}}  {value}")
         if not entries:
             print("  none" if section != "environment" else "  nothing set")
+    return status
 
 
 def _launcher(name: str) -> str | None:
@@ -165,10 +176,11 @@ def _gpus() -> dict:
 
 def _backends() -> dict:
     """For every op the kernel backends that import here, the one of `auto` marked; why one is unusable, once."""
+    from sgtm.distributed.env import device_type
     from sgtm_kernels import dispatch
 
     try:
-        chosen = dispatch.resolve("auto")
+        chosen = dispatch.resolve("auto", device=device_type())
     except ValueError as error:
         return {"auto": f"broken: {error}"}
     problems = {backend: problem for backend in dispatch.BACKENDS if (problem := dispatch.unusable(backend))}
@@ -185,11 +197,11 @@ def _backends() -> dict:
 
 def _dispatch() -> dict:
     """What `kernels.backend: auto` is here and why, and the choices inside the backends."""
+    from sgtm.distributed.env import device_type
     from sgtm_kernels import dispatch
 
     def auto() -> str:
-        chosen = dispatch.resolve("auto")
-        why = "named by SGTM_KERNELS" if os.environ.get("SGTM_KERNELS") == chosen else dispatch.DEFAULT_REASON
+        chosen, why = dispatch.explain("auto", device=device_type())
         return f"{chosen} for every op: {why}"
 
     def attention() -> str:
@@ -206,6 +218,22 @@ def _dispatch() -> dict:
     if find_spec("triton") is not None:
         rows["triton, linear"] = linear
     return {name: _or_broken(row) for name, row in rows.items()}
+
+
+def _self_check(config: Config) -> dict:
+    """By op, whether the kernels that this config runs compute here what the reference computes; never from memory."""
+    from sgtm.distributed.env import device_type, kernel_backend, use_deterministic_algorithms
+    from sgtm.train.kernels import self_check
+
+    try:
+        backend = kernel_backend(config)
+        if config.kernels.deterministic and device_type() == "cuda":
+            use_deterministic_algorithms()
+        problems = self_check(config, backend, repeat=True)
+    except ValueError as error:
+        return {"config": config.name, "all ops": f"broken: {error}"}
+    about = f"{config.name}, backend {backend}, {config.train.precision}"
+    return {"config": about, **{op: problem or PASSED for op, problem in problems.items()}}
 
 
 def _or_broken(row: Callable[[], str]) -> str:

@@ -2,13 +2,17 @@
 
 Every op is a folder with one module per backend; all backends of an op have the same functions. `reference` is plain
 PyTorch through autograd, the oracle of the tests; `runs` works on row and token slices; `triton` fuses the masks into
-kernels. A backend named explicitly, in a config or in the environment variable SGTM_KERNELS, never falls back to
-another: where Triton is missing, or there is neither a CUDA device nor its interpreter, naming `triton` is an error.
+kernels. `auto` is `triton` on a CUDA device, else `runs`; an op whose kernels fail the self-check (selfcheck.py) is
+then served by `runs`. A backend that is named, in a config or in the environment variable SGTM_KERNELS, never falls
+back to another: where Triton is missing, or there is neither a CUDA device nor its interpreter, naming `triton` is an
+error.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -19,28 +23,43 @@ OPS = ("linear", "mlp", "attention", "norm", "embedding", "cross_entropy", "adam
 BACKENDS = ("reference", "runs", "triton")
 # Environment variables that choose inside a backend, and what they may name.
 WAYS = {"SGTM_ATTENTION": ("sdpa", "flash_attn", "flex"), "SGTM_LINEAR": ("masked", "rectangles")}
-DEFAULT = "runs"
-DEFAULT_REASON = "the default, on a GPU too until triton has been measured there"  # benchmarks/LOG.md
+FALLBACK = "runs"  # runs everywhere
 _MODULES = {"triton": "kernel"}  # of an op's folder, where it is not the backend's name
 _LOADED: dict[tuple[str, str], ModuleType] = {}
 
 
-def resolve(name: str = "auto", dtype: torch.dtype | None = None) -> str:
-    """Backend that `name` stands for: `auto` follows SGTM_KERNELS, else is `runs`.
+def resolve(name: str = "auto", dtype: torch.dtype | None = None, device: str | None = None) -> str:
+    """Backend that `name` stands for: `auto` follows SGTM_KERNELS, else is `triton` on CUDA where it runs, else `runs`.
 
+    device  type of the device of the tensors; None: `cuda` where there is one
     Raises ValueError for an unknown backend, for one that cannot run here (or not in `dtype`), and where `name` and
     SGTM_KERNELS both name one and differ.
     """
+    return explain(name, dtype, device)[0]
+
+
+def explain(name: str = "auto", dtype: torch.dtype | None = None, device: str | None = None) -> tuple[str, str]:
+    """What `resolve` returns, and why."""
     wanted = os.environ.get("SGTM_KERNELS") or "auto"
     for source, value in (("backend", name), ("SGTM_KERNELS", wanted)):
         if value not in ("auto", *BACKENDS):
             raise ValueError(f"{source}: unknown kernel backend {value!r}; known: auto, {', '.join(BACKENDS)}")
     if "auto" not in (name, wanted) and name != wanted:
         raise ValueError(f"the config asks for kernel backend {name!r} but SGTM_KERNELS={wanted!r}; set one of them")
-    chosen = next((value for value in (name, wanted) if value != "auto"), DEFAULT)
-    if problem := unusable(chosen, dtype):
-        raise ValueError(f"kernel backend {chosen!r} was asked for, but {problem}")
-    return chosen
+    for source, value in (("the config", name), ("SGTM_KERNELS", wanted)):
+        if value != "auto":
+            if problem := unusable(value, dtype):
+                raise ValueError(f"kernel backend {value!r} was asked for, but {problem}")
+            return value, f"named by {source}"
+    if (device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cuda":
+        return FALLBACK, "the default on a CPU"
+    problem = "Triton is interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else unusable("triton", dtype)
+    return (FALLBACK, f"the default where {problem}") if problem else ("triton", "the default on CUDA")
+
+
+def named(name: str = "auto") -> bool:
+    """Whether the config (`name`) or SGTM_KERNELS names a backend, which then never falls back."""
+    return name != "auto" or os.environ.get("SGTM_KERNELS") not in (None, "", "auto")
 
 
 def way(variable: str) -> str | None:
@@ -72,6 +91,29 @@ def pick(op: str, backend: str) -> ModuleType:
             raise ValueError(f"no backend {backend!r} of op {op!r}; {known}")
         _LOADED[op, backend] = import_module(module_name(op, backend))
     return _LOADED[op, backend]
+
+
+def fall_back(op: str, backend: str) -> None:
+    """From now on, in this process, `runs` serves this op where `backend` is picked."""
+    _LOADED[op, backend] = pick(op, FALLBACK)
+
+
+def served(backend: str) -> str:
+    """The backend, and the ops that have fallen back: `triton`, or `triton (attention, norm by runs)`."""
+    fallen = [op for op in OPS if backend != FALLBACK and pick(op, backend) is pick(op, FALLBACK)]
+    return f"{backend} ({', '.join(fallen)} by {FALLBACK})" if fallen else backend
+
+
+@contextmanager
+def replaced(modules: dict[tuple[str, str], ModuleType]) -> Iterator[None]:
+    """Inside, these serve the ops and backends that are their keys."""
+    before = dict(_LOADED)
+    _LOADED.update(modules)
+    try:
+        yield
+    finally:
+        _LOADED.clear()
+        _LOADED.update(before)
 
 
 def load(backend: str) -> None:

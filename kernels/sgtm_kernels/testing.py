@@ -40,16 +40,16 @@ def low_precision(backend: str) -> torch.dtype:
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory (torch.empty and its kin) is NaN, or the largest integer: an output row nobody wrote shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.get_deterministic_debug_mode()
     filled, torch.utils.deterministic.fill_uninitialized_memory = (
         torch.utils.deterministic.fill_uninitialized_memory,
         True,
     )
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.set_deterministic_debug_mode(before)
         torch.utils.deterministic.fill_uninitialized_memory = filled
 
 

@@ -237,10 +237,13 @@ class DistributedConfig(Section):
 
 class KernelsConfig(Section):
     backend: Literal["auto", "reference", "runs", "triton"] = "auto"
-    """`auto` follows the environment variable SGTM_KERNELS, else `runs`. A named backend never falls back."""
+    """`auto` follows the environment variable SGTM_KERNELS, else is `triton` on CUDA and `runs` on a CPU; an op whose
+    Triton kernels fail the self-check before the first step is then served by `runs`. A named backend never falls
+    back: the run ends instead."""
     deterministic: bool = True
-    """On CUDA: torch and cuBLAS use deterministic algorithms, which the promises to the bit need (attention's backward
-    pass in the libraries adds in any order otherwise). Ours, and everything on a CPU, are deterministic always."""
+    """On CUDA: torch and cuBLAS use deterministic algorithms, which the promises to the bit need; an op without one
+    raises. Without it the backward pass of attention in the libraries adds in any order. Our kernels, and everything on
+    a CPU, are deterministic always."""
 
 
 class WandbConfig(Section):

@@ -45,7 +45,7 @@ import torch.distributed as dist
 
 from sgtm.config.schema import Config, DistributedConfig
 from sgtm.distributed.agree import on_every_rank
-from sgtm.distributed.env import device_type
+from sgtm.distributed.env import device_type, kernel_backend
 from sgtm.distributed.process_group import outlast_watchdog
 from sgtm.distributed.segments import Fragment, check_cover, fragments, full_numel, segment_tables
 from sgtm.distributed.storage import PARTS, Stored
@@ -53,7 +53,6 @@ from sgtm.distributed.universal import universal_info
 from sgtm.distributed.watchdog import enter
 from sgtm.distributed.writer import BackgroundWriter
 from sgtm.train.optim import SegmentedAdamW
-from sgtm_kernels.dispatch import resolve
 
 
 def _replace(owner: object, name: str, value: object) -> None:
@@ -138,8 +137,7 @@ class Engine:
         rows = module.parameter_rows()
         parameters = dict(module.named_parameters())
         numels = {name: full_numel(p) for name, p in parameters.items()}
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.precision]
-        backend = resolve(config.kernels.backend, dtype)
+        backend = kernel_backend(config)
         if config.distributed.offload_optimizer and backend == "triton":
             backend = "runs"  # the optimizer's tensors are the host's
         self.optimizer = SegmentedAdamW(parameters.values(), config.optimizer, backend)

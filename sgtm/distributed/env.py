@@ -11,9 +11,16 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
+from sgtm_kernels.dispatch import resolve
+
+if TYPE_CHECKING:
+    from sgtm.config import Config
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by train.precision
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -133,6 +140,11 @@ def device_type() -> str:
     return os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def kernel_backend(config: Config) -> str:
+    """The kernel backend of a run on its device, in its precision. Raises ValueError as `sgtm_kernels.dispatch`."""
+    return resolve(config.kernels.backend, DTYPES[config.train.precision], device_type())
+
+
 def gpu_of(launch: Launch, visible: int) -> int:
     """Index of this rank's GPU among the `visible` ones; 0 where the launcher shows each rank its own alone.
 
@@ -161,9 +173,13 @@ def cpu_threads(launch: Launch) -> int | None:
 
 
 def use_deterministic_algorithms() -> None:
-    """In torch and cuBLAS, for the rest of the process, before CUDA is first used. An op that has none warns."""
+    """In torch and cuBLAS, for the rest of the process, before CUDA is first used.
+
+    An op without a deterministic algorithm raises RuntimeError. A mere warning is not an option: SDPA's backward passes
+    are deterministic only where they have to be (sgtm_kernels/attention/public.py).
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every torch.empty
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,15 +13,15 @@ import torch
 from sgtm.config import Config
 from sgtm.data.loader import check_corpus
 from sgtm.data.open import open_corpus
-from sgtm.distributed.env import device_type
+from sgtm.distributed.env import device_type, kernel_backend
 from sgtm.distributed.storage import consolidate
 from sgtm.evaluate.localisation import gradient_norms
 from sgtm.evaluate.losses import category_losses
 from sgtm.files import write_atomically
 from sgtm.model.transformer import Transformer
 from sgtm.train.checkpoint import open_run, read_manifest
+from sgtm.train.kernels import check_kernels
 from sgtm.train.metrics import read_metrics
-from sgtm_kernels.dispatch import resolve
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "numpy")
 
@@ -28,7 +29,7 @@ LIBRARIES = ("torch", "deepspeed", "transformers", "numpy")
 def load_model(config: Config, checkpoint: Path) -> Transformer:
     """The model of a checkpoint in fp32, on the device that training takes."""
     with torch.device("meta"):
-        model = Transformer(config.model, config.partition, resolve(config.kernels.backend))
+        model = Transformer(config.model, config.partition, kernel_backend(config))
     model.load_state_dict(consolidate(checkpoint), assign=True)
     return model.to(device_type()).requires_grad_()
 
@@ -51,6 +52,10 @@ def evaluate_run(run: Path, split: str = "test", sequences: int | None = None) -
     steps = manifest["step"]
     lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step" and line["step"] <= steps]
     seconds = max((line["seconds"] for line in lines), default=0.0)
+    for precision in {"fp32", config.train.precision}:
+        train = config.train.model_copy(update={"precision": precision})
+        for warning in check_kernels(config.model_copy(update={"train": train}), lambda action: [action()]):
+            print(warning, file=sys.stderr)
     model = load_model(config, checkpoint)
     device = next(model.parameters()).device
     norms = gradient_norms(model, corpus, config, split=split, sequences=config.train.eval_sequences, device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from sgtm.data.open import open_corpus
 from sgtm.data.random_corpus import RandomCorpus
 from sgtm.data.store import Corpus
 from sgtm.distributed.agree import together
-from sgtm.distributed.env import device_type
+from sgtm.distributed.env import device_type, kernel_backend
 from sgtm.distributed.process_group import init_distributed
 from sgtm.files import write_atomically
 from sgtm.model.transformer import Transformer
@@ -28,9 +29,9 @@ from sgtm.profile.ranges import RangedEngine, name_modules
 from sgtm.profile.terminal import print_profile
 from sgtm.profile.trace import summarize
 from sgtm.train.dry_run import dry_run
+from sgtm.train.kernels import check_kernels
 from sgtm.train.schedule import learning_rate
 from sgtm.train.step import StepTotals, train_step
-from sgtm_kernels.dispatch import resolve
 
 WARM_UP = 3
 """Steps before those that are profiled: caches fill, Triton compiles."""
@@ -58,8 +59,10 @@ def run_profile(
         out.mkdir(parents=True, exist_ok=True)
     corpus = together(lambda: corpus_of(config))
     batches = first_steps(corpus, config, launch.rank, launch.world_size, WARM_UP + steps)
+    for warning in check_kernels(config):
+        print(warning, file=sys.stderr)
     torch.manual_seed(config.train.seed)
-    model = Transformer(config.model, config.partition, resolve(config.kernels.backend))
+    model = Transformer(config.model, config.partition, kernel_backend(config))
     name_modules(model)
     engine = RangedEngine(model, config)
     dry_run(engine, config.tables)

@@ -24,8 +24,9 @@ from pathlib import Path
 
 from sgtm.config.load import load_run_config
 from sgtm.config.schema import Config
+from sgtm.distributed.env import kernel_backend
 from sgtm.files import sha256_of, write_atomically
-from sgtm_kernels.dispatch import resolve
+from sgtm_kernels.dispatch import served
 
 MANIFEST = "manifest.json"
 DAMAGED = "damaged-"
@@ -182,7 +183,7 @@ def none_whole(wrong: dict[Path, str]) -> str:
 def resolved(config: Config) -> dict:
     """The config as a manifest keeps it, with the kernel backend that runs: another one adds in another order."""
     values = config.model_dump(mode="json")
-    values["kernels"]["backend"] = resolve(config.kernels.backend)
+    values["kernels"]["backend"] = served(kernel_backend(config))
     return values
 
 

@@ -8,16 +8,19 @@ that `data.mixing` makes: else the first step with a new one would wait for its 
 from __future__ import annotations
 
 from itertools import cycle, islice, pairwise
+from typing import TYPE_CHECKING
 
 import torch
 
 from sgtm.config import Config
 from sgtm.data.batch import Batch
 from sgtm.data.loader import isolates_documents
-from sgtm.distributed.engine import Engine
 from sgtm.masking.labels import UNLABELED
 from sgtm.train.step import train_step
 from sgtm_kernels.plan import MAX_SLICES, Tables
+
+if TYPE_CHECKING:  # deepspeed takes seconds to import
+    from sgtm.distributed.engine import Engine
 
 
 def dry_run(engine: Engine, tables: Tables) -> None:

@@ -20,7 +20,7 @@ from sgtm.data.store import Corpus
 from sgtm.data.summary import ONLY_FORGET
 from sgtm.distributed.agree import on_rank_zero, together
 from sgtm.distributed.engine import Engine
-from sgtm.distributed.env import Launch
+from sgtm.distributed.env import Launch, kernel_backend
 from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.segments import full_numel
 from sgtm.distributed.watchdog import enter
@@ -29,6 +29,7 @@ from sgtm.model.transformer import Transformer
 from sgtm.train.data import open_everywhere
 from sgtm.train.dry_run import dry_run
 from sgtm.train.gradients import group_norms, probe
+from sgtm.train.kernels import check_kernels
 from sgtm.train.metrics import MetricsLog
 from sgtm.train.resume import find_whole, load_checkpoint, resume_command
 from sgtm.train.run_directory import LEASE, begin, held, refuse
@@ -36,7 +37,7 @@ from sgtm.train.saving import CheckpointWriter
 from sgtm.train.schedule import learning_rate
 from sgtm.train.skipped import tell_skipped
 from sgtm.train.step import StepTotals, train_step
-from sgtm_kernels.dispatch import resolve
+from sgtm_kernels.dispatch import served
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -62,6 +63,8 @@ def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: b
     notes: list[str] = []
     enter("verifying the checkpoint", 0)
     latest = find_whole(run, launch.rank, launch.world_size, notes.append) if resume else None
+    enter("checking the kernels", 0)
+    notes += check_kernels(config)
     enter("making the model")
     engine = Engine(_initial_model(config, load=latest is None), config)
     began = time.perf_counter()
@@ -208,7 +211,7 @@ def _evaluate(engine: Engine, corpus: Corpus, config: Config) -> Losses:
 def _initial_model(config: Config, load: bool) -> Transformer:
     """The model before the first step; `load`: with the weights that `train.init_from` names, if any."""
     torch.manual_seed(config.train.seed)
-    model = Transformer(config.model, config.partition, resolve(config.kernels.backend))
+    model = Transformer(config.model, config.partition, kernel_backend(config))
     folder = config.train.init_from
     if load and folder:
         from sgtm.model.pretrained import load_pretrained  # transformers takes seconds to import
@@ -223,7 +226,7 @@ def _arithmetic(config: Config, engine: Engine, start: int, warm_up: float) -> s
     parameters = sum(full_numel(p) for p in engine.module.parameters())
     lines = [
         f"{config.name}: {parameters:,} parameters, strategy {config.masking.strategy}, "
-        f"kernels {engine.module.backend}",
+        f"kernels {served(engine.module.backend)}",
         f"{t.tokens_per_step:,} tokens per step = {engine.world_size} ranks x {engine.accumulation} accumulation x "
         f"{t.micro_batch} sequences x {config.model.context} tokens",
         f"ZeRO {config.distributed.zero_stage}, {t.precision}" + (f", resumed after step {start}" if start else ""),

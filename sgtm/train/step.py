@@ -8,14 +8,17 @@ add up.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from sgtm.data.batch import IGNORE, Batch
-from sgtm.distributed.engine import Engine
 from sgtm.model.rows import live_keys
 from sgtm_kernels.plan import Tables
+
+if TYPE_CHECKING:  # deepspeed takes seconds to import
+    from sgtm.distributed.engine import Engine
 
 
 def target_counts(batch: Batch, labels: int) -> torch.Tensor:

@@ -11,7 +11,20 @@ from importlib import import_module
 import pytest
 import torch
 
-from sgtm_kernels.dispatch import BACKENDS, DEFAULT, OPS, WAYS, load, module_name, pick, resolve, unusable, way
+from sgtm_kernels.dispatch import (
+    BACKENDS,
+    FALLBACK,
+    OPS,
+    WAYS,
+    explain,
+    load,
+    module_name,
+    named,
+    pick,
+    resolve,
+    unusable,
+    way,
+)
 from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.testing import random_tables
 
@@ -24,9 +37,9 @@ def clean_environment(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "environment", "expected"),
     [
-        ("auto", None, DEFAULT),
-        ("auto", "", DEFAULT),
-        ("auto", "auto", DEFAULT),
+        ("auto", None, FALLBACK),
+        ("auto", "", FALLBACK),
+        ("auto", "auto", FALLBACK),
         ("auto", "reference", "reference"),
         ("reference", None, "reference"),
         ("reference", "auto", "reference"),
@@ -36,7 +49,8 @@ def clean_environment(monkeypatch):
 def test_resolve(monkeypatch, name, environment, expected):
     if environment is not None:
         monkeypatch.setenv("SGTM_KERNELS", environment)
-    assert resolve(name) == expected
+    assert resolve(name, device="cpu") == expected
+    assert named(name) == (expected == "reference" or name == "runs")
 
 
 def test_a_contradiction_is_an_error(monkeypatch):
@@ -60,7 +74,22 @@ def test_triton_by_name_needs_a_device_or_the_interpreter(monkeypatch):
     with pytest.raises(ValueError, match=r"'triton' was asked for, but there is no CUDA device"):
         resolve("triton")
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert "not installed" in unusable("triton") and resolve("auto") == DEFAULT
+    assert "not installed" in unusable("triton") and resolve("auto", device="cpu") == FALLBACK
+
+
+def test_auto_is_triton_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert explain("auto") == ("runs", "the default where Triton is interpreted")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    for dtype in (torch.bfloat16, torch.float32):
+        assert explain("auto", dtype) == explain("auto", dtype, "cuda") == ("triton", "the default on CUDA")
+    assert explain("auto", device="cpu") == ("runs", "the default on a CPU")
+    assert explain("reference") == ("reference", "named by the config")
+    monkeypatch.setenv("SGTM_KERNELS", "runs")
+    assert explain("auto") == ("runs", "named by SGTM_KERNELS")
+    monkeypatch.delenv("SGTM_KERNELS")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert explain("auto")[1].startswith("the default where Triton is not installed")
 
 
 @pytest.mark.parametrize(("op", "backend"), [("linear", "auto"), ("matmul", "runs"), ("linear", "cuda")])

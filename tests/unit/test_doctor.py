@@ -12,8 +12,9 @@ import time
 import pytest
 import torch
 
+from sgtm.cli import main
 from sgtm.doctor import findings, print_findings
-from sgtm_kernels.dispatch import BACKENDS, DEFAULT, OPS
+from sgtm_kernels.dispatch import BACKENDS, FALLBACK, OPS
 from sgtm_kernels.measurement import driver
 from sgtm_kernels.tuning import table_of
 
@@ -59,7 +60,7 @@ def test_absent_package_is_missing_with_its_use(monkeypatch):
 
 def test_backends_mark_the_default_and_report_a_wrong_choice(monkeypatch):
     monkeypatch.delenv("SGTM_KERNELS", raising=False)
-    assert findings()["backends"]["mlp"] == ", ".join(f"{b} (auto)" if b == DEFAULT else b for b in BACKENDS)
+    assert findings()["backends"]["mlp"] == ", ".join(f"{b} (auto)" if b == FALLBACK else b for b in BACKENDS)
     monkeypatch.setenv("SGTM_KERNELS", "nonsense")
     assert "nonsense" in findings()["backends"]["auto"]
 
@@ -68,7 +69,7 @@ def test_dispatch_names_the_backend_of_auto_and_why(monkeypatch):
     """Triton's interpreter makes its backend usable here."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     found = findings()["dispatch"]
-    assert found["auto"].startswith(f"{DEFAULT} for every op: the default, on a GPU too until ")
+    assert found["auto"] == "runs for every op: the default on a CPU"
     assert found["runs, attention"].startswith("SDPA; windows and documents on a GPU by flash_attn")
     monkeypatch.setenv("SGTM_KERNELS", "reference")
     monkeypatch.setenv("SGTM_LINEAR", "rectangles")
@@ -135,3 +136,28 @@ def test_the_table_of_tuned_kernels_is_told(monkeypatch, tmp_path):
         found = findings()["tuning"]
         assert next(iter(found.values())).startswith(expected)
     table_of.cache_clear()
+
+
+def test_the_self_check_is_a_section_and_the_exit_status(capsys, monkeypatch):
+    from sgtm.config import load_config
+    from sgtm_kernels.dispatch import pick
+
+    config = load_config("debug", [])
+    assert print_findings(check=config) == 0
+    section = capsys.readouterr().out.partition("self-check:\n")[2].splitlines()
+    assert section[0].split(maxsplit=1) == ["config", "debug, backend runs, fp32"]
+    assert {line.split()[0] for line in section[1:8]} == set(OPS) and all("passed" in line for line in section[1:8])
+    norm = pick("norm", "runs")
+    inner = norm.layer_norm
+    monkeypatch.setattr(norm, "layer_norm", lambda *arguments: 1.1 * inner(*arguments))
+    assert print_findings(as_json=True, check=config) == 1
+    verdicts = json.loads(capsys.readouterr().out)["self-check"]
+    assert verdicts.pop("norm").startswith("norm.layer_norm: output 0 is off by")
+    assert {verdict for op, verdict in verdicts.items() if op != "config"} == {"passed"}
+
+
+def test_the_command_checks_a_config_with_its_overrides(capsys):
+    assert main(["doctor", "--check", "debug", "--train.precision", "bf16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["self-check"]["config"] == "debug, backend runs, bf16"
+    assert main(["doctor", "--train.precision", "bf16"]) == 2
+    assert "--train.precision is a key of a config, which only --check takes" in capsys.readouterr().err

@@ -122,6 +122,7 @@ def test_deterministic_algorithms_on_a_gpu(wanted, monkeypatch):
         process_group._join(load_config("debug", [f"--kernels.deterministic={wanted}"]))
         found = torch.are_deterministic_algorithms_enabled(), "CUBLAS_WORKSPACE_CONFIG" in os.environ
         assert found == (wanted, wanted) and torch.utils.deterministic.fill_uninitialized_memory is not wanted
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()  # SDPA's backward pass would add in any order
     finally:
         torch.use_deterministic_algorithms(False)
         for name in ("CUBLAS_WORKSPACE_CONFIG", "LOCAL_RANK"):

@@ -6,8 +6,12 @@
 `flex`        FlexAttention, compiled: windows and documents are blocks that one launch skips
 
 SGTM_ATTENTION names one, which then never falls back to another. By default `sdpa` does whole sequences, and everything
-on a CPU or in fp32; windows and documents on CUDA are `flash_attn`'s where it is installed, else `flex`'s. Both are
-deterministic as they are called here, so that masks keep their promises bit for bit.
+on a CPU or in fp32; windows and documents on CUDA are `flash_attn`'s where it is installed, else `flex`'s.
+
+Masks keep their promises bit for bit only where the backward pass is deterministic. `flash_attn` and `flex` are as they
+are called here. `sdpa` is on a CPU, and on CUDA under `torch.use_deterministic_algorithms(True)`, which
+`kernels.deterministic` sets: SDPA then leaves cuDNN out and makes its flash and memory-efficient backward passes add
+in a fixed order. With `warn_only` it does neither (ATen, sdp_utils.cpp and attention_backward.cu).
 """
 
 from __future__ import annotations
@@ -32,7 +36,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, visi
     Raises ValueError where SGTM_ATTENTION names what is unknown, or cannot do it here.
     """
     chosen = choose(facts_of(q.device, q.dtype, q.shape[3]), visible.whole)
-    return LIBRARIES[chosen if q.shape[1] else "sdpa"](q, k, v, scale, visible)  # a group may have no heads
+    if not q.shape[1]:  # a group without heads: SDPA of torch 2.11 divides by zero on a CPU, which ends the process
+        return q.transpose(1, 2).flatten(2)
+    return LIBRARIES[chosen](q, k, v, scale, visible)
 
 
 class Facts(NamedTuple):

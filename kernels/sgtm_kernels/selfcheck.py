@@ -1,0 +1,257 @@
+"""Whether a backend computes here what the reference computes: seconds before a run's first step.
+
+`recorded` keeps every call of an op that a small forward pass makes on the reference; `check` repeats each call on the
+backend under test, forward and backward, in memory poisoned with NaN where that can be had, and compares:
+
+- outputs and gradients have the reference's shape and dtype, and are finite;
+- what is a row of zeros in the reference (inactive, or masked) is exactly 0;
+- the largest error is at most `FACTOR` times that of the reference in the same dtype, both against the reference in a
+  wider one, plus `FLOOR` roundings of the largest value.
+
+So whatever a run launches is checked as it launches it: its widths, groups, masks, windows and documents. AdamW, which
+a forward pass does not call, is checked on slices of its own. `tests/kernels/test_selfcheck.py` breaks kernels on
+purpose.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import astuple, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from sgtm_kernels.adamw import Update, adamw
+from sgtm_kernels.dispatch import OPS, pick, replaced
+from sgtm_kernels.measurement import cpu_model, driver, installed
+from sgtm_kernels.plan import MaskPlan
+from sgtm_kernels.testing import poisoned_memory, random_like
+
+FACTOR, FLOOR = 4.0, 4.0
+
+
+class Call(NamedTuple):
+    """One call of an op's function in a backend's module."""
+
+    op: str
+    function: str
+    arguments: tuple
+    options: dict
+
+    @property
+    def signature(self) -> str:
+        """What decides which kernels it launches, as text; the values of tensors do not."""
+        return repr((self.op, self.function, [_describe(a) for a in (*self.arguments, *self.options.items())]))
+
+
+@contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """The calls of all ops that the backend `reference` serves inside, in order; of equal signatures the first."""
+    calls: dict[str, Call] = {}
+
+    class Recorder:
+        def __init__(self, op: str):
+            self.op, self.module = op, pick(op, "reference")
+
+        def __getattr__(self, function: str):
+            def recording(*arguments, **options):
+                call = Call(self.op, function, tuple(_detached(a) for a in arguments), options)
+                calls.setdefault(call.signature, call)
+                return getattr(self.module, function)(*arguments, **options)
+
+            return recording
+
+    found: list[Call] = []
+    with replaced({(op, "reference"): Recorder(op) for op in OPS}):
+        yield found
+    found += calls.values()
+
+
+def check(calls: Sequence[Call], backend: str, device: torch.device) -> dict[str, str | None]:
+    """By op, what is wrong with it in this backend, or None.
+
+    Raises RuntimeError where a kernel has broken the CUDA context: nothing can run in this process any more.
+    """
+    problems: dict[str, str | None] = {}
+    checks: list[tuple[str, str, Callable[[], None]]] = [
+        (call.op, call.function, lambda call=call: _check_call(call, backend)) for call in calls
+    ]
+    checks.append(("adamw", "adamw", lambda: _check_adamw(backend, device)))
+    for op, function, action in checks:
+        if problems.get(op) is None:
+            problems[op] = _problem(f"{op}.{function}", action, device)
+    return problems
+
+
+def _problem(name: str, action: Callable[[], None], device: torch.device) -> str | None:
+    try:
+        action()
+    except Exception as error:  # a compiler or a launch can raise anything
+        problem = f"{name}: {error}" if isinstance(error, Wrong) else f"{name}: {type(error).__name__}: {error}"
+        if device.type == "cuda":
+            try:
+                torch.cuda.synchronize(device)
+            except RuntimeError as broken:
+                raise RuntimeError(f"the kernels of {problem}; the CUDA context is lost ({broken})") from error
+        return problem
+    return None
+
+
+class Wrong(Exception):
+    """A result that is not the reference's."""
+
+
+def _check_call(call: Call, backend: str) -> None:
+    # First, so that no memory that it forgets to write can hold the reference's results.
+    with _poisoned(call.arguments):
+        ours = _results(call, backend)
+    plain = _results(call, "reference")
+    dtype = max((t.dtype for t in call.arguments if _floating(t)), key=lambda d: d.itemsize)
+    exact = _results(call, "reference", torch.float64 if dtype == torch.float32 else torch.float32)
+    for name, value in ours.items():
+        _compare(name, value, plain[name], exact[name])
+
+
+def _results(call: Call, backend: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Outputs, and the gradients of floating arguments that need one under random gradients of the outputs."""
+
+    def leaf(value):
+        if isinstance(value, tuple):
+            return tuple(leaf(v) for v in value)
+        if not _floating(value):
+            return value
+        return value.detach().to(dtype or value.dtype, copy=True).requires_grad_(value.requires_grad)
+
+    arguments = [leaf(a) if isinstance(a, (tuple, torch.Tensor)) else a for a in call.arguments]
+    outputs = getattr(pick(call.op, backend), call.function)(*arguments, **call.options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    results = {f"output {i}": out.detach().clone() for i, out in enumerate(outputs)}
+    learned = {f"gradient of argument {i}": a for i, a in enumerate(arguments) if _floating(a) and a.requires_grad}
+    differentiable = [(out, random_like(out, i)) for i, out in enumerate(outputs) if out.requires_grad]
+    if learned and differentiable:
+        outputs, upstream = zip(*differentiable, strict=True)
+        gradients = torch.autograd.grad(outputs, list(learned.values()), upstream, allow_unused=True)
+        for (name, argument), gradient in zip(learned.items(), gradients, strict=True):
+            results[name] = torch.zeros_like(argument) if gradient is None else gradient
+    return results
+
+
+def _compare(name: str, ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+    """Raises Wrong."""
+    if (ours.shape, ours.dtype) != (plain.shape, plain.dtype):
+        raise Wrong(f"{name} is {ours.dtype} {tuple(ours.shape)}, not {plain.dtype} {tuple(plain.shape)}")
+    if not ours.numel():
+        return
+    if not bool(ours.isfinite().all()):
+        raise Wrong(f"{name} is not finite")
+    if exact.dim() > 1:
+        masked = (exact == 0).all(-1)
+        if bool((ours[masked] != 0).any()):
+            raise Wrong(f"{name} is not 0 where it is masked")
+    error, budget = (float((t.double() - exact.double()).abs().max()) for t in (ours, plain))
+    allowed = FACTOR * budget + FLOOR * torch.finfo(plain.dtype).eps * float(exact.abs().max())
+    if error > allowed:
+        raise Wrong(f"{name} is off by {error:.2e}, where {allowed:.2e} is allowed")
+
+
+def _check_adamw(backend: str, device: torch.device) -> None:
+    """Two updates of slices that begin and end anywhere; what lies between them stays."""
+    slices = [(3, 5, 0.1), (8, 2068, 0.1), (2069, 3000, 0.0)]
+
+    def updated(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        like = torch.empty(3001, dtype=torch.float32, device=device)
+        weight, grad, first, second = (random_like(like, seed).to(dtype) for seed in range(4))
+        tensors = (weight, grad, first, second.abs_())
+        for step in (1, 2):
+            pieces = [Update(*(t[s:e] for t in tensors), step, decay) for s, e, decay in slices]
+            adamw(pieces, 1e-2, (0.9, 0.95), 1e-8, name)
+        return dict(zip(("weight", "grad", "exp_avg", "exp_avg_sq"), tensors, strict=True))
+
+    with poisoned_memory() if _may_poison(device) else nullcontext():
+        ours = updated(backend, torch.float32)
+    plain, exact = updated("reference", torch.float32), updated("reference", torch.float64)
+    between = torch.ones(3001, dtype=torch.bool, device=device)
+    for start, end, _ in slices:
+        between[start:end] = False
+    for name, value in ours.items():
+        if bool((value[between] != plain[name][between]).any()):
+            raise Wrong(f"{name} of elements that are not updated has changed")
+        _compare(name, value, plain[name], exact[name])
+
+
+def _poisoned(arguments: tuple):
+    device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+    return poisoned_memory() if _may_poison(device) else nullcontext()
+
+
+def _may_poison(device: torch.device) -> bool:
+    """Poison comes with strict determinism, which cuBLAS can have only where the process began with it."""
+    return device.type != "cuda" or torch.are_deterministic_algorithms_enabled()
+
+
+def _floating(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _detached(value: object) -> object:
+    return value.detach().clone().requires_grad_(value.requires_grad) if _floating(value) else value
+
+
+def _describe(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.requires_grad
+    if isinstance(value, MaskPlan):
+        return _describe(value.tables), value.runs, value.batch, value.seq_len, value.documents
+    if is_dataclass(value):
+        return type(value).__name__, astuple(value)
+    return tuple(map(_describe, value)) if isinstance(value, tuple) else value
+
+
+class Passed:
+    """What has passed on this device with this driver, torch, Triton and code, in a file; failures are not kept.
+
+    folder  of the files; a file that cannot be read or written is as none
+    """
+
+    def __init__(self, folder: Path, calls: Sequence[Call], backend: str, device: torch.device):
+        self.facts = facts(device) | {"backend": backend}
+        text = json.dumps([self.facts, sorted(call.signature for call in calls)])
+        self.path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+    def __bool__(self) -> bool:
+        try:
+            return json.loads(self.path.read_text("utf-8")) == self.facts
+        except (OSError, ValueError):
+            return False
+
+    def keep(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part = self.path.with_suffix(f".{id(self)}")
+            part.write_text(json.dumps(self.facts), "utf-8")
+            part.replace(self.path)
+        except OSError:
+            pass
+
+
+def facts(device: torch.device) -> dict[str, str | None]:
+    """What a verdict hangs on besides the calls."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
+        "driver": driver() if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "code": _code(),
+    }
+
+
+@cache
+def _code() -> str:
+    """Hash of this package's files."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -1,0 +1,89 @@
+"""A broken kernel is caught before the first step: under `auto` the run trains on PyTorch, where it was named it ends.
+
+Without a GPU `auto` is made to be `triton`, and copies of the modules of `runs` stand in for its kernels: Triton's
+interpreter is slow (tests/kernels/test_selfcheck.py takes it). Faults tried, each seen to fail: no
+check; the op not replaced; the named backend falling back; another op blamed; a second check of what has passed; a
+verdict remembered for other masks.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sgtm.config import load_config
+from sgtm.distributed.testing import run_ranks
+
+SMALL = [
+    "--train.precision=fp32",
+    "--train.steps=2",
+    "--train.eval_every=0",
+    "--train.eval_sequences=1",
+    "--train.tokens_per_step=32",
+    "--model.layers=1",
+    "--model.context=16",
+]
+
+
+def train_on_a_broken_kernel(folder: str) -> dict:
+    """What two runs say, one by `auto` and one with `triton` named, whose kernel of the MLP is wrong by a tenth."""
+    import os
+    from types import SimpleNamespace
+
+    from sgtm.train import kernels
+    from sgtm.train.loop import train
+    from sgtm_kernels import dispatch
+
+    os.environ |= {"TRITON_INTERPRET": "1", "SGTM_CACHE": f"{folder}/cache"}
+    for op in dispatch.OPS:
+        dispatch._LOADED[op, "triton"] = SimpleNamespace(**vars(dispatch.pick(op, "runs")))
+    own, checks = dispatch.explain, []
+    dispatch.explain = lambda name="auto", *rest: ("triton", "a GPU") if name == "auto" else own(name, *rest)
+    kernel, inner, check = dispatch.pick("mlp", "triton"), dispatch.pick("mlp", "triton").linear_gelu, kernels.check
+
+    def counted(*arguments):
+        checks.append(1)
+        return check(*arguments)
+
+    kernels.check, found = counted, {}
+    kernel.linear_gelu = lambda *arguments: 1.1 * inner(*arguments)
+    named = load_config("debug", [*SMALL, f"--runs={folder}", "--name=named", "--kernels.backend=triton"])
+    try:
+        train(named)
+    except ValueError as error:
+        found["named"] = str(error), (Path(folder) / "named").exists()
+    automatic = load_config("debug", [*SMALL, f"--runs={folder}", "--name=automatic"])
+    run = train(automatic)
+    found["served"] = dispatch.pick("mlp", "triton") is dispatch.pick("mlp", "runs"), dispatch.served("triton")
+    found["lines"] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found["kept"] = kernels.self_check(automatic, "triton"), len(checks)  # passes now, with the op of PyTorch
+    found["again"] = kernels.self_check(automatic, "triton"), len(checks)
+    other = automatic.model_copy(update={"masking": automatic.masking.model_copy(update={"strategy": "none"})})
+    other.__dict__.pop("tables")
+    found["other masks"] = kernels.self_check(other, "triton"), len(checks)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    (found,) = run_ranks(train_on_a_broken_kernel, 1, str(tmp_path_factory.mktemp("runs")), timeout=300)
+    return found
+
+
+def test_a_named_backend_ends_with_the_name_of_the_op(found):
+    message, made = found["named"]
+    assert message.startswith("kernel backend 'triton' was asked for, but on this device it fails its self-check:")
+    assert "\n  mlp.linear_gelu: output 0 is off by" in message and message.count("\n") == 2 and not made
+
+
+def test_auto_trains_on_without_the_broken_kernel(found):
+    assert found["served"] == (True, "triton (mlp by runs)")
+    assert [line["step"] for line in found["lines"] if line["kind"] == "step"]
+
+
+def test_what_has_passed_is_not_checked_again(found):
+    for name in ("kept", "again"):
+        assert found[name][0] == dict.fromkeys(found[name][0]) and "mlp" in found[name][0]
+    assert [found[name][1] for name in ("kept", "again", "other masks")] == [3, 3, 4]

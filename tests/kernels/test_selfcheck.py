@@ -1,0 +1,190 @@
+"""The self-check passes what computes what the reference computes, and names the op of a kernel that does not.
+
+Every fault below is a kernel broken on purpose, one at a time; the check must find it and blame that op.
+"""
+
+import json
+
+import pytest
+import torch
+
+from sgtm_kernels import selfcheck
+from sgtm_kernels.attention import HeadLayout, attention
+from sgtm_kernels.cross_entropy import linear_cross_entropy
+from sgtm_kernels.dispatch import OPS, fall_back, pick, replaced, served
+from sgtm_kernels.embedding import embedding
+from sgtm_kernels.linear import linear_in, linear_out
+from sgtm_kernels.mlp import linear_gelu
+from sgtm_kernels.norm import layer_norm
+from sgtm_kernels.plan import MaskPlan, Run
+from sgtm_kernels.selfcheck import Passed, check, recorded
+from sgtm_kernels.shapes import FORGET, RETAIN, SGTM, UNLABELED
+
+CPU = torch.device("cpu")
+HEADS = HeadLayout((3, 1), (3, 1), 8)
+BOUNDS, QKV, ROWS = (0, 24, 32), (0, 72, 96), (0, 24, 32)
+
+
+def plans() -> list[MaskPlan]:
+    mixed = (Run(FORGET, 0, 5), Run(UNLABELED, 5, 20), Run(RETAIN, 20, 40))
+    return [MaskPlan.uniform(SGTM, FORGET, 2, 20), MaskPlan(SGTM, mixed, 2, 20)]
+
+
+def layer(plan: MaskPlan) -> torch.Tensor:
+    """A small layer on the reference."""
+
+    def weight(*shape, scale=0.2):
+        return (scale * torch.randn(shape, generator=generator)).requires_grad_()
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(50, (2, 20), generator=generator)
+    table, ones, zeros = weight(50, 32), (1 + weight(32)).detach().requires_grad_(), weight(32)
+    x = embedding(ids, table, plan, "embedding", "reference")
+    normed = layer_norm(x, ones, zeros, 1e-5, plan, "norm", "reference")
+    qkv = linear_in(normed, weight(96, 32), None, plan, "attn_in", QKV, "reference", overwrite=True)
+    heads = attention(qkv, HEADS, plan, scale=0.4, backend="reference")
+    x = x + linear_out(heads, weight(32, 32), weight(32), plan, "attn_out", ROWS, "reference")
+    hidden = linear_gelu(x, weight(32, 32), weight(32), plan, BOUNDS, "reference")
+    x = x + linear_out(hidden, weight(32, 32), weight(32), plan, "mlp_out", BOUNDS, "reference")
+    return linear_cross_entropy(x, table, None, ids, plan, 1 / 40, "reference")[0]
+
+
+@pytest.fixture(scope="module")
+def calls():
+    with recorded() as found:
+        for plan in plans():
+            layer(plan)
+            layer(plan)  # the same calls: kept once
+    return found
+
+
+def test_every_call_is_kept_once(calls):
+    assert [call.op for call in calls] == 2 * [
+        "embedding", "norm", "linear", "attention", "linear", "mlp", "linear", "cross_entropy"
+    ]  # fmt: skip
+    assert len({call.signature for call in calls}) == len(calls)
+
+
+@pytest.mark.parametrize("backend", ["runs", "triton"])
+def test_a_right_backend_passes(calls, backend):
+    assert check(calls, backend, CPU) == dict.fromkeys(OPS)
+
+
+class Broken:
+    """An op's module with one function replaced."""
+
+    def __init__(self, op: str, function: str, change):
+        self.module, self.function = pick(op, "runs"), function
+        self.change = change
+
+    def __getattr__(self, name: str):
+        original = getattr(self.module, name)
+        return self.change(original) if name == self.function else original
+
+
+def scaled(original):
+    return lambda *args, **options: original(*args, **options) * 1.05
+
+
+def gradient_only(original):
+    """The output is right and its gradient half of what it should be."""
+
+    def wrong(*args, **options):
+        y = original(*args, **options)
+        return (0.5 * y) + (0.5 * y).detach()
+
+    return wrong
+
+
+def unmasked(original):
+    """What the op does where nothing is masked."""
+
+    def wrong(x, weight, bias, plan, part, bounds, *rest):
+        return original(x, weight, bias, plan, part, (0, bounds[-1]), *rest)
+
+    return wrong
+
+
+def leaking(original):
+    """Forget tokens move retain rows a little: too little for any tolerance, but it is not 0."""
+
+    def wrong(x, weight, *rest):
+        return original(x, weight, *rest) + 1e-9 * x @ weight.t()
+
+    return wrong
+
+
+def raising(original):
+    def wrong(*args, **options):
+        raise RuntimeError("no kernel image is available")
+
+    return wrong
+
+
+def not_finite(original):
+    return lambda *args, **options: original(*args, **options) + torch.tensor(float("nan"))
+
+
+def of_another_shape(original):
+    return lambda *args, **options: original(*args, **options)[..., :-1]
+
+
+def wrong_slices(original):
+    def wrong(updates, *rest):
+        return original([u._replace(decay=u.decay + 0.5) for u in updates], *rest)
+
+    return wrong
+
+
+FAULTS = [
+    ("norm", "layer_norm", scaled, "output 0 is off by"),
+    ("embedding", "embedding", gradient_only, "gradient of argument 1 is off by"),
+    ("linear", "linear_in", unmasked, "gradient of argument 1 is not 0 where it is masked"),
+    ("linear", "linear_in", leaking, "gradient of argument 1 is not 0 where it is masked"),
+    ("attention", "attention", raising, "RuntimeError: no kernel image is available"),
+    ("mlp", "linear_gelu", not_finite, "output 0 is not finite"),
+    ("linear", "linear_out", of_another_shape, "output 0 is torch.float32 (2, 20, 31), not torch.float32 (2, 20, 32)"),
+    ("adamw", "adamw", wrong_slices, "weight is off by"),
+]
+
+
+@pytest.mark.parametrize(("op", "function", "change", "message"), FAULTS)
+def test_a_broken_kernel_is_named(calls, op, function, change, message):
+    with replaced({(op, "runs"): Broken(op, function, change)}):
+        problems = check(calls, "runs", CPU)
+    assert message in problems.pop(op) and not any(problems.values())
+
+
+def test_memory_that_nobody_writes_is_noticed(calls):
+    def forgetful(original):
+        def wrong(ids, weight, plan, kind):
+            y = original(ids, weight, plan, kind)
+            return torch.cat((torch.empty_like(y[:, :1]), y[:, 1:]), dim=1)
+
+        return wrong
+
+    with replaced({("embedding", "runs"): Broken("embedding", "embedding", forgetful)}):
+        assert "not finite" in check(calls, "runs", CPU)["embedding"]
+
+
+def test_an_op_falls_back_for_the_process(calls):
+    with replaced({("norm", "triton"): Broken("norm", "layer_norm", scaled)}):
+        fall_back("norm", "triton")
+        assert pick("norm", "triton") is pick("norm", "runs") and served("triton") == "triton (norm by runs)"
+        assert check([call for call in calls if call.op == "norm"], "triton", CPU)["norm"] is None
+    assert served("triton") == "triton" and served("runs") == "runs"
+
+
+def test_what_has_passed_is_remembered_for_these_facts_alone(calls, tmp_path, monkeypatch):
+    passed = Passed(tmp_path, calls, "triton", CPU)
+    assert not passed
+    passed.keep()
+    assert Passed(tmp_path, calls, "triton", CPU) and Passed(tmp_path, calls[::-1], "triton", CPU)
+    assert not Passed(tmp_path, calls[1:], "triton", CPU) and not Passed(tmp_path, calls, "runs", CPU)
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    assert not Passed(tmp_path, calls, "triton", CPU)
+    monkeypatch.undo()
+    passed.path.write_text("{")
+    assert not passed
+    passed.path.write_text(json.dumps(selfcheck.facts(CPU)))
+    assert not passed
