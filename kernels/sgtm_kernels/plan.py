@@ -12,7 +12,7 @@ exact zero), so its content cannot change a bit of the result. `tests/kernels` c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count, pairwise
@@ -62,6 +62,23 @@ class Tables:
         """`update` where a gradient arrives at all, else 0: an inactive group gets none, a stopped one none in-side."""
         reaches = self.active[label][group] * (self.route[label][group] if part.endswith("_in") else 1.0)
         return self.update[part][label][group] if reaches != 0 else 0.0
+
+    @cached_property
+    def contributions(self) -> dict[str, tuple[tuple[float, ...], ...]]:
+        """`contribution` of every part: by group and label."""
+        labels, groups = range(len(self.labels)), range(len(self.groups))
+        return {
+            part: tuple(tuple(self.contribution(part, label, group) for label in labels) for group in groups)
+            for part in PARTS
+        }
+
+    @cached_property
+    def columns(self) -> dict[str, tuple[tuple[float, ...], ...]]:
+        """`active`, `route` and their product (`passes`): by group and label."""
+        active, route = tuple(zip(*self.active, strict=True)), tuple(zip(*self.route, strict=True))
+        pairs = zip(active, route, strict=True)
+        passes = tuple(tuple(a * r for a, r in zip(*rows, strict=True)) for rows in pairs)
+        return {"active": active, "route": route, "passes": passes}
 
 
 class Run(NamedTuple):
@@ -164,21 +181,22 @@ class MaskPlan:
         """One label for the whole micro-batch."""
         return cls(tables, (Run(label, 0, batch * seq_len),), batch, seq_len)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return self.batch * self.seq_len
 
     def check(self, x: torch.Tensor) -> None:
         """Raises ValueError where x [B, S, ...] is not of this micro-batch: a kernel would read beyond it."""
-        if x.shape[:2] != (self.batch, self.seq_len):
+        shape = x.shape
+        if shape[0] != self.batch or shape[1] != self.seq_len:
             raise ValueError(
-                f"the plan is of {self.batch} sequences of {self.seq_len} tokens, the tensor of shape {tuple(x.shape)}"
+                f"the plan is of {self.batch} sequences of {self.seq_len} tokens, the tensor of shape {tuple(shape)}"
             )
 
     def check_bounds(self, bounds: Sequence[int], size: int) -> None:
         """Raises ValueError where these are not the boundaries of one group or of all in `size` rows or columns."""
         groups = len(self.tables.groups)
-        if (bounds[0], bounds[-1]) != (0, size) or len(bounds) - 1 not in (1, groups):
+        if bounds[-1] != size or bounds[0] != 0 or (len(bounds) != 2 and len(bounds) - 1 != groups):
             raise ValueError(f"group boundaries {tuple(bounds)} must cut {size} into 1 group or the plan's {groups}")
 
     @cached_property
@@ -193,6 +211,9 @@ class MaskPlan:
 
     def updaters(self, by_label: tuple[float, ...]) -> Updaters:
         """The tokens whose label has a non-zero weight; neighbouring runs of equal weight are one slice."""
+        return self.cached(("updaters", by_label), lambda: self._updaters(by_label))
+
+    def _updaters(self, by_label: tuple[float, ...]) -> Updaters:
         merged: list[Slice] = []
         for run in self.runs:
             weight = by_label[run.label]
@@ -206,16 +227,15 @@ class MaskPlan:
 
     def plain(self, tokens: Updaters) -> bool:
         """Whether these are all tokens with weight 1: nothing is masked."""
-        return tokens.slices == (Slice(0, self.tokens, 1.0),)
+        return tokens.slices == ((0, self.tokens, 1.0),)
 
     def joint(self, kind: str) -> Updaters:
         """The tokens that may update the joint parameters of this kind."""
-        return self.updaters(self.tables.update_joint[kind])
+        return self.cached(kind, lambda: self.updaters(self.tables.update_joint[kind]))
 
     def contributions(self, part: str, groups: int) -> tuple[tuple[float, ...], ...]:
         """For each of the first `groups` groups, what a token contributes to the gradient of its rows, by label."""
-        labels = range(len(self.tables.labels))
-        return tuple(tuple(self.tables.contribution(part, label, group) for label in labels) for group in range(groups))
+        return self.tables.contributions[part][:groups]
 
     def rows(self, part: str, bounds: tuple[int, ...]) -> tuple[RowWork, ...]:
         """The work of one weight gradient: row ranges (group boundaries `bounds`), each with the tokens that update it.
@@ -223,6 +243,9 @@ class MaskPlan:
         Neighbouring groups that the same tokens update become one range, so a plan that masks nothing yields one
         `RowWork` over all rows and all tokens.
         """
+        return self.cached(("rows", part, bounds), lambda: self._rows(part, bounds))
+
+    def _rows(self, part: str, bounds: tuple[int, ...]) -> tuple[RowWork, ...]:
         work: list[RowWork] = []
         by_group = self.contributions(part, len(bounds) - 1)
         for by_label, (start, end) in zip(by_group, pairwise(bounds), strict=True):
@@ -234,8 +257,12 @@ class MaskPlan:
         return tuple(work)
 
     def column(self, table: str, group: int) -> tuple[float, ...]:
-        """`active` or `route` of one group, by label."""
-        return tuple(row[group] for row in getattr(self.tables, table))
+        """`active`, `route` or their product `passes` of one group, by label."""
+        return self.tables.columns[table][group]
+
+    def masks(self, by_group: Sequence[tuple[float, ...]]) -> bool:
+        """Whether one of these factors, by group and label, differs from 1 for a token of this micro-batch."""
+        return any(by_label[label] != 1 for by_label in by_group for label in self.present)
 
     def token_weights(self, by_label: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
         """[tokens] tensor of each token's weight, in the dtype and on the device of `like`; cached in the plan."""
@@ -260,6 +287,17 @@ class MaskPlan:
             return torch.stack(rows).to(device, non_blocking=True)
 
         return self.cached((tuple(by_group), device), make)
+
+    def mask(self, table: str, groups: int, device: torch.device) -> torch.Tensor | None:
+        """`factors` of the first `groups` groups from `active`, `route`, `passes` or the contributions to a part; None
+        where all are 1, as in a layer of one group, whatever the tables say."""
+        return self.cached((table, groups, device), lambda: self._mask(table, groups, device))
+
+    def _mask(self, table: str, groups: int, device: torch.device) -> torch.Tensor | None:
+        if groups == 1:
+            return None
+        by_group = self.contributions(table, groups) if table in PARTS else self.tables.columns[table][:groups]
+        return self.factors(by_group, device) if self.masks(by_group) else None
 
     def spans(self, device: torch.device) -> torch.Tensor:
         """int32 [2, tokens]: where each token's document begins and ends in its sequence; cached in the plan."""
@@ -287,11 +325,13 @@ class MaskPlan:
 
         return self.cached(("live", tuple(by_group), device), make)
 
-    def cached(self, key: tuple, make: Callable[[], T]) -> T:
-        """What `make` returns for this key, made once: every layer of a model asks one plan for the same tensors."""
-        if key not in self._cache:
-            self._cache[key] = make()
-        return self._cache[key]
+    def cached(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns for this key, made once: every layer of a model asks one plan for the same."""
+        try:
+            return self._cache[key]
+        except KeyError:
+            found = self._cache[key] = make()
+            return found
 
 
 _NUMBERS = count()

@@ -17,14 +17,14 @@ WIDTH, PARTIALS = 128, 32  # of a tile of partial sums
 
 def partial_sums(tokens: int, strip: int, columns: int, device: torch.device) -> torch.Tensor:
     """Empty fp32 [strips, columns], for strips of so many tokens."""
-    return torch.empty(triton.cdiv(tokens, strip), columns, dtype=torch.float32, device=device)
+    return torch.empty(-(-tokens // strip), columns, dtype=torch.float32, device=device)
 
 
 def total_of(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Sum over the strips, [columns]."""
     strips, columns = partial.shape
     total = torch.empty(columns, dtype=dtype, device=partial.device)
-    add_partial_sums[(triton.cdiv(columns, WIDTH),)](partial, total, strips, columns, BS=PARTIALS, BC=WIDTH)
+    add_partial_sums[(-(-columns // WIDTH),)](partial, total, strips, columns, BS=PARTIALS, BC=WIDTH)
     return total
 
 

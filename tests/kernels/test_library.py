@@ -116,16 +116,24 @@ class Recorder(TorchDispatchMode):
 
 
 @calls
-def test_opcheck(name):
-    """Every op as it is called, forward and backward."""
+def test_opcheck(name, monkeypatch):
+    """Every op as it is called while a graph is captured, forward and backward."""
     plan, inputs = plan_number(3), inputs_of(name)
-    with Recorder() as recorder:
+    with monkeypatch.context() as capture, Recorder() as recorder:
+        capture.setattr(torch.compiler, "is_compiling", lambda: True)
         CALLS[name][1](*inputs, plan).sum().backward()
     assert len(recorder.calls) == {"cross_entropy": 1, "linear_gelu": 4}.get(name, 2)
     for function, args in recorder.calls:
         if "backward" not in function.name():
             args = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
         opcheck(function, args)
+
+
+@calls
+def test_the_dispatcher_sees_no_op_where_no_graph_is_captured(name):
+    with Recorder() as recorder:
+        CALLS[name][1](*inputs_of(name), plan_number(3)).sum().backward()
+    assert not recorder.calls
 
 
 @calls

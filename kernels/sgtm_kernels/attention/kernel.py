@@ -7,11 +7,11 @@ rotary positions, q, k and v are copied once, q and k turned on the way.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from itertools import accumulate, pairwise, product
 from typing import NamedTuple
 
 import torch
-import triton
 from torch.library import custom_op
 
 from sgtm_kernels.attention.flash import (
@@ -21,10 +21,10 @@ from sgtm_kernels.attention.flash import (
     attention_rotate,
 )
 from sgtm_kernels.attention.op import HeadLayout
+from sgtm_kernels.autograd import captured, eager, existing, register
 from sgtm_kernels.launch import Launch
 from sgtm_kernels.plan import MaskPlan, plan_of
-from sgtm_kernels.scale import products
-from sgtm_kernels.tuning import DTYPES, Tunable
+from sgtm_kernels.tuning import DTYPES, Tunable, bucket
 
 ROTATED = 64  # tokens of a tile that is turned
 WIDE_HEADS = {  # why registers may spill with heads wider than 64
@@ -82,8 +82,43 @@ def attention(qkv, layout, plan: MaskPlan, scale, window, rotary):
     if not scale > 0:
         raise ValueError(f"the triton backend of attention needs a positive scale, got {scale}")
     cos, sin = rotary or (None, None)
-    masks = (plan.handle, layout.heads, layout.kv_heads, layout.head_dim, float(scale), window)
-    return masked_attention(qkv, cos, sin, *masks)[0]
+    if captured():
+        masks = (plan.handle, layout.heads, layout.kv_heads, layout.head_dim, float(scale), window)
+        return masked_attention(qkv, cos, sin, *masks)[0]
+    return eager_attention(qkv, cos, sin, plan, layout, float(scale), window)
+
+
+def _forward(qkv, cos, sin, plan, layout, scale, window):
+    """The output, the logarithms of the softmax's sums, and the projection with q and k turned, if any are."""
+    launch = _launcher(plan, layout, window, qkv.device)
+    qkv, turned = qkv.contiguous(), None
+    if cos is not None:
+        qkv = turned = _rotated(qkv, torch.empty_like(qkv), layout, cos, sin)
+    out = qkv.new_empty(plan.batch, plan.seq_len, launch.heads * layout.head_dim)
+    lse = qkv.new_empty(plan.batch, launch.heads, plan.seq_len, dtype=torch.float32)
+    launch(attention_forward, scale, qkv, out, lse)
+    return out, lse, turned
+
+
+def _backward(dy, qkv, out, lse, cos, sin, plan, layout, scale, window, wanted):
+    """`qkv`: turned already."""
+    qkv, dy = qkv.contiguous(), dy.contiguous()
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    launch = _launcher(plan, layout, window, qkv.device)
+    launch(attention_backward_queries, scale, qkv, out, dy, lse, delta, dqkv)
+    launch(attention_backward_keys, scale, qkv, dy, lse, delta, dqkv)
+    if cos is not None:
+        _rotated(dqkv, dqkv, layout, cos, sin, backward=True)
+    return (dqkv,)
+
+
+def _keep(inputs, outputs):
+    qkv, cos, sin, plan, *numbers = inputs
+    out, lse, turned = outputs
+    return (qkv if cos is None else turned, out, lse, cos, sin), plan, numbers
+
+
+eager_attention = eager(_forward, _keep, _backward)
 
 
 ARGUMENTS = "Tensor? cos, Tensor? sin, Tensor plan, int[] heads, int[] kv_heads, int head_dim, float scale, int? window"
@@ -91,15 +126,8 @@ ARGUMENTS = "Tensor? cos, Tensor? sin, Tensor plan, int[] heads, int[] kv_heads,
 
 @custom_op("sgtm::attention", mutates_args=(), schema=f"(Tensor qkv, {ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 def masked_attention(qkv, cos, sin, plan, heads, kv_heads, head_dim, scale, window):
-    """The output, the logarithms of the softmax's sums, and the projection with q and k turned (or nothing)."""
     layout = HeadLayout(tuple(heads), tuple(kv_heads), head_dim)
-    qkv, turned = qkv.contiguous(), qkv.new_empty(0)
-    if cos is not None:
-        qkv = turned = _rotated(qkv, torch.empty_like(qkv), layout, cos, sin)
-    out = qkv.new_empty(*qkv.shape[:2], sum(heads) * head_dim)
-    lse = qkv.new_empty(qkv.shape[0], sum(heads), qkv.shape[1], dtype=torch.float32)
-    _Launcher(qkv, layout, plan_of(plan), scale, window)(attention_forward, qkv, out, lse)
-    return out, lse, turned
+    return existing(qkv, *_forward(qkv, cos, sin, plan_of(plan), layout, scale, window))
 
 
 @masked_attention.register_fake
@@ -116,16 +144,8 @@ def _(qkv, cos, sin, plan, heads, kv_heads, head_dim, scale, window):
     schema=f"(Tensor dy, Tensor qkv, Tensor out, Tensor lse, {ARGUMENTS}) -> Tensor",
 )
 def attention_backward(dy, qkv, out, lse, cos, sin, plan, heads, kv_heads, head_dim, scale, window):
-    """`qkv`: turned already."""
     layout = HeadLayout(tuple(heads), tuple(kv_heads), head_dim)
-    qkv, dy = qkv.contiguous(), dy.contiguous()
-    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    launch = _Launcher(qkv, layout, plan_of(plan), scale, window)
-    launch(attention_backward_queries, qkv, out, dy, lse, delta, dqkv)
-    launch(attention_backward_keys, qkv, dy, lse, delta, dqkv)
-    if cos is not None:
-        _rotated(dqkv, dqkv, layout, cos, sin, backward=True)
-    return dqkv
+    return _backward(dy, qkv, out, lse, cos, sin, plan_of(plan), layout, scale, window, (True,))[0]
 
 
 @attention_backward.register_fake
@@ -133,53 +153,43 @@ def _(dy, qkv, *arguments):
     return qkv.new_empty(qkv.shape)
 
 
-def _save(ctx, inputs, output):
-    qkv, cos, sin, plan, *ctx.numbers = inputs
-    out, lse, turned = output
-    ctx.mark_non_differentiable(lse, turned)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv if cos is None else turned, out, lse, cos, sin, plan)
+register(masked_attention, _keep, lambda *inputs: (attention_backward(*inputs[:-1]),))
 
 
-def _gradient(ctx, dy, *_):
-    return attention_backward(dy, *ctx.saved_tensors, *ctx.numbers), *[None] * 8
-
-
-masked_attention.register_autograd(_gradient, setup_context=_save)
+def _launcher(plan: MaskPlan, layout: HeadLayout, window: int | None, device: torch.device) -> _Launcher:
+    key = ("attention", layout, window, device)
+    return plan.cached(key, lambda: _Launcher(plan, layout, window, device))
 
 
 class _Launcher:
     """What the three kernels share: the masks of a micro-batch and the layout, as arguments and constants."""
 
-    def __init__(self, qkv: torch.Tensor, layout: HeadLayout, plan: MaskPlan, scale: float, window: int | None):
-        self.batch, self.seq_len = qkv.shape[:2]
-        self.layout, self.scale = layout, scale
-        groups = range(len(layout.heads)) if len(layout.heads) > 1 else ()  # a layer without groups is not masked
-        active, route = ([plan.column(table, g) for g in groups] for table in ("active", "route"))
+    def __init__(self, plan: MaskPlan, layout: HeadLayout, window: int | None, device: torch.device):
+        self.batch, self.seq_len = plan.batch, plan.seq_len
+        self.heads, self.kv_heads = sum(layout.heads), sum(layout.kv_heads)
+        # A layer without groups is not masked, whatever the tables say.
+        groups = len(layout.heads) if len(layout.heads) > 1 else 0
+        active, route, passes = (plan.tables.columns[table][:groups] for table in ("active", "route", "passes"))
         values = {row[label] for row in (*active, *route) for label in plan.present}
         window = window if window is not None and window < self.seq_len else 0
-        self.constants = constants(layout, window, plan.documents is not None, values)
-        nothing = qkv.new_empty(1)
-        masked = self.constants["MASKED"]
-        self.tables = {
-            "factors": plan.factors((*active, *route), qkv.device) if masked else nothing,
-            "spans": plan.spans(qkv.device) if plan.documents is not None else nothing,
-            "live": plan.live([products(*rows) for rows in zip(active, route, strict=True)], qkv.device)
-            if masked
-            else nothing,
+        fixed = constants(layout, window, plan.documents is not None, values)
+        nothing, masked = torch.empty(1, device=device), fixed["MASKED"]
+        tables = {
+            "factors": plan.factors((*active, *route), device) if masked else nothing,
+            "spans": plan.spans(device) if plan.documents is not None else nothing,
+            "live": plan.live(passes, device) if masked else nothing,
         }
+        self.width, given = fixed["BD"], tables | fixed | {"seq_len": self.seq_len}
+        self.arguments = {kernel: {name: given[name] for name in kernel.arg_names if name in given} for kernel in TILES}
 
-    def __call__(self, kernel, *tensors: torch.Tensor) -> None:
-        size = tile(kernel, self.constants["BD"], tensors[0])
+    def __call__(self, kernel, scale: float, *tensors: torch.Tensor) -> None:
+        size = tile(kernel, self.width, tensors[0])
         by_keys = kernel is attention_backward_keys
-        blocks = triton.cdiv(self.seq_len, size.keys if by_keys else size.queries)
-        heads = sum(self.layout.kv_heads if by_keys else self.layout.heads)
-        kernel[blocks, heads, self.batch](
+        blocks = -(-self.seq_len // (size.keys if by_keys else size.queries))
+        kernel[blocks, self.kv_heads if by_keys else self.heads, self.batch](
             *tensors,
-            **{name: table for name, table in self.tables.items() if name in kernel.arg_names},
-            **{name: value for name, value in self.constants.items() if name in kernel.arg_names},
-            seq_len=self.seq_len,
-            scale=self.scale,
+            **self.arguments[kernel],
+            scale=scale,
             BQ=size.queries,
             BK=size.keys,
             num_warps=size.warps,
@@ -192,7 +202,7 @@ def constants(layout: HeadLayout, window: int, documents: bool, values: set[floa
     return {
         **_columns(layout),
         "HEADS": sum(layout.heads),
-        "BD": max(16, triton.next_power_of_2(layout.head_dim)),
+        "BD": bucket(layout.head_dim, 16, 1 << 30),
         "WINDOW": window,
         "DOCUMENTS": documents,
         "MASKED": not values <= {1.0},
@@ -200,6 +210,7 @@ def constants(layout: HeadLayout, window: int, documents: bool, values: set[floa
     }
 
 
+@cache
 def _columns(layout: HeadLayout) -> dict[str, object]:
     starts = zip(*([0, *accumulate(counts)] for counts in (layout.heads, layout.kv_heads)), strict=True)
     bounds = tuple((q, kv, q + 2 * kv) for q, kv in starts)
@@ -208,11 +219,16 @@ def _columns(layout: HeadLayout) -> dict[str, object]:
 
 
 def _rotated(x, to, layout: HeadLayout, cos, sin, backward: bool = False) -> torch.Tensor:
-    columns, rotary = _columns(layout), (cos.float().contiguous(), sin.float().contiguous())
-    grid = (triton.cdiv(x.shape[1], ROTATED), columns["STRIDE"] // layout.head_dim, x.shape[0])
-    half = triton.next_power_of_2(layout.head_dim // 2)
-    attention_rotate[grid](x, to, *rotary, x.shape[1], **columns, BH=half, BT=ROTATED, BACKWARD=backward)
+    columns, seq_len, half = _columns(layout), x.shape[1], _half(layout)
+    attention_rotate[-(-seq_len // ROTATED), columns["STRIDE"] // layout.head_dim, x.shape[0]](
+        x, to, cos.float().contiguous(), sin.float().contiguous(), seq_len, **columns, BH=half, BT=ROTATED,
+        BACKWARD=backward,
+    )  # fmt: skip
     return to
+
+
+def _half(layout: HeadLayout) -> int:
+    return 1 << (layout.head_dim // 2 - 1).bit_length()
 
 
 def launches() -> list[Launch]:
@@ -256,5 +272,5 @@ def _launches(dtype: str, fixed: dict[str, object], others: bool = False) -> lis
 
 def _launch_of_rotation(dtype: str, layout: HeadLayout, backward: bool) -> Launch:
     signature = {"x": f"*{dtype}", "y": f"*{dtype}", "cos": "*fp32", "sin": "*fp32", "seq_len": "i32"}
-    fixed = _columns(layout) | {"BH": triton.next_power_of_2(layout.head_dim // 2), "BT": ROTATED, "BACKWARD": backward}
+    fixed = _columns(layout) | {"BH": _half(layout), "BT": ROTATED, "BACKWARD": backward}
     return Launch(attention_rotate, signature, fixed, unaligned=("seq_len",))

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch.library import custom_op
 
+from sgtm_kernels.autograd import captured, eager, existing, register
 from sgtm_kernels.cross_entropy.reference import label_sums
 from sgtm_kernels.cross_entropy.runs import IGNORE, ChunkOps, in_chunks
 from sgtm_kernels.launch import Launch
@@ -48,8 +49,32 @@ TILE = Tunable("token_losses", _heuristic, {("bf16", 8192): LONG_ROWS})
 
 def linear_cross_entropy(x, weight, bias, targets, plan: MaskPlan, scale):
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
-    total, sums, *_ = head_and_loss(x, weight, bias, targets, plan.handle, len(plan.tables.labels), wanted)
-    return total * scale, sums
+    if captured():
+        total, sums, *_ = head_and_loss(x, weight, bias, targets, plan.handle, len(plan.tables.labels), wanted)
+        return total * scale, sums
+    return eager_head_and_loss(x, weight, bias, targets, plan, scale, wanted)
+
+
+def _forward(x, weight, bias, targets, plan, scale, wanted):
+    """`scale` times the losses' sum, sums by label, and the gradients of the losses' sum with respect to x, weight and
+    bias."""
+    ops = ChunkOps(_logits, _softmax_gradient_, CHUNK_BYTES)
+    losses, *gradients = in_chunks(x, weight, bias, targets.contiguous(), plan, wanted, ops)
+    total = losses.sum()
+    return total if scale is None else total * scale, label_sums(losses, plan), *gradients
+
+
+def _keep(inputs, outputs):
+    return outputs[2:], inputs[4], inputs[5:]
+
+
+def _backward(dtotal, *saved):
+    *gradients, _plan, scale, _wanted, _needed = saved
+    factor = dtotal * scale
+    return tuple(None if gradient is None else gradient * factor for gradient in gradients)
+
+
+eager_head_and_loss = eager(_forward, _keep, _backward, outputs=(1, 2))
 
 
 @custom_op(
@@ -59,11 +84,7 @@ def linear_cross_entropy(x, weight, bias, targets, plan: MaskPlan, scale):
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def head_and_loss(x, weight, bias, targets, plan, labels, wanted):
-    """Sum of the losses, sums by label, and the gradients of the first with respect to x, weight and bias."""
-    plan, ops = plan_of(plan), ChunkOps(_logits, _softmax_gradient_, CHUNK_BYTES)
-    losses, *gradients = in_chunks(x, weight, bias, targets.contiguous(), plan, wanted, ops)
-    gradients = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)
-    return losses.sum(), label_sums(losses, plan), *gradients
+    return existing(x, *_forward(x, weight, bias, targets, plan_of(plan), None, wanted))
 
 
 @head_and_loss.register_fake
@@ -77,26 +98,19 @@ def _(x, weight, bias, targets, plan, labels, wanted):
     )
 
 
-def _save(ctx, inputs, output):
-    _, sums, *gradients = output
-    ctx.wanted = inputs[6]
-    ctx.mark_non_differentiable(sums, *gradients)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*gradients)
+def _captured(dtotal, *saved):
+    *gradients, _handle, _scale, computed, _needed = saved
+    pairs = zip(gradients, computed, strict=True)
+    return tuple(gradient * dtotal if there else None for gradient, there in pairs)
 
 
-def _gradients(ctx, dtotal, *_):
-    pairs = zip(ctx.saved_tensors, ctx.wanted, strict=True)
-    return *(gradient * dtotal if want else None for gradient, want in pairs), None, None, None, None
-
-
-head_and_loss.register_autograd(_gradients, setup_context=_save)
+register(head_and_loss, _keep, _captured)
 
 
 def _logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """F.linear for x [n, D], with padded rows."""
     vocab, step = weight.shape[0], ROW_BYTES // x.element_size()
-    out = x.new_empty(len(x), triton.cdiv(vocab, step) * step)[:, :vocab]
+    out = x.new_empty(len(x), -(-vocab // step) * step)[:, :vocab]
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 

@@ -22,5 +22,9 @@ def linear_cross_entropy(x, weight, bias, targets, plan: MaskPlan, scale):
 
 def label_sums(losses: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
     """Sum of token losses [tokens] for each label: [labels]."""
-    one_hot = [[float(i == label) for i in range(len(plan.tables.labels))] for label in range(len(plan.tables.labels))]
-    return torch.stack([plan.token_weights(tuple(row), losses) @ losses for row in one_hot])
+    labels = range(len(plan.tables.labels))
+
+    def one_hot() -> torch.Tensor:
+        return torch.stack([plan.token_weights(tuple(float(i == label) for i in labels), losses) for label in labels])
+
+    return plan.cached(("labels", losses.dtype, losses.device), one_hot) @ losses

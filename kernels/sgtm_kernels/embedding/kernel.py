@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch.library import custom_op
 
+from sgtm_kernels.autograd import captured, eager, register
 from sgtm_kernels.launch import Launch
 from sgtm_kernels.plan import MaskPlan, plan_of
 
@@ -27,7 +28,51 @@ SPILL = "on sm_90 ptxas keeps 8 bytes in memory to stay at 72 registers"
 
 
 def embedding(ids, weight, plan: MaskPlan, kind: str):
-    return lookup(ids, weight, plan.handle, kind)
+    if captured():
+        return lookup(ids, weight, plan.handle, kind)
+    return eager_lookup(ids, weight, plan, kind)
+
+
+def _forward(ids, weight, plan, kind):
+    return F.embedding(ids, weight)
+
+
+def _keep(inputs, output):
+    ids, weight, plan, kind = inputs
+    return (ids,), plan, (kind, weight.shape[0], weight.dtype)
+
+
+def _backward(dy, ids, plan, kind, rows, dtype, wanted):
+    return None, _gradient(ids, dy, plan, kind, rows, dtype)
+
+
+def _gradient(ids, dy, plan, kind, rows, dtype):
+    """Gradient [rows, D] of the table from dy [B, S, D]; the masked tokens are known on the CPU, their ids are not."""
+    learners, width, dy = plan.joint(kind), dy.shape[-1], dy.contiguous()
+    tokens = sum(end - start for start, end, _ in learners.slices)
+    if tokens == 0:
+        return dy.new_zeros(rows, width, dtype=dtype)
+    keys = ids.flatten().to(torch.int32)
+    factors = None
+    if not plan.plain(learners):
+        factors = plan.factors((learners.by_label,), dy.device)
+        keys = torch.where(factors[0] == 0, rows, keys)
+    keys, order = torch.sort(keys, stable=True)
+    starts = torch.searchsorted(keys, torch.arange(rows + 1, dtype=keys.dtype, device=keys.device), out_int32=True)
+    segments = -(-tokens // SEGMENT)
+    partials = torch.empty(segments, 2, width, dtype=torch.float32, device=dy.device)
+    factors = partials if factors is None else factors
+    constants = {"WEIGHTED": any(weight != 1 for _, _, weight in learners.slices), "WIDTH": width, "SEGMENT": SEGMENT}
+    grid = (segments, -(-width // PARTIAL_COLUMNS))
+    embedding_partials[grid](dy, keys, order, factors, partials, tokens, **constants, BD=PARTIAL_COLUMNS)
+    dw = torch.empty(rows, width, dtype=dtype, device=dy.device)
+    tile = _tile(width)
+    grid = (-(-rows // tile["BR"]), -(-width // tile["BD"]))
+    embedding_backward[grid](dy, starts, order, factors, partials, dw, rows, **constants, **tile)
+    return dw
+
+
+eager_lookup = eager(_forward, _keep, _backward)
 
 
 @custom_op("sgtm::embedding", mutates_args=(), schema="(Tensor ids, Tensor weight, Tensor plan, str kind) -> Tensor")
@@ -46,30 +91,7 @@ def _(ids, weight, plan, kind):
     schema="(Tensor ids, Tensor dy, Tensor plan, str kind, SymInt rows, ScalarType dtype) -> Tensor",
 )
 def table_gradient(ids, dy, plan, kind, rows, dtype):
-    """Gradient [rows, D] of the table from dy [B, S, D]; the masked tokens are known on the CPU, their ids are not."""
-    plan = plan_of(plan)
-    learners, width, dy = plan.joint(kind), dy.shape[-1], dy.contiguous()
-    tokens = sum(end - start for start, end, _ in learners.slices)
-    if tokens == 0:
-        return dy.new_zeros(rows, width, dtype=dtype)
-    keys = ids.flatten().to(torch.int32)
-    factors = None
-    if not plan.plain(learners):
-        factors = plan.factors([learners.by_label], dy.device)
-        keys = torch.where(factors[0] == 0, rows, keys)
-    keys, order = torch.sort(keys, stable=True)
-    starts = torch.searchsorted(keys, torch.arange(rows + 1, dtype=keys.dtype, device=keys.device), out_int32=True)
-    segments = triton.cdiv(tokens, SEGMENT)
-    partials = torch.empty(segments, 2, width, dtype=torch.float32, device=dy.device)
-    factors = partials if factors is None else factors
-    constants = {"WEIGHTED": any(weight != 1 for _, _, weight in learners.slices), "WIDTH": width, "SEGMENT": SEGMENT}
-    grid = (segments, triton.cdiv(width, PARTIAL_COLUMNS))
-    embedding_partials[grid](dy, keys, order, factors, partials, tokens, **constants, BD=PARTIAL_COLUMNS)
-    dw = torch.empty(rows, width, dtype=dtype, device=dy.device)
-    tile = _tile(width)
-    grid = (triton.cdiv(rows, tile["BR"]), triton.cdiv(width, tile["BD"]))
-    embedding_backward[grid](dy, starts, order, factors, partials, dw, rows, **constants, **tile)
-    return dw
+    return _gradient(ids, dy, plan_of(plan), kind, rows, dtype)
 
 
 @table_gradient.register_fake
@@ -77,18 +99,7 @@ def _(ids, dy, plan, kind, rows, dtype):
     return dy.new_empty(rows, dy.shape[-1], dtype=dtype)
 
 
-def _save(ctx, inputs, output):
-    ids, weight, plan, ctx.kind = inputs
-    ctx.rows, ctx.dtype = weight.shape[0], weight.dtype
-    ctx.save_for_backward(ids, plan)
-
-
-def _gradient(ctx, dy):
-    ids, plan = ctx.saved_tensors
-    return None, table_gradient(ids, dy, plan, ctx.kind, ctx.rows, ctx.dtype), None, None
-
-
-lookup.register_autograd(_gradient, setup_context=_save)
+register(lookup, _keep, lambda dy, ids, *numbers: (None, table_gradient(ids, dy, *numbers[:-1])))
 
 
 def _tile(width: int) -> dict[str, int]:

@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch.library import custom_op
 
+from sgtm_kernels.autograd import captured, eager, existing, register
 from sgtm_kernels.dispatch import way
 from sgtm_kernels.launch import Launch
 from sgtm_kernels.linear import rectangles, scaling
-from sgtm_kernels.linear.runs import weight_gradient
+from sgtm_kernels.linear.runs import JOINT, weight_gradient
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan, RowWork, plan_of
 from sgtm_kernels.strips import total_of
 from sgtm_kernels.tuning import DTYPES, Tunable
@@ -59,16 +60,117 @@ def _share_and_length(work: tuple[RowWork, ...], tokens: int) -> tuple[int, int]
 def linear_in(x, weight, bias, plan: MaskPlan, part: str, bounds, overwrite: bool):
     if len(bounds) == 2:
         return F.linear(x, weight, bias)
-    return masked_linear_in(x, weight, bias, plan.handle, part, bounds, overwrite)
+    if captured():
+        return masked_linear_in(x, weight, bias, plan.handle, part, bounds, overwrite)
+    return eager_linear_in(x, weight, bias, plan, part, bounds, overwrite)
 
 
 def linear_out(x, weight, bias, plan: MaskPlan, part: str, bounds):
     if len(bounds) == 2:
         return F.linear(x, weight.t(), bias)
-    return masked_linear_out(x, weight, bias, plan.handle, part, bounds)
+    if captured():
+        return masked_linear_out(x, weight, bias, plan.handle, part, bounds)
+    return eager_linear_out(x, weight, bias, plan, part, bounds)
+
+
+class Masks(NamedTuple):
+    """What follows from a plan, a part and group boundaries.
+
+    rows         the work of dW
+    by_group     what a token contributes, by group and label
+    token_level  whether the tokens of a row range form too many slices for matmuls of their own
+    masked       whether anything differs from 1
+    """
+
+    rows: tuple[RowWork, ...]
+    by_group: tuple[tuple[float, ...], ...]
+    token_level: bool
+    masked: bool
+
+
+def masks_of(plan: MaskPlan, part: str, bounds: tuple[int, ...]) -> Masks:
+    return plan.cached(("linear", part, bounds), lambda: _masks(plan, part, bounds))
+
+
+def _masks(plan: MaskPlan, part: str, bounds: tuple[int, ...]) -> Masks:
+    rows, by_group = plan.rows(part, bounds), plan.contributions(part, len(bounds) - 1)
+    return Masks(rows, by_group, any(map(_many, rows)), plan.masks(by_group))
+
+
+def _many(rows: RowWork) -> bool:
+    return len(rows.tokens.slices) > MAX_SLICES
+
+
+def _in_forward(x, weight, bias, plan, part, bounds, overwrite):
+    return F.linear(x, weight, bias)
+
+
+def _out_forward(x, weight, bias, plan, part, bounds):
+    return F.linear(x, weight.t(), bias)
+
+
+def _keep(inputs, output):
+    x, weight, _, plan, *numbers = inputs
+    return (x, weight), plan, numbers
+
+
+def _in_backward(dy, x, weight, plan, part, bounds, overwrite, wanted):
+    dx = dy @ weight if wanted[0] else None
+    packed = dy.contiguous()
+    dy2, x2 = packed.flatten(0, 1), x.flatten(0, 1)
+    masks = masks_of(plan, part, bounds)
+    dw = db = None
+    if wanted[1]:
+        if not masks.token_level:
+            dw = weight_gradient(dy2, x2, plan, masks.rows)
+        elif candidate(dy2, masks.rows) == "rectangles":
+            dw = rectangles.weight_gradient(dy2, x2.contiguous(), plan, masks.rows)
+        else:
+            # autograd may hand one tensor to several ops. Only a copy made here, and what the caller promises that
+            # nobody else uses, may be written to; from here on dy2 must not be read as the gradient.
+            out = dy2 if overwrite or packed is not dy else torch.empty_like(dy2)
+            partial = scaling.sums_of(dy2) if wanted[2] else None
+            scaling.scale_sum(dy2, out, partial, plan.factors(masks.by_group, dy.device), bounds)
+            dw = out.t() @ x2
+            db = total_of(partial, dy.dtype) if wanted[2] else None
+    if wanted[2] and db is None:
+        db = scaling.bias_sum(dy2, plan, masks.by_group, bounds) if masks.masked else dy2.sum(0)
+    return dx, dw, db
+
+
+def _out_backward(dy, x, weight, plan, part, bounds, wanted):
+    dx = dy @ weight.t() if wanted[0] else None
+    x2, dy2 = x.flatten(0, 1).contiguous(), dy.flatten(0, 1).contiguous()
+    masks, joint = masks_of(plan, part, bounds), plan.joint(JOINT[part])
+    dw = db = None
+    if wanted[1]:
+        if not masks.token_level:
+            dw = weight_gradient(x2, dy2, plan, masks.rows)
+        elif candidate(dy2, masks.rows) == "rectangles":
+            dw = rectangles.weight_gradient(x2, dy2, plan, masks.rows)
+        else:
+            out = torch.empty_like(x2)  # never in place: X belongs to the forward pass
+            factors = plan.factors(masks.by_group, dy.device)
+            if wanted[2] and not plan.plain(joint):
+                partial = scaling.sums_of(dy2)
+                of_bias = plan.factors((joint.by_label,), dy.device)
+                scaling.scale_input_sum(x2, out, dy2, partial, factors, of_bias, bounds)
+                db = total_of(partial, dy.dtype)
+            else:
+                scaling.scale_sum(x2, out, None, factors, bounds)
+            dw = out.t() @ dy2
+    if wanted[2] and db is None:
+        plain = plan.plain(joint)
+        db = dy2.sum(0) if plain else scaling.bias_sum(dy2, plan, (joint.by_label,), (0, dy.shape[-1]))
+    return dx, dw, db
+
+
+eager_linear_in = eager(_in_forward, _keep, _in_backward)
+eager_linear_out = eager(_out_forward, _keep, _out_backward)
 
 
 MASKS = "Tensor plan, str part, int[] bounds"
+GRADIENTS = f"Tensor x, Tensor weight, {MASKS}, bool[3] wanted) -> (Tensor, Tensor, Tensor)"
 
 
 @custom_op(
@@ -95,72 +197,19 @@ def _(x, weight, bias, plan, part, bounds):
     return x.new_empty(*x.shape[:-1], weight.shape[1])
 
 
-GRADIENTS = f"Tensor x, Tensor weight, {MASKS}, bool[3] wanted) -> (Tensor, Tensor, Tensor)"
-
-
 @custom_op("sgtm::linear_in_backward", mutates_args=(), schema=f"(Tensor dy, {GRADIENTS}")
 def linear_in_backward(dy, x, weight, plan, part, bounds, wanted):
-    return _linear_in_backward(dy, x, weight, plan, part, bounds, wanted, overwrite=False)
+    return existing(dy, *_in_backward(dy, x, weight, plan_of(plan), part, tuple(bounds), False, wanted))
 
 
 @custom_op("sgtm::linear_in_backward_", mutates_args=("dy",), schema=f"(Tensor(a!) dy, {GRADIENTS}")
 def linear_in_backward_(dy, x, weight, plan, part, bounds, wanted):
-    return _linear_in_backward(dy, x, weight, plan, part, bounds, wanted, overwrite=True)
-
-
-def _linear_in_backward(dy, x, weight, plan, part, bounds, wanted, overwrite):
-    plan = plan_of(plan)
-    dx = dy @ weight if wanted[0] else dy.new_empty(0)
-    packed = dy.contiguous()
-    dy2, x2 = packed.flatten(0, 1), x.flatten(0, 1)
-    work = plan.rows(part, bounds)
-    by_group = plan.contributions(part, len(bounds) - 1)
-    dw = db = None
-    if wanted[1]:
-        if not _token_level(work):
-            dw = weight_gradient(dy2, x2, plan, work)
-        elif candidate(dy2, work) == "rectangles":
-            dw = rectangles.weight_gradient(dy2, x2.contiguous(), plan, work)
-        else:
-            # autograd may hand one tensor to several ops. Only a copy made here, and what the caller promises that
-            # nobody else uses, may be written to; from here on dy2 must not be read as the gradient.
-            out = dy2 if overwrite or packed is not dy else torch.empty_like(dy2)
-            partial = scaling.sums_of(dy2) if wanted[2] else None
-            scaling.scale_sum(dy2, out, partial, plan.factors(by_group, dy.device), bounds)
-            dw = out.t() @ x2
-            db = total_of(partial, dy.dtype) if wanted[2] else None
-    if wanted[2] and db is None:
-        db = scaling.bias_sum(dy2, plan, by_group, bounds)
-    return dx, *(dy.new_empty(0) if gradient is None else gradient for gradient in (dw, db))
+    return existing(dy, *_in_backward(dy, x, weight, plan_of(plan), part, tuple(bounds), True, wanted))
 
 
 @custom_op("sgtm::linear_out_backward", mutates_args=(), schema=f"(Tensor dy, {GRADIENTS}")
 def linear_out_backward(dy, x, weight, plan, part, bounds, wanted):
-    plan = plan_of(plan)
-    dx = dy @ weight.t() if wanted[0] else dy.new_empty(0)
-    x2, dy2 = x.flatten(0, 1).contiguous(), dy.flatten(0, 1).contiguous()
-    work = plan.rows(part, bounds)
-    joint = plan.joint(f"{part}_bias")
-    dw = db = None
-    if wanted[1]:
-        if not _token_level(work):
-            dw = weight_gradient(x2, dy2, plan, work)
-        elif candidate(dy2, work) == "rectangles":
-            dw = rectangles.weight_gradient(x2, dy2, plan, work)
-        else:
-            out = torch.empty_like(x2)  # never in place: X belongs to the forward pass
-            factors = plan.factors(plan.contributions(part, len(bounds) - 1), dy.device)
-            if wanted[2] and not plan.plain(joint):
-                partial = scaling.sums_of(dy2)
-                of_bias = plan.factors((joint.by_label,), dy.device)
-                scaling.scale_input_sum(x2, out, dy2, partial, factors, of_bias, bounds)
-                db = total_of(partial, dy.dtype)
-            else:
-                scaling.scale_sum(x2, out, None, factors, bounds)
-            dw = out.t() @ dy2
-    if wanted[2] and db is None:
-        db = scaling.bias_sum(dy2, plan, (joint.by_label,), (0, dy.shape[-1]))
-    return dx, *(dy.new_empty(0) if gradient is None else gradient for gradient in (dw, db))
+    return existing(dy, *_out_backward(dy, x, weight, plan_of(plan), part, tuple(bounds), wanted))
 
 
 @linear_in_backward.register_fake
@@ -176,37 +225,17 @@ def _(dy, x, weight, plan, part, bounds, wanted):
     return tuple(dy.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
 
 
-def _save(ctx, inputs, output):
-    x, weight, _, plan, ctx.part, ctx.bounds, *overwrite = inputs
-    ctx.overwrite = bool(overwrite and overwrite[0])
-    ctx.save_for_backward(x, weight, plan)
+def _captured_in(dy, x, weight, plan, part, bounds, overwrite, wanted):
+    backward = linear_in_backward_ if overwrite else linear_in_backward
+    return backward(dy, x, weight, plan, part, bounds, wanted[:3])
 
 
-def _gradients(backward, ctx, dy):
-    wanted = ctx.needs_input_grad[:3]
-    found = backward(dy, *ctx.saved_tensors, ctx.part, ctx.bounds, wanted)
-    return tuple(gradient if want else None for gradient, want in zip(found, wanted, strict=True))
+def _captured_out(dy, x, weight, plan, part, bounds, wanted):
+    return linear_out_backward(dy, x, weight, plan, part, bounds, wanted[:3])
 
 
-def _in_gradients(ctx, dy):
-    backward = linear_in_backward_ if ctx.overwrite else linear_in_backward
-    return *_gradients(backward, ctx, dy), None, None, None, None
-
-
-def _out_gradients(ctx, dy):
-    return *_gradients(linear_out_backward, ctx, dy), None, None, None
-
-
-masked_linear_in.register_autograd(_in_gradients, setup_context=_save)
-masked_linear_out.register_autograd(_out_gradients, setup_context=_save)
-
-
-def _token_level(work: tuple[RowWork, ...]) -> bool:
-    return any(map(_many, work))
-
-
-def _many(rows: RowWork) -> bool:
-    return len(rows.tokens.slices) > MAX_SLICES
+register(masked_linear_in, _keep, _captured_in)
+register(masked_linear_out, _keep, _captured_out)
 
 
 def launches() -> list[Launch]:

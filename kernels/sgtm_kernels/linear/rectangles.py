@@ -72,7 +72,7 @@ def weight_gradient(left: torch.Tensor, right: torch.Tensor, plan: MaskPlan, wor
     key = ("rectangles", work, tile.rows, left.device)
     bands, slices, weights = plan.cached(key, lambda: _tables(work, tile.rows, left.device))
     out = left.new_empty(rows, columns)
-    tiles = len(bands) * triton.cdiv(columns, tile.columns)
+    tiles = len(bands) * -(-columns // tile.columns)
     dw_rectangles[(min(tiles, _programs(left.device)),)](
         left, right, out, bands, slices, weights, len(left), rows, columns, tiles, WEIGHTED=weighted,
         DESCRIPTORS=descriptors, ALIGNED=loads != "ragged", BR=tile.rows, BC=tile.columns, BT=tile.tokens,

@@ -10,57 +10,65 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from sgtm_kernels.autograd import eager
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan, RowWork, Updaters
+
+JOINT = {part: f"{part}_bias" for part in ("attn_out", "mlp_out")}
 
 
 def linear_in(x, weight, bias, plan: MaskPlan, part: str, bounds, overwrite: bool):
     if len(bounds) == 2:
         return F.linear(x, weight, bias)
-    return _LinearIn.apply(x, weight, bias, plan, plan.rows(part, bounds))
+    return _linear_in(x, weight, bias, plan, plan.rows(part, bounds))
 
 
 def linear_out(x, weight, bias, plan: MaskPlan, part: str, bounds):
     if len(bounds) == 2:
         return F.linear(x, weight.t(), bias)
-    return _LinearOut.apply(x, weight, bias, plan, plan.rows(part, bounds), plan.joint(f"{part}_bias"))
+    return _linear_out(x, weight, bias, plan, plan.rows(part, bounds), plan.joint(JOINT[part]))
 
 
-class _LinearIn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, plan, work):
-        ctx.save_for_backward(x, weight)
-        ctx.plan, ctx.work = plan, work
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
-        x2, dy2 = x.flatten(0, 1), dy.flatten(0, 1)
-        dw = weight_gradient(dy2, x2, ctx.plan, ctx.work) if ctx.needs_input_grad[1] else None
-        db = None
-        if ctx.needs_input_grad[2]:
-            db = dy.new_empty(dy.shape[-1])
-            for start, end, tokens in ctx.work:
-                db[start:end] = token_sum(dy2[:, start:end], ctx.plan, tokens)
-        return dx, dw, db, None, None
+def _in_forward(x, weight, bias, plan, work):
+    return F.linear(x, weight, bias)
 
 
-class _LinearOut(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, plan, work, bias_tokens):
-        ctx.save_for_backward(x, weight)
-        ctx.plan, ctx.work, ctx.bias_tokens = plan, work, bias_tokens
-        return F.linear(x, weight.t(), bias)
+def _out_forward(x, weight, bias, plan, work, bias_tokens):
+    return F.linear(x, weight.t(), bias)
 
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dx = dy @ weight.t() if ctx.needs_input_grad[0] else None
-        x2, dy2 = x.flatten(0, 1), dy.flatten(0, 1)
-        dw = weight_gradient(x2, dy2, ctx.plan, ctx.work) if ctx.needs_input_grad[1] else None
-        db = token_sum(dy2, ctx.plan, ctx.bias_tokens) if ctx.needs_input_grad[2] else None
-        return dx, dw, db, None, None, None
+
+def _keep(inputs, output):
+    x, weight, _, plan, *numbers = inputs
+    return (x, weight), plan, numbers
+
+
+def _in_backward(dy, x, weight, plan, work, wanted):
+    dx = dy @ weight if wanted[0] else None
+    x2, dy2 = x.flatten(0, 1), dy.flatten(0, 1)
+    dw = weight_gradient(dy2, x2, plan, work) if wanted[1] else None
+    db = _rows_sum(dy2, plan, work) if wanted[2] else None
+    return dx, dw, db
+
+
+def _out_backward(dy, x, weight, plan, work, bias_tokens, wanted):
+    dx = dy @ weight.t() if wanted[0] else None
+    x2, dy2 = x.flatten(0, 1), dy.flatten(0, 1)
+    dw = weight_gradient(x2, dy2, plan, work) if wanted[1] else None
+    db = token_sum(dy2, plan, bias_tokens) if wanted[2] else None
+    return dx, dw, db
+
+
+_linear_in = eager(_in_forward, _keep, _in_backward)
+_linear_out = eager(_out_forward, _keep, _out_backward)
+
+
+def _rows_sum(dy: torch.Tensor, plan: MaskPlan, work: tuple[RowWork, ...]) -> torch.Tensor:
+    """The bias's gradient: dy [tokens, rows] -> [rows]."""
+    if len(work) == 1:
+        return token_sum(dy, plan, work[0].tokens)
+    db = dy.new_empty(dy.shape[1])
+    for start, end, tokens in work:
+        db[start:end] = token_sum(dy[:, start:end], plan, tokens)
+    return db
 
 
 def weight_gradient(left: torch.Tensor, right: torch.Tensor, plan: MaskPlan, work: tuple[RowWork, ...]) -> torch.Tensor:

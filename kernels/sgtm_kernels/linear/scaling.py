@@ -40,7 +40,7 @@ TILE = Tunable(  # by dtype
 
 def bias_sum(x: torch.Tensor, plan: MaskPlan, by_group: tuple[tuple[float, ...], ...], bounds) -> torch.Tensor:
     """Sum over the tokens of x [tokens, columns] times the weight of token and column, [columns]."""
-    if all(by_label[run.label] == 1 for by_label in by_group for run in plan.runs):
+    if not plan.masks(by_group):
         return x.sum(0)
     partial = sums_of(x)
     scale_sum(x, None, partial, plan.factors(by_group, x.device), bounds)
@@ -63,7 +63,7 @@ def _blocks(tile: Tile) -> dict[str, int]:
 def scale_sum(x, out, partial, factors, bounds) -> None:
     """`out` = x times its factors (None: not wanted; x itself: in place), `partial` = the sums of that (or None)."""
     (tokens, columns), tile = x.shape, _tile(x)
-    grid = (triton.cdiv(columns, tile.columns), triton.cdiv(tokens, tile.strip))
+    grid = (-(-columns // tile.columns), -(-tokens // tile.strip))
     scale_and_sum[grid](
         x, x if out is None else out, factors if partial is None else partial, factors, tokens, BOUNDS=tuple(bounds),
         SCALE=out is not None, IN_PLACE=out is x, SUM=partial is not None, **_blocks(tile), num_warps=tile.warps,
@@ -72,8 +72,8 @@ def scale_sum(x, out, partial, factors, bounds) -> None:
 
 def scale_input_sum(x, out, dy, partial, x_factors, dy_factors, bounds) -> None:
     (tokens, columns), tile = dy.shape, _tile(dy)
-    blocks = triton.cdiv(bounds[-1], tile.columns) + triton.cdiv(columns, tile.columns)
-    grid = (blocks, triton.cdiv(tokens, tile.strip))
+    blocks = -(-bounds[-1] // tile.columns) - (-columns // tile.columns)
+    grid = (blocks, -(-tokens // tile.strip))
     scale_input_and_sum[grid](
         x, out, dy, partial, x_factors, dy_factors, tokens, BOUNDS=tuple(bounds), WIDTH=(0, columns), **_blocks(tile),
         num_warps=tile.warps,

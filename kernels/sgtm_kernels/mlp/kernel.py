@@ -10,14 +10,15 @@ from __future__ import annotations
 from itertools import product
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch.library import custom_op
 
+from sgtm_kernels.autograd import captured, eager, existing, register
 from sgtm_kernels.launch import Launch
 from sgtm_kernels.linear.kernel import linear_in
 from sgtm_kernels.plan import MaskPlan, plan_of
-from sgtm_kernels.scale import products
 from sgtm_kernels.strips import partial_sums, total_of
 from sgtm_kernels.tiles import factor_of, place
 from sgtm_kernels.tuning import DTYPES, Tunable
@@ -41,15 +42,61 @@ STRIP = 128  # tokens of one program of the backward pass, and of one partial su
 
 
 def gelu(x, plan: MaskPlan, bounds):
-    return activation(x, None, plan.handle, bounds, False)
+    return _activation(x, None, plan, bounds, False)
 
 
 def swiglu(x, plan: MaskPlan, bounds):
-    return activation(x, None, plan.handle, bounds, True)
+    return _activation(x, None, plan, bounds, True)
 
 
 def linear_gelu(x, weight, bias, plan: MaskPlan, bounds):
-    return activation(linear_in(x, weight, None, plan, "mlp_in", bounds, True), bias, plan.handle, bounds, False)
+    return _activation(linear_in(x, weight, None, plan, "mlp_in", bounds, True), bias, plan, bounds, False)
+
+
+def _activation(x, bias, plan: MaskPlan, bounds, gated):
+    if captured():
+        return activation(x, bias, plan.handle, bounds, gated)
+    return eager_activation(x, bias, plan, bounds, gated)
+
+
+def _forward(x, bias, plan, bounds, gated):
+    neurons, tokens = bounds[-1], plan.tokens
+    y = x.new_empty(*x.shape[:-1], neurons)
+    factors = plan.mask("active", len(bounds) - 1, x.device)
+    tile = _tile(activation_forward, x, gated)
+    grid = (-(-tokens // tile.tokens), -(-neurons // tile.neurons))
+    x, biased = x.contiguous(), bias is not None
+    activation_forward[grid](
+        x, bias.contiguous() if biased else x, y, x if factors is None else factors, tokens, BOUNDS=bounds,
+        MASKED=factors is not None, GATED=gated, BIASED=biased, BT=tile.tokens, BN=tile.neurons, num_warps=tile.warps,
+    )  # fmt: skip
+    return y
+
+
+def _backward(dy, x, bias, plan, bounds, gated, wanted):
+    """dX, and where wanted the bias's: sums of dX over the tokens that may update `mlp_in`."""
+    neurons, tokens, groups, summed = bounds[-1], plan.tokens, len(bounds) - 1, wanted[1]
+    x, dy, biased = x.contiguous(), dy.contiguous(), bias is not None
+    dx = torch.empty_like(x)
+    factors = plan.mask("passes", groups, x.device)
+    weights = plan.mask("mlp_in", groups, x.device) if summed else None
+    partial = partial_sums(tokens, STRIP, neurons, x.device) if summed else x
+    tile = _tile(activation_backward, x, gated)
+    activation_backward[-(-tokens // STRIP), -(-neurons // tile.neurons)](
+        x, bias.contiguous() if biased else x, dy, dx, partial, x if factors is None else factors,
+        x if weights is None else weights, tokens, BOUNDS=bounds, MASKED=factors is not None, GATED=gated,
+        BIASED=biased, SUMMED=summed, WEIGHTED=weights is not None, STRIP=STRIP, BT=tile.tokens, BN=tile.neurons,
+        num_warps=tile.warps,
+    )  # fmt: skip
+    return dx, total_of(partial, bias.dtype) if summed else None
+
+
+def _keep(inputs, output):
+    x, bias, plan, *numbers = inputs
+    return (x, bias), plan, numbers
+
+
+eager_activation = eager(_forward, _keep, _backward)
 
 
 @custom_op(
@@ -58,16 +105,7 @@ def linear_gelu(x, weight, bias, plan: MaskPlan, bounds):
     schema="(Tensor x, Tensor? bias, Tensor plan, int[] bounds, bool gated) -> Tensor",
 )
 def activation(x, bias, plan, bounds, gated):
-    plan = plan_of(plan)
-    y = x.new_empty(*x.shape[:-1], bounds[-1])
-    masks = _masks(plan, [plan.column("active", group) for group in range(len(bounds) - 1)], bounds)
-    factors = plan.factors(masks, x.device) if masks else x
-    constants = {"BOUNDS": tuple(bounds), "MASKED": bool(masks), "GATED": gated, "BIASED": bias is not None}
-    tile = _tile(activation_forward, x, gated)
-    grid = (triton.cdiv(plan.tokens, tile.tokens), triton.cdiv(bounds[-1], tile.neurons))
-    x, bias = x.contiguous(), x if bias is None else bias.contiguous()
-    activation_forward[grid](x, bias, y, factors, plan.tokens, **constants, **_blocks(tile))
-    return y
+    return _forward(x, bias, plan_of(plan), tuple(bounds), gated)
 
 
 @activation.register_fake
@@ -82,19 +120,7 @@ def _(x, bias, plan, bounds, gated):
     " -> (Tensor, Tensor)",
 )
 def activation_gradients(dy, x, bias, plan, bounds, gated, wanted):
-    """dX, and where `wanted` the bias's: sums of dX over the tokens that may update `mlp_in`."""
-    plan, dx, groups = plan_of(plan), x.new_empty(x.shape), range(len(bounds) - 1)
-    masks = _masks(plan, [products(plan.column("active", g), plan.column("route", g)) for g in groups], bounds)
-    weights = _masks(plan, plan.contributions("mlp_in", len(groups)), bounds) if wanted else None
-    partial = partial_sums(plan.tokens, STRIP, bounds[-1], x.device) if wanted else x
-    tables = (plan.factors(table, x.device) if table else x for table in (masks, weights))
-    constants = {"BOUNDS": tuple(bounds), "MASKED": bool(masks), "GATED": gated, "BIASED": bias is not None}
-    constants |= {"SUMMED": wanted, "WEIGHTED": bool(weights), "STRIP": STRIP}
-    tile = _tile(activation_backward, x, gated)
-    grid = (triton.cdiv(plan.tokens, STRIP), triton.cdiv(bounds[-1], tile.neurons))
-    x, dy, bias = x.contiguous(), dy.contiguous(), x if bias is None else bias.contiguous()
-    activation_backward[grid](x, bias, dy, dx, partial, *tables, plan.tokens, **constants, **_blocks(tile))
-    return dx, total_of(partial, bias.dtype) if wanted else x.new_empty(0)
+    return existing(dy, *_backward(dy, x, bias, plan_of(plan), tuple(bounds), gated, (True, wanted)))
 
 
 @activation_gradients.register_fake
@@ -102,32 +128,11 @@ def _(dy, x, bias, plan, bounds, gated, wanted):
     return x.new_empty(x.shape), bias.new_empty(bias.shape) if wanted else x.new_empty(0)
 
 
-def _save(ctx, inputs, output):
-    x, bias, plan, ctx.bounds, ctx.gated = inputs
-    ctx.save_for_backward(x, bias, plan)
-
-
-def _gradients(ctx, dy):
-    wanted = ctx.needs_input_grad[1]
-    dx, db = activation_gradients(dy, *ctx.saved_tensors, ctx.bounds, ctx.gated, wanted)
-    return dx, db if wanted else None, None, None, None
-
-
-activation.register_autograd(_gradients, setup_context=_save)
+register(activation, _keep, lambda *inputs: activation_gradients(*inputs[:-1], inputs[-1][1]))
 
 
 def _tile(kernel, x, gated: bool) -> Tile:
     return TILES[kernel.__name__](x.device, DTYPES[x.dtype], "gated" if gated else "plain")
-
-
-def _blocks(tile: Tile) -> dict[str, int]:
-    return {"BT": tile.tokens, "BN": tile.neurons, "num_warps": tile.warps}
-
-
-def _masks(plan: MaskPlan, by_group, bounds):
-    """The factors by group and label; None where all are 1, as in a layer without groups, whatever the tables say."""
-    masked = len(bounds) > 2 and any(by_label[label] != 1 for by_label in by_group for label in plan.present)
-    return tuple(by_group) if masked else None
 
 
 @triton.jit

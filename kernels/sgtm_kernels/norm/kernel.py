@@ -8,11 +8,14 @@ additions are never contracted (`FUSION`), so that the bits of dX cannot depend 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch.library import custom_op
 
+from sgtm_kernels.autograd import captured, eager, existing, register
 from sgtm_kernels.launch import Launch
 from sgtm_kernels.plan import MaskPlan, plan_of
 
@@ -25,18 +28,77 @@ SPILL = "on sm_100 ptxas keeps one address in memory to stay at 48 registers, wh
 
 
 def layer_norm(x, weight, bias, eps, plan: MaskPlan, kind):
-    return norm(x, weight, bias, plan.handle, kind, eps)[0]
+    return _norm(x, weight, bias, plan, kind, eps)
 
 
 def rms_norm(x, weight, eps, plan: MaskPlan, kind):
-    return norm(x, weight, None, plan.handle, kind, eps)[0]
+    return _norm(x, weight, None, plan, kind, eps)
 
 
+def _norm(x, weight, bias, plan: MaskPlan, kind, eps):
+    if captured():
+        return norm(x, weight, bias, plan.handle, kind, eps)[0]
+    return eager_norm(x, weight, bias, plan, kind, eps)
+
+
+@cache
 def _shape(width: int) -> tuple[dict[str, int], int]:
     """Tile of a norm of this width, and its number of warps: 16 elements of the tile for each thread."""
     columns = triton.next_power_of_2(width)
     tokens = max(1, TILE // columns)
     return {"WIDTH": width, "BT": tokens, "BD": columns}, max(4, tokens * columns // 512)
+
+
+def _forward(x, weight, bias, plan, kind, eps):
+    """LayerNorm, or RMSNorm without a bias; and the mean (of LayerNorm) and the inverse deviation of each token."""
+    x, weight, centered = x.contiguous(), weight.contiguous(), bias is not None
+    y, tokens = torch.empty_like(x), x.numel() // x.shape[-1]
+    shape, warps = _shape(x.shape[-1])
+    rstd = x.new_empty(tokens, dtype=torch.float32)
+    mean = x.new_empty(tokens, dtype=torch.float32) if centered else None
+    norm_forward[(-(-tokens // shape["BT"]),)](
+        x, weight, bias.contiguous() if centered else weight, y, mean if centered else rstd, rstd, tokens, eps,
+        CENTERED=centered, **shape, num_warps=warps, **FUSION,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def _backward(dy, x, weight, bias, mean, rstd, plan, kind, wanted):
+    """dX, and where wanted those of weight and bias."""
+    x, dy, weight, centered = x.contiguous(), dy.contiguous(), weight.contiguous(), bias is not None
+    wanted = wanted[1] or wanted[2]
+    learners = None if kind is None else plan.joint(kind)
+    summed = wanted and (learners is None or bool(learners.slices))
+    masked = summed and learners is not None and not plan.plain(learners)
+    shape, warps = _shape(x.shape[-1])
+    width, tokens = shape["WIDTH"], plan.tokens
+    strip = -(-tokens // STRIPS)
+    strip += -strip % shape["BT"]
+    strips = -(-tokens // strip)
+    factors = plan.factors((learners.by_label,), x.device) if masked else rstd
+    sums = x.new_empty((1 + centered, strips, width) if summed else 1, dtype=torch.float32)
+    dx = torch.empty_like(x)
+    norm_backward[(strips,)](
+        x, dy, weight, mean if centered else rstd, rstd, factors, dx, sums, tokens, strip, CENTERED=centered,
+        SUMMED=summed, MASKED=masked, **shape, num_warps=warps, **FUSION,
+    )  # fmt: skip
+    if not wanted:
+        return dx, None, None
+    new = torch.empty_like if summed else torch.zeros_like
+    dw, db = new(weight), new(bias) if centered else None
+    if summed:
+        norm_sums[-(-width // SUM_COLUMNS), 1 + centered](
+            sums, dw, db if centered else dw, strips, WIDTH=width, BS=SUM_STRIPS, BD=SUM_COLUMNS, **FUSION
+        )
+    return dx, dw, db
+
+
+def _keep(inputs, outputs):
+    x, weight, bias, plan, kind, _ = inputs
+    return (x, weight, bias, *outputs[1:]), plan, (kind,)
+
+
+eager_norm = eager(_forward, _keep, _backward)
 
 
 @custom_op(
@@ -45,19 +107,8 @@ def _shape(width: int) -> tuple[dict[str, int], int]:
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor plan, str? kind, float eps) -> (Tensor, Tensor, Tensor)",
 )
 def norm(x, weight, bias, plan, kind, eps):
-    """LayerNorm, or RMSNorm without a bias; and the mean (of LayerNorm) and the inverse deviation of each token."""
-    tokens, centered = x.shape[:-1].numel(), bias is not None
-    x, weight, shift = x.contiguous(), weight.contiguous(), (bias if centered else weight).contiguous()
-    y = torch.empty_like(x)
-    shape, warps = _shape(x.shape[-1])
-    rstd = x.new_empty(tokens, dtype=torch.float32)
-    mean = x.new_empty(tokens if centered else 0, dtype=torch.float32)
-    grid = (triton.cdiv(tokens, shape["BT"]),)
-    norm_forward[grid](
-        x, weight, shift, y, mean if centered else rstd, rstd, tokens, eps, CENTERED=centered,
-        **shape, num_warps=warps, **FUSION,
-    )  # fmt: skip
-    return y, mean, rstd
+    y, mean, rstd = _forward(x, weight, bias, plan_of(plan), kind, eps)
+    return y, rstd.new_empty(0) if mean is None else mean, rstd
 
 
 @norm.register_fake
@@ -74,35 +125,7 @@ def _(x, weight, bias, plan, kind, eps):
     "bool wanted) -> (Tensor, Tensor, Tensor)",
 )
 def norm_gradients(dy, x, weight, bias, mean, rstd, plan, kind, wanted):
-    """dX, and where `wanted` those of weight and bias."""
-    x, dy, weight, plan, centered = (
-        x.contiguous(),
-        dy.contiguous(),
-        weight.contiguous(),
-        plan_of(plan),
-        bias is not None,
-    )
-    learners = None if kind is None else plan.joint(kind)
-    summed = wanted and (learners is None or bool(learners.slices))
-    masked = summed and learners is not None and not plan.plain(learners)
-    shape, warps = _shape(x.shape[-1])
-    width, tile = shape["WIDTH"], shape["BT"]
-    strip = triton.cdiv(triton.cdiv(plan.tokens, STRIPS), tile) * tile
-    strips = triton.cdiv(plan.tokens, strip)
-    factors = plan.factors([learners.by_label], x.device) if masked else rstd
-    sums = torch.empty((1 + centered, strips, width) if summed else 1, dtype=torch.float32, device=x.device)
-    dx = torch.empty_like(x)
-    norm_backward[(strips,)](
-        x, dy, weight, mean if centered else rstd, rstd, factors, dx, sums, plan.tokens, strip, CENTERED=centered,
-        SUMMED=summed, MASKED=masked, **shape, num_warps=warps, **FUSION,
-    )  # fmt: skip
-    new = x.new_empty if summed else x.new_zeros
-    dw = new(width if wanted else 0, dtype=weight.dtype)
-    db = new(width if wanted and centered else 0, dtype=bias.dtype if centered else weight.dtype)
-    if summed:
-        grid = (triton.cdiv(width, SUM_COLUMNS), 1 + centered)
-        norm_sums[grid](sums, dw, db if centered else dw, strips, WIDTH=width, BS=SUM_STRIPS, BD=SUM_COLUMNS, **FUSION)
-    return dx, dw, db
+    return existing(weight, *_backward(dy, x, weight, bias, mean, rstd, plan_of(plan), kind, (True, wanted, wanted)))
 
 
 @norm_gradients.register_fake
@@ -112,22 +135,7 @@ def _(dy, x, weight, bias, mean, rstd, plan, kind, wanted):
     return x.new_empty(x.shape), weight.new_empty(width if wanted else 0), db
 
 
-def _save(ctx, inputs, output):
-    x, weight, bias, plan, ctx.kind, _ = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, mean, rstd, plan)
-
-
-def _gradients(ctx, dy, *_):
-    saved, wanted = ctx.saved_tensors, any(ctx.needs_input_grad[1:3])
-    dx, dw, db = norm_gradients(dy, *saved, ctx.kind, wanted)
-    centered = saved[2] is not None
-    return dx, dw if wanted else None, db if wanted and centered else None, None, None, None
-
-
-norm.register_autograd(_gradients, setup_context=_save)
+register(norm, _keep, lambda *inputs: norm_gradients(*inputs[:-1], inputs[-1][1] or inputs[-1][2]))
 
 
 @triton.jit(do_not_specialize=["tokens"])

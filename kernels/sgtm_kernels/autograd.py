@@ -1,0 +1,94 @@
+"""One definition of an op's forward and backward pass, run in two ways.
+
+Eagerly an op is a plain `torch.autograd.Function` that calls its kernels. Where a graph is captured it is a node of
+that graph, an op of torch's dispatcher, which costs several times as much Python per call (benchmarks/host.py).
+
+An op's inputs are its tensors, the plan, then numbers: `forward(*tensors, plan, *numbers)` returns one tensor or a
+tuple. The dispatcher's op takes the plan's handle in the plan's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+def captured() -> bool:
+    """Whether a graph is being captured: then ops must be the dispatcher's."""
+    return torch.compiler.is_compiling()
+
+
+def eager(forward: Callable, keep: Callable, backward: Callable, outputs: tuple[int, int] = (1, 1)) -> Callable:
+    """The op as an autograd function: called like `forward`, with a `MaskPlan`.
+
+    forward   (*tensors, plan, *numbers) -> tensor, or a tuple of tensors (None: one that does not exist)
+    keep      (inputs, outputs) -> tensors to save, the plan, numbers. A parameter is saved itself, never a view of it:
+              under ZeRO-3 it is gathered again before the backward pass
+    backward  (*dys, *tensors saved, plan, *numbers, wanted) -> gradients of the first inputs, None where there is none;
+              `wanted` says for each input whether it needs one
+    outputs   how many of the outputs of `forward` have a gradient, and how many are returned: the first ones
+    """
+    differentiable, returned = outputs
+
+    def gradients(ctx, *dys):
+        wanted = ctx.needs_input_grad
+        found = backward(*dys[:differentiable], *ctx.saved_tensors, ctx.plan, *ctx.numbers, wanted)
+        return found + (None,) * (len(wanted) - len(found))
+
+    twice = once_differentiable(gradients)  # raises for a second derivative
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            result = forward(*inputs)
+            tensors, ctx.plan, ctx.numbers = keep(inputs, result)
+            ctx.save_for_backward(*tensors)
+            if not isinstance(result, tuple):
+                return result
+            if returned > differentiable:
+                ctx.mark_non_differentiable(*result[differentiable:returned])
+                ctx.set_materialize_grads(False)
+            return result[:returned] if returned > 1 else result[0]
+
+        @staticmethod
+        def backward(ctx, *dys):
+            return (twice if torch.is_grad_enabled() else gradients)(ctx, *dys)
+
+    def call(*inputs):
+        if torch.is_grad_enabled():
+            return Eager.apply(*inputs)
+        result = forward(*inputs)
+        if not isinstance(result, tuple):
+            return result
+        return result[:returned] if returned > 1 else result[0]
+
+    return call
+
+
+def register(op, keep: Callable, backward: Callable, differentiable: int = 1) -> None:
+    """Give an op of the dispatcher (`torch.library.custom_op`) its gradient, which `backward` calls another op for.
+
+    keep, backward  as in `eager`, with the handle in the plan's place; `backward` may return tensors nobody wants
+    """
+
+    def setup_context(ctx, inputs, output):
+        tensors, handle, ctx.numbers = keep(inputs, output)
+        if isinstance(output, tuple) and len(output) > differentiable:
+            ctx.mark_non_differentiable(*output[differentiable:])
+            ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, handle)
+
+    def gradients(ctx, *dys):
+        wanted = ctx.needs_input_grad
+        found = backward(*dys[:differentiable], *ctx.saved_tensors, *ctx.numbers, wanted)
+        found = tuple(gradient if want else None for gradient, want in zip(found, wanted, strict=False))
+        return *found, *(None,) * (len(wanted) - len(found))
+
+    op.register_autograd(gradients, setup_context=setup_context)
+
+
+def existing(like: torch.Tensor, *found: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """The results of an op of the dispatcher, which returns tensors only: an empty one for each None."""
+    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in found)
