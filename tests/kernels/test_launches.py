@@ -21,7 +21,7 @@ from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.embedding import embedding
 from sgtm_kernels.linear import linear_in, linear_out, rectangles
 from sgtm_kernels.mlp import gelu, linear_gelu, swiglu
-from sgtm_kernels.norm import layer_norm, rms_norm
+from sgtm_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from sgtm_kernels.plan import KINDS, MAX_SLICES, PARTS, MaskPlan, Tables, merge_runs
 
 BATCH, SEQ_LEN, WIDTH, BOUNDS = 2, 20, 16, (0, 24, 32)
@@ -87,6 +87,8 @@ def norm(plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
         weight, bias = leaf(WIDTH, learns=learns), leaf(WIDTH, learns=learns)
         yield layer_norm(x, weight, bias, 1e-5, plan, kind, "triton")
         yield rms_norm(x, weight, 1e-5, plan, kind, "triton")
+        yield sum(add_layer_norm(x, x, weight, bias, 1e-5, plan, kind, "triton"))
+        yield sum(add_rms_norm(x, x, weight, 1e-5, plan, kind, "triton"))
 
 
 def lookup(plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
