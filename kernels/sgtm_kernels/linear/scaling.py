@@ -1,6 +1,9 @@
 """Scaling an operand of dW by its tokens' weights, and sums over tokens with weights, in one pass.
 
-Of what is masked nothing is read. Sums are by strips of tokens (strips.py).
+What is masked cannot change a bit of the results, whatever it is, NaN included: it is replaced by 0 once it is in
+registers. Reading it or not is decided for all of a token's entries in a block of columns, so that loads and stores
+stay 128 bits wide: a token that no group of the block wants is not read, and one that keeps all its entries is not
+written in place. Sums are by strips of tokens (strips.py).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import triton.language as tl
 from sgtm_kernels import strips
 from sgtm_kernels.launch import Launch
 from sgtm_kernels.strips import partial_sums, total_of
-from sgtm_kernels.tiles import factor_of, place
+from sgtm_kernels.tiles import any_factor_but, factor_of, place
 from sgtm_kernels.tuning import DTYPES, Tunable
 
 
@@ -82,9 +85,10 @@ def _strip(
     x, out, partial, factors, tokens, block, strip, BOUNDS: tl.constexpr, SCALE: tl.constexpr, IN_PLACE: tl.constexpr,
     SUM: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
-    """Scale and sum `STRIP` tokens of one block of columns. A factor of 0 leaves 0, and the entry unread."""
+    """Scale and sum `STRIP` tokens of one block of columns. A factor of 0 leaves 0, whatever it is a factor of."""
     columns: tl.constexpr = BOUNDS[len(BOUNDS) - 1]
-    column = block * BC + tl.arange(0, BC)
+    first, last = block * BC, tl.minimum(block * BC + BC, columns) - 1
+    column = first + tl.arange(0, BC)
     group, _, _ = place(BOUNDS, column)
     total = tl.zeros([BC], dtype=tl.float32)
     for start in range(0, STRIP, BT):
@@ -92,9 +96,13 @@ def _strip(
         inside = (token < tokens)[:, None] & (column < columns)[None, :]
         factor = factor_of(factors, tokens, token, group, BOUNDS)
         at = token[:, None] * columns + column[None, :]
-        value = tl.load(x + at, mask=inside & (factor != 0.0), other=0.0).to(tl.float32) * factor
+        wanted = any_factor_but(0.0, factors, tokens, token, first, last, BOUNDS)
+        value = tl.load(x + at, mask=inside & wanted[:, None], other=0.0).to(tl.float32)
+        value = tl.where(factor == 0.0, 0.0, value * factor)
         if SCALE:
-            written = inside & (factor != 1.0) if IN_PLACE else inside
+            written = inside
+            if IN_PLACE:
+                written &= any_factor_but(1.0, factors, tokens, token, first, last, BOUNDS)[:, None]
             tl.store(out + at, value.to(out.dtype.element_ty), mask=written)
         if SUM:
             total += tl.sum(value, axis=0)
