@@ -178,14 +178,8 @@ def _parser() -> argparse.ArgumentParser:
     about = "versions, devices, kernel backends, and what is missing for what"
     doctor = command("doctor", _doctor, about, epilog=f"With --check: {OVERRIDES[0].lower()}{OVERRIDES[1:]}")
     doctor.add_argument("--json", action="store_true", help="as JSON")
-    doctor.add_argument(
-        "--check",
-        dest="config",
-        nargs="?",
-        const="quickstart",
-        metavar=SOURCE[0],
-        help="also run the kernels of this config (default: quickstart) against the reference; status 1 on failure",
-    )
+    about = "also run the kernels of this config (default: quickstart) against the reference; status 1 on failure"
+    doctor.add_argument("--check", dest="config", nargs="?", const="quickstart", metavar=SOURCE[0], help=about)
     config = configured("config", _config, "print a config with every key, or list the presets", nargs="?")
     config.add_argument("--markdown", action="store_true", help="print the reference of all keys instead")
     quick = command("quickstart", run_quickstart, "train, evaluate and report the quickstart preset", epilog=OVERRIDES)

@@ -8,6 +8,7 @@ growth of the process (or of the CUDA allocator) during a step, in turn as well.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from sgtm.bench.rows import as_parent, failure, row, table
 from sgtm.bench.targets import CPU, PEER
 from sgtm.config import Config
 from sgtm.distributed.process_group import init_distributed
+from sgtm.train.kernels import check_kernels
 from sgtm_kernels.dispatch import resolve
 from sgtm_kernels.measurement import write_rows
 from sgtm_kernels.shapes import Shape
@@ -53,6 +55,8 @@ def bench(
     if launch.rank == 0:
         few = "; so few compare nothing: --rounds 15" if rounds < FEW else ""
         print(f"{setting(config)}: measuring {len(cases)} rows in {_rounds(rounds)}{few}", flush=True)
+    for warning in check_kernels(config):
+        print(warning, file=sys.stderr)
     others = peers(config) if with_peers else {}
     took = take_rounds(engine_steps(config, cases) | others, rounds, may_fail=others)
     found = [about | {"setting": setting(config)} for about in rows(config, took)]

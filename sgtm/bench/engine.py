@@ -14,12 +14,12 @@ from sgtm.bench.cases import NONE, NOTHING, PURE, Case, dealt, random_batches
 from sgtm.bench.rounds import LocalStep
 from sgtm.config import Config
 from sgtm.distributed.engine import Engine
+from sgtm.distributed.env import kernel_backend
 from sgtm.masking.labels import FIRST_FORGET, RETAIN, UNLABELED
 from sgtm.masking.strategy import JOINT, build_tables
 from sgtm.model.transformer import Transformer
 from sgtm.train.dry_run import dry_run
 from sgtm.train.step import StepTotals, train_step
-from sgtm_kernels.dispatch import resolve
 
 
 def label_cases(config: Config, world_size: int) -> dict[str, Case]:
@@ -62,7 +62,7 @@ def engine_steps(config: Config, cases: dict[str, Case]) -> dict[str, LocalStep]
     Raises ValueError where a step does not fit into memory.
     """
     torch.manual_seed(config.train.seed)
-    engine = Engine(Transformer(config.model, config.partition, resolve(config.kernels.backend)), config)
+    engine = Engine(Transformer(config.model, config.partition, kernel_backend(config)), config)
     dry_run(engine, config.tables)
     tokens = config.train.tokens_per_step
     found = {}
