@@ -100,7 +100,7 @@ def _keep(inputs, output):
     return (x, weight), plan, numbers
 
 
-def _in_backward(dy, x, weight, plan, part, bounds, overwrite, wanted):
+def in_backward(dy, x, weight, plan, part, bounds, overwrite, wanted):
     dx = dy @ weight if wanted[0] else None
     packed = dy.contiguous()
     dy2, x2 = packed.flatten(0, 1), x.flatten(0, 1)
@@ -151,7 +151,7 @@ def _out_backward(dy, x, weight, plan, part, bounds, wanted):
     return dx, dw, db
 
 
-eager_linear_in = eager(_in_forward, _keep, _in_backward)
+eager_linear_in = eager(_in_forward, _keep, in_backward)
 eager_linear_out = eager(_out_forward, _keep, _out_backward)
 
 
@@ -185,12 +185,12 @@ def _(x, weight, bias, plan, part, bounds):
 
 @custom_op("sgtm::linear_in_backward", mutates_args=(), schema=f"(Tensor dy, {GRADIENTS}")
 def linear_in_backward(dy, x, weight, plan, part, bounds, wanted):
-    return existing(dy, *_in_backward(dy, x, weight, plan_of(plan), part, tuple(bounds), False, wanted))
+    return existing(dy, *in_backward(dy, x, weight, plan_of(plan), part, tuple(bounds), False, wanted))
 
 
 @custom_op("sgtm::linear_in_backward_", mutates_args=("dy",), schema=f"(Tensor(a!) dy, {GRADIENTS}")
 def linear_in_backward_(dy, x, weight, plan, part, bounds, wanted):
-    return existing(dy, *_in_backward(dy, x, weight, plan_of(plan), part, tuple(bounds), True, wanted))
+    return existing(dy, *in_backward(dy, x, weight, plan_of(plan), part, tuple(bounds), True, wanted))
 
 
 @custom_op("sgtm::linear_out_backward", mutates_args=(), schema=f"(Tensor dy, {GRADIENTS}")
