@@ -238,7 +238,10 @@ class MaskPlan:
 
     def joint(self, kind: str) -> Updaters:
         """The tokens that may update the joint parameters of this kind."""
-        return self.cached(kind, lambda: self.updaters(self.tables.update_joint[kind]))
+        try:
+            return self._cache[kind]
+        except KeyError:
+            return self.cached(kind, lambda: self.updaters(self.tables.update_joint[kind]))
 
     def contributions(self, part: str, groups: int) -> tuple[tuple[float, ...], ...]:
         """For each of the first `groups` groups, what a token contributes to the gradient of its rows, by label."""
@@ -306,7 +309,10 @@ class MaskPlan:
     def mask(self, table: str, groups: int, device: torch.device) -> torch.Tensor | None:
         """`factors` of the first `groups` groups from `active`, `route`, `passes` or the contributions to a part, or of
         a joint kind ([1, tokens]); None where all are 1, as in a layer of one group, whatever the tables say."""
-        return self.cached((table, groups, device), lambda: self._mask(table, groups, device))
+        try:  # asked by every op, so without the calls of `cached`
+            return self._cache[table, groups, device]
+        except KeyError:
+            return self.cached((table, groups, device), lambda: self._mask(table, groups, device))
 
     def _mask(self, table: str, groups: int, device: torch.device) -> torch.Tensor | None:
         tables = self.tables
