@@ -6,7 +6,12 @@ import torch
 from sgtm_kernels.linear import linear_in, linear_out, rectangles
 from sgtm_kernels.testing import random_like
 
-BOUNDS = (0, 24, 32, 40)  # 40 rows in three groups: more than columns, fewer, fewer
+BOUNDS = (
+    0,
+    24,
+    40,
+    48,
+)  # 48 rows in three groups: more than columns, as many, fewer; multiples of 16, as descriptors need
 WIDTH = 16
 SIDES = {"in": (linear_in, "mlp_in", WIDTH, BOUNDS[-1]), "out": (linear_out, "attn_out", BOUNDS[-1], WIDTH)}
 

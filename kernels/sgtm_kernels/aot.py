@@ -4,8 +4,11 @@
 
 Every kernel, with every block size and combination of flags that its op can launch (tests/kernels/test_launches.py), at
 some widths, for sm_80, sm_90 and sm_100: it must compile, fit into the shared memory of the architecture, spill no
-register (stack of 0; an exception is listed with its reason beside the kernel) and have tensor-core instructions where
-it is meant to. Prints a table and exits 1 where one does not hold.
+register (stack of 0; an exception is listed with its reason beside the kernel), have tensor-core instructions where it
+is meant to, of the shape that it is meant to have, read and write global memory in words as wide as its rows allow, and
+leave registers and shared memory for as many programs as should run at once. What is meant stands in each `Launch`.
+Every kernel is compiled once for an architecture and its machine code (SASS) read once. Prints a table and exits 1
+where something does not hold.
 Source of the limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 """
 
@@ -17,7 +20,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +32,14 @@ from sgtm_kernels.dispatch import OPS, module_name
 from sgtm_kernels.launch import Launch
 
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a thread block
-TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
+SHARED_OF_ALL, RESERVED = {80: 167_936, 90: 233_472, 100: 233_472}, 1024  # of a multiprocessor; beside each block's own
+REGISTERS, REGISTER_UNIT, WARPS = 65_536, 256, 64  # of a multiprocessor; a warp's registers are a multiple of the unit
+TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
+HGMMA = re.compile(r"\bHGMMA\.\d+x(\d+)x")
+# Loads and stores of global memory with their modifiers; copies to shared memory among them. No modifier: 32 bits.
+ACCESS = re.compile(r"\b(?:LDG|STG|LDGSTS)\b([.\w]*)")
+WIDTH = re.compile(r"\.(?:[US](8|16)|(64|128|256))\b")
+BULK = re.compile(r"\b(?:UTMALDG|UBLKCP)\b")  # tiles fetched by the copy engine: as wide as can be
 
 
 @dataclass
@@ -41,6 +52,8 @@ class Outcome:
     stack: int = 0
     shared: int = 0
     tensor_cores: bool = False
+    columns: list[int] = field(default_factory=list)  # of its HGMMA instructions
+    widths: dict[int, int] = field(default_factory=dict)  # bits of an access to global memory: number of instructions
     problems: list[str] = field(default_factory=list)
 
 
@@ -77,19 +90,48 @@ def examine(launch: Launch, arch: int) -> Outcome:
         outcome.problems.append(f"does not compile: {type(error).__name__}: {str(error)[:500]}")
         return outcome
     outcome.shared = compiled.metadata.shared
-    usage, sass = disassemble(compiled.asm["cubin"])
-    outcome.registers, outcome.stack = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK"))
-    outcome.tensor_cores = TENSOR_CORES.search(sass) is not None
-    if outcome.shared > SHARED_BYTES[arch]:
-        outcome.problems.append(f"{outcome.shared} bytes of shared memory, {SHARED_BYTES[arch]} there are")
-    if outcome.stack and launch.spill is None:
-        outcome.problems.append(f"spills: {outcome.stack} bytes of stack")
-    if launch.tensor_cores and not outcome.tensor_cores:
-        outcome.problems.append("no tensor-core instruction")
+    code = disassemble(compiled.asm["cubin"])
+    outcome.registers, outcome.stack = (int(re.search(rf"{key}:(\d+)", code).group(1)) for key in ("REG", "STACK"))
+    outcome.tensor_cores = TENSOR_CORES.search(code) is not None
+    outcome.columns = sorted({int(columns) for columns in HGMMA.findall(code)})
+    outcome.widths = access_widths(code)
+    outcome.problems += _problems(outcome, launch)
     return outcome
 
 
-def disassemble(cubin: bytes) -> tuple[str, str]:
+def access_widths(code: str) -> dict[int, int]:
+    """How many instructions of this SASS access global memory in words of so many bits."""
+    found = Counter()
+    for modifiers in ACCESS.findall(code):
+        width = WIDTH.search(modifiers)
+        found[int(width.group(1) or width.group(2)) if width else 32] += 1
+    if bulk := len(BULK.findall(code)):
+        found[128] += bulk
+    return dict(sorted(found.items()))
+
+
+def _problems(o: Outcome, launch: Launch) -> Iterator[str]:
+    if o.shared > SHARED_BYTES[o.arch]:
+        yield f"{o.shared} bytes of shared memory, {SHARED_BYTES[o.arch]} there are"
+    if o.stack and launch.spill is None:
+        yield f"spills: {o.stack} bytes of stack"
+    if launch.tensor_cores and not o.tensor_cores:
+        yield "no tensor-core instruction"
+    if o.arch == 90 and launch.columns and (not o.columns or o.columns[0] < launch.columns):
+        yield f"HGMMA of {o.columns} columns, {launch.columns} wanted"
+    if max(o.widths) < launch.width:
+        yield f"widest access of {max(o.widths)} bits, {launch.width} wanted"
+    narrow = sum(n for width, n in o.widths.items() if width < 32)
+    if launch.narrow is not None and narrow > launch.narrow:
+        yield f"{narrow} narrow accesses of 8 or 16 bits, {launch.narrow} allowed"
+    of_warp = -(-32 * o.registers // REGISTER_UNIT) * REGISTER_UNIT
+    warps = min(WARPS, REGISTERS // of_warp)
+    room = min(warps // launch.num_warps, SHARED_OF_ALL[o.arch] // (o.shared + RESERVED))
+    if room < launch.programs:
+        yield f"registers and shared memory for {room} programs at once, {launch.programs} wanted"
+
+
+def disassemble(cubin: bytes) -> str:
     """Resource usage and SASS of a cubin, by the cuobjdump and nvdisasm that come with Triton."""
     import triton
 
@@ -98,12 +140,8 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         environ = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
-        return tuple(
-            subprocess.run(
-                [tools / "cuobjdump", flag, path], capture_output=True, text=True, check=True, env=environ
-            ).stdout
-            for flag in ("-res-usage", "-sass")
-        )
+        command = [tools / "cuobjdump", "-res-usage", "-sass", path]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environ).stdout
 
 
 def _examine(job: tuple[str, int, int]) -> Outcome:
@@ -138,11 +176,13 @@ def main(arguments: list[str] | None = None) -> int:
     jobs = [(op, i, arch) for op, i, launch in found for arch in args.arch if arch >= launch.first_arch]
     failed = 0
     write = partial(print, flush=True)
-    write(f"{'arch':>5} {'regs':>4} {'stack':>5} {'shared':>7} {'tensor cores':12}  kernel")
+    write(f"{'arch':>5} {'regs':>4} {'stack':>5} {'shared':>7} {'tensor cores':12} {'accesses':28} kernel")
     with ProcessPoolExecutor(args.jobs) as pool:
         for o in pool.map(_examine, jobs):
-            cores = "yes" if o.tensor_cores else "-"
-            write(f"{o.arch:5} {o.registers:4} {o.stack:5} {o.shared:7} {cores:12}  {o.name}")
+            shapes = ",".join(f"n{columns}" for columns in o.columns)
+            cores = shapes or ("yes" if o.tensor_cores else "-")
+            widths = " ".join(f"{n}x{width}" for width, n in o.widths.items())
+            write(f"{o.arch:5} {o.registers:4} {o.stack:5} {o.shared:7} {cores:12} {widths:28} {o.name}")
             for problem in o.problems:
                 write(f"      PROBLEM: {problem}")
             failed += bool(o.problems)

@@ -19,6 +19,8 @@ from types import ModuleType
 
 import torch
 
+from sgtm_kernels.autograd import captured
+
 OPS = ("linear", "mlp", "attention", "norm", "embedding", "cross_entropy", "adamw")
 BACKENDS = ("reference", "runs", "triton")
 # Environment variables that choose inside a backend, and what they may name.
@@ -90,7 +92,7 @@ def pick(op: str, backend: str) -> ModuleType:
     """The module of one op in one (resolved) backend; inside a graph of `torch.compile` the one that it captures."""
     if (op, backend) in _FALLEN:
         backend = FALLBACK
-    if backend == FALLBACK and op in CAPTURED and torch.compiler.is_compiling():
+    if backend == FALLBACK and op in CAPTURED and captured():
         return _LOADED[op, "compiled"]
     if (op, backend) not in _LOADED:
         if op not in OPS or backend not in BACKENDS:

@@ -16,6 +16,10 @@ class Launch:
     unaligned  arguments that are not multiples of 16 (pointers: of 16 bytes); all others are compiled as such
     fp_fusion  whether a multiplication and an addition may become one instruction, with one rounding
     tensor_cores  whether it must use them
+    columns    on sm_90, the least number of columns of every tensor-core instruction (HGMMA); 0: any
+    width      bits of the widest access to global memory, at least
+    narrow     accesses of 8 or 16 bits to global memory, at most: single values; None: rows are not aligned, any number
+    programs   how many of them a multiprocessor must hold at once, by their registers and shared memory
     spill      why registers may spill here; None: they may not
     first_arch  the oldest architecture that it is launched on
     """
@@ -28,6 +32,10 @@ class Launch:
     unaligned: tuple[str, ...] = ()
     fp_fusion: bool = True
     tensor_cores: bool = False
+    columns: int = 0
+    width: int = 128
+    narrow: int | None = 0
+    programs: int = 1
     spill: str | None = None
     first_arch: int = 80
 

@@ -238,7 +238,10 @@ class MaskPlan:
 
     def joint(self, kind: str) -> Updaters:
         """The tokens that may update the joint parameters of this kind."""
-        return self.cached(kind, lambda: self.updaters(self.tables.update_joint[kind]))
+        try:
+            return self._cache[kind]
+        except KeyError:
+            return self.cached(kind, lambda: self.updaters(self.tables.update_joint[kind]))
 
     def contributions(self, part: str, groups: int) -> tuple[tuple[float, ...], ...]:
         """For each of the first `groups` groups, what a token contributes to the gradient of its rows, by label."""
@@ -271,39 +274,54 @@ class MaskPlan:
         """Whether one of these factors, by group and label, differs from 1 for a token of this micro-batch."""
         return any(by_label[label] != 1 for by_label in by_group for label in self.present)
 
-    def token_weights(self, by_label: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
-        """[tokens] tensor of each token's weight, in the dtype and on the device of `like`; cached in the plan."""
+    def labels(self, device: torch.device) -> torch.Tensor:
+        """int32 [tokens]: the label of each token; cached in the plan."""
 
         def make() -> torch.Tensor:
             # Named: on a default device of the process, repeat_interleave would wait for it.
             lengths = torch.tensor([run.end - run.start for run in self.runs], device="cpu")
-            values = torch.tensor([by_label[run.label] for run in self.runs], dtype=like.dtype, device="cpu")
-            return torch.repeat_interleave(values, lengths).to(like.device, non_blocking=True)
+            labels = torch.tensor([run.label for run in self.runs], dtype=torch.int32, device="cpu")
+            return torch.repeat_interleave(labels, lengths).to(device, non_blocking=True)
 
-        return self.cached((by_label, like.dtype, like.device), make)
+        return self.cached(("labels", device), make)
+
+    def token_weights(self, by_label: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+        """[tokens] tensor of each token's weight, in the dtype and on the device of `like`; cached in the plan."""
+        dtype, device = like.dtype, like.device
+
+        def make() -> torch.Tensor:
+            return table_on(device, dtype, (by_label,))[0].index_select(0, self.labels(device))
+
+        return self.cached((by_label, dtype, device), make)
 
     def factors(self, by_group: Sequence[tuple[float, ...]], device: torch.device) -> torch.Tensor:
         """fp32 [groups, tokens]: each token's factor for each group, what a kernel reads; cached in the plan.
 
         by_group  for every group its factors by label
         """
+        by_group = tuple(by_group)
 
         def make() -> torch.Tensor:
-            like = torch.empty(0, dtype=torch.float32, device="cpu")
-            rows = [self.token_weights(by_label, like) for by_label in by_group]
-            return torch.stack(rows).to(device, non_blocking=True)
+            return table_on(device, torch.float32, by_group).index_select(1, self.labels(device))
 
-        return self.cached((tuple(by_group), device), make)
+        return self.cached((by_group, device), make)
 
     def mask(self, table: str, groups: int, device: torch.device) -> torch.Tensor | None:
-        """`factors` of the first `groups` groups from `active`, `route`, `passes` or the contributions to a part; None
-        where all are 1, as in a layer of one group, whatever the tables say."""
-        return self.cached((table, groups, device), lambda: self._mask(table, groups, device))
+        """`factors` of the first `groups` groups from `active`, `route`, `passes` or the contributions to a part, or of
+        a joint kind ([1, tokens]); None where all are 1, as in a layer of one group, whatever the tables say."""
+        try:  # asked by every op, so without the calls of `cached`
+            return self._cache[table, groups, device]
+        except KeyError:
+            return self.cached((table, groups, device), lambda: self._mask(table, groups, device))
 
     def _mask(self, table: str, groups: int, device: torch.device) -> torch.Tensor | None:
-        if groups == 1:
+        tables = self.tables
+        if table in KINDS:
+            by_group = (tables.update_joint[table],)
+        elif groups == 1:
             return None
-        by_group = self.contributions(table, groups) if table in PARTS else self.tables.columns[table][:groups]
+        else:
+            by_group = (tables.contributions if table in PARTS else tables.columns)[table][:groups]
         return self.factors(by_group, device) if self.masks(by_group) else None
 
     def spans(self, device: torch.device) -> torch.Tensor:
@@ -324,13 +342,27 @@ class MaskPlan:
         none), and the end of the last one up to it (0 if there is none); cached in the plan."""
 
         def make() -> torch.Tensor:
-            counts = self.factors(by_group, torch.device("cpu")) != 0
-            position = torch.arange(self.tokens, dtype=torch.int32, device="cpu")
+            counts = self.factors(by_group, device) != 0
+            position = torch.arange(self.tokens, dtype=torch.int32, device=device)
             following = torch.where(counts, position, self.tokens).flip(1).cummin(1).values.flip(1)
             previous = torch.where(counts, position + 1, 0).cummax(1).values
-            return torch.stack((following, previous)).int().to(device, non_blocking=True)
+            return torch.stack((following, previous)).int()
 
         return self.cached(("live", tuple(by_group), device), make)
+
+    @property
+    def by_token(self) -> torch.Tensor:
+        """int32 [rows, tokens] on the CPU: all that a device needs of this plan besides the strategy's tables, to be
+        copied with the batch: labels, and with documents where each token's begins and ends (`spans`)."""
+        cpu = torch.device("cpu")
+        labels = self.labels(cpu)[None]
+        return labels if self.documents is None else torch.cat((labels, self.spans(cpu)))
+
+    def arrived(self, by_token: torch.Tensor) -> None:
+        """Takes `by_token`, copied to a device, so that nothing of this plan is copied there again."""
+        self._cache["labels", by_token.device] = by_token[0]
+        if self.documents is not None:
+            self._cache["spans", by_token.device] = by_token[1:]
 
     def cached(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returns for this key, made once: every layer of a model asks one plan for the same."""
@@ -339,6 +371,21 @@ class MaskPlan:
         except KeyError:
             found = self._cache[key] = make()
             return found
+
+
+_TABLES: dict[tuple, torch.Tensor] = {}
+
+
+def table_on(device: torch.device, dtype: torch.dtype, by_group: tuple[tuple[float, ...], ...]) -> torch.Tensor:
+    """[groups, labels] of a strategy, copied to a device once in the life of the process."""
+    key = (device, dtype, by_group)
+    if key in _TABLES:
+        return _TABLES[key]
+    with torch.inference_mode(False):
+        found = torch.tensor(by_group, dtype=dtype, device=device)
+    if type(found) is torch.Tensor:  # not one without data, of a trace
+        _TABLES[key] = found
+    return found
 
 
 _NUMBERS = count()

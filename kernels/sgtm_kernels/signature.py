@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+from sgtm_kernels.autograd import captured
 
 if TYPE_CHECKING:
     from sgtm_kernels.plan import MaskPlan, Tables
@@ -60,6 +60,6 @@ def backend_of(backend: str, plan: MaskPlan, *what: str | None) -> str:
 
     There `runs` is plain torch, which the compiler sees and fuses; to a kernel of ours it is blind.
     """
-    if torch.compiler.is_compiling() and not any(masked(plan, field) for field in what if field is not None):
+    if captured() and not any(masked(plan, field) for field in what if field is not None):
         return "runs"
     return backend

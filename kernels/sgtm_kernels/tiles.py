@@ -28,3 +28,16 @@ def factor_of(factors, tokens, token, group, bounds: tl.constexpr):
         row = tl.load(factors + i * tokens + token, mask=token < tokens, other=1.0)
         factor = tl.where(group[None, :] == i, row[:, None], factor)
     return factor
+
+
+@triton.jit
+def any_factor_but(value: tl.constexpr, factors, tokens, token, first, last, bounds: tl.constexpr):
+    """[tokens]: whether a token's factor for some group of the columns `first:last + 1` differs from `value`.
+
+    By token alone: a mask of this keeps accesses of whole rows wide, where one by token and column would not.
+    """
+    found = token < 0
+    for i in tl.static_range(len(bounds) - 1):
+        row = tl.load(factors + i * tokens + token, mask=token < tokens, other=value)
+        found |= (row != value) & (first < bounds[i + 1]) & (last >= bounds[i])
+    return found

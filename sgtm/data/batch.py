@@ -39,3 +39,28 @@ class Batch:
         """The masks of this micro-batch under a strategy."""
         runs = merge_runs(list(self.labels), list(self.lengths))
         return MaskPlan(tables, runs, *self.input_ids.shape, documents=self.documents)
+
+    def on(self, device: torch.device, tables: Tables) -> tuple[torch.Tensor, torch.Tensor, MaskPlan]:
+        """`input_ids` and `targets` on a device, and the plan, which has there what its ops will ask for.
+
+        One copy from pinned memory, which the host does not wait for; none where the device is the CPU. Tensors of the
+        strategy alone are copied once per process (`sgtm_kernels.plan.table_on`).
+        """
+        plan = self.plan(tables)
+        if device.type == "cpu":
+            return self.input_ids, self.targets, plan
+        by_token, (batch, seq_len) = plan.by_token, self.input_ids.shape
+        tokens, rows = batch * seq_len, len(by_token)
+        words = 2 * tokens + (rows * tokens + 1) // 2  # of 8 bytes: the plan's are int32
+        packed = torch.empty(words, dtype=torch.int64, pin_memory=device.type == "cuda")
+        for into, tensor in zip(_unpacked(packed, tokens, rows), (self.input_ids, self.targets, by_token), strict=True):
+            into.view_as(tensor).copy_(tensor)
+        ids, targets, by_token = _unpacked(packed.to(device, non_blocking=True), tokens, rows)
+        plan.arrived(by_token)
+        return ids.view(batch, seq_len), targets.view(batch, seq_len), plan
+
+
+def _unpacked(packed: torch.Tensor, tokens: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of `Batch.on`'s buffer: input ids and targets int64 [tokens], and the plan's int32 [rows, tokens]."""
+    ids, targets, rest = packed.split((tokens, tokens, len(packed) - 2 * tokens))
+    return ids, targets, rest.view(torch.int32)[: rows * tokens].view(rows, tokens)

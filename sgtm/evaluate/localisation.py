@@ -36,9 +36,9 @@ def gradient_norms(
         count = 0.0
         for category in categories:
             for batch in evaluation_batches(corpus, config, split, category, max_sequences=sequences):
-                ids, targets = batch.input_ids.to(device), batch.targets.to(device)
-                count += int((targets != IGNORE).sum())
-                model(ids, targets, batch.plan(tables), 1.0 / config.train.tokens_per_step)[0].backward()
+                ids, targets, plan = batch.on(device, tables)
+                count += int((batch.targets != IGNORE).sum())
+                model(ids, targets, plan, 1.0 / config.train.tokens_per_step)[0].backward()
         if count:
             norms[label] = _relative_norms(model, config.train.tokens_per_step / count)
     model.zero_grad(set_to_none=True)

@@ -21,7 +21,7 @@ from sgtm_kernels.dispatch import load
 from sgtm_kernels.embedding import embedding
 from sgtm_kernels.linear import linear_in, linear_out
 from sgtm_kernels.mlp import linear_gelu, swiglu
-from sgtm_kernels.norm import layer_norm, rms_norm
+from sgtm_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from sgtm_kernels.plan import MaskPlan
 
 if TYPE_CHECKING:  # benchmarks/steps.py runs where there is no pydantic
@@ -37,10 +37,13 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
         self.bias = nn.Parameter(torch.zeros(config.hidden_size)) if config.family == "gpt_neo" else None
 
-    def forward(self, x: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
-        if self.bias is not None:
-            return layer_norm(x, self.weight, self.bias, self.eps, plan, self.kind, self.backend)
-        return rms_norm(x, self.weight, self.eps, plan, self.kind, self.backend)
+    def forward(self, x: torch.Tensor, plan: MaskPlan, residual: torch.Tensor | None = None):
+        """The norm of x [B, S, D]; with a residual: the sum of x and residual, and its norm."""
+        learned = (self.weight,) if self.bias is None else (self.weight, self.bias)
+        masks = self.eps, plan, self.kind, self.backend
+        if residual is None:
+            return (rms_norm if self.bias is None else layer_norm)(x, *learned, *masks)
+        return (add_rms_norm if self.bias is None else add_layer_norm)(x, residual, *learned, *masks)
 
 
 class Attention(nn.Module):
@@ -94,8 +97,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, layer, backend)
 
     def forward(self, x: torch.Tensor, plan: MaskPlan, rotary) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x, plan), plan, rotary)
-        return x + self.mlp(self.mlp_norm(x, plan), plan)
+        x, normed = self.mlp_norm(x, plan, self.attention(self.attention_norm(x, plan), plan, rotary))
+        return x + self.mlp(normed, plan)
 
 
 class Transformer(nn.Module):

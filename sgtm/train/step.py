@@ -104,8 +104,8 @@ def train_step(
     nothing is counted and nothing is updated (the dry run, the probe). measure: as in `Engine.step`.
     """
     for batch in batches:
-        ids, targets = (t.to(engine.device, non_blocking=True) for t in (batch.input_ids, batch.targets))
-        loss, sums = engine(ids, targets, batch.plan(tables), 1.0 / batch.step_targets)
+        ids, targets, plan = batch.on(engine.device, tables)
+        loss, sums = engine(ids, targets, plan, 1.0 / batch.step_targets)
         engine.backward(loss)
         if totals is not None:
             totals.add(sums, target_counts(batch, len(tables.labels)))

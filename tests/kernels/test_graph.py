@@ -72,6 +72,15 @@ def test_opcheck(op, layout):
     opcheck(op, [*(draw(*size) for size in sizes), plan_number(3, layout, documents=True).handle, *numbers])
 
 
+def test_factors_may_be_written_over():
+    """As the compiler does with the result of an op; what the plan keeps stays."""
+    x, plan = draw(*X), plan_number(3)
+    first = factors(x, plan.handle, 3)
+    expected = first.clone()
+    first.fill_(torch.nan)
+    assert torch.equal(factors(x, plan.handle, 3), expected)
+
+
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("name", CALLS)
 def test_one_graph_serves_every_plan(name, documents):

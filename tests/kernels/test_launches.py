@@ -21,7 +21,7 @@ from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.embedding import embedding
 from sgtm_kernels.linear import linear_in, linear_out, rectangles
 from sgtm_kernels.mlp import gelu, linear_gelu, swiglu
-from sgtm_kernels.norm import layer_norm, rms_norm
+from sgtm_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from sgtm_kernels.plan import KINDS, MAX_SLICES, PARTS, MaskPlan, Tables, merge_runs
 
 BATCH, SEQ_LEN, WIDTH, BOUNDS = 2, 20, 16, (0, 24, 32)
@@ -49,11 +49,13 @@ def leaf(*shape: int, learns: bool = True) -> torch.Tensor:
 
 
 def linear(plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
-    x, wide, weight = leaf(BATCH, SEQ_LEN, WIDTH), leaf(BATCH, SEQ_LEN, BOUNDS[-1]), leaf(BOUNDS[-1], WIDTH)
-    for way, biased in product(("masked", "pointers", "descriptors"), (False, True)):
+    wide = leaf(BATCH, SEQ_LEN, BOUNDS[-1])
+    for way, biased in product(("masked", "pointers", "descriptors", "ragged"), (False, True)):
+        x = leaf(BATCH, SEQ_LEN, WIDTH // 2) if way == "ragged" else leaf(BATCH, SEQ_LEN, WIDTH)
+        weight = leaf(BOUNDS[-1], x.shape[-1])
         monkeypatch.setenv("SGTM_LINEAR", "masked" if way == "masked" else "rectangles")
         monkeypatch.setattr(rectangles, "has_descriptors", lambda device, way=way: way == "descriptors")
-        bias_in, bias_out = (leaf(n) if biased else None for n in (BOUNDS[-1], WIDTH))
+        bias_in, bias_out = (leaf(n) if biased else None for n in (BOUNDS[-1], x.shape[-1]))
         yield linear_out(wide, weight, bias_out, plan, "mlp_out", BOUNDS, "triton")
         for overwrite in (False, True):
             yield linear_in(x, weight, bias_in, plan, "mlp_in", BOUNDS, "triton", overwrite=overwrite)
@@ -85,6 +87,8 @@ def norm(plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
         weight, bias = leaf(WIDTH, learns=learns), leaf(WIDTH, learns=learns)
         yield layer_norm(x, weight, bias, 1e-5, plan, kind, "triton")
         yield rms_norm(x, weight, 1e-5, plan, kind, "triton")
+        yield sum(add_layer_norm(x, x, weight, bias, 1e-5, plan, kind, "triton"))
+        yield sum(add_rms_norm(x, x, weight, 1e-5, plan, kind, "triton"))
 
 
 def lookup(plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:

@@ -25,7 +25,7 @@ from sgtm_kernels.dispatch import load
 from sgtm_kernels.embedding import embedding
 from sgtm_kernels.linear import linear_in, linear_out
 from sgtm_kernels.mlp import gelu, linear_gelu, swiglu
-from sgtm_kernels.norm import layer_norm, rms_norm
+from sgtm_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from sgtm_kernels.plan import _PLANS, MaskPlan, plan_of
 from sgtm_kernels.testing import random_plan, random_tables
 
@@ -79,6 +79,14 @@ CALLS = {
         lambda x, w, b, plan: layer_norm(x, w, b, 1e-5, plan, "norm", "triton"),
     ),
     "rms_norm": ([(BATCH, SEQ_LEN, 8), (8,)], lambda x, w, plan: rms_norm(x, w, 1e-5, plan, "norm", "triton")),
+    "add_layer_norm": (
+        [(BATCH, SEQ_LEN, 8), (BATCH, SEQ_LEN, 8), (8,), (8,)],
+        lambda x, r, w, b, plan: sum(add_layer_norm(x, r, w, b, 1e-5, plan, "norm", "triton")),
+    ),
+    "add_rms_norm": (
+        [(BATCH, SEQ_LEN, 8), (BATCH, SEQ_LEN, 8), (8,)],
+        lambda x, r, w, plan: sum(add_rms_norm(x, r, w, 1e-5, plan, "norm", "triton")),
+    ),
     "embedding": (
         [(9, 8)],
         lambda w, plan: embedding(torch.arange(24).view(BATCH, SEQ_LEN) % 9, w, plan, "embedding", "triton"),

@@ -239,7 +239,7 @@ def test_gradcheck(side, backend):
 
 # More rows, columns and tokens than a tile of any kernel has, and never a multiple of it. The first row ranges are too
 # ragged for tensor descriptors.
-TILED = [(BINARY, torch.float16, 264, (0, 70, 81, 210)), (FLOATS, torch.float32, 136, (0, 72, 80, 208))]
+TILED = [(BINARY, torch.float16, 264, (0, 70, 81, 210)), (FLOATS, torch.float32, 144, (0, 72, 80, 208))]
 
 
 @by_kernel
@@ -263,7 +263,7 @@ def test_layers_that_share_a_plan_share_no_rectangles():
     """Bounds and part decide what is masked, and a plan keeps the tables of every layer."""
     shared, found = random_plan(25, random_tables(26), "tokens", 4, 25), []
     x, weight, _ = inputs("in", 4, 25, torch.float32)
-    for part, bounds in (("mlp_in", BOUNDS), ("attn_in", BOUNDS), ("mlp_in", (0, 8, 30, 40)), ("mlp_in", BOUNDS)):
+    for part, bounds in (("mlp_in", BOUNDS), ("attn_in", BOUNDS), ("mlp_in", (0, 8, 30, 48)), ("mlp_in", BOUNDS)):
         fresh = random_plan(25, random_tables(26), "tokens", 4, 25)
         mine, wanted = (
             forward_backward(lambda x, w: linear_in(x, w, None, plan, part, bounds, "triton"), x, weight)[2]  # noqa: B023
@@ -279,7 +279,7 @@ def test_a_bias_of_more_partial_sums_than_a_tile_has():
     plan = random_plan(23, random_tables(24), "tokens", 1, tokens)
     by_group = ((1.0, 0.0, 0.5, -1.0), (0.0, 2.0, 1.0, 1.0))
     x = random_like(torch.empty(tokens, 5), 0)
-    total = scaling.bias_sum(x, plan, by_group, (0, 2, 5))
+    total = scaling.masked_sum(x, plan.factors(by_group, x.device), (0, 2, 5))
     first, second = (plan.token_weights(by_label, x.double()) for by_label in by_group)
     wanted = torch.cat([first @ x[:, :2].double(), second @ x[:, 2:].double()])
     torch.testing.assert_close(total, wanted.float(), rtol=1e-5, atol=1e-4)

@@ -1,7 +1,8 @@
 """What the backward pass of a masked linear layer reads and writes, and in how many passes.
 
-Faults tried, each seen to fail: what is masked read; the bias summed from the overwritten gradient, or by the rows'
-factors; a gradient overwritten without permission.
+Faults tried, each seen to fail: a factor of 0 that multiplies what is masked; the tail of a slice of rectangles not
+masked in one operand; the bias summed from the overwritten gradient, or by the rows' factors; a gradient overwritten
+without permission.
 """
 
 import pytest
@@ -31,24 +32,31 @@ def way(request, monkeypatch):
 @by_kernel
 @by_side
 @pytest.mark.parametrize("layout", ["sorted", "tokens"])
-def test_what_is_masked_is_not_read(layout, side, backend):
-    """NaN in masked tokens, on the side of the rows and at the bias, goes nowhere."""
+@pytest.mark.parametrize("groups", [(0, 1, 2), (0, 2)])
+def test_masked_content_changes_nothing(groups, layout, side, backend):
+    """NaN in the masked entries of the operand whose columns are the rows of dW, and at the bias, goes nowhere: where
+    whole tokens are masked, and where a kernel reads the entry beside it. Nor does NaN in the other operand where
+    tokens are left out; the way `masked` multiplies all of them."""
     ones = random_tables(17, (1.0,))
-    update = {part: ((0.0,) * 3, *table[1:]) for part, table in ones.update.items()}
+    update = {
+        part: (tuple(float(g not in groups) for g in range(3)), *table[1:]) for part, table in ones.update.items()
+    }
     joint = {kind: (0.0, *table[1:]) for kind, table in ones.update_joint.items()}
     tables = type(ones)(ones.labels, ones.groups, ones.active, ones.route, update, joint)
     plan = random_plan(18, tables, layout, 10, 13)
     x, weight, bias = inputs(side, 10, 13, torch.float32)
     dy = random_like(torch.empty(10, 13, SIDES[side][3]), 0)
-    masked = token_mask(plan, [0])[..., None]
+    tokens = token_mask(plan, [0])[..., None]
+    masked = tokens & torch.tensor([any(BOUNDS[g] <= i < BOUNDS[g + 1] for g in groups) for i in range(BOUNDS[-1])])
     clean = gradients(side, plan, backend, x, weight, bias, dy)
+    other = tokens & (len(groups) == 3 and (backend, layout) != ("triton", "tokens"))
     if side == "in":
-        dirty = gradients(side, plan, backend, x, weight, bias, dy.masked_fill(masked, torch.nan))
+        dirty_x, dirty_dy = x.masked_fill(other, torch.nan), dy.masked_fill(masked, torch.nan)
     else:
-        dirty = gradients(side, plan, backend, x.masked_fill(masked, torch.nan), weight, bias, dy)
-        weight.requires_grad_(False)
-        (db,) = bias_gradient(side, plan, backend, x, weight, bias, dy.masked_fill(masked, torch.nan))
+        dirty_x, dirty_dy = x.masked_fill(masked, torch.nan), dy.masked_fill(other, torch.nan)
+        (db,) = bias_gradient(side, plan, backend, x, weight, bias, dy.masked_fill(tokens, torch.nan))
         torch.testing.assert_close(db, clean[1], rtol=1e-6, atol=1e-6)
+    dirty = gradients(side, plan, backend, dirty_x, weight, bias, dirty_dy)
     for old, new in zip(clean, dirty, strict=True):
         assert_same_bits(new, old)
 

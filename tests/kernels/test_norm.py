@@ -6,7 +6,8 @@ over tokens instead of columns. In the kernel: the mask dropped for the weight o
 multiplies a NaN; dX from masked gradients; the factor of the token before; an accumulation missed over tiles, for
 weight or bias, or over strips; the last tile of a strip, the last strips or the last columns lost; the bias from the
 sums of the weight; padding columns in the variance, the padded width as stride or as divisor; the mean's term missing;
-eps left out; a strided dY, weight or bias; sums that were not launched left unwritten.
+eps left out; a strided dY, weight or bias; sums that were not launched left unwritten. With a residual: the norm of the
+sum before it is rounded; the gradient of the sum lost, for x or for the residual, or multiplied by the deviation.
 """
 
 import pytest
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sgtm_kernels.dispatch import BACKENDS, pick
-from sgtm_kernels.norm import layer_norm, rms_norm
+from sgtm_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.testing import (
     BINARY,
@@ -244,3 +245,72 @@ def test_kernel_under_checkpointing_and_with_strides(norm):
 
 def _strided(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def added(norm: str, plan, backend: str):
+    """Both results of the norm with a residual, side by side, so that gradients arrive at both."""
+
+    def function(x, residual, *learned):
+        function = add_rms_norm if norm == "rms_norm" else add_layer_norm
+        return torch.stack(function(x, residual, *learned, EPS, plan, "norm", backend))
+
+    return function
+
+
+def added_inputs(norm: str, batch: int, seq_len: int, dtype, width: int = WIDTH) -> list[torch.Tensor]:
+    x, *learned = inputs(norm, batch, seq_len, dtype, width)
+    return [x, random_like(x.to(torch.bfloat16), 7).to(dtype), *learned]
+
+
+@by_backend_and_dtype
+@by_norm
+@by_layout
+def test_a_residual_is_the_sum_and_its_norm(layout, norm, dtype, backend):
+    """Sum and norm are bit for bit those of the two ops apart; gradients as accurate as theirs."""
+    plan = random_plan(25, random_tables(26), layout, 9, 7)
+    x, residual, *learned = data = added_inputs(norm, 9, 7, dtype)
+    results = [
+        forward_backward(added(norm, plan, name), *added_inputs(norm, 9, 7, of))
+        for name, of in ((backend, dtype), ("reference", dtype), ("reference", torch.float64))
+    ]
+    assert_same_bits(results[0][0][0], x + residual, "sum")
+    assert_same_bits(results[0][0][1], op(norm, plan, backend)(x + residual, *learned), "norm")
+    for name, *values in zip(("both", "dx", "dresidual", "dw", "db"), *results, strict=False):
+        assert_accurate(*values, name=name)
+    free = forward_backward(added(norm, random_plan(25, random_tables(26, (1.0,)), layout, 9, 7), backend), *data)
+    for mine, wanted in zip(results[0][:3], free[:3], strict=True):
+        assert_same_bits(mine, wanted)
+
+
+@by_norm
+@pytest.mark.parametrize("width", [63, 1000, 2500])
+def test_kernel_with_a_residual_at_any_width(width, norm):
+    plan = random_plan(27, random_tables(28), "ragged", 3, 37)
+    results = [
+        forward_backward(added(norm, plan, backend), *added_inputs(norm, 3, 37, dtype, width))
+        for backend, dtype in (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64))
+    ]
+    for name, *values in zip(("both", "dx", "dresidual", "dw", "db"), *results, strict=False):
+        assert_accurate(*values, name=name)
+
+
+@by_backend
+@by_norm
+@pytest.mark.parametrize("unused", [0, 1])
+def test_an_unused_result_of_a_norm_with_a_residual(unused, norm, backend):
+    """Sum or norm: the gradient is that of the other one alone."""
+    plan = random_plan(29, random_tables(30), "ragged", 4, 9)
+    x, residual, *learned = (d.requires_grad_() for d in added_inputs(norm, 4, 9, torch.float32))
+    results = added(norm, plan, backend)(x, residual, *learned).unbind()
+    dy = random_like(x, 3)
+    found = torch.autograd.grad(results[1 - unused], (x, residual), dy)
+    alone = x + residual if unused else op(norm, plan, backend)(x + residual, *learned)
+    for mine, wanted in zip(found, torch.autograd.grad(alone, (x, residual), dy), strict=True):
+        assert_same_bits(mine, wanted)
+
+
+def test_a_residual_must_be_like_x():
+    plan = MaskPlan.uniform(random_tables(0), 0, 2, 3)
+    x, weight = inputs("rms_norm", 2, 3)
+    with pytest.raises(ValueError, match=r"a residual of torch\.float32"):
+        add_rms_norm(x, x.float(), weight, EPS, plan, "norm")

@@ -72,7 +72,9 @@ def _by_sequences(q, k, v, scale, window, plan: MaskPlan, group: int) -> torch.T
         if on == 0:
             parts.append(q.new_zeros(last - first, plan.seq_len, q.shape[1] * q.shape[3]))
             continue
-        out = attend(*(x[first:last] for x in (q, k, v)), scale, Visible(plan, window, first, last))
+        every = last - first == plan.batch  # a slice's gradient would be filled with zeros first
+        some = (q, k, v) if every else (x[first:last] for x in (q, k, v))
+        out = attend(*some, scale, Visible(plan, window, first, last))
         if passes == 0:
             out = out.detach() * on
         elif (on, passes) != (1, 1):

@@ -3,7 +3,9 @@
 The kernel reads a token's logits twice and writes their gradient over them once: the maximum and the sum of the
 exponentials come out of one pass, in fp32, and nothing of the logits' size exists beside them. Rows of logits begin at
 multiples of 128 bytes, whatever the vocabulary: with 50,257 columns in bf16 every other row of a packed matrix would
-begin between two words, for the loads of this kernel and for those of three matmuls.
+begin between two words, for the loads of this kernel and for those of three matmuls. The padding of a row belongs to
+the kernel: it is read with the row, counts as -inf, and becomes 0 where the gradient is written, so that accesses are
+bounded by the length of the padded row and are 128 bits wide at any vocabulary. Matmuls read no padding.
 """
 
 from __future__ import annotations
@@ -131,7 +133,10 @@ def _tile(logits: torch.Tensor) -> Tile:
 def token_losses(
     logits, targets, losses, row, vocab, IGNORE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Program t: the loss of token t, and the gradient over its logits. A target that does not exist gives NaN."""
+    """Program t: the loss of token t, and the gradient over its logits. A target that does not exist gives NaN.
+
+    row  distance of two rows in elements, the padding of a row included
+    """
     token = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + token)
     z_at = logits + token * row
@@ -140,27 +145,35 @@ def token_losses(
         tl.store(losses + token, 0.0)
         if GRADIENT:
             nothing = tl.zeros([BLOCK], dtype=logits.dtype.element_ty)
-            for start in range(0, vocab, BLOCK):
-                tl.store(z_at + start + column, nothing, mask=start + column < vocab)
+            for start in range(0, row, BLOCK):
+                tl.store(z_at + start + column, nothing, mask=start + column < row)
     else:
         exists = (target >= 0) & (target < vocab)
         z_target = tl.load(z_at + target, mask=exists, other=float("nan")).to(tl.float32)
         largest = -3.4028234663852886e38  # finite, so that a block of -inf is a sum of 0
         total = 0.0
-        for start in range(0, vocab, BLOCK):
-            inside = start + column < vocab
-            z = tl.load(z_at + start + column, mask=inside, other=float("-inf")).to(tl.float32)
+        for start in range(0, row, BLOCK):
+            z = _block(z_at, start + column, row, vocab)
             before = largest
             largest = tl.maximum(before, tl.max(z, 0))
             total = total * tl.exp(before - largest) + tl.sum(tl.exp(z - largest), 0)
         tl.store(losses + token, largest - z_target + tl.log(total))
         if GRADIENT:
             scale = 1.0 / total
-            for start in range(0, vocab, BLOCK):
-                inside = start + column < vocab
-                z = tl.load(z_at + start + column, mask=inside, other=float("-inf")).to(tl.float32)
-                p = tl.exp(z - largest) * scale - tl.where(start + column == target, 1.0, 0.0)
-                tl.store(z_at + start + column, p.to(logits.dtype.element_ty), mask=inside)
+            for start in range(0, row, BLOCK):
+                at = start + column
+                z = _block(z_at, at, row, vocab)
+                p = tl.exp(z - largest) * scale - tl.where(at == target, 1.0, 0.0)
+                p = tl.where(at < vocab, p, 0.0)  # even where the sum is NaN
+                tl.store(z_at + at, p.to(logits.dtype.element_ty), mask=at < row)
+
+
+@triton.jit
+def _block(z_at, at, row, vocab):
+    """Logits of a row in fp32, -inf beyond the vocabulary. The mask of the load ends with the padding, at a multiple of
+    16: one that ended with the vocabulary would make a load of every logit."""
+    z = tl.load(z_at + at, mask=at < row, other=float("-inf")).to(tl.float32)
+    return tl.where(at < vocab, z, float("-inf"))
 
 
 def launches() -> list[Launch]:

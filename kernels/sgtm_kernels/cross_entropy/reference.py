@@ -22,9 +22,9 @@ def linear_cross_entropy(x, weight, bias, targets, plan: MaskPlan, scale):
 
 def label_sums(losses: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
     """Sum of token losses [tokens] for each label: [labels]."""
-    labels = range(len(plan.tables.labels))
 
     def one_hot() -> torch.Tensor:
-        return torch.stack([plan.token_weights(tuple(float(i == label) for i in labels), losses) for label in labels])
+        each = torch.arange(len(plan.tables.labels), device=losses.device)
+        return (plan.labels(losses.device) == each[:, None]).to(losses.dtype)
 
-    return plan.cached(("labels", losses.dtype, losses.device), one_hot) @ losses
+    return plan.cached(("one hot", losses.dtype, losses.device), one_hot) @ losses

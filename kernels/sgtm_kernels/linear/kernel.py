@@ -43,9 +43,9 @@ WAY = Tunable(
 )
 
 
-def candidate(x: torch.Tensor, work: tuple[RowWork, ...]) -> str:
-    """How dW is computed for labels that change from token to token; x [tokens, columns]: an operand."""
-    return way("SGTM_LINEAR") or WAY(x.device, DTYPES[x.dtype], *_share_and_length(work, len(x))).way
+def candidate(x: torch.Tensor, buckets: tuple[int, int]) -> str:
+    """How dW is computed for labels that change from token to token; x: an operand, buckets: of the masks."""
+    return way("SGTM_LINEAR") or WAY(x.device, DTYPES[x.dtype], *buckets).way
 
 
 def _share_and_length(work: tuple[RowWork, ...], tokens: int) -> tuple[int, int]:
@@ -73,28 +73,14 @@ def linear_out(x, weight, bias, plan: MaskPlan, part: str, bounds):
     return eager_linear_out(x, weight, bias, plan, part, bounds)
 
 
-class Masks(NamedTuple):
-    """What follows from a plan, a part and group boundaries.
+def _work(plan: MaskPlan, part: str, bounds: tuple[int, ...]) -> tuple[tuple[RowWork, ...], tuple[int, int] | None]:
+    """The work of dW; and the buckets of `WAY` where the tokens of some rows are too many slices for matmuls."""
 
-    rows         the work of dW
-    by_group     what a token contributes, by group and label
-    token_level  whether the tokens of a row range form too many slices for matmuls of their own
-    masked       whether anything differs from 1
-    """
+    def make():
+        rows = plan.rows(part, bounds)
+        return rows, _share_and_length(rows, plan.tokens) if any(map(_many, rows)) else None
 
-    rows: tuple[RowWork, ...]
-    by_group: tuple[tuple[float, ...], ...]
-    token_level: bool
-    masked: bool
-
-
-def masks_of(plan: MaskPlan, part: str, bounds: tuple[int, ...]) -> Masks:
-    return plan.cached(("linear", part, bounds), lambda: _masks(plan, part, bounds))
-
-
-def _masks(plan: MaskPlan, part: str, bounds: tuple[int, ...]) -> Masks:
-    rows, by_group = plan.rows(part, bounds), plan.contributions(part, len(bounds) - 1)
-    return Masks(rows, by_group, any(map(_many, rows)), plan.masks(by_group))
+    return plan.cached(("linear", part, bounds), make)
 
 
 def _many(rows: RowWork) -> bool:
@@ -114,58 +100,62 @@ def _keep(inputs, output):
     return (x, weight), plan, numbers
 
 
-def _in_backward(dy, x, weight, plan, part, bounds, overwrite, wanted):
+def in_backward(dy, x, weight, plan, part, bounds, overwrite, wanted):
     dx = dy @ weight if wanted[0] else None
     packed = dy.contiguous()
     dy2, x2 = packed.flatten(0, 1), x.flatten(0, 1)
-    masks = masks_of(plan, part, bounds)
+    rows, buckets = _work(plan, part, bounds)
+    factors = plan.mask(part, len(bounds) - 1, dy.device)
     dw = db = None
     if wanted[1]:
-        if not masks.token_level:
-            dw = weight_gradient(dy2, x2, plan, masks.rows)
-        elif candidate(dy2, masks.rows) == "rectangles":
-            dw = rectangles.weight_gradient(dy2, x2.contiguous(), plan, masks.rows)
+        if buckets is None:
+            dw = weight_gradient(dy2, x2, plan, rows)
+        elif candidate(dy2, buckets) == "rectangles":
+            dw = rectangles.weight_gradient(dy2, x2.contiguous(), plan, rows)
         else:
             # autograd may hand one tensor to several ops. Only a copy made here, and what the caller promises that
             # nobody else uses, may be written to; from here on dy2 must not be read as the gradient.
             out = dy2 if overwrite or packed is not dy else torch.empty_like(dy2)
             partial = scaling.sums_of(dy2) if wanted[2] else None
-            scaling.scale_sum(dy2, out, partial, plan.factors(masks.by_group, dy.device), bounds)
+            scaling.scale_sum(dy2, out, partial, factors, bounds)
             dw = out.t() @ x2
             db = total_of(partial, dy.dtype) if wanted[2] else None
     if wanted[2] and db is None:
-        db = scaling.bias_sum(dy2, plan, masks.by_group, bounds) if masks.masked else dy2.sum(0)
+        db = scaling.masked_sum(dy2, factors, bounds)
     return dx, dw, db
 
 
 def _out_backward(dy, x, weight, plan, part, bounds, wanted):
     dx = dy @ weight.t() if wanted[0] else None
     x2, dy2 = x.flatten(0, 1).contiguous(), dy.flatten(0, 1).contiguous()
-    masks, joint = masks_of(plan, part, bounds), plan.joint(JOINT[part])
+    rows, buckets = _work(plan, part, bounds)
+    of_bias = plan.mask(JOINT[part], 1, dy.device) if wanted[2] else None
     dw = db = None
     if wanted[1]:
-        if not masks.token_level:
-            dw = weight_gradient(x2, dy2, plan, masks.rows)
-        elif candidate(dy2, masks.rows) == "rectangles":
-            dw = rectangles.weight_gradient(x2, dy2, plan, masks.rows)
+        if buckets is None:
+            dw = weight_gradient(x2, dy2, plan, rows)
+        elif candidate(dy2, buckets) == "rectangles":
+            dw = rectangles.weight_gradient(x2, dy2, plan, rows)
         else:
             out = torch.empty_like(x2)  # never in place: X belongs to the forward pass
-            factors = plan.factors(masks.by_group, dy.device)
-            if wanted[2] and not plan.plain(joint):
+            factors = plan.mask(part, len(bounds) - 1, dy.device)
+            if of_bias is not None:
                 partial = scaling.sums_of(dy2)
-                of_bias = plan.factors((joint.by_label,), dy.device)
                 scaling.scale_input_sum(x2, out, dy2, partial, factors, of_bias, bounds)
                 db = total_of(partial, dy.dtype)
             else:
                 scaling.scale_sum(x2, out, None, factors, bounds)
             dw = out.t() @ dy2
     if wanted[2] and db is None:
-        plain = plan.plain(joint)
-        db = dy2.sum(0) if plain else scaling.bias_sum(dy2, plan, (joint.by_label,), (0, dy.shape[-1]))
+        slices = plan.joint(JOINT[part]).slices
+        if len(slices) == 1 and slices[0].weight == 1:  # one launch, where scaling would take two
+            db = dy2[slices[0].start : slices[0].end].sum(0)
+        else:
+            db = scaling.masked_sum(dy2, of_bias, (0, dy.shape[-1]))
     return dx, dw, db
 
 
-eager_linear_in = eager(_in_forward, _keep, _in_backward)
+eager_linear_in = eager(_in_forward, _keep, in_backward)
 eager_linear_out = eager(_out_forward, _keep, _out_backward)
 
 
@@ -199,12 +189,12 @@ def _(x, weight, bias, plan, part, bounds):
 
 @custom_op("sgtm::linear_in_backward", mutates_args=(), schema=f"(Tensor dy, {GRADIENTS}")
 def linear_in_backward(dy, x, weight, plan, part, bounds, wanted):
-    return existing(dy, *_in_backward(dy, x, weight, plan_of(plan), part, tuple(bounds), False, wanted))
+    return existing(dy, *in_backward(dy, x, weight, plan_of(plan), part, tuple(bounds), False, wanted))
 
 
 @custom_op("sgtm::linear_in_backward_", mutates_args=("dy",), schema=f"(Tensor(a!) dy, {GRADIENTS}")
 def linear_in_backward_(dy, x, weight, plan, part, bounds, wanted):
-    return existing(dy, *_in_backward(dy, x, weight, plan_of(plan), part, tuple(bounds), True, wanted))
+    return existing(dy, *in_backward(dy, x, weight, plan_of(plan), part, tuple(bounds), True, wanted))
 
 
 @custom_op("sgtm::linear_out_backward", mutates_args=(), schema=f"(Tensor dy, {GRADIENTS}")

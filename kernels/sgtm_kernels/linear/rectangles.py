@@ -1,10 +1,12 @@
 """dW of labels that change from token to token, as a persistent GEMM over (token range x row range) rectangles.
 
 Of the left operand's columns (the rows of dW) each range has the tokens that may update it as a list of slices. A
-program takes tiles of dW in turn and walks over the slices of the tile's row range; what lies beyond the end of a slice
-or of a row range reads as 0: by the bounds of tensor descriptors, where the device has them and the row lengths suit
-them, else by masks. So masked work is not done, and rows that nobody may update are written as 0 without reading
-anything. A tile is summed by one program, slice after slice in fp32: deterministic.
+program takes tiles of dW in turn and walks over the slices of the tile's row range. Operands are read through two
+tensor descriptors, made once, where the device has them and the row lengths suit them, else by pointers. The last
+tokens of a slice are a block of their own: of both operands what lies beyond the slice is replaced by 0 in registers,
+so that it cannot change a bit, NaN included; what lies beyond a row range gives rows that are not stored. So masked
+work is not done, and rows that nobody may update are written as 0 without reading anything. A tile is summed by one
+program, slice after slice in fp32: deterministic.
 """
 
 from __future__ import annotations
@@ -72,8 +74,9 @@ def weight_gradient(left: torch.Tensor, right: torch.Tensor, plan: MaskPlan, wor
     out = left.new_empty(rows, columns)
     tiles = len(bands) * -(-columns // tile.columns)
     dw_rectangles[(min(tiles, _programs(left.device)),)](
-        left, right, out, bands, slices, weights, rows, columns, tiles, WEIGHTED=weighted, DESCRIPTORS=descriptors,
-        BR=tile.rows, BC=tile.columns, BT=tile.tokens, num_warps=tile.warps, num_stages=tile.stages,
+        left, right, out, bands, slices, weights, len(left), rows, columns, tiles, WEIGHTED=weighted,
+        DESCRIPTORS=descriptors, ALIGNED=loads != "ragged", BR=tile.rows, BC=tile.columns, BT=tile.tokens,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -83,12 +86,12 @@ def has_descriptors(device: torch.device) -> bool:
 
 
 def _loads(left: torch.Tensor, right: torch.Tensor, work: tuple[RowWork, ...]) -> str:
-    """How the operands are read: by `pointers`; `ragged`, by pointers to rows of which nothing is known, where a row is
-    not a multiple of 16 elements; by `descriptors`, where there are such and all row ranges begin at 16 bytes."""
-    if left.shape[1] % 16 or right.shape[1] % 16:
-        return "ragged"
+    """How the operands are read: `ragged`, by pointers of which nothing is known, where a row is not a multiple of 16
+    elements or a row range does not begin at 16 bytes; else by `descriptors`, where there are such, or `pointers`."""
     starts = [left.data_ptr(), right.data_ptr(), *(rows.start * left.element_size() for rows in work)]
-    return "descriptors" if has_descriptors(left.device) and not any(at % 16 for at in starts) else "pointers"
+    if left.shape[1] % 16 or right.shape[1] % 16 or any(at % 16 for at in starts):
+        return "ragged"
+    return "descriptors" if has_descriptors(left.device) else "pointers"
 
 
 def _tables(work: tuple[RowWork, ...], height: int, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -118,37 +121,53 @@ def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit
+def _operand(x, tiles, token, column, width, first_token, first_column, inside, DESCRIPTORS: tl.constexpr):
+    """[tokens, columns] of x [.., width]: by a descriptor, unmasked, or by pointers, 0 where not `inside`."""
+    if DESCRIPTORS:
+        return tiles.load([first_token, first_column])
+    else:
+        return tl.load(x + token.to(tl.int64)[:, None] * width + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=["tokens", "tiles"])
 def dw_rectangles(
-    left, right, out, bands, slices, weights, rows, columns, tiles, WEIGHTED: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
+    left, right, out, bands, slices, weights, tokens, rows, columns, tiles, WEIGHTED: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, ALIGNED: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
+    """ALIGNED: bands begin at multiples of 16 bytes, and rows of the operands have multiples of 16 elements."""
+    left_tiles, right_tiles = left, right
+    if DESCRIPTORS:
+        left_tiles = tl.make_tensor_descriptor(left, [tokens, rows], [rows, 1], [BT, BR])
+        right_tiles = tl.make_tensor_descriptor(right, [tokens, columns], [columns, 1], [BT, BC])
     blocks = tl.cdiv(columns, BC)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         band = bands + 4 * (tile // blocks)
         row0, row_end, first, last = tl.load(band), tl.load(band + 1), tl.load(band + 2), tl.load(band + 3)
         column0 = (tile % blocks) * BC
+        if ALIGNED:
+            row0 = tl.multiple_of(row0, 16 * 8 // left.dtype.element_ty.primitive_bitwidth)
         row, column = row0 + tl.arange(0, BR), column0 + tl.arange(0, BC)
+        row_inside, column_inside = (row < rows)[None, :], (column < columns)[None, :]
         total = tl.zeros([BR, BC], dtype=tl.float32)
         part = tl.zeros([BR, BC], dtype=tl.float32)
         for i in range(first, last):
             start, end = tl.load(slices + 2 * i), tl.load(slices + 2 * i + 1)
-            if DESCRIPTORS:
-                left_tiles = tl.make_tensor_descriptor(left, [end, row_end], [rows, 1], [BT, BR])
-                right_tiles = tl.make_tensor_descriptor(right, [end, columns], [columns, 1], [BT, BC])
-                for t in range(start, end, BT):
-                    a, b = left_tiles.load([t, row0]), right_tiles.load([t, column0])
-                    part = tl.dot(tl.trans(a), b, part, input_precision="ieee")
-            else:
-                for t in range(start, end, BT):
-                    token = t + tl.arange(0, BT)
-                    inside = (token < end)[:, None]
-                    at = token.to(tl.int64)[:, None]
-                    a = tl.load(left + at * rows + row[None, :], mask=inside & (row < row_end)[None, :], other=0.0)
-                    b = tl.load(
-                        right + at * columns + column[None, :], mask=inside & (column < columns)[None, :], other=0.0
-                    )
-                    part = tl.dot(tl.trans(a), b, part, input_precision="ieee")
+            whole = end - (end - start) % BT
+            for t in range(start, whole, BT):
+                token = t + tl.arange(0, BT)
+                a = _operand(left, left_tiles, token, row, rows, t, row0, row_inside, DESCRIPTORS)
+                b = _operand(right, right_tiles, token, column, columns, t, column0, column_inside, DESCRIPTORS)
+                part = tl.dot(tl.trans(a), b, part, input_precision="ieee")
+            if whole < end:
+                token = whole + tl.arange(0, BT)
+                inside = (token < end)[:, None]
+                a = _operand(left, left_tiles, token, row, rows, whole, row0, inside & row_inside, DESCRIPTORS)
+                b = _operand(
+                    right, right_tiles, token, column, columns, whole, column0, inside & column_inside, DESCRIPTORS
+                )
+                a, b = tl.where(inside, a, 0.0).to(a.dtype), tl.where(inside, b, 0.0).to(b.dtype)
+                part = tl.dot(tl.trans(a), b, part, input_precision="ieee")
             if WEIGHTED:
                 total += tl.load(weights + i) * part
                 part = tl.zeros([BR, BC], dtype=tl.float32)
@@ -164,10 +183,10 @@ def launches() -> list[Launch]:
     for dtype in ("bf16", "fp32"):
         signature = dict.fromkeys(("left", "right", "out"), f"*{dtype}")
         signature |= {"bands": "*i32", "slices": "*i32", "weights": "*fp32"}
-        signature |= dict.fromkeys(("rows", "columns", "tiles"), "i32")
+        signature |= dict.fromkeys(("tokens", "rows", "columns", "tiles"), "i32")
         for weighted, loads in product((False, True), ("pointers", "ragged", "descriptors")):
-            flags = {"WEIGHTED": weighted, "DESCRIPTORS": loads == "descriptors"}
-            unaligned = ("tiles", "rows", "columns") if loads == "ragged" else ("tiles",)
+            flags = {"WEIGHTED": weighted, "DESCRIPTORS": loads == "descriptors", "ALIGNED": loads != "ragged"}
+            unaligned = ("tokens", "tiles", *(("rows", "columns") if loads == "ragged" else ()))
             first_arch = 90 if loads == "descriptors" else 80
             for rows, columns, tokens, warps, stages in TILE.candidates(*_key(dtype, weighted, loads)):
                 found.append(

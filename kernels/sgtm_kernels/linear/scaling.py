@@ -1,6 +1,9 @@
 """Scaling an operand of dW by its tokens' weights, and sums over tokens with weights, in one pass.
 
-Of what is masked nothing is read. Sums are by strips of tokens (strips.py).
+What is masked cannot change a bit of the results, whatever it is, NaN included: it is replaced by 0 once it is in
+registers. Reading it or not is decided for all of a token's entries in a block of columns, so that loads and stores
+stay 128 bits wide: a token that no group of the block wants is not read, and one that keeps all its entries is not
+written in place. Sums are by strips of tokens (strips.py).
 """
 
 from __future__ import annotations
@@ -14,9 +17,8 @@ import triton.language as tl
 
 from sgtm_kernels import strips
 from sgtm_kernels.launch import Launch
-from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.strips import partial_sums, total_of
-from sgtm_kernels.tiles import factor_of, place
+from sgtm_kernels.tiles import any_factor_but, factor_of, place
 from sgtm_kernels.tuning import DTYPES, Tunable
 
 
@@ -35,12 +37,12 @@ TILE = Tunable(  # by dtype
 )
 
 
-def bias_sum(x: torch.Tensor, plan: MaskPlan, by_group: tuple[tuple[float, ...], ...], bounds) -> torch.Tensor:
-    """Sum over the tokens of x [tokens, columns] times the weight of token and column, [columns]."""
-    if not plan.masks(by_group):
+def masked_sum(x: torch.Tensor, factors: torch.Tensor | None, bounds: tuple[int, ...]) -> torch.Tensor:
+    """Sum over the tokens of x [tokens, columns] times the factor of token and column's group, [columns]."""
+    if factors is None:
         return x.sum(0)
     partial = sums_of(x)
-    scale_sum(x, None, partial, plan.factors(by_group, x.device), bounds)
+    scale_sum(x, None, partial, factors, bounds)
     return total_of(partial, x.dtype)
 
 
@@ -62,8 +64,9 @@ def scale_sum(x, out, partial, factors, bounds) -> None:
     (tokens, columns), tile = x.shape, _tile(x)
     grid = (-(-columns // tile.columns), -(-tokens // tile.strip))
     scale_and_sum[grid](
-        x, x if out is None else out, factors if partial is None else partial, factors, tokens, BOUNDS=tuple(bounds),
-        SCALE=out is not None, IN_PLACE=out is x, SUM=partial is not None, **_blocks(tile), num_warps=tile.warps,
+        x, x if out is None else out, factors if partial is None else partial, factors, tokens, BOUNDS=bounds,
+        SCALE=out is not None, IN_PLACE=out is x, SUM=partial is not None, BT=tile.tokens, BC=tile.columns,
+        STRIP=tile.strip, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -72,7 +75,7 @@ def scale_input_sum(x, out, dy, partial, x_factors, dy_factors, bounds) -> None:
     blocks = -(-bounds[-1] // tile.columns) - (-columns // tile.columns)
     grid = (blocks, -(-tokens // tile.strip))
     scale_input_and_sum[grid](
-        x, out, dy, partial, x_factors, dy_factors, tokens, BOUNDS=tuple(bounds), WIDTH=(0, columns), **_blocks(tile),
+        x, out, dy, partial, x_factors, dy_factors, tokens, BOUNDS=bounds, WIDTH=(0, columns), **_blocks(tile),
         num_warps=tile.warps,
     )  # fmt: skip
 
@@ -82,9 +85,10 @@ def _strip(
     x, out, partial, factors, tokens, block, strip, BOUNDS: tl.constexpr, SCALE: tl.constexpr, IN_PLACE: tl.constexpr,
     SUM: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
-    """Scale and sum `STRIP` tokens of one block of columns. A factor of 0 leaves 0, and the entry unread."""
+    """Scale and sum `STRIP` tokens of one block of columns. A factor of 0 leaves 0, whatever it is a factor of."""
     columns: tl.constexpr = BOUNDS[len(BOUNDS) - 1]
-    column = block * BC + tl.arange(0, BC)
+    first, last = block * BC, tl.minimum(block * BC + BC, columns) - 1
+    column = first + tl.arange(0, BC)
     group, _, _ = place(BOUNDS, column)
     total = tl.zeros([BC], dtype=tl.float32)
     for start in range(0, STRIP, BT):
@@ -92,9 +96,13 @@ def _strip(
         inside = (token < tokens)[:, None] & (column < columns)[None, :]
         factor = factor_of(factors, tokens, token, group, BOUNDS)
         at = token[:, None] * columns + column[None, :]
-        value = tl.load(x + at, mask=inside & (factor != 0.0), other=0.0).to(tl.float32) * factor
+        wanted = any_factor_but(0.0, factors, tokens, token, first, last, BOUNDS)
+        value = tl.load(x + at, mask=inside & wanted[:, None], other=0.0).to(tl.float32)
+        value = tl.where(factor == 0.0, 0.0, value * factor)
         if SCALE:
-            written = inside & (factor != 1.0) if IN_PLACE else inside
+            written = inside
+            if IN_PLACE:
+                written &= any_factor_but(1.0, factors, tokens, token, first, last, BOUNDS)[:, None]
             tl.store(out + at, value.to(out.dtype.element_ty), mask=written)
         if SUM:
             total += tl.sum(value, axis=0)

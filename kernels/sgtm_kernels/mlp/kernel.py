@@ -11,13 +11,14 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.library import custom_op
 
 from sgtm_kernels.autograd import captured, eager, existing, register
 from sgtm_kernels.launch import Launch
-from sgtm_kernels.linear.kernel import linear_in
+from sgtm_kernels.linear.kernel import in_backward, linear_in
 from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.strips import partial_sums, total_of
 from sgtm_kernels.tiles import factor_of, place
@@ -50,7 +51,9 @@ def swiglu(x, plan: MaskPlan, bounds):
 
 
 def linear_gelu(x, weight, bias, plan: MaskPlan, bounds):
-    return _activation(linear_in(x, weight, None, plan, "mlp_in", bounds, True), bias, plan, bounds, False)
+    if captured() or len(bounds) == 2:
+        return _activation(linear_in(x, weight, None, plan, "mlp_in", bounds, True), bias, plan, bounds, False)
+    return eager_linear_gelu(x, weight, bias, plan, bounds)
 
 
 def _activation(x, bias, plan: MaskPlan, bounds, gated):
@@ -96,7 +99,24 @@ def _keep(inputs, output):
     return (x, bias), plan, numbers
 
 
+def _pair_forward(x, weight, bias, plan, bounds):
+    pre = F.linear(x, weight)
+    return _forward(pre, bias, plan, bounds, False), pre
+
+
+def _pair_keep(inputs, outputs):
+    x, weight, bias, plan, bounds = inputs
+    return (x, weight, bias, outputs[1]), plan, (bounds,)
+
+
+def _pair_backward(dh, x, weight, bias, pre, plan, bounds, wanted):
+    dpre, db = _backward(dh, pre, bias, plan, bounds, False, wanted[1:])
+    dx, dw, _ = in_backward(dpre, x, weight, plan, "mlp_in", bounds, True, (*wanted[:2], False))
+    return dx, dw, db
+
+
 eager_activation = eager(_forward, _keep, _backward)
+eager_linear_gelu = eager(_pair_forward, _pair_keep, _pair_backward)
 
 
 @custom_op(

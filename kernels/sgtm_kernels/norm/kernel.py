@@ -4,11 +4,16 @@ Backward reads x and dY once and writes dX for all tokens; a program walks a str
 tokens, times their factors, in registers. A second, small kernel adds the strips' sums in order: no atomics. Where no
 token is masked the kernel is compiled without factors, where all are it is compiled without sums. Multiplications and
 additions are never contracted (`FUSION`), so that the bits of dX cannot depend on which of these it is.
+
+A residual is added on the way (`add_layer_norm`, `add_rms_norm`): forward reads both terms and writes sum and norm,
+backward adds the gradient that arrives at the sum to that of the norm. It saves a read of the sum forward, and backward
+a read and a write of dX.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 
 import torch
 import triton
@@ -22,9 +27,8 @@ from sgtm_kernels.plan import MaskPlan, plan_of
 TILE = 2048  # elements of a tile of tokens x columns; a wider row is a tile of its own
 STRIPS = 512  # at most; more occupy more of the device and write more partial sums
 SUM_STRIPS, SUM_COLUMNS = 32, 64  # of a tile of the second pass
-WIDTHS = (256, 768, 1024, 2048, 8192)  # of `launches`: of the models that are timed, and the widest
+WIDTHS = (1024, 256, 768, 2048, 8192)  # of `launches`: of the models that are timed, the common one first
 FUSION = {"enable_fp_fusion": False}
-SPILL = "on sm_100 ptxas keeps one address in memory to stay at 48 registers, which lets more programs run at once"
 
 
 def layer_norm(x, weight, bias, eps, plan: MaskPlan, kind):
@@ -35,10 +39,24 @@ def rms_norm(x, weight, eps, plan: MaskPlan, kind):
     return _norm(x, weight, None, plan, kind, eps)
 
 
+def add_layer_norm(x, residual, weight, bias, eps, plan: MaskPlan, kind):
+    return _add_norm(x, residual, weight, bias, plan, kind, eps)
+
+
+def add_rms_norm(x, residual, weight, eps, plan: MaskPlan, kind):
+    return _add_norm(x, residual, weight, None, plan, kind, eps)
+
+
 def _norm(x, weight, bias, plan: MaskPlan, kind, eps):
     if captured():
         return norm(x, weight, bias, plan.handle, kind, eps)[0]
     return eager_norm(x, weight, bias, plan, kind, eps)
+
+
+def _add_norm(x, residual, weight, bias, plan: MaskPlan, kind, eps):
+    if captured():
+        return add_norm(x, residual, weight, bias, plan.handle, kind, eps)[:2]
+    return eager_add_norm(x, residual, weight, bias, plan, kind, eps)
 
 
 @cache
@@ -51,36 +69,55 @@ def _shape(width: int) -> tuple[dict[str, int], int]:
 
 def _forward(x, weight, bias, plan, kind, eps):
     """LayerNorm, or RMSNorm without a bias; and the mean (of LayerNorm) and the inverse deviation of each token."""
-    x, weight, centered = x.contiguous(), weight.contiguous(), bias is not None
+    return _normalized(x, None, weight, bias, eps)[1:]
+
+
+def _add_forward(x, residual, weight, bias, plan, kind, eps):
+    """The sum of x and residual, and what `_forward` returns for it."""
+    return _normalized(x, residual, weight, bias, eps)
+
+
+def _normalized(x, residual, weight, bias, eps):
+    x, weight, centered, added = x.contiguous(), weight.contiguous(), bias is not None, residual is not None
     y, tokens = torch.empty_like(x), x.numel() // x.shape[-1]
+    total = torch.empty_like(x) if added else None
     shape, warps = _shape(x.shape[-1])
     rstd = x.new_empty(tokens, dtype=torch.float32)
     mean = x.new_empty(tokens, dtype=torch.float32) if centered else None
     norm_forward[(-(-tokens // shape["BT"]),)](
-        x, weight, bias.contiguous() if centered else weight, y, mean if centered else rstd, rstd, tokens, eps,
-        CENTERED=centered, **shape, num_warps=warps, **FUSION,
+        x, residual.contiguous() if added else x, weight, bias.contiguous() if centered else weight,
+        total if added else y, y, mean if centered else rstd, rstd, tokens, eps, CENTERED=centered, ADDED=added,
+        **shape, num_warps=warps, **FUSION,
     )  # fmt: skip
-    return y, mean, rstd
+    return total, y, mean, rstd
 
 
 def _backward(dy, x, weight, bias, mean, rstd, plan, kind, wanted):
     """dX, and where wanted those of weight and bias."""
+    return _gradients(None, dy, x, weight, bias, mean, rstd, plan, kind, wanted[1] or wanted[2])
+
+
+def _add_backward(dtotal, dy, total, weight, bias, mean, rstd, plan, kind, wanted):
+    """The gradient of x, which is the residual's too, and where wanted those of weight and bias."""
+    dx, *learned = _gradients(dtotal, dy, total, weight, bias, mean, rstd, plan, kind, wanted[2] or wanted[3])
+    return dx, dx, *learned
+
+
+def _gradients(dtotal, dy, x, weight, bias, mean, rstd, plan, kind, wanted):
     x, dy, weight, centered = x.contiguous(), dy.contiguous(), weight.contiguous(), bias is not None
-    wanted = wanted[1] or wanted[2]
-    learners = None if kind is None else plan.joint(kind)
-    summed = wanted and (learners is None or bool(learners.slices))
-    masked = summed and learners is not None and not plan.plain(learners)
+    summed = wanted and (kind is None or bool(plan.joint(kind).slices))
+    factors = plan.mask(kind, 1, x.device) if summed and kind is not None else None
     shape, warps = _shape(x.shape[-1])
     width, tokens = shape["WIDTH"], plan.tokens
     strip = -(-tokens // STRIPS)
     strip += -strip % shape["BT"]
     strips = -(-tokens // strip)
-    factors = plan.factors((learners.by_label,), x.device) if masked else rstd
     sums = x.new_empty((1 + centered, strips, width) if summed else 1, dtype=torch.float32)
-    dx = torch.empty_like(x)
+    dx, added = torch.empty_like(x), dtotal is not None
     norm_backward[(strips,)](
-        x, dy, weight, mean if centered else rstd, rstd, factors, dx, sums, tokens, strip, CENTERED=centered,
-        SUMMED=summed, MASKED=masked, **shape, num_warps=warps, **FUSION,
+        x, dtotal.contiguous() if added else dy, dy, weight, mean if centered else rstd, rstd,
+        rstd if factors is None else factors, dx, sums, tokens, strip, CENTERED=centered, ADDED=added, SUMMED=summed,
+        MASKED=factors is not None, **shape, num_warps=warps, **FUSION,
     )  # fmt: skip
     if not wanted:
         return dx, None, None
@@ -98,7 +135,14 @@ def _keep(inputs, outputs):
     return (x, weight, bias, *outputs[1:]), plan, (kind,)
 
 
+def _add_keep(inputs, outputs):
+    _, _, weight, bias, plan, kind, _ = inputs
+    total, _, *statistics = outputs
+    return (total, weight, bias, *statistics), plan, (kind,)
+
+
 eager_norm = eager(_forward, _keep, _backward)
+eager_add_norm = eager(_add_forward, _add_keep, _add_backward, (2, 2))
 
 
 @custom_op(
@@ -138,16 +182,69 @@ def _(dy, x, weight, bias, mean, rstd, plan, kind, wanted):
 register(norm, _keep, lambda *inputs: norm_gradients(*inputs[:-1], inputs[-1][1] or inputs[-1][2]))
 
 
+@custom_op(
+    "sgtm::add_norm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor plan, str? kind, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def add_norm(x, residual, weight, bias, plan, kind, eps):
+    return existing(weight.new_empty(0, dtype=torch.float32), *_normalized(x, residual, weight, bias, eps))
+
+
+@add_norm.register_fake
+def _(x, residual, weight, bias, plan, kind, eps):
+    tokens = x.shape[:-1].numel()
+    counts = (0 if bias is None else tokens), tokens
+    results = x.new_empty(x.shape), x.new_empty(x.shape)
+    return *results, *(x.new_empty(n, dtype=torch.float32) for n in counts)
+
+
+@custom_op(
+    "sgtm::add_norm_backward",
+    mutates_args=(),
+    schema="(Tensor dtotal, Tensor dy, Tensor total, Tensor weight, Tensor? bias, Tensor mean, Tensor rstd, "
+    "Tensor plan, str? kind, bool wanted) -> (Tensor, Tensor, Tensor)",
+)
+def add_norm_gradients(dtotal, dy, total, weight, bias, mean, rstd, plan, kind, wanted):
+    found = _gradients(dtotal, dy, total, weight, bias, mean, rstd, plan_of(plan), kind, wanted)
+    return existing(weight, *found)
+
+
+@add_norm_gradients.register_fake
+def _(dtotal, dy, total, weight, bias, mean, rstd, plan, kind, wanted):
+    width = total.shape[-1]
+    db = weight.new_empty(0) if bias is None else bias.new_empty(width if wanted else 0)
+    return total.new_empty(total.shape), weight.new_empty(width if wanted else 0), db
+
+
+def _add_gradients(dtotal, dy, total, *inputs):
+    """Of the dispatcher's op, which gives None where an output is not used."""
+    *saved, wanted = inputs
+    dtotal, dy = (torch.zeros_like(total) if d is None else d for d in (dtotal, dy))
+    dx, *learned = add_norm_gradients(dtotal, dy, total, *saved, wanted[2] or wanted[3])
+    return dx, dx, *learned
+
+
+register(add_norm, _add_keep, _add_gradients, differentiable=2)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def norm_forward(
-    x, weight, bias, y, mean, rstd, tokens, eps, CENTERED: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr,
-    BD: tl.constexpr,
+    x, residual, weight, bias, total, y, mean, rstd, tokens, eps, CENTERED: tl.constexpr, ADDED: tl.constexpr,
+    WIDTH: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    """ADDED: of x + residual, rounded to their dtype, which becomes `total`."""
     token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     column = tl.arange(0, BD)
     inside = (token < tokens)[:, None] & (column < WIDTH)[None, :]
     at = token[:, None] * WIDTH + column[None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if ADDED:
+        value += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + at, rounded, mask=inside)
+        value = rounded.to(tl.float32)
     if CENTERED:
         center = tl.sum(value, 1) / WIDTH
         tl.store(mean + token, center, mask=token < tokens)
@@ -163,10 +260,11 @@ def norm_forward(
 
 @triton.jit(do_not_specialize=["tokens", "strip"])
 def norm_backward(
-    x, dy, weight, mean, rstd, factors, dx, sums, tokens, strip, CENTERED: tl.constexpr, SUMMED: tl.constexpr,
-    MASKED: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    x, dtotal, dy, weight, mean, rstd, factors, dx, sums, tokens, strip, CENTERED: tl.constexpr, ADDED: tl.constexpr,
+    SUMMED: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """sums fp32 [1 or 2, strips, WIDTH]: for the weight, for the bias. `strip`: tokens, a multiple of BT."""
+    """sums fp32 [1 or 2, strips, WIDTH]: for the weight, for the bias. `strip`: tokens, a multiple of BT. ADDED: dX
+    is the norm's plus `dtotal`, added in fp32."""
     column = tl.arange(0, BD)
     w = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     dw = tl.zeros([BT, BD], dtype=tl.float32)
@@ -185,7 +283,10 @@ def norm_backward(
         d = dn - normalized * (tl.sum(dn * normalized, 1) / WIDTH)[:, None]
         if CENTERED:
             d -= (tl.sum(dn, 1) / WIDTH)[:, None]
-        tl.store(dx + at, (d * scale).to(dx.dtype.element_ty), mask=inside)
+        d *= scale
+        if ADDED:
+            d += tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
         if SUMMED:
             learned = out * normalized
             if MASKED:
@@ -220,24 +321,32 @@ def norm_sums(sums, dw, db, strips, WIDTH: tl.constexpr, BS: tl.constexpr, BD: t
 
 
 def launches() -> list[Launch]:
-    """Every block size and flag, at some widths, in bf16 and fp32, for the ahead-of-time suite."""
+    """Every block size, and in the common one every flag, in bf16 and fp32, for the ahead-of-time suite; at other
+    widths those flags that need the most registers."""
     found = []
     for dtype in ("bf16", "fp32"):
-        p, stat = f"*{dtype}", "*fp32"
-        sums = {"sums": stat, "dw": p, "db": p, "strips": "i32"}
-        constants = {"BS": SUM_STRIPS, "BD": SUM_COLUMNS}
-        for width in WIDTHS if dtype == "bf16" else WIDTHS[::2]:
-            found.append(Launch(norm_sums, sums, constants | {"WIDTH": width}, unaligned=("strips",), fp_fusion=False))
-            shape, warps = _shape(width)
-            for centered in (False, True):
-                given = {"num_warps": warps, "unaligned": ("tokens", "strip"), "fp_fusion": False}
-                forward = dict.fromkeys(("x", "weight", "bias", "y"), p) | dict.fromkeys(("mean", "rstd"), stat)
-                forward |= {"tokens": "i32", "eps": "fp32"}
-                found.append(Launch(norm_forward, forward, {"CENTERED": centered, **shape}, **given))
-                backward = dict.fromkeys(("x", "dy", "weight"), p) | dict.fromkeys(("mean", "rstd", "factors"), stat)
-                backward |= {"dx": p, "sums": stat, "tokens": "i32", "strip": "i32"}
-                for summed, masked in ((True, False), (True, True), (False, False)):
-                    flags = {"CENTERED": centered, "SUMMED": summed, "MASKED": masked}
-                    spill = SPILL if (width, centered, summed, dtype) == (256, True, False, "bf16") else None
-                    found.append(Launch(norm_backward, backward, flags | shape, **given, spill=spill))
+        for width in WIDTHS if dtype == "bf16" else WIDTHS[:1]:
+            flags = product((False, True), (True, False), ((True, True), (True, False), (False, False)))
+            for centered, added, (summed, masked) in flags:
+                if width == WIDTHS[0] or (added and summed and masked):
+                    found += _launches(dtype, width, centered, added, summed, masked)
+            sums = dict.fromkeys(("dw", "db"), f"*{dtype}") | {"sums": "*fp32", "strips": "i32"}
+            constants = {"WIDTH": width, "BS": SUM_STRIPS, "BD": SUM_COLUMNS}
+            # A thread stores one entry.
+            found.append(Launch(norm_sums, sums, constants, unaligned=("strips",), fp_fusion=False, narrow=1))
+    return found
+
+
+def _launches(dtype: str, width: int, centered: bool, added: bool, summed: bool, masked: bool) -> list[Launch]:
+    kinds = dict.fromkeys(("x", "residual", "total", "y", "dtotal", "dy", "dx", "weight", "bias"), f"*{dtype}")
+    kinds |= dict.fromkeys(("mean", "rstd", "factors", "sums"), "*fp32")
+    kinds |= {"tokens": "i32", "strip": "i32", "eps": "fp32"}
+    (shape, warps), found = _shape(width), []
+    flags = {"CENTERED": centered, "ADDED": added, "SUMMED": summed, "MASKED": masked} | shape
+    for kernel in (norm_forward, norm_backward):
+        if kernel is norm_forward and (summed, masked) != (True, True):
+            continue  # listed already: it has neither flag
+        signature, constants = ({n: of[n] for n in kernel.arg_names if n in of} for of in (kinds, flags))
+        unaligned = tuple(n for n in ("tokens", "strip") if n in signature)
+        found.append(Launch(kernel, signature, constants, warps, unaligned=unaligned, fp_fusion=False, programs=2))
     return found

@@ -26,6 +26,16 @@ def rms_norm(x, weight, eps, plan: MaskPlan, kind):
     )
 
 
+def add_layer_norm(x, residual, weight, bias, eps, plan: MaskPlan, kind):
+    total = x + residual
+    return total, layer_norm(total, weight, bias, eps, plan, kind)
+
+
+def add_rms_norm(x, residual, weight, eps, plan: MaskPlan, kind):
+    total = x + residual
+    return total, rms_norm(total, weight, eps, plan, kind)
+
+
 def _rms_norm(x, weight, eps):
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)

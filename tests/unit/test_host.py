@@ -1,0 +1,194 @@
+"""What a step asks of the host, in counts: copies, autograd's nodes, Python calls. Its time is benchmarks/host.py's.
+
+Faults tried, each seen to fail: ids and targets copied one by one; the labels copied by the plan, or the spans; a table
+copied for every micro-batch; a part of the buffer at a wrong place; launch arguments or rows computed for each layer;
+an op of the dispatcher in an eager step.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sgtm.data.batch import Batch
+from sgtm.masking.labels import LabelSpace
+from sgtm.masking.partition import build_partition
+from sgtm.masking.strategy import build_tables
+from sgtm.model.transformer import Transformer
+from sgtm_kernels.mlp.kernel import activation_forward
+from sgtm_kernels.plan import _TABLES
+
+SPACE = LabelSpace(("forget",))
+TABLES = {"none": build_tables(SPACE, "none", "free"), "sgtm": build_tables(SPACE, "sgtm", "masked")}
+VOCAB, BATCH, SEQ_LEN = 19, 3, 7
+
+
+class Shape:
+    """Section `model` of a config, as far as the model reads it."""
+
+    hidden_size, vocab_size, context, size_per_head = 12, VOCAB, SEQ_LEN, 4
+    norm_eps, rope_theta, init_std, head_bias, activation_checkpointing = 1e-5, 1e4, 0.1, False, False
+
+    def __init__(self, family: str, layers: int):
+        self.family, self.layers, self.tie_embeddings = family, layers, family == "gpt_neo"
+
+    def window_of(self, layer: int) -> int | None:
+        return 4 if layer % 2 else None
+
+
+def model_of(family: str, layers: int, backend: str = "triton") -> Transformer:
+    sizes = {"layers": layers, "heads": 3, "kv_heads": 3, "neurons": 10, "forget_heads": 1, "forget_neurons": 3}
+    return Transformer(Shape(family, layers), build_partition(SPACE, **sizes), backend)
+
+
+def batch_of(labels: tuple[int, ...], lengths: tuple[int, ...], documents=None) -> Batch:
+    ids = torch.arange(BATCH * SEQ_LEN).view(BATCH, SEQ_LEN) % VOCAB
+    return Batch(ids, ids.roll(-1, 1), labels, lengths, documents, BATCH * SEQ_LEN, frozenset(labels))
+
+
+BATCHES = {
+    "whole sequences": batch_of((2, 0), (7, 14)),
+    "labels inside sequences": batch_of((0, 2, 1, 2, 0), (3, 5, 1, 6, 6)),
+    "many slices, documents": batch_of((0, 2) * 10, (1,) * 19 + (2,), ((0, 3), (3, 7), (7, 14), (14, 19), (19, 21))),
+}
+families = pytest.mark.parametrize("family", ["gpt_neo", "llama"])
+
+
+class Copies(TorchDispatchMode):
+    """Copies between devices, and whatever makes the host wait for one."""
+
+    WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.copies, self.waits, self.ours = [], [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result, name = function(*args, **(kwargs or {})), function.name().split(".")[0]
+        tensors = [t for t in (*args, result) if isinstance(t, torch.Tensor)]
+        if name in ("aten::_to_copy", "aten::copy_") and len({t.device for t in tensors}) > 1:
+            self.copies.append(name)
+        if name in self.WAITS and tensors and tensors[0].device.type != "cpu":
+            self.waits.append(name)
+        if name.startswith("sgtm::"):
+            self.ours.append(name)
+        return result
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """Launches do nothing, so that ops run on a device without data too, which stands for a GPU here."""
+    monkeypatch.setattr(type(activation_forward), "__getitem__", lambda kernel, grid: lambda *_, **__: None)
+
+
+def step(model: Transformer, batch: Batch, strategy: str, device: str) -> None:
+    ids, targets, plan = batch.on(torch.device(device), TABLES[strategy])
+    model(ids, targets, plan, 1.0 / batch.step_targets)[0].backward()
+    model.zero_grad(set_to_none=True)
+
+
+@families
+@pytest.mark.parametrize("strategy", TABLES)
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_micro_batch_is_one_copy_and_no_wait(name, strategy, family, no_kernels, monkeypatch):
+    model = model_of(family, 2).to("meta")
+    step(model, BATCHES[name], strategy, "meta")  # copies the strategy's tables, once
+    tables, make = len(_TABLES), torch.tensor
+
+    def tensor(*args, device=None, **kwargs):
+        assert device is not None and torch.device(device).type == "cpu", "a table travels with every micro-batch"
+        return make(*args, device=device, **kwargs)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    with Copies() as seen:
+        step(model, BATCHES[name], strategy, "meta")
+    assert (seen.copies, seen.waits, seen.ours) == (["aten::_to_copy"], [], [])
+    assert len(_TABLES) == tables
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_what_is_copied_is_the_batch_and_the_plan(name, monkeypatch):
+    """On a CPU that passes for another device: every part is where it is looked for."""
+    batch = BATCHES[name]
+    here = torch.device("cpu")
+
+    class Elsewhere:
+        type = "elsewhere"
+
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor.clone())
+    ids, targets, plan = batch.on(Elsewhere(), TABLES["sgtm"])
+    monkeypatch.undo()
+    wanted = batch.plan(TABLES["sgtm"])
+    assert torch.equal(ids, batch.input_ids) and torch.equal(targets, batch.targets)
+    assert torch.equal(plan.labels(here), wanted.labels(here)) and plan.labels(here).dtype == torch.int32
+    assert torch.equal(plan.spans(here), wanted.spans(here)) and plan.spans(here).dtype == torch.int32
+    assert plan.labels(here).data_ptr() != wanted.labels(here).data_ptr()
+
+
+def calls_of(function: Callable[[], object]) -> Counter[str]:
+    """Calls of this project's Python functions, by name."""
+    found: Counter[str] = Counter()
+
+    def profile(frame, event, _):
+        if event == "call" and frame.f_globals.get("__name__", "").split(".")[0] in ("sgtm", "sgtm_kernels"):
+            found[frame.f_code.co_name] += 1
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def per_layer(family: str, batch: Batch, strategy: str) -> tuple[Counter[str], Counter[str]]:
+    """Calls of a step of one pair of layers (whole and windowed), and those that each further pair adds."""
+    counts = []
+    for layers in (2, 4):
+        model = model_of(family, layers)
+        step(model, batch, strategy, "cpu")
+        with torch.autograd.set_multithreading_enabled(False):
+            counts.append(calls_of(lambda: step(model, batch, strategy, "cpu")))  # noqa: B023
+    return counts[0], counts[1] - counts[0]
+
+
+CALLS = 230  # of our Python functions per layer, forward and backward: some 15 for each op and direction
+
+
+@families
+@pytest.mark.parametrize("strategy", TABLES)
+@pytest.mark.parametrize("name", BATCHES)
+def test_what_follows_from_the_plan_is_computed_once(name, strategy, family, no_kernels):
+    first, further = per_layer(family, BATCHES[name], strategy)
+    of_plan = ("_updaters", "_rows", "_mask", "masks", "_share_and_length", "factors", "token_weights", "live", "spans")
+    assert {call: further[call] for call in of_plan if further[call]} == {}
+    assert sum(further.values()) / 2 <= CALLS
+    assert sum(first.values()) <= 6 * CALLS
+
+
+@families
+def test_a_layer_has_one_node_for_each_op(family, no_kernels):
+    """As many of autograd's nodes as a plain layer: two norms, two projections, attention, activation, two sums, and
+    one for each parameter."""
+    counts = []
+    for layers in (2, 3):
+        ids, targets, plan = BATCHES["whole sequences"].on(torch.device("cpu"), TABLES["sgtm"])
+        loss, _ = model_of(family, layers)(ids, targets, plan, 1.0)
+        counts.append(len(nodes_of(loss.grad_fn)))
+    model = model_of(family, 1)
+    assert counts[1] - counts[0] <= 10 + len(list(model.blocks[0].parameters()))
+
+
+def nodes_of(root) -> set:
+    seen, waiting = set(), [root]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return seen
