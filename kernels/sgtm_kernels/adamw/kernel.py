@@ -132,7 +132,13 @@ def launches() -> list[Launch]:
     signature = {"table": "*i64", "numbers": "*fp32", "segments": "i32", "halvings": "i32"} | numbers
     return [
         Launch(
-            adamw_update, signature, {"GRAD": grad, "BLOCK": BLOCK}, unaligned=("segments", "halvings"), fp_fusion=False
+            adamw_update,
+            signature,
+            {"GRAD": grad, "BLOCK": BLOCK},
+            unaligned=("segments", "halvings"),
+            fp_fusion=False,
+            narrow=None,
+            programs=8,  # slices begin anywhere
         )
         for grad in GRADS.values()
     ]

@@ -17,7 +17,7 @@ from sgtm_kernels.plan import MAX_SLICES, MaskPlan
 from sgtm_kernels.scale import products, scale_columns_
 
 
-def attention(qkv, layout, plan: MaskPlan, scale, window, rotary):
+def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=False):
     outputs = []
     for group, (q, k, v) in enumerate(layout.split(qkv)):
         if rotary is not None:

@@ -145,8 +145,8 @@ def launches() -> list[Launch]:
             blocks, warps = _blocks(tile), tile.warps
             for scale, in_place, add in ways if len(bounds) > 2 else [(False, False, True)]:
                 constants = {"BOUNDS": bounds, "SCALE": scale, "IN_PLACE": in_place, "SUM": add, **blocks}
-                found.append(Launch(scale_and_sum, pointers, constants, warps, unaligned=("tokens",)))
+                found.append(Launch(scale_and_sum, pointers, constants, warps, unaligned=("tokens",), programs=4))
             if len(bounds) > 2:
                 constants = {"BOUNDS": bounds, "WIDTH": (0, 1024), **blocks}
-                found.append(Launch(scale_input_and_sum, both, constants, warps, unaligned=("tokens",)))
+                found.append(Launch(scale_input_and_sum, both, constants, warps, unaligned=("tokens",), programs=4))
     return found + strips.launches()
