@@ -28,15 +28,17 @@ from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.tuning import DTYPES, Tunable, bucket
 
 ROTATED = 64  # tokens of a tile that is turned
-SPILL = {  # why registers may spill, and where, in heuristics by kernel and width of a head from which on
-    (attention_forward, 128): (
-        "up to 16 bytes; half the keys a block spill none but halve the products",
+SPILL = {  # why registers may spill, and where: in heuristics by dtype, kernel and width of a head
+    ("bf16", attention_forward, 128): (
+        "up to 16 bytes; half the keys spill none but halve the products",
         (80, 90, 100),
     ),
-    (attention_backward_queries, 64): ("16 bytes; half the queries spill none but halve sm_90's products", (100,)),
-    (attention_backward_keys, 64): ("16 to 500 bytes; what spills none there is too small for sm_90", (80, 100)),
+    ("fp32", attention_forward, 128): ("16 bytes; there are no smaller blocks", (90,)),
+    ("bf16", attention_backward_queries, 64): ("16 bytes; half the queries halve sm_90's products", (100,)),
+    ("bf16", attention_backward_keys, 64): ("up to 264 bytes; what spills none is too small for sm_90", (80, 100)),
+    ("bf16", attention_backward_keys, 128): ("8 bytes on sm_90 with heads of 96, up to 464 elsewhere", (80, 90, 100)),
+    ("fp32", attention_backward_keys, 64): ("16 bytes where nothing is masked; smaller blocks do less per load", (90,)),
 }
-FP32_KEYS = "16 bytes on sm_90 where nothing is masked; smaller blocks do less for each load"
 
 
 class Tile(NamedTuple):
@@ -271,12 +273,7 @@ def _launches(dtype: str, fixed: dict[str, object], others: bool = False) -> lis
         for i, size in enumerate(tunable.candidates(dtype, width)[: None if others else 1]):
             blocks = {"BQ": size.queries, "BK": size.keys}
             half, heuristic = dtype == "bf16", i == 0
-            spills = [
-                why for (of, least), why in SPILL.items() if of is kernel and half and heuristic and width >= least
-            ]
-            if (kernel, dtype, width) == (attention_backward_keys, "fp32", 64):
-                spills = [(FP32_KEYS, (90,))]
-            spill, spill_on = spills[0] if spills else (None, ())
+            spill, spill_on = SPILL.get((dtype, kernel, width), (None, ())) if heuristic else (None, ())
             scores = size.queries if kernel is attention_backward_keys else size.keys
             of_thread = min(size.queries, size.keys) * width // (32 * size.warps)
             found.append(
