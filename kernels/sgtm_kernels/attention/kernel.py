@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise, product
 from typing import NamedTuple
 
 import torch
+import triton
 from torch.library import custom_op
 
 from sgtm_kernels.attention.flash import (
@@ -28,6 +29,9 @@ from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.tuning import DTYPES, Tunable, bucket
 
 ROTATED = 64  # tokens of a tile that is turned
+# Triton before 3.7 copies a query's numbers once for every thread that needs them (128 copies of 32 bits instead of 8 for
+# 64 queries), which leaves fewer registers: with all masks, blocks of 64 queries x 128 keys spill a kilobyte.
+ONE_COPY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 SPILL = {  # why registers may spill, and where: in heuristics by dtype, kernel and width of a head
     ("bf16", attention_forward, 128): (
         "up to 16 bytes; half the keys spill none but halve the products",
@@ -73,12 +77,17 @@ TILES = {
         lambda width: Tile(64, 64, 4, 2) if width <= 32 else Tile(128, 64, 8, 2),
         {32: (Tile(128, 64, 8, 2),), 64: (Tile(64, 32, 4, 3),)},
     ),
-    # Heads of 128 columns have no registers left for scores of 64: 100 to 220 bytes would spill. Blocks of 128 keys
-    # read the queries from the L2 cache half as often as blocks of 64, of which a multiprocessor holds two.
+    # Heads of 128 columns have no registers left for scores of 64: 100 to 220 bytes would spill. Blocks of 128 keys read
+    # the queries from the L2 cache half as often as blocks of 64, of which a multiprocessor holds two.
     attention_backward_keys: _tunable(
         attention_backward_keys,
-        lambda width: Tile(64 if width <= 64 else 32, 128, 8, 2),
-        {32: (Tile(32, 128, 8, 2), Tile(64, 64, 4, 2)), 64: (Tile(32, 128, 8, 2),)},
+        lambda width: (
+            Tile(64 if width <= 64 else 32, 128, 8, 2) if ONE_COPY else Tile(32, 128 if width <= 64 else 64, 8, 2)
+        ),
+        {
+            32: (Tile(32, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 4, 2)),
+            64: (Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
+        },
     ),
 }
 
@@ -279,7 +288,7 @@ def _launches(dtype: str, fixed: dict[str, object], others: bool = False) -> lis
             found.append(
                 Launch(
                     kernel, signature, values | blocks, size.warps, size.stages, ("seq_len",),
-                    tensor_cores=half, columns=tuple(sorted({scores, width})) if half and heuristic else None,
+                    tensor_cores=half, columns=tuple(sorted({scores, width})) if half and heuristic and ONE_COPY else None,
                     width=min(128, of_thread * (16 if half else 32)),
                     programs=2 if half and size.warps == 4 else 1, spill=spill, spill_on=spill_on,
                 )
