@@ -29,8 +29,8 @@ from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.tuning import DTYPES, Tunable, bucket
 
 ROTATED = 64  # tokens of a tile that is turned
-# Triton before 3.7 copies a query's numbers once for every thread that needs them (128 copies of 32 bits instead of 8 for
-# 64 queries), which leaves fewer registers: with all masks, blocks of 64 queries x 128 keys spill a kilobyte.
+# Triton before 3.7 copies a query's numbers once for every thread that needs them (128 copies of 32 bits instead of 8
+# for 64 queries), which leaves fewer registers: with all masks, blocks of 64 queries x 128 keys spill a kilobyte.
 ONE_COPY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 SPILL = {  # why registers may spill, and where: in heuristics by dtype, kernel and width of a head
     ("bf16", attention_forward, 128): (
@@ -284,11 +284,12 @@ def _launches(dtype: str, fixed: dict[str, object], others: bool = False) -> lis
             half, heuristic = dtype == "bf16", i == 0
             spill, spill_on = SPILL.get((dtype, kernel, width), (None, ())) if heuristic else (None, ())
             scores = size.queries if kernel is attention_backward_keys else size.keys
+            columns = tuple(sorted({scores, width})) if half and heuristic and ONE_COPY else None
             of_thread = min(size.queries, size.keys) * width // (32 * size.warps)
             found.append(
                 Launch(
                     kernel, signature, values | blocks, size.warps, size.stages, ("seq_len",),
-                    tensor_cores=half, columns=tuple(sorted({scores, width})) if half and heuristic and ONE_COPY else None,
+                    tensor_cores=half, columns=columns,
                     width=min(128, of_thread * (16 if half else 32)),
                     programs=2 if half and size.warps == 4 else 1, spill=spill, spill_on=spill_on,
                 )
