@@ -239,7 +239,7 @@ def launches() -> list[Launch]:
                 found.append(
                     Launch(
                         kernel, signature, constants, tile.warps, unaligned=("tokens",), narrow=int(biased),
-                        programs=(32 if kernel is activation_forward else 24) // tile.warps,
+                        programs=(32 if kernel is activation_forward else 20) // tile.warps,
                     )  # narrow: a thread's bias
                 )  # fmt: skip
     return found
