@@ -39,6 +39,9 @@ SPILL = {  # why registers may spill, and where: in heuristics by dtype, kernel 
     ),
     ("fp32", attention_forward, 128): ("16 bytes; there are no smaller blocks", (90,)),
     ("bf16", attention_backward_queries, 64): ("16 bytes; half the queries halve sm_90's products", (100,)),
+    ("bf16", attention_backward_queries, 128): ("up to 64 bytes; half the queries halve sm_90's products", (80, 100)),
+    ("bf16", attention_backward_keys, 16): ("112 bytes; what spills none is too small for sm_90", (100,)),
+    ("bf16", attention_backward_keys, 32): ("up to 136 bytes; what spills none is too small for sm_90", (100,)),
     # On sm_90 with documents where nothing is masked: 72 to 88 bytes.
     ("bf16", attention_backward_keys, 64): ("up to 264 bytes; what spills none is too small for sm_90", (80, 90, 100)),
     ("bf16", attention_backward_keys, 128): ("8 bytes on sm_90 with heads of 96, up to 464 elsewhere", (80, 90, 100)),
@@ -86,7 +89,7 @@ TILES = {
             Tile(64 if width <= 64 else 32, 128, 8, 2) if ONE_COPY else Tile(32, 128 if width <= 64 else 64, 8, 2)
         ),
         {
-            32: (Tile(32, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 4, 2)),
+            32: (Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
             64: (Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
         },
     ),
