@@ -113,12 +113,12 @@ def access_widths(code: str) -> dict[int, int]:
 def _problems(o: Outcome, launch: Launch) -> Iterator[str]:
     if o.shared > SHARED_BYTES[o.arch]:
         yield f"{o.shared} bytes of shared memory, {SHARED_BYTES[o.arch]} there are"
-    if o.stack and launch.spill is None:
+    if o.stack and (launch.spill is None or o.arch not in launch.spill_on):
         yield f"spills: {o.stack} bytes of stack"
     if launch.tensor_cores and not o.tensor_cores:
         yield "no tensor-core instruction"
-    if o.arch == 90 and launch.columns and (not o.columns or o.columns[0] < launch.columns):
-        yield f"HGMMA of {o.columns} columns, {launch.columns} wanted"
+    if o.arch == 90 and launch.columns is not None and tuple(o.columns) != launch.columns:
+        yield f"HGMMA of {o.columns} columns, {list(launch.columns)} wanted"
     if max(o.widths) < launch.width:
         yield f"widest access of {max(o.widths)} bits, {launch.width} wanted"
     narrow = sum(n for width, n in o.widths.items() if width < 32)
@@ -127,7 +127,7 @@ def _problems(o: Outcome, launch: Launch) -> Iterator[str]:
     of_warp = -(-32 * o.registers // REGISTER_UNIT) * REGISTER_UNIT
     warps = min(WARPS, REGISTERS // of_warp)
     room = min(warps // launch.num_warps, SHARED_OF_ALL[o.arch] // (o.shared + RESERVED))
-    if room < launch.programs:
+    if o.arch == 90 and room < launch.programs:
         yield f"registers and shared memory for {room} programs at once, {launch.programs} wanted"
 
 
@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
     found = all_launches(tuple(args.op))
-    jobs = [(op, i, arch) for op, i, launch in found for arch in args.arch if arch >= launch.first_arch]
+    jobs = [(op, i, arch) for op, i, launch in found for arch in args.arch if arch in launch.arches]
     failed = 0
     write = partial(print, flush=True)
     write(f"{'arch':>5} {'regs':>4} {'stack':>5} {'shared':>7} {'tensor cores':12} {'accesses':28} kernel")

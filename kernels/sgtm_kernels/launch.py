@@ -16,11 +16,13 @@ class Launch:
     unaligned  arguments that are not multiples of 16 (pointers: of 16 bytes); all others are compiled as such
     fp_fusion  whether a multiplication and an addition may become one instruction, with one rounding
     tensor_cores  whether it must use them
-    columns    on sm_90, the least number of columns of every tensor-core instruction (HGMMA); 0: any
+    columns    on sm_90, those of its tensor-core instructions (HGMMA), ascending; None: any
     width      bits of the widest access to global memory, at least
-    narrow     accesses of 8 or 16 bits to global memory, at most: single values; None: rows are not aligned, any number
-    programs   how many of them a multiprocessor must hold at once, by their registers and shared memory
+    narrow     instructions that access 8 or 16 bits of global memory, at most: single values; None: any number, since
+               rows are not aligned
+    programs   how many a multiprocessor of sm_90 must hold at once, by their registers and shared memory
     spill      why registers may spill here; None: they may not
+    spill_on   the architectures where they may
     first_arch  the oldest architecture that it is launched on
     """
 
@@ -32,12 +34,20 @@ class Launch:
     unaligned: tuple[str, ...] = ()
     fp_fusion: bool = True
     tensor_cores: bool = False
-    columns: int = 0
+    columns: tuple[int, ...] | None = None
     width: int = 128
     narrow: int | None = 0
     programs: int = 1
     spill: str | None = None
+    spill_on: tuple[int, ...] = (80, 90, 100)
     first_arch: int = 80
+
+    @property
+    def arches(self) -> tuple[int, ...]:
+        """What it is compiled for: of what has no operand in half precision, which no GPU is meant to train in, one."""
+        kinds = (*self.signature.values(), *map(str, self.constants.values()))
+        half = any(kind in ("*bf16", "*fp16", "bf16", "fp16") for kind in kinds)
+        return tuple(arch for arch in (80, 90, 100) if arch >= self.first_arch and (half or arch == 90))
 
     @property
     def name(self) -> str:

@@ -45,5 +45,7 @@ def launches() -> list[Launch]:
     for dtype in ("bf16", "fp32"):
         signature = {"partial": "*fp32", "total": f"*{dtype}", "strips": "i32", "columns": "i32"}
         constants = {"BS": PARTIALS, "BC": WIDTH}
-        found.append(Launch(add_partial_sums, signature, constants, unaligned=("strips", "columns")))
+        found.append(
+            Launch(add_partial_sums, signature, constants, unaligned=("strips", "columns"), width=32, narrow=1)
+        )
     return found

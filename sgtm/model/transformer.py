@@ -62,8 +62,9 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, plan: MaskPlan, rotary) -> torch.Tensor:
         qkv = linear_in(x, self.w_qkv, None, plan, "attn_in", self.in_bounds, self.backend, overwrite=True)
         heads = attention(
-            qkv, self.layout, plan, scale=self.scale, window=self.window, rotary=rotary, backend=self.backend
-        )
+            qkv, self.layout, plan, scale=self.scale, window=self.window, rotary=rotary, overwrite=True,
+            backend=self.backend,
+        )  # fmt: skip
         return linear_out(heads, self.w_o, self.b_o, plan, "attn_out", self.out_bounds, self.backend)
 
 

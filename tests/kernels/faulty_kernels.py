@@ -29,11 +29,28 @@ def product(x, y, n, B: tl.constexpr):
     tl.store(y + i * B + j, total)
 
 
+@triton.jit
+def masked_by_content(x, y, n, B: tl.constexpr):
+    i = tl.program_id(0) * B + tl.arange(0, B)
+    wanted = tl.load(y + i, mask=i < n, other=0.0) != 0.0
+    tl.store(y + i, tl.load(x + i, mask=wanted, other=0.0), mask=i < n)
+
+
 TYPES = {"x": "*bf16", "y": "*bf16", "n": "i32"}
 CASES = {
-    "fine": Launch(copy, TYPES, {"B": 128}),
+    "fine": Launch(copy, TYPES, {"B": 1024}),
+    "narrow accesses": Launch(masked_by_content, TYPES, {"B": 1024}),
+    "narrow rows": Launch(masked_by_content, TYPES, {"B": 1024}, narrow=None),
+    "widest access": Launch(copy, TYPES, {"B": 128}),
+    "HGMMA of": Launch(product, TYPES, {"B": 64}, tensor_cores=True, columns=(128,)),
+    "columns of HGMMA": Launch(product, TYPES, {"B": 64}, tensor_cores=True, columns=(64,)),
+    "programs at once": Launch(copy, TYPES, {"B": 1024}, programs=32),
+    "some programs": Launch(copy, TYPES, {"B": 1024}, programs=8),
+    "bytes of stack": Launch(
+        product, TYPES, {"B": 128}, num_warps=1, num_stages=1, spill="on another architecture", spill_on=(80,)
+    ),
     "does not compile": Launch(unknown_name, TYPES, {"B": 128}),
-    "no tensor-core instruction": Launch(copy, TYPES, {"B": 128}, tensor_cores=True),
+    "no tensor-core instruction": Launch(copy, TYPES, {"B": 1024}, tensor_cores=True),
     "tensor cores": Launch(product, TYPES, {"B": 64}, tensor_cores=True),
     "spills": Launch(product, TYPES, {"B": 128}, num_warps=1, num_stages=1),
     "allowed to spill": Launch(product, TYPES, {"B": 128}, num_warps=1, num_stages=1, spill="to see that one may"),
@@ -41,4 +58,4 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    print(json.dumps({name: examine(launch, 80).problems for name, launch in CASES.items()}))
+    print(json.dumps({name: examine(launch, 90).problems for name, launch in CASES.items()}))

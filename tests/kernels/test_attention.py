@@ -179,7 +179,7 @@ def assert_as_accurate_as_torch(heads, plan, backend, window, rotary, dtype):
 
     def plain(qkv):
         outputs = []
-        for q, k, v in heads.split(qkv):
+        for q, k, v in filter(lambda group: group[0].shape[1], heads.split(qkv)):
             mask = visible_keys(plan, window, qkv.device)[:, None]
             if rotary is not None:
                 q, k = rotate(q, rotary), rotate(k, rotary)
@@ -229,6 +229,23 @@ def test_the_kernels_are_as_accurate_as_torch(
     plan = random_plan(3, random_tables(4, values, groups=len(heads.heads)), layout, batch, seq_len, documents)
     tables = rotary_tables(seq_len, heads.head_dim) if rotary else None
     assert_as_accurate_as_torch(heads, plan, backend, window, tables, dtype)
+
+
+@pytest.mark.parametrize("heads", [HeadLayout((2, 0, 1), (1, 0, 1), 12), HeadLayout((2,), (2,), 8)])
+def test_q_and_k_are_turned_in_place_where_that_is_allowed(heads):
+    """With the bits of the copy; v, and without permission everything, stays as it is."""
+    plan, dtype = random_plan(3, random_tables(4, groups=len(heads.heads)), "ragged", 2, 9), torch.float32
+    qkv, rotary, results = data(heads, 2, 9, dtype), rotary_tables(9, heads.head_dim), []
+    for overwrite in (False, True):
+        x = qkv.clone().requires_grad_()
+        own = x * 1
+        y = attention(own, heads, plan, scale=SCALE, rotary=rotary, overwrite=overwrite, backend="triton")
+        results.append((y, *torch.autograd.grad(y, x, random_like(y, 5))))
+        for (q, k, v), was in zip(heads.split(own), heads.split(qkv), strict=True):
+            for now, before, changes in zip((q, k, v), was, (overwrite, overwrite, False), strict=True):
+                assert torch.equal(now[:, :, 1:], before[:, :, 1:]) != (changes and now.numel() > 0)
+    for mine, wanted in zip(*results, strict=True):
+        assert_same_bits(mine, wanted)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes(("triton",)))

@@ -78,7 +78,8 @@ def attend(plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
         qkv = leaf(BATCH, SEQ_LEN, 8 * (sum(layout.heads) + 2 * sum(layout.kv_heads)))
         yield attention(qkv, layout, masks, scale=0.5, window=window, backend="triton")
     qkv, rotary = leaf(BATCH, SEQ_LEN, 56), (torch.ones(SEQ_LEN, 8), torch.ones(SEQ_LEN, 8))
-    yield attention(qkv, grouped, plan, scale=0.5, rotary=rotary, backend="triton")
+    for overwrite in (False, True):
+        yield attention(qkv, grouped, plan, scale=0.5, rotary=rotary, overwrite=overwrite, backend="triton")
 
 
 def norm(plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:

@@ -165,4 +165,5 @@ def launches() -> list[Launch]:
     """Every dtype of a gradient, for the ahead-of-time suite."""
     numbers = dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps", "factor"), "fp32")
     signature = {"rows": "*i64", "blocks": "*i32", "places": "*i64", "numbers": "*fp32"} | numbers
-    return [Launch(adamw_update, signature, {"GRAD": grad, "BLOCK": BLOCK}, fp_fusion=False) for grad in GRADS.values()]
+    common = {"fp_fusion": False, "narrow": None, "programs": 8}  # narrow: slices begin anywhere
+    return [Launch(adamw_update, signature, {"GRAD": grad, "BLOCK": BLOCK}, **common) for grad in GRADS.values()]

@@ -65,15 +65,9 @@ def _rows(base, start, STRIDE: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexp
 
 @triton.jit
 def _load(
-    base,
-    start,
-    seq_len,
-    FULL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
+    base, start, seq_len, FULL: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr,
-):
+):  # fmt: skip
     """Rows `start:start + ROWS` of a head, 0 beyond the sequence and beyond column D; FULL: all rows are inside."""
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BD)[None, :]
     at = base + tl.cast(start, tl.int64) * STRIDE + (row * STRIDE + column)
@@ -368,18 +362,23 @@ def attention_backward_keys(
 @triton.jit
 def attention_rotate(
     x, y, cos, sin, seq_len, GROUPS: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BH: tl.constexpr,
-    BT: tl.constexpr, BACKWARD: tl.constexpr,
+    BT: tl.constexpr, BACKWARD: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """Rotary positions for the q and k columns of x, the v columns as they are; BACKWARD: the gradient, x may be y."""
+    """Rotary positions for the q and k columns of x; BACKWARD: the gradient. IN_PLACE: x is y, and there are programs
+    for slots of q and k alone; else the v columns are copied."""
     row = tl.program_id(0) * BT + tl.arange(0, BT)[:, None]
-    slot = tl.program_id(1)
+    number = tl.program_id(1)
     column = tl.arange(0, BH)[None, :]
     inside = (row < seq_len) & (column < D // 2)
-    turned = slot >= 0
+    slot, turned = number, number >= 0
     for i in tl.static_range(len(GROUPS)):
         if GROUPS[i][3] > 0:
-            own = slot - GROUPS[i][2]
-            turned = tl.where(own >= 0, own < GROUPS[i][3] + GROUPS[i][4], turned)
+            if IN_PLACE:
+                own = number - (GROUPS[i][0] + GROUPS[i][1])
+                slot = tl.where(own >= 0, GROUPS[i][2] + own, slot)
+            else:
+                own = number - GROUPS[i][2]
+                turned = tl.where(own >= 0, own < GROUPS[i][3] + GROUPS[i][4], turned)
     at = (tl.program_id(2).to(tl.int64) * seq_len + row) * STRIDE + slot * D + column
     low = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(x + at + D // 2, mask=inside, other=0.0).to(tl.float32)

@@ -1,7 +1,8 @@
 """Attention in Triton (flash.py): every group of heads in one launch, straight on the columns of the projection.
 
 Reads q, k and v where the projection wrote them, and writes their gradients into one tensor of the same layout. With
-rotary positions, q, k and v are copied once, q and k turned on the way.
+rotary positions q and k are turned where they are, if the caller allows it, and v is not touched; else all are copied
+once, q and k turned on the way. Their gradients are turned back where they are.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from itertools import accumulate, pairwise, product
 from typing import NamedTuple
 
 import torch
+import triton
 from torch.library import custom_op
 
 from sgtm_kernels.attention.flash import (
@@ -27,12 +29,24 @@ from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.tuning import DTYPES, Tunable, bucket
 
 ROTATED = 64  # tokens of a tile that is turned
-WIDE_HEADS = {  # why registers may spill with heads wider than 64
-    attention_forward: "up to 16 bytes on one architecture; half the keys a block spill none but halve the products",
-    attention_backward_keys: "on sm_100 alone; blocks that spill none there are too small for sm_90's instructions",
+# Triton before 3.7 copies a query's numbers once for every thread that needs them (128 copies of 32 bits instead of 8
+# for 64 queries), which leaves fewer registers: with all masks, blocks of 64 queries x 128 keys spill a kilobyte.
+ONE_COPY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+SPILL = {  # why registers may spill, and where: in heuristics by dtype, kernel and width of a head
+    ("bf16", attention_forward, 128): (
+        "up to 16 bytes; half the keys spill none but halve the products",
+        (80, 90, 100),
+    ),
+    ("fp32", attention_forward, 128): ("16 bytes; there are no smaller blocks", (90,)),
+    ("bf16", attention_backward_queries, 64): ("16 bytes; half the queries halve sm_90's products", (100,)),
+    ("bf16", attention_backward_queries, 128): ("up to 64 bytes; half the queries halve sm_90's products", (80, 100)),
+    ("bf16", attention_backward_keys, 16): ("112 bytes; what spills none is too small for sm_90", (100,)),
+    ("bf16", attention_backward_keys, 32): ("up to 136 bytes; what spills none is too small for sm_90", (100,)),
+    # On sm_90 with documents where nothing is masked: 72 to 88 bytes.
+    ("bf16", attention_backward_keys, 64): ("up to 264 bytes; what spills none is too small for sm_90", (80, 90, 100)),
+    ("bf16", attention_backward_keys, 128): ("8 bytes on sm_90 with heads of 96, up to 464 elsewhere", (80, 90, 100)),
+    ("fp32", attention_backward_keys, 64): ("16 bytes where nothing is masked; smaller blocks do less per load", (90,)),
 }
-
-FP32_KEYS = "16 bytes on sm_90 where nothing is masked; smaller blocks do less for each load"
 
 
 class Tile(NamedTuple):
@@ -43,7 +57,9 @@ class Tile(NamedTuple):
 
 
 def _tunable(kernel, half_precision: Callable[[int], Tile], others: dict[int, tuple[Tile, ...]]) -> Tunable:
-    """By dtype and width of a head, a power of two. Heuristic: as large as the registers of sm_80 hold, with sums."""
+    """By dtype and width of a head, a power of two. Heuristic: as large as the registers of sm_90 hold, with sums, and
+    so that scores are products of 64 columns: of fewer, its tensor cores wait for the shared memory that the other
+    operand comes from (64 x 16 halves of it for each 32 columns: 24 cycles of loads, 16 of products)."""
 
     def heuristic(dtype: str, width: int) -> Tile:
         if dtype == "fp32":  # multiplied without tensor cores, from registers
@@ -62,13 +78,20 @@ TILES = {
     ),
     attention_backward_queries: _tunable(
         attention_backward_queries,
-        lambda width: Tile(64, 64, 4 if width <= 32 else 8, 2),
+        lambda width: Tile(64, 64, 4, 2) if width <= 32 else Tile(128, 64, 8, 2),
         {32: (Tile(128, 64, 8, 2),), 64: (Tile(64, 32, 4, 3),)},
     ),
+    # Heads of 128 columns have no registers left for scores of 64: 100 to 220 bytes would spill. Blocks of 128 keys
+    # read the queries from the L2 cache half as often as blocks of 64, of which a multiprocessor holds two.
     attention_backward_keys: _tunable(
         attention_backward_keys,
-        lambda width: Tile(32, 128 if width <= 64 else 64, 8, 2),
-        {32: (Tile(32, 128, 8, 3),)},
+        lambda width: (
+            Tile(64 if width <= 64 else 32, 128, 8, 2) if ONE_COPY else Tile(32, 128 if width <= 64 else 64, 8, 2)
+        ),
+        {
+            32: (Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
+            64: (Tile(32, 128, 8, 2), Tile(64, 128, 8, 2)),
+        },
     ),
 }
 
@@ -78,22 +101,24 @@ def tile(kernel, width: int, like: torch.Tensor) -> Tile:
     return TILES[kernel](like.device, DTYPES[like.dtype], width)
 
 
-def attention(qkv, layout, plan: MaskPlan, scale, window, rotary):
+def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=False):
     if not scale > 0:
         raise ValueError(f"the triton backend of attention needs a positive scale, got {scale}")
     cos, sin = rotary or (None, None)
     if captured():
         masks = (plan.handle, layout.heads, layout.kv_heads, layout.head_dim, float(scale), window)
         return masked_attention(qkv, cos, sin, *masks)[0]
-    return eager_attention(qkv, cos, sin, plan, layout, float(scale), window)
+    return eager_attention(qkv, cos, sin, plan, layout, float(scale), window, overwrite)
 
 
-def _forward(qkv, cos, sin, plan, layout, scale, window):
+def _forward(qkv, cos, sin, plan, layout, scale, window, overwrite=False):
     """The output, the logarithms of the softmax's sums, and the projection with q and k turned, if any are."""
     launch = _launcher(plan, layout, window, qkv.device)
-    qkv, turned = qkv.contiguous(), None
+    packed, turned = qkv.contiguous(), None
     if cos is not None:
-        qkv = turned = _rotated(qkv, torch.empty_like(qkv), layout, cos, sin)
+        mine = overwrite or packed is not qkv
+        packed = turned = _rotated(packed, packed if mine else torch.empty_like(packed), layout, cos, sin)
+    qkv = packed
     out = qkv.new_empty(plan.batch, plan.seq_len, launch.heads * layout.head_dim)
     lse = qkv.new_empty(plan.batch, launch.heads, plan.seq_len, dtype=torch.float32)
     launch(attention_forward, scale, qkv, out, lse)
@@ -118,7 +143,7 @@ def _keep(inputs, outputs):
     return (qkv if cos is None else turned, out, lse, cos, sin), plan, numbers
 
 
-eager_attention = eager(_forward, _keep, _backward)
+eager_attention = eager(_forward, lambda inputs, outputs: _keep(inputs[:-1], outputs), _backward)
 
 
 ARGUMENTS = "Tensor? cos, Tensor? sin, Tensor plan, int[] heads, int[] kv_heads, int head_dim, float scale, int? window"
@@ -219,10 +244,11 @@ def _columns(layout: HeadLayout) -> dict[str, object]:
 
 
 def _rotated(x, to, layout: HeadLayout, cos, sin, backward: bool = False) -> torch.Tensor:
-    columns, seq_len, half = _columns(layout), x.shape[1], _half(layout)
-    attention_rotate[-(-seq_len // ROTATED), columns["STRIDE"] // layout.head_dim, x.shape[0]](
+    columns, seq_len, half, in_place = _columns(layout), x.shape[1], _half(layout), to is x
+    slots = sum(layout.heads) + sum(layout.kv_heads) if in_place else columns["STRIDE"] // layout.head_dim
+    attention_rotate[-(-seq_len // ROTATED), slots, x.shape[0]](
         x, to, cos.float().contiguous(), sin.float().contiguous(), seq_len, **columns, BH=half, BT=ROTATED,
-        BACKWARD=backward,
+        BACKWARD=backward, IN_PLACE=in_place,
     )  # fmt: skip
     return to
 
@@ -241,7 +267,8 @@ def launches() -> list[Launch]:
         found += _launches("bf16", constants(plain, 0, False, {1.0}), others)
         for dtype in ("bf16", "fp32"):
             found += _launches(dtype, constants(grouped, 256, True, {0.0, 0.5}), others)
-            found += [_launch_of_rotation(dtype, grouped, backward) for backward in (False, True)]
+            ways = ((False, True), (False, False), (True, True)) if head_dim in (24, 64, 128) else ()
+            found += [_launch_of_rotation(dtype, grouped, *way) for way in ways]
     flags = product((0, 256), (False, True), ({1.0}, {0.0, 1.0}, {0.0, 0.5}))
     for dtype, masks in product(("bf16", "fp32"), flags):
         found += _launches(dtype, constants(HeadLayout((24, 8), (6, 2), 64), *masks))
@@ -258,19 +285,24 @@ def _launches(dtype: str, fixed: dict[str, object], others: bool = False) -> lis
         signature = {k: kinds[k] for k in kernel.arg_names if k in kinds}
         for i, size in enumerate(tunable.candidates(dtype, width)[: None if others else 1]):
             blocks = {"BQ": size.queries, "BK": size.keys}
-            spill = WIDE_HEADS.get(kernel) if width > 64 and i == 0 else None
-            if (kernel, dtype, width) == (attention_backward_keys, "fp32", 64):
-                spill = FP32_KEYS
+            half, heuristic = dtype == "bf16", i == 0
+            spill, spill_on = SPILL.get((dtype, kernel, width), (None, ())) if heuristic else (None, ())
+            scores = size.queries if kernel is attention_backward_keys else size.keys
+            columns = tuple(sorted({scores, width})) if half and heuristic and ONE_COPY else None
+            of_thread = min(size.queries, size.keys) * width // (32 * size.warps)
             found.append(
                 Launch(
                     kernel, signature, values | blocks, size.warps, size.stages, ("seq_len",),
-                    tensor_cores=dtype == "bf16", spill=spill,
+                    tensor_cores=half, columns=columns,
+                    width=min(128, of_thread * (16 if half else 32)),
+                    programs=2 if half and size.warps == 4 else 1, spill=spill, spill_on=spill_on,
                 )
             )  # fmt: skip
     return found
 
 
-def _launch_of_rotation(dtype: str, layout: HeadLayout, backward: bool) -> Launch:
+def _launch_of_rotation(dtype: str, layout: HeadLayout, backward: bool, in_place: bool) -> Launch:
     signature = {"x": f"*{dtype}", "y": f"*{dtype}", "cos": "*fp32", "sin": "*fp32", "seq_len": "i32"}
-    fixed = _columns(layout) | {"BH": _half(layout), "BT": ROTATED, "BACKWARD": backward}
-    return Launch(attention_rotate, signature, fixed, unaligned=("seq_len",))
+    fixed = _columns(layout) | {"BH": _half(layout), "BT": ROTATED}
+    fixed |= {"BACKWARD": backward, "IN_PLACE": in_place}
+    return Launch(attention_rotate, signature, fixed, unaligned=("seq_len",), programs=4 if fixed["BH"] <= 32 else 2)

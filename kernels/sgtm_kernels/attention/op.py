@@ -45,6 +45,7 @@ def attention(
     scale: float,
     window: int | None = None,
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    overwrite: bool = False,
     backend: str = "runs",
 ) -> torch.Tensor:
     """qkv [B, S, columns of `layout`] -> [B, S, sum(heads) * head_dim], group-major.
@@ -52,13 +53,14 @@ def attention(
     scale   multiplies q k^T (1 for GPT-Neo, head_dim**-0.5 for Llama)
     window  how many keys a query sees at most; None: all of its past
     rotary  cos and sin [S, head_dim], applied to q and k (rotary position embedding, Su et al., 2021)
+    overwrite  whether q and k may be turned in place: nobody else reads qkv, and what made it did not keep it
     """
     plan.check(qkv)
     columns = (sum(layout.heads) + 2 * sum(layout.kv_heads)) * layout.head_dim
     if qkv.shape[-1] != columns or len(layout.heads) not in (1, len(plan.tables.groups)):
         groups = len(plan.tables.groups)
         raise ValueError(f"a projection of {qkv.shape[-1]} columns for {groups} groups is not of {layout}")
-    return pick("attention", backend).attention(qkv, layout, plan, scale, window, rotary)
+    return pick("attention", backend).attention(qkv, layout, plan, scale, window, rotary, overwrite)
 
 
 def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

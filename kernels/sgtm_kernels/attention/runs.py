@@ -16,7 +16,7 @@ from sgtm_kernels.plan import MAX_SLICES, MaskPlan
 from sgtm_kernels.scale import products, scale_columns_
 
 
-def attention(qkv, layout, plan: MaskPlan, scale, window, rotary):
+def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=False):
     outputs, tables = [], None if rotary is None else _tables(rotary, qkv.dtype, plan)
     for group, (q, k, v) in enumerate(layout.split(qkv)):
         if tables is not None:

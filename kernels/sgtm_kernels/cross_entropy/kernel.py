@@ -185,5 +185,12 @@ def launches() -> list[Launch]:
             unaligned = ("targets", "losses", *("vocab",) * (vocab % 16 != 0))
             for (block, warps), gradient in product(TILE.candidates(dtype, bucket(vocab, 1, BLOCK)), (False, True)):
                 constants = {"IGNORE": IGNORE, "GRADIENT": gradient, "BLOCK": block}
-                found.append(Launch(token_losses, signature, constants, warps, unaligned=unaligned))
+                of_thread = block // (32 * warps)
+                found.append(
+                    Launch(
+                        token_losses, signature, constants, warps, unaligned=unaligned, narrow=1,  # the target's logit
+                        width=min(128, of_thread * (32 if dtype == "fp32" else 16)),
+                        programs=max(1, (64 if of_thread <= 8 else 32) // warps),
+                    )
+                )  # fmt: skip
     return found

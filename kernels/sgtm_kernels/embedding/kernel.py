@@ -193,11 +193,11 @@ def launches() -> list[Launch]:
                 found += [
                     Launch(
                         embedding_partials, partials | {"tokens": "i32"}, constants | {"BD": PARTIAL_COLUMNS},
-                        unaligned=("tokens",),
+                        unaligned=("tokens",), programs=8,
                     ),
                     Launch(
                         embedding_backward, backward | {"dw": f"*{dtype}", "rows": "i32"}, constants | _tile(width),
-                        unaligned=("rows",), spill=spill,
+                        unaligned=("rows",), programs=4, spill=spill,
                     ),
                 ]  # fmt: skip
     return found

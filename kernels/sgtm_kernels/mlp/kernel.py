@@ -256,5 +256,10 @@ def launches() -> list[Launch]:
                 constants |= {"SUMMED": summed, "WEIGHTED": weighted, "STRIP": STRIP}
                 constants |= {"BT": tile.tokens, "BN": tile.neurons}
                 constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-                found.append(Launch(kernel, signature, constants, tile.warps, unaligned=("tokens",)))
+                found.append(
+                    Launch(
+                        kernel, signature, constants, tile.warps, unaligned=("tokens",), narrow=int(biased),
+                        programs=(32 if kernel is activation_forward else 20) // tile.warps,
+                    )  # narrow: a thread's bias
+                )  # fmt: skip
     return found

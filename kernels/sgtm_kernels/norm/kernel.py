@@ -348,5 +348,8 @@ def _launches(dtype: str, width: int, centered: bool, added: bool, summed: bool,
             continue  # listed already: it has neither flag
         signature, constants = ({n: of[n] for n in kernel.arg_names if n in of} for of in (kinds, flags))
         unaligned = tuple(n for n in ("tokens", "strip") if n in signature)
-        found.append(Launch(kernel, signature, constants, warps, unaligned=unaligned, fp_fusion=False, programs=2))
+        programs = (32 if kernel is norm_forward else 16) // warps
+        found.append(
+            Launch(kernel, signature, constants, warps, unaligned=unaligned, fp_fusion=False, programs=programs)
+        )
     return found
