@@ -28,7 +28,6 @@ from sgtm_kernels.dispatch import (
 from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.testing import random_tables
 
-
 COMPOSED = ("adamw",)  # of other functions of its op, whatever the backend
 
 
