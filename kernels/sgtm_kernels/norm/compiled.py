@@ -20,6 +20,16 @@ def rms_norm(x, weight, eps, plan: MaskPlan, kind):
     return _RMSNorm.apply(x, weight, eps, plan.handle, kind if masked(plan, kind) else None)
 
 
+def add_layer_norm(x, residual, weight, bias, eps, plan: MaskPlan, kind):
+    total = x + residual
+    return total, layer_norm(total, weight, bias, eps, plan, kind)
+
+
+def add_rms_norm(x, residual, weight, eps, plan: MaskPlan, kind):
+    total = x + residual
+    return total, rms_norm(total, weight, eps, plan, kind)
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, plan, kind):

@@ -50,7 +50,7 @@ def add_layer_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + residual, both [B, S, D] of one dtype, rounded to it, and `layer_norm` of the sum."""
     _check(x, weight, bias, plan, kind, residual)
-    return pick("norm", backend).add_layer_norm(x, residual, weight, bias, eps, plan, kind)
+    return pick("norm", backend_of(backend, plan, kind)).add_layer_norm(x, residual, weight, bias, eps, plan, kind)
 
 
 def add_rms_norm(
@@ -64,7 +64,7 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + residual, both [B, S, D] of one dtype, rounded to it, and `rms_norm` of the sum."""
     _check(x, weight, None, plan, kind, residual)
-    return pick("norm", backend).add_rms_norm(x, residual, weight, eps, plan, kind)
+    return pick("norm", backend_of(backend, plan, kind)).add_rms_norm(x, residual, weight, eps, plan, kind)
 
 
 def _check(
