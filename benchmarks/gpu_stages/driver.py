@@ -256,7 +256,9 @@ def environment() -> dict[str, str]:
     """Of a stage: this checkout's code, and nothing of the shell that chooses kernels."""
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("SGTM_")}
     paths = [*map(str, (BENCHMARKS, BENCHMARKS.parent / "kernels", BENCHMARKS.parent)), kept.get("PYTHONPATH", "")]
-    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    # cuBLAS: as in training, where kernels.deterministic is the default; without it a strictly deterministic op raises.
+    added = {"PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    return kept | added | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _stamp(path: Path) -> int | None:

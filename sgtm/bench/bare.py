@@ -6,7 +6,8 @@ weights and moments, without clipping. Ours leaves what no token of the step may
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +16,7 @@ import torch
 from sgtm.bench.models import Setting
 from sgtm.bench.plain import Plain
 from sgtm.data.batch import Batch
+from sgtm.distributed.env import use_deterministic_algorithms
 from sgtm.distributed.segments import Fragment, segment_tables
 from sgtm.model.rows import live_keys
 from sgtm.model.transformer import Transformer
@@ -61,10 +63,23 @@ def _gather(master: torch.Tensor, parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """As `kernels.deterministic` has it in training, which is the default on CUDA."""
+    if device.type == "cuda":
+        use_deterministic_algorithms()
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.use_deterministic_algorithms(False)
+
+
 class Ours:
-    """Steps of our model. One set of weights for all backends and strategies."""
+    """Steps of our model, with batches in the host's memory. One set of weights for all backends and strategies."""
 
     def __init__(self, setting: Setting, device: torch.device, dtype: torch.dtype):
+        self.device = device
         with device:
             self.mixed = Mixed(Transformer(setting.model, setting.partition), dtype)
         rows, masters = self.mixed.model.parameter_rows(), self.mixed.masters
@@ -78,10 +93,11 @@ class Ours:
     def step(self, backend: str, tables: Tables, batches: list[Batch]) -> None:
         self._use(backend)
         self.mixed.forget_gradients()  # of a step that ran out of memory
-        for batch in batches:
-            plan = batch.plan(tables)
-            self.loss, _ = self.mixed.model(batch.input_ids, batch.targets, plan, 1 / batch.step_targets)
-            self.loss.backward()
+        with _deterministic(self.device):
+            for batch in batches:
+                ids, targets, plan = batch.on(self.device, tables)
+                self.loss, _ = self.mixed.model(ids, targets, plan, 1 / batch.step_targets)
+                self.loss.backward()
         live = live_keys(tables, batches[0].step_labels)
         self.optimizer.begin_step(live, self.config.lr)
         self.optimizer.step()

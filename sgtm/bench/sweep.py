@@ -60,8 +60,8 @@ class Sweep:
             if base == NONE:
                 yield [self._plain(rounds, share)]
 
-    def _batches(self, case: Case) -> list:
-        return random_batches(case.batches, self.setting.model, self.device)
+    def _batches(self, case: Case, device: torch.device) -> list:
+        return random_batches(case.batches, self.setting.model, device)
 
     def _tokens(self, name: str) -> int:
         return sum(sum(pieces.lengths) for pieces in self.cases[name].batches)
@@ -70,7 +70,8 @@ class Sweep:
         found = {}
         for backend, name in keys:
             case = self.cases[name]
-            found[backend, name] = LocalStep(partial(self.ours.step, backend, case.tables, self._batches(case)))
+            batches = self._batches(case, torch.device("cpu"))  # each step copies them, as in training
+            found[backend, name] = LocalStep(partial(self.ours.step, backend, case.tables, batches))
         return found
 
     def _take(self, steps: dict, rounds: int, seconds: float) -> Rounds:
@@ -117,7 +118,7 @@ class Sweep:
         about = {"backend": "public", "percent": 0, "mixing": [], "mean_of": None}
         try:
             plain = PlainSteps(self.setting, self.device, self.dtype)
-            batches = self._batches(self.cases[NONE])
+            batches = self._batches(self.cases[NONE], self.device)
             steps = self._steps([self.root]) | {PLAIN: LocalStep(partial(plain.step, batches))}
             took = self._take(steps, rounds, seconds)
             _must_train(took, plain, [PLAIN])
