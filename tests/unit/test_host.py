@@ -7,12 +7,14 @@ an op of the dispatcher in an eager step.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
+from bare import execute
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgtm.data.batch import Batch
@@ -192,3 +194,16 @@ def nodes_of(root) -> set:
             seen.add(node)
             waiting += [following for following, _ in node.next_functions]
     return seen
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "lines"),
+    [
+        ("host", ["--family", "gpt_neo", "--rounds", "1"], 5),
+        ("host_optimizer", ["--shape", "tiny", "--rounds", "1"], 2),
+    ],
+)
+def test_the_benchmarks_of_the_host_run(script, arguments, lines):
+    done = execute([sys.executable, f"benchmarks/{script}.py", *arguments], dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == lines
