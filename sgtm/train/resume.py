@@ -37,7 +37,13 @@ SAME = (
 )
 MAY_DIFFER = ("model.activation_checkpointing", "data.path")  # the data are known by their fingerprint
 # and what changes only the order in which sums are added, or where they are rounded.
-SHAPE = ("train.micro_batch", "train.compile", "distributed.zero_stage", "distributed.offload_optimizer")
+SHAPE = (
+    "train.micro_batch",
+    "train.compile",
+    "distributed.zero_stage",
+    "distributed.offload_optimizer",
+    "distributed.communication",
+)
 
 
 def resume_command(run: Path, ranks: int) -> str:
