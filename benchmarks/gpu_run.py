@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from journal import last_by
 from step_table import steps
 from tables import markdown, spread
 from verdicts import OPS, admitted, verdicts
@@ -26,11 +27,6 @@ def section(rows: Sequence[dict]) -> str:
         reasons = "; ".join(f"{what} ({why})" for what, why in refused.items())
         parts.append(f"Not reported, because checks on this device failed or were not run to the end: {reasons}.")
     return "\n\n".join(parts)
-
-
-def last_by(rows: Sequence[dict], *keys: str) -> list[dict]:
-    """The last row for each combination of these fields."""
-    return list({tuple(row.get(key) for key in keys): row for row in rows}.values())
 
 
 def checked(checks: Sequence[dict]) -> str:

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ENVIRONMENT = "environment.json"  # in the folder of a run: commit, device and versions, for every row
@@ -60,6 +60,11 @@ def _drop_torn_line(file) -> None:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
         file.seek(0, os.SEEK_END)
+
+
+def last_by(rows: Sequence[dict], *keys: str) -> list[dict]:
+    """The last row for each combination of these fields, in the order in which the combinations first occur."""
+    return list({tuple(row.get(key) for key in keys): row for row in rows}.values())
 
 
 def failure(error: BaseException) -> dict:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from journal import last_by
+
 OPS = ("linear", "mlp", "attention", "norm", "embedding", "cross_entropy", "adamw")
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 PUBLIC = "public"  # backend of rows that hold nothing of ours
@@ -95,7 +97,7 @@ def _concerns(row: dict, op: str) -> bool:
 
 def latest(rows: Sequence[dict]) -> list[dict]:
     """The last row of each item."""
-    return list({row["item"]: row for row in rows if "item" in row}.values())
+    return last_by([row for row in rows if "item" in row], "item")
 
 
 def admitted(rows: Sequence[dict], checks: Sequence[dict]) -> tuple[list[dict], dict[str, str]]:

@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from journal import AGAIN, OK, Items, Journal
+from journal import AGAIN, OK, Items, Journal, last_by
 
 STAGES = "stages.jsonl"
 BENCHMARKS = Path(__file__).parents[1]
@@ -199,11 +199,6 @@ def _where(ended: Ended, outcome: str) -> str:
     at = f" in {ended.item}" if ended.item and outcome != DONE else ""
     lines = ended.tail.strip().splitlines()
     return at + (f": {lines[-1][:160]}" if lines and outcome not in (DONE, CUT) else "")
-
-
-def last_by(rows: Sequence[dict], *keys: str) -> list[dict]:
-    """The last row for each combination of these fields, in the order in which these came up."""
-    return list({tuple(row.get(key) for key in keys): row for row in rows}.values())
 
 
 class Processes:

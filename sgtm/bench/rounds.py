@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -96,7 +96,11 @@ class Rounds:
 
 
 def take_rounds(
-    steps: dict, rounds: int, seconds: float = float("inf"), may_fail: Collection = (), warm_up: int = 1
+    steps: dict[Hashable, TimedStep],
+    rounds: int,
+    seconds: float = float("inf"),
+    may_fail: Collection = (),
+    warm_up: int = 1,
 ) -> Rounds:
     """Every step once a round, after `warm_up` first ones, in an order that changes from round to round (what ran
     before leaves its traces); fewer rounds, but at least `LEAST`, if `seconds` are over before. Then their memory.
