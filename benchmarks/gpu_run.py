@@ -30,7 +30,7 @@ def section(rows: Sequence[dict]) -> str:
 
 
 def checked(checks: Sequence[dict]) -> str:
-    """What `smoke` and the kernels' tests say of each op, and whether a run that was killed went the same way."""
+    """Verdicts of `smoke` and the kernels' tests on each op, and whether the killed run was bit-identical."""
     backends = [b for b in ("triton", "runs") if any(row.get("backend") == b for row in checks)]
     found = {backend: verdicts(checks, backend) for backend in backends or ["triton"]}
     table = [["op", *(f"against the reference, {backend}" for backend in found), "tests"]]
@@ -40,7 +40,8 @@ def checked(checks: Sequence[dict]) -> str:
     trained = last_by([row for row in checks if "same_bits" in row and row["stage"] == "train"], "zero_stage")
     runs = [
         f"`sgtm train {row['preset']}` under ZeRO {row['zero_stage']}, killed after step {row['killed_after']} and "
-        f"resumed after step {row['resumed_after']}: {'the same' if row['same_bits'] else 'other'} bits as left alone"
+        f"resumed after step {row['resumed_after']}: bits {'equal to' if row['same_bits'] else 'differ from'} those of "
+        "an uninterrupted run"
         for row in trained
     ]
     return "\n\n".join([f"### Checks on the GPU\n\n{markdown(table)}", *runs])

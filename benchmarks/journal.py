@@ -15,7 +15,7 @@ from pathlib import Path
 
 ENVIRONMENT = "environment.json"  # in the folder of a run: commit, device and versions, for every row
 OK, FAILED = "ok", "failed"
-AGAIN = "again"  # outcome of an item that failed and is to be measured once more
+AGAIN = "again"  # outcome of a failed item that is to be measured again
 
 
 class Journal:
@@ -77,12 +77,12 @@ def failure(error: BaseException) -> dict:
 
 
 class Items:
-    """The items of a script that are measured one after another, each once, however often the script is started.
+    """The items of a script, measured one after another, each once however often the script is started.
 
-    An item is finished when rows with its name are in the journal, be they of a failure. Before an item begins, its
-    name goes to the file that `SGTM_GPU_ITEM` names: the driver finds there where a process crashed or hung. `healthy`
-    is called after a failure: where it returns False (a CUDA context does not survive an illegal access) the process
-    ends with status `RESTART`.
+    An item is finished when the journal has rows with its name, even of a failure. Before an item begins, its name is
+    written to the file that `SGTM_GPU_ITEM` names, where the driver reads which item crashed or hung. `healthy` is
+    called after a failure: if it returns False (a CUDA context does not survive an illegal access) the process exits
+    with status `RESTART`.
     """
 
     RESTART = 75

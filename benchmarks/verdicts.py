@@ -1,4 +1,4 @@
-"""What the checks of a run say of each op, and which measurements may therefore be reported.
+"""Verdicts of a run's checks on each op, and which measurements may be reported because of them.
 
 A measurement of an op is reported only if the op passed `smoke` in that backend and none of its tests failed; that of a
 whole step, which takes every op, only if all ops did. Everything here works on rows as the stages of gpu.py write them.

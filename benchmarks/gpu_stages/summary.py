@@ -1,4 +1,4 @@
-"""What came of a run, as text: its stages, and what the checks say of each op."""
+"""Summary of a run as text: the outcomes of its stages, and of the checks of each op."""
 
 from __future__ import annotations
 
