@@ -80,9 +80,8 @@ def more_signatures(config: Config, tables: Tables, pieces: list[tuple[int, ...]
 def _evaluate(engine: Engine, batch: Batch) -> None:
     """Evaluate with nothing removed and with every domain removed: evaluations use the graphs of these two."""
     space = engine.config.space
-    ids, targets = batch.input_ids.to(engine.device), batch.targets.to(engine.device)
     for removed in ((), space.domains):
-        engine(ids, targets, batch.plan(removal_tables(space, removed)), 1.0)
+        engine(*batch.on(engine.device, removal_tables(space, removed)), 1.0)
 
 
 def random_batch(config: Config, labels: tuple[int, ...], seed: int = 0) -> Batch:

@@ -92,8 +92,7 @@ def calls_of(config: Config, device: torch.device) -> list[Call]:
     with recorded() as calls:
         for i, labels in enumerate(label_pieces(small, min(len(config.tables.labels), LABELS))):
             batch = random_batch(small, labels, i)
-            ids, targets = batch.input_ids.to(device), batch.targets.to(device)
-            model(ids, targets, batch.plan(config.tables), 1.0 / targets.numel())
+            model(*batch.on(device, config.tables), 1.0 / batch.targets.numel())
     torch.random.set_rng_state(state)
     return calls
 
