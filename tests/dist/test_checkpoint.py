@@ -175,7 +175,7 @@ def damage(folder: str) -> None:
         found, (text,) = whole()
         aside = directory.with_name(f"damaged-{directory.name}")
         assert found == older and not directory.exists() and aside.is_dir()
-        assert text.endswith(f"; kept as {aside.name}, going on from {older.name}")
+        assert text.endswith(f"; quarantined as {aside.name}, resuming from {older.name}")
         alone(lambda: (aside / name).write_bytes(content))
         alone(lambda: aside.rename(directory))
         return text
