@@ -197,6 +197,9 @@ class TrainConfig(Section):
     the time of one step for every label in it and changes nothing. 0: none."""
 
 
+HOP_BYTES = 1_000_000  # sent in the time that a message takes from one rank to the next
+
+
 class DistributedConfig(Section):
     """How DeepSpeed shards the run."""
 
@@ -235,6 +238,14 @@ class DistributedConfig(Section):
             if getattr(self, key) != type(self).model_fields[key].default and self.zero_stage != 3:
                 raise ValueError(f"{key}: ZeRO {self.zero_stage} does not have it; set zero_stage 3, or leave it out")
         return self
+
+    def reduces_to_owners(self, numel: int, ranks: int) -> bool:
+        """Whether DeepSpeed's ZeRO 1 and 2 reduce each share of a gradient to its owner, not all shares to all ranks.
+
+        That moves half the bytes, but passes all ranks once for each of them: it wins where a share takes longer than
+        its way, which is about a megabyte for each rank of it (3 us a hop at 350 GB/s; assumed, not measured).
+        """
+        return 4 * numel / ranks >= HOP_BYTES * ranks
 
     def check_ranks(self, world_size: int) -> None:
         """Raises ValueError where the ranks do not divide into the groups of zero_hpz_partition_size."""

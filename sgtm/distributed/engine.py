@@ -96,7 +96,7 @@ def deepspeed_config(config: Config, world_size: int, numel: int) -> dict:
             "stage": 1 if stage == 0 and bf16 else stage,
             "reduce_bucket_size": min(numel, BUCKET),
             "allgather_bucket_size": BUCKET,
-            **_zero_options(config.distributed, world_size),
+            **_zero_options(config.distributed, world_size, numel),
         },
         "bf16": {"enabled": bf16, "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -106,11 +106,11 @@ def deepspeed_config(config: Config, world_size: int, numel: int) -> dict:
     }
 
 
-def _zero_options(config: DistributedConfig, world_size: int) -> dict:
+def _zero_options(config: DistributedConfig, world_size: int, numel: int) -> dict:
     config.check_ranks(world_size)
     options: dict = {"offload_optimizer": {"device": "cpu"}} if config.offload_optimizer else {}
     options["overlap_comm"] = config.zero_stage >= 2
-    options["use_multi_rank_bucket_allreduce"] = False  # of ZeRO 1 and 2: it would all-reduce what one rank needs
+    options["use_multi_rank_bucket_allreduce"] = not config.reduces_to_owners(numel, world_size)  # of ZeRO 1 and 2
     if config.zero_stage == 3:
         options["zero_hpz_partition_size"] = config.zero_hpz_partition_size
         options["zero_quantized_weights"] = config.zero_quantized_weights

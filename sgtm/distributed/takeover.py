@@ -6,8 +6,9 @@ separate pass.
 
     ZeRO 0 in fp32     plain data parallelism: the stop flag is one more element of the gradients' all-reduce
     ZeRO 0, 1 in bf16  its bf16 optimizer would all-reduce the fp32 gradients of the whole model: reduce-scattered
-    ZeRO 1, 2          each share is reduced to its owner. With `overlap_comm`, DeepSpeed would wait for the device
-                       before each of them and after every backward pass; streams wait for one another instead
+    ZeRO 1, 2          all-reduced, or each share reduced to its owner (DistributedConfig.reduces_to_owners). With
+                       `overlap_comm`, DeepSpeed would wait for the device before each of the latter and after every
+                       backward pass; streams wait for one another instead
     ZeRO 3             reduce-scatters by itself; it waits for the device once in a backward pass (not replaced)
 """
 
@@ -45,6 +46,7 @@ class Takeover:
             replace(self.optimizer, "check_overflow", nothing)
             replace(self.optimizer, "scaled_global_norm", self.norm)
             replace(self.optimizer, "update_offload_overflow_tracker", nothing)
+            replace(self.optimizer, "allreduce_bucket", self.recorded())
             replace(self.optimizer, "allreduce_and_copy", self.reduce_to_owner)
             replace(self.optimizer, "independent_gradient_partition_epilogue", self.epilogue())
         else:
@@ -113,6 +115,20 @@ class Takeover:
             bf16.update_lp_params()
         bf16.clear_hp_grads()
 
+    def recorded(self) -> Callable:
+        """The reductions of ZeRO 1 and 2, with the gradients kept while the other stream of `overlap_comm` reads them:
+        DeepSpeed frees at once what another rank owns."""
+        zero, inner = self.optimizer, self.optimizer.allreduce_bucket
+
+        def reduce(bucket: list[torch.Tensor], *args, **kwargs) -> torch.Tensor:
+            reduced = inner(bucket, *args, **kwargs)
+            if zero.overlap_comm and not get_accelerator().resolves_data_dependency():
+                for gradient in (reduced, *bucket):
+                    gradient.record_stream(zero.reduction_stream)
+            return reduced
+
+        return reduce
+
     def reduce_to_owner(
         self,
         small_bucket: list[torch.Tensor],
@@ -123,15 +139,11 @@ class Takeover:
         process_group=None,
         output_bucket: list[torch.Tensor | None] | None = None,
     ) -> None:
-        """Of ZeRO 1 and 2, as their `allreduce_and_copy`; but with `overlap_comm` no host waits. On the stream that is
-        current, which reads the gradients after they are freed elsewhere."""
+        """Of ZeRO 1 and 2, as their `allreduce_and_copy`, but no host waits; on the stream that is current."""
         zero = self.optimizer
         reduced = zero.allreduce_bucket(
             small_bucket, communication_data_type, rank=rank, divide=divide, process_group=process_group
         )
-        if zero.overlap_comm and not get_accelerator().resolves_data_dependency():
-            for gradient in (reduced, *small_bucket):
-                gradient.record_stream(zero.reduction_stream)
         if rank is not None and rank != dist.get_rank(group=process_group or zero.dp_process_group):
             return
         outputs = output_bucket or [None] * len(small_bucket)

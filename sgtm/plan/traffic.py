@@ -1,10 +1,10 @@
 """Collectives of a global step, as the engine configures DeepSpeed, and the bytes that they move.
 
 Gradients are reduced in `distributed.communication` whatever the precision of the weights. ZeRO 0 and 1 reduce them
-once in a step, ZeRO 2 and 3 for every micro-batch. All but ZeRO 0 in fp32 send a share of the gradient to its owner
-alone: by a reduce-scatter, or in DeepSpeed's ZeRO 1 and 2 by a reduce for each owner, which moves the same bytes.
-Scalars (norms, flags) are left out. What hpZ saves is not counted: from its second gather in a step on, a weight moves
-inside the groups of `zero_hpz_partition_size` alone; here, it always moves over all ranks.
+once in a step, ZeRO 2 and 3 for every micro-batch. The bf16 optimizer of ZeRO 0 and 1 and ZeRO 3 reduce-scatter;
+DeepSpeed's ZeRO 1 and 2 reduce each share to its owner, which moves the same bytes, or all-reduce where shares are
+small. Scalars (norms, flags) are left out. What hpZ saves is not counted: from its second gather in a step on, a weight
+moves inside the groups of `zero_hpz_partition_size` alone; here, it always moves over all ranks.
 
 tests/dist/test_plan.py counts the same bytes in runs on 2 and 4 ranks.
 """
@@ -89,7 +89,8 @@ def collectives(config: Config, stage: int, ranks: int, limits: Limits | None = 
         return [Collective(REDUCE_SCATTER, "gradients", whole, sent), Collective(ALL_GATHER, "weights", whole, width)]
     if stage < 3:
         times = accumulation if stage == 2 else 1
-        reduced = Collective(REDUCE, "gradients", total, sent, times, overlapped=stage == 2)
+        kind = REDUCE if config.distributed.reduces_to_owners(total, ranks) else ALL_REDUCE
+        reduced = Collective(kind, "gradients", total, sent, times, overlapped=stage == 2)
         return [reduced, Collective(ALL_GATHER, "weights", padded(total, ranks), width)]
     kept = persistent(sizes, limits)
     gathered = split((sizes[name] for name in gathers(config.model, limits).names), ranks)

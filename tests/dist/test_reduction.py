@@ -148,28 +148,41 @@ class Stream:
         Stream.waits += 1
 
 
-def overlap() -> None:
+def overlap(hop: int) -> None:
     """Two steps in ZeRO 2 with the accelerator's streams stood in for; DeepSpeed would have the host wait for them."""
     from deepspeed.accelerator import get_accelerator
 
+    from sgtm.config import schema
+
     accelerator, config = get_accelerator(), tiny_config(2, "bf16")
+    schema.HOP_BYTES = hop
     expected = train(new_engine(config), range(2))
     engine, main = new_engine(config), Stream()
     zero = engine._deepspeed.optimizer
-    assert zero.overlap_comm
+    assert zero.overlap_comm and zero.use_multi_rank_bucket_allreduce == (hop > 0)
     zero.reduction_stream = Stream()
     zero.reduce_bucket_size = 200  # several reductions in a backward pass
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(accelerator, "resolves_data_dependency", lambda: False)
         monkeypatch.setattr(accelerator, "current_stream", lambda *args: main)
         monkeypatch.setattr(accelerator, "synchronize", host_waits)
-        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+        recorded = []
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: recorded.append(tensor.numel()))
+        before = Stream.waits
         assert train(engine, range(2)) == expected
-    assert Stream.waits > 2 * engine.accumulation * 2, "streams do not wait for one another"
+    assert Stream.waits - before > 2 * engine.accumulation * 2, "streams do not wait for one another"
+    whole = 2 * engine.accumulation * sum(p.numel() for p in engine.module.parameters())
+    assert sum(recorded) >= 2 * whole, "gradients, and their sums, are freed while they are read"
+
+
+def both_ways() -> None:
+    for hop in (0, 10**6):
+        overlap(hop)
 
 
 def test_streams_wait_for_one_another_and_no_host_for_them():
-    run_ranks(overlap, 2)
+    """Each share to its owner, as in a large model, and all-reduced."""
+    run_ranks(both_ways, 2)
 
 
 def test_deepspeed_config():
@@ -179,6 +192,10 @@ def test_deepspeed_config():
         settings = deepspeed_config(tiny_config(stage, "bf16"), 2, 100)
         assert settings["communication_data_type"] == "fp32" and settings["gradient_clipping"] == 0.0
         zero = settings["zero_optimization"]
-        assert zero["overlap_comm"] == (stage >= 2) and zero["use_multi_rank_bucket_allreduce"] is False
+        assert zero["overlap_comm"] == (stage >= 2) and zero["use_multi_rank_bucket_allreduce"] is True
+        for ranks, numel, all_reduced in ((2, 10**6, False), (8, 10**7, True), (8, 10**8, False), (512, 10**9, True)):
+            config = tiny_config(stage, "bf16", train={"tokens_per_step": 6 * 1024})
+            zero = deepspeed_config(config, ranks, numel)["zero_optimization"]
+            assert zero["use_multi_rank_bucket_allreduce"] is all_reduced
     config = tiny_config(2, distributed={"communication": "bf16"})
     assert deepspeed_config(config, 2, 100)["communication_data_type"] == "bf16"
