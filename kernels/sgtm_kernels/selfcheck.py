@@ -27,11 +27,13 @@ from typing import NamedTuple
 import torch
 
 from sgtm_kernels.adamw import Slice, Tensors, prepare
-from sgtm_kernels.dispatch import OPS, pick, replaced
+from sgtm_kernels.dispatch import OPS, WAYS, pick, replaced, way
 from sgtm_kernels.measurement import cpu_model, driver, installed
 from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.testing import poisoned_memory, random_like
+from sgtm_kernels.tuning import table_of
 
+PACKAGE = Path(__file__).parent
 FACTOR, FLOOR = 4.0, 4.0
 
 
@@ -246,11 +248,19 @@ def facts(device: torch.device) -> dict[str, str | None]:
         "torch": torch.__version__,
         "triton": installed("triton"),
         "code": _code(),
+        "tuned": _tuned(device),
+        **{variable: way(variable) for variable in WAYS},
     }
+
+
+def _tuned(device: torch.device) -> str | None:
+    """Hash of the table of kernel configurations in force; None where heuristics hold."""
+    table = table_of(device)
+    return None if table is None else hashlib.sha256(table.path.read_bytes()).hexdigest()
 
 
 @cache
 def _code() -> str:
     """Hash of this package's files."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
+    files = sorted(PACKAGE.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
