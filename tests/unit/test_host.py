@@ -115,7 +115,7 @@ def test_a_micro_batch_is_one_copy_and_no_wait(name, strategy, family, no_kernel
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_what_is_copied_is_the_batch_and_the_plan(name, monkeypatch):
-    """On a CPU that passes for a GPU: every part is where it is looked for, copied once from pinned memory, no waiting."""
+    """On a CPU that passes for a GPU: every part is where it is looked for, in one pinned copy, without waiting."""
     batch = BATCHES[name]
     here = torch.device("cpu")
 
