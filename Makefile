@@ -2,7 +2,7 @@
 # make test          run all tests
 # make cluster-test  SLURM, torchrun on two hosts and deepspeed over ssh, in namespaces of this machine; as root
 # make fault-campaign  200 faults at random moments of runs; resumed, each must end as if left alone
-# make gpu           on a machine with a GPU, by PYTHON: checks and timings within nine minutes; GPU_ARGS="--budget 300"
+# make gpu           checks and timings on a GPU, with PYTHON, within nine minutes; GPU_ARGS="--budget 300"
 # All but `make gpu` make the virtual environment .venv on first use; PYTHON=... chooses the interpreter (3.10 to 3.12).
 
 PYTHON ?= python3

@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def healthy() -> bool:
-    """Frees what is not needed any more; False where the device does not answer, as after an illegal access."""
+    """Free unused memory; False if the device does not respond, as after an illegal access."""
     gc.collect()
     try:
         if torch.cuda.is_initialized():

@@ -1,10 +1,10 @@
-"""Everything that wants a GPU, in one run with a budget: checks, then what each op and a whole step cost.
+"""Everything that needs a GPU, in one run within a time budget: checks, then the cost of each op and of a whole step.
 
     make gpu      or      python benchmarks/gpu.py --out DIR [--budget 540] [--only smoke,steps,attention]
 
-Stages, in the order of their worth, each within a share of the budget (gpu_stages/stages.py); unused time passes on:
+Stages, most important first, each within a share of the budget (gpu_stages/stages.py); unused time passes on:
 
-    rates    copy in GB/s, a big matmul in TFLOP/s
+    rates    copy in GB/s, a large matmul in TFLOP/s
     warm     all kernels that the timed ops launch, compiled by a pool of processes
     smoke    every op at the widths of real models against the reference, in NaN-poisoned memory, under four masks
     profile  three unmasked steps: share of the time that the GPU is busy, gaps, top kernels
@@ -14,10 +14,10 @@ Stages, in the order of their worth, each within a share of the budget (gpu_stag
     tests    tests/kernels, a row for each file
     train    `sgtm train` under ZeRO 1 and 3, killed and resumed, where its packages are installed
 
-Every row is in DIR/<stage>*.jsonl, synced, before the next is measured; a failure is a row and ends nothing else. A
-second run with the same DIR skips what is finished, so a run may be killed at any moment; `--again` runs what failed
-once more. `python benchmarks/report.py --add DIR` puts the results among the committed ones and into the README,
-without those of an op whose checks failed.
+Rows are appended to DIR/<stage>*.jsonl and synced as they are measured; a failure becomes a row and stops nothing else.
+A second run with the same DIR skips what is finished, so a run may be killed at any moment; `--again` repeats what
+failed. `python benchmarks/report.py --add DIR` adds the results to the committed ones and to the README, except those
+of an op whose checks failed.
 
 Needs torch, Triton, numpy and pytest. `--cpu` runs every stage on small shapes, Triton's kernels in its interpreter.
 Exits 1 where there is no GPU, 2 where DIR holds rows of another device, version or commit; 0 otherwise.
@@ -42,8 +42,8 @@ from gpu_stages.driver import Driver, Ended, Processes, Stage, Unit
 from gpu_stages.stages import HERE, NAMES, OPS, stages
 
 BEGAN = time.monotonic()
-PROBE = 90  # seconds at most in which torch must be imported and the device found
-LOCK = 10  # seconds in which the processes of a killed run are gone
+PROBE = 90  # seconds at most to import torch and find the device
+LOCK = 10  # seconds to wait for the processes of a killed run to end
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,7 +78,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     known = (*NAMES, *OPS)
     parser.add_argument("--only", type=names(known), default=[], help=f"stages and ops, of {','.join(known)}")
     parser.add_argument("--cpu", action="store_true", help="every stage on small shapes, without a GPU")
-    parser.add_argument("--again", action="store_true", help="run what failed in an earlier run once more")
+    parser.add_argument("--again", action="store_true", help="repeat what failed in an earlier run")
     parser.add_argument(
         "--commit", help="of this code, where it is not a git checkout (default: a hash of the sources)"
     )
@@ -115,8 +115,8 @@ def problem_of(ended: Ended) -> str | None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[int]:
-    """One run at a time in a folder. The lock is that of the stages' processes too: those of a run that was killed are
-    gone when this returns. Raises SystemExit where another run holds it for more than `LOCK` seconds."""
+    """One run at a time in a folder. The stages' processes inherit the lock, so those of a killed run have ended when
+    this returns. Raises SystemExit if another run holds it for more than `LOCK` seconds."""
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
     ends = time.monotonic() + LOCK
     try:

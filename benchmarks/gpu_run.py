@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from journal import last_by
 from step_table import steps
 from tables import markdown, spread
 from verdicts import OPS, admitted, verdicts
@@ -28,13 +29,8 @@ def section(rows: Sequence[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def last_by(rows: Sequence[dict], *keys: str) -> list[dict]:
-    """The last row for each combination of these fields."""
-    return list({tuple(row.get(key) for key in keys): row for row in rows}.values())
-
-
 def checked(checks: Sequence[dict]) -> str:
-    """What `smoke` and the kernels' tests say of each op, and whether a run that was killed went the same way."""
+    """Verdicts of `smoke` and the kernels' tests on each op, and whether the killed run was bit-identical."""
     backends = [b for b in ("triton", "runs") if any(row.get("backend") == b for row in checks)]
     found = {backend: verdicts(checks, backend) for backend in backends or ["triton"]}
     table = [["op", *(f"against the reference, {backend}" for backend in found), "tests"]]
@@ -44,7 +40,8 @@ def checked(checks: Sequence[dict]) -> str:
     trained = last_by([row for row in checks if "same_bits" in row and row["stage"] == "train"], "zero_stage")
     runs = [
         f"`sgtm train {row['preset']}` under ZeRO {row['zero_stage']}, killed after step {row['killed_after']} and "
-        f"resumed after step {row['resumed_after']}: {'the same' if row['same_bits'] else 'other'} bits as left alone"
+        f"resumed after step {row['resumed_after']}: bits {'equal to' if row['same_bits'] else 'differ from'} those of "
+        "an uninterrupted run"
         for row in trained
     ]
     return "\n\n".join([f"### Checks on the GPU\n\n{markdown(table)}", *runs])

@@ -1,10 +1,9 @@
-"""Time of the host in a step of the optimizer: everything but the kernels, whose launches are replaced by nothing.
+"""Host time of an optimizer step: everything but the kernels, whose launches are replaced by no-ops.
 
     python benchmarks/host_optimizer.py [--shape 254m] [--rounds 50]
 
-The segments are those of the preset's layers in one flat partition, as ZeRO 1 and 2 give; widths are small, as no
-kernel runs. Processor time of this process, median, with an unmasked and a pure forget step. Target: under 0.5 ms at
-254m.
+The segments are those of the preset's layers in one flat partition, as under ZeRO 1 and 2; widths are small, since no
+kernel runs. Median CPU time of this process, for an unmasked and a pure forget step. Target: under 0.5 ms at 254m.
 """
 
 from __future__ import annotations
@@ -18,12 +17,15 @@ from statistics import median
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: no device is needed
 
-import environment  # noqa: F401 - finds sgtm_kernels
 import torch
-from model_shapes import LABELS, SETTINGS, Setting
-from step_cases import AdamW
+from arguments import positive
+from environment import RESULTS
 from triton.runtime.jit import KernelInterface
 
+sys.path.insert(0, str(RESULTS.parents[1]))
+
+from sgtm.bench.bare import AdamW
+from sgtm.bench.models import LABELS, SETTINGS, Setting
 from sgtm.distributed.segments import Fragment, segment_tables
 from sgtm.masking.labels import UNLABELED
 from sgtm.masking.strategy import build_tables
@@ -59,10 +61,10 @@ def milliseconds(optimizer: SegmentedAdamW, live: frozenset[str], rounds: int) -
     return 1e3 * median(times[5:])
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SETTINGS, default="254m")
-    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--rounds", type=positive, default=50)
     options = parser.parse_args()
     torch.set_num_threads(1)
     KernelInterface.__getitem__ = lambda kernel, grid: lambda *args, **kwargs: None
@@ -72,9 +74,8 @@ def main() -> int:
     segments = sum(map(len, optimizer.tables.values()))
     for name, label in (("nothing masked", UNLABELED), ("pure forget", len(tables.labels) - 1)):
         found = milliseconds(optimizer, live_keys(tables, {label}), options.rounds)
-        print(f"{options.shape}, {segments} segments, {name}: {found:.3f} ms of the host's time in a step")
-    return 0
+        print(f"{options.shape}, {segments} segments, {name}: {found:.3f} ms of host time per step")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,12 +10,12 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ENVIRONMENT = "environment.json"  # in the folder of a run: commit, device and versions, for every row
 OK, FAILED = "ok", "failed"
-AGAIN = "again"  # outcome of an item that failed and is to be measured once more
+AGAIN = "again"  # outcome of a failed item that is to be measured again
 
 
 class Journal:
@@ -62,6 +62,11 @@ def _drop_torn_line(file) -> None:
         file.seek(0, os.SEEK_END)
 
 
+def last_by(rows: Sequence[dict], *keys: str) -> list[dict]:
+    """The last row for each combination of these fields, in the order in which the combinations first occur."""
+    return list({tuple(row.get(key) for key in keys): row for row in rows}.values())
+
+
 def failure(error: BaseException) -> dict:
     """Fields of a row whose measurement raised: the error, and where it was raised."""
     frames, at = [], error.__traceback__
@@ -72,12 +77,12 @@ def failure(error: BaseException) -> dict:
 
 
 class Items:
-    """The items of a script that are measured one after another, each once, however often the script is started.
+    """The items of a script, measured one after another, each once however often the script is started.
 
-    An item is finished when rows with its name are in the journal, be they of a failure. Before an item begins, its
-    name goes to the file that `SGTM_GPU_ITEM` names: the driver finds there where a process crashed or hung. `healthy`
-    is called after a failure: where it returns False (a CUDA context does not survive an illegal access) the process
-    ends with status `RESTART`.
+    An item is finished when the journal has rows with its name, even of a failure. Before an item begins, its name is
+    written to the file that `SGTM_GPU_ITEM` names, where the driver reads which item crashed or hung. `healthy` is
+    called after a failure: if it returns False (a CUDA context does not survive an illegal access) the process exits
+    with status `RESTART`.
     """
 
     RESTART = 75

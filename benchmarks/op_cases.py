@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.adamw import adamw as torch_adamw
 
-from sgtm_kernels.adamw import Update, adamw
+from sgtm_kernels.adamw import Slice, Tensors, prepare
 from sgtm_kernels.attention import HeadLayout, attention
 from sgtm_kernels.attention.public import by_flash_attn, by_flex, by_sdpa, facts_of, obstacle
 from sgtm_kernels.attention.visible import Visible
@@ -292,10 +292,11 @@ def optimize(s: Shape, make: Inputs) -> Case:
         return [(r.start, r.end) for r in plan.rows("mlp_in", bounds) if r.tokens.slices]
 
     def ours(plan, backend, sets=sets, lr=1e-6):
-        updates = [
-            Update(*(t[start:end].view(-1) for t in tensors), 10, 0.1) for tensors in sets for start, end in live(plan)
-        ]
-        return lambda: adamw(updates, lr, betas, 1e-8, backend)
+        tensors = [Tensors(*(t.view(-1) for t in each)) for each in sets]
+        edges = [(start * s.width, end * s.width) for start, end in live(plan)]
+        slices = [Slice(i, start, end, 0, 0.1) for i in range(len(tensors)) for start, end in edges]
+        step = prepare(slices, betas, 1e-8, backend)  # once for a live set, as in training
+        return lambda: step(tensors, [10], lr, 1.0)
 
     def results(plan, backend, dtype):
         copies = [[t.to(torch.promote_types(dtype, torch.float32), copy=True) for t in tensors] for tensors in sets]

@@ -5,7 +5,7 @@
 Forward, backward and AdamW on one device, at the shapes and with the masks of the presets (sgtm/bench/models.py), on
 random tokens. In every round each step takes its turn, so that ratios are of times of the same round. A row is one
 share of forget tokens in one mixing mode and backend (sgtm/bench/cases.py); where no single step has that share, the
-row is the mean of two others and says so. Besides what every row has (sgtm/bench/rows.py):
+row is the mean of two others, marked with `mean_of`. Besides what every row has (sgtm/bench/rows.py):
 
     of                  `none` on the same batches, cut into the same micro-batches and documents; for that, and for the
                         plain model, `none` on whole sequences
@@ -18,8 +18,8 @@ row is the mean of two others and says so. Besides what every row has (sgtm/benc
 
 Rows are appended to FILE, and flushed to disk, at the end of each group of steps (sgtm/bench/sweep.py): a run that is
 killed keeps what it has measured. A step that fails (memory, a kernel) becomes a row with an `error`, and the rest is
-measured; the exit status is 1 if nothing was. Needs torch, numpy, `sgtm` and `sgtm_kernels`, and no package
-besides.
+measured; the exit status is 1 if nothing was. Needs only torch, numpy, `sgtm` and
+`sgtm_kernels`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def measure(name: str, backends: list[str], args: argparse.Namespace):
-    """The rows of a shape, a group at a time; one row that says why where the model cannot be made."""
+    """The rows of a shape, a group at a time; a single row with the error if the model cannot be built."""
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     torch.manual_seed(0)
     try:

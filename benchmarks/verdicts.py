@@ -1,4 +1,4 @@
-"""What the checks of a run say of each op, and which measurements may therefore be reported.
+"""Verdicts of a run's checks on each op, and which measurements may be reported because of them.
 
 A measurement of an op is reported only if the op passed `smoke` in that backend and none of its tests failed; that of a
 whole step, which takes every op, only if all ops did. Everything here works on rows as the stages of gpu.py write them.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from journal import last_by
 
 OPS = ("linear", "mlp", "attention", "norm", "embedding", "cross_entropy", "adamw")
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
@@ -95,7 +97,7 @@ def _concerns(row: dict, op: str) -> bool:
 
 def latest(rows: Sequence[dict]) -> list[dict]:
     """The last row of each item."""
-    return list({row["item"]: row for row in rows if "item" in row}.values())
+    return last_by([row for row in rows if "item" in row], "item")
 
 
 def admitted(rows: Sequence[dict], checks: Sequence[dict]) -> tuple[list[dict], dict[str, str]]:

@@ -91,7 +91,7 @@ def findings(check: Config | None = None) -> dict:
 
 
 def print_findings(as_json: bool = False, check: Config | None = None) -> int:
-    """Print the findings as aligned text, or as JSON; returns the exit status, 1 where the self-check has failed."""
+    """Print the findings as aligned text, or as JSON; returns the exit status, 1 if the self-check failed."""
     found = findings(check)
     status = int(any(verdict != PASSED for op, verdict in found.get("self-check", {}).items() if op != "config"))
     if as_json:
@@ -221,7 +221,7 @@ def _dispatch() -> dict:
 
 
 def _self_check(config: Config) -> dict:
-    """By op, whether the kernels that this config runs compute here what the reference computes; never from memory."""
+    """By op, whether this config's kernels match the reference on this device; never from the cache."""
     from sgtm.distributed.env import device_type, kernel_backend, use_deterministic_algorithms
     from sgtm.train.kernels import self_check
 

@@ -1,14 +1,14 @@
-"""Runs stages within a budget of seconds: each a process of its own, in a process group of its own, with a limit.
+"""Run stages within a budget of seconds: each unit is a process in its own process group, with a time limit.
 
-A stage is a list of units; a unit is one command. What comes of each is a row of `stages.jsonl`, written at once:
+A stage is a list of units; a unit is one command. The outcome of each is a row of `stages.jsonl`, written at once:
 
     done     it ended with status 0
-    failed   it ended with another
+    failed   it ended with another status
     crashed  a signal ended it
     cut      it was killed at its limit; the next run continues it
 
-Of a unit that crashes, or hangs, in one of its items (journal.py), the item gets a row that says so and the unit is
-started again for those that follow. Nothing that a unit does ends the units after it.
+If a unit crashes or hangs in one of its items (journal.py), the item gets a row with that outcome and the unit is
+restarted for the remaining items. A failing unit never stops the units after it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from journal import AGAIN, OK, Items, Journal
+from journal import AGAIN, OK, Items, Journal, last_by
 
 STAGES = "stages.jsonl"
 BENCHMARKS = Path(__file__).parents[1]
 GUARD = Path(__file__).with_name("guard.py")
 DONE, FAILED, CRASHED, CUT = "done", "failed", "crashed", "cut"
 FINISHED = (DONE, FAILED, CRASHED)  # not run again
-LEAST = 0.5  # seconds in which a unit is worth starting
+LEAST = 0.5  # seconds; with less time left no unit is started
 POLL = 0.02
 TAIL = 1500  # characters of what a unit printed last
 
@@ -70,7 +70,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that ended, or was killed: at its limit (`cut`), or because of its item (`hung`)."""
+    """A process that ended or was killed: at its limit (`cut`), or because an item hung (`hung`)."""
 
     code: int = 0
     cut: bool = False
@@ -90,7 +90,7 @@ Execute = Callable[[Stage, Unit, float], Ended]
 class Driver:
     """Stages in `folder`, within `budget` seconds from `began` on.
 
-    again    run what failed or crashed before once more
+    again    repeat what failed or crashed before
     execute  runs a unit within a limit; clock: seconds. Tests replace both.
     """
 
@@ -118,7 +118,7 @@ class Driver:
         }
 
     def run(self, stages: Sequence[Stage]) -> None:
-        """All units that are not finished; a stage's limit is its share of what is left, so unused time passes on."""
+        """Run all unfinished units; a stage's limit is its share of the time left, so unused time passes on."""
         if self.again:
             self._reopen([(stage, unit) for stage in stages for unit in stage.units])
         open_stages = [stage for stage in stages if self._open(stage)]
@@ -141,7 +141,7 @@ class Driver:
         return [unit for unit in stage.units if (stage.name, unit.name) not in self.finished]
 
     def _reopen(self, units: Sequence[tuple[Stage, Unit]]) -> None:
-        """Items that failed are not finished any more, nor are their units."""
+        """Mark failed items, and their units, as unfinished again."""
         for stage, unit in units:
             journal = Journal(self.folder / unit.rows)
             rows = last_by([row for row in journal.rows() if "item" in row], "item")
@@ -201,11 +201,6 @@ def _where(ended: Ended, outcome: str) -> str:
     return at + (f": {lines[-1][:160]}" if lines and outcome not in (DONE, CUT) else "")
 
 
-def last_by(rows: Sequence[dict], *keys: str) -> list[dict]:
-    """The last row for each combination of these fields, in the order in which these came up."""
-    return list({tuple(row.get(key) for key in keys): row for row in rows}.values())
-
-
 class Processes:
     """Units as processes of this machine; what one prints goes to logs/<stage>-<unit>.log."""
 
@@ -237,7 +232,7 @@ class Processes:
         return Ended(process.returncode, cut, hung, item, tail)
 
     def _watch(self, process: subprocess.Popen, current: Path, ends: float, patience: float) -> tuple[bool, bool]:
-        """Waits; whether the limit came first, or that of an item."""
+        """Wait for the process; returns whether its limit, or that of an item, came first."""
         item, since = None, time.monotonic()
         while process.poll() is None:
             now = time.monotonic()
@@ -253,7 +248,7 @@ class Processes:
 
 
 def environment() -> dict[str, str]:
-    """Of a stage: this checkout's code, and nothing of the shell that chooses kernels."""
+    """Environment of a stage: this checkout's code, without the shell's variables that select kernels."""
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("SGTM_")}
     paths = [*map(str, (BENCHMARKS, BENCHMARKS.parent / "kernels", BENCHMARKS.parent)), kept.get("PYTHONPATH", "")]
     # cuBLAS: as in training, where kernels.deterministic is the default; without it a strictly deterministic op raises.
@@ -269,7 +264,7 @@ def _stamp(path: Path) -> int | None:
 
 
 def kill_group(process: subprocess.Popen) -> None:
-    """Ends a process that leads a group, and all that it started in it."""
+    """Kill the process group that this process leads."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

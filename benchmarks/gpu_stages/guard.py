@@ -1,10 +1,9 @@
-"""Runs a command, and kills its process group where whoever started this one is gone.
+"""Run a command, and kill its process group if the driver that started it dies.
 
     guard.py COMMAND...     with the read end of a pipe as standard input
 
-The driver kills the group of a stage at its limit; but where the driver itself is killed, nobody would. The pipe's
-other end closes with it, and then the whole group, this process included, gets SIGKILL. Exits as the command does, with
-128 + N where signal N killed it.
+The driver kills a stage's group at its limit, but cannot if it is killed itself. The pipe then closes, and the whole
+group, this process included, gets SIGKILL. Exits with the command's status, or 128 + N if signal N killed it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import threading
 
 def main(command: list[str]) -> int:
     threading.Thread(target=_watch, daemon=True).start()
-    # The lock of the folder is inherited: it is held until the last process of the stage is gone.
+    # The lock of the folder is inherited: it is held until the last process of the stage has ended.
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, close_fds=False)
     code = process.wait()
     return code if code >= 0 else 128 - code

@@ -1,9 +1,9 @@
-"""Where this run measures: device, versions and commit, into `environment.json` of its folder.
+"""Write device, versions and commit of this run to `environment.json` in its folder.
 
     probe.py FOLDER [--cpu] [--commit NAME]
 
-Where the code is no git checkout, a hash of its sources stands for the commit. Exits 1 where there is no CUDA device
-(unless `--cpu`), and 2 where the folder holds rows of another device, version or commit.
+Without a git checkout, a hash of the sources replaces the commit. Exits 1 if there is no CUDA device (unless `--cpu`),
+and 2 if the folder holds rows of another device, version or commit.
 """
 
 from __future__ import annotations

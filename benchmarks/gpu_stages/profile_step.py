@@ -1,9 +1,9 @@
-"""Stage `profile`: three unmasked training steps under torch.profiler, and what the GPU did meanwhile.
+"""Stage `profile`: three unmasked training steps under torch.profiler, and what the GPU did.
 
     profile_step.py ROWS [--cpu] [--shape 254m]
 
 A row is a backend: the share of time in which the GPU was busy, its longest gaps with the kernels around them, and the
-kernels that took most of it. On a CPU there is no GPU to be busy; the row then has the operators of the CPU.
+kernels that took most of it. On a CPU the row has the CPU's operators instead.
 """
 
 from __future__ import annotations

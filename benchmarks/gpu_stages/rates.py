@@ -1,4 +1,4 @@
-"""Stage `rates`: what the device gives at best, a copy in GB/s and a big matmul in TFLOP/s.
+"""Stage `rates`: peak rates of the device, a copy in GB/s and a large matmul in TFLOP/s.
 
 rates.py ROWS [--cpu] [--seconds S]
 """

@@ -2,10 +2,10 @@
 
     smoke.py ROWS [--cpu] [--only linear,mlp] [--shape 254m,llama-1b]
 
-Forward and backward of each op of op_cases.py under four masks, in bf16 (AdamW in fp32), in memory that is NaN where
-nothing was written. The largest error of each result may be `FACTOR` times that of the reference in the same dtype, and
-a row that the reference has as zeros must be zeros. Four sequences of at most 1,024 tokens, so that the reference fits.
-A row is one op under one mask in one backend; `same_bits` is whether a second call gave the same bits.
+Forward and backward of each op of op_cases.py under four masks, in bf16 (AdamW in fp32), in memory poisoned with NaN.
+The largest error of each result may be `FACTOR` times that of the reference in the same dtype, and rows that are zero
+in the reference must be exactly zero. Four sequences of at most 1,024 tokens, so that the reference fits. A row is one
+op under one mask in one backend; `same_bits` is whether a second call gave the same bits.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def check_variant(items: Items, op: str, variant: str, name: str, shape: Shape, build: Callable, on) -> None:
-    """All masks in all backends; inputs are made where something is not finished, references once for each mask."""
+    """All masks in all backends; inputs are made only if an item is unfinished, references once for each mask."""
     case = None
     for mask, plan in plans(shape).items():
         known: dict[torch.dtype, dict] = {}

@@ -1,4 +1,4 @@
-"""The stages of benchmarks/gpu.py, in the order of their worth, with their shares of the budget."""
+"""The stages of benchmarks/gpu.py, most important first, with their shares of the budget."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 # Arithmetic on the CPU, which needs hypothesis; compilation for all architectures, which takes longer than the rest.
 NOT_ON_A_GPU = ("test_plan.py", "test_aot.py")
 ON_A_CPU = ("test_arguments.py", "test_dispatch.py")
-OPS = ("attention", "cross_entropy", "linear", "mlp", "norm", "adamw", "embedding")  # by what they take of a step
+OPS = ("attention", "cross_entropy", "linear", "mlp", "norm", "adamw", "embedding")  # most of a step first
 SHAPES = ("254m", "124m", "llama-1b")
 NAMES = ("rates", "warm", "smoke", "profile", "steps", "ops", "tune", "tests", "train")
 # Seconds of 540. On a CPU other things take long: Triton's interpreter, and starting processes.
@@ -42,7 +42,7 @@ def stages(folder: Path, *, cpu: bool = False, only: Collection[str] = (), ops: 
         )
     ]
     if any(find_spec(name) is None for name in PACKAGES):
-        found[-1] = replace(found[-1], share=8.0)  # it says so, and leaves the others its time
+        found[-1] = replace(found[-1], share=8.0)  # it only reports them, and leaves its time to the others
     return [stage for stage in found if not only or stage.name in only]
 
 
@@ -135,9 +135,9 @@ class _Commands:
 
 
 def test_command(files: list[Path], rows: Path, workers: int = WORKERS) -> list[str]:
-    """pytest without the plugins that pyproject.toml has options for, in so many processes where xdist is installed.
+    """pytest without the plugins that pyproject.toml has options for, in `workers` processes where xdist is installed.
 
-    Tests are dealt out in the order of the files, so that a file is through before much of the next one has begun.
+    Tests are scheduled in file order, so that a file is nearly finished before the next one begins.
     """
     if not files:
         return [sys.executable, "-c", ""]

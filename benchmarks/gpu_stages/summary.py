@@ -1,4 +1,4 @@
-"""What came of a run, as text: its stages, and what the checks say of each op."""
+"""Summary of a run as text: the outcomes of its stages, and of the checks of each op."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from journal import ENVIRONMENT, Journal
+from journal import ENVIRONMENT, Journal, last_by
 from verdicts import OPS, VARIANTS, latest, verdicts
 
-from gpu_stages.driver import STAGES, last_by
+from gpu_stages.driver import STAGES
 from gpu_stages.stages import NAMES
 
 

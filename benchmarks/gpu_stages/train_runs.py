@@ -1,10 +1,10 @@
-"""Stage `train`: `sgtm train` itself, killed and resumed, against the same run left alone.
+"""Stage `train`: `sgtm train` itself, killed and resumed, compared with an uninterrupted run.
 
     train_runs.py ROWS --folder FOLDER [--cpu]
 
-For ZeRO 1 and 3: 50 steps of a preset on the embedded corpus, whose row says how fast they were; then the same once
-more, killed with SIGKILL on the way and resumed, whose row says whether weights, moments, step counts and logged losses
-of the two are the same bits. Where packages of `sgtm` are missing, a row names them and nothing runs.
+For ZeRO 1 and 3: 50 steps of a preset on the embedded corpus, with a row for their speed; then the same again, killed
+with SIGKILL and resumed, with a row for whether weights, moments, step counts and logged losses of the two runs are
+bit-identical. If packages of `sgtm` are missing, a row lists them and nothing runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GPU += ["--optimizer.warmup_steps=10", "--masking.domains=[es]", "--model.vocab_
 CPU = ["debug", "--train.steps=12", "--train.tokens_per_step=256", "--train.checkpoint_every=4"]
 COMMON = ["--data.path=synthetic", "--train.log_every=1", "--train.eval_every=0"]
 KILLED_AFTER = {"gpt2-124m": 35, "debug": 9}
-PATIENCE = 300  # seconds until a run must have come to that step
+PATIENCE = 300  # seconds for a run to reach that step
 
 
 def main() -> int:

@@ -2,7 +2,7 @@
 
     tuning_table.py ROWS --table FILE [--cpu] [--only attention,mlp] [--shape 254m] [--seconds S]
 
-A row is a choice. Choices that the table has are not measured again. `sgtm` takes the table from SGTM_TUNED=FILE, or
+A row is a choice. Choices already in the table are not measured again. `sgtm` reads the table from SGTM_TUNED=FILE, or
 from kernels/sgtm_kernels/tuned/. On a CPU the tuner runs in Triton's interpreter, in fp32, with the MLP's candidates.
 """
 

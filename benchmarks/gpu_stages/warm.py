@@ -1,10 +1,10 @@
-"""Stage `warm`: what the timed ops launch, compiled into Triton's cache by a pool of processes.
+"""Stage `warm`: compile every kernel that the timed ops launch into Triton's cache, with a pool of processes.
 
     warm.py ROWS [--cpu] [--only linear,mlp] [--shape 254m,124m,llama-1b] [--jobs N] [--each N]
 
-First every op is called as smoke.py and ops.py call it, with launches recorded instead of made; then the pool compiles
-what was recorded, so that the processes after this one find it. Compiling the list of the ahead-of-time suite
-(`launches()`) would not do: group boundaries and widths are constants of a kernel, and those of the timed models are
+First every op is called as smoke.py and ops.py call it, with launches recorded instead of run; then the pool compiles
+the recorded ones, so that later stages find them in the cache. The list of the ahead-of-time suite (`launches()`) does
+not suffice: group boundaries and widths are constants of a kernel, and those of the timed models are
 not in that list. A row is an op: how many launches, seconds of compilation, what did not compile.
 
 On a CPU (`--cpu`) kernels are compiled for compute capability 9.0.
@@ -73,7 +73,7 @@ class NoDevice:
 
 @contextmanager
 def recording() -> Iterator[list[Recorded]]:
-    """Launches are appended to the list and not made; each once."""
+    """Append each distinct launch to the list instead of running it."""
     found: dict[tuple, Recorded] = {}
     compiling, running = JITFunction._do_compile, JITFunction.run
 
@@ -107,7 +107,7 @@ def launches_of(op: str, shapes: list[Shape], on: torch.device) -> list[Recorded
 
 
 def compile_one(launch: Recorded, target: GPUTarget) -> tuple[float, str | None]:
-    """Seconds, and what the compiler raised."""
+    """Seconds, and the compiler's error or None."""
     began, problem = time.monotonic(), None
     try:
         compile(launch.source(), target=target, options=launch.options)
@@ -117,7 +117,7 @@ def compile_one(launch: Recorded, target: GPUTarget) -> tuple[float, str | None]
 
 
 def warm(items: Items, pool: Executor, found: dict[str, list[Recorded]], target: GPUTarget) -> None:
-    """Compile what was recorded, one launch of each op after the other; an op's row is written when it is through."""
+    """Compile what was recorded, one launch of each op after the other; an op's row is written when all are done."""
     times: dict[str, list[float]] = {op: [] for op in found}
     problems: dict[str, list[str]] = {op: [] for op in found}
     turns = range(max(map(len, found.values()), default=0))
@@ -144,7 +144,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(CASES))
     parser.add_argument("--shape", default="254m,llama-1b,124m")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--each", type=int, help="only so many launches of each op")
+    parser.add_argument("--each", type=int, help="compile at most N launches of each op", metavar="N")
     args = parser.parse_args()
     if args.cpu:
         driver.set_active(NoDevice())

@@ -22,11 +22,11 @@ def captured() -> bool:
 def eager(forward: Callable, keep: Callable, backward: Callable, outputs: tuple[int, int] = (1, 1)) -> Callable:
     """The op as an autograd function: called like `forward`, with a `MaskPlan`.
 
-    forward   (*tensors, plan, *numbers) -> tensor, or a tuple of tensors (None: one that does not exist)
+    forward   (*tensors, plan, *numbers) -> tensor, or a tuple of tensors (None: absent)
     keep      (inputs, outputs) -> tensors to save, the plan, numbers. A parameter is saved itself, never a view of it:
               under ZeRO-3 it is gathered again before the backward pass
     backward  (*dys, *tensors saved, plan, *numbers, wanted) -> gradients of the first inputs, None where there is none;
-              `wanted` says for each input whether it needs one
+              `wanted`: for each input, whether it needs one
     outputs   how many of the outputs of `forward` have a gradient, and how many are returned: the first ones
     """
     differentiable, returned = outputs
@@ -51,7 +51,7 @@ def eager(forward: Callable, keep: Callable, backward: Callable, outputs: tuple[
 
     name = forward.__module__.removeprefix("sgtm_kernels.")
     members = {"forward": staticmethod(run), "backward": staticmethod(gradients)}
-    Eager = type(name, (torch.autograd.Function,), members)  # a node of the graph bears its op's name
+    Eager = type(name, (torch.autograd.Function,), members)  # a node of the graph has its op's name
     apply = super(torch.autograd.Function, Eager).apply  # without a third of its cost, which is for functorch
 
     def call(*inputs):
@@ -68,7 +68,7 @@ def eager(forward: Callable, keep: Callable, backward: Callable, outputs: tuple[
 def register(op, keep: Callable, backward: Callable, differentiable: int = 1) -> None:
     """Give an op of the dispatcher (`torch.library.custom_op`) its gradient, which `backward` calls another op for.
 
-    keep, backward  as in `eager`, with the handle in the plan's place; `backward` may return tensors nobody wants
+    keep, backward  as in `eager`, with the handle in the plan's place; `backward` may return unwanted tensors
     """
 
     def setup_context(ctx, inputs, output):

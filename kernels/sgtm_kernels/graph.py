@@ -1,4 +1,4 @@
-"""What a compiled graph does not look into: ops whose work depends on a plan, and factors per token as tensors.
+"""Ops that are opaque to a compiled graph, since their work depends on a plan, and factors per token as tensors.
 
 An op takes the plan as its handle (sgtm_kernels/plan.py), so that one graph serves every plan. Inside a graph the
 `runs` backend is made of plain torch and of these ops (`compiled.py` of each op's folder). They have no gradient of
@@ -21,7 +21,7 @@ _LIBRARY = Library("sgtm", "FRAGMENT")
 def define(schema: str, function: Callable, fake: Callable) -> Callable:
     """The op `sgtm::<name>` of a schema `name(...) -> ...`, none of whose outputs may alias an input.
 
-    Cheaper by half than `torch.library.custom_op`, which also looks after gradients.
+    Half the cost of `torch.library.custom_op`, which also handles gradients.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -35,7 +35,7 @@ def _factors(like: torch.Tensor, plan: torch.Tensor, groups: int) -> torch.Tenso
     plan = plan_of(plan)
     active, route = ([plan.column(table, g) for g in range(groups)] for table in ("active", "route"))
     both = plan.factors((*active, *map(products, active, route)), like.device)
-    # A copy: the compiler takes the result of an op for its own, to write over.
+    # A copy: the compiler may overwrite the result of an op.
     return both.to(like.dtype, copy=True).view(2, groups, *like.shape[:2], 1)
 
 

@@ -44,7 +44,7 @@ class Launch:
 
     @property
     def arches(self) -> tuple[int, ...]:
-        """What it is compiled for: of what has no operand in half precision, which no GPU is meant to train in, one."""
+        """Architectures to compile for; only sm_90 if no operand is in half precision: no GPU is meant to train so."""
         kinds = (*self.signature.values(), *map(str, self.constants.values()))
         half = any(kind in ("*bf16", "*fp16", "bf16", "fp16") for kind in kinds)
         return tuple(arch for arch in (80, 90, 100) if arch >= self.first_arch and (half or arch == 90))

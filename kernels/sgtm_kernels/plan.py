@@ -1,4 +1,4 @@
-"""What a masked op needs to know about one micro-batch.
+"""The masks of one micro-batch, as the ops need them.
 
 `Tables` are the strategy as small tables of floats, indexed by the label of a token and the group of a head or neuron.
 `MaskPlan` joins them with the *runs* of one micro-batch: maximal stretches of tokens with one label. Labels are known
@@ -309,7 +309,7 @@ class MaskPlan:
     def mask(self, table: str, groups: int, device: torch.device) -> torch.Tensor | None:
         """`factors` of the first `groups` groups from `active`, `route`, `passes` or the contributions to a part, or of
         a joint kind ([1, tokens]); None where all are 1, as in a layer of one group, whatever the tables say."""
-        try:  # asked by every op, so without the calls of `cached`
+        try:  # called by every op, so without the calls of `cached`
             return self._cache[table, groups, device]
         except KeyError:
             return self.cached((table, groups, device), lambda: self._mask(table, groups, device))
@@ -359,13 +359,13 @@ class MaskPlan:
         return labels if self.documents is None else torch.cat((labels, self.spans(cpu)))
 
     def arrived(self, by_token: torch.Tensor) -> None:
-        """Takes `by_token`, copied to a device, so that nothing of this plan is copied there again."""
+        """Store `by_token`, copied to a device, so that nothing of this plan is copied there again."""
         self._cache["labels", by_token.device] = by_token[0]
         if self.documents is not None:
             self._cache["spans", by_token.device] = by_token[1:]
 
     def cached(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` returns for this key, made once: every layer of a model asks one plan for the same."""
+        """What `make` returns for this key, made once: every layer of a model needs the same."""
         try:
             return self._cache[key]
         except KeyError:

@@ -1,14 +1,14 @@
-"""Whether a backend computes here what the reference computes: seconds before a run's first step.
+"""Check that a backend computes the same as the reference on this device, before a run's first step.
 
 `recorded` keeps every call of an op that a small forward pass makes on the reference; `check` repeats each call on the
-backend under test, forward and backward, in memory poisoned with NaN where that can be had, and compares:
+backend under test, forward and backward, in memory poisoned with NaN where possible, and compares:
 
 - outputs and gradients have the reference's shape and dtype, and are finite;
-- what is a row of zeros in the reference (inactive, or masked) is exactly 0;
+- rows that are zero in the reference (inactive, or masked) are exactly 0;
 - the largest error is at most `FACTOR` times that of the reference in the same dtype, both against the reference in a
   wider one, plus `FLOOR` roundings of the largest value.
 
-So whatever a run launches is checked as it launches it: its widths, groups, masks, windows and documents. AdamW, which
+So every kernel is checked as the run launches it: with its widths, groups, masks, windows and documents. AdamW, which
 a forward pass does not call, is checked on slices of its own. `tests/kernels/test_selfcheck.py` breaks kernels on
 purpose.
 """
@@ -27,11 +27,13 @@ from typing import NamedTuple
 import torch
 
 from sgtm_kernels.adamw import Slice, Tensors, prepare
-from sgtm_kernels.dispatch import OPS, pick, replaced
+from sgtm_kernels.dispatch import OPS, WAYS, pick, replaced, way
 from sgtm_kernels.measurement import cpu_model, driver, installed
 from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.testing import poisoned_memory, random_like
+from sgtm_kernels.tuning import table_of
 
+PACKAGE = Path(__file__).parent
 FACTOR, FLOOR = 4.0, 4.0
 
 
@@ -75,7 +77,7 @@ def recorded() -> Iterator[list[Call]]:
 def check(calls: Sequence[Call], backend: str, device: torch.device) -> dict[str, str | None]:
     """By op, what is wrong with it in this backend, or None.
 
-    Raises RuntimeError where a kernel has broken the CUDA context: nothing can run in this process any more.
+    Raises RuntimeError if a kernel has broken the CUDA context: nothing can run in this process afterwards.
     """
     problems: dict[str, str | None] = {}
     checks: list[tuple[str, str, Callable[[], None]]] = [
@@ -107,7 +109,7 @@ class Wrong(Exception):
 
 
 def _check_call(call: Call, backend: str) -> None:
-    # First, so that no memory that it forgets to write can hold the reference's results.
+    # First, so that memory it does not write cannot hold the reference's results.
     with _poisoned(call.arguments):
         ours = _results(call, backend)
     plain = _results(call, "reference")
@@ -189,7 +191,7 @@ def _poisoned(arguments: tuple):
 
 
 def _may_poison(device: torch.device) -> bool:
-    """Poison comes with strict determinism, which cuBLAS can have only where the process began with it."""
+    """Poisoning needs strict determinism, which cuBLAS supports only if it was set when the process started."""
     return device.type != "cuda" or torch.are_deterministic_algorithms_enabled()
 
 
@@ -212,9 +214,9 @@ def _describe(value: object) -> object:
 
 
 class Passed:
-    """What has passed on this device with this driver, torch, Triton and code, in a file; failures are not kept.
+    """Cache of passed checks, by device, driver, torch, Triton and code, one file each; failures are not cached.
 
-    folder  of the files; a file that cannot be read or written is as none
+    folder  of the files; one that cannot be read or written counts as missing
     """
 
     def __init__(self, folder: Path, calls: Sequence[Call], backend: str, device: torch.device):
@@ -239,18 +241,26 @@ class Passed:
 
 
 def facts(device: torch.device) -> dict[str, str | None]:
-    """What a verdict hangs on besides the calls."""
+    """What a verdict depends on besides the calls."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
         "driver": driver() if device.type == "cuda" else None,
         "torch": torch.__version__,
         "triton": installed("triton"),
         "code": _code(),
+        "tuned": _tuned(device),
+        **{variable: way(variable) for variable in WAYS},
     }
+
+
+def _tuned(device: torch.device) -> str | None:
+    """Hash of the table of kernel configurations in force; None where heuristics hold."""
+    table = table_of(device)
+    return None if table is None else hashlib.sha256(table.path.read_bytes()).hexdigest()
 
 
 @cache
 def _code() -> str:
     """Hash of this package's files."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
+    files = sorted(PACKAGE.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -1,7 +1,7 @@
-"""Which masks a micro-batch has at all: what a compiled graph may depend on.
+"""Which masks a micro-batch has: all that a compiled graph may depend on.
 
 A graph that depended on the runs of a plan would serve one micro-batch. It depends on these booleans instead: where one
-is False the op is the plain one, which the compiler can see into and fuse; where it is True the masks come from the
+is False the op is the plain one, which the compiler can fuse; where it is True the masks come from the
 plan when the graph runs.
 """
 
@@ -51,14 +51,14 @@ def signature_of(tables: Tables, labels: tuple[int, ...], documents: bool) -> Si
 
 
 def masked(plan: MaskPlan, what: str | None) -> bool:
-    """Whether the plan masks `what`, a field of `Signature`; True for what is none, as it is not of a block."""
+    """Whether the plan masks `what`, a field of `Signature`; True for any other name, which is not part of a block."""
     return what is not None and getattr(plan.signature, what, True)
 
 
 def backend_of(backend: str, plan: MaskPlan, *what: str | None) -> str:
     """The backend of an op that masks `what`: where a graph is captured and nothing of it is masked, always `runs`.
 
-    There `runs` is plain torch, which the compiler sees and fuses; to a kernel of ours it is blind.
+    There `runs` is plain torch, which the compiler fuses; our kernels are opaque to it.
     """
     if captured() and not any(masked(plan, field) for field in what if field is not None):
         return "runs"

@@ -16,7 +16,7 @@ WIDTH, PARTIALS = 128, 32  # of a tile of partial sums
 
 
 def partial_sums(tokens: int, strip: int, columns: int, device: torch.device) -> torch.Tensor:
-    """Empty fp32 [strips, columns], for strips of so many tokens."""
+    """Empty fp32 [strips, columns], for strips of `strip` tokens."""
     return torch.empty(-(-tokens // strip), columns, dtype=torch.float32, device=device)
 
 

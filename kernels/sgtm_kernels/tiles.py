@@ -1,4 +1,4 @@
-"""What kernels share that give every (token, column) the factor of the token's label for the column's group."""
+"""Helpers of kernels that multiply every (token, column) by the factor of the token's label for the column's group."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def factor_of(factors, tokens, token, group, bounds: tl.constexpr):
 def any_factor_but(value: tl.constexpr, factors, tokens, token, first, last, bounds: tl.constexpr):
     """[tokens]: whether a token's factor for some group of the columns `first:last + 1` differs from `value`.
 
-    By token alone: a mask of this keeps accesses of whole rows wide, where one by token and column would not.
+    By token alone: such a mask keeps accesses to whole rows wide, which one by token and column would not.
     """
     found = token < 0
     for i in tl.static_range(len(bounds) - 1):

@@ -49,7 +49,7 @@ class Rounds(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """What a choice came to: the chosen configuration, its median time and the heuristic's, in seconds."""
+    """Result of a choice: the chosen configuration, its median time and the heuristic's, in seconds."""
 
     config: NamedTuple
     p50: float
@@ -174,7 +174,7 @@ def choices(way: Way) -> list[tuple[Choice, list[NamedTuple], dict[Choice, Named
 
 
 def recalled(entries: dict[str, dict[str, dict]], at: Choice, candidates: Sequence[NamedTuple]) -> Found | None:
-    """What a table has for a choice; None where it has nothing, or what is no candidate any more."""
+    """The table's entry for a choice; None if it has none, or if the entry is no longer a candidate."""
     entry = entries.get(at[0], {}).get(written(at[1]))
     for config in candidates:
         if entry and config._asdict() == entry["config"]:
@@ -220,7 +220,7 @@ def write(path: Path, device_name: str, kept: dict, found: dict[Choice, Found], 
 
 
 def unfinished_of(path: Path) -> Path:
-    """What is written first and then renamed to `path`, in its folder, which is made."""
+    """The file that is written first and then renamed to `path`; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.{os.getpid()}")
 

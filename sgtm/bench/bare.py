@@ -45,7 +45,8 @@ class Mixed:
         for name, parameter in self.parameters.items():
             parameter.register_post_accumulate_grad_hook(partial(_gather, self.masters[name]))
 
-    def forget_gradients(self) -> None:
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
         for master in self.masters.values():
             master.grad = None
 
@@ -92,7 +93,7 @@ class Ours:
 
     def step(self, backend: str, tables: Tables, batches: list[Batch]) -> None:
         self._use(backend)
-        self.mixed.forget_gradients()  # of a step that ran out of memory
+        self.mixed.zero_grad()  # of a step that ran out of memory
         with _deterministic(self.device):
             for batch in batches:
                 ids, targets, plan = batch.on(self.device, tables)
@@ -102,7 +103,7 @@ class Ours:
         self.optimizer.begin_step(live, self.config.lr)
         self.optimizer.step()
         torch._foreach_copy_(*zip(*self._slices(live), strict=True))
-        self.mixed.forget_gradients()
+        self.mixed.zero_grad()
 
     def _use(self, backend: str) -> None:
         for owner in (self.optimizer, *self.mixed.model.modules()):
@@ -139,13 +140,13 @@ class PlainSteps:
         self.loss = None
 
     def step(self, batches: list[Batch]) -> None:
-        self.mixed.forget_gradients()
+        self.mixed.zero_grad()
         for batch in batches:
             self.loss = self.model(batch.input_ids, batch.targets, 1 / batch.step_targets)
             self.loss.backward()
         self.optimizer.step()
         torch._foreach_copy_([p.detach() for p in self.mixed.parameters.values()], list(self.mixed.masters.values()))
-        self.mixed.forget_gradients()
+        self.mixed.zero_grad()
 
     def bytes(self) -> int:
         return self.mixed.bytes([t for state in self.optimizer.state.values() for t in state.values()])

@@ -1,4 +1,4 @@
-"""Which tokens of a timed step are labelled what: a share of forget tokens in a mixing mode, on random tokens."""
+"""Labels of a timed step: a share of forget tokens in a mixing mode, on random tokens."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Mean:
-    """Steps of which a mixing mode takes so many each in the long run: `weights` by name of the case, sum 1."""
+    """A weighted mean of other cases, as a mixing mode takes them in the long run: `weights` by name, sum 1."""
 
     percent: int
     mixing: tuple[str, ...]

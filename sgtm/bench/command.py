@@ -27,7 +27,7 @@ from sgtm_kernels.measurement import write_rows
 from sgtm_kernels.shapes import Shape
 
 ROUNDS = 15
-FEW = 5  # rounds; below, the percentiles are of next to nothing
+FEW = 5  # rounds; with fewer, percentiles mean little
 
 
 def bench(
@@ -98,7 +98,7 @@ def rows(config: Config, took: Rounds) -> list[dict]:
 
 
 def _check_writable(to: Path) -> None:
-    """A mistake shows before the measurement, which leaves no empty file where it is broken off."""
+    """Raises OSError before the measurement, and leaves no empty file if the measurement is interrupted."""
     to.parent.mkdir(parents=True, exist_ok=True)
     there = to.exists()
     to.open("a").close()

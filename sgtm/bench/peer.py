@@ -1,8 +1,8 @@
-"""Training steps of Hugging Face's model of the same shape, unmasked, as what ours are compared with.
+"""Unmasked training steps of Hugging Face's model of the same shape, to compare ours with.
 
-They run in a process of their own, so that what we set for ours does not help or hinder them: `Peer` starts it and asks
-it for one step at a time. Freed memory is kept there as well, which suits them more than us, and attention is SDPA
-where transformers has it for the family (for GPT-Neo it has eager attention alone).
+They run in a separate process, so that our process-wide settings do not affect them: `Peer` starts it and requests one
+step at a time. glibc keeps freed memory there too, which gains them more than us. Attention is SDPA where transformers
+has it for the family (for GPT-Neo it has eager attention only).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAME = "Hugging Face"
 
 
 class Peer:
-    """A process that takes a step when it is asked for one.
+    """A process that takes one step per request.
 
     precision  `bf16 autocast` over fp32 weights, or `bf16 weights`
     """
@@ -50,7 +50,7 @@ class Peer:
             found = self.ask.recv()
         except (EOFError, OSError):
             self.process.join(10)
-            raise RuntimeError(f"the process of Hugging Face's model ended with {self.process.exitcode}") from None
+            raise RuntimeError(f"the process of Hugging Face's model exited with {self.process.exitcode}") from None
         if isinstance(found, Exception):
             raise found
         return found
@@ -60,23 +60,23 @@ def peers(config: Config) -> dict[str, Peer]:
     return {f"{NAME}, {precision}": Peer(config, precision) for precision in PRECISIONS}
 
 
-def _serve(asked, config: Config, precision: str, threads: int) -> None:
+def _serve(pipe, config: Config, precision: str, threads: int) -> None:
     torch.set_num_threads(threads)
     if not torch.cuda.is_available():
         keep_freed_memory()
     try:
         call, attention = hugging_face_step(config, precision)
     except Exception as error:
-        asked.send(RuntimeError(str(error)))
+        pipe.send(RuntimeError(str(error)))
         return
     step = LocalStep(call)
     answers = {"step": step.step, "peak": step.peak, "attention": lambda: attention}
     while True:
         try:
-            question = asked.recv()
+            question = pipe.recv()
         except EOFError:
             return
-        asked.send(answers[question]())
+        pipe.send(answers[question]())
 
 
 def hugging_face_step(config: Config, precision: str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -14,8 +14,8 @@ import torch
 
 from sgtm_kernels.measurement import peak_growth
 
-LEAST = 3  # rounds, however little time there is
-PEAKS = 5  # rounds of memory on a CPU, where the allocator is not alone in the process
+LEAST = 3  # rounds, whatever the time limit
+PEAKS = 5  # rounds of memory on a CPU, where other allocations of the process count too
 
 
 class Took(NamedTuple):
@@ -96,7 +96,11 @@ class Rounds:
 
 
 def take_rounds(
-    steps: dict, rounds: int, seconds: float = float("inf"), may_fail: Collection = (), warm_up: int = 1
+    steps: dict[Hashable, TimedStep],
+    rounds: int,
+    seconds: float = float("inf"),
+    may_fail: Collection = (),
+    warm_up: int = 1,
 ) -> Rounds:
     """Every step once a round, after `warm_up` first ones, in an order that changes from round to round (what ran
     before leaves its traces); fewer rounds, but at least `LEAST`, if `seconds` are over before. Then their memory.
@@ -130,7 +134,7 @@ def _attempt(found: Rounds, name, take: Callable, may_fail: Collection, into: li
         if name not in may_fail:
             raise
         found.failed[name] = described(error)
-        release_memory()  # of what ran out of it
+        release_memory()  # after an out-of-memory error
     else:
         if into is not None:
             into.append(value)
@@ -142,7 +146,7 @@ def described(error: Exception) -> str:
 
 
 def release_memory() -> None:
-    """Give back what nothing refers to; compiled models are in cycles."""
+    """Free what nothing refers to; compiled models are in reference cycles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

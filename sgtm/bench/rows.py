@@ -1,4 +1,4 @@
-"""Result rows: what a step takes, relative to another step of the same rounds, and whether it is what it should be.
+"""Result rows: time and memory of a step, relative to another step of the same rounds, and whether it meets its target.
 
 - wall, cpu: seconds of a step, p20/p50/p80 like all that follow: wall time, and CPU time of its process
 - ratio: wall time for a token, to that of the step `of` in the same round; cpu_ratio: the same of CPU time
@@ -83,9 +83,9 @@ def failure(name: str, error: str) -> dict:
 
 
 class RowFile:
-    """Rows appended to a file as they are found, one JSON object per line, each on the disk before the next is taken.
+    """A file to which rows are appended as they are measured, one JSON object per line, synced to disk on every write.
 
-    Every row says where, when and of which code it is (`environment`). `path` None: nothing is written.
+    Every row carries device, time and commit (`environment`). `path` None: nothing is written.
     """
 
     def __init__(self, path: Path | None):

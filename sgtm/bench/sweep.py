@@ -1,8 +1,8 @@
 """The steps of every mixing mode of one model in a bare loop, and that of the plain model, as rows.
 
-Steps are measured in groups, and the rows of a group are handed over when it is done: whole sequences first, then the
-plain model, documents, and micro-batches of one label. Each group holds the unmasked step of the first backend, so that
-all rows go back to it. The plain model is there in its own group alone, or a large one would not fit beside ours.
+Steps are measured in groups, and each group's rows are yielded when it is done: whole sequences first, then the plain
+model, documents, and micro-batches of one label. Each group includes the unmasked step of the first backend, to which
+all rows are relative. The plain model exists only during its own group: a large one would not fit beside ours.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Sweep:
         return found | about | self._utilisation(sample, found["tokens_per_second"], took)
 
     def _plain(self, rounds: int, seconds: float) -> dict:
-        """The row of the plain model, which is given up afterwards."""
+        """The row of the plain model, which is freed afterwards."""
         about = {"backend": "public", "percent": 0, "mixing": [], "mean_of": None}
         try:
             plain = PlainSteps(self.setting, self.device, self.dtype)

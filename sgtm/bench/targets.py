@@ -1,10 +1,10 @@
-"""What a step should take: the project's targets, by the model's name."""
+"""The project's targets for the time of a step, by the model's name."""
 
 from __future__ import annotations
 
 from sgtm.bench.rows import Target
 
-# On a CPU in CPU time, because the wall time of a machine with other work says little. A pure forget step with joint
+# CPU time, because wall time on a busy machine is unreliable. A pure forget step with joint
 # parameters free has 91 % of the unmasked matmul work at the 18M shape.
 CPU = {
     "tinystories-18m": {

@@ -169,9 +169,9 @@ class TrainConfig(Section):
     """Sequences of a micro-batch on one rank."""
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: Literal["off", "blocks"] = "off"
-    """`blocks`: `torch.compile` every transformer block, before the first step. Losses then differ by rounding. A CPU
-    needs a C++ compiler for it, CUDA Triton and a C compiler. ZeRO 3 then gathers the weights of a block at once. `off`
-    is the default because the gain on a GPU has not been measured."""
+    """`blocks`: `torch.compile` every transformer block before the first step. Losses then differ by rounding. A CPU
+    needs a C++ compiler, CUDA needs Triton and a C compiler. ZeRO 3 gathers all weights of a block at once. `off` is
+    the default because the gain on a GPU has not been measured."""
     seed: NonNegativeInt = 0
     """Of the initial weights."""
     init_from: str | None = None
@@ -217,10 +217,10 @@ class DistributedConfig(Section):
     """ZeRO++'s gradients in 4 bits: always refused. DeepSpeed's kernels (0.19) read fp16, and gradients are bf16 and
     fp32 here; and where a matrix is wider than tall, rows of different groups share a scale."""
     communication: Literal["fp32", "bf16"] = "fp32"
-    """What gradients are summed over the ranks in. A rank's own micro-batches are summed in fp32 either way: before
-    they are sent in ZeRO 0 and 1, after that in ZeRO 2 and 3. `bf16` halves the bytes. It costs accuracy: every
-    addition rounds to 8 bits, so that the error grows with the number of ranks. It costs equality: other stages and
-    numbers of ranks agree less closely. Frozen weights keep every bit and a resumed run is the same run all the same.
+    """Dtype in which gradients are summed over the ranks. Each rank sums its own micro-batches in fp32 either way:
+    before the reduction in ZeRO 0 and 1, after it in ZeRO 2 and 3. `bf16` halves the bytes sent but loses accuracy:
+    every addition rounds to 8 bits, so the error grows with the number of ranks, and other stages and numbers of ranks
+    agree less closely. Frozen weights stay bit-identical and a resumed run is still bitwise the same.
     """
     timeout_minutes: PositiveFloat = 30
     """How long a rank may stay in one place, as in a collective, before the run ends with a diagnosis."""
@@ -258,9 +258,9 @@ class DistributedConfig(Section):
 
 class KernelsConfig(Section):
     backend: Literal["auto", "reference", "runs", "triton"] = "auto"
-    """`auto` follows the environment variable SGTM_KERNELS, else is `triton` on CUDA and `runs` on a CPU; an op whose
-    Triton kernels fail the self-check before the first step is then served by `runs`. A named backend never falls
-    back: the run ends instead."""
+    """`auto` follows the environment variable SGTM_KERNELS, else is `triton` on CUDA and `runs` on a CPU; `runs` then
+    replaces an op whose Triton kernels fail the self-check before the first step. A named backend never falls back: it
+    raises."""
     deterministic: bool = True
     """On CUDA: torch and cuBLAS use deterministic algorithms, which the promises to the bit need; an op without one
     raises. Without it the backward pass of attention in the libraries adds in any order. Our kernels, and everything on

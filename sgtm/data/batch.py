@@ -41,10 +41,10 @@ class Batch:
         return MaskPlan(tables, runs, *self.input_ids.shape, documents=self.documents)
 
     def on(self, device: torch.device, tables: Tables) -> tuple[torch.Tensor, torch.Tensor, MaskPlan]:
-        """`input_ids` and `targets` on a device, and the plan, which has there what its ops will ask for.
+        """`input_ids` and `targets` on a device, and the plan, with the tensors that its ops need there.
 
-        One copy from pinned memory, which the host does not wait for; none where the device is the CPU. Tensors of the
-        strategy alone are copied once per process (`sgtm_kernels.plan.table_on`).
+        One non-blocking copy from pinned memory; none if the device is the CPU. Tensors that depend on the strategy
+        alone are copied once per process (`sgtm_kernels.plan.table_on`).
         """
         plan = self.plan(tables)
         if device.type == "cpu":

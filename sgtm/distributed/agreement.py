@@ -1,7 +1,7 @@
 """What all ranks agree on before an update: the gradient's norm, whether it is finite, and the stop flag.
 
-One all-reduce of two numbers in each step, and one read of the device, which is the step's only one. DeepSpeed reduces
-and reads its own norm, an overflow flag and a clip coefficient instead, each by itself (sgtm/distributed/takeover.py).
+Each step does one all-reduce of two numbers and one read of the device. DeepSpeed would reduce and read a norm, an
+overflow flag and a clip coefficient separately (sgtm/distributed/takeover.py).
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@ Promises (tests/dist/test_zero.py, tests/dist/test_freeze.py), in every ZeRO sta
 ranks:
 
 - the gradient of a global step is the *sum* of the gradients of all losses handed to `backward`, over ranks and
-  micro-batches. DeepSpeed would average; it is told to sum, and where it cannot (ZeRO-3) the loss is multiplied by the
-  number of ranks that it then divides by, which is exact for powers of two;
+  micro-batches. DeepSpeed averages by default; it is configured to sum. ZeRO 3 cannot, so there the loss is multiplied
+  by the number of ranks that DeepSpeed divides by, which is exact for powers of two;
 - gradients are accumulated in fp32 and reduced in `distributed.communication` (fp32, unless it is bf16), and the
   optimizer works on fp32 weights;
-- what the step may not update is left bitwise alone (sgtm/train/optim.py);
+- frozen weights stay bit-identical (sgtm/train/optim.py);
 - a step whose gradient, or one of whose losses, is not finite changes nothing on any rank, and `finite` is False then.
 
 A step has one reduction of its own, of the gradient's norm and the stop flag, and reads the device once, for both
@@ -193,7 +193,7 @@ class Engine:
         """Add the gradient of one micro-batch's loss, a scalar already divided by the global number of targets.
 
         Of a loss that is not finite the gradient is NaN even where it would be finite, as of a target with probability
-        0: what follows skips the step, on all ranks, and asks the device nothing.
+        0: the step is then skipped on all ranks, without a read of the device.
         """
         if self.is_boundary:
             raise RuntimeError(f"backward called more than {self.accumulation} times without step")
@@ -211,7 +211,7 @@ class Engine:
     def step(self, live: frozenset[str], lr: float, measure: bool = False) -> None:
         """Update the weights of the live keys (sgtm/model/rows.py); all others stay as they are, everything if none is.
 
-        measure  whether `key_norms` is going to be asked for
+        measure  whether `key_norms` will be called
         If the global gradient or a loss is not finite nothing changes, moments and counts neither, and `finite` is
         False.
         """
@@ -262,7 +262,7 @@ class Engine:
         if not self.finite:
             return dict.fromkeys(keys, math.inf)
         if squares is None:
-            raise RuntimeError("key_norms asked for after a step without measure")
+            raise RuntimeError("key_norms called after a step without measure=True")
         total = squares if self._plain else self.all_reduce_sum(squares)  # of replicas every rank has the whole
         return dict(zip(keys, total.sqrt().tolist(), strict=True))
 
@@ -275,8 +275,8 @@ class Engine:
     def save(self, directory: Path, state: dict) -> None:
         """Copy the weights, the optimizer and `state`, and begin to write them into the existing `directory`.
 
-        In DeepSpeed's layout, with what its conversion to a universal checkpoint asks for. Training may go on at once;
-        `saved` ends it, and must come before the next `save`.
+        In DeepSpeed's layout, with what its conversion to a universal checkpoint needs. Training may continue at once;
+        `saved` waits for the files and must be called before the next `save`.
         state  comes back from `load`; rank 0's counts. The optimizer's counts by key travel with it.
         """
         client_state = {"sgtm": {"state": state, "optimizer_steps": self.optimizer.steps}, **universal_info()}

@@ -1,8 +1,8 @@
-"""What DeepSpeed's optimizers (0.19) leave to us: who reduces which gradient, the norm, and clipping.
+"""Replaced parts of DeepSpeed's optimizers (0.19): gradient reduction, the gradient norm, and clipping.
 
-Each of the three has a way of its own to reduce, to look for what is not finite, and to clip, and reads the device for
-each. In all of them the norm comes from sgtm/distributed/agreement.py instead, and AdamW clips by a factor while it
-reads the gradient, not in a pass before.
+Each of its optimizers reduces, checks for overflow and clips in its own way, and reads the device for each. Here all
+take the norm from sgtm/distributed/agreement.py, and AdamW clips by a factor while it reads the gradient, not in a
+separate pass.
 
     ZeRO 0 in fp32     plain data parallelism: the stop flag is one more element of the gradients' all-reduce
     ZeRO 0, 1 in bf16  its bf16 optimizer would all-reduce the fp32 gradients of the whole model: reduce-scattered
@@ -29,7 +29,7 @@ from sgtm.distributed.private import replace
 class Takeover:
     """The parts of one DeepSpeed engine that are replaced.
 
-    agreed  called with the norm in every step, before the optimizer's; infinite where the step will be skipped
+    agreed  called in every step with the norm, before the optimizer's step; the norm is infinite if the step is skipped
     """
 
     def __init__(self, engine, agreement: Agreement, bucket: int, agreed: Callable[[float], None]):
@@ -170,4 +170,4 @@ class Takeover:
 
 
 def nothing(*args, **kwargs) -> None:
-    """In place of what is not needed."""
+    """Replaces a method that is not needed."""

@@ -1,9 +1,9 @@
 """`train.compile: blocks`: each transformer block is one compiled graph.
 
-The graph of a block sees the masks of a micro-batch as a handle and a few booleans (`MaskPlan.signature`), so it serves
-every micro-batch with the same booleans, whatever its labels. What is compiled is the bound `forward` of the block: the
-hooks that DeepSpeed puts on a module run around the graph, not inside it. For ZeRO-3 the engine therefore gathers the
-weights of a block at once (sgtm/distributed/engine.py).
+A block's graph depends on the masks of a micro-batch through a handle and a few booleans (`MaskPlan.signature`), so it
+serves every micro-batch with the same booleans, whatever its labels. Only the bound `forward` of a block is compiled:
+DeepSpeed's hooks on a module run around the graph, not inside it. Under ZeRO 3 the engine therefore gathers the weights
+of a block at once (sgtm/distributed/engine.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def compile_blocks(model: Transformer, backend: str = "inductor") -> None:
     """Compile every block's forward and backward pass, at their first use; in place.
 
     backend  of `torch.compile`
-    A graph break, or more than MAX_GRAPHS graphs, is an error of torch's and not a slow run.
+    torch raises on a graph break or on more than MAX_GRAPHS graphs, instead of running slowly.
     """
     import torch._dynamo.config as limits  # takes a second to import
 
@@ -47,7 +47,7 @@ def check_compiler(device: str, kernels: str, backend: str = "inductor") -> None
     """
     if kernels == "reference":
         raise ValueError(
-            "train.compile blocks: the kernel backend reference is what others are compared to and is not compiled; "
+            "train.compile blocks: the kernel backend reference is not compiled; "
             "set kernels.backend to runs or triton, or train.compile to off"
         )
     try:

@@ -63,7 +63,7 @@ def label_pieces(config: Config, labels: int) -> list[tuple[int, ...]]:
 
 
 def more_signatures(config: Config, tables: Tables, pieces: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Labels that meet in a micro-batch and need a graph that none of `pieces` does; up to three of them suffice."""
+    """Combinations of labels in a micro-batch whose graph none of `pieces` needs; up to three labels suffice."""
     largest = {"sequence": min(3, config.train.micro_batch), "token": 3}.get(config.data.mixing, 1)
     seen, found = {signature_of(tables, labels, False) for labels in pieces}, []
     for count in range(2, largest + 1):
@@ -78,11 +78,10 @@ def more_signatures(config: Config, tables: Tables, pieces: list[tuple[int, ...]
 
 @torch.no_grad()
 def _evaluate(engine: Engine, batch: Batch) -> None:
-    """With nothing removed, and with every domain: evaluations have the graphs of these two."""
+    """Evaluate with nothing removed and with every domain removed: evaluations use the graphs of these two."""
     space = engine.config.space
-    ids, targets = batch.input_ids.to(engine.device), batch.targets.to(engine.device)
     for removed in ((), space.domains):
-        engine(ids, targets, batch.plan(removal_tables(space, removed)), 1.0)
+        engine(*batch.on(engine.device, removal_tables(space, removed)), 1.0)
 
 
 def random_batch(config: Config, labels: tuple[int, ...], seed: int = 0) -> Batch:

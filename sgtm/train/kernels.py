@@ -1,9 +1,9 @@
 """The self-check of a run's kernels, before its first step.
 
-`check_kernels` makes one small layer of every kind that the model has, takes it through a forward pass under every mask
-that training makes, and has `sgtm_kernels.selfcheck` repeat each call on the backend. An op that fails falls back to
-PyTorch under `auto`, with one warning; where the backend was named, it is an error. What has passed is remembered for
-the device, driver, torch, Triton and code (`$SGTM_CACHE`, else `~/.cache/sgtm`).
+`check_kernels` builds one small layer of every kind in the model, runs a forward pass under every mask of training, and
+`sgtm_kernels.selfcheck` repeats each call on the backend. Under `auto`, an op that fails falls back to PyTorch, with
+one warning; with a named backend it raises. A pass is cached by device, driver, torch, Triton and code (`$SGTM_CACHE`,
+else `~/.cache/sgtm`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ WIDEST = 512  # window that sequences are made longer for
 
 
 def check_kernels(config: Config, run: Callable[[Callable], list] = on_every_rank) -> list[str]:
-    """Warnings, one for each op that has fallen back.
+    """Check the run's kernels; returns one warning for each op that falls back.
 
     run  calls its argument and returns the results of all ranks; the default is collective, after `init_distributed`
-    Raises ValueError where the backend was named and an op of it fails, and where a kernel has broken the device.
+    Raises ValueError if the backend was named and one of its ops fails, or if a kernel has broken the device.
     """
     backend = kernel_backend(config)
     if backend != "triton":
@@ -54,9 +54,9 @@ def check_kernels(config: Config, run: Callable[[Callable], list] = on_every_ran
 
 
 def self_check(config: Config, backend: str, repeat: bool = False) -> dict[str, str | None]:
-    """By op that the run launches, what is wrong with it on this process's device, or None.
+    """For each op that the run launches, what is wrong with it on this device, or None.
 
-    repeat  also what has passed here before
+    repeat  also ops that passed before
     Raises ValueError where a kernel has broken the device.
     """
     device = torch.device(device_type())
@@ -92,8 +92,7 @@ def calls_of(config: Config, device: torch.device) -> list[Call]:
     with recorded() as calls:
         for i, labels in enumerate(label_pieces(small, min(len(config.tables.labels), LABELS))):
             batch = random_batch(small, labels, i)
-            ids, targets = batch.input_ids.to(device), batch.targets.to(device)
-            model(ids, targets, batch.plan(config.tables), 1.0 / targets.numel())
+            model(*batch.on(device, config.tables), 1.0 / batch.targets.numel())
     torch.random.set_rng_state(state)
     return calls
 

@@ -37,11 +37,17 @@ SAME = (
 )
 MAY_DIFFER = ("model.activation_checkpointing", "data.path")  # the data are known by their fingerprint
 # and what changes only the order in which sums are added, or where they are rounded.
-SHAPE = ("train.micro_batch", "train.compile", "distributed.zero_stage", "distributed.offload_optimizer")
+SHAPE = (
+    "train.micro_batch",
+    "train.compile",
+    "distributed.zero_stage",
+    "distributed.offload_optimizer",
+    "distributed.communication",
+)
 
 
 def resume_command(run: Path, ranks: int) -> str:
-    """What goes on with the run: a command where it ran on one machine, what to change where it ran on several."""
+    """How to resume the run: a command where it ran on one machine, what to change where it ran on several."""
     if ranks == 1:
         return f"sgtm train {run} --resume"
     if not on_one_machine():
@@ -52,7 +58,7 @@ def resume_command(run: Path, ranks: int) -> str:
 def find_whole(run_dir: Path | str, rank: int, ranks: int, say: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint of a run, or None where there is none at all; all ranks divide the reading.
 
-    Damaged ones after it are set aside, and told. Where there are some and none is whole, nothing is changed and every
+    Damaged newer ones are quarantined and reported. If there are some and none is valid, nothing is changed and every
     rank raises ValueError.
     """
     there = on_rank_zero(lambda: finished(run_dir))
@@ -65,15 +71,15 @@ def find_whole(run_dir: Path | str, rank: int, ranks: int, say: Callable[[str], 
         raise ValueError(none_whole(wrong))
     for directory, problem in wrong.items():
         aside = on_rank_zero(lambda directory=directory: set_aside(directory))
-        say(f"warning: {problem}; kept as {aside.name}, going on from {found.name}")
+        say(f"warning: {problem}; quarantined as {aside.name}, resuming from {found.name}")
     return found
 
 
 def load_checkpoint(engine: Engine, directory: Path | str, config: Config, corpus: str = "") -> tuple[int, list, str]:
-    """Continue from a whole checkpoint: weights, optimizer and random states.
+    """Resume from a valid checkpoint: weights, optimizer and random states.
 
-    Returns the number of global steps done, what every rank saved as `progress`, and what is different now in words, or
-    nothing. Every rank raises ValueError for a checkpoint whose run differs from `config`, naming the keys.
+    Returns the number of global steps done, what every rank saved as `progress`, and a text of what differs now, or
+    an empty one. Every rank raises ValueError for a checkpoint whose run differs from `config`, naming the keys.
     """
     directory = Path(directory)
     manifest = on_rank_zero(lambda: _refuse_other_run(directory, config, corpus))

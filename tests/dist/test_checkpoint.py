@@ -175,7 +175,7 @@ def damage(folder: str) -> None:
         found, (text,) = whole()
         aside = directory.with_name(f"damaged-{directory.name}")
         assert found == older and not directory.exists() and aside.is_dir()
-        assert text.endswith(f"; kept as {aside.name}, going on from {older.name}")
+        assert text.endswith(f"; quarantined as {aside.name}, resuming from {older.name}")
         alone(lambda: (aside / name).write_bytes(content))
         alone(lambda: aside.rename(directory))
         return text
@@ -226,6 +226,8 @@ def damage(folder: str) -> None:
     assert load_checkpoint(engine, older, same) == (1, [None, None], "")
     other = "same data in the same order, sums in another (train.micro_batch: 2 in the checkpoint, 4 now)"
     assert load_checkpoint(engine, older, changed("train", "micro_batch", 4)) == (1, [None, None], other)
+    *_, other = load_checkpoint(engine, older, changed("distributed", "communication", "bf16"))
+    assert "(distributed.communication: fp32 in the checkpoint, bf16 now)" in other
 
     (run / f"checkpoints/.tmp-step_0000000{5 + engine.rank}").mkdir()
     alone(lambda: remove_unfinished(run))

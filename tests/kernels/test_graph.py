@@ -40,7 +40,7 @@ def plan_number(seed: int, layout: str = "tokens", documents: bool = False) -> M
 
 X, ROWS = (BATCH, SEQ_LEN, 8), (BATCH, SEQ_LEN, 12)
 HEADS = ((BATCH, 2, SEQ_LEN, 4),) * 3
-ANGLES = torch.arange(SEQ_LEN * 2.0).view(SEQ_LEN, 2).repeat(1, 2)  # the halves of a head turn alike
+ANGLES = torch.arange(SEQ_LEN * 2.0).view(SEQ_LEN, 2).repeat(1, 2)
 OPS = {
     factors: ([X], [3]),
     masked_product: ([ROWS, X], ["mlp_in", BOUNDS]),

@@ -19,6 +19,7 @@ from sgtm_kernels.norm import layer_norm
 from sgtm_kernels.plan import MaskPlan, Run
 from sgtm_kernels.selfcheck import Passed, check, recorded
 from sgtm_kernels.shapes import FORGET, RETAIN, SGTM, UNLABELED
+from sgtm_kernels.tuning import table_of
 
 CPU = torch.device("cpu")
 HEADS = HeadLayout((3, 1), (3, 1), 8)
@@ -175,16 +176,88 @@ def test_an_op_falls_back_for_the_process(calls):
     assert served("triton") == "triton" and served("runs") == "runs"
 
 
-def test_what_has_passed_is_remembered_for_these_facts_alone(calls, tmp_path, monkeypatch):
+def test_what_has_passed_is_remembered_for_these_calls_alone(calls, tmp_path):
     passed = Passed(tmp_path, calls, "triton", CPU)
     assert not passed
     passed.keep()
     assert Passed(tmp_path, calls, "triton", CPU) and Passed(tmp_path, calls[::-1], "triton", CPU)
     assert not Passed(tmp_path, calls[1:], "triton", CPU) and not Passed(tmp_path, calls, "runs", CPU)
-    monkeypatch.setattr(torch, "__version__", "0.0")
-    assert not Passed(tmp_path, calls, "triton", CPU)
-    monkeypatch.undo()
     passed.path.write_text("{")
     assert not passed
     passed.path.write_text(json.dumps(selfcheck.facts(CPU)))
     assert not passed
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch, tmp_path):
+    """A device of which only the name is asked, and a package of one file."""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "kernel.py").write_text("1")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T0")
+    monkeypatch.setattr(selfcheck, "driver", lambda: "570.1")
+    monkeypatch.setattr(selfcheck, "PACKAGE", tmp_path / "package")
+    monkeypatch.setenv("SGTM_TUNED", "off")
+    selfcheck._code.cache_clear(), table_of.cache_clear()
+    yield torch.device("cuda")
+    selfcheck._code.cache_clear(), table_of.cache_clear()
+
+
+def another_file(monkeypatch, folder):
+    (folder / "package" / "kernel.py").write_text("2")
+    selfcheck._code.cache_clear()
+
+
+def another_table(monkeypatch, folder):
+    (folder / "tuned.json").write_text('{"device": "T0", "entries": {}}')
+    monkeypatch.setenv("SGTM_TUNED", str(folder / "tuned.json"))
+    table_of.cache_clear()
+
+
+CHANGES = {
+    "device": lambda monkeypatch, folder: monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T1"),
+    "driver": lambda monkeypatch, folder: monkeypatch.setattr(selfcheck, "driver", lambda: "570.2"),
+    "torch": lambda monkeypatch, folder: monkeypatch.setattr(torch, "__version__", "0.0"),
+    "triton": lambda monkeypatch, folder: monkeypatch.setattr(selfcheck, "installed", lambda package: "0.0"),
+    "code": another_file,
+    "tuned": another_table,
+    "SGTM_LINEAR": lambda monkeypatch, folder: monkeypatch.setenv("SGTM_LINEAR", "rectangles"),
+    "SGTM_ATTENTION": lambda monkeypatch, folder: monkeypatch.setenv("SGTM_ATTENTION", "flex"),
+}
+
+
+@pytest.mark.parametrize("fact", CHANGES)
+def test_what_chooses_the_kernels_is_part_of_the_verdict(calls, tmp_path, monkeypatch, on_a_gpu, fact):
+    Passed(tmp_path, calls, "triton", on_a_gpu).keep()
+    assert Passed(tmp_path, calls, "triton", on_a_gpu)
+    before = selfcheck.facts(on_a_gpu)
+    CHANGES[fact](monkeypatch, tmp_path)
+    assert [name for name, value in selfcheck.facts(on_a_gpu).items() if value != before[name]] == [fact]
+    assert not Passed(tmp_path, calls, "triton", on_a_gpu)
+
+
+@pytest.mark.parametrize(("dtype", "allowed", "refused"), [(torch.float32, 2e-7, 1e-4), (torch.bfloat16, 4e-3, 8e-2)])
+def test_a_few_roundings_pass_and_more_do_not(calls, dtype, allowed, refused):
+    (call, *_) = (call for call in calls if call.op == "norm")
+    arguments = tuple(selfcheck._detached(a.to(dtype) if selfcheck._floating(a) else a) for a in call.arguments)
+    calls = [call._replace(arguments=arguments)]
+    for share, right in ((allowed, True), (refused, False)):
+        change = Broken("norm", "layer_norm", lambda f, share=share: lambda *args: f(*args) * (1 + share))
+        with replaced({("norm", "runs"): change}):
+            assert (check(calls, "runs", CPU)["norm"] is None) == right
+
+
+def test_adamw_leaves_what_no_slice_covers():
+    def careless(original):
+        def prepared(*arguments):
+            step = original(*arguments)
+
+            def wrong(tensors, *rest):
+                step(tensors, *rest)
+                tensors[0].weight[6] += 1e-6
+
+            return wrong
+
+        return prepared
+
+    with replaced({("adamw", "runs"): Broken("adamw", "prepare", careless)}):
+        assert "not updated has changed" in check([], "runs", CPU)["adamw"]

@@ -263,7 +263,7 @@ def test_hugging_face_trains_with_the_best_attention_it_has(overrides):
     assert peer.peak() >= 0
     peer.process.terminate()
     peer.process.join()
-    with pytest.raises(RuntimeError, match="the process of Hugging Face's model ended with -15"):
+    with pytest.raises(RuntimeError, match="the process of Hugging Face's model exited with -15"):
         peer.step()
 
 

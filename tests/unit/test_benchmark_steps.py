@@ -215,7 +215,7 @@ def test_gradients_of_micro_batches_add_up_in_fp32(name, ours):
     case = cases(setting)["25 %, micro"]
 
     def gathered(batches) -> dict:
-        trained.mixed.forget_gradients()
+        trained.mixed.zero_grad()
         for batch in batches:
             loss, _ = trained.mixed.model(batch.input_ids, batch.targets, batch.plan(case.tables), 1.0)
             loss.backward()

@@ -7,12 +7,14 @@ an op of the dispatcher in an eager step.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
+from bare import execute
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgtm.data.batch import Batch
@@ -113,16 +115,29 @@ def test_a_micro_batch_is_one_copy_and_no_wait(name, strategy, family, no_kernel
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_what_is_copied_is_the_batch_and_the_plan(name, monkeypatch):
-    """On a CPU that passes for another device: every part is where it is looked for."""
+    """On a CPU that passes for a GPU: every part is where it is looked for, in one copy from pinned memory that the host
+    does not wait for."""
     batch = BATCHES[name]
     here = torch.device("cpu")
 
     class Elsewhere:
-        type = "elsewhere"
+        type = "cuda"
 
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor.clone())
+    empty, pinned, waited = torch.empty, [], []
+
+    def unpinned(*size, pin_memory=False, **options):
+        pinned.append(pin_memory)
+        return empty(*size, **options)
+
+    def copied(tensor, *_, non_blocking=False, **__):
+        waited.append(not non_blocking)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch, "empty", unpinned)
+    monkeypatch.setattr(torch.Tensor, "to", copied)
     ids, targets, plan = batch.on(Elsewhere(), TABLES["sgtm"])
     monkeypatch.undo()
+    assert (pinned, waited) == ([True], [False])
     wanted = batch.plan(TABLES["sgtm"])
     assert torch.equal(ids, batch.input_ids) and torch.equal(targets, batch.targets)
     assert torch.equal(plan.labels(here), wanted.labels(here)) and plan.labels(here).dtype == torch.int32
@@ -192,3 +207,16 @@ def nodes_of(root) -> set:
             seen.add(node)
             waiting += [following for following, _ in node.next_functions]
     return seen
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "lines"),
+    [
+        ("host", ["--family", "gpt_neo", "--rounds", "1"], 5),
+        ("host_optimizer", ["--shape", "tiny", "--rounds", "1"], 2),
+    ],
+)
+def test_the_benchmarks_of_the_host_run(script, arguments, lines):
+    done = execute([sys.executable, f"benchmarks/{script}.py", *arguments], dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == lines

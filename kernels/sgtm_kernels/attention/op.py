@@ -52,7 +52,8 @@ def attention(
 
     scale   multiplies q k^T (1 for GPT-Neo, head_dim**-0.5 for Llama)
     window  how many keys a query sees at most; None: all of its past
-    rotary  cos and sin [S, head_dim], applied to q and k (rotary position embedding, Su et al., 2021)
+    rotary  cos and sin [S, head_dim], applied to q and k (rotary position embedding, Su et al., 2021); both halves of
+            a row are alike, as they turn together
     overwrite  whether q and k may be turned in place: nobody else reads qkv, and what made it did not keep it
     """
     plan.check(qkv)

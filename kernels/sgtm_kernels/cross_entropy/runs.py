@@ -116,18 +116,18 @@ def _softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, gradient: bo
     for start in range(0, len(targets), block):
         rows = slice(start, start + block)
         p = buffer[: len(index[rows])].copy_(logits[rows])
-        p = torch.softmax(p, dim=-1, out=None if p.is_cuda else p)  # in place it is not tried on a GPU
+        p = torch.softmax(p, dim=-1, out=None if p.is_cuda else p)  # in place only on a CPU; not tested on a GPU
         losses[rows] = _losses(logits[rows], p, index[rows])
         if gradient:
             logits[rows] = p.scatter_add_(1, index[rows], torch.full_like(index[rows], -1, dtype=wide))
-    if gradient and (logits.is_cuda or ignored.any()):  # to ask a GPU would be to wait for it
+    if gradient and (logits.is_cuda or ignored.any()):  # on a GPU, `any` would wait for the device
         logits.masked_fill_(ignored[:, None], 0)
     return losses.masked_fill_(ignored, 0)
 
 
 def _losses(logits: torch.Tensor, p: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """[n] negative logarithms of the softmax `p` of logits [n, V] at index [n, 1], to the precision of `p`."""
-    if logits.is_cuda:  # a GPU cannot be asked whether one is too small, so all losses go by the largest logit
+    if logits.is_cuda:  # a check for small ones would wait for the GPU, so all losses go by the largest logit
         largest, at = logits.max(-1, keepdim=True)
         return (largest.to(p.dtype) - logits.gather(1, index).to(p.dtype) - p.gather(1, at).log_()).squeeze(1)
     picked = p.gather(1, index).squeeze(1)

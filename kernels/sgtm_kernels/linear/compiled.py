@@ -38,8 +38,7 @@ def _row_sum(dy, plan, part, bounds):
 
 def _joint_sum(x, plan, kind):
     plan = plan_of(plan)
-    total = token_sum(x.flatten(0, 1), plan, plan.joint(kind))
-    return total
+    return token_sum(x.flatten(0, 1), plan, plan.joint(kind))
 
 
 masked_product = define(

@@ -5,7 +5,7 @@ program takes tiles of dW in turn and walks over the slices of the tile's row ra
 tensor descriptors, made once, where the device has them and the row lengths suit them, else by pointers. The last
 tokens of a slice are a block of their own: of both operands what lies beyond the slice is replaced by 0 in registers,
 so that it cannot change a bit, NaN included; what lies beyond a row range gives rows that are not stored. So masked
-work is not done, and rows that nobody may update are written as 0 without reading anything. A tile is summed by one
+work is not done, and rows that no token may update are written as 0 without reading anything. A tile is summed by one
 program, slice after slice in fp32: deterministic.
 """
 

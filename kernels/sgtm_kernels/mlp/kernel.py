@@ -159,8 +159,10 @@ def _tile(kernel, x, gated: bool) -> Tile:
 def _gelu(x):
     """tanh-GELU and its derivative: 0.5 x (1 + tanh u) is x sigmoid(2u), which does not cancel."""
     u2 = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-    s = 1.0 / (1.0 + tl.exp(-u2))
-    return x * s, s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    e = tl.exp(-u2)
+    s = 1.0 / (1.0 + e)
+    rest = tl.where(e == float("inf"), 1.0, e * s)  # 1 - s, without its cancellation
+    return x * s, s + x * s * rest * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
 
 
 @triton.jit

@@ -219,7 +219,7 @@ def _(dtotal, dy, total, weight, bias, mean, rstd, plan, kind, wanted):
 
 
 def _add_gradients(dtotal, dy, total, *inputs):
-    """Of the dispatcher's op, which gives None where an output is not used."""
+    """Gradients of the dispatcher's op, which passes None for an unused output."""
     *saved, wanted = inputs
     dtotal, dy = (torch.zeros_like(total) if d is None else d for d in (dtotal, dy))
     dx, *learned = add_norm_gradients(dtotal, dy, total, *saved, wanted[2] or wanted[3])

@@ -1,8 +1,8 @@
 """LayerNorm and RMSNorm whose weight and bias learn only from the tokens that may update them; dX is the plain one.
 
 Promise (tests/kernels/test_norm.py): masked tokens contribute exactly nothing to the gradient of weight and bias, and
-dX is bit-equal to that of the same op with nothing masked. With a residual the op returns the sum too, which the rest
-of the model reads on: its gradient joins dX in the same pass.
+dX is bit-equal to that of the same op with nothing masked. With a residual the op also returns the sum, which the
+rest of the model uses: its gradient is added to dX in the same pass.
 """
 
 from __future__ import annotations
