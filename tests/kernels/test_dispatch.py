@@ -13,6 +13,7 @@ import torch
 
 from sgtm_kernels.dispatch import (
     BACKENDS,
+    CAPTURED,
     FALLBACK,
     OPS,
     WAYS,
@@ -110,6 +111,15 @@ def test_backends_have_the_functions_of_their_op(op, backend):
     assert functions
     for name in functions:
         assert getattr(module, name).__module__ == module_name(op, backend)
+
+
+@pytest.mark.parametrize("op", CAPTURED)
+def test_a_captured_op_is_called_like_the_others(op):
+    package, runs, module = (import_module(f"sgtm_kernels.{op}{name}") for name in ("", ".runs", ".compiled"))
+    for name in package.__all__:
+        if inspect.isfunction(getattr(package, name)):
+            ours, theirs = (list(inspect.signature(getattr(m, name)).parameters) for m in (module, runs))
+            assert ours == theirs, f"{op}.{name}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

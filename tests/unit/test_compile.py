@@ -1,9 +1,9 @@
 """`train.compile: blocks`: the losses and gradients of the model as it is, from one graph for each mask signature.
 
-In fp32 they agree to 2e-6 of the largest entry, with the backend aot_eager of torch.compile, which runs the captured
-graph op by op, and with inductor. Faults tried, each seen to fail: an op that reads the runs of the plan while it is
-captured; a graph break; the factors of the forward pass in the backward pass; a signature that leaves out the norms, or
-the routes; a default limit on the number of graphs.
+They differ by rounding; rows that masks leave alone are exactly 0 in both. The backend aot_eager of torch.compile runs
+the captured graph op by op and needs no compiler. Faults tried, each seen to fail: an op that reads the runs of a plan
+while it is captured; a graph break; the factors of the forward pass in the backward pass; a signature that leaves out
+the norms, or the documents; torch's own limit on the number of graphs.
 """
 
 from __future__ import annotations
@@ -34,11 +34,6 @@ from torch._inductor.exc import TritonMissing
 from sgtm.masking.strategy import removal_tables
 from sgtm.model.compile import check_compiler, compile_blocks
 
-
-def assert_close(compiled: torch.Tensor, plain: torch.Tensor, name: str = "loss") -> None:
-    torch.testing.assert_close(compiled, plain, rtol=0, atol=2e-6 * max(1.0, float(plain.abs().max())), msg=name)
-
-
 KINDS_OF_LAYERS = {"gpt_neo": 2, "llama": 1}  # global and local
 
 
@@ -61,6 +56,15 @@ class Pair:
     def gradients(self, batches, tables):
         return tuple(gradients(model, batches, tables) for model in (self.plain, self.compiled))
 
+    def check(self, batches, tables) -> None:
+        """Losses and gradients."""
+        plain, compiled = self.losses(batches, tables)
+        torch.testing.assert_close(compiled, plain, rtol=0, atol=2e-6)
+        plain, compiled = self.gradients(batches, tables)
+        for name, gradient in plain.items():
+            assert torch.equal(gradient == 0, compiled[name] == 0), name
+            assert (gradient - compiled[name]).norm() <= 2e-6 * gradient.norm(), name
+
     def losses(self, batches, tables):
         def loss(model, batch):
             return model(batch.input_ids, batch.targets, plan_of(batch, tables), 1 / batch.step_targets)[0]
@@ -75,12 +79,10 @@ class Pair:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_strategy_and_mixing(family):
     pair = Pair(family)
-    for name, make in STRATEGIES.items():
+    for make in STRATEGIES.values():
         tables = make()
         for seed, mixing in enumerate(MIXINGS):
-            plain, compiled = pair.gradients(pair.batches(mixing, tables, seed), tables)
-            for parameter, gradient in plain.items():
-                assert_close(compiled[parameter], gradient, f"{name}, {mixing}: {parameter}")
+            pair.check(pair.batches(mixing, tables, seed), tables)
     pair.check_graphs()
     assert len({signature for signature, _ in pair.signatures}) >= 6
 
@@ -108,9 +110,7 @@ def test_triton_keeps_its_kernels_where_something_is_masked():
 
 def test_layers_without_groups_have_a_graph_of_their_own():
     pair, tables = Pair("llama", masked_layers=[0]), STRATEGIES["sgtm"]()
-    plain, compiled = pair.gradients(pair.batches("sequence", tables), tables)
-    for parameter, gradient in plain.items():
-        assert_close(compiled[parameter], gradient, parameter)
+    pair.check(pair.batches("sequence", tables), tables)
     assert pair.counter.frame_count == 2
 
 
@@ -118,22 +118,21 @@ def test_layers_without_groups_have_a_graph_of_their_own():
 def test_activation_checkpointing(family):
     pair, tables = Pair(family, activation_checkpointing=True), STRATEGIES["sgtm+masked"]()
     for seed in range(2):
-        plain, compiled = pair.gradients(pair.batches("sequence", tables, seed), tables)
-        for parameter, gradient in plain.items():
-            assert_close(compiled[parameter], gradient, parameter)
+        pair.check(pair.batches("sequence", tables, seed), tables)
     pair.check_graphs()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16(family):
-    """Rotary positions, norms and the activation round at other places than op by op."""
+    """At most twice the error of the model as it is, against fp32."""
     pair, tables = Pair(family), STRATEGIES["sgtm"]()
-    for model in (pair.plain, pair.compiled):
-        model.bfloat16()
-    plain, compiled = pair.gradients(pair.batches("sequence", tables), tables)
-    for parameter, gradient in plain.items():
-        difference = (gradient.float() - compiled[parameter].float()).norm()
-        assert difference <= 0.03 * gradient.float().norm(), parameter
+    batches = pair.batches("sequence", tables)
+    exact = gradients(pair.plain.bfloat16().float(), batches, tables)
+    pair.plain.bfloat16()
+    pair.compiled.bfloat16()
+    plain, compiled = pair.gradients(batches, tables)
+    for name, gradient in exact.items():
+        assert (compiled[name] - gradient).norm() <= 2 * (plain[name] - gradient).norm(), name
     pair.check_graphs()
 
 
@@ -144,7 +143,7 @@ def test_two_graphs_serve_every_evaluation():
         for label in range(4):
             for tables in every:
                 plain, compiled = pair.losses(pair.batches("step", tables, label, label), tables)
-                assert_close(compiled, plain)
+                torch.testing.assert_close(compiled, plain, rtol=0, atol=2e-6)
     assert pair.counter.frame_count == 2
 
 
