@@ -128,7 +128,7 @@ def alive(pid: int) -> bool:
 
 
 def state(pid: int) -> str | None:
-    """As proc(5) has it: T where it is stopped, Z where it has ended and nobody has waited for it."""
+    """As proc(5) has it: T where it is stopped, Z where it has ended and its parent has not waited for it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except OSError:

@@ -54,7 +54,7 @@ def attention(
     window  how many keys a query sees at most; None: all of its past
     rotary  cos and sin [S, head_dim], applied to q and k (rotary position embedding, Su et al., 2021); both halves of
             a row are alike, as they turn together
-    overwrite  whether q and k may be turned in place: nobody else reads qkv, and what made it did not keep it
+    overwrite  whether q and k may be turned in place: no other op reads qkv, and the op that made it did not save it
     """
     plan.check(qkv)
     columns = (sum(layout.heads) + 2 * sum(layout.kv_heads)) * layout.head_dim

@@ -53,7 +53,7 @@ row_sum = define(
     _row_sum,
     lambda dy, *masks: dy.new_empty(dy.shape[-1]),
 )
-"""dy [B, S, rows] -> [rows], likewise."""
+"""dy [B, S, rows] -> [rows]: the sum over the tokens that may update each row."""
 
 joint_sum = define(
     "joint_sum(Tensor x, Tensor plan, str kind) -> Tensor", _joint_sum, lambda x, *masks: x.new_empty(x.shape[-1])
