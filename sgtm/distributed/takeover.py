@@ -15,7 +15,7 @@ separate pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -25,15 +25,20 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from sgtm.distributed.agreement import Agreement
 from sgtm.distributed.private import replace
 
+Cut = Callable[[torch.Tensor, list[torch.Tensor]], Iterable[tuple[torch.Tensor, int]]]
+
 
 class Takeover:
     """The parts of one DeepSpeed engine that are replaced.
 
-    agreed  called in every step with the norm, before the optimizer's step; the norm is infinite if the step is skipped
+    agreed  called in every step when the norms are known, before the optimizer's step; returns the norm for DeepSpeed,
+            infinite if the step is to be skipped
+    cut     cuts the gradient of one of the optimizer's tensors, given in consecutive pieces, into pieces of one owner
+            each, and returns them with their owners; None: one owns all
     """
 
-    def __init__(self, engine, agreement: Agreement, bucket: int, agreed: Callable[[float], None]):
-        self.engine, self.agreement, self.bucket, self.agreed = engine, agreement, bucket, agreed
+    def __init__(self, engine, agreement: Agreement, bucket: int, agreed: Callable[[], float], cut: Cut | None = None):
+        self.engine, self.agreement, self.bucket, self.agreed, self.cut = engine, agreement, bucket, agreed, cut
         self.optimizer = engine.optimizer
         self.flags = torch.zeros(1, device=agreement.device)
         if isinstance(self.optimizer, BF16_Optimizer):
@@ -54,23 +59,32 @@ class Takeover:
 
     def norm(self) -> float:
         """Of the gradient that ZeRO 1 to 3 have partitioned; of the optimizer in the host's memory by parameter."""
-        by_parameter = getattr(self.optimizer, "norm_for_param_grads", None)
+        zero = self.optimizer
+        by_parameter = getattr(zero, "norm_for_param_grads", None)
         if by_parameter is None:
-            pieces = [piece for group in self.optimizer.averaged_gradients.values() for piece in group]
-            norm = self.agreement.reach(pieces)
+            sharded = hasattr(zero, "fp32_partitioned_groups_flat")
+            tensors = zero.fp32_partitioned_groups_flat if sharded else zero.single_partition_of_fp32_groups
+            self.reach((tensors[group], pieces) for group, pieces in zero.averaged_gradients.items())
         else:
             device = self.agreement.device
             norms = [norm.to(device) for norm in by_parameter.values()] or [torch.zeros((), device=device)]
-            norm = self.agreement.reach_by(torch.stack(norms))
-        self.agreed(norm)
-        return norm
+            self.agreement.reach_by(torch.stack(norms))
+        return self.agreed()
 
     def plain_norm(self) -> float:
         """Of gradients that every rank has whole: ZeRO 0 in fp32."""
-        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        norm = self.agreement.reach(gradients, self.flags)
-        self.agreed(norm)
-        return norm
+        self.reach(((p, [p.grad]) for p in self.engine.module.parameters() if p.grad is not None), self.flags)
+        return self.agreed()
+
+    def reach(
+        self, gradients: Iterable[tuple[torch.Tensor, list[torch.Tensor]]], flags: torch.Tensor | None = None
+    ) -> None:
+        """Agree on the norms of these gradients: tensors of the optimizer, each with its gradient in pieces."""
+        if self.cut is None:
+            self.agreement.reach([piece for _, pieces in gradients for piece in pieces], flags)
+            return
+        found = [pair for tensor, pieces in gradients for pair in self.cut(tensor, pieces)]
+        self.agreement.reach([piece for piece, _ in found], flags, [owner for _, owner in found])
 
     def gradients(self) -> Callable:
         """What plain data parallelism reduces, and the stop flag."""
@@ -102,8 +116,9 @@ class Takeover:
     def step(self, closure=None) -> None:
         """Of the bf16 optimizer, as BF16_Optimizer.step but for the norm and the clipping."""
         bf16 = self.optimizer
-        norm = self.agreement.reach(bf16.fp32_groups_gradient_flat_partition)
-        self.agreed(norm)
+        gradients = zip(bf16.fp32_groups_flat_partition, bf16.fp32_groups_gradient_flat_partition, strict=True)
+        self.reach((weights, [gradient]) for weights, gradient in gradients)
+        norm = self.agreed()
         bf16._global_grad_norm, bf16.overflow = norm, not math.isfinite(norm)
         if not bf16.overflow:
             for weights, gradient in zip(

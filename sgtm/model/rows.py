@@ -65,6 +65,11 @@ def joint_rows(kind: str, rows: int, masked: bool = True, decay: bool = False) -
     return Rows((kind if masked else ALWAYS,), (0, rows), decay)
 
 
+def owner_of(key: str, groups: tuple[str, ...]) -> int:
+    """Who a key's rows belong to: 0 for the retain group and all joint parameters, else the number of the group."""
+    return groups.index(group) if (group := key.partition(".")[2]) else 0
+
+
 def live_keys(tables: Tables, labels: Iterable[int]) -> frozenset[str]:
     """Keys that a global step with tokens of these labels may update; every other key is frozen in that step."""
     labels = tuple(labels)

@@ -181,8 +181,12 @@ def none_whole(wrong: dict[Path, str]) -> str:
 
 
 def resolved(config: Config) -> dict:
-    """The config as a manifest keeps it, with the kernel backend that runs: another one adds in another order."""
+    """The config as a manifest keeps it, with the kernel backend that runs: another one adds in another order.
+
+    `masking.joint` is spelled out where the strategy decides.
+    """
     values = config.model_dump(mode="json")
+    values["masking"]["joint"] = config.joint
     values["kernels"]["backend"] = served(kernel_backend(config))
     return values
 

@@ -219,7 +219,7 @@ def test_paper_presets_have_the_papers_settings(name):
     c = load_config(name)
     share = c.data.channel["retain"]["retain"]
     shape = (c.model.layers, c.model.hidden_size, c.model.context, c.sequences_per_step)
-    assert (*shape, c.optimizer.lr, c.train.steps, share, c.masking.joint) == PAPER[name]
+    assert (*shape, c.optimizer.lr, c.train.steps, share, c.masking.joint or "free") == PAPER[name]
     assert (c.model.vocab_size, c.model.heads, c.model.window) == (50257, 32, 256)
     assert c.model.intermediate_size == 4 * c.model.hidden_size
     assert (c.masking.forget_heads, c.masking.forget_neurons, c.data.mixing) == (1, 64, "step")
