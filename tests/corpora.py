@@ -81,6 +81,7 @@ def config_for(
                 "context": context,
             },
             "masking": {"domains": list(domains), "forget_neurons": 2, **data.pop("masking", {})},
+            "optimizer": data.pop("optimizer", {}),
             "data": data,
             "train": {"steps": steps, "tokens_per_step": sequences * context, "micro_batch": micro_batch},
         }
