@@ -21,7 +21,7 @@ from sgtm.data.summary import labels_of
 from sgtm.masking.certificate import obstacle
 from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import OPEN
-from sgtm.model.rows import ALWAYS, live_keys
+from sgtm.model.rows import ALWAYS, ENDS, live_keys
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import PARTS
 
@@ -72,7 +72,7 @@ def _place(key: str, groups: tuple[str, ...]) -> tuple:
     """Groups in their order with their parts, then the joint parameters, then what has no groups."""
     part, _, group = key.partition(".")
     if group:
-        return (0, groups.index(group), PARTS.index(part))
+        return (0, groups.index(group), (*PARTS, *ENDS).index(part))
     return (2,) if key == ALWAYS else (1, key)
 
 

@@ -89,11 +89,14 @@ def partition_of(space: LabelSpace, model: ModelConfig, **masking) -> Partition:
     )
 
 
-def model_of(family: str, backend: str = "runs", masked_layers=None, seed: int = 0, **changes) -> Transformer:
+def model_of(
+    family: str, backend: str = "runs", masked_layers=None, seed: int = 0, embedding: str | int = "none", **changes
+) -> Transformer:
     """Unequal groups; every parameter random and far from 0, biases and norms included."""
     config = FAMILIES[family].model_copy(update=changes)
     share = config.heads // config.num_kv_heads
     masking = {"forget_heads": share, "forget_neurons": {"bio": 3, "code": 1}, "masked_layers": masked_layers}
+    masking["embedding"] = embedding
     partition = partition_of(SPACE, config, **masking)
     torch.manual_seed(seed)
     model = Transformer(config, partition, backend)

@@ -117,6 +117,10 @@ class MaskingConfig(Section):
     """Percent of each layer's heads and neurons; where set, forget_heads and forget_neurons are not used."""
     masked_layers: list[NonNegativeInt] | None = None
     """Layers that have groups; None: all."""
+    domain_embedding: Literal["none", "full"] | PositiveInt = "none"
+    """A part of token embedding and head that belongs to each domain's group, added to the shared matrices where the
+    group is active: a whole matrix (`full`), or a product of this rank. With `joint: strict` a domain can learn words
+    of its own only with it."""
     certify: bool = False
     """Refuse a config whose safe model depends, in any bit, on what the documents of a domain say. `sgtm explain`
     prints whether it does, and the first reason."""
@@ -318,6 +322,12 @@ class Config(Section):
                 f"distributed.zero_quantized_weights: with masking.strategy {strategy} frozen weights would not keep "
                 "their values, as groups share scales; leave it false"
             )
+        rank = self.masking.domain_embedding
+        if isinstance(rank, int) and rank >= min(self.model.hidden_size, self.model.vocab_size):
+            raise ValueError(
+                f"masking.domain_embedding {rank} is not below model.hidden_size {self.model.hidden_size} and "
+                f"model.vocab_size {self.model.vocab_size}; write full"
+            )
         if self.distributed.offload_optimizer and self.optimizer.grad_clip_scope == "owner":
             raise ValueError(
                 "optimizer.grad_clip_scope owner: with distributed.offload_optimizer DeepSpeed gives norms of whole "
@@ -371,6 +381,7 @@ class Config(Section):
                 forget_neurons=self.masking.forget_neurons,
                 percent=self.masking.percent,
                 masked_layers=self.masking.masked_layers,
+                embedding=self.masking.domain_embedding,
             )
         except ValueError as error:  # begins with the name of an argument, which is the key
             raise ValueError(f"masking.{error}") from None

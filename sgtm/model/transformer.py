@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sgtm.masking.partition import LayerPartition, Partition
+from sgtm.model.domain_embedding import add_domains, domain_parts, head_of, held, subsets
 from sgtm.model.rows import Rows, group_rows, head_row_bounds, joint_rows, mlp_in_bounds, qkv_bounds
 from sgtm_kernels.attention import HeadLayout, attention
 from sgtm_kernels.cross_entropy import linear_cross_entropy
@@ -121,11 +122,21 @@ class Transformer(nn.Module):
         self.final_norm = Norm(config, "final_norm", backend)
         self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(size))
         self.head_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
+        self.domain_parts = domain_parts(partition, *size, config.tie_embeddings)
+        for part in self.domain_parts:
+            self.register_parameter(part.name, nn.Parameter(torch.zeros(part.shape)))
+        self._parts: dict[str, torch.Tensor] = {}  # those of the forward pass in progress
+        own = {part.name for part in self.domain_parts}
         for name, parameter in self.named_parameters():
+            if name in own:
+                continue
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=config.init_std)
             elif not name.endswith("norm.weight"):
                 nn.init.zeros_(parameter)
+        for name in sorted(own):  # last: all other weights are those of a model without them
+            if name.endswith("_rows"):
+                nn.init.normal_(getattr(self, name), std=config.init_std)
 
     def forward(
         self, input_ids: torch.Tensor, targets: torch.Tensor, plan: MaskPlan, scale: float
@@ -139,11 +150,27 @@ class Transformer(nn.Module):
 
     def loss(self, x: torch.Tensor, targets: torch.Tensor, plan: MaskPlan, scale: float):
         """What `forward` returns, from the last hidden states [B, S, D]. Part of it, for ZeRO-3: not to be called."""
-        return linear_cross_entropy(x, self._head, self.head_bias, targets, plan, scale, self.backend)
+        if not self.domain_parts:
+            return linear_cross_entropy(x, self._head, self.head_bias, targets, plan, scale, self.backend)
+        x, head, bias = held(x, self._head, self.head_bias)
+        found = []
+        for subset in subsets(plan, x.device):
+            of, goals = x, targets
+            if subset.index is not None:
+                of, goals = x.flatten(0, 1)[subset.index][None], targets.flatten()[subset.index][None]
+            weight = head_of(head, self._parts, self.head is None, subset)
+            found.append(linear_cross_entropy(of, weight, bias, goals, subset.plan, scale, self.backend))
+        losses, sums = zip(*found, strict=True)
+        return sum(losses), sum(sums)
 
     def embed(self, input_ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
         """[B, S, D] embeddings of tokens and, in the GPT-Neo family, positions. Part of `forward`, likewise."""
         x = embedding(input_ids, self.embedding, plan, "embedding", self.backend)
+        if self.domain_parts:
+            names = [part.name for part in self.domain_parts]
+            x, *parts = held(x, *(getattr(self, name) for name in names))
+            self._parts = dict(zip(names, parts, strict=True))
+            x = add_domains(x, self._parts, input_ids, plan)
         if self.position is None:
             return x
         positions = torch.arange(input_ids.shape[1], device=x.device).expand_as(input_ids)
@@ -151,7 +178,16 @@ class Transformer(nn.Module):
 
     def logits(self, input_ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
         """[B, S, V] next-token logits."""
-        return nn.functional.linear(self._hidden(input_ids, plan), self._head, self.head_bias)
+        x = self._hidden(input_ids, plan)
+        if not self.domain_parts:
+            return nn.functional.linear(x, self._head, self.head_bias)
+        logits = x.new_empty(plan.tokens, self.config.vocab_size)
+        for subset in subsets(plan, x.device):
+            index = slice(None) if subset.index is None else subset.index
+            logits[index] = nn.functional.linear(
+                x.flatten(0, 1)[index], head_of(self._head, self._parts, self.head is None, subset), self.head_bias
+            )
+        return logits.view(*input_ids.shape, -1)
 
     @property
     def _head(self) -> nn.Parameter:
@@ -194,6 +230,8 @@ class Transformer(nn.Module):
         rows["head"] = joint_rows("head", self.config.vocab_size, decay=True)
         rows["position"] = joint_rows("position", self.config.context, decay=True)
         rows["head_bias"] = joint_rows("head_bias", self.config.vocab_size)
+        for part in self.domain_parts:
+            rows[part.name] = Rows((part.key,), (0, part.shape[0]), decay=True)
         return {name: rows[name] for name, _ in self.named_parameters()}
 
 

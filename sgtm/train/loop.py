@@ -221,7 +221,8 @@ def _initial_model(config: Config, load: bool) -> Transformer:
     if load and folder:
         from sgtm.model.pretrained import load_pretrained  # transformers takes seconds to import
 
-        model.load_state_dict(together(lambda: load_pretrained(folder, config.model, config.partition)))
+        theirs = together(lambda: load_pretrained(folder, config.model, config.partition))
+        model.load_state_dict({p.name: getattr(model, p.name) for p in model.domain_parts} | theirs)
     if config.train.compile == "blocks":
         compile_blocks(model)
     return model

@@ -124,6 +124,9 @@ def safe_models(folder: Path, cases: list[Case], ranks: int) -> list[tuple[str, 
 def test_the_safe_model_is_independent_of_the_forget_text(tmp_path, ranks):
     cases = [Case(stage, "bf16" if stage % 2 else "fp32") for stage in range(4)]
     cases += [Case(2, "bf16", {"masking": {"strategy": "gram", "joint": None}}, "llama")]
+    cases += [Case(stage, "fp32", {"masking": {"domain_embedding": "full"}}) for stage in (0, 3)]
+    cases += [Case(stage, "bf16", {"masking": {"domain_embedding": 3}}, "llama") for stage in (1, 3)]
+    cases += [Case(2, "fp32", {"masking": {"domain_embedding": 3}, "data": {"mixing": "token"}})]
     for case, (these, those) in zip(cases, safe_models(tmp_path, cases, ranks), strict=True):
         assert obstacle(case.config(str(tmp_path / "x"), "these"), "es") is None
         assert these == those, case
@@ -131,6 +134,7 @@ def test_the_safe_model_is_independent_of_the_forget_text(tmp_path, ranks):
 
 BROKEN = {
     "clipping": {"optimizer": {"grad_clip_scope": "global"}},
+    "joint, own embedding": {"masking": {"joint": "masked", "domain_embedding": "full"}},
     "joint": {"masking": {"joint": ["embedding", "position", "head", "norm", "attn_out_bias", "mlp_out_bias"]}},
     "layers": {"masking": {"masked_layers": [1]}},
     "unlabeled": {"data": {"channel": {"retain": {"retain": 0.8, "unlabeled": 0.2}}}},
