@@ -102,7 +102,10 @@ def read_manifest(directory: Path) -> dict:
         manifest = json.loads(path.read_text())
         if manifest["sha256"] != _digest(manifest):
             raise ValueError(f"{path} is damaged: its own SHA-256 is another")
-        manifest = {key: manifest[key] for key in ("step", "ranks", "corpus", "config", "files")}
+        manifest = {
+            **{key: manifest[key] for key in ("step", "ranks", "corpus", "config", "files")},
+            "independent_of": manifest.get("independent_of", []),  # younger than the first checkpoints
+        }
         sizes = [(entry["bytes"], entry["sha256"]) for entry in manifest["files"].values()]
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: not a whole checkpoint") from None

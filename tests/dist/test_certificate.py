@@ -11,6 +11,7 @@ skipped as a whole; a domain's embedding that retain tokens read or that is left
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,6 +115,10 @@ def safe_models(folder: Path, cases: list[Case], ranks: int) -> list[tuple[str, 
         for data in ("these", "those"):
             for remove in (["es"], []):
                 out = export_run(folder / f"runs{number}" / data, remove, folder / f"out{number}{data}{len(remove)}")
+                independent = json.loads((out / "sgtm_export.json").read_text())["independent_of"]
+                certain = obstacle(cases[number].config(str(folder / "x"), data), "es") is None
+                assert independent == (remove if certain else [])
+                assert ("independent, to the bit, of" in (out / "README.md").read_text()) == bool(independent)
                 pair.append(hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest())
         assert pair[1] != pair[3], "the full models know the difference"
         found.append((pair[0], pair[2]))

@@ -106,8 +106,11 @@ def batches_of(mixing: str):
 @by_rank
 @by_family
 @by_backend
-@pytest.mark.parametrize("mixing", MIXINGS)
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize(
+    ("name", "mixing"),
+    [*(("strict", mixing) for mixing in MIXINGS), ("free", "sequence"), ("routing", "token"), ("titrated", "token"),
+     ("titrated", "sequence"), ("none", "sequence")],
+)  # fmt: skip
 def test_losses_and_gradients_are_those_of_the_formula(name, mixing, backend, family, rank):
     model, tables = model_of(family, backend, embedding=rank), TABLES[name]
     oracle = oracle_of(model)
@@ -126,8 +129,9 @@ def test_losses_and_gradients_are_those_of_the_formula(name, mixing, backend, fa
 @by_rank
 @by_family
 @by_backend
-@pytest.mark.parametrize("mixing", ["micro", "sequence", "token"])
-@pytest.mark.parametrize("name", ["strict", "free", "routing"])
+@pytest.mark.parametrize(
+    ("name", "mixing"), [("strict", "sequence"), ("strict", "token"), ("free", "token"), ("routing", "micro")]
+)
 def test_what_a_label_may_not_update_does_not_change_with_it(name, mixing, backend, family, rank):
     model, tables, batches = model_of(family, backend, embedding=rank), TABLES[name], batches_of(mixing)
     before = by_key(model, gradients(model, batches, tables))
