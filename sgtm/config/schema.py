@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from sgtm.masking import recipes
 from sgtm.masking.certificate import check_certified
 from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import OPEN, LabelSpace
@@ -305,6 +306,10 @@ class Config(Section):
     """Name of the run; its directory is `<runs>/<name>`."""
     runs: str = "runs"
     """Folder of all run directories."""
+    recipe: Literal[recipes.NAMES] | None = None
+    """Settings that belong together (`paper`, `gram`, `dual`, `certified`): strategy, joint, domain_embedding and
+    certify of `masking`, grad_clip_scope of `optimizer`, channel, both_ways and schedule of `data`. Keys that are set
+    beside it or above it win; those of a preset or file that is extended give way."""
     model: ModelConfig
     masking: MaskingConfig = MaskingConfig()
     data: DataConfig = DataConfig()
@@ -313,6 +318,19 @@ class Config(Section):
     distributed: DistributedConfig = DistributedConfig()
     kernels: KernelsConfig = KernelsConfig()
     wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_recipe(cls, values):
+        if not isinstance(values, dict) or values.get("recipe") not in recipes.NAMES:
+            return values
+        given = {name: values.get(name) or {} for name in recipes.KEYS}
+        given = {k: v.model_dump(exclude_unset=True) if isinstance(v, Section) else v for k, v in given.items()}
+        if not all(isinstance(section, dict) for section in given.values()):
+            return values  # an error of the user's, which is found next
+        domains = given["masking"].get("domains", MaskingConfig().domains)
+        keys = recipes.recipe(values["recipe"], domains if isinstance(domains, list) else [])
+        return values | {name: keys[name] | section for name, section in given.items()}
 
     @model_validator(mode="after")
     def _consistent(self):

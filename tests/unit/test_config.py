@@ -178,7 +178,10 @@ FILES = {
     "a key twice": ("name: a\nname: b\n", "run.yaml: line 2, column 1: not valid YAML: key 'name' is given twice"),
     "broken": ("model:\n  layers: [\n", "run.yaml: line 3, column 1: not valid YAML"),
     "unknown key": ("extends: debug\nmodle: {}\n", "run.yaml: modle: unknown key; did you mean model?"),
-    "key that is no text": ("extends: debug\n1: 2\n", "run.yaml: 1: unknown key; known here: name, runs, model"),
+    "key that is no text": (
+        "extends: debug\n1: 2\n",
+        "run.yaml: 1: unknown key; known here: name, runs, recipe,",
+    ),
     "empty section": (
         "extends: debug\ndata:\n",
         "data: found null, but it takes: a section with the keys path, mixing",

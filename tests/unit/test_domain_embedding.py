@@ -155,6 +155,20 @@ def test_a_part_that_no_token_reads_gets_zeros_and_is_frozen(family, rank):
 @by_rank
 @by_family
 @by_backend
+def test_no_token_reads_a_part_whose_group_is_inactive(backend, family, rank):
+    """Not even times 0: the parts are NaN."""
+    model, tables = model_of(family, backend, embedding=rank), TABLES["strict"]
+    with torch.no_grad():
+        for part in model.domain_parts:
+            if part.key.endswith("code"):
+                getattr(model, part.name).fill_(torch.nan)
+    for label in (RETAIN, BIO):
+        assert all(bool(g.isfinite().all()) for g in gradients(model, random_step("step", 1, label), tables).values())
+
+
+@by_rank
+@by_family
+@by_backend
 def test_gradients_are_complete_in_one_order_whatever_the_labels(backend, family, rank):
     """ZeRO 2 and 3 reduce them in the order in which they are complete, which must be that of all ranks."""
     model, orders = model_of(family, backend, embedding=rank), set()
