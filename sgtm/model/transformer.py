@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from sgtm.masking.partition import LayerPartition, Partition
 from sgtm.model.rows import Rows, group_rows, head_row_bounds, joint_rows, mlp_in_bounds, qkv_bounds
 from sgtm_kernels.attention import HeadLayout, attention
+from sgtm_kernels.autograd import captured
 from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.dispatch import load
 from sgtm_kernels.embedding import embedding
@@ -47,9 +48,11 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: LayerPartition, window: int | None, backend: str):
+    """`first`: in the first layer, if that has groups."""
+
+    def __init__(self, config: ModelConfig, layer: LayerPartition, window: int | None, backend: str, first: bool):
         super().__init__()
-        head_dim = config.size_per_head
+        head_dim, self.first = config.size_per_head, first
         self.layout = HeadLayout(layer.heads, layer.kv_heads, head_dim)
         self.in_bounds, self.out_bounds = qkv_bounds(layer, head_dim), head_row_bounds(layer, head_dim)
         self.window, self.backend = window, backend
@@ -63,9 +66,15 @@ class Attention(nn.Module):
         qkv = linear_in(x, self.w_qkv, None, plan, "attn_in", self.in_bounds, self.backend, overwrite=True)
         heads = attention(
             qkv, self.layout, plan, scale=self.scale, window=self.window, rotary=rotary, overwrite=True,
-            backend=self.backend,
+            below=self._learns_below(plan), backend=self.backend,
         )  # fmt: skip
         return linear_out(heads, self.w_o, self.b_o, plan, "attn_out", self.out_bounds, self.backend)
+
+    def _learns_below(self, plan: MaskPlan) -> bool:
+        """Whether a token updates a parameter below this layer's projections. A graph is one for all plans: True."""
+        if captured() or not self.first:
+            return True
+        return any(plan.joint(kind).slices for kind in ("embedding", "position", "norm"))
 
 
 class MLP(nn.Module):
@@ -93,7 +102,8 @@ class Block(nn.Module):
         layer = partition.layers[index]
         kind = "norm" if partition.masked(index) else None
         self.attention_norm = Norm(config, kind, backend)
-        self.attention = Attention(config, layer, config.window_of(index), backend)
+        first = index == 0 and partition.masked(index)
+        self.attention = Attention(config, layer, config.window_of(index), backend, first)
         self.mlp_norm = Norm(config, kind, backend)
         self.mlp = MLP(config, layer, backend)
 
@@ -143,7 +153,10 @@ class Transformer(nn.Module):
 
     def embed(self, input_ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
         """[B, S, D] embeddings of tokens and, in the GPT-Neo family, positions. Part of `forward`, likewise."""
-        x = embedding(input_ids, self.embedding, plan, "embedding", self.backend)
+        table = self.embedding
+        if self.head is None and not plan.joint("embedding").slices:
+            table = table.detach()  # no token updates it here, and its gradient comes from the head
+        x = embedding(input_ids, table, plan, "embedding", self.backend)
         if self.position is None:
             return x
         positions = torch.arange(input_ids.shape[1], device=x.device).expand_as(input_ids)
