@@ -154,8 +154,10 @@ class Transformer(nn.Module):
     def embed(self, input_ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
         """[B, S, D] embeddings of tokens and, in the GPT-Neo family, positions. Part of `forward`, likewise."""
         table = self.embedding
-        if self.head is None and not plan.joint("embedding").slices:
-            table = table.detach()  # no token updates it here, and its gradient comes from the head
+        # No token updates it here, and its gradient comes from the head. Positions keep x part of autograd's graph:
+        # without them a compiled block would need a second graph.
+        if self.head is None and self.position is not None and not plan.joint("embedding").slices:
+            table = table.detach()
         x = embedding(input_ids, table, plan, "embedding", self.backend)
         if self.position is None:
             return x
