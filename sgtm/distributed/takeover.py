@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import all_gather_dp_groups
 
 from sgtm.distributed.agreement import Agreement
 from sgtm.distributed.private import replace
@@ -44,6 +45,7 @@ class Takeover:
         if isinstance(self.optimizer, BF16_Optimizer):
             replace(engine, "buffered_allreduce_fallback", self.reduce_scatter)
             replace(self.optimizer, "step", self.step)
+            replace(self.optimizer, "_update_hp_grad", self.add_gradient)
         elif hasattr(self.optimizer, "fp32_partitioned_groups_flat"):
             replace(self.optimizer, "_get_norm_groups", lambda: [torch.tensor(self.norm())])
             replace(self.optimizer, "unscale_and_clip_grads", nothing)
@@ -113,6 +115,24 @@ class Takeover:
                 share[start : start + size].copy_(received)
 
     @torch.no_grad()
+    def add_gradient(self, parameter: torch.Tensor, group: int, number: int, clear_lp_grads: bool) -> None:
+        """Of the bf16 optimizer, as its `_update_hp_grad`, but the first micro-batch's is copied, not added to zeros.
+
+        A copy converts as it writes; an addition takes a converted tensor, and reads the sum as well.
+        """
+        if parameter.grad is None:
+            return
+        total, summed = self.optimizer.fp32_groups_gradients[group][number], self.optimizer.fp32_groups_has_gradients
+        gradient = parameter.grad.view(total.shape)
+        if summed[group][number]:
+            total.add_(gradient.to(total.dtype))
+        else:
+            total.copy_(gradient)
+        parameter._hp_grad, summed[group][number] = total, True
+        if clear_lp_grads:
+            parameter.grad.zero_()
+
+    @torch.no_grad()
     def step(self, closure=None) -> None:
         """Of the bf16 optimizer, as BF16_Optimizer.step but for the norm and the clipping."""
         bf16 = self.optimizer
@@ -127,8 +147,25 @@ class Takeover:
                 weights.grad = gradient
             bf16.optimizer.step()
             bf16._lazy_init_hp_params_optimizer_state()
-            bf16.update_lp_params()
-        bf16.clear_hp_grads()
+            self.update_weights()
+        # The engine of DeepSpeed clears the gradient right after this.
+
+    def update_weights(self) -> None:
+        """Of the bf16 optimizer, as its `update_lp_params`, but only weights that the step has changed are copied."""
+        bf16 = self.optimizer
+        for weights, shares, ranks in zip(
+            bf16.fp32_groups_flat_partition, bf16.bf16_partitioned_groups, bf16.real_dp_process_group, strict=True
+        ):
+            share = shares[dist.get_rank(group=ranks)]
+            for start, end in bf16.optimizer.changed(weights):
+                share[start:end].copy_(weights[start:end])
+        all_gather_dp_groups(
+            groups_flat=bf16.bf16_groups_flat,
+            partitioned_param_groups=bf16.bf16_partitioned_groups,
+            dp_process_group=bf16.real_dp_process_group,
+            start_alignment_factor=bf16.nccl_start_alignment_factor,
+            allgather_bucket_size=bf16.allgather_bucket_size,
+        )
 
     def recorded(self) -> Callable:
         """The reductions of ZeRO 1 and 2, with the gradients kept while the other stream of `overlap_comm` reads them:

@@ -17,6 +17,7 @@ from sgtm.masking.partition import LayerPartition, Partition
 from sgtm.model.domain_embedding import add_domains, domain_parts, head_of, held, subsets
 from sgtm.model.rows import Rows, group_rows, head_row_bounds, joint_rows, mlp_in_bounds, qkv_bounds
 from sgtm_kernels.attention import HeadLayout, attention
+from sgtm_kernels.autograd import captured
 from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.dispatch import load
 from sgtm_kernels.embedding import embedding
@@ -48,9 +49,11 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: LayerPartition, window: int | None, backend: str):
+    """`first`: in the first layer, if that has groups and only joint parameters are below it."""
+
+    def __init__(self, config: ModelConfig, layer: LayerPartition, window: int | None, backend: str, first: bool):
         super().__init__()
-        head_dim = config.size_per_head
+        head_dim, self.first = config.size_per_head, first
         self.layout = HeadLayout(layer.heads, layer.kv_heads, head_dim)
         self.in_bounds, self.out_bounds = qkv_bounds(layer, head_dim), head_row_bounds(layer, head_dim)
         self.window, self.backend = window, backend
@@ -64,9 +67,15 @@ class Attention(nn.Module):
         qkv = linear_in(x, self.w_qkv, None, plan, "attn_in", self.in_bounds, self.backend, overwrite=True)
         heads = attention(
             qkv, self.layout, plan, scale=self.scale, window=self.window, rotary=rotary, overwrite=True,
-            backend=self.backend,
+            below=self._learns_below(plan), backend=self.backend,
         )  # fmt: skip
         return linear_out(heads, self.w_o, self.b_o, plan, "attn_out", self.out_bounds, self.backend)
+
+    def _learns_below(self, plan: MaskPlan) -> bool:
+        """Whether a token updates a parameter below this layer's projections. A graph is one for all plans: True."""
+        if captured() or not self.first:
+            return True
+        return any(plan.joint(kind).slices for kind in ("embedding", "position", "norm"))
 
 
 class MLP(nn.Module):
@@ -94,13 +103,30 @@ class Block(nn.Module):
         layer = partition.layers[index]
         kind = "norm" if partition.masked(index) else None
         self.attention_norm = Norm(config, kind, backend)
-        self.attention = Attention(config, layer, config.window_of(index), backend)
+        first = index == 0 and partition.masked(index) and partition.embedding == "none"
+        self.attention = Attention(config, layer, config.window_of(index), backend, first)
         self.mlp_norm = Norm(config, kind, backend)
         self.mlp = MLP(config, layer, backend)
 
     def forward(self, x: torch.Tensor, plan: MaskPlan, rotary) -> torch.Tensor:
         x, normed = self.mlp_norm(x, plan, self.attention(self.attention_norm(x, plan), plan, rotary))
         return x + self.mlp(normed, plan)
+
+
+class Awaited(torch.autograd.Function):
+    """x, as if it depended on a parameter that gets no gradient by it.
+
+    The parameter's own gradient is then complete after that of x, as it is where it does get one: ZeRO 2 and 3 reduce
+    gradients in the order in which they are complete, which must be the same on ranks with other labels.
+    """
+
+    @staticmethod
+    def forward(ctx, x, parameter):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, None
 
 
 class Transformer(nn.Module):
@@ -165,7 +191,13 @@ class Transformer(nn.Module):
 
     def embed(self, input_ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
         """[B, S, D] embeddings of tokens and, in the GPT-Neo family, positions. Part of `forward`, likewise."""
-        x = embedding(input_ids, self.embedding, plan, "embedding", self.backend)
+        if self.head is None and not plan.joint("embedding").slices:
+            # No token updates it here: its gradient is the head's alone, and still complete after that of x.
+            x = Awaited.apply(
+                embedding(input_ids, self.embedding.detach(), plan, "embedding", self.backend), self.embedding
+            )
+        else:
+            x = embedding(input_ids, self.embedding, plan, "embedding", self.backend)
         if self.domain_parts:
             names = [part.name for part in self.domain_parts]
             x, *parts = held(x, *(getattr(self, name) for name in names))

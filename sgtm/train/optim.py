@@ -144,6 +144,10 @@ class SegmentedAdamW(torch.optim.Optimizer):
             offset = end
         return found
 
+    def changed(self, tensor: torch.Tensor) -> list[tuple[int, int]]:
+        """Elements `start:end` of a tensor that the last step has updated, in pieces."""
+        return [(start, end) for start, end, key, _ in self.tables.get(tensor, ()) if key in self._live]
+
     def _measure(self, tensors: Iterable[torch.Tensor]) -> None:
         places = {key: place for place, key in enumerate(self.steps)}
         for tensor in tensors:

@@ -16,9 +16,12 @@ from sgtm_kernels.plan import MAX_SLICES, MaskPlan
 from sgtm_kernels.scale import products, scale_columns_
 
 
-def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=False):
+def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=False, below=True):
     outputs, tables = [], None if rotary is None else _tables(rotary, qkv.dtype, plan)
+    learned = plan.contributions("attn_in", len(layout.heads))
     for group, (q, k, v) in enumerate(layout.split(qkv)):
+        if not below and all(learned[group][label] == 0 for label in plan.present):
+            q, k, v = q.detach(), k.detach(), v.detach()
         if tables is not None:
             q, k = _Rotate.apply(q, *tables), _Rotate.apply(k, *tables)
         if len(layout.heads) == 1:
