@@ -59,6 +59,7 @@ class SegmentedAdamW(torch.optim.Optimizer):
         self._live: frozenset[str] = frozenset()
         self._counted = True
         self._prepared: dict[tuple, tuple] = {}
+        self._known = self.state  # that `_prepared` holds entries of
 
     def set_segments(self, tables: dict[torch.Tensor, list[Segment]], keys: Iterable[str]) -> None:
         """Segment tables of this rank's tensors, and every key of the model (other ranks may own some alone).
@@ -96,21 +97,33 @@ class SegmentedAdamW(torch.optim.Optimizer):
             for key in self._live:
                 self.steps[key] += 1
         for group in self.param_groups:
-            tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
+            params = group["params"]
+            grads = [tensor.grad for tensor in params]
+            tensors = [tensor for tensor, grad in zip(params, grads, strict=True) if grad is not None]
             if self.squares is not None:
                 self._measure(tensors)
-            update, keys = self._update_of(tensors)
+            update, keys, states = self._update_of(tensors)
+            grads = [grad for grad in grads if grad is not None]
+            moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
             update(
-                [Tensors(t, t.grad, (s := self.state[t])["exp_avg"], s["exp_avg_sq"]) for t in tensors],
+                list(map(Tensors._make, zip(tensors, grads, *moments, strict=True))),
                 [self.steps[key] for key in keys],
                 group["lr"],
                 self.factor,
             )
 
     def _update_of(self, tensors: list[torch.Tensor]) -> tuple:
-        """The update of the live segments of these tensors, and the keys whose counts it takes; made once."""
+        """The update of the live segments of these tensors, the keys whose counts it takes, and each tensor's state.
+
+        Made once: finding the states alone costs the host more than the rest of a step.
+        """
+        if self._known is not self.state:  # it is another one after `load_state_dict`
+            self._known = self.state
+            self._prepared.clear()
         name = (self._live, self.backend, *map(id, tensors))
-        if name not in self._prepared:
+        try:
+            return self._prepared[name]
+        except KeyError:
             if len(self._prepared) == PREPARED:
                 self._prepared.clear()
             keys = sorted(self._live)
@@ -121,8 +134,9 @@ class SegmentedAdamW(torch.optim.Optimizer):
                 for start, end, key, decay in self.tables[tensor]
                 if key in self._live
             ]
-            self._prepared[name] = prepare(slices, self.config.betas, self.config.eps, self.backend), keys
-        return self._prepared[name]
+            update = prepare(slices, self.config.betas, self.config.eps, self.backend)
+            self._prepared[name] = update, keys, [self.state[tensor] for tensor in tensors]
+            return self._prepared[name]
 
     def _measure(self, tensors: Iterable[torch.Tensor]) -> None:
         places = {key: place for place, key in enumerate(self.steps)}
