@@ -6,6 +6,7 @@ in the report.
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Annotated, Literal
 
@@ -20,11 +21,13 @@ from pydantic import (
     model_validator,
 )
 
+from sgtm.masking import recipes
+from sgtm.masking.certificate import check_certified
 from sgtm.masking.channel import LabelChannel
-from sgtm.masking.labels import LabelSpace
+from sgtm.masking.labels import OPEN, LabelSpace
 from sgtm.masking.partition import Partition, build_partition
-from sgtm.masking.strategy import PRESETS, build_tables
-from sgtm_kernels.plan import Tables
+from sgtm.masking.strategy import JOINT, PRESETS, build_tables
+from sgtm_kernels.plan import KINDS, Tables
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -99,8 +102,10 @@ class MaskingConfig(Section):
     domains: list[str] = ["forget"]
     """Names of the dangerous domains; each gets a group of heads and neurons."""
     strategy: Literal[tuple(PRESETS)] = "sgtm"
-    joint: Literal["free", "masked"] = "free"
-    """`masked`: forget tokens also leave embedding, position, head weight and the blocks' norms alone."""
+    joint: Literal[tuple(JOINT)] | list[Literal[KINDS]] | None = None
+    """Joint parameters that forget tokens leave alone besides what the strategy says itself: `free` (none), `masked`
+    (embedding, position, head weight and the blocks' norms, as in the paper's Wikipedia models), `strict` (all), or a
+    list of kinds. None: `strict` for gram, `free` for all others."""
     cross_domain: Literal["inactive", "active"] = "inactive"
     """Whether tokens of one domain run with the other domains' groups inactive."""
     overrides: dict[str, float] = {}
@@ -113,6 +118,13 @@ class MaskingConfig(Section):
     """Percent of each layer's heads and neurons; where set, forget_heads and forget_neurons are not used."""
     masked_layers: list[NonNegativeInt] | None = None
     """Layers that have groups; None: all."""
+    domain_embedding: Literal["none", "full"] | PositiveInt = "none"
+    """A part of token embedding and head that belongs to each domain's group, added to the shared matrices where the
+    group is active: a whole matrix (`full`), or a product of this rank. With `joint: strict` a domain can learn words
+    of its own only with it."""
+    certify: bool = False
+    """Refuse a config whose safe model depends, in any bit, on what the documents of a domain say. `sgtm explain`
+    prints whether it does, and the first reason."""
     span_policy: Literal["conservative", "position"] = "conservative"
     """Labelled spans inside a document: train everything up to the last forget token as forget, or as labelled. Either
     way tokens of different labels attend to one another in such a document. `position` leaks: the loss of a forget
@@ -133,7 +145,14 @@ class DataConfig(Section):
     """Documents in one sequence do not attend to one another. Always so where labels mix (mixing: token)."""
     channel: dict[str, dict[str, Share]] = {}
     """P(applied label | true label) of a document, by true label; rows left out keep the true label.
-    `{retain: {retain: 0.25, unlabeled: 0.75}}` trains 25 % of retain data in retain mode."""
+    `{retain: {retain: 0.25, unlabeled: 0.75}}` trains 25 % of retain data in retain mode. `open:<domain>` may be
+    applied too: the retain group and the domain's run and learn, other domains' do not run."""
+    both_ways: bool = False
+    """Rows of the channel may sum to more than 1, which trains documents more than once: `{retain: {retain: 1,
+    "forget:bio": 0.2}}` trains all of them as retain, and a fifth of them as `forget:bio` as well."""
+    schedule: dict[PositiveFloat, dict[str, dict[str, Share]]] = {}
+    """Label channels that replace `channel` later in the run, each by where it begins: at a share of `train.steps`
+    below 1, or after that many steps. `{0.8: {retain: {"forget:bio": 0.2}}}` is for the last fifth."""
     upsample: dict[str, NonNegativeFloat] = {}
     """How often a category's documents are seen per epoch; 0 leaves it out, fractions are drawn by document."""
     seed: NonNegativeInt = 0
@@ -148,7 +167,11 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeFloat = 0.1
     """Of weight matrices and embeddings; norms and biases are not decayed."""
     grad_clip: NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0: no clipping."""
+    """Largest gradient norm; 0: no clipping."""
+    grad_clip_scope: Literal["global", "owner"] = "global"
+    """Whose norm: `global`, the whole gradient's. `owner`: one norm of the retain group and the joint parameters, and
+    one of each domain's group, so that no domain's gradient changes how another part of the model is clipped, or
+    whether it is skipped for not being finite."""
     warmup_steps: NonNegativeInt = 100
     warmup_start: Share = 0.1
     """Share of lr at step 0."""
@@ -283,6 +306,10 @@ class Config(Section):
     """Name of the run; its directory is `<runs>/<name>`."""
     runs: str = "runs"
     """Folder of all run directories."""
+    recipe: Literal[recipes.NAMES] | None = None
+    """Settings that belong together (`paper`, `gram`, `dual`, `certified`): strategy, joint, domain_embedding and
+    certify of `masking`, grad_clip_scope of `optimizer`, channel, both_ways and schedule of `data`. Keys that are set
+    beside it or above it win; those of a preset or file that is extended give way."""
     model: ModelConfig
     masking: MaskingConfig = MaskingConfig()
     data: DataConfig = DataConfig()
@@ -292,6 +319,19 @@ class Config(Section):
     kernels: KernelsConfig = KernelsConfig()
     wandb: WandbConfig = WandbConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_recipe(cls, values):
+        if not isinstance(values, dict) or values.get("recipe") not in recipes.NAMES:
+            return values
+        given = {name: values.get(name) or {} for name in recipes.KEYS}
+        given = {k: v.model_dump(exclude_unset=True) if isinstance(v, Section) else v for k, v in given.items()}
+        if not all(isinstance(section, dict) for section in given.values()):
+            return values  # an error of the user's, which is found next
+        domains = given["masking"].get("domains", MaskingConfig().domains)
+        keys = recipes.recipe(values["recipe"], domains if isinstance(domains, list) else [])
+        return values | {name: keys[name] | section for name, section in given.items()}
+
     @model_validator(mode="after")
     def _consistent(self):
         strategy = self.masking.strategy
@@ -299,6 +339,17 @@ class Config(Section):
             raise ValueError(
                 f"distributed.zero_quantized_weights: with masking.strategy {strategy} frozen weights would not keep "
                 "their values, as groups share scales; leave it false"
+            )
+        rank = self.masking.domain_embedding
+        if isinstance(rank, int) and rank >= min(self.model.hidden_size, self.model.vocab_size):
+            raise ValueError(
+                f"masking.domain_embedding {rank} is not below model.hidden_size {self.model.hidden_size} and "
+                f"model.vocab_size {self.model.vocab_size}; write full"
+            )
+        if self.distributed.offload_optimizer and self.optimizer.grad_clip_scope == "owner":
+            raise ValueError(
+                "optimizer.grad_clip_scope owner: with distributed.offload_optimizer DeepSpeed gives norms of whole "
+                "parameters alone; leave one of them out"
             )
         if self.masking.strategy == "gram" and self.masking.cross_domain == "active":
             raise ValueError("masking.cross_domain active: strategy gram has other domains' groups inactive")
@@ -312,17 +363,28 @@ class Config(Section):
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than train.steps {self.train.steps}; "
                 f"lower it, e.g. --optimizer.warmup_steps {self.train.steps // 10}"
             )
-        _ = self.space, self.tables, self.partition, self.channel  # their errors are the user's
+        _ = self.space, self.tables, self.partition, self.channels  # their errors are the user's
+        check_certified(self)
         return self
 
     @cached_property
     def space(self) -> LabelSpace:
-        return LabelSpace(tuple(self.masking.domains))
+        labels = {key.split(".")[1] for key in self.masking.overrides if "." in key}
+        for rows in (self.data.channel, *self.data.schedule.values()):
+            labels |= {*rows, *(label for row in rows.values() for label in row)}
+        domains = tuple(self.masking.domains)
+        return LabelSpace(domains, tuple(domain for domain in domains if OPEN + domain in labels))
 
     @cached_property
     def tables(self) -> Tables:
         m = self.masking
         return build_tables(self.space, m.strategy, m.joint, m.cross_domain, m.overrides)
+
+    @property
+    def joint(self) -> str | list[str]:
+        """`masking.joint`, as the strategy chooses it where it is not set."""
+        joint = self.masking.joint
+        return ("strict" if self.masking.strategy == "gram" else "free") if joint is None else joint
 
     @cached_property
     def partition(self) -> Partition:
@@ -337,16 +399,33 @@ class Config(Section):
                 forget_neurons=self.masking.forget_neurons,
                 percent=self.masking.percent,
                 masked_layers=self.masking.masked_layers,
+                embedding=self.masking.domain_embedding,
             )
         except ValueError as error:  # begins with the name of an argument, which is the key
             raise ValueError(f"masking.{error}") from None
 
     @cached_property
-    def channel(self) -> LabelChannel:
+    def channels(self) -> tuple[tuple[int, LabelChannel], ...]:
+        """(first step, channel), in order of the steps; the first begins at 0."""
+        steps, phases = self.train.steps, [(0, self.data.channel, "channel")]
+        for begin, rows in sorted(self.data.schedule.items(), key=lambda phase: self._step_of(phase[0])):
+            start = self._step_of(begin)
+            if not phases[-1][0] < start < steps or start != int(start):
+                raise ValueError(
+                    f"data.schedule: {begin:g} is step {start:g}; it takes a share below 1 or a whole number of steps, "
+                    f"after step {phases[-1][0]} and before the end of the run at step {steps}"
+                )
+            phases.append((int(start), rows, f"schedule.{begin:g}"))
+        return tuple((start, self._channel(rows, key)) for start, rows, key in phases)
+
+    def _step_of(self, begin: float) -> float:
+        return math.ceil(begin * self.train.steps) if begin < 1 else begin
+
+    def _channel(self, rows: dict[str, dict[str, float]], key: str) -> LabelChannel:
         try:
-            return LabelChannel.from_rows(self.space, self.data.channel)
+            return LabelChannel.from_rows(self.space, rows, self.data.both_ways)
         except ValueError as error:
-            raise ValueError(f"data.channel: {error}") from None
+            raise ValueError(f"data.{key}: {error}") from None
 
     @property
     def sequences_per_step(self) -> int:

@@ -39,7 +39,7 @@ def train_one(engine, step: int, spoil=lambda loss: loss) -> tuple[float, dict[s
 
     def recording(*args):
         for group in engine.optimizer.param_groups:
-            gradients.update({t: t.grad.reshape(-1) * engine.optimizer.factor for t in group["params"]})
+            gradients.update({t: t.grad.reshape(-1) * engine.optimizer.factors[0] for t in group["params"]})
         return inner(*args)
 
     engine.optimizer.step = recording

@@ -67,7 +67,7 @@ def test_live_segments_are_updated_with_counts_of_their_own(backend):
             expected[tensor] = weight, *moments
         made.begin_step(frozenset(live), 1e-2)
         if factor != 1.0:
-            made.factor = factor
+            made.factors = [factor]
         made.step()
         for tensor, values in expected.items():
             found = (tensor.detach(), made.state[tensor]["exp_avg"], made.state[tensor]["exp_avg_sq"])
@@ -139,6 +139,6 @@ def test_squares_are_of_the_gradient_before_the_factor():
     for tensor, table in made.tables.items():
         for start, end, key, _ in table:
             expected[key] += float(tensor.grad[start:end].double().square().sum())
-    made.factor = 0.5
+    made.factors = [0.5]
     made.step()
     assert made.squares.tolist() == pytest.approx(list(expected.values()), rel=1e-6)

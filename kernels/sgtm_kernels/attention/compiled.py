@@ -20,7 +20,7 @@ from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.signature import masked
 
 
-def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=False):
+def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=False, below=True):
     window = window if window is not None and window < plan.seq_len else None
     outputs = []
     for q, k, v in layout.split(qkv):

@@ -18,27 +18,31 @@ from sgtm_kernels.plan import MAX_SLICES, MaskPlan
 from sgtm_kernels.scale import products, scale_columns_
 
 
-def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=False):
-    key = ("cut", layout, rotary is None, qkv.dtype, qkv.device)
-    pieces_of, together = plan.cached(key, lambda: _cut(qkv, layout, plan, rotary is not None))
+def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=False, below=True):
+    key = ("cut", layout, rotary is None, below, qkv.dtype, qkv.device)
+    pieces_of, together = plan.cached(key, lambda: _cut(qkv, layout, plan, rotary is not None, below))
     cos, sin = (None, None) if rotary is None else _tables(rotary, qkv.dtype, plan)
     pieces = heads(qkv, cos, sin, plan, pieces_of)
     if together:
         out = attend(*pieces, scale, Visible(plan, window))
     else:
         masked = _by_sequences if plan.whole_sequences and len(plan.runs) <= MAX_SLICES else _by_tokens
-        groups = pieces_of.by_group(pieces)
+        groups, learned = pieces_of.by_group(pieces), plan.contributions("attn_in", len(layout.heads))
+        if not below:  # no gradient for heads whose projection learns nothing either
+            none = [all(by_label[label] == 0 for label in plan.present) for by_label in learned]
+            groups = [[t.detach() for t in group] if n else group for n, group in zip(none, groups, strict=True)]
         out = torch.cat([masked(*group, scale, window, plan, i) for i, group in enumerate(groups)], dim=-1)
     return out if out.requires_grad or not qkv.requires_grad else _Stopped.apply(out, qkv)
 
 
-def _cut(qkv, layout, plan: MaskPlan, turned: bool):
+def _cut(qkv, layout, plan: MaskPlan, turned: bool, below: bool):
     """How the projection is cut; and whether the groups are attended to in one call: their outputs are not masked, as
     those of a single group never are, and their KV heads have as many query heads. On a CPU not where blocks.py takes a
     copy of them anyway, and where its bits could depend on how many heads there are."""
     one, (all_q, all_kv) = len(layout.heads) == 1, map(sum, (layout.heads, layout.kv_heads))
     shares = [q * all_kv == kv * all_q for q, kv in zip(layout.heads, layout.kv_heads, strict=True)]
-    together = one or (all(shares) and not plan.signature.outputs and not pays(qkv, layout.head_dim))
+    plain = below and all(shares) and not plan.signature.outputs
+    together = one or (plain and not pays(qkv, layout.head_dim))
     return cut(layout, together, turned, qkv.device), together
 
 
