@@ -62,6 +62,7 @@ class SegmentedAdamW(torch.optim.Optimizer):
         self._live: frozenset[str] = frozenset()
         self._counted = True
         self._prepared: dict[tuple, tuple] = {}
+        self._known = self.state  # that `_prepared` holds entries of
 
     def set_segments(
         self, tables: dict[torch.Tensor, list[Segment]], keys: Iterable[str], owners: Mapping[str, int] | None = None
@@ -103,19 +104,31 @@ class SegmentedAdamW(torch.optim.Optimizer):
             for key in self._live:
                 self.steps[key] += 1
         for group in self.param_groups:
-            tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
+            params = group["params"]
+            grads = [tensor.grad for tensor in params]
+            tensors = [tensor for tensor, grad in zip(params, grads, strict=True) if grad is not None]
             if self.squares is not None:
                 self._measure(tensors)
-            parts = [Tensors(t, t.grad, (s := self.state[t])["exp_avg"], s["exp_avg_sq"]) for t in tensors]
+            grads = [grad for grad in grads if grad is not None]
             for owner, factor in enumerate(self.factors):
-                if factor is not None:
-                    update, keys = self._update_of(tensors, owner)
-                    update(parts, [self.steps[key] for key in keys], group["lr"], factor)
+                if factor is None:
+                    continue
+                update, keys, states = self._update_of(tensors, owner)
+                moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+                parts = list(map(Tensors._make, zip(tensors, grads, *moments, strict=True)))
+                update(parts, [self.steps[key] for key in keys], group["lr"], factor)
 
     def _update_of(self, tensors: list[torch.Tensor], owner: int) -> tuple:
-        """The update of an owner's live segments of these tensors, and the keys whose counts it takes; made once."""
+        """The update of an owner's live segments of these tensors, the keys whose counts it takes, and each tensor's
+        state. Made once: finding the states alone costs the host more than the rest of a step.
+        """
+        if self._known is not self.state:  # it is another one after `load_state_dict`
+            self._known = self.state
+            self._prepared.clear()
         name = (self._live, owner, self.backend, *map(id, tensors))
-        if name not in self._prepared:
+        try:
+            return self._prepared[name]
+        except KeyError:
             if len(self._prepared) == PREPARED:
                 self._prepared.clear()
             keys = sorted(key for key in self._live if self.owners[key] == owner)
@@ -126,8 +139,9 @@ class SegmentedAdamW(torch.optim.Optimizer):
                 for start, end, key, decay in self.tables[tensor]
                 if key in counters
             ]
-            self._prepared[name] = prepare(slices, self.config.betas, self.config.eps, self.backend), keys
-        return self._prepared[name]
+            update = prepare(slices, self.config.betas, self.config.eps, self.backend)
+            self._prepared[name] = update, keys, [self.state[tensor] for tensor in tensors]
+            return self._prepared[name]
 
     def cut(self, tensor: torch.Tensor, gradients: list[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
         """The gradient of a tensor, given in consecutive pieces, as pieces of one owner each; padding is left out."""
