@@ -166,29 +166,6 @@ def test_no_token_reads_a_part_whose_group_is_inactive(backend, family, rank):
         assert all(bool(g.isfinite().all()) for g in gradients(model, random_step("step", 1, label), tables).values())
 
 
-@pytest.mark.parametrize("rank", ["none", "full", 3])
-@by_family
-@by_backend
-@pytest.mark.parametrize("tied", [False, True])
-def test_gradients_are_complete_in_one_order_whatever_the_labels(tied, backend, family, rank):
-    """ZeRO 2 and 3 reduce them in the order in which they are complete, which must be that of all ranks."""
-    if family == "gpt_neo" and not tied:
-        pytest.skip("its head is always tied")
-    model, orders = model_of(family, backend, embedding=rank, tie_embeddings=tied), set()
-    done: list[str] = []
-    for name, parameter in model.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda _, name=name: done.append(name))
-    for tables in (TABLES["strict"], TABLES["free"]):
-        for mixing in MIXINGS:
-            for label in (RETAIN, BIO, UNLABELED) if mixing == "step" else (BIO,):
-                for batch in random_step(mixing, 3, label):
-                    done.clear()
-                    loss, _ = model(batch.input_ids, batch.targets, plan_of(batch, tables), 0.1)
-                    loss.backward()
-                    orders.add(tuple(done))
-    assert len(orders) == 1 and len(set(done)) == len(list(model.parameters()))
-
-
 @by_rank
 @by_family
 def test_a_new_model_is_the_one_without_and_learns(family, rank):
