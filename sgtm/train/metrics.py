@@ -6,7 +6,9 @@ mean since the previous line, skipped steps left out), lr, tokens_per_second, sk
 loss or gradient was not finite), and of the gradient: grad_norm (of this step, before clipping), `grad_norm/<group>`
 (joint: all weights that no group owns), `grad_share/<group>` (its share of grad_norm squared, which is what clips),
 clipped and clip_factor (share of the steps since the previous line that were clipped, and the mean factor of all of
-them). `kind: eval` lines carry step and losses: {"full": {category: nats}, "without <domain>": {...}}; `kind: probe`
+them), and norms: {label: {"residual": by layer, "attention": {group: by layer}, "mlp": {...}}} (of this step's tokens,
+sgtm/model/output_norms.py). `kind: eval` lines carry step, losses: {"full": {category: nats}, "without <domain>":
+{...}}, and norms: {"full": {category: as above}, ...}; `kind: probe`
 lines carry step and grad_norms: {label: {group: norm}} (sgtm/train/gradients.py), just before that step;
 `kind: checkpoint` lines carry step, bytes, paused (seconds that training stood still for it) and written (seconds until
 it was in place).
@@ -27,6 +29,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sgtm.config.schema import Config
 from sgtm.files import write_atomically
+from sgtm.model.output_norms import Norms
 from sgtm.train.saving import Saved
 
 WANDB_START, WANDB_FINISH = 30, 60
@@ -95,10 +98,10 @@ class MetricsLog:
             minutes = left / max(values["tokens_per_second"], 1e-9) / 60
             self.say(f"step {values['step']}/{self.config.train.steps}  {text}  {minutes:.1f} min left")
 
-    def evaluation(self, step: int, losses: dict[str, dict[str, float]]) -> None:
+    def evaluation(self, step: int, losses: dict[str, dict[str, float]], norms: dict[str, Norms]) -> None:
         if not self.active:
             return
-        self._write({"kind": "eval", "step": step, "losses": losses})
+        self._write({"kind": "eval", "step": step, "losses": losses, "norms": norms})
         for name, by_category in losses.items():
             self.say(f"eval at step {step}: {name}: " + ", ".join(f"{c} {v:.3f}" for c, v in by_category.items()))
 
@@ -188,6 +191,8 @@ def _finite(value):
     """The same without infinities and NaNs, which JSON does not have: null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
