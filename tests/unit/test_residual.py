@@ -80,6 +80,7 @@ def test_it_is_printed_and_logged_once_also_by_a_resumed_run(tmp_path, capsys):
         line(10, unlabeled=7.0),
         line(12, unlabeled=8.0, retain=math.nan),
         line(14, unlabeled=9.0),
+        line(16, unlabeled=60.0),
     ]
     for start, mine in ((0, lines[:3]), (12, lines[3:])):
         log = MetricsLog(tmp_path, tiny_config(optimizer=WARM_UP), rank=0, start=start)
