@@ -22,33 +22,32 @@ GROWTH = 6.0
 class ResidualWatch:
     """Reads the lines of `metrics.jsonl` in order, those before a resume too, and warns once.
 
-    The early norm of a label is that of its last line in the first half of the warm-up, or of its first line where
-    there is none: before that the norm of every run grows, from that of the embedding.
+    The early norm of a label is that of its last line in the first half of the warm-up, or of its first line where it
+    has none there; and at least the square root of the hidden size, which is the norm of what every layer reads. Below
+    that the stream of every run grows, from the norm of the embedding.
     """
 
     def __init__(self, config: Config):
         self.config, self.warned = config, False
-        self.early: dict[str, tuple[int, float]] = {}
+        self.early: dict[str, float] = {}
 
     def see(self, line: dict) -> str | None:
         """The warning, at the first line that gives reason for it."""
-
         if line["kind"] != "step":
             return None
         now = {label: parts["residual"][-1] for label, parts in line.get("norms", {}).items()}
         now = {label: norm for label, norm in now.items() if norm is not None and math.isfinite(norm) and norm > 0}
         for label, norm in now.items():
             if label not in self.early or line["step"] <= self.config.optimizer.warmup_steps / 2:
-                self.early[label] = line["step"], norm
-        worst = max(now, key=lambda label: now[label] / self.early[label][1], default=None)
-        if self.warned or worst is None or now[worst] < GROWTH * self.early[worst][1]:
+                self.early[label] = max(norm, math.sqrt(self.config.model.hidden_size))
+        worst = max(now, key=lambda label: now[label] / self.early[label], default=None)
+        if self.warned or worst is None or now[worst] < GROWTH * self.early[worst]:
             return None
         self.warned = True
-        step, early = self.early[worst]
         return (
             f"step {line['step']}: the residual stream grows: its norm after the last layer is {now[worst]:.3g} on "
-            f"{worst} tokens, {now[worst] / early:.1f} times the {early:.3g} of step {step}; gradients shrink in "
-            f"proportion, and learning stalls. {self._advice()}"
+            f"{worst} tokens, {now[worst] / self.early[worst]:.1f} times its early norm {self.early[worst]:.3g}; "
+            f"gradients shrink in proportion, and learning stalls. {self._advice()}"
         )
 
     def _advice(self) -> str:

@@ -1,9 +1,9 @@
 """The warning about a residual stream that grows: when, once, with which cause; logged and printed.
 
-Faults tried, each seen to fail: the first line of all taken for the early norm; another layer than the last; every line
-from then on warned about; said again after a resume; a norm that is not finite
-written as such; unlabeled named where none is trained; the cause of a masked run
-given for an unmasked one; an infinite norm compared.
+Faults tried, each seen to fail: an early norm as small as the embedding's; the first line of all taken for it; another
+layer than the last; every line from then on warned about; said again after a resume; a norm that is not finite written
+as such; unlabeled named where none is trained; the cause of a masked run given for an unmasked one; an infinite norm
+compared.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def test_a_growing_stream_warns_once_with_cause_and_remedy():
     assert said.startswith(
         "step 10: the residual stream grows: its norm after the last layer is 60 on unlabeled tokens"
     )
-    assert "6.0 times the 10 of step 4" in said
+    assert "6.0 times its early norm 10; " in said
     assert "Likely cause: unlabeled tokens train the retain group while a forget group is active" in said
     assert 'data.channel: {retain: {retain: 0.8, "forget:es": 0.2}}' in said
 
@@ -48,19 +48,25 @@ def test_a_healthy_stream_does_not_warn():
 
 
 def test_a_label_that_first_occurs_late_is_compared_with_itself():
-    assert warnings([line(2, retain=1.0), line(20, forget_es=50.0), line(30, forget_es=60.0, retain=5.9)]) == []
-    assert len(warnings([line(2, retain=1.0), line(20, forget_es=50.0), line(30, forget_es=301.0)])) == 1
+    assert warnings([line(2, retain=4.0), line(20, forget_es=50.0), line(30, forget_es=60.0, retain=23.9)]) == []
+    assert len(warnings([line(2, retain=4.0), line(20, forget_es=50.0), line(30, forget_es=301.0)])) == 1
+
+
+def test_growth_from_the_norm_of_the_embedding_is_that_of_every_run():
+    """The hidden size is 9, so that the early norm is at least 3."""
+    assert warnings([line(2, retain=0.1), line(30, retain=17.9)]) == []
+    assert len(warnings([line(2, retain=0.1), line(30, retain=18.0)])) == 1
 
 
 @pytest.mark.parametrize("norm", [None, math.nan, math.inf, 0.0])
 def test_what_is_no_norm_is_passed_over(norm):
-    assert warnings([line(2, retain=norm), line(4, retain=1.0), line(6, retain=norm), line(8, retain=2.0)]) == []
+    assert warnings([line(2, retain=norm), line(4, retain=4.0), line(6, retain=norm), line(8, retain=23.0)]) == []
     assert warnings([{"kind": "step", "step": 1}, {"kind": "eval", "step": 1, "norms": {"full": {}}}]) == []
 
 
 @pytest.mark.parametrize(("strategy", "labels"), [("sgtm", ["retain", "forget_es"]), ("none", ["unlabeled", "retain"])])
 def test_where_no_masked_label_can_be_the_cause_it_is_the_learning_rate(strategy, labels):
-    lines = [line(4, **dict.fromkeys(labels, 1.0)), line(9, **dict.fromkeys(labels, 9.0))]
+    lines = [line(4, **dict.fromkeys(labels, 1.0)), line(9, **dict.fromkeys(labels, 19.0))]
     (said,) = warnings(lines, masking={"strategy": strategy, "joint": "free"})
     assert said.endswith("Likely cause: optimizer.lr 0.001 is too high; lower it")
 
@@ -76,9 +82,9 @@ def test_the_cause_is_in_the_tables():
 def test_it_is_printed_and_logged_once_also_by_a_resumed_run(tmp_path, capsys):
     values = {"seconds": 1.0, "loss": 2.0, "tokens_per_second": 3.0}
     lines = [
-        line(2, unlabeled=1.0),
-        line(10, unlabeled=7.0),
-        line(12, unlabeled=8.0, retain=math.nan),
+        line(2, unlabeled=4.0),
+        line(10, unlabeled=28.0),
+        line(12, unlabeled=29.0, retain=math.nan),
         line(14, unlabeled=9.0),
         line(16, unlabeled=60.0),
     ]
