@@ -70,15 +70,21 @@ class OutputNorms:
         """
         if not self._open:
             return
-        spans = list(pairwise(bounds))
-        largest = max(range(len(spans)), key=lambda group: spans[group][1] - spans[group][0])
-        rest = out if bias is None else out - bias
-        for group, (start, end) in enumerate(spans):
+        spans = [slice(*span) for span in pairwise(bounds)]
+        largest = max(range(len(spans)), key=lambda group: spans[group].stop - spans[group].start)
+        inner, out = inner.flatten(0, 1), out.flatten(0, 1)
+        left, right = [], []
+        for group, rows in enumerate(spans):
             if group != largest:
-                product = inner[..., start:end] @ weight[start:end]
-                self._add(part, group, product)
-                rest = rest - product
-        self._add(part, largest, rest)
+                left.append(inner[:, rows])
+                right.append(weight[rows])
+                self._add(part, group, left[-1] @ right[-1])
+        if bias is not None:
+            left.append(inner.new_ones(len(inner), 1))
+            right.append(bias[None])
+        if left:  # one pass over the output
+            out = torch.addmm(out, torch.cat(left, dim=1), torch.cat(right), alpha=-1)
+        self._add(part, largest, out)
 
     def end(self) -> None:
         """The forward pass is over."""
@@ -89,7 +95,7 @@ class OutputNorms:
 
     def _add(self, part: str, group: int, x: torch.Tensor) -> None:
         self._keys.append((part, group))
-        self._found.append(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).flatten())
+        self._found.append(torch.linalg.vector_norm(x, dim=-1).flatten())
 
     def take(self, all_reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums) -> Norms:
         """Means over the tokens of all ranks, of the labels that occurred; reads the device. A collective call.

@@ -1,8 +1,9 @@
 """Output norms against each group run alone, and that measuring them changes nothing.
 
-Faults tried, each seen to fail: the bias left in; the root of the mean square; tokens without a target counted; labels
-counted as one; a group that is inactive shown as 0; blocks computed again counted again; the groups' names swapped;
-blocks compiled once more; a value read from the device.
+Faults tried, each seen to fail: the bias left in; retain taken for the largest group; the mean of the squares; tokens
+without a target counted; tokens counted for a second label; a group that is inactive shown as 0; blocks computed again
+counted again; the other groups left in the largest one's output; the stream changed; blocks compiled once more; a value
+read from the device.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from families import FAMILIES, MIXINGS, SPACE, STRATEGIES, model_of, plan_of, random_step
+from families import FAMILIES, MIXINGS, SPACE, STRATEGIES, model_of, partition_of, plan_of, random_step
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgtm.data.batch import IGNORE
 from sgtm.model.compile import compile_blocks
 from sgtm.model.output_norms import OutputNorms
+from sgtm.model.transformer import Transformer
 
 
 def run(model, batches, tables, norms=None, grad: bool = False) -> list[torch.Tensor]:
@@ -106,6 +108,16 @@ def test_norms_are_those_of_each_group_alone(family, mixing):
         assert (strategy == "none") == (not silent)
         for key, value in found.items():
             assert value == pytest.approx(expected[key], rel=1e-4), key
+
+
+def test_the_largest_group_may_be_a_domains():
+    model, tables, batches = model_of("gpt_neo"), STRATEGIES["none"](), random_step("token")
+    layers = partition_of(SPACE, model.config, forget_heads=1, forget_neurons={"bio": 7, "code": 1})
+    models = [Transformer(model.config, layers) for _ in range(2)]
+    for other in models:
+        other.load_state_dict(model.state_dict())
+    found, expected = flat(measured(models[0], batches, tables)), by_hand(models[1], batches, tables)
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_layer_without_groups_is_retains():
