@@ -25,6 +25,7 @@ from sgtm.config.errors import ConfigError, explain_errors, nearest
 from sgtm.config.reference import field_at, section
 from sgtm.config.schema import Config
 from sgtm.files import write_atomically
+from sgtm.masking import recipes
 
 QUOTES = "; a list or mapping is one argument, in quotes: --masking.domains '[bio, chem]'"
 PRESETS = Path(__file__).parent / "presets"
@@ -66,6 +67,8 @@ def load_config(source: str | os.PathLike, overrides: list[str] | None = None) -
     """
     values, extended = _read(_locate(str(source)))
     given = parse_overrides(overrides or [])
+    if given.get(("recipe",)) is not None:
+        values = _without_recipe(values)
     for path, value in given.items():
         _set(values, path, value)
     try:
@@ -209,13 +212,26 @@ def _read(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict, list[str]]:
 
 
 def _merge(below: dict, above: dict) -> dict:
-    """Sections are merged key by key; a value, a list or a mapping of data replaces what was there."""
+    """Sections are merged key by key; a value, a list or a mapping of data replaces what was there.
+
+    A recipe replaces all that it sets.
+    """
+    below = _without_recipe(below) if above.get("recipe") is not None else below
     merged = dict(below)
     for name, value in above.items():
         field = Config.model_fields.get(name)
         both = isinstance(value, dict) and isinstance(below.get(name), dict)
         merged[name] = {**below[name], **value} if field and section(field) and both else value
     return merged
+
+
+def _without_recipe(values: dict) -> dict:
+    """The values without the keys that a recipe sets."""
+    found = {name: value for name, value in values.items() if name != "recipe"}
+    for name, keys in recipes.KEYS.items():
+        if isinstance(found.get(name), dict):
+            found[name] = {key: value for key, value in found[name].items() if key not in keys}
+    return found
 
 
 def parse_yaml(text: str, where: str) -> Any:

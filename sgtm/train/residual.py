@@ -59,7 +59,8 @@ class ResidualWatch:
         return (
             f"Likely cause: {' and '.join(labels)} tokens train the retain group while a forget group is active, and "
             f"the groups out-shout one another. Remedy: a channel row that trains retain data with the forget groups "
-            f"inactive, and a share of it as the domain: data.channel: {{retain: {{{row}}}}}"
+            f"inactive, and a share of it as the domain: data.channel: {{retain: {{{row}}}}}, as "
+            f"recipe dual has it"
         )
 
 
