@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     from sgtm.checkpoint_command import add_checkpoint_tasks, run_checkpoint
     from sgtm.plan.command import add_launch_options, add_plan_options, run_launch, run_plan
     from sgtm.quickstart_command import run_quickstart
+    from sgtm.report_command import add_report_options, run_report
 
     parser = argparse.ArgumentParser(
         prog="sgtm",
@@ -141,8 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run_dir", type=Path, metavar="RUN")
     export.add_argument("--remove", nargs="+", default=[], metavar="DOMAIN", help="domains to remove (default: none)")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    report = command("report", _report, "write the HTML page and the figures of a run")
-    report.add_argument("run_dir", type=Path, metavar="RUN")
+    add_report_options(command("report", run_report, "write the HTML page and the figures of a run"))
     checkpoint = command(
         "checkpoint", run_checkpoint, "verify the checkpoints of a run, or write one for other programs"
     )
@@ -262,15 +262,6 @@ def _export(options) -> None:
 
     export_run(options.run_dir, options.remove, options.out)
     print(options.out)
-
-
-def _report(options) -> None:
-    from sgtm.config.load import load_run_config
-
-    load_run_config(options.run_dir)  # before anything heavy is imported
-    from sgtm.report import write_report
-
-    print(write_report(options.run_dir))
 
 
 def _explain(options) -> None:

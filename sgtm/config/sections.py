@@ -186,8 +186,9 @@ class TrainConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: Literal["off", "blocks"] = "off"
     """`blocks`: `torch.compile` every transformer block before the first step. Losses then differ by rounding. A CPU
-    needs a C++ compiler, CUDA needs Triton and a C compiler. ZeRO 3 gathers all weights of a block at once. `off` is
-    the default because the gain on a GPU has not been measured."""
+    needs a C++ compiler, CUDA needs Triton and a C compiler. ZeRO 3 gathers all weights of a block at once. The norms
+    of groups are then left out of the log, those of the residual stream are in it. `off` is the default because the
+    gain on a GPU has not been measured."""
     seed: NonNegativeInt = 0
     """Of the initial weights."""
     init_from: str | None = None

@@ -1,4 +1,4 @@
-"""Loss of every category, for the full model and for every set of removed domains.
+"""Loss of every category, for the full model and for every set of removed domains, and the norms of what layers add.
 
 An ablated loss is a forward pass with those groups inactive: no weight is edited, so it works on a sharded model in
 training as on a loaded one. Losses are nats per target token, a mean over all tokens of the category's sequences.
@@ -16,12 +16,13 @@ from sgtm.data.loader import evaluation_batches
 from sgtm.data.store import Corpus
 from sgtm.masking.labels import removal_name
 from sgtm.masking.strategy import removal_tables
+from sgtm.model.output_norms import Norms, OutputNorms
 
 Losses = dict[str, dict[str, float]]
 
 
 @torch.no_grad()
-def category_losses(
+def category_losses_and_norms(
     forward: Callable,
     corpus: Corpus,
     config: Config,
@@ -32,26 +33,35 @@ def category_losses(
     rank: int = 0,
     world_size: int = 1,
     all_reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda t: t,
-) -> Losses:
-    """Losses by removed set (`removal_name`) and category.
+) -> tuple[Losses, dict[str, Norms]]:
+    """Losses by removed set (`removal_name`) and category, and by the same the norms of sgtm/model/output_norms.py.
 
     forward    `Transformer.forward` or an engine around it
     split      of the corpus; sequences: at most this many of each category, None: all
     Every rank takes its share of the sequences, with the same number of forward passes.
     """
-    losses: Losses = {removal_name(removed): {} for removed in config.space.subsets()}
+    subsets = config.space.subsets()
+    tables = [removal_tables(config.space, removed) for removed in subsets]
+    losses: Losses = {removal_name(removed): {} for removed in subsets}
+    norms: dict[str, Norms] = {name: {} for name in losses}
     for category in corpus.categories:
         sums = torch.zeros(len(losses) + 1, dtype=torch.float64, device=device)
+        found = [OutputNorms(table) for table in tables]
         for batch in evaluation_batches(
             corpus, config, split, category, max_sequences=sequences, rank=rank, world_size=world_size
         ):
             ids, targets = batch.input_ids.to(device), batch.targets.to(device)
             sums[-1] += (targets != IGNORE).sum()
-            for i, removed in enumerate(config.space.subsets()):
-                plan = batch.plan(removal_tables(config.space, removed))
-                sums[i] += forward(ids, targets, plan, 1.0)[1].sum()
+            for i, table in enumerate(tables):
+                sums[i] += forward(ids, targets, batch.plan(table), 1.0, found[i])[1].sum()
         *totals, count = all_reduce_sum(sums).tolist()
         if count:
-            for name, total in zip(losses, totals, strict=True):
+            for name, total, of_category in zip(losses, totals, found, strict=True):
                 losses[name][category] = total / count
-    return losses
+                norms[name][category] = of_category.take(all_reduce_sum)[corpus.categories[category]]
+    return losses, norms
+
+
+def category_losses(*arguments, **options) -> Losses:
+    """The losses of `category_losses_and_norms`."""
+    return category_losses_and_norms(*arguments, **options)[0]

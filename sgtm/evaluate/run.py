@@ -16,7 +16,7 @@ from sgtm.data.open import open_corpus
 from sgtm.distributed.env import device_type, kernel_backend
 from sgtm.distributed.storage import consolidate
 from sgtm.evaluate.localisation import gradient_norms
-from sgtm.evaluate.losses import category_losses
+from sgtm.evaluate.losses import category_losses_and_norms
 from sgtm.files import write_atomically
 from sgtm.model.transformer import Transformer
 from sgtm.train.checkpoint import open_run, read_manifest
@@ -61,7 +61,9 @@ def evaluate_run(run: Path, split: str = "test", sequences: int | None = None) -
     norms = gradient_norms(model, corpus, config, split=split, sequences=config.train.eval_sequences, device=device)
     if config.train.precision == "bf16":
         model = model.bfloat16()
-    losses = category_losses(model, corpus, config, split=split, sequences=sequences, device=device)
+    losses, output_norms = category_losses_and_norms(
+        model, corpus, config, split=split, sequences=sequences, device=device
+    )
     tokens = steps * config.train.tokens_per_step
     return {
         "name": config.name,
@@ -77,6 +79,7 @@ def evaluate_run(run: Path, split: str = "test", sequences: int | None = None) -
         "tokens": tokens,
         "parameters": sum(p.numel() for p in model.parameters()),
         "gradient_norms": norms,
+        "output_norms": output_norms,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
 

@@ -36,6 +36,7 @@ def compile_blocks(model: Transformer, backend: str = "inductor") -> None:
     limits.recompile_limit = max(limits.recompile_limit, MAX_GRAPHS)
     for block in model.blocks:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
+    model.compiled = True
 
 
 def check_compiler(device: str, kernels: str, backend: str = "inductor") -> None:

@@ -28,6 +28,7 @@ from sgtm_kernels.plan import MaskPlan
 
 if TYPE_CHECKING:  # benchmarks/steps.py runs where there is no pydantic
     from sgtm.config.schema import ModelConfig
+    from sgtm.model.output_norms import OutputNorms
 
 
 class Norm(nn.Module):
@@ -63,13 +64,16 @@ class Attention(nn.Module):
         self.w_o = nn.Parameter(torch.empty(self.out_bounds[-1], config.hidden_size))
         self.b_o = nn.Parameter(torch.zeros(config.hidden_size)) if neo else None
 
-    def forward(self, x: torch.Tensor, plan: MaskPlan, rotary) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, plan: MaskPlan, rotary, norms: OutputNorms | None = None) -> torch.Tensor:
         qkv = linear_in(x, self.w_qkv, None, plan, "attn_in", self.in_bounds, self.backend, overwrite=True)
         heads = attention(
             qkv, self.layout, plan, scale=self.scale, window=self.window, rotary=rotary, overwrite=True,
             below=not self.first or self._learns_below(plan), backend=self.backend,
         )  # fmt: skip
-        return linear_out(heads, self.w_o, self.b_o, plan, "attn_out", self.out_bounds, self.backend)
+        out = linear_out(heads, self.w_o, self.b_o, plan, "attn_out", self.out_bounds, self.backend)
+        if norms is not None:
+            norms.outputs("attention", out, heads, self.w_o, self.b_o, self.out_bounds)
+        return out
 
     def _learns_below(self, plan: MaskPlan) -> bool:
         """Whether a token updates a parameter below this layer's projections. A graph is one for all plans: True."""
@@ -86,13 +90,16 @@ class MLP(nn.Module):
         self.w_out = nn.Parameter(torch.empty(self.bounds[-1], config.hidden_size))
         self.b_out = None if self.gated else nn.Parameter(torch.zeros(config.hidden_size))
 
-    def forward(self, x: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, plan: MaskPlan, norms: OutputNorms | None = None) -> torch.Tensor:
         if self.gated:
             pre = linear_in(x, self.w_in, None, plan, "mlp_in", self.in_bounds, self.backend, overwrite=True)
             hidden = swiglu(pre, plan, self.bounds, self.backend)
         else:
             hidden = linear_gelu(x, self.w_in, self.b_in, plan, self.bounds, self.backend)
-        return linear_out(hidden, self.w_out, self.b_out, plan, "mlp_out", self.bounds, self.backend)
+        out = linear_out(hidden, self.w_out, self.b_out, plan, "mlp_out", self.bounds, self.backend)
+        if norms is not None:
+            norms.outputs("mlp", out, hidden, self.w_out, self.b_out, self.bounds)
+        return out
 
 
 class Block(nn.Module):
@@ -106,9 +113,9 @@ class Block(nn.Module):
         self.mlp_norm = Norm(config, kind, backend)
         self.mlp = MLP(config, layer, backend)
 
-    def forward(self, x: torch.Tensor, plan: MaskPlan, rotary) -> torch.Tensor:
-        x, normed = self.mlp_norm(x, plan, self.attention(self.attention_norm(x, plan), plan, rotary))
-        return x + self.mlp(normed, plan)
+    def forward(self, x: torch.Tensor, plan: MaskPlan, rotary, norms: OutputNorms | None = None) -> torch.Tensor:
+        x, normed = self.mlp_norm(x, plan, self.attention(self.attention_norm(x, plan), plan, rotary, norms))
+        return x + self.mlp(normed, plan, norms)
 
 
 class Awaited(torch.autograd.Function):
@@ -137,6 +144,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, partition: Partition, backend: str = "runs"):
         super().__init__()
         load(backend)
+        self.compiled = False
+        """Whether the blocks are compiled (sgtm/model/compile.py)."""
         self.config, self.partition, self.backend = config, partition, backend
         size = (config.vocab_size, config.hidden_size)
         self.embedding = nn.Parameter(torch.empty(size))
@@ -163,14 +172,25 @@ class Transformer(nn.Module):
                 nn.init.normal_(getattr(self, name), std=config.init_std)
 
     def forward(
-        self, input_ids: torch.Tensor, targets: torch.Tensor, plan: MaskPlan, scale: float
+        self,
+        input_ids: torch.Tensor,
+        targets: torch.Tensor,
+        plan: MaskPlan,
+        scale: float,
+        norms: OutputNorms | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of a micro-batch: `scale` times the sum of its token losses, and the unscaled sums by applied label.
 
         input_ids, targets  int64 [B, S], S <= context; targets -100 are ignored
+        norms               takes the norms of what the layers compute, if given; the result is the same to the bit
         Returns a scalar (fp32) and [labels] (fp32, detached).
         """
-        return self.loss(self._hidden(input_ids, plan), targets, plan, scale)
+        if norms is not None:
+            norms.begin(plan, targets)
+        x = self._hidden(input_ids, plan, norms)
+        if norms is not None:
+            norms.end()
+        return self.loss(x, targets, plan, scale)
 
     def loss(self, x: torch.Tensor, targets: torch.Tensor, plan: MaskPlan, scale: float):
         """What `forward` returns, from the last hidden states [B, S, D]. Part of it, for ZeRO-3: not to be called."""
@@ -223,18 +243,23 @@ class Transformer(nn.Module):
     def _head(self) -> nn.Parameter:
         return self.embedding if self.head is None else self.head
 
-    def _hidden(self, input_ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
+    def _hidden(self, input_ids: torch.Tensor, plan: MaskPlan, norms: OutputNorms | None = None) -> torch.Tensor:
         seq_len = input_ids.shape[1]
         if seq_len > self.config.context:
             raise ValueError(f"sequence of {seq_len} tokens is longer than model.context {self.config.context}")
         x, rotary = self.embed(input_ids, plan), None
         if self.position is None:
             rotary = rotary_tables(seq_len, self.config.size_per_head, self.config.rope_theta, x.device)
+        inside = None if self.compiled else norms  # a graph would have to be compiled with and without
+        if norms is not None:
+            norms.residual(x)
         for block in self.blocks:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, plan, rotary, use_reentrant=False)
+                x = checkpoint(block, x, plan, rotary, inside, use_reentrant=False)
             else:
-                x = block(x, plan, rotary)
+                x = block(x, plan, rotary, inside)
+            if norms is not None:
+                norms.residual(x)
         return self.final_norm(x, plan)
 
     def parameter_rows(self) -> dict[str, Rows]:

@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sgtm.masking.labels import removed_domains
 from sgtm.masking.partition import LayerPartition
@@ -122,6 +122,34 @@ def evaluations(record: Record) -> Figure | None:
         axes.plot([], [], dashes, color=LIGHT[INK], label=condition)
     axes.set(xlabel="optimizer step", ylabel="held-out loss (nats per token)")
     _legend(axes, 4)
+    return figure
+
+
+def residual_norms(record: Record) -> Figure | None:
+    """Mean norm of the residual stream by applied label (colour), after the first, a middle and the last layer."""
+    lines = [line for line in record.steps if line.get("norms")]
+    if not lines:
+        return None
+    labels = sorted({label for line in lines for label in line["norms"]})
+    last = len(next(iter(lines[0]["norms"].values()))["residual"]) - 1
+    layers = sorted({1, (last + 1) // 2, last}, reverse=True)
+    figure, axes = _panel(2.9)
+    for label in labels:
+        colour = LIGHT[of_label(label, _domains(record))]
+        for dashes, layer in zip(DASHES, layers, strict=False):
+            points = [(line["step"], line["norms"].get(label, {"residual": {}})["residual"]) for line in lines]
+            points = [(step, norms[layer]) for step, norms in points if norms and norms[layer]]
+            if points:
+                axes.plot(*zip(*points, strict=True), dashes if len(points) > 1 else "o", color=colour)
+        axes.plot([], [], color=colour, label=label)
+    for dashes, layer in zip(DASHES, layers, strict=False):
+        axes.plot([], [], dashes, color=LIGHT[INK], label=f"after layer {layer}")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high if high / low > 10 else 10 * low)  # a label on the axis at the least
+    axes.set(xlabel="optimizer step", ylabel="norm of the residual stream")
+    _legend(axes, 3)
     return figure
 
 

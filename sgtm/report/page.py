@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from sgtm.config.schema import Config
+from sgtm.evaluate.compute_ratio import Ratios
 from sgtm.files import write_atomically
 from sgtm.masking.labels import removed_domains
 from sgtm.report import figures, palette
@@ -61,6 +62,12 @@ EXHIBITS = (
         "Fewer than two evaluations during training: set train.eval_every to see them.",
     ),
     (
+        figures.residual_norms,
+        "Norm of the residual stream (L2, mean over a label's tokens) after the first, a middle and the last layer. "
+        "Where it grows several times over, the groups out-shout one another and learning stalls.",
+        "No norms of the residual stream: metrics.jsonl holds none.",
+    ),
+    (
         figures.gradient_norms,
         "Gradient norm of each group relative to the norm of its weights (no unit), by what the data truly are, with "
         "nothing masked. Shades span four decades.",
@@ -79,8 +86,10 @@ EXHIBITS = (
 )
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, ratios: Ratios | None = None) -> Path:
     """Write `report/index.html` and its PNGs into the run directory and return the page's path.
+
+    ratios  compute ratios (sgtm/evaluate/compute_ratio.py) to show as a table
 
     Works on a run at any age: what is missing is said on the page. Raises ValueError if `run` is not a directory or
     one of its files is damaged.
@@ -95,11 +104,11 @@ def write_report(run: Path) -> Path:
         if exhibit.drawing:
             picture.write_bytes(exhibit.drawing.png)
     page = folder / "index.html"
-    write_atomically(page, render(record, exhibits))
+    write_atomically(page, render(record, exhibits, ratios or {}))
     return page
 
 
-def render(record: Record, exhibits: list[Exhibit]) -> str:
+def render(record: Record, exhibits: list[Exhibit], ratios: Ratios) -> str:
     """The page as HTML."""
     environment = Environment(
         loader=PackageLoader("sgtm.report", "."),
@@ -114,11 +123,12 @@ def render(record: Record, exhibits: list[Exhibit]) -> str:
     return environment.get_template("page.html.j2").render(
         record=record,
         headline=told[0],
-        others=told[1:],
+        others=[*told[1:], *(f"Warning: {text}." for text in record.warnings)],
         facts=_facts(record),
         rows=loss_rows(summary),
         conditions=conditions(summary),
         baselines=summary.get("baselines") or {},
+        ratios=ratios,
         versions=summary.get("versions") or {},
         signed=signed,
         is_forgotten=is_forgotten,

@@ -23,6 +23,7 @@ class Record:
     steps, evals         lines of `metrics.jsonl` by kind, in order of step; a step repeated after a resume counts once,
                          as it was last seen
     summary              `summary.json`, empty before the evaluation
+    warnings             texts of the `warning` lines
     """
 
     run: Path
@@ -31,6 +32,7 @@ class Record:
     steps: list[dict]
     evals: list[dict]
     summary: dict
+    warnings: list[str]
 
     @property
     def name(self) -> str:
@@ -51,6 +53,7 @@ def read_record(run: Path) -> Record:
         _last_of_each_step(lines, "step"),
         _last_of_each_step(lines, "eval"),
         _read_summary(run / "summary.json"),
+        [line["text"] for line in _last_of_each_step(lines, "warning")],
     )
 
 

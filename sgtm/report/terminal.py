@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sgtm.evaluate.compute_ratio import Ratios
 from sgtm.masking.labels import removed_domains
 from sgtm.report.findings import LossRow, conditions, loss_rows, signed
 from sgtm.report.record import is_forgotten
@@ -18,7 +19,8 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
     """Print the losses of a `summary.json`, a table for each removal: a row per category, nats per token.
 
     A difference that is meant (a removed domain's loss rising) is green; any other above 0.1 nat is red. Below them,
-    how many tokens of each category the corpus has, and the categories of which there was nothing to measure.
+    how many tokens of each category the corpus has, the norm of the residual stream, and the categories of which there
+    was nothing to measure.
     """
     console = console or Console()
     steps, all_steps = summary.get("steps"), summary.get("of_steps")
@@ -27,11 +29,31 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
     rows = loss_rows(summary)
     for condition in conditions(summary) or [None]:
         console.print(_table(rows, condition))
+    if norms := summary.get("output_norms"):
+        by_removal = [
+            f"{name} " + ", ".join(f"{category} {parts['residual'][-1]:.3g}" for category, parts in by_category.items())
+            for name, by_category in norms.items()
+        ]
+        console.print(f"residual stream after the last layer, mean norm: {'; '.join(by_removal)}", highlight=False)
     if summary.get("counts"):
         console.print(_tokens(summary))
         unmeasured = [c for c in summary["true_labels"] if c not in summary["losses"]["full"]]
         if unmeasured:
             console.print(f"no loss of {', '.join(unmeasured)}: no documents to measure in split {summary['split']}")
+
+
+def print_ratios(ratios: Ratios, console: Console | None = None) -> None:
+    """Print compute ratios, a row per category, a column per removed set."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("compute ratio")
+    for condition in ratios:
+        table.add_column(condition, justify="right")
+    for category in ratios["full"]:
+        table.add_row(category, *(str(by_category[category]) for by_category in ratios.values()))
+    console = console or Console()
+    console.print(table)
+    if any(ratio.extrapolated for by_category in ratios.values() for ratio in by_category.values()):
+        console.print("* extrapolated: the loss is outside the baseline's evaluations")
 
 
 def _tokens(summary: dict) -> Table:

@@ -24,9 +24,10 @@ from sgtm.distributed.env import Launch, device_type, kernel_backend
 from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.segments import full_numel
 from sgtm.distributed.watchdog import enter
-from sgtm.evaluate.losses import Losses, category_losses
+from sgtm.evaluate.losses import Losses, category_losses_and_norms
 from sgtm.masking.certificate import certified
 from sgtm.model.compile import check_compiler, compile_blocks
+from sgtm.model.output_norms import Norms, OutputNorms
 from sgtm.model.transformer import Transformer
 from sgtm.train.data import open_everywhere
 from sgtm.train.dry_run import dry_run
@@ -102,7 +103,7 @@ def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: b
         if start == config.train.steps:
             log.say(f"{run} is complete: all of its {start} steps were trained before")
         if start and _evaluation_due(config, start) and start not in evaluated:
-            log.evaluation(start, _evaluate(engine, corpus, config))
+            log.evaluation(start, *_evaluate(engine, corpus, config))
         if resume and not start:
             log.say(f"{run} has no checkpoint: training from the beginning")
         independent_of = certified(config, labels_of(corpus, "train"), bool(len(corpus.spans)))
@@ -136,7 +137,8 @@ def _steps(
             paused = time.perf_counter()
             log.probe(done, probe(engine, batches, config.tables))
             began += time.perf_counter() - paused
-        train_step(engine, batches, config.tables, lr, totals, log_due)
+        norms = OutputNorms(config.tables) if log_due else None
+        train_step(engine, batches, config.tables, lr, totals, log_due, norms)
         if not engine.finite:
             log.checkpoint(writer.finish())  # the run may end here
             log.say(tell_skipped(engine, loader, corpus, config, run, step, totals.in_a_row))
@@ -155,6 +157,7 @@ def _steps(
                     **_gradients(totals, engine, space.groups),
                     "tokens_per_second": tokens / elapsed,
                     "skipped_steps": totals.skipped,
+                    "norms": norms.take(engine.all_reduce_sum),
                 }
             )
         enter("checkpoint")
@@ -170,7 +173,7 @@ def _steps(
             log.say(f"stopped by a signal after step {done} of {every.steps}, checkpoint saved; go on: {command}")
             return
         if _evaluation_due(config, done):
-            log.evaluation(done, _evaluate(engine, corpus, config))
+            log.evaluation(done, *_evaluate(engine, corpus, config))
     log.say(f"done: {run}; next: sgtm eval {run}")
 
 
@@ -201,8 +204,8 @@ def _gradients(totals: StepTotals, engine: Engine, groups: tuple[str, ...]) -> d
     }
 
 
-def _evaluate(engine: Engine, corpus: Corpus, config: Config) -> Losses:
-    return category_losses(
+def _evaluate(engine: Engine, corpus: Corpus, config: Config) -> tuple[Losses, dict[str, Norms]]:
+    return category_losses_and_norms(
         engine,
         corpus,
         config,

@@ -6,10 +6,12 @@ mean since the previous line, skipped steps left out), lr, tokens_per_second, sk
 loss or gradient was not finite), and of the gradient: grad_norm (of this step, before clipping), `grad_norm/<group>`
 (joint: all weights that no group owns), `grad_share/<group>` (its share of grad_norm squared, which is what clips),
 clipped and clip_factor (share of the steps since the previous line that were clipped, and the mean factor of all of
-them). `kind: eval` lines carry step and losses: {"full": {category: nats}, "without <domain>": {...}}; `kind: probe`
-lines carry step and grad_norms: {label: {group: norm}} (sgtm/train/gradients.py), just before that step;
-`kind: checkpoint` lines carry step, bytes, paused (seconds that training stood still for it) and written (seconds until
-it was in place).
+them), and norms: {label: {"residual": by layer, "attention": {group: by layer}, "mlp": {...}}} (of this step's tokens,
+sgtm/model/output_norms.py). `kind: eval` lines carry step, losses: {"full": {category: nats}, "without <domain>":
+{...}}, and norms: {"full": {category: as above}, ...}; `kind: probe` lines carry step and grad_norms: {label: {group:
+norm}} (sgtm/train/gradients.py), just before that step; `kind: warning` lines carry step and text
+(sgtm/train/residual.py); `kind: checkpoint` lines carry step, bytes, paused (seconds that training stood still for it)
+and written (seconds until it was in place).
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sgtm.config.schema import Config
 from sgtm.files import write_atomically
+from sgtm.model.output_norms import Norms
+from sgtm.train.residual import ResidualWatch
 from sgtm.train.saving import Saved
 
 WANDB_START, WANDB_FINISH = 30, 60
@@ -56,6 +60,9 @@ class MetricsLog:
         kept = [line for line in read_metrics(self.path) if line["step"] <= self.start]
         self.seconds = max((line["seconds"] for line in kept if line["kind"] == "step"), default=0.0)
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.watch = ResidualWatch(self.config)
+        for line in kept:
+            self.watch.see(line)
         self.file = self.path.open("a", buffering=1)
         self.progress = _progress(self.console) if self.console.is_terminal else None
         if self.progress:
@@ -94,11 +101,14 @@ class MetricsLog:
             left = (self.config.train.steps - values["step"]) * self.config.train.tokens_per_step
             minutes = left / max(values["tokens_per_second"], 1e-9) / 60
             self.say(f"step {values['step']}/{self.config.train.steps}  {text}  {minutes:.1f} min left")
+        if warning := self.watch.see({"kind": "step", **values}):
+            self._write({"kind": "warning", "step": values["step"], "text": warning})
+            self.say(f"warning: {warning}")
 
-    def evaluation(self, step: int, losses: dict[str, dict[str, float]]) -> None:
+    def evaluation(self, step: int, losses: dict[str, dict[str, float]], norms: dict[str, Norms]) -> None:
         if not self.active:
             return
-        self._write({"kind": "eval", "step": step, "losses": losses})
+        self._write({"kind": "eval", "step": step, "losses": losses, "norms": norms})
         for name, by_category in losses.items():
             self.say(f"eval at step {step}: {name}: " + ", ".join(f"{c} {v:.3f}" for c, v in by_category.items()))
 
@@ -141,9 +151,11 @@ class MetricsLog:
                 f"{self.path} could not be written: {error.strerror}; the checkpoints are as they were. Go on with "
                 f"--resume when it can be"
             ) from error
-        if self.wandb and line["kind"] != "checkpoint":  # in place steps later, and wandb takes steps in order only
+        if self.wandb and line["kind"] in ("step", "eval", "probe"):  # checkpoints come later, out of wandb's order
             flat = {f"eval/{k}/{c}": v for k, by in line.get("losses", {}).items() for c, v in by.items()}
             flat |= {f"probe/{k}/{g}": v for k, by in line.get("grad_norms", {}).items() for g, v in by.items()}
+            if line["kind"] == "step":
+                flat |= {f"residual/{label}": parts["residual"][-1] for label, parts in line.get("norms", {}).items()}
             numbers = {k: v for k, v in {**line, **flat}.items() if isinstance(v, int | float)}
             with self._without_wandb():
                 self.wandb.log(numbers, step=line["step"])
@@ -188,6 +200,8 @@ def _finite(value):
     """The same without infinities and NaNs, which JSON does not have: null."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

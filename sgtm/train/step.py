@@ -19,6 +19,7 @@ from sgtm_kernels.plan import Tables
 
 if TYPE_CHECKING:  # deepspeed takes seconds to import
     from sgtm.distributed.engine import Engine
+    from sgtm.model.output_norms import OutputNorms
 
 
 def target_counts(batch: Batch, labels: int) -> torch.Tensor:
@@ -97,15 +98,17 @@ def train_step(
     lr: float,
     totals: StepTotals | None,
     measure: bool = False,
+    norms: OutputNorms | None = None,
 ) -> None:
     """Forward, backward and update for this rank's micro-batches of one global step.
 
     What the step may update follows from the labels in the whole global step, so all ranks agree. `totals` None:
-    nothing is counted and nothing is updated (the dry run, the probe). measure: as in `Engine.step`.
+    nothing is counted and nothing is updated (the dry run, the probe). measure: as in `Engine.step`. norms: takes the
+    output norms of all micro-batches, if given.
     """
     for batch in batches:
         ids, targets, plan = batch.on(engine.device, tables)
-        loss, sums = engine(ids, targets, plan, 1.0 / batch.step_targets)
+        loss, sums = engine(ids, targets, plan, 1.0 / batch.step_targets, norms)
         engine.backward(loss)
         if totals is not None:
             totals.add(sums, target_counts(batch, len(tables.labels)))

@@ -96,6 +96,8 @@ def test_offline_run(tmp_path: Path):
         if line["kind"] == "step":
             assert row["loss"] == pytest.approx(line["loss"])
             assert row["lr"] == pytest.approx(line["lr"])
+            for label, parts in line["norms"].items():
+                assert row[f"residual/{label}"] == pytest.approx(parts["residual"][-1])
         else:
             for removed, by_category in line["losses"].items():
                 for category, value in by_category.items():

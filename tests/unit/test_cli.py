@@ -38,7 +38,7 @@ def calls(monkeypatch):
     module("sgtm.evaluate.run", evaluate_run={"losses": {}}, write_summary=None)
     module("sgtm.model.export", export_run=None)
     monkeypatch.setattr(
-        "sgtm.report.write_report", lambda run: noted.append(("write_report", (run,), {})) or run / "x.html"
+        "sgtm.report.write_report", lambda *args: noted.append(("write_report", args, {})) or args[0] / "x.html"
     )
     monkeypatch.setattr("sgtm.report.print_summary", lambda summary: noted.append(("print_summary", (summary,), {})))
     return noted
@@ -167,7 +167,17 @@ def test_commands_on_a_run(calls, run, tmp_path):
     assert main(["export", str(run), "--remove", "es", "--out", str(tmp_path / "out")]) == 0
     assert calls[3] == ("export_run", (run, ["es"], tmp_path / "out"), {})
     assert main(["report", str(run)]) == 0
-    assert calls[4] == ("write_report", (run,), {})
+    assert calls[4] == ("write_report", (run, None), {})
+
+
+def test_a_report_with_a_baseline_compares_before_it_writes(calls, run, monkeypatch, capsys):
+    assert main(["report", str(run), "--baseline", str(run)]) == 2
+    assert "was not evaluated in training" in capsys.readouterr().err and not calls
+    compared = "sgtm.evaluate.compute_ratio.compute_ratios"
+    monkeypatch.setattr(compared, lambda run, baselines: {"full": {}, "of": baselines})
+    monkeypatch.setattr("sgtm.report.print_ratios", lambda ratios: calls.append(ratios))
+    assert main(["report", str(run), "--baseline", "a", "b"]) == 0
+    assert calls == [ratios := {"full": {}, "of": [Path("a"), Path("b")]}, ("write_report", (run, ratios), {})]
 
 
 def test_losses_that_cannot_be_stored_are_printed_all_the_same(calls, run, monkeypatch, capsys):

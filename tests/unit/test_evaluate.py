@@ -1,7 +1,8 @@
 """Evaluation against cross-entropy by hand: each set of removed domains, every category, one rank and two.
 
 Faults tried, each seen to fail: nothing removed; the wrong split; one category for all; the share of one rank counted
-twice; gradient norms of a sum and not of a mean, squared, or of the last of a label's categories alone.
+twice; output norms of one rank's tokens alone; gradient norms of a sum and not of a mean, squared, or of the last of a
+label's categories alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sgtm.data.batch import IGNORE
 from sgtm.data.loader import evaluation_batches
 from sgtm.data.open import open_corpus
 from sgtm.evaluate.localisation import gradient_norms
-from sgtm.evaluate.losses import category_losses
+from sgtm.evaluate.losses import category_losses, category_losses_and_norms
 from sgtm.masking.strategy import build_tables
 from sgtm.model.transformer import Transformer
 
@@ -81,6 +82,28 @@ def test_ranks_share_the_sequences(setting):
     alone = measure(setting)
     for name in alone:
         assert together[name] == pytest.approx(alone[name], rel=1e-6)
+
+
+def test_norms_by_removal_and_category_whatever_the_ranks(setting):
+    config, corpus, model = setting
+    options = {"split": "test", "sequences": 6, "device": CPU}
+    losses, norms = category_losses_and_norms(model, corpus, config, **options)
+    assert losses == measure(setting)
+    shares = {rank: [] for rank in (0, 1)}
+    for rank, mine in shares.items():
+        share = {"rank": rank, "world_size": 2, "all_reduce_sum": lambda sums, mine=mine: mine.append(sums) or sums}
+        category_losses_and_norms(model, corpus, config, **options, **share)
+    merged = iter([a + b for a, b in zip(*shares.values(), strict=True)])
+    share = {"rank": 0, "world_size": 2, "all_reduce_sum": lambda sums: next(merged)}
+    _, together = category_losses_and_norms(model, corpus, config, **options, **share)
+    assert norms.keys() == together.keys() == {"full", "without es"}
+    for removal, groups in (("full", {"retain", "es"}), ("without es", {"retain"})):
+        assert norms[removal].keys() == {"en", "es"}
+        for category, parts in norms[removal].items():
+            assert parts["attention"].keys() == parts["mlp"].keys() == groups
+            assert together[removal][category]["residual"] == pytest.approx(parts["residual"], rel=1e-4)
+    assert norms["full"]["en"]["residual"][1:] != norms["without es"]["en"]["residual"][1:]
+    assert norms["full"]["en"]["residual"][0] == norms["without es"]["en"]["residual"][0]
 
 
 def test_gradient_norms_of_each_label_and_group(setting):

@@ -36,7 +36,7 @@ class Log:
 
     def step(self, values: dict) -> None: ...
 
-    def evaluation(self, step: int, losses: dict) -> None: ...
+    def evaluation(self, step: int, losses: dict, norms: dict) -> None: ...
 
     def checkpoint(self, saved: object) -> None: ...
 
@@ -131,7 +131,7 @@ def run_steps(
     rows  takes the lines of the log of metrics
     """
     saved: list[int] = []
-    engine = SimpleNamespace(world_size=1, finite=finite)
+    engine = SimpleNamespace(world_size=1, finite=finite, all_reduce_sum=None)
     config = tiny_config(train={"steps": 5, "log_every": 100, "eval_every": 0})
 
     def train_step(engine, batches, *rest):
@@ -143,7 +143,7 @@ def run_steps(
     writer = SimpleNamespace(**nothing, start=lambda done, state: saved.append(done) or [])
     monkeypatch.setattr(loop, "_losses", lambda *rest: {"loss": 1.0})
     monkeypatch.setattr(loop, "_gradients", lambda *rest: {})
-    monkeypatch.setattr(loop, "_evaluate", lambda *rest: {})
+    monkeypatch.setattr(loop, "_evaluate", lambda *rest: ({}, {}))
     monkeypatch.setattr(loop, "tell_skipped", lambda *rest: "step {}, the {}-th in a row".format(*rest[-2:]))
     monkeypatch.setattr(log, "step", (rows if rows is not None else []).append)
     loader = SimpleNamespace(step=lambda step: step + 1)

@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from sgtm.config.schema import Config
-from sgtm.report import print_summary, write_report
+from sgtm.evaluate.compute_ratio import ComputeRatio
+from sgtm.report import print_ratios, print_summary, write_report
 from sgtm.report.findings import sentences
 from sgtm.report.page import strategy_grids
 from sgtm.report.record import read_record
@@ -42,11 +43,13 @@ SUMMARY = {
     "baselines": {"no filter": {"en": 3.0125}},
     "versions": {"torch": "9.8.7+test"},
 }
-FIGURES = ("ablation", "loss_curves", "evaluations", "gradient_norms", "partition", "speed")
+FIGURES = ("ablation", "loss_curves", "evaluations", "residual_norms", "gradient_norms", "partition", "speed")
 
 
 def step(n: int, **more) -> str:
     line = {"kind": "step", "step": n, "tokens": n * 512, "loss": 4.0, "loss/retain": 3.0 + 1 / n, "lr": 1e-3}
+    residual = {"retain": [0.3, 2.0, 3.0, 4.0]} | ({"forget:fr": [0.3, 2.0, None, 9.0 * n]} if n % 3 == 0 else {})
+    line["norms"] = {label: {"residual": by_layer} for label, by_layer in residual.items()}
     return json.dumps(line | {"grad_norm": 1.0, "tokens_per_second": 9e3, "seconds": n / 10} | more)
 
 
@@ -170,9 +173,9 @@ def test_no_effect_and_no_number_are_said(run):
 @pytest.mark.parametrize(
     ("missing", "headline", "said", "figures"),
     [
-        (["summary.json"], "Not evaluated yet: 90 of 90 steps trained", "has not been evaluated", 4),
+        (["summary.json"], "Not evaluated yet: 90 of 90 steps trained", "has not been evaluated", 5),
         (["summary.json", "metrics.jsonl"], "Nothing trained yet.", "No training losses yet", 1),
-        (["config.yaml"], "Removing es raises", "The partition is unknown", 5),
+        (["config.yaml"], "Removing es raises", "The partition is unknown", 6),
         (["summary.json", "metrics.jsonl", "config.yaml"], "Nothing trained yet.", "The strategy is unknown", 0),
     ],
     ids=["no evaluation", "no training", "no config", "nothing"],
@@ -191,6 +194,40 @@ def test_an_evaluation_of_the_full_model_alone(run):
     (run / "summary.json").write_text(json.dumps({"losses": {"full": {"en": 3.0}}}))
     page = Page(write_report(run))
     assert "The full model's loss is 3.00 on en" in page.text and page.values == [3.0]
+
+
+def test_residual_norms_are_drawn_by_label_and_layer(run):
+    page = write_report(run).read_text()
+    figure = page[page.index('<figure id="residual_norms">') :].split("</figure>")[0]
+    for text in ("retain", "forget:fr", "after layer 1", "after layer 2", "after layer 3", ">100<"):
+        assert text in figure
+    old = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"step"' in line]
+    (run / "metrics.jsonl").write_text("".join(json.dumps({**json.loads(line), "norms": {}}) + "\n" for line in old))
+    assert "No norms of the residual stream" in Page(write_report(run)).text
+
+
+def test_a_warning_of_the_run_is_on_the_page(run):
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"kind": "warning", "step": 90, "text": "the residual stream <grows>"}) + "\n")
+    assert "Warning: the residual stream <grows>." in Page(write_report(run)).text
+
+
+def test_compute_ratios_are_a_table_on_page_and_terminal(run):
+    ratios = {
+        "full": {"en": ComputeRatio(0.934, 0.91, 0.95, False), "es": ComputeRatio(1.2, math.nan, math.nan, True)},
+        "without es": {"en": ComputeRatio(0.5, 0.4, 0.6, False), "es": ComputeRatio(0.01, 0.0, 0.02, True)},
+    }
+    rows = Page(write_report(run, ratios)).rows
+    first = rows.index(["category", "full", "without es"])
+    assert rows[first + 1 : first + 3] == [
+        ["en", "0.93 (0.91 to 0.95)", "0.50 (0.40 to 0.60)"],
+        ["es", "1.20*", "0.01* (0.00 to 0.02)"],
+    ]
+    assert "Compute ratio" not in Page(write_report(run)).text
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_ratios(ratios, console)
+    text = console.export_text()
+    assert re.search(r"en +0.93 \(0.91 to 0.95\) +0.50 \(0.40 to 0.60\)", text) and "* extrapolated" in text
 
 
 def test_half_a_last_line_is_forgiven_and_a_repeated_step_counts_once(run):
@@ -254,5 +291,9 @@ def test_terminal_table_has_the_figures_in_eighty_columns():
     text = console.export_text()
     assert re.search(r"category +true label +full +without es +difference", text)
     assert re.search(r"es +forget:es +3\.346 +6\.555 +\+3\.209", text)
+    assert "residual stream" not in text
+    norms = {"full": {"en": {"residual": [0.5, 12.34]}, "es": {"residual": [0.5, 9.0]}}}
+    print_summary({**SUMMARY, "output_norms": norms}, console)
+    assert "residual stream after the last layer, mean norm: full en 12.3, es 9" in console.export_text()
     assert re.search(r"fr +forget:fr +2\.500 +5\.250 +\+2\.750", text)
     assert "…" not in text
