@@ -64,15 +64,33 @@ def load_config(source: str | os.PathLike, overrides: list[str] | None = None) -
 
     Raises ConfigError that names the file or key, what was found and what would be right; one line for each problem.
     """
-    values, extended = _read(_locate(str(source)))
     given = parse_overrides(overrides or [])
+    return _checked(str(source), given, ["the command line"] if given else [], str(source), set(given))
+
+
+def load_variant(source: str | os.PathLike, keys: dict[str, Any], origin: str) -> Config:
+    """The config of a preset name or YAML file with `keys` above it: dotted as on the command line, or sections.
+
+    origin  where `keys` are written, which errors name. Raises ConfigError as `load_config`.
+    """
+    given: dict[tuple[str, ...], Any] = {}
+    for name, value in keys.items():
+        field = Config.model_fields.get(str(name))
+        is_section = field is not None and section(field) and isinstance(value, dict)
+        given |= {_path(f"{name}.{key}"): item for key, item in value.items()} if is_section else {_path(name): value}
+    return _checked(str(source), given, [], origin, set())
+
+
+def _checked(source: str, given: dict[tuple[str, ...], Any], layers: list[str], origin: str, shown: set) -> Config:
+    """`source` with `given` above it; `origin`, `layers` and `shown` (paths of the command line) are for messages."""
+    values, extended = _read(_locate(source))
     for path, value in given.items():
         _set(values, path, value)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        parts = [str(source), *extended, *(["the command line"] if given else [])]
-        raise ConfigError(explain_errors(error, Config, values, str(source), set(given), " + ".join(parts))) from None
+        merged = " + ".join([origin, *extended, *layers])
+        raise ConfigError(explain_errors(error, Config, values, origin, shown, merged)) from None
 
 
 def load_run_config(run: Path) -> Config:
