@@ -28,8 +28,8 @@ class Progress:
         self.unfinished = 0
         self.steps = {run.name: self.closed.get(run.name, steps_done(run.directory)) for run in runs}
         self.work = {run.name: _work_of_step(run) for run in runs}
-        self.began, self.before = time.monotonic(), self._done()
-        self._looked = self._said = self.began
+        self.before, self.since = self._done(), None
+        self._looked = self._said = time.monotonic()
         self.bars = _bars(self.console) if self.console.is_terminal else None
 
     def __enter__(self) -> Progress:
@@ -70,6 +70,8 @@ class Progress:
         self._looked = now
         for name, run in self.running.items():
             self.steps[name] = steps_done(run.directory)
+        if self.since is None and self._done() > self.before:
+            self.before, self.since = self._done(), now
         if self.bars:
             self.bars.update(self.all, completed=self._done(), total=self._total(), text=self.remaining())
             for name, task in self.tasks.items():
@@ -83,11 +85,11 @@ class Progress:
             )
 
     def remaining(self) -> str:
-        """At the speed of this call so far."""
-        done, seconds = self._done() - self.before, time.monotonic() - self.began
-        if done <= 0:
+        """At the speed since the first steps of this call, as its start says nothing."""
+        done = self._done() - self.before
+        if self.since is None or done <= 0:
             return "remaining time not known yet"
-        return f"about {duration((self._total() - self._done()) * seconds / done)} left"
+        return f"about {duration((self._total() - self._done()) * (time.monotonic() - self.since) / done)} left"
 
     def say(self, text: str) -> None:
         (self.bars.console if self.bars else self.console).print(text, highlight=False, soft_wrap=True, markup=False)

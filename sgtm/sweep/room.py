@@ -24,7 +24,7 @@ class Room:
     """
     jobs     runs at once, at most
     threads  of each on a CPU (OMP_NUM_THREADS); None on a GPU: as the environment says
-    memory   bytes that all together may take of this machine; infinite on GPUs, where each run has its own
+    memory   bytes that all together may take of this machine; infinite on GPUs, and where `--jobs` decides
     devices  values of CUDA_VISIBLE_DEVICES, one for each run at a time; empty on a CPU
     """
 
@@ -41,7 +41,7 @@ class Room:
 def find_room(sweep: Sweep, jobs: int | None = None, threads: int | None = None) -> Room:
     """Room for the runs of a sweep.
 
-    jobs     at most so many at once; None: as many as the cores or GPUs and the memory allow
+    jobs     so many at once, whatever the memory (on GPUs: at most one on each); None: as many as there is room for
     threads  of each run on a CPU; None: those of the sweep's first call, else OMP_NUM_THREADS, else a fair share
 
     The threads are kept in `<folder>/sweep.json`: another number can add in another order, and a sweep that is
@@ -58,7 +58,7 @@ def find_room(sweep: Sweep, jobs: int | None = None, threads: int | None = None)
     if threads is None:
         threads = max(1, cores // min(jobs or cores, cores, len(sweep.runs), fitting))
     at_once = jobs or max(1, min(cores // threads, fitting))
-    return Room(min(at_once, len(sweep.runs)), threads, available)
+    return Room(min(at_once, len(sweep.runs)), threads, float("inf") if jobs else available)
 
 
 def keep_threads(sweep: Sweep, room: Room) -> None:

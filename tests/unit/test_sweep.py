@@ -19,7 +19,7 @@ from sgtm.cli import main
 from sgtm.config.load import save_config
 from sgtm.data.prepare import prepare
 from sgtm.data.rules import Rules
-from sgtm.sweep import room
+from sgtm.sweep import progress, room
 from sgtm.sweep.file import read_sweep
 from sgtm.sweep.run import run_sweep
 from sgtm.sweep.schedule import _fits
@@ -116,11 +116,11 @@ def test_a_difference_can_be_allowed(text, sweep_file, capsys):
     assert not (file.parent / "runs").exists()
 
 
-def finish(run, losses: dict | None = None) -> None:
+def finish(run, losses: dict | None = None, steps: int = 4) -> None:
     """The run directory of a run that has been trained, as far as a sweep looks."""
-    run.directory.mkdir(parents=True)
+    run.directory.mkdir(parents=True, exist_ok=True)
     save_config(run.config, run.directory / "config.yaml")
-    lines = [{"kind": "step", "step": step, "loss": 5.0} for step in (1, 2, 3, 4)]
+    lines = [{"kind": "step", "step": step, "loss": 5.0} for step in range(1, steps + 1)]
     if losses:
         lines.append({"kind": "eval", "step": 4, "losses": losses})
     (run.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -212,6 +212,24 @@ def test_gpus_are_given_out_one_by_one(sweep_file, monkeypatch):
     here = room.find_room(sweep)
     assert (here.jobs, here.devices) == (2, ("4", "6"))
     assert here.environment("6") == {"CUDA_VISIBLE_DEVICES": "6"}
+
+
+def test_remaining_time_is_that_of_all_runs(sweep_file, monkeypatch, capsys):
+    """Runs of 4 steps, the second of twice the tokens: after the first step two more take 40 s, and 9 are left."""
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    text = "variants: {a: , b: {train.tokens_per_step: 1024}}\nmay_differ: [tokens]"
+    a, b = read_sweep(sweep_file(text)).runs
+    with progress.Progress([a, b], []) as shown:
+        shown.started(a)
+        assert shown.remaining() == "remaining time not known yet"
+        for clock[0], steps in ((150.0, 1), (190.0, 3)):
+            finish(a, steps=steps)
+            shown.update()
+    assert shown.remaining() == "about 3 min left"
+    printed = capsys.readouterr().out
+    assert "started a-s0" in printed
+    assert "0 of 2 runs finished, 1 training, 25% of all steps; about 3 min left" in printed
 
 
 def test_steps_done_of_a_log_that_was_cut_short(tmp_path):
