@@ -58,20 +58,24 @@ def open_corpora(sweep: Sweep, write: bool = False) -> dict[str, Corpus | None]:
     return found
 
 
-def check_comparable(sweep: Sweep, corpora: dict[str, Corpus | None]) -> None:
-    """Raise ConfigError naming two runs and the key where their losses cannot be compared, or a run cannot be trained.
-
-    A difference named in `may_differ` of either variant is allowed. Another tokenizer or other held-out documents never
-    are.
-    """
-    held_out = {path: _held_out(corpus) for path, corpus in _distinct(corpora).items()}
-    bases = []
+def check_ranks(sweep: Sweep, ranks: int) -> None:
+    """Raise ConfigError naming the run whose steps do not divide among its ranks."""
     for run in sweep.runs:
         try:
-            check_divides(run.config, 1)
+            check_divides(run.config, ranks)
         except ValueError as error:
             raise ConfigError(f"{sweep.file}: run {run.name}: {error}") from None
-        bases.append((run, _basis(run.config, corpora[run.name], held_out)))
+
+
+def check_comparable(sweep: Sweep, corpora: dict[str, Corpus | None]) -> None:
+    """Raise ConfigError naming two runs and the key where their losses cannot be compared.
+
+    A variant is not compared in what its `may_differ` names; all others must agree. Another tokenizer or other held-out
+    documents are never allowed.
+    """
+    distinct = {corpus.path: corpus for corpus in corpora.values() if corpus is not None}
+    held_out = {path: _held_out(corpus) if len(distinct) > 1 else "" for path, corpus in distinct.items()}
+    bases = [(run, _basis(run.config, corpora[run.name], held_out)) for run in sweep.runs]
     for aspect, key in KEYS.items():
         bound = [(run, getattr(basis, aspect)) for run, basis in bases if aspect not in sweep.may_differ[run.variant]]
         for run, (value, shown) in bound:
@@ -102,10 +106,6 @@ def _open(config: Config, write: bool) -> Corpus | None:
         if config.data.path != SYNTHETIC or write:
             raise
         return None
-
-
-def _distinct(corpora: dict[str, Corpus | None]) -> dict[Path, Corpus]:
-    return {corpus.path: corpus for corpus in corpora.values() if corpus is not None}
 
 
 def _held_out(corpus: Corpus) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from sgtm.data.store import Corpus
 from sgtm.plan.units import amount, counted
-from sgtm.sweep.compare import check_comparable, open_corpora
+from sgtm.sweep.compare import check_comparable, check_ranks, open_corpora
 from sgtm.sweep.file import Run, Sweep, read_sweep
 from sgtm.sweep.progress import Progress
 from sgtm.sweep.room import Room, find_room, keep_threads, need
@@ -46,11 +46,13 @@ def run_sweep(
     run directory of a run with other settings or data.
     """
     sweep, console = read_sweep(file), Console(width=None if sys.stdout.isatty() else WIDE)
+    where = check_submission(sweep, *slurm) if slurm else None
+    if where is None and not table:
+        check_ranks(sweep, 1)
     corpora = open_corpora(sweep)
     check_comparable(sweep, corpora)
     states = {run.name: state_of(run, corpora[run.name]) for run in sweep.runs}
     pending = [run for run in sweep.runs if states[run.name] != FINISHED]
-    where = check_submission(sweep, *slurm) if slurm else None
     if dry_run:
         _list(sweep, states, None if slurm else find_room(sweep, jobs, threads), console)
         return 0
@@ -59,6 +61,7 @@ def run_sweep(
         _write(sweep, corpora, console)
         return 0
     with _alone(sweep.folder):
+        open_corpora(sweep, write=True)  # once, and not in several runs at a time
         if where:
             for run in pending:
                 _say(console, submit(sweep, run, where))
@@ -70,7 +73,6 @@ def run_sweep(
 
 
 def _train(sweep: Sweep, pending: list[Run], room: Room, console: Console, start: Start) -> Outcome:
-    open_corpora(sweep, write=True)  # once, and not in several runs at a time
     keep_threads(sweep, room)
     threads = "" if room.threads is None else f", {counted(room.threads, 'thread')} each"
     done = [run for run in sweep.runs if run not in pending]
@@ -92,7 +94,8 @@ def _write(sweep: Sweep, corpora: dict[str, Corpus | None], console: Console) ->
 
 def _report(sweep: Sweep, outcome: Outcome, console: Console) -> int:
     for run, status in outcome.failed:
-        ended = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        ended = f"ended with status {status}" if status else "was stopped before its last step"
+        ended = f"was ended by {signal.Signals(-status).name}" if status < 0 else ended
         _say(console, f"failed: {run.name} {ended}; log: {log_of(sweep, run)}")
     if outcome.stopped:
         _say(console, f"stopped by {signal.Signals(outcome.stopped).name}; continue: sgtm sweep {sweep.file}")

@@ -6,7 +6,7 @@ import os
 import subprocess
 
 from sgtm.launch import Where, compose, settle
-from sgtm.plan.fit import check_divides
+from sgtm.sweep.compare import check_ranks
 from sgtm.sweep.file import Run, Sweep
 from sgtm.sweep.schedule import arguments_of, log_of
 
@@ -15,11 +15,7 @@ def check_submission(sweep: Sweep, nodes: int | None, gpus: int | None) -> Where
     """Where the jobs go. Raises ValueError where the options, launch/ or a run's ranks do not fit."""
     where = settle(Where("slurm", nodes, gpus))
     compose(where, [])
-    for run in sweep.runs:
-        try:
-            check_divides(run.config, where.nodes * where.gpus)
-        except ValueError as error:
-            raise ValueError(f"{sweep.file}: run {run.name}: {error}") from None
+    check_ranks(sweep, where.nodes * where.gpus)
     return where
 
 
