@@ -65,26 +65,37 @@ def load_config(source: str | os.PathLike, overrides: list[str] | None = None) -
     Raises ConfigError that names the file or key, what was found and what would be right; one line for each problem.
     """
     given = parse_overrides(overrides or [])
-    return _checked(str(source), given, ["the command line"] if given else [], str(source), set(given))
+    layers = ["the command line"] if given else []
+    return _checked(str(source), list(given.items()), layers, str(source), set(given))
 
 
-def load_variant(source: str | os.PathLike, keys: dict[str, Any], origin: str) -> Config:
-    """The config of a preset name or YAML file with `keys` above it: dotted as on the command line, or sections.
+def load_variant(source: str | os.PathLike, layers: list[dict[str, Any]], origin: str) -> Config:
+    """The config of a preset name or YAML file with keys above it (see `key_paths`), the last layer on top.
 
-    origin  where `keys` are written, which errors name. Raises ConfigError as `load_config`.
+    origin  where the keys are written, which errors name. Raises ConfigError as `load_config`.
     """
-    given: dict[tuple[str, ...], Any] = {}
-    for name, value in keys.items():
-        field = Config.model_fields.get(str(name))
-        is_section = field is not None and section(field) and isinstance(value, dict)
-        given |= {_path(f"{name}.{key}"): item for key, item in value.items()} if is_section else {_path(name): value}
+    given = [pair for keys in layers for pair in key_paths(keys)]
     return _checked(str(source), given, [], origin, set())
 
 
-def _checked(source: str, given: dict[tuple[str, ...], Any], layers: list[str], origin: str, shown: set) -> Config:
+def key_paths(keys: dict[str, Any]) -> list[tuple[tuple[str, ...], Any]]:
+    """(path, value) of each key: dotted as on the command line, or a section that is a mapping of its keys."""
+    found = []
+    for name, value in keys.items():
+        field = Config.model_fields.get(str(name))
+        if field is not None and section(field) and isinstance(value, dict):
+            found += [(_path(f"{name}.{key}"), item) for key, item in value.items()]
+        else:
+            found.append((_path(str(name)), value))
+    return found
+
+
+def _checked(
+    source: str, given: list[tuple[tuple[str, ...], Any]], layers: list[str], origin: str, shown: set
+) -> Config:
     """`source` with `given` above it; `origin`, `layers` and `shown` (paths of the command line) are for messages."""
     values, extended = _read(_locate(source))
-    for path, value in given.items():
+    for path, value in given:
         _set(values, path, value)
     try:
         return Config.model_validate(values)

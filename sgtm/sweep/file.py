@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeInt, ValidationError
 
 from sgtm.config.errors import ConfigError, explain_errors, nearest
-from sgtm.config.load import load_variant, parse_yaml
+from sgtm.config.load import key_paths, load_variant, parse_yaml
 from sgtm.config.schema import Config, Section
 
 NAME = re.compile(r"\w[\w.+-]*")
@@ -83,7 +83,7 @@ def read_sweep(file: Path) -> Sweep:
     """The runs that a file describes. Raises ConfigError naming the file, the variant and the key of a mistake."""
     spec = _read(file)
     base = str(file.parent / spec.base) if _is_file(spec.base) else spec.base
-    common = load_variant(base, _allowed(spec.set, f"{file}: set", spec), f"{file}: set")
+    common = load_variant(base, [_allowed(spec.set, f"{file}: set", spec)], f"{file}: set")
     name = spec.name or file.stem
     if not NAME.fullmatch(name):
         raise ConfigError(f"{file}: name: {name!r} must be of letters, digits and any of . + - _")
@@ -97,7 +97,7 @@ def read_sweep(file: Path) -> Sweep:
     runs = []
     for seed, (variant, keys) in product(seeds, points.items()):
         own = {"name": f"{variant}-s{seed}", "runs": str(folder)} | dict.fromkeys(spec.seed_keys, seed)
-        config = load_variant(base, {**spec.set, **keys, **own}, f"{file}: variant {variant}")
+        config = load_variant(base, [spec.set, keys, own], f"{file}: variant {variant}")
         runs.append(Run(variant, seed, config))
     return Sweep(file, folder, tuple(runs), _may_differ(file, spec, list(points)))
 
@@ -131,7 +131,7 @@ def _points(file: Path, spec: SweepFile) -> Iterator[tuple[str, dict[str, Any]]]
     seen: set[str] = set()
     for (label, keys), *cell in product(spec.variants.items() or [("", {})], *axes):
         keys = _allowed(keys or {}, f"{file}: variant {label}", spec)
-        if twice := keys.keys() & spec.grid.keys():
+        if twice := _dotted(keys) & _dotted(spec.grid):
             raise ConfigError(f"{file}: variant {label} and the grid both set {', '.join(sorted(twice))}")
         name = "+".join(filter(None, [label, *(word for word, _ in cell)]))
         if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
@@ -169,17 +169,15 @@ def _word(value: Any) -> str:
 
 def _allowed(keys: dict[str, Any], where: str, spec: SweepFile) -> dict[str, Any]:
     """`keys`. Raises ConfigError for one that the sweep sets itself."""
-    flat = {
-        f"{key}.{inner}" if isinstance(value, dict) else key: None
-        for key, value in keys.items()
-        for inner in (value if isinstance(value, dict) and value else [""])
-    }
     taken = {"name": "the sweep names its runs", "runs": "it is a key of the sweep file itself"}
     taken |= dict.fromkeys(spec.seed_keys if spec.seeds is not None else [], "`seeds` sets it")
-    for key in flat:
-        if key in taken:
-            raise ConfigError(f"{where}: {key}: {taken[key]}")
+    for key in sorted(_dotted(keys) & taken.keys()):
+        raise ConfigError(f"{where}: {key}: {taken[key]}")
     return keys
+
+
+def _dotted(keys: dict[str, Any]) -> set[str]:
+    return {".".join(path) for path, _ in key_paths(keys)}
 
 
 def _may_differ(file: Path, spec: SweepFile, variants: list[str]) -> dict[str, frozenset[str]]:

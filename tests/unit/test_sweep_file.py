@@ -70,6 +70,23 @@ def test_config_is_that_of_the_command_line(tmp_path):
     assert sweep.runs[1].config == load_config("debug", given)
 
 
+def test_layers_are_merged_key_by_key_whatever_their_form(tmp_path):
+    sweep = sweep_of(
+        tmp_path,
+        """
+        base: debug
+        set: {train: {steps: 6, log_every: 2}, data.channel.retain: {unlabeled: 1.0}, masking: {strategy: none}}
+        variants:
+          a: {train: {steps: 5}, masking.strategy: gradient_routing}
+          b: {train.log_every: 3, data: {channel: {}}}
+        """,
+    )
+    a, b = (run.config for run in sweep.runs)
+    assert (a.train.steps, a.train.log_every, a.masking.strategy) == (5, 2, "gradient_routing")
+    assert (b.train.steps, b.train.log_every, b.masking.strategy) == (6, 3, "none")
+    assert (a.data.channel, b.data.channel) == ({"retain": {"unlabeled": 1.0}}, {})
+
+
 def test_names_do_not_depend_on_what_else_is_in_the_sweep(tmp_path):
     few = sweep_of(tmp_path, "{base: debug, grid: {optimizer.lr: [0.002]}, seeds: [0]}")
     more = sweep_of(tmp_path, "{base: debug, grid: {optimizer.lr: [0.001, 0.002]}, seeds: [1, 0]}")
@@ -103,6 +120,7 @@ MISTAKES = {
     "{base: debug, variants: {a: {train.seed: 1}}, seeds: [0]}": "variant a: train.seed: `seeds` sets it",
     "{base: debug, variants: {a: {train: {seed: 1}}}, seeds: [0]}": "variant a: train.seed: `seeds` sets it",
     "{base: debug, variants: {a: {train.steps: 4}}, grid: {train.steps: [5]}}": "variant a and the grid both set",
+    "{base: debug, variants: {a: {train: {steps: 4}}}, grid: {train.steps: [5]}}": "variant a and the grid both set",
     "{base: debug, variants: {a b: }}": "variant 'a b': names are of letters",
     "{base: debug, grid: {masking.domains: [[es]]}}": "grid: masking.domains: ['es'] needs a name",
     "{base: debug, grid: {data.path: [a/b, a-b]}}": "two variants are named path-a-b",
