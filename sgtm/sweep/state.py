@@ -62,7 +62,7 @@ def steps_done(directory: Path) -> int:
         with (directory / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - TAIL))
             lines = file.read().splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0
     for line in reversed(lines):
         try:

@@ -51,7 +51,7 @@ variants:
   sgtm: {{}}
 seeds: [0, 1]
 """
-FAILING = SWEEP.replace("variants:", "variants:\n  broken: {{train.init_from: nowhere}}").replace("[0, 1]", "[0]")
+FAILING = SWEEP.replace("variants:", "variants:\n  broken: {{}}").replace("[0, 1]", "[0]")
 PATIENCE = 120  # seconds for an attempt
 
 
@@ -117,6 +117,7 @@ class Trial:
     folder: Path
     name: str
     text: str = SWEEP
+    jobs: int = 2
 
     def __post_init__(self):
         self.file, self.log = self.folder / f"{self.name}.yaml", self.folder / f"{self.name}.log"
@@ -126,7 +127,7 @@ class Trial:
     def start(self) -> Forked:
         def sweep() -> int:
             os.setsid()
-            return run_sweep(self.file, jobs=2, threads=1, start=start_forked)
+            return run_sweep(self.file, jobs=self.jobs, threads=1, start=start_forked)
 
         return fork(sweep, self.log)
 
@@ -195,13 +196,15 @@ def repeated(folder: Path, whole: Trial, *_) -> None:
 
 
 def failing(folder: Path, *_) -> None:
-    """A run that fails is reported with its log and status; the others finish, and the exit status is 1."""
-    trial = Trial(folder, "failing", FAILING)
+    """A run that fails is reported with its log and status; those after it finish, and the exit status is 1."""
+    trial = Trial(folder, "failing", FAILING, jobs=1)
+    trial.sweep.mkdir()
+    (trial.sweep / "broken-s0").touch()
     assert trial.start().wait() == 1
     printed = trial.log.read_text()
     log = trial.sweep / "logs" / "broken-s0.log"
     assert f"failed: broken-s0 ended with status 2; log: {log}" in printed, printed
-    assert "nowhere" in log.read_text()
+    assert "is a file, in the place of the run directory" in log.read_text()
     rows = {row["variant"]: row for row in map(json.loads, trial.table().splitlines())}
     assert {name: row["finished"] for name, row in rows.items()} == {"broken": 0, "unmasked": 1, "sgtm": 1}
     assert rows["broken"]["full_retain"] is None

@@ -1,6 +1,8 @@
 """A sweep that is killed, stopped or called again, or one of whose runs fails, ends with the table of one left alone.
 
-sweeping.py has the scenarios, on forked processes; the last test kills a real one. Seen to fail with: FAULTS
+sweeping.py has the scenarios, on forked processes; the last test kills a real one. Seen to fail with: no --resume; a
+run taken for finished at any evaluation; runs not signalled, or the status of a signal lost; finished runs started
+again; a failure not reported, or one that stops the rest; a run that lives on without its sweep.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -43,8 +46,12 @@ def test_run_saves_and_ends_when_its_sweep_is_killed(tmp_path: Path):
     (child,) = psutil.Process(sweep.pid).children()
     os.kill(sweep.pid, signal.SIGKILL)
     sweep.wait()
-    end = time.monotonic() + 100
-    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < end, "the run trains on without its sweep"
-        time.sleep(0.05)
+    try:
+        end = time.monotonic() + 60
+        while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < end, "it trains on without its sweep"
+            time.sleep(0.05)
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
     assert "stopped by a signal after step" in (tmp_path / "one" / "logs" / "sgtm-s0.log").read_text()

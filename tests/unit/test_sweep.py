@@ -1,6 +1,10 @@
 """What `sgtm sweep` refuses before it trains, how it divides the machine, what it submits, and what its table says.
 
-Seen to fail with: FAULTS
+Seen to fail with: tokens, data, tokenizer, held-out documents or evaluation not compared; `may_differ` ignored; all
+compared with the first run, which may differ; ranks or corpus not checked; other settings accepted; half a line at the
+end of a log; the first call's threads not kept, memory not divided, or that of running runs not counted; a job
+submitted twice; a finished run started again; the spread of a population; categories or models mixed up; a loss left
+out that is not finite; the start of a run counted as training, or steps of any size alike.
 """
 
 from __future__ import annotations
