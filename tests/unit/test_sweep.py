@@ -227,7 +227,7 @@ def test_remaining_time_is_that_of_all_runs(sweep_file, monkeypatch, capsys):
     with progress.Progress([a, b], []) as shown:
         shown.started(a)
         assert shown.remaining() == "remaining time not known yet"
-        for clock[0], steps in ((150.0, 1), (190.0, 3)):
+        for clock[0], steps in ((110.0, 0), (150.0, 1), (190.0, 3)):
             finish(a, steps=steps)
             shown.update()
     assert shown.remaining() == "about 3 min left"
