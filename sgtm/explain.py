@@ -17,7 +17,11 @@ from rich.table import Table
 from sgtm.config.schema import Config
 from sgtm.data.loader import check_corpus
 from sgtm.data.open import open_corpus
-from sgtm.model.rows import ALWAYS, live_keys
+from sgtm.data.summary import labels_of
+from sgtm.masking.certificate import obstacle
+from sgtm.masking.channel import LabelChannel
+from sgtm.masking.labels import OPEN
+from sgtm.model.rows import ALWAYS, ENDS, live_keys
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import PARTS
 
@@ -68,7 +72,7 @@ def _place(key: str, groups: tuple[str, ...]) -> tuple:
     """Groups in their order with their parts, then the joint parameters, then what has no groups."""
     part, _, group = key.partition(".")
     if group:
-        return (0, groups.index(group), PARTS.index(part))
+        return (0, groups.index(group), (*PARTS, *ENDS).index(part))
     return (2,) if key == ALWAYS else (1, key)
 
 
@@ -78,9 +82,27 @@ def print_explanation(config: Config, console: Console | None = None) -> None:
     found = explain(config)
     for table in (_model_table(found), _partition_table(found), _forward_table(config), _updates_table(found)):
         console.print(table)
-    if config.data.channel:
-        console.print(_channel_table(config))
-    console.print(data_line(config), highlight=False, soft_wrap=True, markup=False)
+    for start, channel in config.channels:
+        if config.data.channel or start:
+            console.print(_channel_table(config, start, channel))
+    for line in (*certificate_lines(config), data_line(config)):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def certificate_lines(config: Config) -> list[str]:
+    """Of which domains the safe model is independent, and for each other one the first reason why not.
+
+    By the labels of the corpus, or where it cannot be read by those that the config names.
+    """
+    try:
+        corpus = open_corpus(config, "sizes", write=False)
+        labels, spans = labels_of(corpus, "train"), bool(len(corpus.spans))
+        reasons = {domain: obstacle(config, domain, labels, spans) for domain in config.space.domains}
+    except (ValueError, OSError):
+        reasons = {domain: obstacle(config, domain) for domain in config.space.domains}
+    independent = [domain for domain, reason in reasons.items() if reason is None]
+    lines = [f"safe model independent of: {', '.join(independent)}"] if independent else []
+    return lines + [f"safe model depends on {domain}: {reason}" for domain, reason in reasons.items() if reason]
 
 
 def data_line(config: Config) -> str:
@@ -112,7 +134,8 @@ def _model_table(found: Explanation) -> Table:
     total = train.steps * train.tokens_per_step
     table.add_row("training", f"{train.steps:,} steps = {total:,} tokens, {total / found.total:.1f} per parameter")
     masking = config.masking
-    table.add_row("masking", f"strategy {masking.strategy}, joint {masking.joint}, mixing {config.data.mixing}")
+    joint = config.joint if isinstance(config.joint, str) else ", ".join(config.joint)
+    table.add_row("masking", f"strategy {masking.strategy}, joint {joint}, mixing {config.data.mixing}")
     return table
 
 
@@ -209,11 +232,15 @@ def _weight(config: Config, key: str, label: int) -> str:
     return " / ".join(texts)
 
 
-def _channel_table(config: Config) -> Table:
-    table = Table(title="label channel: what documents of a true label are trained as", title_justify="left")
+def _channel_table(config: Config, start: int, channel: LabelChannel) -> Table:
+    since = f" from step {start} on" if len(config.channels) > 1 else ""
+    title = f"label channel{since}: what documents of a true label are trained as"
+    table = Table(title=title, title_justify="left")
     table.add_column("true label")
-    for label in config.space.labels:
+    labels = config.space.labels
+    for label in labels:
         table.add_column(label, justify="right")
-    for label, row in zip(config.space.labels, config.channel.matrix, strict=True):
-        table.add_row(label, *(f"{share:.0%}" if share else NOTHING for share in row))
+    for label, row in zip(labels, channel.matrix, strict=True):
+        if not label.startswith(OPEN):  # no corpus has it as a true label
+            table.add_row(label, *(f"{share:.0%}" if share else NOTHING for share in row))
     return table

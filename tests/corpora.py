@@ -62,7 +62,12 @@ def build(out: Path, records: Sequence[dict], labels: dict[str, str] | None = No
 
 
 def config_for(
-    context: int = 16, sequences: int = 8, micro_batch: int = 2, domains: Sequence[str] = ("es",), **data
+    context: int = 16,
+    sequences: int = 8,
+    micro_batch: int = 2,
+    domains: Sequence[str] = ("es",),
+    steps: int = 1000,
+    **data,
 ) -> Config:
     """A config whose steps have this many sequences; `data` are keys of its data section."""
     return Config.model_validate(
@@ -76,8 +81,9 @@ def config_for(
                 "context": context,
             },
             "masking": {"domains": list(domains), "forget_neurons": 2, **data.pop("masking", {})},
+            "optimizer": data.pop("optimizer", {}),
             "data": data,
-            "train": {"tokens_per_step": sequences * context, "micro_batch": micro_batch},
+            "train": {"steps": steps, "tokens_per_step": sequences * context, "micro_batch": micro_batch},
         }
     )
 

@@ -50,7 +50,10 @@ FAMILIES = {
 }
 MIXINGS = ("step", "micro", "sequence", "token")
 
-# Every preset with each of its joint settings.
+OPENED = LabelSpace(SPACE.domains, SPACE.domains)
+OPEN_BIO, OPEN_CODE = 4, 5
+
+# Every preset with each of its own joint settings, and some that are added to it.
 STRATEGIES = {
     name: partial(build_tables, SPACE, *name.split("+"))
     for name in (
@@ -66,8 +69,12 @@ STRATEGIES = {
         "activation_masking",
         "gram",
         "none",
+        "sgtm+strict",
+        "gradient_routing+strict",
     )
 }
+LISTED = ["embedding", "position", "head"]  # the kinds of `+list`
+STRATEGIES["no_out+list"] = partial(build_tables, SPACE, "no_out", LISTED)
 
 
 def partition_of(space: LabelSpace, model: ModelConfig, **masking) -> Partition:
@@ -82,11 +89,14 @@ def partition_of(space: LabelSpace, model: ModelConfig, **masking) -> Partition:
     )
 
 
-def model_of(family: str, backend: str = "runs", masked_layers=None, seed: int = 0, **changes) -> Transformer:
+def model_of(
+    family: str, backend: str = "runs", masked_layers=None, seed: int = 0, embedding: str | int = "none", **changes
+) -> Transformer:
     """Unequal groups; every parameter random and far from 0, biases and norms included."""
     config = FAMILIES[family].model_copy(update=changes)
     share = config.heads // config.num_kv_heads
     masking = {"forget_heads": share, "forget_neurons": {"bio": 3, "code": 1}, "masked_layers": masked_layers}
+    masking["embedding"] = embedding
     partition = partition_of(SPACE, config, **masking)
     torch.manual_seed(seed)
     model = Transformer(config, partition, backend)
@@ -121,6 +131,18 @@ def random_step(mixing: str, seed: int = 0, label: int = BIO, sequences: int = 2
     count = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
     batches = [replace(batch, step_targets=count, step_labels=everything) for batch in batches]
     return [with_content(batch, range(4), seed) for batch in batches]
+
+
+def relabelled(batches: list[Batch], labels: dict[int, int]) -> list[Batch]:
+    """The step with other labels for these."""
+    return [
+        replace(
+            batch,
+            labels=tuple(labels.get(label, label) for label in batch.labels),
+            step_labels=frozenset(labels.get(label, label) for label in batch.step_labels),
+        )
+        for batch in batches
+    ]
 
 
 def _batch(pieces: list[tuple[int, int]], isolated: bool) -> Batch:
@@ -215,7 +237,7 @@ def run_config(
             "masking": {
                 "domains": list(SPACE.domains),
                 "strategy": name,
-                "joint": joint or "free",
+                "joint": LISTED if joint == "list" else joint or None,
                 "forget_heads": shape.heads // shape.num_kv_heads,
                 "forget_neurons": {"bio": 3, "code": 1},
             },

@@ -19,7 +19,7 @@ def captured() -> bool:
     return torch.compiler.is_compiling()
 
 
-def eager(forward: Callable, keep: Callable, backward: Callable, outputs: tuple[int, int] = (1, 1)) -> Callable:
+def eager(forward: Callable, keep: Callable, backward: Callable, outputs: tuple[int, int] | None = (1, 1)) -> Callable:
     """The op as an autograd function: called like `forward`, with a `MaskPlan`.
 
     forward   (*tensors, plan, *numbers) -> tensor, or a tuple of tensors (None: absent)
@@ -27,9 +27,9 @@ def eager(forward: Callable, keep: Callable, backward: Callable, outputs: tuple[
               under ZeRO-3 it is gathered again before the backward pass
     backward  (*dys, *tensors saved, plan, *numbers, wanted) -> gradients of the first inputs, None where there is none;
               `wanted`: for each input, whether it needs one
-    outputs   how many of the outputs of `forward` have a gradient, and how many are returned: the first ones
+    outputs   how many of the outputs of `forward` have a gradient, and how many are returned: the first ones; None: all
     """
-    differentiable, returned = outputs
+    differentiable, returned = outputs or (None, None)
 
     def gradients(ctx, *dys):
         wanted = ctx.needs_input_grad
@@ -44,10 +44,10 @@ def eager(forward: Callable, keep: Callable, backward: Callable, outputs: tuple[
         ctx.save_for_backward(*tensors)
         if not isinstance(result, tuple):
             return result
-        if returned > differentiable:
+        if returned != differentiable:
             ctx.mark_non_differentiable(*result[differentiable:returned])
             ctx.set_materialize_grads(False)
-        return result[:returned] if returned > 1 else result[0]
+        return result[0] if returned == 1 else result[:returned]
 
     name = forward.__module__.removeprefix("sgtm_kernels.")
     members = {"forward": staticmethod(run), "backward": staticmethod(gradients)}
@@ -60,7 +60,7 @@ def eager(forward: Callable, keep: Callable, backward: Callable, outputs: tuple[
         result = forward(*inputs)
         if not isinstance(result, tuple):
             return result
-        return result[:returned] if returned > 1 else result[0]
+        return result[0] if returned == 1 else result[:returned]
 
     return call
 

@@ -61,7 +61,10 @@ class Tables:
             raise ValueError(f"update_joint needs one value for each of the {grid[0]} labels")
 
     def contribution(self, part: str, label: int, group: int) -> float:
-        """`update` where a gradient arrives at all, else 0: an inactive group gets none, a stopped one none in-side."""
+        """`update` where a gradient arrives at all, else 0: an inactive group gets none, a stopped one none in-side.
+        Parts without `update` (a domain's own embedding and head) learn where the group is active."""
+        if part not in self.update:
+            return self.active[label][group]
         reaches = self.active[label][group] * (self.route[label][group] if part.endswith("_in") else 1.0)
         return self.update[part][label][group] if reaches != 0 else 0.0
 
@@ -194,8 +197,7 @@ class MaskPlan:
 
     def check(self, x: torch.Tensor) -> None:
         """Raises ValueError where x [B, S, ...] is not of this micro-batch: a kernel would read beyond it."""
-        shape = x.shape
-        if shape[0] != self.batch or shape[1] != self.seq_len:
+        if (shape := x.shape)[0] != self.batch or shape[1] != self.seq_len:
             raise ValueError(
                 f"the plan is of {self.batch} sequences of {self.seq_len} tokens, the tensor of shape {tuple(shape)}"
             )

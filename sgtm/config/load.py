@@ -25,9 +25,12 @@ from sgtm.config.errors import ConfigError, explain_errors, nearest
 from sgtm.config.reference import field_at, section
 from sgtm.config.schema import Config
 from sgtm.files import write_atomically
+from sgtm.masking import recipes
 
 QUOTES = "; a list or mapping is one argument, in quotes: --masking.domains '[bio, chem]'"
 PRESETS = Path(__file__).parent / "presets"
+Pairs = list[tuple[tuple[str, ...], Any]]
+"""Values by path, in the order in which they are set."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -65,8 +68,8 @@ def load_config(source: str | os.PathLike, overrides: list[str] | None = None) -
     Raises ConfigError that names the file or key, what was found and what would be right; one line for each problem.
     """
     given = parse_overrides(overrides or [])
-    layers = ["the command line"] if given else []
-    return _checked(str(source), list(given.items()), layers, str(source), set(given))
+    merged = ["the command line"] if given else []
+    return _checked(str(source), [list(given.items())], merged, str(source), set(given))
 
 
 def load_variant(source: str | os.PathLike, layers: list[dict[str, Any]], origin: str) -> Config:
@@ -74,13 +77,12 @@ def load_variant(source: str | os.PathLike, layers: list[dict[str, Any]], origin
 
     origin  where the keys are written, which errors name. Raises ConfigError as `load_config`.
     """
-    given = [pair for keys in layers for pair in key_paths(keys)]
-    return _checked(str(source), given, [], origin, set())
+    return _checked(str(source), [key_paths(keys) for keys in layers], [], origin, set())
 
 
-def key_paths(keys: dict[str, Any]) -> list[tuple[tuple[str, ...], Any]]:
+def key_paths(keys: dict[str, Any]) -> Pairs:
     """(path, value) of each key: dotted as on the command line, or a section that is a mapping of its keys."""
-    found = []
+    found: Pairs = []
     for name, value in keys.items():
         field = Config.model_fields.get(str(name))
         if field is not None and section(field) and isinstance(value, dict):
@@ -90,18 +92,22 @@ def key_paths(keys: dict[str, Any]) -> list[tuple[tuple[str, ...], Any]]:
     return found
 
 
-def _checked(
-    source: str, given: list[tuple[tuple[str, ...], Any]], layers: list[str], origin: str, shown: set
-) -> Config:
-    """`source` with `given` above it; `origin`, `layers` and `shown` (paths of the command line) are for messages."""
+def _checked(source: str, layers: list[Pairs], merged: list[str], origin: str, shown: set) -> Config:
+    """`source` with the layers above it; `origin`, `merged` and `shown` (paths of the command line) are for messages.
+
+    In each layer a recipe replaces all that it sets.
+    """
     values, extended = _read(_locate(source))
-    for path, value in given:
-        _set(values, path, value)
+    for given in layers:
+        if dict(given).get(("recipe",)) is not None:
+            values = _without_recipe(values)
+        for path, value in given:
+            _set(values, path, value)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        merged = " + ".join([origin, *extended, *layers])
-        raise ConfigError(explain_errors(error, Config, values, origin, shown, merged)) from None
+        sources = " + ".join([origin, *extended, *merged])
+        raise ConfigError(explain_errors(error, Config, values, origin, shown, sources)) from None
 
 
 def load_run_config(run: Path) -> Config:
@@ -238,13 +244,26 @@ def _read(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict, list[str]]:
 
 
 def _merge(below: dict, above: dict) -> dict:
-    """Sections are merged key by key; a value, a list or a mapping of data replaces what was there."""
+    """Sections are merged key by key; a value, a list or a mapping of data replaces what was there.
+
+    A recipe replaces all that it sets.
+    """
+    below = _without_recipe(below) if above.get("recipe") is not None else below
     merged = dict(below)
     for name, value in above.items():
         field = Config.model_fields.get(name)
         both = isinstance(value, dict) and isinstance(below.get(name), dict)
         merged[name] = {**below[name], **value} if field and section(field) and both else value
     return merged
+
+
+def _without_recipe(values: dict) -> dict:
+    """The values without the keys that a recipe sets."""
+    found = {name: value for name, value in values.items() if name != "recipe"}
+    for name, keys in recipes.KEYS.items():
+        if isinstance(found.get(name), dict):
+            found[name] = {key: value for key, value in found[name].items() if key not in keys}
+    return found
 
 
 def parse_yaml(text: str, where: str) -> Any:

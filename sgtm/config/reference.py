@@ -128,7 +128,7 @@ def markdown(schema: type[BaseModel]) -> str:
     lines = [
         "# Configuration",
         "",
-        "Written by `sgtm config --markdown > docs/config.md` from `sgtm/config/schema.py`; do not edit by hand.",
+        "Written by `sgtm config --markdown > docs/config.md` from `sgtm/config/`; do not edit by hand.",
         "",
         "One rule: defaults < YAML < command line. A YAML file may start from a preset or another file with",
         "`extends: PRESET|FILE`; on the command line every key is an option, `--model.layers 4`.",

@@ -2,7 +2,9 @@
 
 An epoch is a permutation of label-pure *blocks* of sequences: one sequence for mixing `sequence` and `token`, a whole
 step for `step`, the share of one of `micro_blocks` for `micro`. Epoch follows epoch without a gap, and a global step
-takes the next blocks. There is no iterator state: step 1000 of a resumed run is step 1000.
+takes the next blocks. There is no iterator state: step 1000 of a resumed run is step 1000. Where the label channel
+changes (`data.schedule`) another order takes over, at the same number of blocks; it is a permutation of its own, so
+documents of the epoch in progress may come a second time or not at all.
 
 The promise: the set of sequences in a global step is the same for any number of ranks and any micro-batch, and so are
 its targets and labels, which every rank knows without reading the others' tokens (`tests/unit/test_data_loader.py`).
@@ -23,7 +25,9 @@ from sgtm.data.batch import Batch
 from sgtm.data.packing import Sequence, Stream, derived_seed, in_order, pack, shuffled
 from sgtm.data.store import Corpus
 from sgtm.data.summary import labels_of
-from sgtm.masking.labels import FIRST_FORGET, RETAIN, UNLABELED
+from sgtm.masking.certificate import check_certified
+from sgtm.masking.channel import LabelChannel
+from sgtm.masking.labels import RETAIN, UNLABELED
 
 _EPOCH_BLOCKS, _EPOCH_SEQUENCES = 3, 8  # + label
 PAD_MULTIPLE = 128
@@ -36,62 +40,29 @@ class Place(NamedTuple):
     sequence: int
 
 
-class Loader:
-    """Micro-batches of one rank.
+class Order:
+    """The sequences of every global step under one label channel, for any number of ranks.
 
-    corpus  with a split `train`
-    config  model, masking, data and train decide what a step is
+    streams  by applied label, or one under None for mixing `token`
+    block    sequences of a label-pure block
 
-    Raises ValueError where corpus and config do not fit (`check_corpus`), or a label has too few sequences for a block.
+    Raises ValueError where a label has too few sequences for a block, or all together for a step.
     """
 
-    def __init__(self, corpus: Corpus, config: Config, rank: int = 0, world_size: int = 1):
-        check_corpus(corpus, config)
-        self.rank, self.world_size = rank, world_size
-        self.per_step, self.micro_batch = config.sequences_per_step, config.train.micro_batch
-        self.accumulation = config.accumulation(world_size)
-        self.mixing, self.seed = config.data.mixing, config.data.seed
-        self.micro_blocks = config.data.micro_blocks if self.mixing == "micro" else 1
-        self.block = {"micro": self.per_step // self.micro_blocks, "step": self.per_step}.get(self.mixing, 1)
-        self.isolated = isolates_documents(config)
-        self.streams: dict[int | None, Stream] = pack(
-            corpus,
-            corpus.select("train"),
-            config.space,
-            config.channel,
-            seed=self.seed,
-            context=config.model.context,
-            mixing=self.mixing,
-            upsample=config.data.upsample,
-            isolate_documents=self.isolated,
-            span_policy=config.masking.span_policy,
-        )
+    def __init__(self, streams: dict[int | None, Stream], config: Config):
+        mixing = config.data.mixing
+        self.streams, self.seed = streams, config.data.seed
+        self.per_step = config.sequences_per_step
+        self.block = {"micro": self.per_step // config.data.micro_blocks, "step": self.per_step}.get(mixing, 1)
         self._check_enough(config)
         self._epoch = lru_cache(maxsize=2)(self._build_epoch)
-        self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="sgtm-loader")
-        self._ahead: tuple[int, Future] | None = None
 
     @property
     def blocks_per_epoch(self) -> int:
         return sum(stream.sequences // self.block for stream in self.streams.values())
 
-    def step(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of a global step, in order of accumulation; begins to read the next step."""
-        ahead, self._ahead = self._ahead, None
-        batches = ahead[1].result() if ahead and ahead[0] == step else self._read(step)
-        self._ahead = step + 1, self._prefetcher.submit(self._read, step + 1)
-        return batches
-
-    def step_targets(self, step: int) -> int:
-        """Number of targets in the global step, over all ranks."""
-        return self._count_targets(self.sequences(step))
-
-    def step_labels(self, step: int) -> frozenset[int]:
-        """Applied labels in the global step, over all ranks."""
-        return self._find_labels(self.sequences(step))
-
     def sequences(self, step: int) -> list[Place]:
-        """The sequences of a global step, block after block; the same for any number of ranks and any micro-batch."""
+        """The sequences of a global step, block after block."""
         per_epoch, per_step = self.blocks_per_epoch, self.per_step // self.block
         found: list[Place] = []
         for number in range(step * per_step, (step + 1) * per_step):
@@ -99,42 +70,13 @@ class Loader:
             found += self._block(epoch, place)
         return found
 
-    def micro_batches(self, step: int, rank: int) -> list[list[Place]]:
-        """The sequences of each micro-batch of a rank, ordered forget, unlabeled, retain.
-
-        A block of mixing `micro` has accumulation indices of its own; for the other mixings the step is one pool. A
-        pool is sorted by label and dealt out like cards, so that every micro-batch gets an even share of each label.
-        """
-        step_sequences = self.sequences(step)
-        size = self.per_step // self.micro_blocks
-        micro_batches = []
-        for first in range(0, self.per_step, size):
-            pool = sorted(step_sequences[first : first + size], key=_label_order)
-            hands = size // self.micro_batch
-            micro_batches += [pool[hand::hands] for hand in range(rank, hands, self.world_size)]
-        return micro_batches
-
-    def documents(self, step: int, rank: int, micro_batch: int) -> list[int]:
-        """Positions in the corpus of the documents in a micro-batch of any rank, in order; reads no token."""
-        places = self.micro_batches(step, rank)[micro_batch]
-        pieces = (piece for place in places for piece in self.streams[place.stream].pieces(place.sequence))
-        return list(dict.fromkeys(piece.document for piece in pieces))
-
-    def _read(self, step: int) -> list[Batch]:
-        everything = self.sequences(step)
-        targets, labels = self._count_targets(everything), self._find_labels(everything)
-        return [
-            collate([self.streams[p.stream].read(p.sequence) for p in places], self.isolated, targets, labels)
-            for places in self.micro_batches(step, self.rank)
-        ]
-
-    def _count_targets(self, places: list[Place]) -> int:
+    def count_targets(self, places: list[Place]) -> int:
         return sum(
             stream.target_count(np.array([p.sequence for p in places if p.stream == label], np.int64))
             for label, stream in self.streams.items()
         )
 
-    def _find_labels(self, places: list[Place]) -> frozenset[int]:
+    def find_labels(self, places: list[Place]) -> frozenset[int]:
         if None not in self.streams:
             return frozenset(place.stream for place in places)
         pieces = (piece for place in places for piece in self.streams[None].pieces(place.sequence))
@@ -166,7 +108,7 @@ class Loader:
             if stream.sequences < self.block:
                 raise ValueError(
                     f"{name} has {stream.tokens} tokens, {stream.sequences} sequences of {context}; a block of "
-                    f"data.mixing: {self.mixing} takes {self.block}. Give more data, upsample it, or lower "
+                    f"data.mixing: {config.data.mixing} takes {self.block}. Give more data, upsample it, or lower "
                     f"train.tokens_per_step"
                 )
         found = self.blocks_per_epoch * self.block
@@ -175,6 +117,104 @@ class Loader:
                 f"split train has {found} sequences of {context} tokens, fewer than the {self.per_step} of a step; "
                 f"give more data or lower train.tokens_per_step"
             )
+
+
+class Loader:
+    """Micro-batches of one rank.
+
+    corpus  with a split `train`
+    config  model, masking, data and train decide what a step is
+
+    Raises ValueError where corpus and config do not fit (`check_corpus`), or a label has too few sequences for a block.
+    """
+
+    def __init__(self, corpus: Corpus, config: Config, rank: int = 0, world_size: int = 1):
+        check_corpus(corpus, config)
+        config.accumulation(world_size)  # raises where it does not divide
+        self.rank, self.world_size = rank, world_size
+        self.per_step, self.micro_batch = config.sequences_per_step, config.train.micro_batch
+        self.micro_blocks = config.data.micro_blocks if config.data.mixing == "micro" else 1
+        self.isolated = isolates_documents(config)
+        self.orders = [
+            (start, Order(_streams(corpus, config, channel, self.isolated), config))
+            for start, channel in config.channels
+        ]
+        self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="sgtm-loader")
+        self._ahead: tuple[int, Future] | None = None
+
+    def order(self, step: int) -> Order:
+        """The order in use at a step: that of the channel which began last."""
+        return [order for start, order in self.orders if start <= step][-1]
+
+    def step(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a global step, in order of accumulation; begins to read the next step."""
+        ahead, self._ahead = self._ahead, None
+        batches = ahead[1].result() if ahead and ahead[0] == step else self._read(step)
+        self._ahead = step + 1, self._prefetcher.submit(self._read, step + 1)
+        return batches
+
+    def step_targets(self, step: int) -> int:
+        """Number of targets in the global step, over all ranks."""
+        return self.order(step).count_targets(self.sequences(step))
+
+    def step_labels(self, step: int) -> frozenset[int]:
+        """Applied labels in the global step, over all ranks."""
+        return self.order(step).find_labels(self.sequences(step))
+
+    def sequences(self, step: int) -> list[Place]:
+        """The sequences of a global step, block after block; the same for any number of ranks and any micro-batch."""
+        return self.order(step).sequences(step)
+
+    def micro_batches(self, step: int, rank: int) -> list[list[Place]]:
+        """The sequences of each micro-batch of a rank, ordered forget, open, unlabeled, retain.
+
+        A block of mixing `micro` has accumulation indices of its own; for the other mixings the step is one pool. A
+        pool is sorted by label and dealt out like cards, so that every micro-batch gets an even share of each label.
+        """
+        step_sequences = self.sequences(step)
+        size = self.per_step // self.micro_blocks
+        micro_batches = []
+        for first in range(0, self.per_step, size):
+            pool = sorted(step_sequences[first : first + size], key=self._label_order)
+            hands = size // self.micro_batch
+            micro_batches += [pool[hand::hands] for hand in range(rank, hands, self.world_size)]
+        return micro_batches
+
+    def documents(self, step: int, rank: int, micro_batch: int) -> list[int]:
+        """Positions in the corpus of the documents in a micro-batch of any rank, in order; reads no token."""
+        places = self.micro_batches(step, rank)[micro_batch]
+        streams = self.order(step).streams
+        pieces = (piece for place in places for piece in streams[place.stream].pieces(place.sequence))
+        return list(dict.fromkeys(piece.document for piece in pieces))
+
+    def _read(self, step: int) -> list[Batch]:
+        order, everything = self.order(step), self.sequences(step)
+        targets, labels = order.count_targets(everything), order.find_labels(everything)
+        return [
+            collate([order.streams[p.stream].read(p.sequence) for p in places], self.isolated, targets, labels)
+            for places in self.micro_batches(step, self.rank)
+        ]
+
+    @staticmethod
+    def _label_order(place: Place) -> int:
+        """forget and open (highest first), unlabeled, retain; the order within a label stays."""
+        label = place.stream
+        return {None: 0, UNLABELED: 1, RETAIN: 2}.get(label, -(label or 0))
+
+
+def _streams(corpus: Corpus, config: Config, channel: LabelChannel, isolated: bool) -> dict[int | None, Stream]:
+    return pack(
+        corpus,
+        corpus.select("train"),
+        config.space,
+        channel,
+        seed=config.data.seed,
+        context=config.model.context,
+        mixing=config.data.mixing,
+        upsample=config.data.upsample,
+        isolate_documents=isolated,
+        span_policy=config.masking.span_policy,
+    )
 
 
 def evaluation_batches(
@@ -221,7 +261,8 @@ def isolates_documents(config: Config) -> bool:
 
 
 def check_corpus(corpus: Corpus, config: Config) -> None:
-    """Raises ValueError where the corpus lacks a split, or does not fit the model's vocabulary or the domains."""
+    """Raises ValueError where the corpus lacks a split, or does not fit the model's vocabulary, the domains or
+    `masking.certify`."""
     for split in ("train", "test"):
         if split not in corpus.manifest.splits:
             raise ValueError(
@@ -237,6 +278,7 @@ def check_corpus(corpus: Corpus, config: Config) -> None:
             f"anew with a tokenizer of {wanted} entries: --vocab-size {wanted}"
         )
     corpus.label_of_category(config.space)
+    check_certified(config, labels_of(corpus, "train"), bool(len(corpus.spans)))
     for domain in config.masking.domains:
         if f"forget:{domain}" not in corpus.categories.values():
             labels = ", ".join(sorted(set(corpus.categories.values())))
@@ -249,8 +291,9 @@ def check_corpus(corpus: Corpus, config: Config) -> None:
 def only_forget(corpus: Corpus, config: Config) -> bool:
     """Whether a masked run would train on nothing that is retain or unlabeled, after the label channel."""
     true_labels = [config.space.label(label) for label in labels_of(corpus, "train")]
-    applied = config.channel.matrix[true_labels].sum(0)
-    return config.masking.strategy != "none" and not applied[[RETAIN, UNLABELED]].any()
+    applied = sum(channel.matrix[true_labels].sum(0) for _, channel in config.channels)
+    applied[config.space.forget_labels] = 0
+    return config.masking.strategy != "none" and not applied.any()
 
 
 def collate(sequences: list[Sequence], isolated: bool, step_targets: int, step_labels: frozenset[int]) -> Batch:
@@ -270,11 +313,3 @@ def collate(sequences: list[Sequence], isolated: bool, step_targets: int, step_l
         step_targets=step_targets,
         step_labels=step_labels,
     )
-
-
-def _label_order(place: Place) -> int:
-    """forget (highest domain first), unlabeled, retain; the order within a label stays."""
-    label = place.stream
-    if label is None or label >= FIRST_FORGET:
-        return -(label or 0)
-    return {UNLABELED: 1, RETAIN: 2}[label]

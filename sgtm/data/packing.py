@@ -4,9 +4,9 @@ A `Stream` is an order of documents and the cumulative sum of their lengths; its
 (i+1)*context` and their targets are the tokens one further. Nothing is copied until a sequence is read, so an epoch
 costs 20 bytes per document. Which sequence holds what depends on (corpus, channel, seed, context, mixing, upsample).
 
-The promises: every token of a document that the channel and `upsample` let in is in one sequence per copy and epoch,
-but for the tail of a stream that fills no sequence; where labels mix or documents are isolated, no target crosses from
-one document into the next (`tests/unit/test_data_packing.py`).
+The promises: every token of a document that `upsample` lets in is in one sequence per copy, label and epoch, but for
+the tail of a stream that fills no sequence; where labels mix or documents are isolated, no target crosses from one
+document into the next (`tests/unit/test_data_packing.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from sgtm.data.batch import IGNORE
 from sgtm.data.store import Corpus
 from sgtm.masking.channel import LabelChannel, uniform_hash
-from sgtm.masking.labels import FIRST_FORGET, LabelSpace
+from sgtm.masking.labels import LabelSpace
 
 _SHUFFLE, _UPSAMPLE = 1, 2
 
@@ -149,11 +149,15 @@ class Stream:
 
 @dataclass(frozen=True, eq=False)
 class SpanLabels:
-    """Applied labels of the stretches inside documents: `SPAN` records sorted by document, int64 label of each."""
+    """Applied labels of the stretches inside documents: `SPAN` records sorted by document, int64 label of each.
+
+    forget  the labels that the conservative policy extends to what comes before them
+    """
 
     spans: np.ndarray
     labels: np.ndarray
     policy: str
+    forget: range
 
     @cached_property
     def _documents(self) -> np.ndarray:
@@ -173,7 +177,7 @@ class SpanLabels:
             pieces += [(position, start, label), (start, end, int(span_label))]
             position = end
         pieces = [piece for piece in (*pieces, (position, length, label)) if piece[0] < piece[1]]
-        forget = [i for i, piece in enumerate(pieces) if piece[2] >= FIRST_FORGET]
+        forget = [i for i, piece in enumerate(pieces) if piece[2] in self.forget]
         if self.policy == "conservative" and forget:
             last_forget = pieces[forget[-1]]
             pieces = [(0, *last_forget[1:]), *pieces[forget[-1] + 1 :]]
@@ -205,7 +209,8 @@ def pack(
     documents = _upsampled(corpus, documents, upsample or {}, seed)
     records = corpus.documents[documents]
     true_labels = corpus.label_of_category(space)[records["category"]]
-    labels = channel.apply(true_labels, records["id"], seed).astype(np.int16)
+    passes, labels = channel.apply(true_labels, records["id"], seed)
+    documents, records, labels = documents[passes], records[passes], labels.astype(np.int16)
     if spans and span_policy == "conservative":
         _check_one_domain(corpus, documents, labels, spans)
     order = shuffled(len(documents), derived_seed(seed, _SHUFFLE))
@@ -255,7 +260,12 @@ def _applied_spans(
         )
     true_labels = corpus.label_of_category(space)[spans["category"]]
     ids = corpus.documents["id"][spans["document"]]
-    return SpanLabels(spans, channel.apply(true_labels, ids, seed), policy)
+    passes, labels = channel.apply(true_labels, ids, seed)
+    if len(passes) > len(spans):
+        raise ValueError(
+            "a row of data.channel sums to more than 1 for a label of spans: a span inside a document is trained once"
+        )
+    return SpanLabels(spans, labels, policy, space.forget_labels)
 
 
 def _check_one_domain(corpus: Corpus, documents: np.ndarray, labels: np.ndarray, spans: SpanLabels) -> None:
@@ -263,7 +273,7 @@ def _check_one_domain(corpus: Corpus, documents: np.ndarray, labels: np.ndarray,
     pairs = np.concatenate(
         [np.stack([documents, labels], axis=1), np.stack([spans.spans["document"], spans.labels], axis=1)]
     )
-    forget = np.unique(pairs[pairs[:, 1] >= FIRST_FORGET], axis=0)
+    forget = np.unique(pairs[np.isin(pairs[:, 1], spans.forget)], axis=0)
     twice = forget[1:, 0][forget[1:, 0] == forget[:-1, 0]]
     if len(twice):
         raise ValueError(

@@ -33,7 +33,7 @@ class RandomCorpus(Corpus):
             dropped=0,
             files={},
         )
-        rarest = config.channel.matrix[config.channel.matrix > 0].min()
+        rarest = min(channel.matrix[channel.matrix > 0].min() for _, channel in config.channels)
         count = int(min(DOCUMENTS / rarest, MOST_DOCUMENTS))
         length = int(max(LENGTH, 4 * config.train.tokens_per_step / rarest / count))
         documents = np.zeros(count * len(labels), DOCUMENT)

@@ -22,38 +22,65 @@ def never() -> bool:
 class Agreement:
     """Of the last step, the same on all ranks:
 
-    norm      global L2 norm of the gradient before clipping; infinite where it is not finite
-    finite    whether it is
+    norms     L2 norm by owner of the gradient before clipping; infinite where it is not finite. One owner of all
+              weights, unless `owners` is more (sgtm/model/rows.py)
     stopping  whether the stop flag was set on any rank
 
     stop  the stop flag of this rank, read in every step
     """
 
-    def __init__(self, device: torch.device, ranks: int):
+    def __init__(self, device: torch.device, ranks: int, owners: int = 1):
         self.device, self.ranks = device, ranks
         self.stop: Callable[[], bool] = never
-        self.norm, self.finite, self.stopping = 0.0, True, False
+        self.norms, self.stopping = [0.0] * owners, False
+
+    @property
+    def norm(self) -> float:
+        """Global norm; infinite where any owner's is."""
+        return math.hypot(*self.norms)
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.norm)
 
     def flag(self) -> torch.Tensor:
         """1 if this rank's stop flag is set, else 0; fp32 [1] on the device."""
         return torch.full((1,), float(self.stop()), device=self.device)
 
-    def reach(self, gradients: Sequence[torch.Tensor], flags: torch.Tensor | None = None) -> float:
-        """The norm; a collective call.
+    def reach(
+        self,
+        gradients: Sequence[torch.Tensor],
+        flags: torch.Tensor | None = None,
+        owners: Sequence[int] | None = None,
+    ) -> float:
+        """The global norm; a collective call.
 
         gradients  this rank's share of the gradient, in any pieces
         flags      sum of `flag` over the ranks, where it is reduced already and `gradients` are all of them
+        owners     of each piece; None: one owns all
         """
         if self.device.type == "cpu":
-            gradients = [piece for gradient in gradients for piece in gradient.reshape(-1).split(PIECE)]
-        return self.reach_by(torch.stack(torch._foreach_norm(gradients)), flags)
+            parts = [gradient.reshape(-1).split(PIECE) for gradient in gradients]
+            owners = owners and [owner for owner, pieces in zip(owners, parts, strict=True) for _ in pieces]
+            gradients = [piece for pieces in parts for piece in pieces]
+        if not gradients:  # a rank without a share
+            gradients, owners = [torch.zeros(1, device=self.device)], owners and [0]
+        return self.reach_by(torch.stack(torch._foreach_norm(gradients)), flags, owners)
 
-    def reach_by(self, norms: torch.Tensor, flags: torch.Tensor | None = None) -> float:
+    def reach_by(
+        self, norms: torch.Tensor, flags: torch.Tensor | None = None, owners: Sequence[int] | None = None
+    ) -> float:
         """As `reach`, by the norms of the pieces."""
-        numbers = torch.cat([norms.double().square().sum().view(1), self.flag() if flags is None else flags])
+        squares = norms.double().square()
+        if owners is None:
+            squares = squares.sum().view(1)
+        else:
+            index = torch.tensor(owners, device="cpu").to(self.device, non_blocking=True)
+            squares = squares.new_zeros(len(self.norms)).index_add_(0, index, squares)
+        numbers = torch.cat([squares, self.flag() if flags is None else flags])
         if self.ranks > 1 and flags is None:
             dist.all_reduce(numbers)
-        squares, stopping = numbers.tolist()
-        self.finite, self.stopping = math.isfinite(squares), stopping > 0
-        self.norm = math.sqrt(squares) if self.finite else math.inf
+        *squares, stopping = numbers.tolist()
+        self.norms = [math.sqrt(square) if math.isfinite(square) else math.inf for square in squares]
+        self.stopping = stopping > 0
         return self.norm

@@ -10,6 +10,8 @@ ranks:
   optimizer works on fp32 weights;
 - frozen weights stay bit-identical (sgtm/train/optim.py);
 - a step whose gradient, or one of whose losses, is not finite changes nothing on any rank, and `finite` is False then.
+  With `optimizer.grad_clip_scope: owner` gradients are clipped, and skipped, for each owner by itself: one owns the
+  retain group and all joint parameters, each domain its group;
 
 A step has one reduction of its own, of the gradient's norm and the stop flag, and reads the device once, for both
 (sgtm/distributed/agreement.py); AdamW clips (takeover.py has what that replaces in DeepSpeed).
@@ -65,6 +67,7 @@ from sgtm.distributed.takeover import Takeover
 from sgtm.distributed.universal import universal_info
 from sgtm.distributed.watchdog import enter
 from sgtm.distributed.writer import BackgroundWriter
+from sgtm.model.rows import owner_of
 from sgtm.train.optim import SegmentedAdamW
 
 if device_type() == "cpu":  # it would compile a shared-memory collective at the first start (35 s, with a compiler)
@@ -158,13 +161,17 @@ class Engine:
         replace(self._deepspeed, "_copy_recovery_script", lambda path: None)
         replace(self._deepspeed, "checkpoint_engine", self._writer)
         self.device = torch.device(self._deepspeed.device)
-        self._agreement = Agreement(self.device, self.world_size)
-        self._takeover = Takeover(self._deepspeed, self._agreement, BUCKET, self._clip)
+        by_owner = config.optimizer.grad_clip_scope == "owner"
+        self._agreement = Agreement(self.device, self.world_size, len(config.space.groups) if by_owner else 1)
+        self._takeover = Takeover(
+            self._deepspeed, self._agreement, BUCKET, self._clip, self.optimizer.cut if by_owner else None
+        )
         self._fragments = fragments(self._deepspeed.optimizer, parameters)
         replicas = self.world_size if self._plain else 1
         check_cover(self._fragments, numels, replicas, self.all_reduce_sum)
         keys = {key for layout in rows.values() for key in layout.keys}
-        self.optimizer.set_segments(segment_tables(self._fragments, numels, rows), keys)
+        owners = {key: owner_of(key, config.space.groups) for key in keys} if by_owner else None
+        self.optimizer.set_segments(segment_tables(self._fragments, numels, rows), keys, owners)
 
     @property
     def module(self) -> torch.nn.Module:
@@ -193,7 +200,8 @@ class Engine:
         """Add the gradient of one micro-batch's loss, a scalar already divided by the global number of targets.
 
         Of a loss that is not finite the gradient is NaN even where it would be finite, as of a target with probability
-        0: the step is then skipped on all ranks, without a read of the device.
+        0: the step is then skipped on all ranks, without a read of the device. Not so with `grad_clip_scope: owner`,
+        where the gradient of one owner must not depend on another's tokens.
         """
         if self.is_boundary:
             raise RuntimeError(f"backward called more than {self.accumulation} times without step")
@@ -201,7 +209,8 @@ class Engine:
         factor = self.world_size if self.config.distributed.zero_stage == 3 else 1
         # Multiplied by 1 too: a hook of DeepSpeed on the forward's own output divides by the accumulation whatever
         # `scale_wrt_gas` says, unless the loss is a tensor computed from it (0.19.8).
-        factor = torch.where(loss.detach().isfinite(), factor, math.nan)
+        finite = loss.detach().isfinite()
+        factor = torch.where(finite if len(self._agreement.norms) == 1 else torch.ones_like(finite), factor, math.nan)
         self._deepspeed.backward(loss * factor, scale_wrt_gas=False)
         self.losses = [*(self.losses if self._micro_batches else []), loss.detach()]
         self._micro_batches += 1
@@ -213,7 +222,7 @@ class Engine:
 
         measure  whether `key_norms` will be called
         If the global gradient or a loss is not finite nothing changes, moments and counts neither, and `finite` is
-        False.
+        False. With `grad_clip_scope: owner`, that is so for each owner by itself.
         """
         if not self.is_boundary:
             raise RuntimeError(f"step called after {self._micro_batches} of {self.accumulation} micro-batches")
@@ -227,14 +236,30 @@ class Engine:
             # In ZeRO 1 and 2 in bf16 the next gradient would be added to this one (0.19.8).
             self._deepspeed.optimizer.averaged_gradients.clear()
 
-    def _clip(self, norm: float) -> None:
-        limit = self.config.optimizer.grad_clip
-        self.optimizer.factor = float(np.float32(min(1.0, limit / (norm + 1e-6)))) if limit else 1.0
+    def _clip(self) -> float:
+        """Factors of the coming update by owner; the norm, or infinity if there is none that can be updated."""
+        limit, norms = self.config.optimizer.grad_clip, self._agreement.norms
+        self.optimizer.factors = [
+            (float(np.float32(min(1.0, limit / (norm + 1e-6)))) if limit else 1.0) if math.isfinite(norm) else None
+            for norm in norms
+        ]
+        return math.hypot(*filter(math.isfinite, norms)) if any(map(math.isfinite, norms)) else math.inf
 
     @property
     def finite(self) -> bool:
-        """Whether the last step's gradient and losses were finite, on all ranks; where not, it has changed nothing."""
+        """Whether the last step's gradient and losses were finite, on all ranks; where not, it has changed nothing.
+
+        With `grad_clip_scope: owner`: whether the gradients of all owners were; those whose were not are unchanged.
+        """
         return self._agreement.finite
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Groups whose update the last step skipped; `retain` stands for the joint parameters too."""
+        groups, norms = self.config.space.groups, self._agreement.norms
+        if len(norms) == 1:
+            return () if self.finite else groups
+        return tuple(group for group, norm in zip(groups, norms, strict=True) if not math.isfinite(norm))
 
     @property
     def stopping(self) -> bool:
@@ -250,8 +275,11 @@ class Engine:
         return self._agreement.norm
 
     def clip_factor(self) -> torch.Tensor:
-        """What the last step's gradient was multiplied by to be clipped: fp32 scalar up to 1 in the host's memory."""
-        return torch.tensor(self.optimizer.factor)
+        """What the last step's gradient was multiplied by to be clipped: fp32 scalar up to 1 in the host's memory.
+
+        With `grad_clip_scope: owner`: that of the retain group and the joint parameters; 1 where they were skipped.
+        """
+        return torch.tensor(1.0 if self.optimizer.factors[0] is None else self.optimizer.factors[0])
 
     def key_norms(self) -> dict[str, float]:
         """L2 norm by key of the last step's gradient, before clipping; a collective call, after `step(measure=True)`.

@@ -15,30 +15,37 @@ separate pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import all_gather_dp_groups
 
 from sgtm.distributed.agreement import Agreement
 from sgtm.distributed.private import replace
+
+Cut = Callable[[torch.Tensor, list[torch.Tensor]], Iterable[tuple[torch.Tensor, int]]]
 
 
 class Takeover:
     """The parts of one DeepSpeed engine that are replaced.
 
-    agreed  called in every step with the norm, before the optimizer's step; the norm is infinite if the step is skipped
+    agreed  called in every step when the norms are known, before the optimizer's step; returns the norm for DeepSpeed,
+            infinite if the step is to be skipped
+    cut     cuts the gradient of one of the optimizer's tensors, given in consecutive pieces, into pieces of one owner
+            each, and returns them with their owners; None: one owns all
     """
 
-    def __init__(self, engine, agreement: Agreement, bucket: int, agreed: Callable[[float], None]):
-        self.engine, self.agreement, self.bucket, self.agreed = engine, agreement, bucket, agreed
+    def __init__(self, engine, agreement: Agreement, bucket: int, agreed: Callable[[], float], cut: Cut | None = None):
+        self.engine, self.agreement, self.bucket, self.agreed, self.cut = engine, agreement, bucket, agreed, cut
         self.optimizer = engine.optimizer
         self.flags = torch.zeros(1, device=agreement.device)
         if isinstance(self.optimizer, BF16_Optimizer):
             replace(engine, "buffered_allreduce_fallback", self.reduce_scatter)
             replace(self.optimizer, "step", self.step)
+            replace(self.optimizer, "_update_hp_grad", self.add_gradient)
         elif hasattr(self.optimizer, "fp32_partitioned_groups_flat"):
             replace(self.optimizer, "_get_norm_groups", lambda: [torch.tensor(self.norm())])
             replace(self.optimizer, "unscale_and_clip_grads", nothing)
@@ -54,23 +61,32 @@ class Takeover:
 
     def norm(self) -> float:
         """Of the gradient that ZeRO 1 to 3 have partitioned; of the optimizer in the host's memory by parameter."""
-        by_parameter = getattr(self.optimizer, "norm_for_param_grads", None)
+        zero = self.optimizer
+        by_parameter = getattr(zero, "norm_for_param_grads", None)
         if by_parameter is None:
-            pieces = [piece for group in self.optimizer.averaged_gradients.values() for piece in group]
-            norm = self.agreement.reach(pieces)
+            sharded = hasattr(zero, "fp32_partitioned_groups_flat")
+            tensors = zero.fp32_partitioned_groups_flat if sharded else zero.single_partition_of_fp32_groups
+            self.reach((tensors[group], pieces) for group, pieces in zero.averaged_gradients.items())
         else:
             device = self.agreement.device
             norms = [norm.to(device) for norm in by_parameter.values()] or [torch.zeros((), device=device)]
-            norm = self.agreement.reach_by(torch.stack(norms))
-        self.agreed(norm)
-        return norm
+            self.agreement.reach_by(torch.stack(norms))
+        return self.agreed()
 
     def plain_norm(self) -> float:
         """Of gradients that every rank has whole: ZeRO 0 in fp32."""
-        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        norm = self.agreement.reach(gradients, self.flags)
-        self.agreed(norm)
-        return norm
+        self.reach(((p, [p.grad]) for p in self.engine.module.parameters() if p.grad is not None), self.flags)
+        return self.agreed()
+
+    def reach(
+        self, gradients: Iterable[tuple[torch.Tensor, list[torch.Tensor]]], flags: torch.Tensor | None = None
+    ) -> None:
+        """Agree on the norms of these gradients: tensors of the optimizer, each with its gradient in pieces."""
+        if self.cut is None:
+            self.agreement.reach([piece for _, pieces in gradients for piece in pieces], flags)
+            return
+        found = [pair for tensor, pieces in gradients for pair in self.cut(tensor, pieces)]
+        self.agreement.reach([piece for piece, _ in found], flags, [owner for _, owner in found])
 
     def gradients(self) -> Callable:
         """What plain data parallelism reduces, and the stop flag."""
@@ -99,11 +115,30 @@ class Takeover:
                 share[start : start + size].copy_(received)
 
     @torch.no_grad()
+    def add_gradient(self, parameter: torch.Tensor, group: int, number: int, clear_lp_grads: bool) -> None:
+        """Of the bf16 optimizer, as its `_update_hp_grad`, but the first micro-batch's is copied, not added to zeros.
+
+        A copy converts as it writes; an addition takes a converted tensor, and reads the sum as well.
+        """
+        if parameter.grad is None:
+            return
+        total, summed = self.optimizer.fp32_groups_gradients[group][number], self.optimizer.fp32_groups_has_gradients
+        gradient = parameter.grad.view(total.shape)
+        if summed[group][number]:
+            total.add_(gradient.to(total.dtype))
+        else:
+            total.copy_(gradient)
+        parameter._hp_grad, summed[group][number] = total, True
+        if clear_lp_grads:
+            parameter.grad.zero_()
+
+    @torch.no_grad()
     def step(self, closure=None) -> None:
         """Of the bf16 optimizer, as BF16_Optimizer.step but for the norm and the clipping."""
         bf16 = self.optimizer
-        norm = self.agreement.reach(bf16.fp32_groups_gradient_flat_partition)
-        self.agreed(norm)
+        gradients = zip(bf16.fp32_groups_flat_partition, bf16.fp32_groups_gradient_flat_partition, strict=True)
+        self.reach((weights, [gradient]) for weights, gradient in gradients)
+        norm = self.agreed()
         bf16._global_grad_norm, bf16.overflow = norm, not math.isfinite(norm)
         if not bf16.overflow:
             for weights, gradient in zip(
@@ -112,8 +147,25 @@ class Takeover:
                 weights.grad = gradient
             bf16.optimizer.step()
             bf16._lazy_init_hp_params_optimizer_state()
-            bf16.update_lp_params()
-        bf16.clear_hp_grads()
+            self.update_weights()
+        # The engine of DeepSpeed clears the gradient right after this.
+
+    def update_weights(self) -> None:
+        """Of the bf16 optimizer, as its `update_lp_params`, but only weights that the step has changed are copied."""
+        bf16 = self.optimizer
+        for weights, shares, ranks in zip(
+            bf16.fp32_groups_flat_partition, bf16.bf16_partitioned_groups, bf16.real_dp_process_group, strict=True
+        ):
+            share = shares[dist.get_rank(group=ranks)]
+            for start, end in bf16.optimizer.changed(weights):
+                share[start:end].copy_(weights[start:end])
+        all_gather_dp_groups(
+            groups_flat=bf16.bf16_groups_flat,
+            partitioned_param_groups=bf16.bf16_partitioned_groups,
+            dp_process_group=bf16.real_dp_process_group,
+            start_alignment_factor=bf16.nccl_start_alignment_factor,
+            allgather_bucket_size=bf16.allgather_bucket_size,
+        )
 
     def recorded(self) -> Callable:
         """The reductions of ZeRO 1 and 2, with the gradients kept while the other stream of `overlap_comm` reads them:

@@ -106,10 +106,13 @@ class Watchdog:
                     self._end(note, before)
             except RuntimeError:
                 self.deaf += passed
-                if self.deaf > PATIENCE and place[0] is not None:
-                    self._end(note or {"kind": GONE, "rank": None, "text": NO_STORE}, None)
+                if place[0] is not None:
+                    if self.neighbours is not None and self.deaf > LISTEN:  # the system still shows who has died
+                        note = note or self._dead_neighbour()
+                    if note or self.deaf > PATIENCE:
+                        self._end(note or {"kind": GONE, "rank": None, "text": NO_STORE}, None)
                 with suppress(RuntimeError):
-                    self.store = _connect()
+                    self.store = self.store.clone()
 
     def _guard(self) -> None:
         """Where the network is cut, a call to the store may not return for minutes, and this thread makes none."""
@@ -258,9 +261,9 @@ def _ranks(ranks: Iterable[int]) -> str:
 
 def _connect() -> dist.Store:
     """The store of the process group by a connection of its own: the main thread may block the other."""
-    store = dist.distributed_c10d._get_default_store().clone()
-    store.set_timeout(timedelta(seconds=30))
-    return dist.PrefixStore("watchdog", store)
+    store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store().clone())
+    store.set_timeout(timedelta(seconds=LISTEN))  # a clone tries to connect for so long, or twice that
+    return store
 
 
 def _machine() -> str:

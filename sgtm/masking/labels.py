@@ -1,7 +1,8 @@
 """Labels and groups: the two alphabets of the method.
 
-A token's *label* says what it is trained as: `unlabeled` (0), `retain` (1), `forget:<domain>` (2, 3, ...). A head or
-neuron belongs to a *group*: `retain` (0), then one group per domain (1, 2, ...).
+A token's *label* says what it is trained as: `unlabeled` (0), `retain` (1), `forget:<domain>` (2, 3, ...), then
+`open:<domain>` of the domains that have one: the retain group and the domain's run and learn, other domains' do not
+run. A head or neuron belongs to a *group*: `retain` (0), then one group per domain (1, 2, ...).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 UNLABELED, RETAIN, FIRST_FORGET = 0, 1, 2
+OPEN = "open:"
 FULL, WITHOUT = "full", "without "
 JOINT = "joint"  # in the place of a group: all weights that no group owns
 RESERVED = ("retain", "unlabeled", FULL, JOINT)
@@ -30,12 +32,17 @@ def removed_domains(name: str) -> tuple[str, ...]:
 class LabelSpace:
     """The labels and groups that a list of domains implies.
 
-    Raises ValueError for an empty, duplicated or reserved domain name.
+    opened  domains with a label `open:<domain>`, in any order: a label that no token has costs a column in every table
+
+    Raises ValueError for an empty, duplicated or reserved domain name, and for an open one that is none of the domains.
     """
 
     domains: tuple[str, ...]
+    opened: tuple[str, ...] = ()
 
     def __post_init__(self):
+        for domain in self.opened:
+            self.group_of(domain)
         bad = [d for d in self.domains if not d or d in RESERVED or ":" in d or "," in d]
         if bad or len(set(self.domains)) != len(self.domains):
             raise ValueError(
@@ -45,11 +52,23 @@ class LabelSpace:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        return ("unlabeled", "retain", *(f"forget:{domain}" for domain in self.domains))
+        opened = (f"{OPEN}{domain}" for domain in self.domains if domain in self.opened)
+        return ("unlabeled", "retain", *(f"forget:{domain}" for domain in self.domains), *opened)
 
     @property
     def groups(self) -> tuple[str, ...]:
         return ("retain", *self.domains)
+
+    @property
+    def forget_labels(self) -> range:
+        """Labels `forget:<domain>`, in the order of the domains."""
+        return range(FIRST_FORGET, FIRST_FORGET + len(self.domains))
+
+    @property
+    def open_groups(self) -> dict[int, int]:
+        """Group of the domain of every label `open:<domain>`."""
+        labels = enumerate(self.labels)
+        return {i: self.group_of(name.removeprefix(OPEN)) for i, name in labels if name.startswith(OPEN)}
 
     def label(self, name: str) -> int:
         """Index of a label; raises ValueError that lists the known ones."""

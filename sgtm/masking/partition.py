@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 from sgtm.masking.labels import LabelSpace
 
@@ -42,10 +43,14 @@ class LayerPartition:
 
 @dataclass(frozen=True)
 class Partition:
-    """One `LayerPartition` for each layer; a layer outside `masked_layers` has a single group holding everything."""
+    """One `LayerPartition` for each layer; a layer outside `masked_layers` has a single group holding everything.
+
+    embedding  each domain's own part of embedding and head: `none`, a whole matrix (`full`), or its rank
+    """
 
     groups: tuple[str, ...]
     layers: tuple[LayerPartition, ...]
+    embedding: Literal["none", "full"] | int = "none"
 
     def masked(self, layer: int) -> bool:
         return len(self.layers[layer].heads) > 1
@@ -66,6 +71,7 @@ def build_partition(
     forget_neurons: int | dict[str, int | list[int]],
     percent: float | dict[str, float] | None = None,
     masked_layers: Sequence[int] | None = None,
+    embedding: Literal["none", "full"] | int = "none",
 ) -> Partition:
     """Partition of a model with `heads` query heads, `kv_heads` KV heads and `neurons` MLP neurons in each layer.
 
@@ -74,6 +80,7 @@ def build_partition(
                    nearest whole KV group and neuron (at least one of each), so percent of the layer's group-owned
                    parameters
     masked_layers  layers that have groups; None: all
+    embedding      as in `Partition`
 
     Raises ValueError naming the key for counts that split a KV group, indices that repeat or do not exist, and a
     partition that leaves no retain head or neuron.
@@ -107,7 +114,7 @@ def build_partition(
     chosen = set(range(layers) if masked_layers is None else masked_layers)
     if not chosen <= set(range(layers)):
         raise ValueError(f"masked_layers {sorted(chosen)} name a layer outside 0..{layers - 1}")
-    return Partition(space.groups, tuple(masked if i in chosen else plain for i in range(layers)))
+    return Partition(space.groups, tuple(masked if i in chosen else plain for i in range(layers)), embedding)
 
 
 def _by_domain(space: LabelSpace, value, key: str) -> dict:

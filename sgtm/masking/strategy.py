@@ -8,9 +8,9 @@ Enables Access Control", ICML 2026.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-from sgtm.masking.labels import FIRST_FORGET, RETAIN, LabelSpace
+from sgtm.masking.labels import RETAIN, LabelSpace
 from sgtm_kernels.plan import KINDS, PARTS, Tables
 
 Grid = list[list[float]]
@@ -31,10 +31,11 @@ class _Draft:
     @property
     def forget(self) -> Iterable[tuple[int, int]]:
         """(label, group) of every domain."""
-        return ((FIRST_FORGET + k, 1 + k) for k in range(len(self.space.domains)))
+        return ((label, 1 + k) for k, label in enumerate(self.space.forget_labels))
 
-    def other_domains_inactive(self) -> None:
-        for label, own in self.forget:
+    def other_domains_inactive(self, owns: Iterable[tuple[int, int]]) -> None:
+        """For each (label, group): of the domains' groups this one alone runs."""
+        for label, own in owns:
             for _, group in self.forget:
                 if group != own:
                     self.active[label][group] = 0.0
@@ -54,7 +55,7 @@ def _frozen(grid: Grid) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(row) for row in grid)
 
 
-def _sgtm(draft: _Draft, joint: str, learning_parts: tuple[str, ...] = ()) -> None:
+def _sgtm(draft: _Draft, learning_parts: tuple[str, ...] = ()) -> None:
     """Forget tokens leave retain weights and output biases alone; `learning_parts` are exempt, with their bias."""
     for label, _ in draft.forget:
         for part in PARTS:
@@ -62,55 +63,76 @@ def _sgtm(draft: _Draft, joint: str, learning_parts: tuple[str, ...] = ()) -> No
                 draft.update[part][label][0] = 0.0
                 if part.endswith("_out"):
                     draft.update_joint[f"{part}_bias"][label] = 0.0
-        if joint == "masked":
-            for kind in ("embedding", "position", "head", "norm"):
-                draft.update_joint[kind][label] = 0.0
 
 
-def _gradient_routing(draft: _Draft, joint: str) -> None:
+def _gradient_routing(draft: _Draft) -> None:
     for label, _ in draft.forget:
         draft.route[label][0] = 0.0
 
 
-def _activation_masking(draft: _Draft, joint: str) -> None:
+def _activation_masking(draft: _Draft) -> None:
     for label, _ in draft.forget:
         draft.active[label][0] = 0.0
 
 
-def _gram(draft: _Draft, joint: str) -> None:
-    draft.other_domains_inactive()
+def _gram(draft: _Draft) -> None:
+    draft.other_domains_inactive(draft.forget)
     for label, _ in draft.forget:
         for part in PARTS:
             draft.update[part][label][0] = 0.0
 
 
-PRESETS: dict[str, Callable[[_Draft, str], None]] = {
-    "none": lambda draft, joint: None,
+PRESETS: dict[str, Callable[[_Draft], None]] = {
+    "none": lambda draft: None,
     "sgtm": _sgtm,
-    "no_mlp_out": lambda draft, joint: _sgtm(draft, joint, ("mlp_out",)),
-    "no_attn_out": lambda draft, joint: _sgtm(draft, joint, ("attn_out",)),
-    "no_out": lambda draft, joint: _sgtm(draft, joint, ("mlp_out", "attn_out")),
+    "no_mlp_out": lambda draft: _sgtm(draft, ("mlp_out",)),
+    "no_attn_out": lambda draft: _sgtm(draft, ("attn_out",)),
+    "no_out": lambda draft: _sgtm(draft, ("mlp_out", "attn_out")),
     "gradient_routing": _gradient_routing,
     "activation_masking": _activation_masking,
     "gram": _gram,
 }
 
-JOINT = ("sgtm", "no_mlp_out", "no_attn_out", "no_out")
-"""Presets with `joint: masked`."""
+JOINT: dict[str, tuple[str, ...]] = {
+    "free": (),
+    "masked": ("embedding", "position", "head", "norm"),
+    "strict": KINDS,
+}
+"""Joint kinds that forget tokens leave alone besides what the strategy says itself (the output biases of `sgtm`)."""
+
+
+def joint_kinds(strategy: str, joint: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Kinds that `joint` adds to a strategy; None: its own choice, `strict` for `gram` and `free` for all others.
+
+    Raises ValueError for unknown kinds, for `gram` with anything but `strict`, and where the strategy is `none`, which
+    masks nothing.
+    """
+    if joint is None:
+        joint = "strict" if strategy == "gram" else "free"
+    kinds = JOINT.get(joint) if isinstance(joint, str) else tuple(joint)
+    unknown = [joint] if kinds is None else [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise ValueError(
+            f"joint: {', '.join(map(str, unknown))} is neither {', '.join(JOINT)} nor a list of {', '.join(KINDS)}"
+        )
+    if strategy == "gram" and set(kinds) != set(KINDS):
+        raise ValueError("joint: strategy gram is strict by definition: domain data train no joint parameter")
+    if strategy == "none" and kinds:
+        raise ValueError("joint: strategy none masks nothing; leave joint out")
+    return kinds
 
 
 def build_tables(
     space: LabelSpace,
     strategy: str,
-    joint: str = "free",
+    joint: str | Sequence[str] | None = None,
     cross_domain: str = "inactive",
     overrides: dict[str, float] | None = None,
 ) -> Tables:
     """Tables of a preset.
 
-    joint         `free`, or `masked`: forget tokens also leave embedding, position, head weight and the blocks' norms
-                  alone
-                  (`sgtm` and its variants only)
+    joint         which joint parameters forget tokens leave alone: `free`, `masked`, `strict` or a list of kinds
+                  (`joint_kinds`)
     cross_domain  whether tokens of one domain run with the other domains' groups `inactive` or `active`
     overrides     single entries, for titration and weighted contributions: `active.<label>.<group>`,
                   `route.<label>.<group>`, `update.<label>.<group>.<part>`, `update_joint.<label>.<kind>`
@@ -120,15 +142,18 @@ def build_tables(
     """
     if strategy not in PRESETS:
         raise ValueError(f"unknown strategy {strategy!r}; known strategies: {', '.join(PRESETS)}")
-    if joint == "masked" and strategy not in JOINT:
-        raise ValueError(f"joint: masked is part of sgtm and its variants, not of strategy {strategy!r}")
+    kinds = joint_kinds(strategy, joint)
     draft = _Draft(space)
     if strategy != "none":
         for _, group in draft.forget:
             draft.active[RETAIN][group] = 0.0
+        draft.other_domains_inactive(space.open_groups.items())
         if cross_domain == "inactive":
-            draft.other_domains_inactive()
-        PRESETS[strategy](draft, joint)
+            draft.other_domains_inactive(draft.forget)
+        PRESETS[strategy](draft)
+        for label in space.forget_labels:
+            for kind in kinds:
+                draft.update_joint[kind][label] = 0.0
     for key, value in (overrides or {}).items():
         _override(draft, key, value)
     return draft.freeze()

@@ -104,9 +104,11 @@ def _record(config: Config, checkpoint: Path, hf_config: PretrainedConfig, remov
         "heads": hf_config.num_attention_heads < config.model.heads,
         "neurons": hf_config.intermediate_size < config.model.intermediate_size,
     }
+    manifest = read_manifest(checkpoint)
     return {
         "run": config.name,
         "removed": removed,
+        "independent_of": [domain for domain in removed if domain in manifest["independent_of"]],
         "how": {unit: "physically removed" if gone else "zeroed" for unit, gone in physically.items()}
         if removed
         else {},
@@ -114,7 +116,7 @@ def _record(config: Config, checkpoint: Path, hf_config: PretrainedConfig, remov
         "tokenizer": tokenizer,
         "checkpoint": {
             "name": checkpoint.name,
-            "step": read_manifest(checkpoint)["step"],
+            "step": manifest["step"],
             "manifest_sha256": sha256_of(checkpoint / MANIFEST),
         },
         "strategy": config.masking.strategy,
@@ -141,5 +143,15 @@ def _card(record: dict, name: str) -> str:
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
         f"Run `{record['run']}`, step {record['checkpoint']['step']}, pretrained with Selective GradienT Masking "
         f"(strategy `{record['strategy']}`), {what}{f' ({how})' if how else ''}. "
-        f"`sgtm_export.json` says which heads and neurons belonged to whom.\n"
+        f"`sgtm_export.json` says which heads and neurons belonged to whom.\n{_certificate(record)}"
+    )
+
+
+def _certificate(record: dict) -> str:
+    domains = ", ".join(f"`{domain}`" for domain in record["independent_of"])
+    return (
+        f"\nCertified: these weights are independent, to the bit, of what the documents labelled {domains} said; their "
+        f"lengths and the tokenizer may still depend on them.\n"
+        if domains
+        else ""
     )

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from sgtm.config.schema import ModelConfig
 from sgtm.masking.partition import LayerPartition, Partition
+from sgtm.model.domain_embedding import ends
 from sgtm.model.hf_config import hf_config, model_config_from_hf
 
 State = dict[str, Tensor]
@@ -133,8 +134,9 @@ def to_hf_state(
 
     Removed heads (with their KV heads) and neurons are physically gone where every layer is left with the same number;
     where Hugging Face cannot express fewer (GPT-Neo's heads, layers of unequal width) their weights and in-side biases
-    are exactly 0. A tied head appears under its own name too, the same tensor as the embedding. Tensors without owners
-    are shared with `state`, not copied.
+    are exactly 0. A domain's own part of embedding and head is added to the shared matrices, unless it is removed. A
+    tied head appears under its own name too, the same tensor as the embedding. Tensors without owners are shared with
+    `state`, not copied, where no domain has such a part.
 
     Raises ValueError for an unknown domain and for a head bias, which Hugging Face's GPT-Neo does not have.
     """
@@ -147,6 +149,7 @@ def to_hf_state(
     shape = hf_config(config, **{owner: left[owner].pop() if drop[owner] else full[owner] for owner in full})
 
     names = NAMES[config.family]
+    state = state | {end: _with_domains(state, end, partition, removed) for end in ends(config.tie_embeddings)}
     hf = {theirs: state[ours] for ours, theirs in names.outer.items()}
     hf[HEAD] = state["embedding" if config.tie_embeddings else "head"]
     for i, units in enumerate(layers):
@@ -162,8 +165,21 @@ def to_hf_state(
     return hf, shape
 
 
+def _with_domains(state: State, end: str, partition: Partition, removed: Collection[int]) -> Tensor:
+    """A shared matrix plus the parts of the domains that are left."""
+    weight = state[end]
+    for group in range(1, len(partition.groups)) if partition.embedding != "none" else ():
+        if group not in removed:
+            name = f"{end}_{group}"
+            own = state[name] if partition.embedding == "full" else state[f"{name}_rows"] @ state[f"{name}_basis"]
+            weight = weight + own
+    return weight
+
+
 def from_hf_state(hf_state: State, config: PretrainedConfig, partition: Partition) -> State:
     """Our state of a Hugging Face model, its heads and neurons permuted into the groups of `partition`.
+
+    It holds nothing for a domain's own part of embedding and head, which such a model does not have.
 
     Raises ValueError for a config that we cannot compute, a partition of another shape, and tensors that are missing or
     that we have no place for.

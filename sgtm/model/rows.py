@@ -6,8 +6,8 @@ input-major as [in, out]. A gradient mask, an optimizer freeze, a ZeRO segment, 
 same thing: a row range.
 
 Every row range has a *key*: `attn_in.retain`, `mlp_out.es`, ... for rows owned by a group; `norm`, `embedding+head`,
-... for joint parameters (a tied matrix has both kinds); `always` for everything in a layer without groups. All rows
-with one key are updated, or frozen, together.
+... for joint parameters (a tied matrix has both kinds); `embedding.es`, `head.es` for a domain's own part of these;
+`always` for everything in a layer without groups. All rows with one key are updated, or frozen, together.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from sgtm.masking.partition import LayerPartition
 from sgtm_kernels.plan import Tables
 
 ALWAYS = "always"
+ENDS = ("embedding", "head")
+"""Matrices of which a domain may have a part of its own."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,18 @@ def joint_rows(kind: str, rows: int, masked: bool = True, decay: bool = False) -
     return Rows((kind if masked else ALWAYS,), (0, rows), decay)
 
 
+def owner_of(key: str, groups: tuple[str, ...]) -> int:
+    """Who a key's rows belong to: 0 for the retain group and all joint parameters, else the number of the group."""
+    return groups.index(group) if (group := key.partition(".")[2]) else 0
+
+
 def live_keys(tables: Tables, labels: Iterable[int]) -> frozenset[str]:
     """Keys that a global step with tokens of these labels may update; every other key is frozen in that step."""
     labels = tuple(labels)
     live = {ALWAYS} if labels else set()
-    for part in tables.update:
+    for part in (*tables.update, *ENDS):
         for g, group in enumerate(tables.groups):
-            if any(tables.contribution(part, label, g) != 0 for label in labels):
+            if (g or part in tables.update) and any(tables.contribution(part, label, g) != 0 for label in labels):
                 live.add(f"{part}.{group}")
     kinds = {kind for kind, by_label in tables.update_joint.items() if any(by_label[label] != 0 for label in labels)}
     live |= kinds

@@ -14,8 +14,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sgtm.masking.partition import LayerPartition, Partition
+from sgtm.model.domain_embedding import add_domains, domain_parts, head_of, held, subsets
 from sgtm.model.rows import Rows, group_rows, head_row_bounds, joint_rows, mlp_in_bounds, qkv_bounds
 from sgtm_kernels.attention import HeadLayout, attention
+from sgtm_kernels.autograd import captured
 from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.dispatch import load
 from sgtm_kernels.embedding import embedding
@@ -47,9 +49,11 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: LayerPartition, window: int | None, backend: str):
+    """`first`: in the first layer, if that has groups and only joint parameters are below it."""
+
+    def __init__(self, config: ModelConfig, layer: LayerPartition, window: int | None, backend: str, first: bool):
         super().__init__()
-        head_dim = config.size_per_head
+        head_dim, self.first = config.size_per_head, first
         self.layout = HeadLayout(layer.heads, layer.kv_heads, head_dim)
         self.in_bounds, self.out_bounds = qkv_bounds(layer, head_dim), head_row_bounds(layer, head_dim)
         self.window, self.backend = window, backend
@@ -63,9 +67,15 @@ class Attention(nn.Module):
         qkv = linear_in(x, self.w_qkv, None, plan, "attn_in", self.in_bounds, self.backend, overwrite=True)
         heads = attention(
             qkv, self.layout, plan, scale=self.scale, window=self.window, rotary=rotary, overwrite=True,
-            backend=self.backend,
+            below=self._learns_below(plan), backend=self.backend,
         )  # fmt: skip
         return linear_out(heads, self.w_o, self.b_o, plan, "attn_out", self.out_bounds, self.backend)
+
+    def _learns_below(self, plan: MaskPlan) -> bool:
+        """Whether a token updates a parameter below this layer's projections. A graph is one for all plans: True."""
+        if captured() or not self.first:
+            return True
+        return any(plan.joint(kind).slices for kind in ("embedding", "position", "norm"))
 
 
 class MLP(nn.Module):
@@ -93,13 +103,30 @@ class Block(nn.Module):
         layer = partition.layers[index]
         kind = "norm" if partition.masked(index) else None
         self.attention_norm = Norm(config, kind, backend)
-        self.attention = Attention(config, layer, config.window_of(index), backend)
+        first = index == 0 and partition.masked(index) and partition.embedding == "none"
+        self.attention = Attention(config, layer, config.window_of(index), backend, first)
         self.mlp_norm = Norm(config, kind, backend)
         self.mlp = MLP(config, layer, backend)
 
     def forward(self, x: torch.Tensor, plan: MaskPlan, rotary) -> torch.Tensor:
         x, normed = self.mlp_norm(x, plan, self.attention(self.attention_norm(x, plan), plan, rotary))
         return x + self.mlp(normed, plan)
+
+
+class Awaited(torch.autograd.Function):
+    """x, as if it depended on a parameter that gets no gradient by it.
+
+    The parameter's own gradient is then complete after that of x, as it is where it does get one: ZeRO 2 and 3 reduce
+    gradients in the order in which they are complete, which must be the same on ranks with other labels.
+    """
+
+    @staticmethod
+    def forward(ctx, x, parameter):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, None
 
 
 class Transformer(nn.Module):
@@ -121,11 +148,21 @@ class Transformer(nn.Module):
         self.final_norm = Norm(config, "final_norm", backend)
         self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(size))
         self.head_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
+        self.domain_parts = domain_parts(partition, *size, config.tie_embeddings)
+        for part in self.domain_parts:
+            self.register_parameter(part.name, nn.Parameter(torch.zeros(part.shape)))
+        self._parts: dict[str, torch.Tensor] = {}  # those of the forward pass in progress
+        own = {part.name for part in self.domain_parts}
         for name, parameter in self.named_parameters():
+            if name in own:
+                continue
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=config.init_std)
             elif not name.endswith("norm.weight"):
                 nn.init.zeros_(parameter)
+        for name in sorted(own):  # last: all other weights are those of a model without them
+            if name.endswith("_rows"):
+                nn.init.normal_(getattr(self, name), std=config.init_std)
 
     def forward(
         self, input_ids: torch.Tensor, targets: torch.Tensor, plan: MaskPlan, scale: float
@@ -139,11 +176,33 @@ class Transformer(nn.Module):
 
     def loss(self, x: torch.Tensor, targets: torch.Tensor, plan: MaskPlan, scale: float):
         """What `forward` returns, from the last hidden states [B, S, D]. Part of it, for ZeRO-3: not to be called."""
-        return linear_cross_entropy(x, self._head, self.head_bias, targets, plan, scale, self.backend)
+        if not self.domain_parts:
+            return linear_cross_entropy(x, self._head, self.head_bias, targets, plan, scale, self.backend)
+        x, head, bias = held(x, self._head, self.head_bias)
+        found = []
+        for subset in subsets(plan, x.device):
+            of, goals = x, targets
+            if subset.index is not None:
+                of, goals = x.flatten(0, 1)[subset.index][None], targets.flatten()[subset.index][None]
+            weight = head_of(head, self._parts, self.head is None, subset)
+            found.append(linear_cross_entropy(of, weight, bias, goals, subset.plan, scale, self.backend))
+        losses, sums = zip(*found, strict=True)
+        return sum(losses), sum(sums)
 
     def embed(self, input_ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
         """[B, S, D] embeddings of tokens and, in the GPT-Neo family, positions. Part of `forward`, likewise."""
-        x = embedding(input_ids, self.embedding, plan, "embedding", self.backend)
+        if self.head is None and not plan.joint("embedding").slices:
+            # No token updates it here: its gradient is the head's alone, and still complete after that of x.
+            x = Awaited.apply(
+                embedding(input_ids, self.embedding.detach(), plan, "embedding", self.backend), self.embedding
+            )
+        else:
+            x = embedding(input_ids, self.embedding, plan, "embedding", self.backend)
+        if self.domain_parts:
+            names = [part.name for part in self.domain_parts]
+            x, *parts = held(x, *(getattr(self, name) for name in names))
+            self._parts = dict(zip(names, parts, strict=True))
+            x = add_domains(x, self._parts, input_ids, plan)
         if self.position is None:
             return x
         positions = torch.arange(input_ids.shape[1], device=x.device).expand_as(input_ids)
@@ -151,7 +210,16 @@ class Transformer(nn.Module):
 
     def logits(self, input_ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
         """[B, S, V] next-token logits."""
-        return nn.functional.linear(self._hidden(input_ids, plan), self._head, self.head_bias)
+        x = self._hidden(input_ids, plan)
+        if not self.domain_parts:
+            return nn.functional.linear(x, self._head, self.head_bias)
+        logits = x.new_empty(plan.tokens, self.config.vocab_size)
+        for subset in subsets(plan, x.device):
+            index = slice(None) if subset.index is None else subset.index
+            logits[index] = nn.functional.linear(
+                x.flatten(0, 1)[index], head_of(self._head, self._parts, self.head is None, subset), self.head_bias
+            )
+        return logits.view(*input_ids.shape, -1)
 
     @property
     def _head(self) -> nn.Parameter:
@@ -194,6 +262,8 @@ class Transformer(nn.Module):
         rows["head"] = joint_rows("head", self.config.vocab_size, decay=True)
         rows["position"] = joint_rows("position", self.config.context, decay=True)
         rows["head_bias"] = joint_rows("head_bias", self.config.vocab_size)
+        for part in self.domain_parts:
+            rows[part.name] = Rows((part.key,), (0, part.shape[0]), decay=True)
         return {name: rows[name] for name, _ in self.named_parameters()}
 
 

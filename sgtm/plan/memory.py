@@ -53,7 +53,7 @@ def memory(config: Config, stage: int, ranks: int, limits: Limits | None = None)
     offload = config.distributed.offload_optimizer
     if offload and stage == 0:
         raise ValueError("distributed.offload_optimizer: ZeRO 0 keeps the optimizer with the weights")
-    limits, sizes = limits or Limits(), parameter_sizes(config.model)
+    limits, sizes = limits or Limits(), parameter_sizes(config)
     held = _held(config, sizes, stage, ranks, limits)
     passing, updating = _buffers(config, sizes, stage, ranks, limits)
     passing["activations"] = activations(config)
@@ -115,7 +115,7 @@ def _buffers(
     width, total, share = width_of(config), sum(sizes.values()), _share(sizes, stage, ranks)
     bucket, sent = min(total, limits.bucket), sent_width(config)
     if stage == 3:
-        live = width * gathers(config.model, limits).peak
+        live = width * gathers(config, limits).peak
         return {"gathered weights": live, "buckets": sent * bucket}, 4 * min(share, limits.sub_group)
     if stage == 2:  # as it comes, twice as one is filled while the other is sent; flattened; and as it is sent
         cast = sent if sent != width else 0

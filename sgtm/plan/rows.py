@@ -42,7 +42,7 @@ def as_json(config: Config, machine: Machine, rows: list[Row]) -> str:
     return json.dumps(
         {
             "config": config.name,
-            "parameters": sum(parameter_sizes(config.model).values()),
+            "parameters": sum(parameter_sizes(config).values()),
             "ranks": machine.ranks,
             "accumulation": config.accumulation(machine.ranks),
             "tokens_per_step": config.train.tokens_per_step,
@@ -66,7 +66,7 @@ def as_json(config: Config, machine: Machine, rows: list[Row]) -> str:
 
 def arithmetic(config: Config, machine: Machine) -> str:
     """Parameters, ranks, and how a step's tokens are divided."""
-    train, parameters = config.train, sum(parameter_sizes(config.model).values())
+    train, parameters = config.train, sum(parameter_sizes(config).values())
     ranks = counted(machine.ranks, "rank")
     return (
         f"{config.name}: {parameters:,} parameters, {train.precision}\n"

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from math import prod
 
-from sgtm.config.schema import ModelConfig
+from sgtm.config.schema import Config, ModelConfig
+from sgtm.model.domain_embedding import domain_parts
 
 
-def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter; names and order as in `Transformer.named_parameters()`."""
+    own = domain_parts(config.partition, config.model.vocab_size, config.model.hidden_size, config.model.tie_embeddings)
+    return _shapes(config.model, {part.name: part.shape for part in own})
+
+
+def _shapes(model: ModelConfig, own: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     d, q, neo = model.hidden_size, model.size_per_head, model.family == "gpt_neo"
     kv, heads, neurons = model.num_kv_heads, model.heads, model.intermediate_size
     found: dict[str, tuple[int, ...]] = {"embedding": (model.vocab_size, d)}
@@ -18,6 +24,7 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         found["head"] = (model.vocab_size, d)
     if model.head_bias:
         found["head_bias"] = (model.vocab_size,)
+    found |= own
     rows = {"w_in": (neurons if neo else 2 * neurons, d), "b_in": (neurons,), "w_out": (neurons, d), "b_out": (d,)}
     for i in range(model.layers):
         block = f"blocks.{i}"
@@ -35,16 +42,16 @@ def _norm(name: str, size: int, bias: bool) -> dict[str, tuple[int, ...]]:
     return {f"{name}.{leaf}": (size,) for leaf in (("weight", "bias") if bias else ("weight",))}
 
 
-def parameter_sizes(model: ModelConfig) -> dict[str, int]:
+def parameter_sizes(config: Config) -> dict[str, int]:
     """Number of elements of every parameter."""
-    return {name: prod(shape) for name, shape in parameter_shapes(model).items()}
+    return {name: prod(shape) for name, shape in parameter_shapes(config).items()}
 
 
 def model_flops(model: ModelConfig) -> float:
     """Of forward and backward for one token of an unmasked step: 6 N + 12 L H Q T (Chowdhery et al., "PaLM", 2022).
 
-    N counts the head and not what is only looked up; L layers of H heads of size Q; T is the context, causal or not, or
-    the window of a local layer.
+    N counts the head and not what is only looked up, nor a domain's own part of these; L layers of H heads of size Q; T
+    is the context, causal or not, or the window of a local layer.
     """
     return 6 * _multiplied(model) + 12 * _keys(model) * model.heads * model.size_per_head
 
@@ -58,7 +65,7 @@ def recomputed_flops(model: ModelConfig) -> float:
 
 
 def _multiplied(model: ModelConfig) -> int:
-    sizes = parameter_sizes(model)
+    sizes = {name: prod(shape) for name, shape in _shapes(model, {}).items()}
     looked_up = ("position",) if model.tie_embeddings else ("position", "embedding")
     return sum(size for name, size in sizes.items() if name not in looked_up)
 

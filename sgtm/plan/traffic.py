@@ -77,7 +77,7 @@ def split(sizes, ranks: int) -> int:
 
 def collectives(config: Config, stage: int, ranks: int, limits: Limits | None = None) -> list[Collective]:
     """Of one global step. Raises ValueError where the step does not divide by the ranks."""
-    limits, sizes, width = limits or Limits(), parameter_sizes(config.model), width_of(config)
+    limits, sizes, width = limits or Limits(), parameter_sizes(config), width_of(config)
     accumulation = config.accumulation(ranks)
     if ranks == 1:
         return []
@@ -93,7 +93,7 @@ def collectives(config: Config, stage: int, ranks: int, limits: Limits | None = 
         reduced = Collective(kind, "gradients", total, sent, times, overlapped=stage == 2)
         return [reduced, Collective(ALL_GATHER, "weights", padded(total, ranks), width)]
     kept = persistent(sizes, limits)
-    gathered = split((sizes[name] for name in gathers(config.model, limits).names), ranks)
+    gathered = split((sizes[name] for name in gathers(config, limits).names), ranks)
     whole = split((sizes[name] for name in kept), ranks)
     return [
         Collective(REDUCE_SCATTER, "gradients", split(sizes.values(), ranks), sent, accumulation, overlapped=True),

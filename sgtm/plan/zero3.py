@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from sgtm.config.schema import ModelConfig
+from sgtm.config.schema import Config, ModelConfig
 from sgtm.plan.shapes import parameter_sizes
 
 ROOT = ""
@@ -51,9 +51,9 @@ def persistent(sizes: dict[str, int], limits: Limits) -> set[str]:
     return {name for name, size in sizes.items() if size <= limits.persistence}
 
 
-def gathers(model: ModelConfig, limits: Limits) -> Gathers:
+def gathers(config: Config, limits: Limits) -> Gathers:
     """Of one micro-batch, forward and backward, after the first."""
-    coordinator = _Coordinator(parameter_sizes(model), _events(model), limits)
+    coordinator = _Coordinator(parameter_sizes(config), _events(config.model), limits)
     coordinator.run()
     return coordinator.found
 

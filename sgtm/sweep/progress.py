@@ -113,7 +113,7 @@ def duration(seconds: float) -> str:
 
 
 def _work_of_step(run: Run) -> float:
-    return float(run.config.train.tokens_per_step * sum(parameter_sizes(run.config.model).values()))
+    return float(run.config.train.tokens_per_step * sum(parameter_sizes(run.config).values()))
 
 
 def _bars(console: Console) -> rich.progress.Progress:

@@ -102,7 +102,10 @@ def read_manifest(directory: Path) -> dict:
         manifest = json.loads(path.read_text())
         if manifest["sha256"] != _digest(manifest):
             raise ValueError(f"{path} is damaged: its own SHA-256 is another")
-        manifest = {key: manifest[key] for key in ("step", "ranks", "corpus", "config", "files")}
+        manifest = {
+            **{key: manifest[key] for key in ("step", "ranks", "corpus", "config", "files")},
+            "independent_of": manifest.get("independent_of", []),  # younger than the first checkpoints
+        }
         sizes = [(entry["bytes"], entry["sha256"]) for entry in manifest["files"].values()]
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: not a whole checkpoint") from None
@@ -181,8 +184,12 @@ def none_whole(wrong: dict[Path, str]) -> str:
 
 
 def resolved(config: Config) -> dict:
-    """The config as a manifest keeps it, with the kernel backend that runs: another one adds in another order."""
+    """The config as a manifest keeps it, with the kernel backend that runs: another one adds in another order.
+
+    `masking.joint` is spelled out where the strategy decides.
+    """
     values = config.model_dump(mode="json")
+    values["masking"]["joint"] = config.joint
     values["kernels"]["backend"] = served(kernel_backend(config))
     return values
 

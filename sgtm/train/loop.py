@@ -17,7 +17,7 @@ import torch
 from sgtm.config import Config
 from sgtm.data.loader import Loader, only_forget
 from sgtm.data.store import Corpus
-from sgtm.data.summary import ONLY_FORGET
+from sgtm.data.summary import ONLY_FORGET, labels_of
 from sgtm.distributed.agree import on_rank_zero, together
 from sgtm.distributed.engine import Engine
 from sgtm.distributed.env import Launch, device_type, kernel_backend
@@ -25,6 +25,7 @@ from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.segments import full_numel
 from sgtm.distributed.watchdog import enter
 from sgtm.evaluate.losses import Losses, category_losses
+from sgtm.masking.certificate import certified
 from sgtm.model.compile import check_compiler, compile_blocks
 from sgtm.model.transformer import Transformer
 from sgtm.train.data import open_everywhere
@@ -104,7 +105,8 @@ def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: b
             log.evaluation(start, _evaluate(engine, corpus, config))
         if resume and not start:
             log.say(f"{run} has no checkpoint: training from the beginning")
-        writer = CheckpointWriter(engine, run, config, corpus.fingerprint)
+        independent_of = certified(config, labels_of(corpus, "train"), bool(len(corpus.spans)))
+        writer = CheckpointWriter(engine, run, config, corpus.fingerprint, independent_of)
         _steps(config, run, engine, loader, corpus, log, stop, totals, start, writer)
     enter(None)
 
@@ -221,7 +223,8 @@ def _initial_model(config: Config, load: bool) -> Transformer:
     if load and folder:
         from sgtm.model.pretrained import load_pretrained  # transformers takes seconds to import
 
-        model.load_state_dict(together(lambda: load_pretrained(folder, config.model, config.partition)))
+        theirs = together(lambda: load_pretrained(folder, config.model, config.partition))
+        model.load_state_dict({p.name: getattr(model, p.name) for p in model.domain_parts} | theirs)
     if config.train.compile == "blocks":
         compile_blocks(model)
     return model

@@ -11,7 +11,7 @@ tests/dist/test_freeze.py holds this in every ZeRO stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -40,10 +40,12 @@ class SegmentedAdamW(torch.optim.Optimizer):
     backend  resolved kernel backend
     tables   segments of every tensor this rank owns a part of, by tensor
     steps    number of updates each key has had; the same on all ranks, part of a checkpoint
-    factor   what the gradient of the coming `step` is multiplied by, an fp32 number up to 1 (clipping); 1.0 unless set
-             after `begin_step`. The backend `runs` then multiplies the gradient of live segments in place.
+    owners   by key, the number of those who clip and skip together; 0 for all unless `set_segments` was given others
+    factors  by owner, what the gradient of the coming `step` is multiplied by, an fp32 number up to 1 (clipping), or
+             None: its keys are not updated, as if they were not live. 1.0 unless set after `begin_step`. The backend
+             `runs` then multiplies the gradient of live segments in place.
     squares  after a step with `measure`: sum of squares of this rank's gradient by key, in order of `steps`, before
-             `factor` (and also of keys that are not live); fp64 [keys]; else None
+             `factors` (and also of keys that are not live); fp64 [keys]; else None
 
     State of a tensor: `exp_avg` and `exp_avg_sq`, fp32, of its shape (names known to DeepSpeed's universal checkpoint).
     """
@@ -53,20 +55,25 @@ class SegmentedAdamW(torch.optim.Optimizer):
         self.config = config
         self.backend = backend
         self.steps: dict[str, int] = {}
-        self.factor = 1.0
+        self.owners: dict[str, int] = {}
+        self.factors: list[float | None] = [1.0]
         self.tables: dict[torch.Tensor, list[Segment]] = {}
         self.squares: torch.Tensor | None = None
         self._live: frozenset[str] = frozenset()
         self._counted = True
         self._prepared: dict[tuple, tuple] = {}
+        self._known = self.state  # that `_prepared` holds entries of
 
-    def set_segments(self, tables: dict[torch.Tensor, list[Segment]], keys: Iterable[str]) -> None:
+    def set_segments(
+        self, tables: dict[torch.Tensor, list[Segment]], keys: Iterable[str], owners: Mapping[str, int] | None = None
+    ) -> None:
         """Segment tables of this rank's tensors, and every key of the model (other ranks may own some alone).
 
         The moments are allocated here, so that a run that will not fit in memory fails before its first step.
         """
         self.tables = tables
         self.steps = dict.fromkeys(sorted(keys), 0)
+        self.owners = dict(owners) if owners else dict.fromkeys(self.steps, 0)
         self._prepared.clear()
         for tensor in tables:
             self.state[tensor] = {"exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
@@ -82,7 +89,7 @@ class SegmentedAdamW(torch.optim.Optimizer):
         everything = live and self.config.masked_update == "zero_grad"
         self._live = frozenset(self.steps) if everything else live.intersection(self.steps)
         self._counted = False
-        self.factor = 1.0
+        self.factors = [1.0] * (max(self.owners.values(), default=0) + 1)
         device = next(iter(self.tables)).device if self.tables else None
         self.squares = torch.zeros(len(self.steps), dtype=torch.float64, device=device) if measure else None
         for group in self.param_groups:
@@ -93,36 +100,67 @@ class SegmentedAdamW(torch.optim.Optimizer):
         """Update the live segments of the tensors now in `param_groups` (ZeRO-3 puts one in at a time)."""
         if not self._counted:
             self._counted = True
+            self._live = frozenset(key for key in self._live if self.factors[self.owners[key]] is not None)
             for key in self._live:
                 self.steps[key] += 1
         for group in self.param_groups:
-            tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
+            params = group["params"]
+            grads = [tensor.grad for tensor in params]
+            tensors = [tensor for tensor, grad in zip(params, grads, strict=True) if grad is not None]
             if self.squares is not None:
                 self._measure(tensors)
-            update, keys = self._update_of(tensors)
-            update(
-                [Tensors(t, t.grad, (s := self.state[t])["exp_avg"], s["exp_avg_sq"]) for t in tensors],
-                [self.steps[key] for key in keys],
-                group["lr"],
-                self.factor,
-            )
+            grads = [grad for grad in grads if grad is not None]
+            for owner, factor in enumerate(self.factors):
+                if factor is None:
+                    continue
+                update, keys, states = self._update_of(tensors, owner)
+                moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+                parts = list(map(Tensors._make, zip(tensors, grads, *moments, strict=True)))
+                update(parts, [self.steps[key] for key in keys], group["lr"], factor)
 
-    def _update_of(self, tensors: list[torch.Tensor]) -> tuple:
-        """The update of the live segments of these tensors, and the keys whose counts it takes; made once."""
-        name = (self._live, self.backend, *map(id, tensors))
-        if name not in self._prepared:
+    def _update_of(self, tensors: list[torch.Tensor], owner: int) -> tuple:
+        """The update of an owner's live segments of these tensors, the keys whose counts it takes, and each tensor's
+        state. Made once: finding the states alone costs the host more than the rest of a step.
+        """
+        if self._known is not self.state:  # it is another one after `load_state_dict`
+            self._known = self.state
+            self._prepared.clear()
+        name = (self._live, owner, self.backend, *map(id, tensors))
+        try:
+            return self._prepared[name]
+        except KeyError:
             if len(self._prepared) == PREPARED:
                 self._prepared.clear()
-            keys = sorted(self._live)
+            keys = sorted(key for key in self._live if self.owners[key] == owner)
             counters = {key: place for place, key in enumerate(keys)}
             slices = [
                 Slice(number, start, end, counters[key], self.config.weight_decay if decay else 0.0)
                 for number, tensor in enumerate(tensors)
                 for start, end, key, decay in self.tables[tensor]
-                if key in self._live
+                if key in counters
             ]
-            self._prepared[name] = prepare(slices, self.config.betas, self.config.eps, self.backend), keys
-        return self._prepared[name]
+            update = prepare(slices, self.config.betas, self.config.eps, self.backend)
+            self._prepared[name] = update, keys, [self.state[tensor] for tensor in tensors]
+            return self._prepared[name]
+
+    def cut(self, tensor: torch.Tensor, gradients: list[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
+        """The gradient of a tensor, given in consecutive pieces, as pieces of one owner each; padding is left out."""
+        table, found, offset, place = self.tables[tensor], [], 0, 0
+        for gradient in gradients:
+            flat = gradient.reshape(-1)
+            end = offset + flat.numel()
+            while place < len(table) and table[place].start < end:
+                low, high = max(table[place].start, offset), min(table[place].end, end)
+                found.append((flat[low - offset : high - offset], self.owners[table[place].key]))
+                if table[place].end > end:
+                    break
+                place += 1
+            offset = end
+        return found
+
+    def changed(self, tensor: torch.Tensor) -> list[tuple[int, int]]:
+        """Elements `start:end` of a tensor that the last step has updated, in pieces."""
+        return [(start, end) for start, end, key, _ in self.tables.get(tensor, ()) if key in self._live]
 
     def _measure(self, tensors: Iterable[torch.Tensor]) -> None:
         places = {key: place for place, key in enumerate(self.steps)}

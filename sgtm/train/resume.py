@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from pydantic import BaseModel
 
+from sgtm.config.reference import section
 from sgtm.config.schema import Config
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.distributed.env import on_one_machine
@@ -95,16 +97,28 @@ def load_checkpoint(engine: Engine, directory: Path | str, config: Config, corpu
 
 def differences(saved: dict, config: Config, keys: tuple[str, ...] = SAME) -> list[str]:
     """`key: saved, now` for every one of `keys`, or key in such a section, in which a saved config is not `config`."""
-    before, now = _flat(saved), _flat(resolved(config))
+    # Keys that are younger than the checkpoint had their default when it was written.
+    before, now = _flat(_defaults(Config)) | _flat(saved), _flat(resolved(config))
     those = [key for key in now | before if f"{key}.".startswith(tuple(f"{same}." for same in keys))]
     changed = [key for key in those if before.get(key) != now.get(key) and key not in MAY_DIFFER]
     by = {"kernels.backend": " by SGTM_KERNELS"} if os.environ.get("SGTM_KERNELS") else {}
     return [f"{key}: {before.get(key)} in the checkpoint, {now.get(key)} now{by.get(key, '')}" for key in changed]
 
 
-def _flat(section: dict, prefix: str = "") -> dict[str, object]:
+def _defaults(schema: type[BaseModel]) -> dict:
+    """Every key that has a default, with it."""
+    found = {}
+    for name, field in schema.model_fields.items():
+        if section(field):
+            found[name] = _defaults(section(field))
+        elif not field.is_required():
+            found[name] = field.get_default(call_default_factory=True)
+    return found
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, object]:
     flat = {}
-    for key, value in section.items():
+    for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -53,12 +54,15 @@ class CheckpointWriter:
     """Writes the checkpoints of a run. All ranks make every call together, and see the same directory.
 
     corpus  fingerprint of the data, which a resumed run must share
+    independent_of  domains of whose text the safe model is independent (sgtm/masking/certificate.py)
 
     Every rank raises OSError, naming the file, the reason and the checkpoint that remains, if any rank cannot write.
     """
 
-    def __init__(self, engine: Engine, run_dir: Path | str, config: Config, corpus: str = ""):
-        self.engine, self.config, self.corpus = engine, config, corpus
+    def __init__(
+        self, engine: Engine, run_dir: Path | str, config: Config, corpus: str = "", independent_of: Sequence[str] = ()
+    ):
+        self.engine, self.config, self.corpus, self.independent_of = engine, config, corpus, list(independent_of)
         self.root = checkpoints_dir(run_dir)
         self._step: int | None = None
         self._began = self._paused = 0.0
@@ -103,6 +107,7 @@ class CheckpointWriter:
                 "ranks": self.engine.world_size,
                 "corpus": self.corpus,
                 "config": resolved(self.config),
+                "independent_of": self.independent_of,
                 "files": files,
             }
             final, keep = self._final, (self.config.train.keep_last, self.config.train.keep_every)

@@ -30,7 +30,8 @@ def tell_skipped(
     def line() -> str:
         told = f"step {step + 1}: {_reason(losses, loader, corpus, step)}"
         if not 0 < config.train.max_skipped_steps <= in_a_row:
-            return f"{told}; nothing was updated"
+            everything = len(engine.skipped) == len(config.space.groups)
+            return f"{told}; {'nothing' if everything else 'nothing of ' + ', '.join(engine.skipped)} was updated"
         kept = find_latest(run)
         again = resume_command(run, engine.world_size)
         past = f"; to go on past these steps: {again} --train.max_skipped_steps 0" if kept else ""

@@ -30,7 +30,7 @@ def by_key(engine) -> dict[tuple[str, int], dict[str, torch.Tensor]]:
         state = engine.optimizer.state[tensor]
         parts = {"weight": tensor, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
         if tensor.grad is not None:
-            parts["grad"] = tensor.grad * engine.optimizer.factor
+            parts["grad"] = tensor.grad * engine.optimizer.factors[0]
         for start, end, key, decay in table:
             segment = {name: part.detach().reshape(-1)[start:end].clone() for name, part in parts.items()}
             copies[key, number, start] = segment | {"decay": decay}

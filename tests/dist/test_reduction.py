@@ -152,10 +152,10 @@ def overlap(hop: int) -> None:
     """Two steps in ZeRO 2 with the accelerator's streams stood in for; DeepSpeed would have the host wait for them."""
     from deepspeed.accelerator import get_accelerator
 
-    from sgtm.config import schema
+    from sgtm.config import sections
 
     accelerator, config = get_accelerator(), tiny_config(2, "bf16")
-    schema.HOP_BYTES = hop
+    sections.HOP_BYTES = hop
     expected = train(new_engine(config), range(2))
     engine, main = new_engine(config), Stream()
     zero = engine._deepspeed.optimizer

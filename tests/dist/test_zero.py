@@ -39,7 +39,7 @@ def train_one(engine, step: int, spoil=lambda loss: loss) -> tuple[float, dict[s
 
     def recording(*args):
         for group in engine.optimizer.param_groups:
-            gradients.update({t: t.grad.reshape(-1) * engine.optimizer.factor for t in group["params"]})
+            gradients.update({t: t.grad.reshape(-1) * engine.optimizer.factors[0] for t in group["params"]})
         return inner(*args)
 
     engine.optimizer.step = recording
@@ -120,12 +120,12 @@ def check_not_finite(engine, case: str) -> None:
 
 def every_case() -> tuple[dict[str, Run], dict[str, Run]]:
     """Checks that need the engine; returns the runs to compare between stages and ranks, clipped and not."""
-    from sgtm.config import schema
+    from sgtm.config import sections
     from sgtm.distributed.engine import Engine
     from sgtm.distributed.process_group import init_distributed
 
     init_distributed(tiny_config())
-    schema.HOP_BYTES = 0  # shares to their owners, as of a large model
+    sections.HOP_BYTES = 0  # shares to their owners, as of a large model
     seen, unclipped = {}, {}
     for stage, precision, offload in CASES:
         case = f"ZeRO {stage}{' offloaded' * offload} {precision}"

@@ -1,4 +1,7 @@
-"""Ranks that add up a number in each step as a run does, one of which breaks: python ranks.py HOW RANK."""
+"""Ranks that add up a number in each step as a run does, one of which breaks: python ranks.py HOW RANK [OTHERS].
+
+OTHERS: what the other ranks do then. With APART=1 in the environment each rank is on a machine of its own.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import torch.distributed as dist
 from sgtm import cli
 from sgtm.__main__ import run
 from sgtm.config import load_config
+from sgtm.distributed import watchdog
 from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.watchdog import enter
 
@@ -43,11 +47,14 @@ BREAK = {
 
 def train(options) -> int:
     signal.signal(signal.SIGTERM, lambda *args: None)  # as StopSignal does in a run
-    launch = init_distributed(load_config("debug", ["--distributed.timeout_minutes=0.05"]))
+    minutes = 2 if os.environ.get("APART") else 0.05
+    launch = init_distributed(load_config("debug", [f"--distributed.timeout_minutes={minutes}"]))
     for step in range(1, STEP + 3):
         enter("forward", step)
         if step == STEP and launch.rank == int(sys.argv[2]):
             BREAK[sys.argv[1]]()
+        elif step == STEP and len(sys.argv) > 3:
+            BREAK[sys.argv[3]]()
         enter("backward")
         dist.all_reduce(torch.ones(1))
         time.sleep(0.05)
@@ -57,5 +64,7 @@ def train(options) -> int:
 
 
 if __name__ == "__main__":
+    if os.environ.get("APART"):
+        watchdog._machine = lambda: str(os.getpid())
     cli._dispatch = train
     sys.exit(run())

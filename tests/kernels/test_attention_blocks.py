@@ -43,7 +43,7 @@ def test_blocks_of_queries_are_as_accurate_as_torch(heads, kv_heads, seq_len, wi
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
         return out.transpose(1, 2).flatten(2)
 
-    assert blocks.pays(inputs[0])
+    assert blocks.pays(inputs[0], inputs[0].shape[3])
     ours = forward_backward(lambda q, k, v: blocks.attend(q, k, v, scale, window), *inputs)
     theirs = forward_backward(plain, *inputs)
     exact = forward_backward(plain, *(x.double() for x in inputs))

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sgtm_kernels.attention import runs as attention_runs
+from sgtm_kernels.attention.heads import cut, heads
+from sgtm_kernels.attention.op import HeadLayout
 from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.mlp import gelu, swiglu
 from sgtm_kernels.norm import layer_norm, rms_norm
@@ -62,12 +64,13 @@ def size(x: torch.Tensor) -> int:
 def moved(function, *inputs: torch.Tensor) -> int:
     """Bytes of a forward and backward pass; not those of the sum that the gradient comes from."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    torch.autograd.backward(function(*leaves), torch.ones_like(function(*leaves)))  # what is made once is there
+    outputs = tree_leaves(function(*leaves))  # what is made once is there
+    dys = [torch.ones_like(out) for out in outputs]
+    torch.autograd.backward(outputs, dys)
     with Bytes() as counted:
-        out = function(*leaves)
-    dy = torch.ones_like(out)
+        outputs = tree_leaves(function(*leaves))
     with counted:
-        torch.autograd.grad(out, leaves, dy)
+        torch.autograd.grad(outputs, leaves, dys)
     return counted.moved
 
 
@@ -82,13 +85,9 @@ COS_SIN = tuple(data(SEQ_LEN, 4, seed=i).float().repeat(1, 2) for i in (8, 9))
 
 
 def rotated(plan: MaskPlan):
-    """Queries and keys alone: attention itself is not counted."""
-
-    def rotate(x):
-        tables = attention_runs._tables(COS_SIN, x.dtype, plan)
-        return attention_runs._Rotate.apply(x.unflatten(-1, (-1, 8)).transpose(1, 2), *tables)
-
-    return rotate
+    """The pieces of the projection, of which queries and keys are turned: attention itself is not counted."""
+    pieces_of = cut(HeadLayout((16,), (8,), 8), True, True, torch.device("cpu"))
+    return lambda x: heads(x, *attention_runs._tables(COS_SIN, x.dtype, plan), plan, pieces_of)
 
 
 def losses(plan: MaskPlan):
@@ -153,4 +152,4 @@ def test_cos_and_sin_are_cast_once_for_all_layers():
     first, again = (attention_runs._tables(COS_SIN, torch.bfloat16, PLANS["unmasked"]) for _ in range(2))
     assert first is again and first[0].dtype is torch.bfloat16
     other = tuple(2 * table for table in COS_SIN)
-    assert torch.equal(attention_runs._tables(other, torch.float32, PLANS["unmasked"])[1], other[1][:, :4])
+    assert torch.equal(attention_runs._tables(other, torch.float32, PLANS["unmasked"])[1], other[1][:, None, :4])

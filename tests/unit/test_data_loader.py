@@ -169,12 +169,12 @@ def test_sequences_meet_others_in_every_epoch_and_under_every_label(tmp_path):
     documents = [record(n, category, 31, "train" if n else "test") for n in range(41) for category in ("en", "es")]
     corpus = build(tmp_path / "corpus", documents)
     loader = Loader(corpus, config_for(context=32, sequences=4, mixing="step"))
-    assert {stream.sequences for stream in loader.streams.values()} == {40}
+    assert {stream.sequences for stream in loader.order(0).streams.values()} == {40}
     blocks: dict[tuple[int, int], set[frozenset]] = {}
-    for step in range(2 * loader.blocks_per_epoch):
+    for step in range(2 * loader.order(0).blocks_per_epoch):
         places = loader.sequences(step)
         (label,) = {place.stream for place in places}
-        key = (step // loader.blocks_per_epoch, label)
+        key = (step // loader.order(0).blocks_per_epoch, label)
         blocks.setdefault(key, set()).add(frozenset(place.sequence for place in places))
     assert [len(found) for found in blocks.values()] == [10] * 4
     assert len({frozenset(found) for found in blocks.values()}) == 4
@@ -194,7 +194,7 @@ def test_isolated_ranges_cover_the_micro_batch_and_stay_in_their_sequence(corpus
 @pytest.mark.parametrize("mixing", MIXINGS)
 def test_an_epoch_holds_every_block_once(corpus, mixing):
     loader = Loader(corpus, config(mixing))
-    blocks = loader.blocks_per_epoch * loader.block
+    blocks = loader.order(0).blocks_per_epoch * loader.order(0).block
     steps = 2 * blocks // loader.per_step
     places = [place for step in range(steps + 1) for place in loader.sequences(step)]
     first, second = places[:blocks], places[blocks : 2 * blocks]
@@ -202,8 +202,8 @@ def test_an_epoch_holds_every_block_once(corpus, mixing):
     assert first != second
     if mixing != "token":
         assert [place.stream for place in first] != [place.stream for place in second]
-    if loader.block == 1:
-        assert blocks == sum(stream.sequences for stream in loader.streams.values())
+    if loader.order(0).block == 1:
+        assert blocks == sum(stream.sequences for stream in loader.order(0).streams.values())
         assert set(first) == set(second)
 
 
@@ -322,3 +322,40 @@ def test_evaluation_of_a_category_without_documents_has_no_batches(tmp_path):
     assert list(evaluation_batches(corpus, config("sequence"), "test", "es")) == []
     with pytest.raises(ValueError, match="no category 'fr'"):
         next(evaluation_batches(corpus, config("sequence"), "test", "fr"))
+
+
+@pytest.mark.parametrize("mixing", ["sequence", "token"])
+def test_a_channel_that_changes_takes_over_at_its_step(corpus, mixing):
+    """Each step is that of a run with this channel alone, whichever steps were read before it."""
+    later = {"retain": {"forget:es": 0.5}}
+    steps = [0, 5, 6, 9, 2]
+    changing = config(mixing, schedule={0.05: later}, steps=120)
+    assert changing.channels[1][0] == 6
+    loader = Loader(corpus, changing)
+    alone = {False: Loader(corpus, config(mixing)), True: Loader(corpus, config(mixing, channel=later))}
+    for step in steps:
+        assert rows(loader.step(step)) == rows(alone[step >= 6].step(step)), step
+        assert loader.step_labels(step) == alone[step >= 6].step_labels(step)
+    labels = [[batch.labels for batch in each.step(6)] for each in (loader, alone[False])]
+    assert labels[0] != labels[1]
+
+
+def test_both_ways_adds_the_tokens_of_the_second_pass(corpus):
+    """Half of the retain documents are trained as `forget:es` as well: every count of tokens has them twice."""
+    channel = {"retain": {"retain": 1, "forget:es": 0.5}}
+    plain = Loader(corpus, config("sequence", channel={})).order(0).streams
+    both = Loader(corpus, config("sequence", channel=channel, both_ways=True)).order(0).streams
+    assert both[RETAIN].tokens == plain[RETAIN].tokens
+    forget, retain = set(plain[FORGET].order), set(plain[RETAIN].order)
+    twice = set(both[FORGET].order) - forget
+    assert twice < retain and 0.3 < len(twice) / len(retain) < 0.7
+    extra = int(corpus.documents["length"][sorted(twice)].sum())
+    assert both[FORGET].tokens == plain[FORGET].tokens + extra
+
+
+def test_open_sequences_come_after_those_of_forget(corpus):
+    loader = Loader(corpus, config("sequence", channel={"retain": {"retain": 0.4, "unlabeled": 0.3, "open:es": 0.3}}))
+    found = [batch.labels for step in range(20) for batch in loader.step(step)]
+    order = {3: 0, FORGET: 1, UNLABELED: 2, RETAIN: 3}
+    assert all(list(labels) == sorted(labels, key=order.get) for labels in found)
+    assert {label for labels in found for label in labels} == set(order)

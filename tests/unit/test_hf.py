@@ -51,6 +51,12 @@ CASES = {
     "llama-one-layer": (LLAMA, {**LISTED, "masked_layers": [0]}),
     "llama-tied": (LLAMA_TIED, LISTED),
 }
+OWN = {
+    "gpt_neo-full": (GPT_NEO, {**COUNTED, "embedding": "full"}),
+    "gpt_neo-rank": (GPT_NEO, {**COUNTED, "embedding": 5}),
+    "llama-full": (LLAMA, {**LISTED, "embedding": "full"}),
+    "llama-tied-rank": (LLAMA_TIED, {**LISTED, "embedding": 3}),
+}  # with a part of the embedding for each domain: an import has none
 REMOVALS = [(), ("bio",), ("code",), ("bio", "code")]
 
 
@@ -104,8 +110,11 @@ def test_export_of_an_import_is_bitwise_the_original(case):
 
 
 @pytest.mark.parametrize("removed", REMOVALS, ids=lambda removed: "-".join(removed) or "full")
-def test_logits_are_those_of_our_model_with_the_groups_inactive(case, removed):
-    config, partition, model = case
+@pytest.mark.parametrize("name", [*CASES, *OWN])
+def test_logits_are_those_of_our_model_with_the_groups_inactive(name, removed):
+    config, masking = (CASES | OWN)[name]
+    partition = partition_of(SPACE, config, **masking)
+    model = random_model(config, partition)
     ids = torch.randint(config.vocab_size, (3, config.context))
     plan = MaskPlan.uniform(removal_tables(SPACE, removed), 0, *ids.shape)
     with torch.no_grad():
@@ -113,6 +122,20 @@ def test_logits_are_those_of_our_model_with_the_groups_inactive(case, removed):
         theirs = load_hf(*to_hf_state(model.state_dict(), config, partition, removed))(ids).logits
     assert ours.std() > 0.3
     torch.testing.assert_close(theirs, ours, rtol=2e-5, atol=2e-5 * ours.abs().max().item())
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_removed_domains_embedding_is_not_in_an_export(name):
+    """The matrices are the shared ones to the bit where all domains are removed, and others where one is left."""
+    config, masking = OWN[name]
+    partition = partition_of(SPACE, config, **masking)
+    state = random_model(config, partition).state_dict()
+    head = state["embedding" if config.tie_embeddings else "head"]
+    for removed in REMOVALS:
+        hf, _ = to_hf_state(state, config, partition, removed)
+        assert torch.equal(hf["lm_head.weight"], head) == (len(removed) == 2)
+        (lookup,) = (value for key, value in hf.items() if key.endswith(("wte.weight", "embed_tokens.weight")))
+        assert torch.equal(lookup, state["embedding"]) == (len(removed) == 2)
 
 
 def test_logits_of_an_import_are_those_of_the_original(case):

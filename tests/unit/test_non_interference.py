@@ -20,6 +20,9 @@ from families import (
     CODE,
     FAMILIES,
     MIXINGS,
+    OPEN_BIO,
+    OPEN_CODE,
+    OPENED,
     RETAIN,
     SPACE,
     STRATEGIES,
@@ -30,6 +33,7 @@ from families import (
     gradients,
     model_of,
     random_step,
+    relabelled,
     with_content,
 )
 
@@ -60,6 +64,22 @@ def test_steps_of_one_label(strategy, family, backend):
         for (key, name, _), gradient in by_key(model, gradients(model, random_step("step", 1, label), tables)).items():
             zero = bool((gradient == 0).all())
             assert zero == (contribution(tables, key, label) == 0), f"{name} ({key}) under label {label}"
+
+
+@by_backend
+@by_family
+@pytest.mark.parametrize("mixing", ["micro", "sequence", "token"])
+@pytest.mark.parametrize("strategy", ["sgtm", "gradient_routing", "activation_masking", "gram", "none"])
+def test_open_labels(strategy, mixing, family, backend):
+    """Retain learns from them, the other domain does not; and forget tokens beside them stay out of retain."""
+    tables = build_tables(OPENED, strategy)
+    batches = relabelled(random_step(mixing, seed=7), {UNLABELED: OPEN_BIO, CODE: OPEN_CODE})
+    model = model_of(family, backend)
+    before = by_key(model, gradients(model, batches, tables))
+    for label in (RETAIN, BIO, OPEN_BIO, OPEN_CODE):
+        assert_promise(model, batches, tables, before, label)
+    assert strategy == "none" or contribution(tables, "mlp_in.code", OPEN_BIO) == 0
+    assert contribution(tables, "mlp_in.bio", OPEN_BIO) == contribution(tables, "mlp_in.retain", OPEN_BIO) == 1
 
 
 @by_family
@@ -105,6 +125,7 @@ def test_what_holds_the_retain_group_by_name(mixing):
         "gradient_routing": {"mlp_out.retain", "attn_out.retain"},
         "activation_masking": set(),
         "gram": set(),
+        "sgtm+strict": set(),
         "none": {f"{part}.retain" for part in ("attn_in", "attn_out", "mlp_in", "mlp_out")},
     }
     model, batches = model_of("gpt_neo"), random_step(mixing, seed=5)

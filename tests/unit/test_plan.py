@@ -32,13 +32,16 @@ from sgtm_kernels.plan import MaskPlan, Run
 UNUSUAL = ("--model.head_bias=true", "--masking.masked_layers=[1]")
 
 
-@pytest.mark.parametrize(("name", "options"), [*((name, ()) for name in preset_names()), ("debug", UNUSUAL)])
+OWN = [("debug", ("--masking.domain_embedding=full",)), ("llama-1b", ("--masking.domain_embedding=64",))]
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, ()) for name in preset_names()), ("debug", UNUSUAL), *OWN])
 def test_parameters_are_those_of_the_model(name, options):
     config = load_config(name, list(options))
     with torch.device("meta"):
         model = Transformer(config.model, config.partition)
     real = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
-    assert list(parameter_shapes(config.model).items()) == real
+    assert list(parameter_shapes(config).items()) == real
 
 
 def test_flops_of_a_token_by_hand():
@@ -97,13 +100,13 @@ def test_limits_are_deepspeeds_own():
 
 def test_a_model_beyond_the_reuse_distance_is_gathered_twice():
     """All but the last billion elements of the forward pass, which the backward pass begins with."""
-    model = load_config("llama-7b", ["--model.activation_checkpointing=false"]).model
-    sizes = parameter_sizes(model)
-    found = gathers(model, Limits())
+    config = load_config("llama-7b", ["--model.activation_checkpointing=false"])
+    sizes = parameter_sizes(config)
+    found = gathers(config, Limits())
     gathered = sum(sizes[name] for name in found.names)
     large = sum(size for size in sizes.values() if size > Limits().persistence)
     assert 2 * large - 1.2e9 < gathered < 2 * large and 5e8 < found.peak < 1.5e9
-    assert gathers(load_config("gpt2-124m").model, Limits()).peak <= 124_475_904
+    assert gathers(load_config("gpt2-124m"), Limits()).peak <= 124_475_904
 
 
 def test_ring_bytes():
@@ -221,7 +224,7 @@ def test_hpz_is_refused_in_the_engines_words():
 def test_hpz_keeps_the_weights_a_second_time():
     plain, config = load_config("llama-1b", [HPZ[0]]), load_config("llama-1b", list(HPZ))
     second = memory(config, 3, 16).peak - memory(plain, 3, 16).peak
-    assert second == pytest.approx(2 * sum(parameter_sizes(config.model).values()) / 4, rel=1e-3)
+    assert second == pytest.approx(2 * sum(parameter_sizes(config).values()) / 4, rel=1e-3)
     with pytest.raises(ValueError, match=r"what fits: .*distributed\.zero_hpz_partition_size 1"):
         check_fits(config, 16, memory(plain, 3, 16).peak, "a GPU")
 

@@ -27,7 +27,7 @@ from families import (
 )
 
 from sgtm.masking.strategy import removal_tables
-from sgtm.model.rows import Rows, live_keys
+from sgtm.model.rows import ENDS, Rows, live_keys
 from sgtm_kernels.plan import MaskPlan
 
 by_family = pytest.mark.parametrize("family", FAMILIES)
@@ -109,7 +109,8 @@ def test_live_keys_of_sgtm_by_hand():
     biases, tables = {"attn_out_bias", "mlp_out_bias"}, STRATEGIES["sgtm"]()
 
     def groups(*names: str) -> set[str]:
-        return {f"{part}.{name}" for part in PARTS for name in names}
+        own = {f"{end}.{name}" for end in ENDS for name in names if name != "retain"}
+        return {f"{part}.{name}" for part in PARTS for name in names} | own
 
     assert live_keys(tables, []) == set()
     assert live_keys(tables, [UNLABELED]) == joint | biases | groups("retain", "bio", "code")

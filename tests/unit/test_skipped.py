@@ -31,11 +31,19 @@ def corpus(tmp_path_factory) -> Corpus:
     return build(tmp_path_factory.mktemp("skipped") / "corpus", mixed_records(120))
 
 
-def tell(monkeypatch, corpus, losses: list[list[float]], in_a_row: int = 1, limit: int = 3, run: str = "none") -> str:
+def tell(
+    monkeypatch,
+    corpus,
+    losses: list[list[float]],
+    in_a_row: int = 1,
+    limit: int = 3,
+    run: str = "none",
+    without: tuple[str, ...] = ("retain", "es"),
+) -> str:
     """What rank 0 says of step 4 on as many ranks as `losses` has rows."""
     config = config_for(micro_batch=2)
     config = config.model_copy(update={"train": config.train.model_copy(update={"max_skipped_steps": limit})})
-    engine = SimpleNamespace(losses=[], world_size=len(losses))
+    engine = SimpleNamespace(losses=[], world_size=len(losses), skipped=without)
     monkeypatch.setattr(skipped, "on_every_rank", lambda action: losses)
     monkeypatch.setattr(skipped, "on_rank_zero", lambda action: action())
     loader = Loader(corpus, config, 0, len(losses))
@@ -56,6 +64,8 @@ def test_the_worst_micro_batch_of_any_rank_is_named(monkeypatch, corpus):
     assert said.startswith("step 5: the loss is nan in micro-batch 2 of rank 1, which reads documents ")
     assert all(name in said for name in named(corpus, 1, 1)[:5]) and said.endswith("; nothing was updated")
     assert not any(name in said for name in named(corpus, 0, 1))
+    said = tell(monkeypatch, corpus, [[1.0, math.nan]], without=("es",))
+    assert said.endswith("; nothing of es was updated")
     said = tell(monkeypatch, corpus, [[1.0, math.inf], [math.nan, 2.0]])
     assert "the loss is inf in micro-batch 2 of rank 0 and 1 more micro-batches, which" in said
     said = tell(monkeypatch, corpus, [[1.0, 3.0], [0.5, 2.0]])

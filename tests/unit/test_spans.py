@@ -80,7 +80,7 @@ def corpora(tmp_path_factory) -> dict[bool, list[Corpus]]:
 
 def epoch(corpus: Corpus, policy: str) -> list[Batch]:
     loader = Loader(corpus, config_of(policy))
-    return [batch for step in range(loader.blocks_per_epoch // 8) for batch in loader.step(step)]
+    return [batch for step in range(loader.order(0).blocks_per_epoch // 8) for batch in loader.step(step)]
 
 
 def with_other_forget_targets(batch: Batch) -> Batch:

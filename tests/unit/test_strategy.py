@@ -5,8 +5,8 @@ Rows are the labels unlabeled, retain, forget:bio, forget:code; columns the grou
 Faults tried, each seen to fail: a domain's row masked instead of retain's; one bias forgotten; `joint: masked`
 reaching `final_norm`, or missing the norms; `route` for `active` and the reverse; forget groups inactive under
 `unlabeled` instead of `retain`; `cross_domain` ignored, either way, or by `gram`; a variant exempting the other part,
-or its weight without its bias; an override transposed; `removal_tables` removing the group before; `joint` accepted
-everywhere.
+or its weight without its bias; an override transposed; `removal_tables` removing the group before; a kind missing in
+`strict`; `joint` of the strategy `sgtm` alone; an open label whose own group does not run, or that runs the others'.
 """
 
 import json
@@ -65,7 +65,7 @@ EXPECTED = {
     "no_out": (ACTIVE, ONES, update("mlp_out", "attn_out"), {}),
     "gradient_routing": (ACTIVE, NOT_RETAIN, update(*PARTS), {}),
     "activation_masking": (OWN_ONLY, ONES, update(*PARTS), {}),
-    "gram": (ACTIVE, ONES, update(), {}),
+    "gram": (ACTIVE, ONES, update(), dict.fromkeys(KINDS, NOT_FORGET)),
 }
 
 
@@ -87,10 +87,38 @@ def test_preset(name):
     assert_tables(build_tables(SPACE, name), *EXPECTED[name])
 
 
-@pytest.mark.parametrize("name", ["sgtm", "no_mlp_out", "no_attn_out", "no_out"])
-def test_joint_masked(name):
-    *tables, joint = EXPECTED[name]
-    assert_tables(build_tables(SPACE, name, joint="masked"), *tables, joint | MASKED)
+LISTED = ("embedding", "position", "head")
+
+
+@pytest.mark.parametrize(
+    ("joint", "kinds"), [("free", {}), ("masked", MASKED), ("strict", dict.fromkeys(KINDS, NOT_FORGET)), (LISTED, None)]
+)
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name not in ("none", "gram")])
+def test_joint(name, joint, kinds):
+    *tables, own = EXPECTED[name]
+    kinds = dict.fromkeys(LISTED, NOT_FORGET) if kinds is None else kinds
+    assert_tables(build_tables(SPACE, name, joint=joint), *tables, own | kinds)
+
+
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name != "none"])
+@pytest.mark.parametrize("cross_domain", ["inactive", "active"])
+def test_an_open_label_is_retain_and_its_domain(name, cross_domain):
+    """Both run and learn, gradients pass, all joint parameters learn; the other domain does not run."""
+    space = LabelSpace(("bio", "code"), ("code",))
+    tables = build_tables(space, name, cross_domain=cross_domain)
+    assert tables.labels == ("unlabeled", "retain", "forget:bio", "forget:code", "open:code")
+    assert tables.active[4] == (1, 0, 1) and tables.route[4] == (1, 1, 1)
+    assert {grid[4] for grid in tables.update.values()} == {(1, 1, 1)}
+    assert {row[4] for row in tables.update_joint.values()} == {1}
+    closed = build_tables(SPACE, name, cross_domain=cross_domain)
+    assert tables.active[:4] == closed.active and tables.route[:4] == closed.route
+
+
+def test_open_labels_are_in_the_order_of_the_domains():
+    assert LabelSpace(("bio", "code"), ("code", "bio")).labels[4:] == ("open:bio", "open:code")
+    assert LabelSpace(("bio", "code"), ("code",)).open_groups == {4: 2}
+    with pytest.raises(ValueError, match="unknown domain 'chem'"):
+        LabelSpace(("bio", "code"), ("chem",))
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -152,9 +180,14 @@ def test_an_override_that_names_nothing(key):
 def test_errors():
     with pytest.raises(ValueError, match=r"unknown strategy 'sgmt'.*gradient_routing"):
         build_tables(SPACE, "sgmt")
-    for name in ("none", "gradient_routing", "activation_masking", "gram"):
-        with pytest.raises(ValueError, match=f"joint: masked .* not of strategy '{name}'"):
-            build_tables(SPACE, name, joint="masked")
+    for joint in ("free", "masked", ["embedding"]):
+        with pytest.raises(ValueError, match="joint: strategy gram is strict"):
+            build_tables(SPACE, "gram", joint=joint)
+    with pytest.raises(ValueError, match="joint: strategy none masks nothing"):
+        build_tables(SPACE, "none", joint="strict")
+    for joint in ("norm", ["norms"], ["norm", "heads"]):
+        with pytest.raises(ValueError, match=f"joint: {joint if isinstance(joint, str) else joint[-1]} is neither"):
+            build_tables(SPACE, "sgtm", joint=joint)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,13 @@ def test_layers_are_merged_key_by_key_whatever_their_form(tmp_path):
     assert (a.data.channel, b.data.channel) == ({"retain": {"unlabeled": 1.0}}, {})
 
 
+def test_a_recipe_replaces_what_the_base_and_the_set_say(tmp_path):
+    text = "{base: debug, set: {data.channel: {}, masking.joint: masked}, grid: {recipe: [paper, certified]}}"
+    for run, recipe in zip(sweep_of(tmp_path, text).runs, ("paper", "certified"), strict=True):
+        given = ["--recipe", recipe, "--runs", "runs/recipes", "--name", f"recipe-{recipe}-s0"]
+        assert run.config == load_config("debug", given)
+
+
 def test_names_do_not_depend_on_what_else_is_in_the_sweep(tmp_path):
     few = sweep_of(tmp_path, "{base: debug, grid: {optimizer.lr: [0.002]}, seeds: [0]}")
     more = sweep_of(tmp_path, "{base: debug, grid: {optimizer.lr: [0.001, 0.002]}, seeds: [1, 0]}")

@@ -50,8 +50,8 @@ class _Step:
         self.rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
         index = torch.arange(len(rows), dtype=torch.int32, device="cpu")
         self.blocks = index.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device="cpu"))
-        self.seen: list[tuple] = []
-        self.places: list[list[int]] = []
+        self.kept: list[int] = []  # what has been checked
+        self.lengths: list[int] = []
 
     def __call__(self, tensors, counts, lr, factor):
         if not len(self.rows):
@@ -74,28 +74,43 @@ class _Step:
 
         Raises ValueError for tensors that are not of the documented dtype, not contiguous or of another length.
         """
-        seen = [(*(t.data_ptr() for t in group), group[1].dtype, group[1].numel()) for group in tensors]
-        if seen != self.seen:
+        weights, grads, *moments = zip(*tensors, strict=True)
+        lengths = _lengths(grads)  # gradients are often new in every step, the others seldom
+        kept = [t.data_ptr() for column in (weights, *moments) for t in column]
+        if kept != self.kept or lengths != self.lengths:
             _check(tensors, self.ends)
-            self.places = [_place(group) for group in tensors]
-            self.seen = seen
+            self.kept, self.lengths = kept, lengths
+        n = len(grads)
+        addresses = torch.tensor([*kept[:n], *(t.data_ptr() for t in grads), *kept[n:]], device="cpu")
         beta1, beta2 = self.betas
         numbers = [
             (1 - lr * decay, lr / (1 - beta1 ** counts[counter]), math.sqrt(1 - beta2 ** counts[counter]), 0.0)
             for counter, decay in self.pairs
         ]
         numbers = torch.tensor(numbers, dtype=torch.float32, device="cpu").view(torch.int64)
-        places = torch.tensor(self.places, dtype=torch.int64, device="cpu")
+        places = _places(addresses.view(4, n), grads[0].element_size())
         return torch.cat([places.view(-1), numbers.view(-1)]), 2 * places.numel()
 
 
-def _place(tensors) -> list[int]:
-    addresses, sizes = [t.data_ptr() for t in tensors], [t.element_size() for t in tensors]
-    shifts = {address // size % BORDER.value for address, size in zip(addresses, sizes, strict=True)}
-    if len(shifts) > 1 or any(a % size for a, size in zip(addresses, sizes, strict=True)):
-        return [*addresses, -1, 0]
-    (shift,) = shifts
-    return [*(address - shift * size for address, size in zip(addresses, sizes, strict=True)), shift, 0]
+def _places(addresses: torch.Tensor, grad_size: int) -> torch.Tensor:
+    """Rows as PLACE says, int64 [tensors, 6], of addresses int64 [4, tensors]; grad_size: bytes of its element."""
+    sizes = torch.tensor([4, grad_size, 4, 4], device="cpu")[:, None]
+    shifts = addresses // sizes % BORDER.value
+    alike = ((shifts == shifts[0]) & (addresses % sizes == 0)).all(0)
+    shift = torch.where(alike, shifts[0], 0)
+    rows = [*(addresses - shift * sizes), torch.where(alike, shift, -1), torch.zeros_like(shift)]
+    return torch.stack(rows, dim=1)
+
+
+def _lengths(grads) -> list[int]:
+    """Elements of the gradients. Raises ValueError where one is not contiguous, or they differ in dtype."""
+    dtype = grads[0].dtype
+    for grad in grads:
+        if grad.dtype != dtype:
+            raise ValueError(f"gradients of one step must have one dtype, got {dtype} and {grad.dtype}")
+        if not grad.is_contiguous():
+            raise ValueError("the tensors of a slice must be contiguous, of one length and on one device")
+    return [grad.numel() for grad in grads]
 
 
 def _check(groups, ends: dict[int, int]) -> None:
@@ -103,8 +118,6 @@ def _check(groups, ends: dict[int, int]) -> None:
         tensors = (weight, grad, *moments)
         if any(t.dtype != torch.float32 for t in (weight, *moments)) or grad.dtype not in GRADS:
             raise ValueError(f"AdamW's kernel needs fp32 weights and moments, got {[t.dtype for t in tensors]}")
-        if grad.dtype != groups[0][1].dtype:
-            raise ValueError(f"gradients of one step must have one dtype, got {groups[0][1].dtype} and {grad.dtype}")
         if any(t.numel() != weight.numel() or not t.is_contiguous() or t.device != weight.device for t in tensors):
             raise ValueError("the tensors of a slice must be contiguous, of one length and on one device")
         if ends.get(number, 0) > weight.numel():

@@ -2,12 +2,12 @@
 
 Slices are handed over as they come and never merged, so that the arithmetic of a slice (where its vectorised part ends)
 does not depend on whether its neighbour is frozen. One call for each weight decay, in practice two for all weights.
+The kernel is called past `torch.optim`, which would sort hundreds of tensors by device and dtype in every step.
 """
 
 from __future__ import annotations
 
 import torch
-from torch.optim.adamw import adamw as torch_adamw
 
 
 def prepare(slices, betas, eps):
@@ -31,25 +31,26 @@ class _Step:
         self.kept: list[list[torch.Tensor]] = []
 
     def __call__(self, tensors, counts, lr, factor):
-        addresses = [t.data_ptr() for group in tensors for t in (group[0], *group[2:])]
+        if not self.borders:
+            return
+        weights, grads, *moments = zip(*tensors, strict=True)
+        addresses = [t.data_ptr() for column in (weights, *moments) for t in column]
         if addresses != self.addresses:
-            self.kept = [self._pieces([group[part] for group in tensors]) for part in (0, 2, 3)]
+            self.kept = [self._pieces([t.detach() for t in column]) for column in (weights, *moments)]
             self.addresses = addresses
-        weights, exp_avgs, exp_avg_sqs = self.kept
-        grads = self._pieces([group[1] for group in tensors])
-        if factor != 1.0 and grads:
-            torch._foreach_mul_(grads, factor)
+        pieces = [self.kept[0], self._pieces(grads), *self.kept[1:]]
+        if factor != 1.0:
+            torch._foreach_mul_(pieces[1], factor)
+        # One fp32 scalar for each count, on the device of the weights; the slices with that count share it.
+        steps = torch.tensor(counts, dtype=torch.float32, device="cpu")
+        steps = steps.to(weights[0].device, non_blocking=True).unbind()
+        pieces.append(list(map(steps.__getitem__, self.counters)))
         for decay, places in self.by_decay.items():
-            # torch counts the step up before it uses it, one fp32 scalar for each slice, on the device of the weights
-            steps = torch.tensor([counts[self.counters[place]] - 1.0 for place in places])
-            torch_adamw(
-                [weights[place] for place in places],
-                [grads[place] for place in places],
-                [exp_avgs[place] for place in places],
-                [exp_avg_sqs[place] for place in places],
+            *parts, counted = (list(map(column.__getitem__, places)) for column in pieces)
+            torch._fused_adamw_(
+                *parts,
                 [],
-                list(steps.to(weights[0].device, non_blocking=True).unbind()),
-                fused=True,
+                counted,
                 amsgrad=False,
                 beta1=self.betas[0],
                 beta2=self.betas[1],
@@ -62,5 +63,12 @@ class _Step:
     def _pieces(self, tensors) -> list[torch.Tensor]:
         pieces = []
         for tensor, borders in self.borders.items():
-            pieces += tensors[tensor].detach().view(-1).tensor_split(borders)[1::2]
+            of = tensors[tensor]
+            if borders == [0, of.numel()]:
+                pieces.append(of)  # needs no view
+            elif len(borders) <= 4:  # a weight's rows of two groups
+                flat = of.view(-1)
+                pieces += [flat[start:end] for start, end in zip(borders[::2], borders[1::2], strict=True)]
+            else:
+                pieces += of.view(-1).tensor_split(borders)[1::2]
         return pieces

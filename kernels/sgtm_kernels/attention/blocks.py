@@ -23,9 +23,9 @@ BUFFER = 2**19  # scores of a block at most: 2 MiB, the second-level cache of on
 HEAD_DIM = 16  # up to this, it beat SDPA on two cores, forward and backward together (benchmarks/LOG.md, 2026-11-28)
 
 
-def pays(q: torch.Tensor) -> bool:
-    """Whether this beats SDPA, for q [B, heads, S, d]: small heads in bf16."""
-    return q.device.type == "cpu" and q.dtype is torch.bfloat16 and q.shape[1] > 0 and q.shape[3] <= HEAD_DIM
+def pays(like: torch.Tensor, head_dim: int) -> bool:
+    """Whether this beats SDPA, on the device and in the dtype of `like`: small heads in bf16."""
+    return like.device.type == "cpu" and like.dtype is torch.bfloat16 and head_dim <= HEAD_DIM
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:

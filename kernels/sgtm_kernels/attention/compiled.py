@@ -20,7 +20,7 @@ from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.signature import masked
 
 
-def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=False):
+def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=False, below=True):
     window = window if window is not None and window < plan.seq_len else None
     outputs = []
     for q, k, v in layout.split(qkv):
@@ -35,17 +35,17 @@ def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=Fals
 def _attend(q, k, v, scale, plan: MaskPlan, window):
     if not q.shape[1]:
         return v.new_zeros(v.shape[0], v.shape[2], 0)
-    if window is None and not plan.signature.documents and _is_sdpa(q.device, q.dtype, q.shape[1], q.shape[3]):
+    if window is None and not plan.signature.documents and _is_sdpa(q.device, q.dtype, q.shape[3]):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
         return out.transpose(1, 2).flatten(2)
     return _Attend.apply(q, k, v, plan.handle, scale, window)
 
 
 @torch.compiler.assume_constant_result
-def _is_sdpa(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int) -> bool:
+def _is_sdpa(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether public.py hands whole sequences to SDPA."""
-    like = torch.empty(1, heads, 1, head_dim, device=device, dtype=dtype)
-    return choose(facts_of(device, dtype, head_dim), whole=True) == "sdpa" and not blocks.pays(like)
+    like = torch.empty(0, device=device, dtype=dtype)
+    return choose(facts_of(device, dtype, head_dim), whole=True) == "sdpa" and not blocks.pays(like, head_dim)
 
 
 def _forward(q, k, v, plan, scale, window):

@@ -101,7 +101,7 @@ def tile(kernel, width: int, like: torch.Tensor) -> Tile:
     return TILES[kernel](like.device, DTYPES[like.dtype], width)
 
 
-def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=False):
+def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=False, below=True):
     if not scale > 0:
         raise ValueError(f"the triton backend of attention needs a positive scale, got {scale}")
     cos, sin = rotary or (None, None)

@@ -46,6 +46,7 @@ def attention(
     window: int | None = None,
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     overwrite: bool = False,
+    below: bool = True,
     backend: str = "runs",
 ) -> torch.Tensor:
     """qkv [B, S, columns of `layout`] -> [B, S, sum(heads) * head_dim], group-major.
@@ -55,13 +56,15 @@ def attention(
     rotary  cos and sin [S, head_dim], applied to q and k (rotary position embedding, Su et al., 2021); both halves of
             a row are alike, as they turn together
     overwrite  whether q and k may be turned in place: no other op reads qkv, and the op that made it did not save it
+    below   whether what is below the projection learns. Where it does not, a backend may leave the gradient of a group
+            at 0 whose rows of the projection learn from no token: nothing else would read it
     """
     plan.check(qkv)
     columns = (sum(layout.heads) + 2 * sum(layout.kv_heads)) * layout.head_dim
     if qkv.shape[-1] != columns or len(layout.heads) not in (1, len(plan.tables.groups)):
         groups = len(plan.tables.groups)
         raise ValueError(f"a projection of {qkv.shape[-1]} columns for {groups} groups is not of {layout}")
-    return pick("attention", backend).attention(qkv, layout, plan, scale, window, rotary, overwrite)
+    return pick("attention", backend).attention(qkv, layout, plan, scale, window, rotary, overwrite, below)
 
 
 def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -141,7 +141,7 @@ def by_sdpa(q, k, v, scale: float, visible: Visible) -> torch.Tensor:
 
 def _causal(q, k, v, scale: float, window: int | None) -> torch.Tensor:
     """Causal attention of every sequence, [B, S, heads * d]."""
-    if blocks.pays(q):
+    if blocks.pays(q, q.shape[3]):
         return blocks.attend(q, k, v, scale, window)
     sdpa = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
     if window is None or window >= q.shape[2]:

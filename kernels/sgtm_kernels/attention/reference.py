@@ -9,7 +9,7 @@ from sgtm_kernels.mlp.reference import mask_groups
 from sgtm_kernels.plan import MaskPlan
 
 
-def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=False):
+def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=False, below=True):
     visible = visible_keys(plan, window, qkv.device)
     outputs = []
     for q, k, v in layout.split(qkv):

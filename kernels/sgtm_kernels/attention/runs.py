@@ -10,56 +10,51 @@ from itertools import groupby
 
 import torch
 
+from sgtm_kernels.attention.blocks import pays
+from sgtm_kernels.attention.heads import cut, heads
 from sgtm_kernels.attention.public import attend
 from sgtm_kernels.attention.visible import Visible
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan
 from sgtm_kernels.scale import products, scale_columns_
 
 
-def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=False):
-    outputs, tables = [], None if rotary is None else _tables(rotary, qkv.dtype, plan)
-    for group, (q, k, v) in enumerate(layout.split(qkv)):
-        if tables is not None:
-            q, k = _Rotate.apply(q, *tables), _Rotate.apply(k, *tables)
-        if len(layout.heads) == 1:
-            outputs.append(attend(q, k, v, scale, Visible(plan, window)))
-        elif plan.whole_sequences and len(plan.runs) <= MAX_SLICES:
-            outputs.append(_by_sequences(q, k, v, scale, window, plan, group))
-        else:
-            outputs.append(_by_tokens(q, k, v, scale, window, plan, group))
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-    return out if out.requires_grad else _Stopped.apply(out, qkv)
+def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=False, below=True):
+    key = ("cut", layout, rotary is None, below, qkv.dtype, qkv.device)
+    pieces_of, together = plan.cached(key, lambda: _cut(qkv, layout, plan, rotary is not None, below))
+    cos, sin = (None, None) if rotary is None else _tables(rotary, qkv.dtype, plan)
+    pieces = heads(qkv, cos, sin, plan, pieces_of)
+    if together:
+        out = attend(*pieces, scale, Visible(plan, window))
+    else:
+        masked = _by_sequences if plan.whole_sequences and len(plan.runs) <= MAX_SLICES else _by_tokens
+        groups, learned = pieces_of.by_group(pieces), plan.contributions("attn_in", len(layout.heads))
+        if not below:  # no gradient for heads whose projection learns nothing either
+            none = [all(by_label[label] == 0 for label in plan.present) for by_label in learned]
+            groups = [[t.detach() for t in group] if n else group for n, group in zip(none, groups, strict=True)]
+        out = torch.cat([masked(*group, scale, window, plan, i) for i, group in enumerate(groups)], dim=-1)
+    return out if out.requires_grad or not qkv.requires_grad else _Stopped.apply(out, qkv)
+
+
+def _cut(qkv, layout, plan: MaskPlan, turned: bool, below: bool):
+    """How the projection is cut; and whether the groups are attended to in one call: their outputs are not masked, as
+    those of a single group never are, and their KV heads have as many query heads. On a CPU not where blocks.py takes a
+    copy of them anyway, and where its bits could depend on how many heads there are."""
+    one, (all_q, all_kv) = len(layout.heads) == 1, map(sum, (layout.heads, layout.kv_heads))
+    shares = [q * all_kv == kv * all_q for q, kv in zip(layout.heads, layout.kv_heads, strict=True)]
+    plain = below and all(shares) and not plan.signature.outputs
+    together = one or (plain and not pays(qkv, layout.head_dim))
+    return cut(layout, together, turned, qkv.device), together
 
 
 def _tables(rotary, dtype: torch.dtype, plan: MaskPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [S, head_dim / 2] in this dtype, made once for all layers. Both halves of a head turn alike."""
-    half = rotary[0].shape[-1] // 2
+    """cos [S, 1, head_dim] and sin [S, 1, head_dim / 2] in this dtype, made once for all layers. Both halves of a head
+    turn alike."""
 
     def make():
-        return rotary, tuple(table[:, :half].to(dtype).contiguous() for table in rotary)
+        cos, sin = (table.to(dtype)[:, None] for table in rotary)
+        return rotary, (cos.contiguous(), sin[..., : sin.shape[-1] // 2].contiguous())
 
     return plan.cached(("rotary", id(rotary[0]), dtype), make)[1]  # which holds `rotary`, so its id is not used again
-
-
-class _Rotate(torch.autograd.Function):
-    """`rotate` (op.py) of x [B, heads, S, d], in two passes over each half, and no temporaries."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, 1)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return _turned(dy, *ctx.saved_tensors, -1), None, None
-
-
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
-    y = torch.empty_like(x)
-    (real, imaginary), (y_real, y_imaginary) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
-    torch.mul(real, cos, out=y_real).addcmul_(imaginary, sin, value=-direction)
-    torch.mul(imaginary, cos, out=y_imaginary).addcmul_(real, sin, value=direction)
-    return y
 
 
 def _by_sequences(q, k, v, scale, window, plan: MaskPlan, group: int) -> torch.Tensor:

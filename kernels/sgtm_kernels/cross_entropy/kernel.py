@@ -84,7 +84,8 @@ eager_head_and_loss = eager(_forward, _keep, _backward, outputs=(1, 2))
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def head_and_loss(x, weight, bias, targets, plan, labels, wanted):
-    return existing(x, *_forward(x, weight, bias, targets, plan_of(plan), None, wanted))
+    found = _forward(x, weight, bias, targets, plan_of(plan), None, wanted)
+    return existing(x, *(None if tensor is None else tensor.contiguous() for tensor in found))
 
 
 @head_and_loss.register_fake

@@ -99,7 +99,9 @@ class _Sum:
             self.value = self.value.to(wide).add_(partial, alpha=factor)
 
     def total(self) -> torch.Tensor:
-        return torch.zeros_like(self.like) if self.value is None else self.value.to(self.like.dtype)
+        if self.value is None:
+            return self.like.new_zeros(()).expand_as(self.like)  # one number: the backward pass writes the product
+        return self.value.to(self.like.dtype)
 
 
 def _softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, gradient: bool) -> torch.Tensor:

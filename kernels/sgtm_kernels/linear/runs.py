@@ -41,23 +41,23 @@ def _keep(inputs, output):
     return (x, weight), plan, numbers
 
 
-def _in_backward(dy, x, weight, plan, work, wanted):
-    dx = dy @ weight if wanted[0] else None
+def in_backward(dy, x, weight, plan, work, wanted):
     x2, dy2 = x.flatten(0, 1), dy.flatten(0, 1)
+    dx = torch.mm(dy2, weight).view(x.shape) if wanted[0] else None
     dw = weight_gradient(dy2, x2, plan, work) if wanted[1] else None
     db = _rows_sum(dy2, plan, work) if wanted[2] else None
     return dx, dw, db
 
 
 def _out_backward(dy, x, weight, plan, work, bias_tokens, wanted):
-    dx = dy @ weight.t() if wanted[0] else None
     x2, dy2 = x.flatten(0, 1), dy.flatten(0, 1)
+    dx = torch.mm(dy2, weight.t()).view(x.shape) if wanted[0] else None
     dw = weight_gradient(x2, dy2, plan, work) if wanted[1] else None
     db = token_sum(dy2, plan, bias_tokens) if wanted[2] else None
     return dx, dw, db
 
 
-_linear_in = eager(_in_forward, _keep, _in_backward)
+_linear_in = eager(_in_forward, _keep, in_backward)
 _linear_out = eager(_out_forward, _keep, _out_backward)
 
 
@@ -65,10 +65,7 @@ def _rows_sum(dy: torch.Tensor, plan: MaskPlan, work: tuple[RowWork, ...]) -> to
     """The bias's gradient: dy [tokens, rows] -> [rows]."""
     if len(work) == 1:
         return token_sum(dy, plan, work[0].tokens)
-    db = dy.new_empty(dy.shape[1])
-    for start, end, tokens in work:
-        db[start:end] = token_sum(dy[:, start:end], plan, tokens)
-    return db
+    return torch.cat([token_sum(dy[:, start:end], plan, tokens) for start, end, tokens in work])
 
 
 def weight_gradient(left: torch.Tensor, right: torch.Tensor, plan: MaskPlan, work: tuple[RowWork, ...]) -> torch.Tensor:
@@ -77,8 +74,8 @@ def weight_gradient(left: torch.Tensor, right: torch.Tensor, plan: MaskPlan, wor
     A row range is the sum over its tokens times their weights; rows that no token may update are exactly 0.
     """
     if len(work) == 1 and plan.plain(work[0].tokens):
-        return left.t() @ right
-    out = left.new_empty(left.shape[1], right.shape[1])
+        return torch.mm(left.t(), right)
+    columns, out = left.t(), left.new_empty(left.shape[1], right.shape[1])
     for start, end, (by_label, slices) in work:
         rows = out[start:end]
         if not slices:
@@ -88,16 +85,18 @@ def weight_gradient(left: torch.Tensor, right: torch.Tensor, plan: MaskPlan, wor
             if end - start <= right.shape[1]:
                 torch.mm((left[:, start:end] * weights).t(), right, out=rows)
             else:
-                torch.mm(left[:, start:end].t(), right * weights, out=rows)
+                torch.mm(columns[start:end], right * weights, out=rows)
         elif len(slices) == 1 and slices[0].weight == 1:
             s, e, _ = slices[0]
-            some = (left, right) if e - s == plan.tokens else (left[s:e], right[s:e])
-            torch.mm(some[0].t()[start:end], some[1], out=rows)
+            if e - s == plan.tokens:
+                torch.mm(columns[start:end], right, out=rows)
+            else:
+                torch.mm(columns[start:end, s:e], right[s:e], out=rows)
         else:
             # Partial sums are added in fp32: in bf16 each addition would cost as much precision as the matmul itself.
             total = torch.zeros(rows.shape, dtype=torch.promote_types(out.dtype, torch.float32), device=out.device)
             for s, e, weight in slices:
-                total.add_(torch.mm(left[s:e].t()[start:end], right[s:e]), alpha=weight)
+                total.add_(torch.mm(columns[start:end, s:e], right[s:e]), alpha=weight)
             rows.copy_(total)
     return out
 

@@ -1,0 +1,292 @@
+"""The sections of a run's config; sgtm/config/schema.py puts them together.
+
+Every key of a YAML file is a field here; unknown keys are errors. A key has the same name in the code, in the log and
+in the report.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from sgtm.masking.strategy import JOINT, PRESETS
+from sgtm_kernels.plan import KINDS
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Members = PositiveInt | dict[str, PositiveInt | list[NonNegativeInt]]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """Shape of the transformer."""
+
+    family: Literal["gpt_neo", "llama"] = "gpt_neo"
+    """`gpt_neo`: LayerNorm, learned positions, tanh-GELU, attention scale 1, tied head.
+    `llama`: RMSNorm, RoPE, SwiGLU."""
+    layers: PositiveInt
+    hidden_size: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt | None = None
+    """KV heads of grouped-query attention (llama); default: as many as heads."""
+    head_dim: PositiveInt | None = None
+    """Default: hidden_size / heads."""
+    intermediate_size: PositiveInt
+    """Number of MLP neurons."""
+    vocab_size: PositiveInt
+    context: PositiveInt
+    """Tokens of a training sequence and the longest one the model takes."""
+    window: PositiveInt | None = None
+    """Local attention window of every second layer, beginning with the second (gpt_neo); None: all layers global."""
+    tie_embeddings: bool = True
+    """Whether the LM head is the token embedding (gpt_neo always ties)."""
+    head_bias: bool = False
+    """Whether the LM head has a bias (gpt_neo)."""
+    norm_eps: PositiveFloat = 1e-5
+    rope_theta: PositiveFloat = 10000.0
+    init_std: PositiveFloat = 0.02
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.head_dim is None and self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}; set head_dim")
+        if self.heads % self.num_kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.family == "gpt_neo":
+            if self.kv_heads not in (None, self.heads) or not self.tie_embeddings:
+                raise ValueError("family gpt_neo has neither kv_heads nor an untied head (tie_embeddings: false)")
+            if self.head_dim not in (None, self.hidden_size // self.heads):
+                raise ValueError(f"family gpt_neo has head_dim = hidden_size / heads, got head_dim {self.head_dim}")
+        elif self.window is not None or self.head_bias:
+            raise ValueError("window and head_bias belong to family gpt_neo, not to llama")
+        return self
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def size_per_head(self) -> int:
+        return self.head_dim or self.hidden_size // self.heads
+
+    def window_of(self, layer: int) -> int | None:
+        """Local window of a layer, or None where it is global: GPT-Neo alternates, global first."""
+        return self.window if layer % 2 else None
+
+
+class MaskingConfig(Section):
+    """Who may learn what."""
+
+    domains: list[str] = ["forget"]
+    """Names of the dangerous domains; each gets a group of heads and neurons."""
+    strategy: Literal[tuple(PRESETS)] = "sgtm"
+    joint: Literal[tuple(JOINT)] | list[Literal[KINDS]] | None = None
+    """Joint parameters that forget tokens leave alone besides what the strategy says itself: `free` (none), `masked`
+    (embedding, position, head weight and the blocks' norms, as in the paper's Wikipedia models), `strict` (all), or a
+    list of kinds. None: `strict` for gram, `free` for all others."""
+    cross_domain: Literal["inactive", "active"] = "inactive"
+    """Whether tokens of one domain run with the other domains' groups inactive."""
+    overrides: dict[str, float] = {}
+    """Single table entries, e.g. `update.forget:bio.retain.mlp_out: 0.1`."""
+    forget_heads: Members = 1
+    """Query heads per layer: a count for every domain, or by domain a count or a list of indices."""
+    forget_neurons: Members = 64
+    """Neurons per layer, likewise."""
+    percent: PositiveFloat | dict[str, PositiveFloat] | None = None
+    """Percent of each layer's heads and neurons; where set, forget_heads and forget_neurons are not used."""
+    masked_layers: list[NonNegativeInt] | None = None
+    """Layers that have groups; None: all."""
+    domain_embedding: Literal["none", "full"] | PositiveInt = "none"
+    """A part of token embedding and head that belongs to each domain's group, added to the shared matrices where the
+    group is active: a whole matrix (`full`), or a product of this rank. With `joint: strict` a domain can learn words
+    of its own only with it."""
+    certify: bool = False
+    """Refuse a config whose safe model depends, in any bit, on what the documents of a domain say. `sgtm explain`
+    prints whether it does, and the first reason."""
+    span_policy: Literal["conservative", "position"] = "conservative"
+    """Labelled spans inside a document: train everything up to the last forget token as forget, or as labelled. Either
+    way tokens of different labels attend to one another in such a document. `position` leaks: the loss of a forget
+    token flows back to the earlier retain positions it reads and updates retain weights. `conservative` has no such
+    path, but what follows the last forget token reads it, so its gradient depends on what the forget text says."""
+
+
+class DataConfig(Section):
+    """What is read and how it is put together."""
+
+    path: str = "data"
+    """Folder written by `sgtm prepare`, or `synthetic`: the embedded bilingual corpus, written on first use."""
+    mixing: Literal["step", "micro", "sequence", "token"] = "sequence"
+    """Where labels may differ: between optimizer steps, micro-batches, sequences, or inside sequences."""
+    micro_blocks: PositiveInt = 4
+    """mixing: micro cuts a step into this many label-pure blocks; the accumulation must be a multiple of it."""
+    isolate_documents: bool = False
+    """Documents in one sequence do not attend to one another. Always so where labels mix (mixing: token)."""
+    channel: dict[str, dict[str, Share]] = {}
+    """P(applied label | true label) of a document, by true label; rows left out keep the true label.
+    `{retain: {retain: 0.25, unlabeled: 0.75}}` trains 25 % of retain data in retain mode. `open:<domain>` may be
+    applied too: the retain group and the domain's run and learn, other domains' do not run."""
+    both_ways: bool = False
+    """Rows of the channel may sum to more than 1, which trains documents more than once: `{retain: {retain: 1,
+    "forget:bio": 0.2}}` trains all of them as retain, and a fifth of them as `forget:bio` as well."""
+    schedule: dict[PositiveFloat, dict[str, dict[str, Share]]] = {}
+    """Label channels that replace `channel` later in the run, each by where it begins: at a share of `train.steps`
+    below 1, or after that many steps. `{0.8: {retain: {"forget:bio": 0.2}}}` is for the last fifth."""
+    upsample: dict[str, NonNegativeFloat] = {}
+    """How often a category's documents are seen per epoch; 0 leaves it out, fractions are drawn by document."""
+    seed: NonNegativeInt = 0
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov and Hutter, 2019) with warm-up and cosine."""
+
+    lr: PositiveFloat = 5e-4
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    """Of weight matrices and embeddings; norms and biases are not decayed."""
+    grad_clip: NonNegativeFloat = 1.0
+    """Largest gradient norm; 0: no clipping."""
+    grad_clip_scope: Literal["global", "owner"] = "global"
+    """Whose norm: `global`, the whole gradient's. `owner`: one norm of the retain group and the joint parameters, and
+    one of each domain's group, so that no domain's gradient changes how another part of the model is clipped, or
+    whether it is skipped for not being finite."""
+    warmup_steps: NonNegativeInt = 100
+    warmup_start: Share = 0.1
+    """Share of lr at step 0."""
+    final_lr: Share = 0.0
+    """Share of lr at the end of the cosine."""
+    masked_update: Literal["exact", "zero_grad"] = "exact"
+    """`exact`: what no token of a step may update stays bitwise untouched. `zero_grad`: it gets zero gradients, so that
+    decay and stale momentum still move it (the reference implementation)."""
+
+
+class TrainConfig(Section):
+    """Length and arithmetic of training."""
+
+    steps: PositiveInt = 1000
+    tokens_per_step: PositiveInt = 65536
+    """Tokens of a global step, over all ranks; the accumulation is derived from it."""
+    micro_batch: PositiveInt = 8
+    """Sequences of a micro-batch on one rank."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    compile: Literal["off", "blocks"] = "off"
+    """`blocks`: `torch.compile` every transformer block before the first step. Losses then differ by rounding. A CPU
+    needs a C++ compiler, CUDA needs Triton and a C compiler. ZeRO 3 gathers all weights of a block at once. `off` is
+    the default because the gain on a GPU has not been measured."""
+    seed: NonNegativeInt = 0
+    """Of the initial weights."""
+    init_from: str | None = None
+    """Hugging Face folder (GPT-Neo, Llama, or Mistral without a sliding window) whose weights the run starts from;
+    `model` must describe that model, whose context may be longer. None: random weights."""
+    eval_every: NonNegativeInt = 0
+    """Steps between evaluations; 0: only at the end."""
+    eval_sequences: PositiveInt = 64
+    """Sequences per category in an evaluation during training."""
+    checkpoint_every: NonNegativeInt = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints kept."""
+    keep_every: NonNegativeInt = 0
+    """Checkpoints of steps that are a multiple of it are kept for good besides; 0: none."""
+    async_checkpoint: bool = True
+    """Train on while a checkpoint is written; a copy of each rank's state is then held in its host's memory."""
+    log_every: PositiveInt = 10
+    max_skipped_steps: NonNegativeInt = 10
+    """A step whose loss or gradient is not finite is skipped; after this many in a row the run ends. 0: never."""
+    probe_every: NonNegativeInt = 0
+    """Steps between measurements of every label's gradient norm on every group, logged as `probe` lines; each takes
+    the time of one step for every label in it and changes nothing. 0: none."""
+
+
+HOP_BYTES = 1_000_000  # sent in the time that a message takes from one rank to the next
+
+
+class DistributedConfig(Section):
+    """How DeepSpeed shards the run."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: bool = False
+    """Keep the fp32 weights and both moments in the memory of the host and update them there (ZeRO 1 to 3)."""
+    zero_hpz_partition_size: PositiveInt = 1
+    """ZeRO++ (ZeRO 3): size of the groups of ranks, as a rule those of a node, that keep the weights of the forward
+    pass sharded among themselves, so that the backward pass gathers them inside the node. 1: none."""
+    zero_quantized_weights: bool = False
+    """ZeRO++ (ZeRO 3, masking.strategy none): gather the weights in 8 bits. Up to 16,000 neighbours share a scale, so
+    that an update of one group would change what the model computes with of a frozen one: refused where there is
+    something to freeze. Needs CUDA with its compiler; has not been run."""
+    zero_quantized_gradients: bool = False
+    """ZeRO++'s gradients in 4 bits: always refused. DeepSpeed's kernels (0.19) read fp16, and gradients are bf16 and
+    fp32 here; and where a matrix is wider than tall, rows of different groups share a scale."""
+    communication: Literal["fp32", "bf16"] = "fp32"
+    """Dtype in which gradients are summed over the ranks. Each rank sums its own micro-batches in fp32 either way:
+    before the reduction in ZeRO 0 and 1, after it in ZeRO 2 and 3. `bf16` halves the bytes sent but loses accuracy:
+    every addition rounds to 8 bits, so the error grows with the number of ranks, and other stages and numbers of ranks
+    agree less closely. Frozen weights stay bit-identical and a resumed run is still bitwise the same.
+    """
+    timeout_minutes: PositiveFloat = 30
+    """How long a rank may stay in one place, as in a collective, before the run ends with a diagnosis."""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer: ZeRO 0 keeps the optimizer with the weights; set zero_stage 1, 2 or 3")
+        if self.zero_quantized_gradients:
+            raise ValueError(
+                "zero_quantized_gradients: DeepSpeed's kernels for it take fp16 alone, gradients are in bf16 and fp32 "
+                "here; leave it false"
+            )
+        for key in ("zero_hpz_partition_size", "zero_quantized_weights"):
+            if getattr(self, key) != type(self).model_fields[key].default and self.zero_stage != 3:
+                raise ValueError(f"{key}: ZeRO {self.zero_stage} does not have it; set zero_stage 3, or leave it out")
+        return self
+
+    def reduces_to_owners(self, numel: int, ranks: int) -> bool:
+        """Whether DeepSpeed's ZeRO 1 and 2 reduce each share of a gradient to its owner, not all shares to all ranks.
+
+        That moves half the bytes, but passes all ranks once for each of them: it wins where a share takes longer than
+        its way, which is about a megabyte for each rank of it (3 us a hop at 350 GB/s; assumed, not measured).
+        """
+        return 4 * numel / ranks >= HOP_BYTES * ranks
+
+    def check_ranks(self, world_size: int) -> None:
+        """Raises ValueError where the ranks do not divide into the groups of zero_hpz_partition_size."""
+        if world_size % self.zero_hpz_partition_size:
+            raise ValueError(
+                f"distributed.zero_hpz_partition_size {self.zero_hpz_partition_size} does not divide the number of "
+                f"ranks {world_size}"
+            )
+
+
+class KernelsConfig(Section):
+    backend: Literal["auto", "reference", "runs", "triton"] = "auto"
+    """`auto` follows the environment variable SGTM_KERNELS, else is `triton` on CUDA and `runs` on a CPU; `runs` then
+    replaces an op whose Triton kernels fail the self-check before the first step. A named backend never falls back: it
+    raises."""
+    deterministic: bool = True
+    """On CUDA: torch and cuBLAS use deterministic algorithms, which the promises to the bit need; an op without one
+    raises. Without it the backward pass of attention in the libraries adds in any order. Our kernels, and everything on
+    a CPU, are deterministic always."""
+
+
+class WandbConfig(Section):
+    mode: Literal["off", "offline", "online"] = "off"
+    """`offline` writes to `<run>/wandb`, for `wandb sync`; `online` does too where the server does not answer."""
+    project: str = "sgtm"
+    """Project that the run appears in."""
+    entity: str | None = None
+    """User or team that the project belongs to; null: the one that is logged in."""

@@ -1,0 +1,110 @@
+"""What is certified, and the first reason why a config is not.
+
+tests/dist/test_certificate.py shows on trained bits that the rules are needed and suffice. Faults tried, each seen to
+fail: any rule left out; the labels of the corpus not asked; a label that only a later channel applies overlooked; one
+domain's obstacle given to another; `masking.certify` not heeded by the config, or by the corpus.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from corpora import build, config_for, mixed_records, record
+
+from sgtm.config import load_config
+from sgtm.data.loader import check_corpus
+from sgtm.explain import certificate_lines
+from sgtm.masking.certificate import certified, obstacle
+
+BASE = [
+    "--masking.joint=strict",
+    "--optimizer.grad_clip_scope=owner",
+    '--data.channel={retain: {retain: 0.8, "forget:es": 0.2}}',
+]
+BOTH = "--masking.domains=[es, fr]"
+
+
+def config(*options: str):
+    return load_config("debug", [*BASE, *options])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        (BOTH,),
+        ("--masking.strategy=gram", "--masking.joint=null"),
+        ("--data.channel={}",),
+        ("--data.mixing=token",),
+        ("--optimizer.grad_clip=0",),
+        ("--masking.strategy=activation_masking",),  # the retain group is not there for forget tokens
+        ('--data.channel={retain: {retain: 1, "forget:es": 0.2}}', "--data.both_ways=true"),
+    ],
+)
+def test_certified(options):
+    found = config(*options)
+    assert certified(found) == found.space.domains
+    assert load_config("debug", [*BASE, *options, "--masking.certify=true"]) is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--masking.joint=free",), r"label forget:es train joint parameters \(norm, final_norm, embedding, position"),
+        (("--masking.joint=masked",), r"label forget:es train joint parameters \(final_norm, head_bias\)"),
+        (
+            ("--data.channel={retain: {unlabeled: 0.1}}",),
+            "label unlabeled train attn_in of group retain while",
+        ),
+        (('--data.channel={retain: {"open:es": 0.1}}',), "label open:es train attn_in of group retain while group es"),
+        (
+            ('--data.channel={"forget:es": {retain: 0.1}}',),
+            "trains documents of forget:es as retain, with group",
+        ),
+        (('--data.channel={"forget:es": {unlabeled: 1}}',), "label unlabeled train attn_in of group retain"),
+        (("--masking.strategy=gradient_routing",), "label forget:es train attn_out of group retain"),
+        (("--masking.strategy=no_mlp_out",), "label forget:es train mlp_out of group retain"),
+        (("--masking.strategy=none", "--masking.joint=null"), "label retain train attn_in of group retain"),
+        (("--masking.masked_layers=[0]",), r"layers 1 have no groups \(masking.masked_layers\)"),
+        (("--optimizer.grad_clip_scope=global",), "clipped, and steps skipped, by a norm of all weights"),
+        (("--optimizer.grad_clip_scope=global", "--optimizer.grad_clip=0"), "clipped, and steps skipped, by a norm"),
+        (("--kernels.deterministic=false",), "sums may be added in any order"),
+        (("--data.schedule={0.5: {retain: {unlabeled: 0.1}}}",), "label unlabeled train attn_in of group retain"),
+        (('--masking.overrides={"active.retain.es": 0.1}',), "label retain train attn_in of group retain"),
+        ((BOTH, "--masking.cross_domain=active"), "label forget:es train attn_in of group fr while group es is active"),
+    ],
+)
+def test_the_first_reason_why_not(options, reason):
+    found = config(*options)
+    assert re.search(reason, obstacle(found, "es")), obstacle(found, "es")
+    assert "es" not in certified(found)
+    with pytest.raises(ValueError, match=f"masking.certify: the safe model depends on the text of es: .*{reason}"):
+        config(*options, "--masking.certify=true")
+
+
+def test_one_domain_may_be_certified_and_another_not():
+    found = config(BOTH, '--data.channel={"forget:fr": {unlabeled: 0.5}, retain: {"open:fr": 0.5}}')
+    assert certified(found, ["retain", "forget:es"]) == ("es",)
+    assert certified(found) == ()  # unlabeled tokens read es too
+    assert certified(config(BOTH, '--data.channel={retain: {"open:fr": 0.5}}')) == ("es",)
+
+
+def test_the_labels_and_spans_of_the_corpus_count(tmp_path):
+    masking = {"masking": {"joint": "strict", "certify": True}}
+    plain = config_for(channel={}, mixing="token", **masking | {"optimizer": {"grad_clip_scope": "owner"}})
+    assert certified(plain) == ("es",)
+    labels = {"en": "retain", "es": "forget:es", "web": "unlabeled"}
+    two = [r for r in mixed_records(60) if r["category"] != "web"]
+    check_corpus(build(tmp_path / "two", two, {"en": "retain", "es": "forget:es"}), plain)
+    with pytest.raises(ValueError, match="label unlabeled train attn_in of group retain"):
+        check_corpus(build(tmp_path / "three", mixed_records(60), labels), plain)
+    spans = [*two, record(999, "en", spans=[[0, 4, "es"]])]
+    with pytest.raises(ValueError, match="the corpus has labelled spans"):
+        check_corpus(build(tmp_path / "spans", spans, {"en": "retain", "es": "forget:es"}), plain)
+
+
+def test_explain_prints_it():
+    assert certificate_lines(config()) == ["safe model independent of: es"]
+    lines = certificate_lines(config("--masking.joint=free"))
+    assert len(lines) == 1 and lines[0].startswith("safe model depends on es: tokens of label forget:es train joint")

@@ -1,0 +1,77 @@
+"""Recipes: what they set, what wins over them, and what they are called.
+
+Faults tried, each seen to fail: a recipe that replaces keys given beside it; one that keeps those of an extended
+preset; a key missing in KEYS; shares that do not add up with several domains.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from sgtm.config import load_config
+from sgtm.config.load import dump_config, save_config
+from sgtm.config.schema import Config
+from sgtm.masking.certificate import certified
+from sgtm.masking.recipes import KEYS, NAMES, recipe
+from sgtm.train.checkpoint import resolved
+
+EXPECTED = {
+    "paper": ("sgtm", "free", "none", "global", {"retain": {"retain": 0.25, "unlabeled": 0.75}}),
+    "gram": (
+        "gram", "strict", "none", "global",
+        {"retain": {"retain": 0.8, "open:es": 0.2}, "forget:es": {"forget:es": 0.5, "open:es": 0.5}},
+    ),
+    "dual": ("sgtm", "free", "none", "global", {"retain": {"retain": 0.8, "forget:es": 0.2}}),
+    "certified": ("sgtm", "strict", "full", "owner", {"retain": {"retain": 0.8, "forget:es": 0.2}}),
+}  # fmt: skip
+
+
+def facts(config: Config) -> tuple:
+    m = config.masking
+    channel = {row: {k: round(v, 9) for k, v in shares.items()} for row, shares in config.data.channel.items()}
+    return m.strategy, config.joint, m.domain_embedding, config.optimizer.grad_clip_scope, channel
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_recipe_sets(name, tmp_path):
+    config = load_config("debug", ["--recipe", name])
+    assert facts(config) == EXPECTED[name]
+    assert certified(config) == (("es",) if name == "certified" else ())
+    assert {section: set(keys) for section, keys in KEYS.items()} == {
+        s: set(k) for s, k in recipe(name, ["es"]).items()
+    }
+    assert Config.model_validate({"model": config.model, "masking": config.masking, "recipe": name}).masking.strategy
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert f"recipe: {name}" in dump_config(config)
+    assert resolved(config)["masking"]["joint"] == EXPECTED[name][1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("domains", [[], ["a"], ["a", "b", "c"]])
+def test_any_number_of_domains(name, domains):
+    config = load_config("debug", ["--recipe", name, f"--masking.domains={domains}", "--masking.forget_neurons=3",
+                                   "--model.heads=8"])  # fmt: skip
+    assert config.channels[0][1].matrix.sum(1) == pytest.approx(1)
+    assert certified(config) == (tuple(domains) if name == "certified" else ())
+
+
+def test_what_wins(tmp_path):
+    base, file = tmp_path / "base.yaml", tmp_path / "mine.yaml"
+    base.write_text("extends: debug\nmasking: {joint: masked, forget_neurons: 4}\noptimizer: {lr: 0.5}\n")
+    file.write_text("extends: base.yaml\nrecipe: certified\nmasking: {domain_embedding: 8}\n")
+    config = load_config(file)
+    assert facts(config) == ("sgtm", "strict", 8, "owner", EXPECTED["certified"][-1])  # debug's channel gave way
+    assert (config.masking.forget_neurons, config.optimizer.lr) == (4, 0.5)  # what no recipe sets stays
+    other = load_config(file, ["--recipe=dual", "--masking.joint=masked"])
+    assert facts(other) == ("sgtm", "masked", "none", "global", EXPECTED["dual"][-1])
+    channel = load_config(file, ["--data.channel={retain: {retain: 1}}"]).data.channel
+    assert channel == {"retain": {"retain": 1}}
+
+
+def test_without_a_recipe_nothing_is_set():
+    assert load_config("debug").recipe is None and facts(load_config("debug"))[0] == "sgtm"
+    with pytest.raises(ValueError, match="recipe"):
+        load_config("debug", ["--recipe=best"])
+    with pytest.raises(ValueError, match="unknown recipe 'best'; known recipes: paper, gram, dual, certified"):
+        recipe("best", ["es"])
