@@ -157,4 +157,4 @@ def test_a_run_directory_is_no_folder_of_a_sweep(tmp_path):
 
 def test_committed_example_expands():
     sweep = read_sweep(ROOT / "launch" / "recipes" / "quickstart.sweep.yaml")
-    assert len(sweep.runs) == 9 and sweep.folder.name == "quickstart.sweep"
+    assert len(sweep.runs) == 12 and sweep.folder.name == "quickstart.sweep"
