@@ -67,15 +67,13 @@ class Attention(nn.Module):
         qkv = linear_in(x, self.w_qkv, None, plan, "attn_in", self.in_bounds, self.backend, overwrite=True)
         heads = attention(
             qkv, self.layout, plan, scale=self.scale, window=self.window, rotary=rotary, overwrite=True,
-            below=self._learns_below(plan), backend=self.backend,
+            below=not self.first or self._learns_below(plan), backend=self.backend,
         )  # fmt: skip
         return linear_out(heads, self.w_o, self.b_o, plan, "attn_out", self.out_bounds, self.backend)
 
     def _learns_below(self, plan: MaskPlan) -> bool:
         """Whether a token updates a parameter below this layer's projections. A graph is one for all plans: True."""
-        if captured() or not self.first:
-            return True
-        return any(plan.joint(kind).slices for kind in ("embedding", "position", "norm"))
+        return captured() or any(plan.joint(kind).slices for kind in ("embedding", "position", "norm"))
 
 
 class MLP(nn.Module):
