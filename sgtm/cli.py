@@ -1,4 +1,4 @@
-"""The command line: `sgtm prepare | train | eval | export | report | checkpoint | explain | bench | ...`.
+"""The command line: `sgtm prepare | train | eval | export | report | checkpoint | explain | sweep | ...`.
 
 Thin: every command parses its arguments, calls one function elsewhere and prints where the result is. Modules are
 imported when their command runs, so `sgtm --help` and most mistakes are answered at once. A user's mistake (ValueError,
@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     from sgtm.plan.command import add_launch_options, add_plan_options, run_launch, run_plan
     from sgtm.quickstart_command import run_quickstart
     from sgtm.report_command import add_report_options, run_report
+    from sgtm.sweep.command import add_sweep_options, run_sweep_command
 
     parser = argparse.ArgumentParser(
         prog="sgtm",
@@ -175,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--no-trace", action="store_true", help="take the steps only, for another profiler")
     add_plan_options(configured("plan", run_plan, "estimate memory, traffic and speed of a run", nargs="?"))
     add_launch_options(configured("launch", run_launch, "start a run on many ranks, or say how", nargs="?"))
+    add_sweep_options(command("sweep", run_sweep_command, "train many runs and compare them in one table"))
     about = "versions, devices, kernel backends, and what is missing for what"
     doctor = command("doctor", _doctor, about, epilog=f"With --check: {OVERRIDES[0].lower()}{OVERRIDES[1:]}")
     doctor.add_argument("--json", action="store_true", help="as JSON")

@@ -29,6 +29,8 @@ from sgtm.masking import recipes
 
 QUOTES = "; a list or mapping is one argument, in quotes: --masking.domains '[bio, chem]'"
 PRESETS = Path(__file__).parent / "presets"
+Pairs = list[tuple[tuple[str, ...], Any]]
+"""Values by path, in the order in which they are set."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -65,17 +67,47 @@ def load_config(source: str | os.PathLike, overrides: list[str] | None = None) -
 
     Raises ConfigError that names the file or key, what was found and what would be right; one line for each problem.
     """
-    values, extended = _read(_locate(str(source)))
     given = parse_overrides(overrides or [])
-    if given.get(("recipe",)) is not None:
-        values = _without_recipe(values)
-    for path, value in given.items():
-        _set(values, path, value)
+    merged = ["the command line"] if given else []
+    return _checked(str(source), [list(given.items())], merged, str(source), set(given))
+
+
+def load_variant(source: str | os.PathLike, layers: list[dict[str, Any]], origin: str) -> Config:
+    """The config of a preset name or YAML file with keys above it (see `key_paths`), the last layer on top.
+
+    origin  where the keys are written, which errors name. Raises ConfigError as `load_config`.
+    """
+    return _checked(str(source), [key_paths(keys) for keys in layers], [], origin, set())
+
+
+def key_paths(keys: dict[str, Any]) -> Pairs:
+    """(path, value) of each key: dotted as on the command line, or a section that is a mapping of its keys."""
+    found: Pairs = []
+    for name, value in keys.items():
+        field = Config.model_fields.get(str(name))
+        if field is not None and section(field) and isinstance(value, dict):
+            found += [(_path(f"{name}.{key}"), item) for key, item in value.items()]
+        else:
+            found.append((_path(str(name)), value))
+    return found
+
+
+def _checked(source: str, layers: list[Pairs], merged: list[str], origin: str, shown: set) -> Config:
+    """`source` with the layers above it; `origin`, `merged` and `shown` (paths of the command line) are for messages.
+
+    In each layer a recipe replaces all that it sets.
+    """
+    values, extended = _read(_locate(source))
+    for given in layers:
+        if dict(given).get(("recipe",)) is not None:
+            values = _without_recipe(values)
+        for path, value in given:
+            _set(values, path, value)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        parts = [str(source), *extended, *(["the command line"] if given else [])]
-        raise ConfigError(explain_errors(error, Config, values, str(source), set(given), " + ".join(parts))) from None
+        sources = " + ".join([origin, *extended, *merged])
+        raise ConfigError(explain_errors(error, Config, values, origin, shown, sources)) from None
 
 
 def load_run_config(run: Path) -> Config:

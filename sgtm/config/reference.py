@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "anything"}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from sgtm.config.load import parse_overrides
 from sgtm.config.reference import keys, markdown
 from sgtm.data.rules import load_rules
 from sgtm.model.transformer import Transformer
+from sgtm.sweep.file import read_sweep
 
 ROOT = Path(__file__).parents[2]
 
@@ -252,10 +253,12 @@ def test_published_models_have_their_exact_size():
 
 
 def test_recipes_parse():
-    """Every YAML in launch/recipes: configs, and the rule files of `sgtm prepare` that lie beside them."""
+    """Every YAML in launch/recipes: configs, and the rule files and sweeps that lie beside them."""
     for path in sorted((ROOT / "launch" / "recipes").glob("*.yaml")):
         if path.name.endswith(".rules.yaml"):
             assert load_rules(path).labels
+        elif path.name.endswith(".sweep.yaml"):
+            assert read_sweep(path).runs
         else:
             assert load_config(str(path)).accumulation(1) >= 1
 

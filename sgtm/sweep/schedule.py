@@ -1,0 +1,137 @@
+"""Training the runs of a sweep, several at a time, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from sgtm.config.load import save_config
+from sgtm.sweep.file import Run, Sweep
+from sgtm.sweep.progress import Progress
+from sgtm.sweep.room import Room, need
+from sgtm.sweep.state import final_losses
+
+POLL = 0.1  # seconds
+
+
+class Process(Protocol):
+    """What the schedule needs of `subprocess.Popen`."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+
+Start = Callable[[list[str], dict[str, str], Path], Process]
+
+
+@dataclass
+class Outcome:
+    """
+    failed   runs that ended without being finished, with their exit status (negative: the signal)
+    stopped  the signal that stopped the sweep, or None
+    """
+
+    failed: list[tuple[Run, int]] = field(default_factory=list)
+    stopped: int | None = None
+
+
+def start_process(arguments: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen:
+    """`sgtm ARGUMENTS` with its output at the end of `log`, in a session of its own: Ctrl-C reaches the sweep only."""
+    command = [sys.executable, "-m", "sgtm.sweep.child", str(os.getpid()), *arguments]
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def arguments_of(sweep: Sweep, run: Run) -> list[str]:
+    """Arguments of `sgtm` that train the run or resume it, after its config has been written for it."""
+    file = sweep.folder / "configs" / f"{run.name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_config(run.config, file)
+    return ["train", str(file), "--resume"]
+
+
+def log_of(sweep: Sweep, run: Run) -> Path:
+    return sweep.folder / "logs" / f"{run.name}.log"
+
+
+def train_all(
+    sweep: Sweep, pending: list[Run], room: Room, progress: Progress, start: Start = start_process
+) -> Outcome:
+    """Train these runs. One that fails does not stop the others.
+
+    SIGINT and SIGTERM stop all: their processes get SIGTERM, save a checkpoint and end. A second SIGINT kills them.
+    """
+    (sweep.folder / "logs").mkdir(parents=True, exist_ok=True)
+    waiting, running, free = list(pending), {}, list(room.devices)
+    outcome = Outcome()
+    with Stop() as stop:
+        while running or (waiting and not stop.signal):
+            while waiting and not stop.signal and _fits(waiting[0], [run for run, *_ in running.values()], room):
+                run = waiting.pop(0)
+                device = free.pop(0) if room.devices else None
+                process = start(arguments_of(sweep, run), room.environment(device), log_of(sweep, run))
+                running[process.pid] = run, process, device
+                progress.started(run)
+            for number in stop.news():
+                for pid in running:
+                    os.kill(pid, number)
+            for pid, (run, process, device) in list(running.items()):
+                status = process.poll()
+                if status is None:
+                    continue
+                del running[pid]
+                free += [] if device is None else [device]
+                done = final_losses(run.directory, run.config) is not None
+                if not done and not stop.signal:
+                    outcome.failed.append((run, status))
+                progress.ended(run, done, status)
+            progress.update()
+            time.sleep(POLL)
+    outcome.stopped = stop.signal
+    return outcome
+
+
+def _fits(run: Run, running: list[Run], room: Room) -> bool:
+    """Whether there is room for one more; there always is for a single one."""
+    together = sum(need(other) for other in [*running, run])
+    return not running or (len(running) < room.jobs and together <= room.memory)
+
+
+class Stop:
+    """The signal that asks the sweep to stop, once there was one; a second SIGINT asks to kill."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> Stop:
+        self.signal: int | None = None
+        self._news: list[int] = []
+        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def news(self) -> list[int]:
+        """Signals that the runs are to be sent now."""
+        found, self._news = self._news, []
+        return found
+
+    def _receive(self, number: int, frame) -> None:
+        self._news.append(signal.SIGKILL if self.signal and number == signal.SIGINT else signal.SIGTERM)
+        self.signal = self.signal or number

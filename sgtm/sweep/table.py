@@ -1,0 +1,143 @@
+"""The result of a sweep: a row for each variant, mean and spread over the seeds of four losses.
+
+Losses are those of the evaluation after a run's last step (`train.eval_sequences` of each category of split test), in
+nats per token. `retain` is the mean over the categories that no domain owns, `forget` over those of the domains, each
+category counting the same; `full` is the model as trained, `ablated` the one without any domain.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import statistics
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from sgtm.data.store import Corpus
+from sgtm.files import write_atomically
+from sgtm.masking.labels import FULL, removal_name
+from sgtm.sweep.file import Run, Sweep
+from sgtm.sweep.state import final_losses
+
+LOSSES = ("full_retain", "full_forget", "ablated_retain", "ablated_forget")
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    runs        of the variant, finished or not
+    losses      the four losses of each finished run, by its name; NaN for one that was not finite or not measured
+    categories  of each finished run: losses by condition and category, as the run has them
+    """
+
+    variant: str
+    runs: tuple[Run, ...]
+    losses: dict[str, dict[str, float]]
+    categories: dict[str, dict[str, dict[str, float | None]]]
+
+    @property
+    def tokens(self) -> int:
+        train = self.runs[0].config.train
+        return train.steps * train.tokens_per_step
+
+    def mean(self, loss: str) -> float | None:
+        """None without a finished run."""
+        values = self._values(loss)
+        return statistics.fmean(values) if values else None
+
+    def spread(self, loss: str) -> float | None:
+        """Sample standard deviation over the seeds; None with fewer than two."""
+        values = self._values(loss)
+        return None if len(values) < 2 else math.nan if any(map(math.isnan, values)) else statistics.stdev(values)
+
+    def _values(self, loss: str) -> list[float]:
+        return [by_loss[loss] for by_loss in self.losses.values()]
+
+
+def read_rows(sweep: Sweep, corpora: dict[str, Corpus | None]) -> list[Row]:
+    """A row for each variant, in the order of the file."""
+    rows = []
+    for variant in sweep.variants:
+        runs = tuple(run for run in sweep.runs if run.variant == variant)
+        found = {run.name: (run, final_losses(run.directory, run.config)) for run in runs}
+        done = {name: (run, losses) for name, (run, losses) in found.items() if losses and corpora[name]}
+        four = {name: four_losses(losses, corpora[name].categories, run) for name, (run, losses) in done.items()}
+        rows.append(Row(variant, runs, four, {name: losses for name, (_, losses) in done.items()}))
+    return rows
+
+
+def four_losses(losses: dict, true_labels: dict[str, str], run: Run) -> dict[str, float]:
+    """The four losses of one run; NaN where no category was measured or one is not finite."""
+    forgotten = {category for category, label in true_labels.items() if label.startswith("forget:")}
+    found = {}
+    for model, condition in (("full", FULL), ("ablated", removal_name(run.config.space.domains))):
+        by_category = losses[condition]
+        for data in ("retain", "forget"):
+            mine = [loss for name, loss in by_category.items() if (name in forgotten) == (data == "forget")]
+            known = mine and all(loss is not None for loss in mine)
+            found[f"{model}_{data}"] = statistics.fmean(mine) if known else math.nan
+    return found
+
+
+def write_table(sweep: Sweep, rows: list[Row]) -> None:
+    """`table.csv` and `table.jsonl` in the sweep's folder; floats are written in full."""
+    write_atomically(sweep.folder / "table.jsonl", "".join(json.dumps(_record(row)) + "\n" for row in rows))
+    text = io.StringIO()
+    spreads = [name for loss in LOSSES for name in (loss, f"{loss}_sd")]
+    table = csv.DictWriter(text, ["variant", "finished", "runs", "tokens", *spreads], lineterminator="\n")
+    table.writeheader()
+    for row in rows:
+        record = _record(row)
+        flat = {key: record[key] for key in ("variant", "finished", "runs", "tokens")}
+        table.writerow(flat | {name: record[name] for name in spreads})
+    write_atomically(sweep.folder / "table.csv", text.getvalue())
+
+
+def print_table(rows: list[Row], console: Console) -> None:
+    """Losses as `mean ± spread`; a variant of which runs are missing shows how many there are."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title="held-out loss, nats per token", title_justify="left")
+    table.add_column("variant", overflow="fold")
+    table.add_column("runs", justify="right", no_wrap=True)
+    table.add_column("tokens", justify="right", no_wrap=True)
+    for loss in LOSSES:
+        table.add_column(loss.replace("_", "\n"), justify="right")
+    for row in rows:
+        of = len(row.runs) if len(row.losses) == len(row.runs) else f"{len(row.losses)} of {len(row.runs)}"
+        table.add_row(row.variant, str(of), f"{row.tokens:,}", *(_cell(row, loss) for loss in LOSSES))
+    console.print(table)
+
+
+def _cell(row: Row, loss: str) -> str:
+    mean, spread = row.mean(loss), row.spread(loss)
+    if mean is None:
+        return "-"
+    return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
+
+
+def _record(row: Row) -> dict:
+    statistic = {
+        name: _json(value)
+        for loss in LOSSES
+        for name, value in ((loss, row.mean(loss)), (f"{loss}_sd", row.spread(loss)))
+    }
+    each = [
+        {
+            "run": run.name,
+            "seed": run.seed,
+            **{key: _json(value) for key, value in row.losses[run.name].items()},
+            "losses": row.categories[run.name],
+        }
+        for run in row.runs
+        if run.name in row.losses
+    ]
+    counts = {"finished": len(row.losses), "runs": len(row.runs), "tokens": row.tokens}
+    return {"variant": row.variant, **counts, **statistic, "seeds": each}
+
+
+def _json(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value
