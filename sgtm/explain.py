@@ -17,7 +17,7 @@ from rich.table import Table
 from sgtm.config.schema import Config
 from sgtm.data.loader import check_corpus
 from sgtm.data.open import open_corpus
-from sgtm.data.summary import labels_of
+from sgtm.data.summary import trained_categories
 from sgtm.masking.certificate import obstacle
 from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import OPEN
@@ -96,8 +96,8 @@ def certificate_lines(config: Config) -> list[str]:
     """
     try:
         corpus = open_corpus(config, "sizes", write=False)
-        labels, spans = labels_of(corpus, "train"), bool(len(corpus.spans))
-        reasons = {domain: obstacle(config, domain, labels, spans) for domain in config.space.domains}
+        known = trained_categories(corpus), bool(len(corpus.spans))
+        reasons = {domain: obstacle(config, domain, *known) for domain in config.space.domains}
     except (ValueError, OSError):
         reasons = {domain: obstacle(config, domain) for domain in config.space.domains}
     independent = [domain for domain, reason in reasons.items() if reason is None]
@@ -116,7 +116,9 @@ def data_line(config: Config) -> str:
         check_corpus(corpus, config)
     except ValueError as error:
         return f"data do not fit: {error}"
-    there = sum(count.tokens for count in corpus.manifest.counts["train"].values())
+    passes = dict(zip(config.space.labels, config.channels[0][1].matrix.sum(1), strict=True))
+    counts, labels = corpus.manifest.counts["train"], corpus.manifest.categories
+    there = round(sum(count.tokens * passes[labels[category]] for category, count in counts.items()))
     taken = config.train.steps * config.train.tokens_per_step
     return f"data: {corpus.path} has {there:,} tokens in split train; the run takes {taken:,}, {taken / there:.2f} x"
 

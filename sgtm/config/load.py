@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from sgtm.config.errors import ConfigError, explain_errors, nearest
 from sgtm.config.reference import field_at, section
 from sgtm.config.schema import Config
+from sgtm.config.sections import MaskingConfig
 from sgtm.files import write_atomically
 from sgtm.masking import recipes
 
@@ -101,6 +102,7 @@ def _checked(source: str, layers: list[Pairs], merged: list[str], origin: str, s
     for given in layers:
         if dict(given).get(("recipe",)) is not None:
             values = _without_recipe(values)
+        _spell_out_channel(values, dict(given))
         for path, value in given:
             _set(values, path, value)
     try:
@@ -108,6 +110,17 @@ def _checked(source: str, layers: list[Pairs], merged: list[str], origin: str, s
     except ValidationError as error:
         sources = " + ".join([origin, *extended, *merged])
         raise ConfigError(explain_errors(error, Config, values, origin, shown, sources)) from None
+
+
+def _spell_out_channel(values: dict, given: dict[tuple[str, ...], Any]) -> None:
+    """Write a recipe's label channel into the values where the layer above changes an entry of it."""
+    name = given.get(("recipe",), values.get("recipe"))
+    inside = any(path[:2] == ("data", "channel") and len(path) > 2 for path in given)
+    if inside and name in recipes.NAMES and isinstance(values.setdefault("data", {}), dict):
+        below = values.get("masking") if isinstance(values.get("masking"), dict) else {}
+        domains = given.get(("masking", "domains"), below.get("domains", MaskingConfig().domains))
+        if isinstance(domains, list):
+            values["data"].setdefault("channel", recipes.recipe(name, domains)["data"]["channel"])
 
 
 def load_run_config(run: Path) -> Config:

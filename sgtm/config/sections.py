@@ -164,7 +164,7 @@ class OptimizerConfig(Section):
     grad_clip_scope: Literal["global", "owner"] = "global"
     """Whose norm: `global`, the whole gradient's. `owner`: one norm of the retain group and the joint parameters, and
     one of each domain's group, so that no domain's gradient changes how another part of the model is clipped, or
-    whether it is skipped for not being finite."""
+    whether it is skipped for not being finite. `max_skipped_steps` then counts the steps that skip the retain group."""
     warmup_steps: NonNegativeInt = 100
     warmup_start: Share = 0.1
     """Share of lr at step 0."""

@@ -24,7 +24,7 @@ from sgtm.config.schema import Config
 from sgtm.data.batch import Batch
 from sgtm.data.packing import Sequence, Stream, derived_seed, in_order, pack, shuffled
 from sgtm.data.store import Corpus
-from sgtm.data.summary import labels_of
+from sgtm.data.summary import labels_of, trained_categories
 from sgtm.masking.certificate import check_certified
 from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import RETAIN, UNLABELED
@@ -135,6 +135,7 @@ class Loader:
         self.per_step, self.micro_batch = config.sequences_per_step, config.train.micro_batch
         self.micro_blocks = config.data.micro_blocks if config.data.mixing == "micro" else 1
         self.isolated = isolates_documents(config)
+        self.forget_labels = config.space.forget_labels
         self.orders = [
             (start, Order(_streams(corpus, config, channel, self.isolated), config))
             for start, channel in config.channels
@@ -195,11 +196,12 @@ class Loader:
             for places in self.micro_batches(step, self.rank)
         ]
 
-    @staticmethod
-    def _label_order(place: Place) -> int:
-        """forget and open (highest first), unlabeled, retain; the order within a label stays."""
+    def _label_order(self, place: Place) -> tuple[int, int]:
+        """forget (highest domain first), open, unlabeled, retain; the order within a label stays."""
         label = place.stream
-        return {None: 0, UNLABELED: 1, RETAIN: 2}.get(label, -(label or 0))
+        if label is None:
+            return 0, 0
+        return {UNLABELED: 2, RETAIN: 3}.get(label, int(label not in self.forget_labels)), -label
 
 
 def _streams(corpus: Corpus, config: Config, channel: LabelChannel, isolated: bool) -> dict[int | None, Stream]:
@@ -278,7 +280,7 @@ def check_corpus(corpus: Corpus, config: Config) -> None:
             f"anew with a tokenizer of {wanted} entries: --vocab-size {wanted}"
         )
     corpus.label_of_category(config.space)
-    check_certified(config, labels_of(corpus, "train"), bool(len(corpus.spans)))
+    check_certified(config, trained_categories(corpus), bool(len(corpus.spans)))
     for domain in config.masking.domains:
         if f"forget:{domain}" not in corpus.categories.values():
             labels = ", ".join(sorted(set(corpus.categories.values())))

@@ -63,8 +63,13 @@ def warnings(corpus: Corpus, rules: Rules) -> list[str]:
 
 def labels_of(corpus: Corpus, split: str) -> set[str]:
     """True labels of a split's documents, and of labelled spans in whatever split."""
+    return set(trained_categories(corpus, split).values())
+
+
+def trained_categories(corpus: Corpus, split: str = "train") -> dict[str, str]:
+    """True label of each category that a split's documents have, or labelled spans in whatever split."""
     m = corpus.manifest
-    return {m.categories[category] for category in {*m.counts.get(split, {}), *_span_categories(corpus)}}
+    return {category: m.categories[category] for category in {*m.counts.get(split, {}), *_span_categories(corpus)}}
 
 
 def _span_categories(corpus: Corpus) -> set[str]:

@@ -61,10 +61,11 @@ class Agreement:
         """
         if self.device.type == "cpu":
             parts = [gradient.reshape(-1).split(PIECE) for gradient in gradients]
-            owners = owners and [owner for owner, pieces in zip(owners, parts, strict=True) for _ in pieces]
+            if owners is not None:
+                owners = [owner for owner, pieces in zip(owners, parts, strict=True) for _ in pieces]
             gradients = [piece for pieces in parts for piece in pieces]
         if not gradients:  # a rank without a share
-            gradients, owners = [torch.zeros(1, device=self.device)], owners and [0]
+            gradients, owners = [torch.zeros(1, device=self.device)], None if owners is None else [0]
         return self.reach_by(torch.stack(torch._foreach_norm(gradients)), flags, owners)
 
     def reach_by(

@@ -10,8 +10,8 @@ ranks:
   optimizer works on fp32 weights;
 - frozen weights stay bit-identical (sgtm/train/optim.py);
 - a step whose gradient, or one of whose losses, is not finite changes nothing on any rank, and `finite` is False then.
-  With `optimizer.grad_clip_scope: owner` gradients are clipped, and skipped, for each owner by itself: one owns the
-  retain group and all joint parameters, each domain its group;
+  With `optimizer.grad_clip_scope: owner` gradients are clipped, and skipped where they are not finite, by owner,
+  whatever the losses are: one owns the retain group and all joint parameters, each domain its group;
 
 A step has one reduction of its own, of the gradient's norm and the stop flag, and reads the device once, for both
 (sgtm/distributed/agreement.py); AdamW clips (takeover.py has what that replaces in DeepSpeed).
@@ -249,7 +249,8 @@ class Engine:
     def finite(self) -> bool:
         """Whether the last step's gradient and losses were finite, on all ranks; where not, it has changed nothing.
 
-        With `grad_clip_scope: owner`: whether the gradients of all owners were; those whose were not are unchanged.
+        With `grad_clip_scope: owner`: whether the gradients of all owners were, whatever the losses are; those whose
+        gradients were not are unchanged.
         """
         return self._agreement.finite
 
@@ -287,12 +288,13 @@ class Engine:
         One vector over the keys is summed over the ranks, no gradient is gathered. Infinite where it was not finite.
         """
         keys, squares = self.optimizer.steps, self.optimizer.squares
-        if not self.finite:
+        if len(self.skipped) == len(self.config.space.groups):
             return dict.fromkeys(keys, math.inf)
         if squares is None:
             raise RuntimeError("key_norms called after a step without measure=True")
         total = squares if self._plain else self.all_reduce_sum(squares)  # of replicas every rank has the whole
-        return dict(zip(keys, total.sqrt().tolist(), strict=True))
+        norms = (norm if math.isfinite(norm) else math.inf for norm in total.sqrt().tolist())
+        return dict(zip(keys, norms, strict=True))
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, as a new tensor on the engine's device."""

@@ -1,60 +1,70 @@
 """Certificate: whether the safe model depends on what the forget-labelled documents say.
 
 A run is *certified* for a domain if the weights that are left when the domain is removed are, bit for bit, those that
-other texts of the same lengths in the domain's documents would have left (tokenizer given). That holds if
+other texts of the same lengths in the domain's documents would have left, given the tokenizer and the split. That holds
+if
 
 - no token reads the domain's group while it trains anything else: else what the group has learned reaches other weights
   through the activations. A token of the domain's documents trains nothing but that group;
 - every weight that such a token trains belongs to the domain: no joint parameter, no layer without groups;
 - gradients are clipped, and steps skipped, by owner: a global norm depends on every token;
 - no token of another label attends to a token of the domain, as inside documents with labelled spans;
+- which of the domain's documents are trained does not follow from their text, as it does with a fractional
+  `data.upsample`, which draws them by a hash of it (as `split: {hash: ...}` does when the data are prepared);
 - sums are added in an order that does not depend on the data.
 
-All of it follows from the tables, the label channel, the labels and the config; nothing is measured.
+All of it follows from the tables, the label channel, the labels and the config; nothing is measured. Activations are
+taken to be finite where labels change inside sequences (`data.mixing: token`): there a masked token's enter as times 0.
 tests/dist/test_certificate.py trains both runs and compares the bits, and breaks each rule to see them differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sgtm_kernels.plan import KINDS, PARTS, Tables
+from sgtm.model.rows import ENDS
+from sgtm_kernels.plan import KINDS, PARTS
 
 if TYPE_CHECKING:
     from sgtm.config.schema import Config
 
 
-def certified(config: Config, true_labels: Iterable[str] | None = None, spans: bool = False) -> tuple[str, ...]:
+def certified(config: Config, categories: Mapping[str, str] | None = None, spans: bool = False) -> tuple[str, ...]:
     """The domains of which the safe model is independent; arguments as of `obstacle`."""
-    labels = None if true_labels is None else tuple(true_labels)
-    return tuple(domain for domain in config.space.domains if obstacle(config, domain, labels, spans) is None)
+    return tuple(domain for domain in config.space.domains if obstacle(config, domain, categories, spans) is None)
 
 
-def obstacle(config: Config, domain: str, true_labels: Iterable[str] | None = None, spans: bool = False) -> str | None:
+def obstacle(
+    config: Config, domain: str, categories: Mapping[str, str] | None = None, spans: bool = False
+) -> str | None:
     """The first reason why the model without `domain` depends on the domain's text, or None if it does not.
 
-    true_labels  those that documents of the corpus have; None: `retain` and every `forget:<domain>`
-    spans        whether documents of the corpus have labelled spans
+    categories  true label of each category that is trained; None: not known, so retain and every domain have one each,
+                and `data.upsample` may name any
+    spans       whether documents of the corpus have labelled spans
 
     Raises ValueError for an unknown domain or label.
     """
     space = config.space
     group = space.group_of(domain)
-    given = ("retain", *(f"forget:{d}" for d in space.domains)) if true_labels is None else true_labels
-    unlike = [i for i in range(config.model.layers) if not config.partition.masked(i)]
-    if unlike:
-        layers = ", ".join(map(str, unlike))
+    given = ["retain", *(f"forget:{d}" for d in space.domains)] if categories is None else categories.values()
+    without = [i for i in range(config.model.layers) if not config.partition.masked(i)]
+    if without:
+        layers = ", ".join(map(str, without))
         return f"layers {layers} have no groups (masking.masked_layers), so every token trains them"
-    for true in sorted(map(space.label, given)):
+    for true in sorted({space.label(name) for name in given}):
         for applied in _applied(config, true):
             label = space.labels[applied]
             if config.tables.active[applied][group] != 0:
-                other = _trained_besides(config.tables, applied, group)
+                other = _trained_besides(config, applied, group)
                 if other:
                     return f"tokens of label {label} train {other} while group {domain} is active"
             elif space.labels[true] == f"forget:{domain}":
                 return f"the label channel trains documents of forget:{domain} as {label}, with group {domain} inactive"
+    for category, factor in config.data.upsample.items():
+        if factor % 1 and (categories is None or categories.get(category) == f"forget:{domain}"):
+            return f"data.upsample {factor:g} draws documents of {category} by their text; take a whole number"
     if config.optimizer.grad_clip_scope != "owner":
         return "gradients are clipped, and steps skipped, by a norm of all weights (optimizer.grad_clip_scope: global)"
     if not config.kernels.deterministic:
@@ -64,11 +74,10 @@ def obstacle(config: Config, domain: str, true_labels: Iterable[str] | None = No
     return None
 
 
-def check_certified(config: Config, true_labels: Iterable[str] | None = None, spans: bool = False) -> None:
+def check_certified(config: Config, categories: Mapping[str, str] | None = None, spans: bool = False) -> None:
     """Raises ValueError with the reason where `masking.certify` is set and a domain is not certified."""
-    labels = None if true_labels is None else tuple(true_labels)
     for domain in config.space.domains if config.masking.certify else ():
-        reason = obstacle(config, domain, labels, spans)
+        reason = obstacle(config, domain, categories, spans)
         if reason:
             raise ValueError(f"masking.certify: the safe model depends on the text of {domain}: {reason}")
 
@@ -79,11 +88,12 @@ def _applied(config: Config, true: int) -> list[int]:
     return [label for label in labels if any(channel.matrix[true, label] > 0 for _, channel in config.channels)]
 
 
-def _trained_besides(tables: Tables, label: int, own: int) -> str | None:
-    """The first that a token of this label trains and that is not group `own`'s."""
+def _trained_besides(config: Config, label: int, own: int) -> str | None:
+    """Weights outside group `own` that tokens of this label train, the first of them; None if there are none."""
+    tables, owned = config.tables, ENDS if config.partition.embedding != "none" else ()
     for group, name in enumerate(tables.groups):
-        parts = [part for part in PARTS if group != own and tables.contribution(part, label, group) != 0]
-        if parts:
-            return f"{parts[0]} of group {name}"
+        for part in (*PARTS, *(owned if group else ())):
+            if group != own and tables.contribution(part, label, group) != 0:
+                return f"{part} of group {name}"
     kinds = [kind for kind in KINDS if tables.update_joint[kind][label] != 0]
     return f"joint parameters ({', '.join(kinds)})" if kinds else None

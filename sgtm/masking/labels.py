@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 UNLABELED, RETAIN, FIRST_FORGET = 0, 1, 2
 OPEN = "open:"
+RETAIN_GROUP = "retain"
 FULL, WITHOUT = "full", "without "
 JOINT = "joint"  # in the place of a group: all weights that no group owns
 RESERVED = ("retain", "unlabeled", FULL, JOINT)
@@ -57,7 +58,7 @@ class LabelSpace:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        return ("retain", *self.domains)
+        return (RETAIN_GROUP, *self.domains)
 
     @property
     def forget_labels(self) -> range:

@@ -104,8 +104,7 @@ JOINT: dict[str, tuple[str, ...]] = {
 def joint_kinds(strategy: str, joint: str | Sequence[str] | None) -> tuple[str, ...]:
     """Kinds that `joint` adds to a strategy; None: its own choice, `strict` for `gram` and `free` for all others.
 
-    Raises ValueError for unknown kinds, for `gram` with anything but `strict`, and where the strategy is `none`, which
-    masks nothing.
+    Raises ValueError for unknown kinds, and where the strategy is `none`, which masks nothing.
     """
     if joint is None:
         joint = "strict" if strategy == "gram" else "free"
@@ -115,8 +114,6 @@ def joint_kinds(strategy: str, joint: str | Sequence[str] | None) -> tuple[str, 
         raise ValueError(
             f"joint: {', '.join(map(str, unknown))} is neither {', '.join(JOINT)} nor a list of {', '.join(KINDS)}"
         )
-    if strategy == "gram" and set(kinds) != set(KINDS):
-        raise ValueError("joint: strategy gram is strict by definition: domain data train no joint parameter")
     if strategy == "none" and kinds:
         raise ValueError("joint: strategy none masks nothing; leave joint out")
     return kinds

@@ -196,13 +196,14 @@ class Transformer(nn.Module):
         """What `forward` returns, from the last hidden states [B, S, D]. Part of it, for ZeRO-3: not to be called."""
         if not self.domain_parts:
             return linear_cross_entropy(x, self._head, self.head_bias, targets, plan, scale, self.backend)
+        parts, self._parts = self._parts, {}  # held no longer than the forward pass: ZeRO 3 frees what they view
         x, head, bias = held(x, self._head, self.head_bias)
         found = []
         for subset in subsets(plan, x.device):
             of, goals = x, targets
             if subset.index is not None:
                 of, goals = x.flatten(0, 1)[subset.index][None], targets.flatten()[subset.index][None]
-            weight = head_of(head, self._parts, self.head is None, subset)
+            weight = head_of(head, parts, self.head is None, subset)
             found.append(linear_cross_entropy(of, weight, bias, goals, subset.plan, scale, self.backend))
         losses, sums = zip(*found, strict=True)
         return sum(losses), sum(sums)
@@ -231,11 +232,12 @@ class Transformer(nn.Module):
         x = self._hidden(input_ids, plan)
         if not self.domain_parts:
             return nn.functional.linear(x, self._head, self.head_bias)
+        parts, self._parts = self._parts, {}
         logits = x.new_empty(plan.tokens, self.config.vocab_size)
         for subset in subsets(plan, x.device):
             index = slice(None) if subset.index is None else subset.index
             logits[index] = nn.functional.linear(
-                x.flatten(0, 1)[index], head_of(self._head, self._parts, self.head is None, subset), self.head_bias
+                x.flatten(0, 1)[index], head_of(self._head, parts, self.head is None, subset), self.head_bias
             )
         return logits.view(*input_ids.shape, -1)
 

@@ -17,7 +17,7 @@ import torch
 from sgtm.config import Config
 from sgtm.data.loader import Loader, only_forget
 from sgtm.data.store import Corpus
-from sgtm.data.summary import ONLY_FORGET, labels_of
+from sgtm.data.summary import ONLY_FORGET, trained_categories
 from sgtm.distributed.agree import on_rank_zero, together
 from sgtm.distributed.engine import Engine
 from sgtm.distributed.env import Launch, device_type, kernel_backend
@@ -29,6 +29,7 @@ from sgtm.masking.certificate import certified
 from sgtm.model.compile import check_compiler, compile_blocks
 from sgtm.model.output_norms import Norms, OutputNorms
 from sgtm.model.transformer import Transformer
+from sgtm.train.checkpoint import read_manifest
 from sgtm.train.data import open_everywhere
 from sgtm.train.dry_run import dry_run
 from sgtm.train.gradients import group_norms, probe
@@ -106,7 +107,10 @@ def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: b
             log.evaluation(start, *_evaluate(engine, corpus, config))
         if resume and not start:
             log.say(f"{run} has no checkpoint: training from the beginning")
-        independent_of = certified(config, labels_of(corpus, "train"), bool(len(corpus.spans)))
+        independent_of = certified(config, trained_categories(corpus), bool(len(corpus.spans)))
+        if latest is not None:  # what was trained before may have been another
+            before = on_rank_zero(lambda: read_manifest(latest)["independent_of"])
+            independent_of = tuple(domain for domain in independent_of if domain in before)
         writer = CheckpointWriter(engine, run, config, corpus.fingerprint, independent_of)
         _steps(config, run, engine, loader, corpus, log, stop, totals, start, writer)
     enter(None)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from sgtm.data.batch import IGNORE, Batch
+from sgtm.masking.labels import RETAIN_GROUP
 from sgtm.model.rows import live_keys
 from sgtm_kernels.plan import Tables
 
@@ -34,8 +35,8 @@ class StepTotals:
     """What is gathered over steps without a device sync: token losses and targets by applied label, and clipping.
 
     clipping  steps, clipped ones, sum of the factors; since it was taken
-    skipped   steps of the run that were skipped; nothing of theirs is in the totals
-    in_a_row  those since the last step that was not
+    skipped   steps of the run that were skipped, wholly or for some domains; nothing of theirs is in the totals
+    in_a_row  steps that did not update the retain group, since the last that did
     The last three are the same on all ranks.
     """
 
@@ -63,13 +64,17 @@ class StepTotals:
         """A micro-batch of the step in progress."""
         self._step = self._step[0] + sums, self._step[1] + counts
 
-    def end_step(self, finite: bool) -> None:
-        """Take over what was added since the last call; not `finite`: the step was skipped, so it is only counted."""
+    def end_step(self, finite: bool, retain: bool | None = None) -> None:
+        """Take over what was added since the last call; not `finite`: the step was skipped, so it is only counted.
+
+        retain  whether the retain group was updated nevertheless (`grad_clip_scope: owner`); None: as `finite`
+        """
+        retain = finite if retain is None else retain
         sums, counts = self._step
         if finite:
             self.sums += sums
             self.counts += counts
-        self.skipped, self.in_a_row = self.skipped + (not finite), 0 if finite else self.in_a_row + 1
+        self.skipped, self.in_a_row = self.skipped + (not finite), 0 if retain else self.in_a_row + 1
         self._step = torch.zeros_like(sums), torch.zeros_like(counts)
 
     def add_step(self, factor: torch.Tensor) -> None:
@@ -115,6 +120,7 @@ def train_step(
     live = frozenset() if totals is None else live_keys(tables, batches[0].step_labels)
     engine.step(live, lr, measure)
     if totals is not None:
-        totals.end_step(engine.finite)
-        if engine.finite:
+        retain = RETAIN_GROUP not in engine.skipped
+        totals.end_step(engine.finite, retain)
+        if retain:
             totals.add_step(engine.clip_factor())

@@ -74,6 +74,8 @@ def check(stage: int, precision: str) -> None:
     before, counts = state_of(engine), dict(engine.optimizer.steps)
     step(engine, config)
     assert not engine.finite and engine.skipped == ("code",), where
+    infinite = {key for key, norm in engine.key_norms().items() if math.isinf(norm)}
+    assert infinite and all(key.endswith(".code") for key in infinite), where
     after = state_of(engine)
     for (key, part), old in before.items():
         owner = owner_of(key, SPACE.groups)

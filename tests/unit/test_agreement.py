@@ -42,3 +42,12 @@ def test_stop_flag():
         assert agreed.stopping == expected
     agreed.reach([torch.ones(1)], flags=torch.tensor([2.0]))
     assert agreed.stopping
+
+
+def test_a_rank_without_a_share_of_several_owners():
+    agreed = Agreement(torch.device("cpu"), ranks=1, owners=3)
+    assert agreed.reach([], owners=[]) == 0.0 and agreed.norms == [0.0, 0.0, 0.0]
+    assert agreed.reach([torch.ones(4), torch.ones(9), torch.ones(16)], owners=[2, 0, 0]) == pytest.approx(29**0.5)
+    assert agreed.norms == [5.0, 0.0, 2.0]
+    agreed.reach([torch.ones(4), torch.tensor([math.nan])], owners=[0, 1])
+    assert agreed.norms == [2.0, math.inf, 0.0] and not agreed.finite

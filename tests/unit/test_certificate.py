@@ -7,6 +7,7 @@ domain's obstacle given to another; `masking.certify` not heeded by the config, 
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -69,6 +70,7 @@ def test_certified(options):
         (("--masking.masked_layers=[0]",), r"layers 1 have no groups \(masking.masked_layers\)"),
         (("--optimizer.grad_clip_scope=global",), "clipped, and steps skipped, by a norm of all weights"),
         (("--optimizer.grad_clip_scope=global", "--optimizer.grad_clip=0"), "clipped, and steps skipped, by a norm"),
+        (("--data.upsample={x: 0.5}",), "data.upsample 0.5 draws documents of x by their text"),
         (("--kernels.deterministic=false",), "sums may be added in any order"),
         (("--data.schedule={0.5: {retain: {unlabeled: 0.1}}}",), "label unlabeled train attn_in of group retain"),
         (('--masking.overrides={"active.retain.es": 0.1}',), "label retain train attn_in of group retain"),
@@ -85,9 +87,24 @@ def test_the_first_reason_why_not(options, reason):
 
 def test_one_domain_may_be_certified_and_another_not():
     found = config(BOTH, '--data.channel={"forget:fr": {unlabeled: 0.5}, retain: {"open:fr": 0.5}}')
-    assert certified(found, ["retain", "forget:es"]) == ("es",)
+    assert certified(found, {"a": "retain", "b": "forget:es"}) == ("es",)
     assert certified(found) == ()  # unlabeled tokens read es too
     assert certified(config(BOTH, '--data.channel={retain: {"open:fr": 0.5}}')) == ("es",)
+
+
+def test_what_upsample_draws_counts_for_the_domain_of_the_category():
+    found = config(BOTH, "--data.upsample={a: 1.5, b: 2}")
+    assert certified(found, {"a": "forget:es", "b": "forget:fr", "c": "retain"}) == ("fr",)
+    assert certified(found, {"a": "retain", "b": "forget:fr", "c": "forget:es"}) == ("es", "fr")
+
+
+def test_the_embedding_of_another_domain_counts():
+    parts = ("attn_in", "attn_out", "mlp_in", "mlp_out")
+    entries = {"active.forget:es.fr": 1, **{f"update.forget:es.fr.{part}": 0 for part in parts}}
+    options = (BOTH, f"--masking.overrides={json.dumps(entries)}")
+    assert obstacle(config(*options), "es") is None
+    reason = obstacle(config(*options, "--masking.domain_embedding=4"), "es")
+    assert reason == "tokens of label forget:es train embedding of group fr while group es is active"
 
 
 def test_the_labels_and_spans_of_the_corpus_count(tmp_path):

@@ -219,3 +219,13 @@ def test_names_and_keys():
         "embedding.bio", "embedding.code", "head.bio", "head.code",
     }  # fmt: skip
     assert domain_parts(partition_of(SPACE, config, forget_heads=2, forget_neurons=1), 41, 16, True) == []
+
+
+def test_a_model_holds_nothing_of_its_forward_pass():
+    """In ZeRO 3 it would hold the gathered weights."""
+    model, batch = model_of("gpt_neo", embedding="full"), random_step("sequence")[0]
+    plan = plan_of(batch, TABLES["strict"])
+    model(batch.input_ids, batch.targets, plan, 1.0)
+    assert model._parts == {}
+    model.logits(batch.input_ids, plan)
+    assert model._parts == {}

@@ -69,6 +69,14 @@ def test_what_wins(tmp_path):
     assert channel == {"retain": {"retain": 1}}
 
 
+def test_an_entry_of_a_recipes_channel_is_changed_by_itself():
+    config = load_config(
+        "debug", ["--recipe=gram", "--data.channel.forget:es.forget:es=1", "--data.channel.forget:es.open:es=0"]
+    )
+    assert config.data.channel["retain"] == recipe("gram", ["es"])["data"]["channel"]["retain"]
+    assert config.data.channel["forget:es"] == {"forget:es": 1, "open:es": 0}
+
+
 def test_without_a_recipe_nothing_is_set():
     assert load_config("debug").recipe is None and facts(load_config("debug"))[0] == "sgtm"
     with pytest.raises(ValueError, match="recipe"):

@@ -97,6 +97,10 @@ def test_skipped_steps_are_counted_and_their_losses_are_not():
             totals.add(torch.tensor([loss, 0.0, 0.0]), torch.tensor([1, 0, 0]))
         totals.end_step(finite)
 
+    totals.end_step(False, retain=True)  # a domain's update was skipped, the retain group's was not
+    assert totals.in_a_row == 0
+    totals.skipped -= 1
+
     step(1.0, 2.0)
     step(math.nan, 5.0, finite=False)
     step(7.0, finite=False)
