@@ -151,7 +151,7 @@ def _certificate(record: dict) -> str:
     domains = ", ".join(f"`{domain}`" for domain in record["independent_of"])
     return (
         f"\nCertified: these weights are independent, to the bit, of what the documents labelled {domains} said; their "
-        f"lengths and the tokenizer may still depend on them.\n"
+        f"lengths, the tokenizer and the split may still depend on them.\n"
         if domains
         else ""
     )
