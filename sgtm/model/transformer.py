@@ -68,7 +68,7 @@ class Attention(nn.Module):
         qkv = linear_in(x, self.w_qkv, None, plan, "attn_in", self.in_bounds, self.backend, overwrite=True)
         heads = attention(
             qkv, self.layout, plan, scale=self.scale, window=self.window, rotary=rotary, overwrite=True,
-            below=not self.first or self._learns_below(plan), backend=self.backend,
+            below=captured() or not self.first or self._learns_below(plan), backend=self.backend,
         )  # fmt: skip
         out = linear_out(heads, self.w_o, self.b_o, plan, "attn_out", self.out_bounds, self.backend)
         if norms is not None:
@@ -76,8 +76,9 @@ class Attention(nn.Module):
         return out
 
     def _learns_below(self, plan: MaskPlan) -> bool:
-        """Whether a token updates a parameter below this layer's projections. A graph is one for all plans: True."""
-        return captured() or any(plan.joint(kind).slices for kind in ("embedding", "position", "norm"))
+        """Whether a token updates a parameter below this layer's projections. Not asked in a graph, which is one for all
+        layers and plans."""
+        return any(plan.joint(kind).slices for kind in ("embedding", "position", "norm"))
 
 
 class MLP(nn.Module):
@@ -210,7 +211,7 @@ class Transformer(nn.Module):
 
     def embed(self, input_ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
         """[B, S, D] embeddings of tokens and, in the GPT-Neo family, positions. Part of `forward`, likewise."""
-        if self.head is None and not plan.joint("embedding").slices:
+        if self.head is None and not captured() and not plan.joint("embedding").slices:
             # No token updates it here: its gradient is the head's alone, and still complete after that of x.
             x = Awaited.apply(
                 embedding(input_ids, self.embedding.detach(), plan, "embedding", self.backend), self.embedding

@@ -144,7 +144,7 @@ def block_activations(config: Config) -> int:
     model, width = config.model, width_of(config)
     q, kv = model.heads * model.size_per_head, model.num_kv_heads * model.size_per_head
     rotated = 0 if model.family == "gpt_neo" else q + kv
-    attention = 2 * model.hidden_size + (q + 2 * kv) + rotated + 2 * q
+    attention = 2 * model.hidden_size + (q + 2 * kv) + rotated + q
     mlp = 2 * model.hidden_size + (2 if model.family == "gpt_neo" else 3) * model.intermediate_size
     statistics = 4 * (model.heads + 2)
     return config.train.micro_batch * model.context * (width * (attention + mlp) + statistics)

@@ -79,9 +79,9 @@ def test_the_kernels_tests_are_collected_on_a_bare_machine(bare, tmp_path):
 
 
 def test_tests_of_one_op_are_its_files(tmp_path):
-    ((*_, first, second, third), rest) = kernel_tests(tmp_path, "attention")
-    assert [Path(file).name for file in (first, second, third)] == [
-        "test_attention.py", "test_attention_blocks.py", "test_attention_public.py"
+    ((*_, first, second, third, fourth), rest) = kernel_tests(tmp_path, "attention")
+    assert [Path(file).name for file in (first, second, third, fourth)] == [
+        "test_attention.py", "test_attention_blocks.py", "test_attention_heads.py", "test_attention_public.py"
     ]  # fmt: skip
     assert rest[-1] == ""  # nothing
 

@@ -118,7 +118,7 @@ def test_the_shares_add_up(said, folder, where):
     assert {(phase, module) for phase in ("forward", "backward") for module in MODULES} <= found
     assert ("optimizer", "other") in found
     calls = {row["name"]: row["calls_per_step"] for row in summary["kernels"]}
-    assert calls["linear.runsBackward"] == 4 * LAYERS * MICRO_BATCHES
+    assert calls["linear.runsBackward"] == 3 * LAYERS * MICRO_BATCHES  # the fourth is one with its GELU
     modules = {row["module"]: row["share"] for row in summary["ranges"] if row["phase"] == "backward"}
     assert modules["attention"] > modules["norm"]
 

@@ -133,7 +133,7 @@ def test_the_split_says_nothing_of_the_applied_label(seed):
     rules = Rules(split={"hash": {"test": 0.1}}, labels={"a": "retain"})
     test = np.array([rules.split.split({}, "", "", int(i)) == "test" for i in ids])
     channel = LabelChannel.from_rows(LabelSpace(("es",)), {"retain": {"retain": 0.5, "unlabeled": 0.5}})
-    applied = channel.apply(np.ones(len(ids), np.int64), ids, seed)
+    _, applied = channel.apply(np.ones(len(ids), np.int64), ids, seed)
     assert set(applied) == {0, 1} and applied[test].mean() == pytest.approx(0.5, abs=0.05)
 
 
