@@ -76,7 +76,7 @@ class Attention(nn.Module):
         return out
 
     def _learns_below(self, plan: MaskPlan) -> bool:
-        """Whether a token updates a parameter below this layer's projections. A graph, one for all plans, does not ask."""
+        """Whether a token updates a parameter below the projections. A graph, one for all plans, does not ask."""
         return any(plan.joint(kind).slices for kind in ("embedding", "position", "norm"))
 
 
