@@ -106,7 +106,7 @@ class MaskingConfig(Section):
     forget_heads: Members = 1
     """Query heads per layer: a count for every domain, or by domain a count or a list of indices."""
     forget_neurons: Members = 64
-    """Neurons per layer, likewise."""
+    """Neurons per layer, in the same form."""
     percent: PositiveFloat | dict[str, PositiveFloat] | None = None
     """Percent of each layer's heads and neurons; where set, forget_heads and forget_neurons are not used."""
     masked_layers: list[NonNegativeInt] | None = None

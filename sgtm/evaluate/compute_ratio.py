@@ -7,7 +7,7 @@ log loss. No law is fitted inside the measured range: a cosine's end does not fo
 the last evaluation of a run by 0.06 nats (novels, a million parameters, 400 steps), more than recipes differ by. A
 baseline compared with itself is at 1.
 
-Outside that range the curve goes on as the power law E + A * compute ** -alpha that fits the evaluations best, moved to
+Outside that range the curve continues as the power law E + A * compute ** -alpha that fits the evaluations best, moved to
 meet its end, and the value is marked as extrapolated.
 
 The error is that of one evaluation: each is predicted from its two neighbours, and the root mean square of what is

@@ -96,7 +96,7 @@ LISTED = ("embedding", "position", "head")
 @pytest.mark.parametrize("name", [name for name in EXPECTED if name != "none"])
 def test_joint(name, joint, kinds):
     *tables, own = EXPECTED[name]
-    own = {} if name == "gram" else own  # strict unless it is said
+    own = {} if name == "gram" else own  # gram has no kinds of its own beside those of joint
     kinds = dict.fromkeys(LISTED, NOT_FORGET) if kinds is None else kinds
     assert_tables(build_tables(SPACE, name, joint=joint), *tables, own | kinds)
 
