@@ -7,8 +7,8 @@ log loss. No law is fitted inside the measured range: a cosine's end does not fo
 the last evaluation of a run by 0.06 nats (novels, a million parameters, 400 steps), more than recipes differ by. A
 baseline compared with itself is at 1.
 
-Outside that range the curve continues as the power law E + A * compute ** -alpha that fits the evaluations best, moved to
-meet its end, and the value is marked as extrapolated.
+Outside that range the curve continues as the power law E + A * compute ** -alpha that fits the evaluations best, moved
+to meet its end, and the value is marked as extrapolated.
 
 The error is that of one evaluation: each is predicted from its two neighbours, and the root mean square of what is
 missed, near the loss in question, is the standard deviation of an evaluation (noise, and curvature that the straight

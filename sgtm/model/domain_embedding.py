@@ -71,16 +71,6 @@ def domain_parts(partition: Partition, vocab: int, width: int, tied: bool) -> li
     return found
 
 
-def held(x: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The same tensors; their gradients are complete at once, when that of the activations x is, and are never None.
-
-    What uses a parameter, and how often, follows from the labels of the micro-batch; when its gradient is complete must
-    not.
-    """
-    found = iter(_Held.apply(x, *(p for p in parameters if p is not None)))
-    return next(found), *(None if p is None else next(found) for p in parameters)
-
-
 def add_domains(x: torch.Tensor, parts: dict[str, torch.Tensor], ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
     """x [B, S, D], embeddings of tokens int64 [B, S] from the shared matrix, plus those of the active domains.
 
@@ -161,15 +151,3 @@ class _Learns(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return (gradient * ctx.share if ctx.share else torch.zeros_like(gradient)), None
-
-
-class _Held(torch.autograd.Function):
-    """The same tensors. A gradient that does not arrive is one of zeros, as always in a Function."""
-
-    @staticmethod
-    def forward(ctx, *tensors):
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return gradients

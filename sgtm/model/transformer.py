@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sgtm.masking.partition import LayerPartition, Partition
-from sgtm.model.domain_embedding import add_domains, domain_parts, head_of, held, subsets
+from sgtm.model.domain_embedding import add_domains, domain_parts, head_of, subsets
+from sgtm.model.gradient_order import held
 from sgtm.model.rows import Rows, group_rows, head_row_bounds, joint_rows, mlp_in_bounds, qkv_bounds
 from sgtm_kernels.attention import HeadLayout, attention
 from sgtm_kernels.autograd import captured
@@ -118,22 +119,6 @@ class Block(nn.Module):
         return x + self.mlp(normed, plan, norms)
 
 
-class Awaited(torch.autograd.Function):
-    """x, as if it depended on a parameter that gets no gradient by it.
-
-    The parameter's own gradient is then complete after that of x, as it is where it does get one: ZeRO 2 and 3 reduce
-    gradients in the order in which they are complete, which must be the same on ranks with other labels.
-    """
-
-    @staticmethod
-    def forward(ctx, x, parameter):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return None, None
-
-
 class Transformer(nn.Module):
     """Decoder-only language model; weights ~ N(0, init_std), biases 0, norms 1.
 
@@ -212,9 +197,8 @@ class Transformer(nn.Module):
         """[B, S, D] embeddings of tokens and, in the GPT-Neo family, positions. Part of `forward`, likewise."""
         if self.head is None and not captured() and not plan.joint("embedding").slices:
             # No token updates it here: its gradient is the head's alone, and still complete after that of x.
-            x = Awaited.apply(
-                embedding(input_ids, self.embedding.detach(), plan, "embedding", self.backend), self.embedding
-            )
+            x = embedding(input_ids, self.embedding.detach(), plan, "embedding", self.backend)
+            x = awaited(x, self.embedding)
         else:
             x = embedding(input_ids, self.embedding, plan, "embedding", self.backend)
         if self.domain_parts:
