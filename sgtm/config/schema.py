@@ -24,7 +24,7 @@ from sgtm.masking.certificate import check_certified
 from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import OPEN, LabelSpace
 from sgtm.masking.partition import Partition, build_partition
-from sgtm.masking.strategy import build_tables
+from sgtm.masking.strategy import build_tables, own_joint
 from sgtm_kernels.plan import Tables
 
 
@@ -113,7 +113,7 @@ class Config(Section):
     def joint(self) -> str | list[str]:
         """`masking.joint`, as the strategy chooses it where it is not set."""
         joint = self.masking.joint
-        return ("strict" if self.masking.strategy == "gram" else "free") if joint is None else joint
+        return own_joint(self.masking.strategy) if joint is None else joint
 
     @cached_property
     def partition(self) -> Partition:

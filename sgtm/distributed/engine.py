@@ -164,7 +164,7 @@ class Engine:
         by_owner = config.optimizer.grad_clip_scope == "owner"
         self._agreement = Agreement(self.device, self.world_size, len(config.space.groups) if by_owner else 1)
         self._takeover = Takeover(
-            self._deepspeed, self._agreement, BUCKET, self._clip, self.optimizer.cut if by_owner else None
+            self._deepspeed, self._agreement, BUCKET, self._set_factors, self.optimizer.cut if by_owner else None
         )
         self._fragments = fragments(self._deepspeed.optimizer, parameters)
         replicas = self.world_size if self._plain else 1
@@ -236,7 +236,7 @@ class Engine:
             # In ZeRO 1 and 2 in bf16 the next gradient would be added to this one (0.19.8).
             self._deepspeed.optimizer.averaged_gradients.clear()
 
-    def _clip(self) -> float:
+    def _set_factors(self) -> float:
         """Factors of the coming update by owner; the norm, or infinity if there is none that can be updated."""
         limit, norms = self.config.optimizer.grad_clip, self._agreement.norms
         self.optimizer.factors = [

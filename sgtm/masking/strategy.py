@@ -101,13 +101,17 @@ JOINT: dict[str, tuple[str, ...]] = {
 """Joint kinds that forget tokens leave alone besides what the strategy says itself (the output biases of `sgtm`)."""
 
 
+def own_joint(strategy: str) -> str:
+    """What `joint` is where it is not set: GRAM's code trains no joint parameter on domain data."""
+    return "strict" if strategy == "gram" else "free"
+
+
 def joint_kinds(strategy: str, joint: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Kinds that `joint` adds to a strategy; None: its own choice, `strict` for `gram` and `free` for all others.
+    """Kinds that `joint` adds to a strategy; None: `own_joint`.
 
     Raises ValueError for unknown kinds, and where the strategy is `none`, which masks nothing.
     """
-    if joint is None:
-        joint = "strict" if strategy == "gram" else "free"
+    joint = own_joint(strategy) if joint is None else joint
     kinds = JOINT.get(joint) if isinstance(joint, str) else tuple(joint)
     unknown = [joint] if kinds is None else [kind for kind in kinds if kind not in KINDS]
     if unknown:
