@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sgtm.masking.partition import LayerPartition, Partition
 from sgtm.model.domain_embedding import add_domains, domain_parts, head_of, subsets
-from sgtm.model.gradient_order import held
+from sgtm.model.gradient_order import awaited, held
 from sgtm.model.rows import Rows, group_rows, head_row_bounds, joint_rows, mlp_in_bounds, qkv_bounds
 from sgtm_kernels.attention import HeadLayout, attention
 from sgtm_kernels.autograd import captured
