@@ -54,17 +54,15 @@ class _Commands:
     def all(self) -> list[tuple]:
         """(name, title, units, units at a time, share of the limit that one item may take) of each stage."""
         names = ",".join(self.ops)
-        if self.cpu:
-            smoke = [self._script("smoke", "all", "smoke.py", "--shape", "tiny", "--only", names)]
-        else:
-            smoke = [self._script("smoke", op, "smoke.py", "--only", op) for op in self.ops]
+        small = ["--shape", "tiny"] if self.cpu else []
+        smoke = [self._script("smoke", op, "smoke.py", "--only", op, *small) for op in self.ops]
         warm = ["--only", names, *(["--shape", "tiny", "--each", "1"] if self.cpu else [])]
         shapes, shape = ("tiny",) if self.cpu else SHAPES, self._shape()
         tests = [self._tests("ops", self._of_ops), self._tests("rest", self._rest)]
         return [
             ("rates", "copy and matmul", [self._script("rates", "all", "rates.py")], 1, 0.5),
             ("warm", "all kernels compiled", [self._script("warm", "all", "warm.py", *warm)], 1, 1.0),
-            ("smoke", "every op against the reference", smoke, len(smoke), 0.5),
+            ("smoke", "every op against the reference", smoke, 2 if self.cpu else len(smoke), 0.5),
             ("profile", "three unmasked steps", [self._script("profile", "all", "profile_step.py", *shape)], 1, 0.7),
             ("steps", "whole steps", [self._steps(shape) for shape in shapes], 1, 1.0),
             ("ops", "ops against public ones", [self._ops()], 1, 0.4),

@@ -94,8 +94,10 @@ def head_of(shared: torch.Tensor, parts: dict[str, torch.Tensor], tied: bool, su
     weight = _Learns.apply(shared, subset.learns) if subset.learns != 1 else shared
     for group, factor in subset.active:
         name = f"{ends(tied)[-1]}_{group}"
-        own = parts[name] if name in parts else parts[f"{name}_rows"] @ parts[f"{name}_basis"]
-        weight = weight + own * factor
+        if name in parts:
+            weight = torch.add(weight, parts[name], alpha=factor)
+        else:
+            weight = torch.addmm(weight, parts[f"{name}_rows"], parts[f"{name}_basis"], alpha=factor)
     return weight
 
 
