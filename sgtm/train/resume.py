@@ -98,21 +98,21 @@ def load_checkpoint(engine: Engine, directory: Path | str, config: Config, corpu
 def differences(saved: dict, config: Config, keys: tuple[str, ...] = SAME) -> list[str]:
     """`key: saved, now` for every one of `keys`, or key in such a section, in which a saved config is not `config`."""
     # Keys that are younger than the checkpoint had their default when it was written.
-    before, now = _flat(_defaults(Config)) | _flat(saved), _flat(resolved(config))
+    before, now = _flat(_with_defaults(Config, saved)), _flat(resolved(config))
     those = [key for key in now | before if f"{key}.".startswith(tuple(f"{same}." for same in keys))]
     changed = [key for key in those if before.get(key) != now.get(key) and key not in MAY_DIFFER]
     by = {"kernels.backend": " by SGTM_KERNELS"} if os.environ.get("SGTM_KERNELS") else {}
     return [f"{key}: {before.get(key)} in the checkpoint, {now.get(key)} now{by.get(key, '')}" for key in changed]
 
 
-def _defaults(schema: type[BaseModel]) -> dict:
-    """Every key that has a default, with it."""
-    found = {}
+def _with_defaults(schema: type[BaseModel], values: dict) -> dict:
+    """These values, and the default of every key that they lack."""
+    found = dict(values)
     for name, field in schema.model_fields.items():
         if section(field):
-            found[name] = _defaults(section(field))
+            found[name] = _with_defaults(section(field), values.get(name, {}))
         elif not field.is_required():
-            found[name] = field.get_default(call_default_factory=True)
+            found.setdefault(name, field.get_default(call_default_factory=True))
     return found
 
 

@@ -1,0 +1,47 @@
+"""Which settings differ between a checkpoint and the config that resumes it.
+
+Seen to fail with: defaults merged into the saved settings after mappings were flattened, which refused to resume every
+run whose groups are given by domain.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sgtm.config import load_config
+from sgtm.train.checkpoint import resolved
+from sgtm.train.resume import differences
+
+MAPPINGS = [
+    "--masking.forget_heads={es: []}",
+    "--masking.forget_heads={es: [1]}",
+    "--masking.forget_neurons={es: 3}",
+    "--masking.percent={es: 25}",
+    "--masking.overrides={active.unlabeled.es: 0.5}",
+    "--data.upsample={en: 2}",
+    "--data.channel={}",
+    "--data.channel={retain: {retain: 1}}",
+    "--data.schedule={0.5: {retain: {unlabeled: 1}}}",
+]
+
+
+def saved(*overrides: str) -> dict:
+    """The settings as a checkpoint's manifest has them."""
+    return json.loads(json.dumps(resolved(load_config("debug", list(overrides)))))
+
+
+@pytest.mark.parametrize("override", MAPPINGS)
+def test_a_key_with_a_mapping(override):
+    config, plain = load_config("debug", [override]), load_config("debug")
+    assert differences(saved(override), config) == []
+    assert differences(saved(), config) and differences(saved(override), plain)
+
+
+def test_a_key_that_is_younger_than_the_checkpoint_had_its_default():
+    older = saved()
+    del older["masking"]["domain_embedding"], older["data"]["schedule"]
+    assert differences(older, load_config("debug")) == []
+    now = load_config("debug", ["--masking.domain_embedding=4"])
+    assert differences(older, now) == ["masking.domain_embedding: none in the checkpoint, 4 now"]
