@@ -29,6 +29,7 @@ setup(
         "sgtm.config": ["presets/*.yaml"],
         "sgtm.data.stories": ["*.yaml"],
         "sgtm.report": ["*.j2"],
+        "sgtm.report.baselines": ["*.json"],
         "sgtm_kernels": ["tuned/*"],
     },
     entry_points={"console_scripts": ["sgtm = sgtm.__main__:run"]},

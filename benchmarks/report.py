@@ -1,11 +1,11 @@
-"""Writes docs/results.md, and the results block of README.md, from the committed results files.
+"""Writes docs/results.md, and the results blocks of README.md and docs/recipes.md, from the committed results files.
 
     python benchmarks/report.py [--check] [--add DIR]
 
-Every number in either comes from benchmarks/results/<device>/*.jsonl. `--check` writes nothing and exits 1 where a
+Every number in them comes from benchmarks/results/<device>/*.jsonl. `--check` writes nothing and exits 1 where a
 file is not what the results say (tests/unit/test_results.py). `--add` takes the rows of a run of gpu.py from DIR into
 benchmarks/results/<device>/<date>_<commit>.jsonl first. Measurements of an op whose checks failed in that run, or were
-not run, are left out of both documents (verdicts.py), which say so.
+not run, are left out of the documents (verdicts.py), which say so.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from step_table import steps
 from tables import markdown, spread
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
 
 
@@ -65,18 +66,23 @@ def slug(name: str) -> str:
 
 def documents() -> dict[Path, str]:
     """Text of every document that holds results."""
-    paths = sorted(RESULTS.glob("*/*.jsonl"))
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    block = "\n\n".join(section(path, "") for path in paths)
+    paths = sorted(RESULTS.glob("*/*.jsonl"), key=lambda path: (path.stem not in SWEEPS, path))
     results = (
         "# Results\n\nWritten by `benchmarks/report.py` from `benchmarks/results/`; do not edit by hand. "
         "How to repeat them stands at the top of each script in `benchmarks/`.\n\n"
     )
+    study = [path for path in paths if path.stem in STUDY]
     return {
-        ROOT / "docs" / "results.md": results + "\n\n".join(section(path, "../") for path in paths) + "\n",
-        readme: f"{before}{BEGIN}\n\n{block}\n\n{END}{rest.split(END)[1]}",
+        DOCS / "results.md": results + "\n\n".join(section(path, "../") for path in paths) + "\n",
+        DOCS / "recipes.md": _filled(DOCS / "recipes.md", [section(path, "../") for path in study]),
+        ROOT / "README.md": _filled(ROOT / "README.md", [section(path, "") for path in paths if path not in study]),
     }
+
+
+def _filled(document: Path, sections: list[str]) -> str:
+    """The document with these sections between its two marks."""
+    before, rest = document.read_text().split(BEGIN)
+    return "\n\n".join([before + BEGIN, *sections, END + rest.split(END)[1]])
 
 
 def section(path: Path, up: str) -> str:
@@ -86,8 +92,8 @@ def section(path: Path, up: str) -> str:
     if "stage" in first:
         text = gpu_run.section(rows)
     else:
-        own = {"steps": steps, "checkpoints": checkpoints}.get(path.stem)
-        text = own(rows) if own else runs(path.stem, rows)
+        own = {"steps": steps, "checkpoints": checkpoints, "domain_embedding": domain_embedding}.get(path.stem)
+        text = own(rows) if own else sweep(path.stem, rows)
     source = (
         f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, commit {first['commit']}, "
         f"{first['time'][:10]} ([{path.name}]({up}{path.relative_to(ROOT).as_posix()}))"
@@ -95,23 +101,48 @@ def section(path: Path, up: str) -> str:
     return f"{text}\n\n{source}"
 
 
-TITLES = {"novels": "English and Spanish novels", "quickstart": "Quickstart: the embedded stories"}
+def domain_embedding(rows: list[dict]) -> str:
+    return steps(rows, "What a domain's own embedding costs, a quarter of the sequences forget")
 
 
-def runs(name: str, rows: list[dict]) -> str:
-    """Test losses in nats per token: the first run full and without each set of domains, its baselines full."""
-    categories = list(rows[0]["losses"]["full"])
-    table = [["run", "model", *(f"{c}, nats" for c in categories)]]
+SWEEPS = {
+    "quickstart": "Quickstart: the embedded stories",
+    "recipes": "Recipes on English and Spanish novels, all labels known",
+    "undiscovered": "A fifth of the Spanish novels undiscovered among the unlabelled text",
+}
+STUDY = ("recipes", "undiscovered")  # in docs/recipes.md, not in the README
+
+
+def sweep(name: str, rows: list[dict]) -> str:
+    """Four losses of each variant, mean and spread over the seeds, and compute ratios where they were computed."""
+    ratios = any(row["ratios"] for row in rows)
+    table = [["recipe", "seeds", "tokens", *(f"{model}, {data}" for model, data in LOSSES)]]
+    table[0] += [f"compute, {model} {data}" for model, data in RATIOS] if ratios else []
     for row in rows:
-        for removed, losses in row["losses"].items():
-            if removed == "full" or row is rows[0]:
-                table.append([row["run"], removed, *(f"{losses[c]:.3f}" for c in categories)])
-    r = rows[0]
+        cells = [row["variant"], str(row["finished"]), f"{row['tokens']:,}"]
+        cells += [_loss(row, f"{model}_{data}") for model, data in LOSSES]
+        found = [row["ratios"].get(f"{model}_{data}") for model, data in RATIOS] if ratios else []
+        cells += [f"{ratio['value']:.2f}{'*' * ratio['extrapolated']}" if ratio else "" for ratio in found]
+        table.append(cells)
     about = (
-        f"{r['parameters']:,} parameters, {r['steps']:,} steps of {r['tokens'] // r['steps']:,} tokens; "
-        f"whole test split; {r['seconds'] / 60:.0f} minutes of training for the first run"
+        "Held-out loss in nats per token, mean and sample standard deviation over the seeds: of the full model and of "
+        "the ablated one (without the domain's group), on retained and on forgotten data."
     )
-    return f"### {TITLES[name]}\n\n{about}.\n\n{markdown(table)}"
+    if ratios:
+        about += (
+            " Compute: the share of a baseline's training at which it reaches this loss, of `unmasked` for the full "
+            "model, of `filtered` for the ablated one; * outside what the baselines measured."
+        )
+    return f"### {SWEEPS[name]}\n\n{about}\n\n{markdown(table)}"
+
+
+LOSSES = tuple((model, data) for model in ("full", "ablated") for data in ("retain", "forget"))
+RATIOS = LOSSES[:3]
+
+
+def _loss(row: dict, loss: str) -> str:
+    spread = row[f"{loss}_sd"]
+    return f"{row[loss]:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
 
 def checkpoints(rows: list[dict]) -> str:

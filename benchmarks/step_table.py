@@ -9,7 +9,7 @@ from tables import markdown, spread
 PLAIN = "plain PyTorch"
 
 
-def steps(rows: Sequence[dict]) -> str:
+def steps(rows: Sequence[dict], title: str = "What a masked step costs") -> str:
     """Steps relative to the unmasked one in time, CPU time and memory; columns that no row has are left out."""
     taken = [row for row in rows if "error" not in row]
     plain = {row.get("shape"): row["tokens_per_second"] for row in taken if row["row"] == PLAIN}
@@ -17,7 +17,7 @@ def steps(rows: Sequence[dict]) -> str:
               "of data sheet", "peak MiB", "memory"]  # fmt: skip
     columns = list(zip(header, *(_cells(row, plain) for row in taken), strict=True))
     table = list(zip(*(column for column in columns if any(column[1:])), strict=True))
-    text = f"### What a masked step costs\n\n{_about(taken, bool(plain))}\n\n{markdown([list(row) for row in table])}"
+    text = f"### {title}\n\n{_about(taken, bool(plain))}\n\n{markdown([list(row) for row in table])}"
     failed = [f"{_name(row)}: {row['error']}" for row in rows if "error" in row]
     return text + (f"\n\nNot measured: {'; '.join(failed)}." if failed else "")
 

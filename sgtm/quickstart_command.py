@@ -12,10 +12,11 @@ def run_quickstart(options) -> None:
 
     from sgtm.evaluate.run import evaluate_run, write_summary
     from sgtm.report import print_summary, write_report
+    from sgtm.report.baselines import shipped_baselines
     from sgtm.train.loop import train
 
     run = train(config, overwrite=_is_quickstart(Path(config.runs) / config.name))
-    summary = evaluate_run(run)
+    summary = {**evaluate_run(run), "baselines": shipped_baselines(config)}
     write_summary(run, summary)
     page = write_report(run)
     print_summary(summary)

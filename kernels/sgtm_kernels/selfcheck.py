@@ -1,7 +1,8 @@
 """Check that a backend computes the same as the reference on this device, before a run's first step.
 
 `recorded` keeps every call of an op that a small forward pass makes on the reference; `check` repeats each call on the
-backend under test, forward and backward, in memory poisoned with NaN where possible, and compares:
+backend under test, forward and (but under `torch.no_grad`) backward, in memory poisoned with NaN where possible, and
+compares:
 
 - outputs and gradients have the reference's shape and dtype, and are finite;
 - rows that are zero in the reference (inactive, or masked) are exactly 0;
@@ -38,17 +39,19 @@ FACTOR, FLOOR = 4.0, 4.0
 
 
 class Call(NamedTuple):
-    """One call of an op's function in a backend's module."""
+    """One call of an op's function in a backend's module; learns: whether gradients are wanted, as in training."""
 
     op: str
     function: str
     arguments: tuple
     options: dict
+    learns: bool
 
     @property
     def signature(self) -> str:
         """What decides which kernels it launches, as text; the values of tensors do not."""
-        return repr((self.op, self.function, [_describe(a) for a in (*self.arguments, *self.options.items())]))
+        described = [_describe(a) for a in (*self.arguments, *self.options.items())]
+        return repr((self.op, self.function, described, self.learns))
 
 
 @contextmanager
@@ -62,7 +65,8 @@ def recorded() -> Iterator[list[Call]]:
 
         def __getattr__(self, function: str):
             def recording(*arguments, **options):
-                call = Call(self.op, function, tuple(_detached(a) for a in arguments), options)
+                known = tuple(_detached(a) for a in arguments)
+                call = Call(self.op, function, known, options, torch.is_grad_enabled())
                 calls.setdefault(call.signature, call)
                 return getattr(self.module, function)(*arguments, **options)
 
@@ -130,7 +134,8 @@ def _results(call: Call, backend: str, dtype: torch.dtype | None = None) -> dict
         return value.detach().to(dtype or value.dtype, copy=True).requires_grad_(value.requires_grad)
 
     arguments = [leaf(a) if isinstance(a, (tuple, torch.Tensor)) else a for a in call.arguments]
-    outputs = getattr(pick(call.op, backend), call.function)(*arguments, **call.options)
+    with torch.set_grad_enabled(call.learns):
+        outputs = getattr(pick(call.op, backend), call.function)(*arguments, **call.options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     results = {f"output {i}": out.detach().clone() for i, out in enumerate(outputs)}
     learned = {f"gradient of argument {i}": a for i, a in enumerate(arguments) if _floating(a) and a.requires_grad}

@@ -38,7 +38,8 @@ class Config(Section):
     recipe: Literal[recipes.NAMES] | None = None
     """Settings that belong together (`paper`, `gram`, `dual`, `certified`): strategy, joint, domain_embedding and
     certify of `masking`, grad_clip_scope of `optimizer`, channel, both_ways and schedule of `data`. Keys that are set
-    beside it or above it win; those of a preset or file that is extended give way."""
+    beside it or above it win; those of a preset or file that is extended give way. With masking.strategy none it sets
+    none of them: the unmasked baseline."""
     model: ModelConfig
     masking: MaskingConfig = MaskingConfig()
     data: DataConfig = DataConfig()
@@ -58,7 +59,8 @@ class Config(Section):
         if not all(isinstance(section, dict) for section in given.values()):
             return values  # an error of the user's, which is found next
         domains = given["masking"].get("domains", MaskingConfig().domains)
-        keys = recipes.recipe(values["recipe"], domains if isinstance(domains, list) else [])
+        unmasked = given["masking"].get("strategy") == "none"
+        keys = recipes.recipe(values["recipe"], domains if isinstance(domains, list) else [], unmasked)
         return values | {name: keys[name] | section for name, section in given.items()}
 
     @model_validator(mode="after")

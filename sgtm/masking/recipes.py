@@ -1,4 +1,4 @@
-"""Recipes: named settings of label channel, joint parameters, domain embedding and clipping that belong together.
+"""Recipes: named settings of strategy, label channel, joint parameters, embedding and clipping that belong together.
 
 A recipe gives keys of the config that are not set beside it or above it; keys of what a file extends give way to it.
 
@@ -6,18 +6,20 @@ A recipe gives keys of the config that are not set beside it or above it; keys o
                the rest unlabeled, where all groups run and learn
     gram       GRAM, "Modular Pretraining Enables Access Control", ICML 2026: a fifth of the retain data, and half of
                each domain's, train the retain group and that domain's together (`open:<domain>`)
-    dual       all retain data in retain mode or, a fifth of it, as the domains' own: no token trains the retain group
-               while a domain's group is active, and the domain's group still learns to work on retained text
-    certified  `dual`, and nothing that a domain's tokens train is left when the domain is removed: the safe model does
-               not depend, in any bit, on what they say (sgtm/masking/certificate.py)
+    dual       gradient routing (arXiv 2410.04332) with an embedding and head of each domain's own: two fifths of the
+               retain data, and a fifth of each domain's, train the retain group and that domain's together; the rest of
+               the domain's data leaves the joint parameters and the retain group's inputs alone
+    certified  a fifth of the retain data trained as the domains' own, and nothing else that a domain's tokens train
+               is left when the domain is removed: the safe model does not depend, in any bit, on what they say
+               (sgtm/masking/certificate.py)
+
+docs/recipes.md compares them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-RETAIN_SHARE = 0.8  # of retain data in retain mode, in `dual` and `certified`; 1 - p_cr in `gram`
-SPREAD = 0.5  # p_as: of a domain's data, trained as `open:<domain>`
+from typing import NamedTuple
 
 NAMES = ("paper", "gram", "dual", "certified")
 KEYS = {
@@ -28,27 +30,51 @@ KEYS = {
 """What every recipe sets, by section."""
 
 
-def recipe(name: str, domains: Sequence[str]) -> dict[str, dict]:
-    """The keys of a recipe by section, for these domains. Raises ValueError for an unknown name."""
+class Shares(NamedTuple):
+    """Of a channel.
+
+    mixed   of the retain data, trained with a domain's group running (p_cr in GRAM)
+    label   as what: `forget` (the domain's group alone learns) or `open` (it and the retain group)
+    spread  of a domain's data, trained as `open` (p_as in GRAM)
+    """
+
+    mixed: float
+    label: str
+    spread: float
+
+
+SHARES = {"gram": Shares(0.2, "open", 0.5), "dual": Shares(0.4, "open", 0.2), "certified": Shares(0.2, "forget", 0)}
+
+
+def recipe(name: str, domains: Sequence[str], unmasked: bool = False) -> dict[str, dict]:
+    """The keys of a recipe by section, for these domains. Raises ValueError for an unknown name.
+
+    unmasked  of the baseline without masks (strategy `none`): no part of the recipe is left
+    """
     if name not in NAMES:
         raise ValueError(f"unknown recipe {name!r}; known recipes: {', '.join(NAMES)}")
-    sure = name == "certified"
+    if unmasked:
+        masking = {"strategy": "none", "joint": "free", "domain_embedding": "none", "certify": False}
+        data = {"channel": {}, "both_ways": False, "schedule": {}}
+        return {"masking": masking, "optimizer": {"grad_clip_scope": "global"}, "data": data}
+    certified = name == "certified"
     masking = {
-        "strategy": "gram" if name == "gram" else "sgtm",
-        "joint": "strict" if name in ("gram", "certified") else "free",
-        "domain_embedding": "full" if sure else "none",
-        "certify": sure,
+        "strategy": {"gram": "gram", "dual": "gradient_routing"}.get(name, "sgtm"),
+        "joint": "free" if name == "paper" else "strict",
+        "domain_embedding": "full" if name in ("dual", "certified") else "none",
+        "certify": certified,
     }
     data = {"channel": _channel(name, domains), "both_ways": False, "schedule": {}}
-    return {"masking": masking, "optimizer": {"grad_clip_scope": "owner" if sure else "global"}, "data": data}
+    return {"masking": masking, "optimizer": {"grad_clip_scope": "owner" if certified else "global"}, "data": data}
 
 
 def _channel(name: str, domains: Sequence[str]) -> dict[str, dict[str, float]]:
     if name == "paper":
         return {"retain": {"retain": 0.25, "unlabeled": 0.75}}
-    label = "open" if name == "gram" else "forget"
-    share = (1 - RETAIN_SHARE) / max(1, len(domains))
-    rows = {"retain": {"retain": RETAIN_SHARE, **{f"{label}:{domain}": share for domain in domains}}}
-    if name == "gram":
-        rows |= {f"forget:{d}": {f"forget:{d}": 1 - SPREAD, f"open:{d}": SPREAD} for d in domains}
-    return rows if domains else {}
+    if not domains:
+        return {}
+    mixed, label, spread = SHARES[name]
+    rows = {"retain": {"retain": 1 - mixed, **{f"{label}:{domain}": mixed / len(domains) for domain in domains}}}
+    if spread:
+        rows |= {f"forget:{d}": {f"forget:{d}": 1 - spread, f"open:{d}": spread} for d in domains}
+    return rows

@@ -26,9 +26,11 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
     steps, all_steps = summary.get("steps"), summary.get("of_steps")
     partly = f" at step {steps} of {all_steps}" if steps != all_steps and all_steps else ""
     console.print(f"[bold]{summary.get('name', 'run')}[/]: held-out loss{partly}, nats per token", highlight=False)
-    rows = loss_rows(summary)
+    rows, baselines = loss_rows(summary), summary.get("baselines") or {}
     for condition in conditions(summary) or [None]:
-        console.print(_table(rows, condition))
+        console.print(_table(rows, condition, baselines))
+    if baselines:
+        console.print(f"{' and '.join(baselines)}: full models of the same training without masks", highlight=False)
     if norms := summary.get("output_norms"):
         by_removal = [
             f"{name} " + ", ".join(f"{category} {parts['residual'][-1]:.3g}" for category, parts in by_category.items())
@@ -67,7 +69,7 @@ def _tokens(summary: dict) -> Table:
     return table
 
 
-def _table(rows: list[LossRow], condition: str | None) -> Table:
+def _table(rows: list[LossRow], condition: str | None, baselines: dict[str, dict[str, float]]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("category")
     table.add_column("true label", style="dim")
@@ -75,10 +77,14 @@ def _table(rows: list[LossRow], condition: str | None) -> Table:
     if condition:
         table.add_column(condition, justify="right")
         table.add_column("difference", justify="right")
+    for name in baselines:
+        table.add_column(name, justify="right", style="dim")
     for row in rows:
         cells = [row.category, row.true_label, f"{row.losses['full']:.3f}"]
-        if condition in row.losses:
-            cells += [f"{row.losses[condition]:.3f}", _difference(row, condition)]
+        if condition:
+            measured = condition in row.losses
+            cells += [f"{row.losses[condition]:.3f}", _difference(row, condition)] if measured else ["-", ""]
+        cells += [f"{losses[row.category]:.3f}" if row.category in losses else "-" for losses in baselines.values()]
         table.add_row(*cells)
     return table
 

@@ -17,6 +17,7 @@ import torch
 from sgtm.config import Config
 from sgtm.distributed.agree import on_every_rank
 from sgtm.distributed.env import DTYPES, device_type, kernel_backend
+from sgtm.masking.strategy import removal_tables
 from sgtm.model.transformer import Block, Transformer
 from sgtm.train.dry_run import label_pieces, random_batch
 from sgtm_kernels import dispatch
@@ -78,7 +79,8 @@ def cache_folder() -> Path:
 
 
 def calls_of(config: Config, device: torch.device) -> list[Call]:
-    """The calls of ops in small forward passes of this config's layers, one for each kind of mask."""
+    """The calls of ops in small forward passes of this config's layers: one for each kind of mask in training, and those
+    of evaluations with nothing and with every domain removed."""
     small = _small(config)
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
@@ -93,6 +95,9 @@ def calls_of(config: Config, device: torch.device) -> list[Call]:
         for i, labels in enumerate(label_pieces(small, min(len(config.tables.labels), LABELS))):
             batch = random_batch(small, labels, i)
             model(*batch.on(device, config.tables), 1.0 / batch.targets.numel())
+        with torch.no_grad():
+            for removed in ((), config.space.domains):
+                model(*batch.on(device, removal_tables(config.space, removed)), 1.0 / batch.targets.numel())
     torch.random.set_rng_state(state)
     return calls
 

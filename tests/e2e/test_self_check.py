@@ -2,7 +2,7 @@
 
 Without a GPU `auto` is made to be `triton`, and copies of the modules of `runs` stand in for its kernels: Triton's
 interpreter is slow (tests/kernels/test_selfcheck.py takes it). Faults tried, each seen to fail: no
-check; the op not replaced; the named backend falling back; another op blamed; a second check of what has passed; a
+check; the warning not printed; the op not replaced; the named backend falling back; another op blamed; a second check of what has passed; a
 verdict remembered for other masks.
 """
 
@@ -30,6 +30,8 @@ SMALL = [
 def train_on_a_broken_kernel(folder: str) -> dict:
     """What two runs say, one by `auto` and one with `triton` named, whose kernel of the MLP is wrong by a tenth."""
     import os
+    from contextlib import redirect_stderr, redirect_stdout
+    from io import StringIO
     from types import SimpleNamespace
 
     from sgtm.train import kernels
@@ -55,7 +57,9 @@ def train_on_a_broken_kernel(folder: str) -> dict:
     except ValueError as error:
         found["named"] = str(error), (Path(folder) / "named").exists()
     automatic = load_config("debug", [*SMALL, f"--runs={folder}", "--name=automatic"])
-    run = train(automatic)
+    with redirect_stdout(StringIO()) as printed, redirect_stderr(printed):
+        run = train(automatic)
+    found["printed"] = printed.getvalue()
     found["served"] = dispatch.pick("mlp", "triton") is dispatch.pick("mlp", "runs"), dispatch.served("triton")
     found["lines"] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found["kept"] = kernels.self_check(automatic, "triton"), len(checks)  # passes now, with the op of PyTorch
@@ -80,6 +84,7 @@ def test_a_named_backend_ends_with_the_name_of_the_op(found):
 
 def test_auto_trains_on_without_the_broken_kernel(found):
     assert found["served"] == (True, "triton (mlp by runs)")
+    assert " ".join(found["printed"].split()).count("warning: mlp.linear_gelu: output 0 is off by") == 1
     assert [line["step"] for line in found["lines"] if line["kind"] == "step"]
 
 

@@ -21,7 +21,10 @@ EXPECTED = {
         "gram", "strict", "none", "global",
         {"retain": {"retain": 0.8, "open:es": 0.2}, "forget:es": {"forget:es": 0.5, "open:es": 0.5}},
     ),
-    "dual": ("sgtm", "free", "none", "global", {"retain": {"retain": 0.8, "forget:es": 0.2}}),
+    "dual": (
+        "gradient_routing", "strict", "full", "global",
+        {"retain": {"retain": 0.6, "open:es": 0.4}, "forget:es": {"forget:es": 0.8, "open:es": 0.2}},
+    ),
     "certified": ("sgtm", "strict", "full", "owner", {"retain": {"retain": 0.8, "forget:es": 0.2}}),
 }  # fmt: skip
 
@@ -64,7 +67,7 @@ def test_what_wins(tmp_path):
     assert facts(config) == ("sgtm", "strict", 8, "owner", EXPECTED["certified"][-1])  # debug's channel gave way
     assert (config.masking.forget_neurons, config.optimizer.lr) == (4, 0.5)  # what no recipe sets stays
     other = load_config(file, ["--recipe=dual", "--masking.joint=masked"])
-    assert facts(other) == ("sgtm", "masked", "none", "global", EXPECTED["dual"][-1])
+    assert facts(other) == ("gradient_routing", "masked", "full", "global", EXPECTED["dual"][-1])
     channel = load_config(file, ["--data.channel={retain: {retain: 1}}"]).data.channel
     assert channel == {"retain": {"retain": 1}}
 
@@ -75,6 +78,16 @@ def test_an_entry_of_a_recipes_channel_is_changed_by_itself():
     )
     assert config.data.channel["retain"] == recipe("gram", ["es"])["data"]["channel"]["retain"]
     assert config.data.channel["forget:es"] == {"forget:es": 1, "open:es": 0}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_unmasked_baseline_has_nothing_of_a_recipe(name, tmp_path):
+    config = load_config("debug", ["--recipe", name, "--masking.strategy=none"])
+    assert facts(config) == ("none", "free", "none", "global", {}) and not config.masking.certify
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    for section, keys in KEYS.items():
+        assert set(recipe(name, ["es"], unmasked=True)[section]) == set(keys)
 
 
 def test_without_a_recipe_nothing_is_set():

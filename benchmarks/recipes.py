@@ -1,0 +1,90 @@
+"""The table of a sweep as a results file, with compute ratios.
+
+    sgtm sweep launch/recipes/novels.sweep.yaml
+    sgtm sweep launch/recipes/novels-lengths.sweep.yaml
+    python benchmarks/recipes.py launch/recipes/novels.sweep.yaml --lengths launch/recipes/novels-lengths.sweep.yaml \
+        --json FILE [--shipped NAME]
+
+A row for each variant: the four losses (docs/sweep.md; mean and sample standard deviation over the seeds) and, with
+`--lengths`, three compute ratios (sgtm/evaluate/compute_ratio.py): of the full model's two losses on the curve of
+`unmasked`, of the ablated model's retain loss on that of `filtered`. The first curve is through the last evaluations of
+`unmasked` and, in the second sweep, of `unmasked-450` and so on: the same baseline trained at other lengths.
+
+`--shipped` also writes the losses of `unmasked` and `filtered` by category to sgtm/report/baselines/NAME.json, which
+`sgtm quickstart` shows beside its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from pathlib import Path
+
+from environment import environment, write_rows
+
+from sgtm.evaluate.compute_ratio import LEAST, LearningCurve
+from sgtm.report.baselines import FOLDER, basis
+from sgtm.sweep.file import read_sweep
+from sgtm.sweep.table import LOSSES
+
+BASELINES = ("unmasked", "filtered")
+RATIOS = {"full_retain": "unmasked", "full_forget": "unmasked", "ablated_retain": "filtered"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sweep", type=Path)
+    parser.add_argument("--lengths", type=Path, help="sweep of the baselines at other lengths")
+    parser.add_argument("--json", type=Path, required=True, help="write one JSON object per variant")
+    parser.add_argument("--shipped", metavar="NAME", help="write sgtm/report/baselines/NAME.json too")
+    args = parser.parse_args()
+    sweep = read_sweep(args.sweep)
+    rows, more = finished(sweep.folder), finished(read_sweep(args.lengths).folder) if args.lengths else []
+    write_rows(
+        args.json, [{"sweep": sweep.folder.name, **short(row), "ratios": ratios(row, rows + more)} for row in rows]
+    )
+    if args.shipped:
+        found = {row["variant"]: by_category(row) for row in rows if row["variant"] in BASELINES}
+        about = {key: environment()[key] for key in ("device", "commit", "time")}
+        text = {"sweep": args.sweep.name, **about, "basis": basis(sweep.runs[0].config), "losses": found}
+        (FOLDER / f"{args.shipped}.json").write_text(json.dumps(text, indent=2) + "\n")
+
+
+def finished(folder: Path) -> list[dict]:
+    """Rows of a sweep's table.jsonl, of the variants that have a finished run."""
+    rows = map(json.loads, (folder / "table.jsonl").read_text().splitlines())
+    return [row for row in rows if row["finished"]]
+
+
+def short(row: dict) -> dict:
+    """A row of table.jsonl without the runs' names and categories."""
+    seeds = [{key: seed[key] for key in ("seed", *LOSSES)} for seed in row["seeds"]]
+    return {**row, "seeds": seeds}
+
+
+def ratios(row: dict, rows: list[dict]) -> dict[str, dict]:
+    """Compute ratios of a row's losses by name: value, and whether it is extrapolated."""
+    found = {}
+    for loss, baseline in RATIOS.items():
+        points = [other for other in rows if re.fullmatch(rf"{baseline}(-\d+)?", other["variant"])]
+        if len(points) < LEAST or row[loss] is None:
+            continue
+        ends_with = f"full_{loss.split('_')[1]}"
+        whole = next(other["tokens"] for other in points if other["variant"] == baseline)
+        curve = LearningCurve([other["tokens"] / whole for other in points], [other[ends_with] for other in points])
+        ratio = curve.ratio(row[loss])
+        longest = max(other["tokens"] for other in points) / whole
+        found[loss] = {"value": round(ratio.value * longest, 4), "extrapolated": ratio.extrapolated}
+    return found
+
+
+def by_category(row: dict) -> dict[str, float]:
+    """Mean over the seeds of the full model's loss on each category."""
+    categories = row["seeds"][0]["losses"]["full"]
+    return {name: statistics.fmean(seed["losses"]["full"][name] for seed in row["seeds"]) for name in categories}
+
+
+if __name__ == "__main__":
+    main()

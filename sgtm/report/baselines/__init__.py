@@ -1,0 +1,31 @@
+"""Losses of unmasked and filtered training that ship with the presets, for a run's own to stand beside.
+
+A file NAME.json belongs to the preset NAME. benchmarks/recipes.py writes it from the results of a sweep: means over its
+seeds. It is shown where a run has the model, optimizer, length and data of that sweep.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sgtm.config.schema import Config
+
+FOLDER = Path(__file__).parent
+
+
+def shipped_baselines(config: Config) -> dict[str, dict[str, float]]:
+    """{baseline: {category: loss in nats per token}}; empty where none were made with what this config trains."""
+    file = FOLDER / f"{config.name}.json"
+    if not file.is_file():
+        return {}
+    shipped = json.loads(file.read_text("utf-8"))
+    return shipped["losses"] if shipped["basis"] == basis(config) else {}
+
+
+def basis(config: Config) -> dict:
+    """What a run must have in common with the runs behind the shipped losses."""
+    shared = {section: getattr(config, section).model_dump(mode="json") for section in ("model", "optimizer")}
+    del shared["optimizer"]["grad_clip_scope"]  # a recipe sets it
+    train = {key: getattr(config.train, key) for key in ("steps", "tokens_per_step", "precision", "init_from")}
+    return {**shared, "train": train, "data": config.data.path}

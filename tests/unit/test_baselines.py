@@ -1,0 +1,111 @@
+"""Losses shipped beside a run, and the tables of sweeps in the documents.
+
+Seen to fail with: the basis not compared; the ratio taken to the longest baseline; the ablated model's loss on the
+unmasked curve; the first seed's losses in place of the mean.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from sgtm.config import load_config
+from sgtm.report import baselines
+from sgtm.report.baselines import basis, shipped_baselines
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("benchmarks")
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def test_the_quickstart_ships_its_baselines():
+    found = shipped_baselines(load_config("quickstart"))
+    assert list(found) == ["unmasked", "filtered"] and all(set(losses) == {"en", "es"} for losses in found.values())
+    assert found["filtered"]["es"] > found["unmasked"]["es"] + 1
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["--train.steps=599", "--optimizer.lr=1e-3", "--model.layers=5", "--data.path=data/mine", "--name=mine"],
+)
+def test_another_training_has_none(override):
+    assert shipped_baselines(load_config("quickstart", [override])) == {}
+
+
+def test_what_a_recipe_sets_is_not_of_the_basis():
+    assert shipped_baselines(load_config("quickstart", ["--recipe=certified"]))
+    assert shipped_baselines(load_config("quickstart", ["--train.seed=7", "--masking.forget_heads=2"]))
+
+
+def variant(name: str, tokens: int, retain: float, forget: float, ablated: float | None = None) -> dict:
+    four = {"full_retain": retain, "full_forget": forget, "ablated_retain": ablated, "ablated_forget": 9.0}
+    losses = {"full": {"en": retain, "es": forget}}
+    seeds = [{"run": name, "seed": seed, **four, "losses": losses} for seed in (0, 1)]
+    spread = {f"{key}_sd": 0.01 for key in four}
+    return {"variant": name, "finished": 2, "runs": 2, "tokens": tokens, **four, **spread, "seeds": seeds}
+
+
+def test_compute_ratios_of_a_sweep_are_those_of_a_power_law():
+    """Baselines on L = C ** -1/2: a recipe at the loss of 0.81 of the whole is at 0.81, whatever the longest is."""
+    from recipes import ratios
+
+    def loss(share: float, factor: float) -> float:
+        return factor * share**-0.5
+
+    rows = [
+        variant(f"{name}{end}", int(share * tokens), loss(share, factor), loss(share, 2 * factor))
+        for name, tokens, factor in (("unmasked", 4000, 3), ("filtered", 3000, 2.5))
+        for end, share in (("-500", 0.5), ("", 1), ("-1500", 1.5))
+    ]
+    mine = variant("mine", 4000, loss(0.81, 3), loss(0.9, 6), loss(0.95, 2.5))
+    found = ratios(mine, [*rows, mine])
+    assert {name: ratio["value"] for name, ratio in found.items()} == pytest.approx(
+        {"full_retain": 0.81, "full_forget": 0.9, "ablated_retain": 0.95}, abs=1e-3
+    )
+    assert not any(ratio["extrapolated"] for ratio in found.values())
+    assert ratios(variant("worse", 4000, 99.0, 99.0), rows)["full_retain"]["extrapolated"]
+    assert ratios(mine, rows[:2]) == {}  # two lengths are no curve
+
+
+def test_losses_to_ship_are_means_over_the_seeds(tmp_path, monkeypatch):
+    import recipes
+
+    rows = [variant("unmasked", 100, 3.0, 4.0), variant("filtered", 75, 3.5, 9.0), variant("dual", 100, 3.1, 4.1, 3.2)]
+    for row in rows:
+        row["seeds"][1]["losses"] = {"full": {"en": row["full_retain"] + 0.5, "es": row["full_forget"] + 1}}
+    folder = tmp_path / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "tiny.yaml"
+    file.write_text(f"base: debug\nruns: {tmp_path / 'runs'}\nvariants: {{unmasked: {{masking.strategy: none}}}}\n")
+    monkeypatch.setattr(recipes, "FOLDER", tmp_path)
+    monkeypatch.setattr(baselines, "FOLDER", tmp_path)
+    options = ["--json", str(tmp_path / "r.jsonl"), "--shipped", "debug"]
+    monkeypatch.setattr(sys, "argv", ["recipes.py", str(file), *options])
+    recipes.main()
+    assert shipped_baselines(load_config("debug")) == {
+        "unmasked": {"en": 3.25, "es": 4.5},
+        "filtered": {"en": 3.75, "es": 9.5},
+    }
+    written = [json.loads(line) for line in (tmp_path / "r.jsonl").open()]
+    assert [row["variant"] for row in written] == ["unmasked", "filtered", "dual"] and written[2]["sweep"] == "tiny"
+    assert "losses" not in written[0]["seeds"][0] and written[0]["seeds"][1]["full_retain"] == 3.0
+    assert json.loads((tmp_path / "debug.json").read_text())["basis"] == basis(load_config("debug"))
+
+
+def test_the_table_of_a_sweep(tmp_path):
+    from report import sweep
+
+    rows = [variant("filtered", 3000, 3.0, 9.0) | {"ratios": {}}, variant("mine", 4000, 3.1234, 4.0, 3.25)]
+    rows[1] |= {"ratios": {"full_retain": {"value": 0.914, "extrapolated": True}}, "ablated_retain_sd": None}
+    rows[0]["ablated_retain"] = 3.0
+    text = sweep("recipes", rows)
+    assert "| mine | 2 | 4,000 | 3.123 ± 0.010 | 4.000 ± 0.010 | 3.250 | 9.000 ± 0.010 | 0.91* |  |  |" in text
+    assert "compute" not in sweep("recipes", [row | {"ratios": {}} for row in rows])
