@@ -4,6 +4,7 @@ Set before torch and deepspeed are imported, and inherited by the processes that
 """
 
 import os
+import tempfile
 
 for name, value in {
     "OMP_NUM_THREADS": "1",
@@ -30,6 +31,9 @@ for name in (
     "LOCAL_RANK",
 ):
     os.environ.pop(name, None)
+
+_CACHE = tempfile.TemporaryDirectory(prefix="sgtm-cache-")  # not the user's
+os.environ["SGTM_CACHE"] = _CACHE.name
 
 import functools  # noqa: E402 (after the environment)
 

@@ -1,10 +1,14 @@
 """What `kernels.deterministic` promises on a GPU, as far as it can be seen without one.
 
-Faults tried, each seen to fail: `warn_only` in the training path; a floating `cumsum` in the loss, which has no
+Faults tried, each seen to fail: `warn_only` in the training path, as an argument and in a dict; the mode left at a
+warning after memory was poisoned; a floating `cumsum` in the loss, which has no
 deterministic algorithm on a GPU; a group without heads handed to SDPA (tests/conftest.py refuses it everywhere).
 """
 
+import io
 import re
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sgtm
 import sgtm_kernels
+from sgtm_kernels.testing import poisoned_memory
 
 # Ops that raise on CUDA tensors under torch.use_deterministic_algorithms(True), by its documentation (torch 2.13); of
 # cumsum the floating one.
@@ -64,5 +69,26 @@ def test_refused_ops_are_noticed():
 def test_nothing_settles_for_a_warning(package):
     """With `warn_only`, SDPA's backward passes on a GPU are not deterministic, and nothing shows."""
     for file in Path(package.__file__).parent.rglob("*.py"):
-        assert not re.search(r"warn_only\s*=\s*(?!False)", file.read_text("utf-8")), file
-        assert "set_deterministic_debug_mode(" not in file.read_text("utf-8") or file.name == "testing.py", file
+        names = set(words(file))
+        assert not names & {"warn_only", "_set_deterministic_algorithms"}, file
+        assert "set_deterministic_debug_mode" not in names or file.name == "testing.py", file
+
+
+def words(file: Path) -> Iterator[str]:
+    """Names and whole strings of a file's code; docstrings are strings of more than one word."""
+    for token in tokenize.generate_tokens(io.StringIO(file.read_text("utf-8")).readline):
+        if token.type in (tokenize.NAME, tokenize.STRING):
+            yield token.string.strip("\"'")
+
+
+def test_poisoned_memory_leaves_the_mode_as_it_was():
+    """The self-check poisons memory before the first step of a run."""
+    for mode in ("default", "warn", "error"):
+        torch.set_deterministic_debug_mode(mode)
+        try:
+            before = torch.get_deterministic_debug_mode()
+            with poisoned_memory():
+                assert torch.get_deterministic_debug_mode() == 2
+            assert torch.get_deterministic_debug_mode() == before == ["default", "warn", "error"].index(mode)
+        finally:
+            torch.set_deterministic_debug_mode("default")
