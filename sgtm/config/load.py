@@ -119,8 +119,9 @@ def _spell_out_channel(values: dict, given: dict[tuple[str, ...], Any]) -> None:
     if inside and name in recipes.NAMES and isinstance(values.setdefault("data", {}), dict):
         below = values.get("masking") if isinstance(values.get("masking"), dict) else {}
         domains = given.get(("masking", "domains"), below.get("domains", MaskingConfig().domains))
+        unmasked = given.get(("masking", "strategy"), below.get("strategy")) == "none"
         if isinstance(domains, list):
-            values["data"].setdefault("channel", recipes.recipe(name, domains)["data"]["channel"])
+            values["data"].setdefault("channel", recipes.recipe(name, domains, unmasked)["data"]["channel"])
 
 
 def load_run_config(run: Path) -> Config:

@@ -178,6 +178,11 @@ def _law(x: np.ndarray, losses: np.ndarray, floor: float) -> PowerLaw | None:
 Ratios = dict[str, dict[str, ComputeRatio]]
 
 
+def categories_of(ratios: Ratios) -> list[str]:
+    """All categories, in order; one whose loss was not finite is missing under that condition."""
+    return list(dict.fromkeys(category for by_category in ratios.values() for category in by_category))
+
+
 def compute_ratios(run: Path, baselines: Sequence[Path]) -> Ratios:
     """Ratios of a run's last evaluation in training, by removed set and category, to the full model of the baselines.
 
@@ -203,7 +208,8 @@ def compute_ratios(run: Path, baselines: Sequence[Path]) -> Ratios:
                     curve = LearningCurve(*zip(*mine, strict=True)) if mine else LearningCurve((), ())
                 except ValueError as error:
                     names = ", ".join(map(str, baselines))
-                    raise ValueError(f"{names}: {category}: {error}; train it with --train.eval_every") from None
+                    few = "train it with --train.eval_every" if len(baselines) == 1 else "give 3 of different lengths"
+                    raise ValueError(f"{names}: {category}: {error}" + f"; {few}" * (len(mine) < LEAST)) from None
                 ratios.setdefault(removal, {})[category] = curve.ratio(loss)
     return ratios
 
@@ -226,13 +232,16 @@ def _check_comparable(run: Path, config: Config, baseline: Path) -> None:
         "model": (config.model, other.model),
         "train.eval_sequences": (config.train.eval_sequences, other.train.eval_sequences),
         "isolation of documents": (isolates_documents(config), isolates_documents(other)),
-        "corpus": (_corpus(run, config), _corpus(baseline, other)),
+        "corpus": _corpora((run, config), (baseline, other)),
     }
     for what, (ours, theirs) in facts.items():
         if ours != theirs:
             raise ValueError(f"{run} and {baseline} cannot be compared: {what} is {ours} and {theirs}")
 
 
-def _corpus(run: Path, config: Config) -> str:
-    latest = find_latest(run)
-    return read_manifest(latest)["corpus"] if latest else config.data.path
+def _corpora(*runs: tuple[Path, Config]) -> tuple[str, ...]:
+    """Fingerprint of each run's corpus; its path where one of them has no checkpoint, which holds the fingerprint."""
+    newest = [find_latest(run) for run, _ in runs]
+    if all(newest):
+        return tuple(read_manifest(checkpoint)["corpus"] for checkpoint in newest)
+    return tuple(config.data.path for _, config in runs)

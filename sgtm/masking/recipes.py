@@ -9,9 +9,8 @@ A recipe gives keys of the config that are not set beside it or above it; keys o
     dual       gradient routing (arXiv 2410.04332) with an embedding and head of each domain's own: two fifths of the
                retain data, and a fifth of each domain's, train the retain group and that domain's together; the rest of
                the domain's data leaves the joint parameters and the retain group's inputs alone
-    certified  a fifth of the retain data trained as the domains' own, and nothing else that a domain's tokens train
-               is left when the domain is removed: the safe model does not depend, in any bit, on what they say
-               (sgtm/masking/certificate.py)
+    certified  a domain's data train its group alone, as does a fifth of the retain data: the safe model does not
+               depend, in any bit, on what the domain's documents say (sgtm/masking/certificate.py)
 
 docs/recipes.md compares them.
 """

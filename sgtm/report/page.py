@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from sgtm.config.schema import Config
-from sgtm.evaluate.compute_ratio import Ratios
+from sgtm.evaluate.compute_ratio import Ratios, categories_of
 from sgtm.files import write_atomically
 from sgtm.masking.labels import removed_domains
 from sgtm.report import figures, palette
@@ -129,6 +129,7 @@ def render(record: Record, exhibits: list[Exhibit], ratios: Ratios) -> str:
         conditions=conditions(summary),
         baselines=summary.get("baselines") or {},
         ratios=ratios,
+        categories_of=categories_of,
         versions=summary.get("versions") or {},
         signed=signed,
         is_forgotten=is_forgotten,

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sgtm.evaluate.compute_ratio import Ratios
+from sgtm.evaluate.compute_ratio import Ratios, categories_of
 from sgtm.masking.labels import removed_domains
 from sgtm.report.findings import LossRow, conditions, loss_rows, signed
 from sgtm.report.record import is_forgotten
@@ -30,7 +30,7 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
     for condition in conditions(summary) or [None]:
         console.print(_table(rows, condition, baselines))
     if baselines:
-        console.print(f"{' and '.join(baselines)}: full models of the same training without masks", highlight=False)
+        console.print(f"{' and '.join(baselines)}: full models trained without masks", highlight=False)
     if norms := summary.get("output_norms"):
         by_removal = [
             f"{name} " + ", ".join(f"{category} {parts['residual'][-1]:.3g}" for category, parts in by_category.items())
@@ -50,8 +50,8 @@ def print_ratios(ratios: Ratios, console: Console | None = None) -> None:
     table.add_column("compute ratio")
     for condition in ratios:
         table.add_column(condition, justify="right")
-    for category in ratios["full"]:
-        table.add_row(category, *(str(by_category[category]) for by_category in ratios.values()))
+    for category in categories_of(ratios):
+        table.add_row(category, *(str(by_category.get(category, "-")) for by_category in ratios.values()))
     console = console or Console()
     console.print(table)
     if any(ratio.extrapolated for by_category in ratios.values() for ratio in by_category.values()):

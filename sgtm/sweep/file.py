@@ -16,6 +16,7 @@ from sgtm.config.load import key_paths, load_variant, parse_yaml
 from sgtm.config.schema import Config, Section
 
 NAME = re.compile(r"\w[\w.+-]*")
+SIGNS = "letters, digits and any of . + - _, the first not . + or -"
 LONGEST_NAME = 200
 """Characters of a run's name, as file systems take 255 bytes."""
 Aspect = Literal["tokens", "data", "evaluation"]
@@ -86,7 +87,7 @@ def read_sweep(file: Path) -> Sweep:
     common = load_variant(base, [_allowed(spec.set, f"{file}: set", spec)], f"{file}: set")
     name = spec.name or file.stem
     if not NAME.fullmatch(name):
-        raise ConfigError(f"{file}: name: {name!r} must be of letters, digits and any of . + - _")
+        raise ConfigError(f"{file}: name: {name!r} must be of {SIGNS}")
     folder = Path(spec.runs or common.runs) / name
     if (folder / "config.yaml").exists():
         raise ConfigError(f"{file}: name: {folder} is a run directory; give the sweep another name")
@@ -135,9 +136,7 @@ def _points(file: Path, spec: SweepFile) -> Iterator[tuple[str, dict[str, Any]]]
             raise ConfigError(f"{file}: variant {label} and the grid both set {', '.join(sorted(twice))}")
         name = "+".join(filter(None, [label, *(word for word, _ in cell)]))
         if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
-            raise ConfigError(
-                f"{file}: variant {name!r}: names are of letters, digits and any of . + - _, at most {LONGEST_NAME}"
-            )
+            raise ConfigError(f"{file}: variant {name!r}: names are of {SIGNS}, at most {LONGEST_NAME} of them")
         if name in seen:
             raise ConfigError(f"{file}: two variants are named {name}; name the values of the grid: {{NAME: VALUE}}")
         seen.add(name)

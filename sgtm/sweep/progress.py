@@ -63,7 +63,7 @@ class Progress:
         self.say(f"{what} {run.name} ({self._finished()} runs finished)")
 
     def update(self) -> None:
-        """Look at the logs, and say how far all is, when it is time."""
+        """Read the logs and print the progress, every few seconds."""
         now = time.monotonic()
         if now - self._looked < REFRESH:
             return
@@ -85,10 +85,10 @@ class Progress:
             )
 
     def remaining(self) -> str:
-        """At the speed since the first steps of this call, as its start says nothing."""
+        """At the speed since the first steps of this call; before them runs are starting."""
         done = self._done() - self.before
         if self.since is None or done <= 0:
-            return "remaining time not known yet"
+            return "remaining time unknown"
         return f"about {duration((self._total() - self._done()) * (time.monotonic() - self.since) / done)} left"
 
     def say(self, text: str) -> None:

@@ -79,8 +79,8 @@ def cache_folder() -> Path:
 
 
 def calls_of(config: Config, device: torch.device) -> list[Call]:
-    """The calls of ops in small forward passes of this config's layers: one for each kind of mask in training, and those
-    of evaluations with nothing and with every domain removed."""
+    """Calls of ops in small forward passes of this config's layers: one for each kind of mask in training, and those
+    of evaluations, with nothing and with every domain removed."""
     small = _small(config)
     state = torch.random.get_rng_state()
     torch.manual_seed(0)

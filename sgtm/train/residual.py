@@ -54,14 +54,14 @@ class ResidualWatch:
         labels = [label for label in mixed_labels(self.config.tables) if label in self.early]
         if not labels or self.config.masking.strategy == "none":
             return f"Likely cause: optimizer.lr {self.config.optimizer.lr:g} is too high; lower it"
-        domains = self.config.space.domains
-        row = ", ".join(["retain: 0.8", *(f'"forget:{domain}": {0.2 / len(domains):.2g}' for domain in domains)])
+        more = "a larger share of the retain data trained as retain (data.channel), or a lower optimizer.lr"
         return (
             f"Likely cause: {' and '.join(labels)} tokens train the retain group while a forget group is active, and "
-            f"the groups out-shout one another. Remedy: a channel row that trains retain data with the forget groups "
-            f"inactive, and a share of it as the domain: data.channel: {{retain: {{{row}}}}}, as "
-            f"recipe dual has it"
+            f"the groups out-shout one another. Remedy: {more if self.config.recipe == 'dual' else DUAL}"
         )
+
+
+DUAL = "recipe: dual, whose domains have an embedding of their own and whose retain data are mostly trained as retain"
 
 
 def mixed_labels(tables: Tables) -> list[str]:

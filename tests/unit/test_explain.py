@@ -91,5 +91,5 @@ def test_weights_and_stopped_gradients_are_shown():
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_can_be_explained(name):
     found = explain(load_config(name))
-    forget = found.config.space.labels[-1]
+    forget = f"forget:{found.config.space.domains[0]}"
     assert 0 < found.updated(forget) < found.updated("retain") < found.total

@@ -106,7 +106,7 @@ def test_a_model_beyond_the_reuse_distance_is_gathered_twice():
     gathered = sum(sizes[name] for name in found.names)
     large = sum(size for size in sizes.values() if size > Limits().persistence)
     assert 2 * large - 1.2e9 < gathered < 2 * large and 5e8 < found.peak < 1.5e9
-    assert gathers(load_config("gpt2-124m"), Limits()).peak <= 124_475_904
+    assert gathers(load_config("gpt2-124m", ["--masking.strategy=none"]), Limits()).peak <= 124_475_904
 
 
 def test_ring_bytes():
@@ -291,7 +291,7 @@ def test_what_does_not_fit_names_what_would():
 def test_the_command_prints_a_row_for_every_stage(capsys):
     assert main(["plan", "--nodes", "64", "--gpus", "8", "--preset", "llama-7b"]) == 0
     printed = capsys.readouterr().out
-    assert "6,738,415,616 parameters" in printed and "512 ranks = 64 nodes x 8" in printed
+    assert f"{6_738_415_616 + 2 * 32_000 * 4096:,} parameters" in printed and "512 ranks = 64 nodes x 8" in printed
     assert main(["plan", "llama-7b", "--nodes", "64", "--gpus", "8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["zero_stage"] for row in found["stages"]] == [0, 1, 2, 3] and found["accumulation"] == 1

@@ -86,6 +86,8 @@ def test_the_unmasked_baseline_has_nothing_of_a_recipe(name, tmp_path):
     assert facts(config) == ("none", "free", "none", "global", {}) and not config.masking.certify
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
+    changed = load_config("debug", ["--recipe", name, "--masking.strategy=none", "--data.channel.retain.retain=1"])
+    assert changed.data.channel == {"retain": {"retain": 1}}
     for section, keys in KEYS.items():
         assert set(recipe(name, ["es"], unmasked=True)[section]) == set(keys)
 

@@ -291,7 +291,7 @@ def test_terminal_table_has_the_figures_in_eighty_columns():
     text = console.export_text()
     assert re.search(r"category +true label +full +without es +difference +no filter", text)
     assert re.search(r"en +retain +3\.123 +3\.141 +.0\.018 +3\.013", text)
-    assert "no filter: full models of the same training without masks" in text
+    assert "no filter: full models trained without masks" in text
     assert re.search(r"es +forget:es +3\.346 +6\.555 +\+3\.209", text)
     assert "residual stream" not in text
     norms = {"full": {"en": {"residual": [0.5, 12.34]}, "es": {"residual": [0.5, 9.0]}}}

@@ -226,7 +226,7 @@ def test_remaining_time_is_that_of_all_runs(sweep_file, monkeypatch, capsys):
     a, b = read_sweep(sweep_file(text)).runs
     with progress.Progress([a, b], []) as shown:
         shown.started(a)
-        assert shown.remaining() == "remaining time not known yet"
+        assert shown.remaining() == "remaining time unknown"
         for clock[0], steps in ((110.0, 0), (150.0, 1), (190.0, 3)):
             finish(a, steps=steps)
             shown.update()

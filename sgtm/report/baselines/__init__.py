@@ -1,7 +1,7 @@
 """Losses of unmasked and filtered training that ship with the presets, for a run's own to stand beside.
 
 A file NAME.json belongs to the preset NAME. benchmarks/recipes.py writes it from the results of a sweep: means over its
-seeds. It is shown where a run has the model, optimizer, length and data of that sweep.
+seeds. `sgtm quickstart` shows it where the config has the model, optimizer, length and data of that sweep.
 """
 
 from __future__ import annotations
@@ -28,4 +28,5 @@ def basis(config: Config) -> dict:
     shared = {section: getattr(config, section).model_dump(mode="json") for section in ("model", "optimizer")}
     del shared["optimizer"]["grad_clip_scope"]  # a recipe sets it
     train = {key: getattr(config.train, key) for key in ("steps", "tokens_per_step", "precision", "init_from")}
-    return {**shared, "train": train, "data": config.data.path}
+    data = {key: getattr(config.data, key) for key in ("path", "mixing", "isolate_documents", "upsample")}
+    return {**shared, "train": train, "data": data}
