@@ -26,8 +26,9 @@ def line(step: int, **norms: float) -> dict:
     return {"kind": "step", "step": step, "norms": by_label}
 
 
-def warnings(lines: list[dict], **sections) -> list[str]:
-    watch = ResidualWatch(tiny_config(optimizer=WARM_UP, **sections))
+def warnings(lines: list[dict], recipe: str | None = None, **sections) -> list[str]:
+    config = tiny_config(optimizer=WARM_UP, **sections)
+    watch = ResidualWatch(config.model_copy(update={"recipe": recipe}))
     return [said for said in map(watch.see, lines) if said]
 
 
