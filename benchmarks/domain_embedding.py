@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--preset", default="tinystories-18m")
     parser.add_argument("--rank", type=positive, default=64)
     parser.add_argument("--rounds", type=positive, default=15)
-    parser.add_argument("--json", type=Path, help="append one JSON object per row")
+    parser.add_argument("--json", type=Path, help="write one JSON object per row")
     args = parser.parse_args()
     low = f"rank {args.rank}"
     parts = {"none": "none", low: str(args.rank), "full": "full"}

@@ -41,10 +41,8 @@ def main() -> None:
     parser.add_argument("--shipped", metavar="NAME", help="write sgtm/report/baselines/NAME.json too")
     args = parser.parse_args()
     sweep = read_sweep(args.sweep)
-    rows, more = finished(sweep.folder), finished(read_sweep(args.lengths).folder) if args.lengths else []
-    write_rows(
-        args.json, [{"sweep": sweep.folder.name, **short(row), "ratios": ratios(row, rows + more)} for row in rows]
-    )
+    rows = finished(sweep.folder) + (finished(read_sweep(args.lengths).folder) if args.lengths else [])
+    write_rows(args.json, [{"sweep": sweep.folder.name, **short(row), "ratios": ratios(row, rows)} for row in rows])
     if args.shipped:
         found = {row["variant"]: by_category(row) for row in rows if row["variant"] in BASELINES}
         about = {key: environment()[key] for key in ("device", "commit", "time")}

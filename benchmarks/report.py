@@ -130,8 +130,8 @@ def sweep(name: str, rows: list[dict]) -> str:
     if ratios:
         about += (
             " Compute: the share of a baseline's training at which it reaches this loss, of `unmasked` for the full "
-            "model, of `filtered` for the ablated one, whatever the tokens of the run itself; * outside what the "
-            "baselines measured (450, 600 and 800 steps; 600 is the whole, the others one seed)."
+            "model, of `filtered` for the ablated one, by the curve through the baseline's rows of several lengths "
+            "(`-450`: steps), whatever the tokens of the run itself; * outside that curve."
         )
     return f"### {SWEEPS[name]}\n\n{about}\n\n{markdown(table)}"
 
