@@ -96,12 +96,11 @@ def key_paths(keys: dict[str, Any]) -> Pairs:
 def _checked(source: str, layers: list[Pairs], merged: list[str], origin: str, shown: set) -> Config:
     """`source` with the layers above it; `origin`, `merged` and `shown` (paths of the command line) are for messages.
 
-    In each layer a recipe replaces all that it sets.
+    What a recipe or strategy in a layer replaces: `_give_way`.
     """
     values, extended = _read(_locate(source))
     for given in layers:
-        if dict(given).get(("recipe",)) is not None:
-            values = _without_recipe(values)
+        values = _give_way(values, dict(given).get(("recipe",)), dict(given).get(("masking", "strategy")))
         _spell_out_channel(values, dict(given))
         for path, value in given:
             _set(values, path, value)
@@ -260,9 +259,10 @@ def _read(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict, list[str]]:
 def _merge(below: dict, above: dict) -> dict:
     """Sections are merged key by key; a value, a list or a mapping of data replaces what was there.
 
-    A recipe replaces all that it sets.
+    What a recipe or strategy above replaces: `_give_way`.
     """
-    below = _without_recipe(below) if above.get("recipe") is not None else below
+    masking = above.get("masking")
+    below = _give_way(below, above.get("recipe"), masking.get("strategy") if isinstance(masking, dict) else None)
     merged = dict(below)
     for name, value in above.items():
         field = Config.model_fields.get(name)
@@ -271,13 +271,22 @@ def _merge(below: dict, above: dict) -> dict:
     return merged
 
 
-def _without_recipe(values: dict) -> dict:
-    """The values without the keys that a recipe sets."""
-    found = {name: value for name, value in values.items() if name != "recipe"}
-    for name, keys in recipes.KEYS.items():
-        if isinstance(found.get(name), dict):
-            found[name] = {key: value for key, value in found[name].items() if key not in keys}
-    return found
+def _give_way(values: dict, recipe: Any, strategy: Any) -> dict:
+    """The values without what a recipe or strategy in the layer above replaces.
+
+    A recipe replaces every key that recipes set. Strategy none replaces those of `masking`: the unmasked baseline
+    of a config has no joint, embedding or certificate left.
+    """
+    if recipe is not None:
+        replaced = recipes.KEYS
+        values = {name: value for name, value in values.items() if name != "recipe"}
+    else:
+        replaced = {"masking": recipes.KEYS["masking"]} if strategy == "none" else {}
+    return values | {
+        name: {key: value for key, value in values[name].items() if key not in keys}
+        for name, keys in replaced.items()
+        if isinstance(values.get(name), dict)
+    }
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -92,6 +92,21 @@ def test_the_unmasked_baseline_has_nothing_of_a_recipe(name, tmp_path):
         assert set(recipe(name, ["es"], unmasked=True)[section]) == set(keys)
 
 
+def test_the_unmasked_baseline_has_nothing_of_the_strategy_below(tmp_path):
+    """By hand in the file: given way to a `none` above it, refused beside it."""
+    file = tmp_path / "base.yaml"
+    settings = "{strategy: sgtm, joint: masked, domain_embedding: 8, certify: true, forget_neurons: 4}"
+    file.write_text(f"extends: debug\nmasking: {settings}\noptimizer: {{grad_clip_scope: owner}}\n")
+    (tmp_path / "above.yaml").write_text("extends: base.yaml\nmasking: {strategy: none}\n")
+    for config in (load_config(file, ["--masking.strategy=none"]), load_config(tmp_path / "above.yaml")):
+        masking = config.masking
+        assert (masking.joint, masking.domain_embedding, masking.certify) == (None, "none", False)
+        assert (masking.forget_neurons, config.optimizer.grad_clip_scope) == (4, "owner")
+    with pytest.raises(ValueError, match="joint: strategy none masks nothing; leave joint out"):
+        load_config(file, ["--masking.strategy=none", "--masking.joint=masked"])
+    assert load_config(file, ["--masking.strategy=gram", "--masking.certify=false"]).masking.joint == "masked"
+
+
 def test_without_a_recipe_nothing_is_set():
     assert load_config("debug").recipe is None and facts(load_config("debug"))[0] == "sgtm"
     with pytest.raises(ValueError, match="recipe"):
