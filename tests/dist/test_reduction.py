@@ -2,22 +2,26 @@
 
 A read is a number that the host takes out of a tensor: on a GPU it waits for the device there. Faults tried, each seen
 to fail: the stop flag in an all-reduce of its own; DeepSpeed's overflow check, its clipping or its norm left in
-place, or its look at every gradient on its way to the host; the flag of another rank ignored, or not sent; gradients
-sent in fp32 all the same; one piece of a share received; the host waiting for the device under
-overlap_comm, or for DeepSpeed's timer.
+place, or its look at every gradient on its way to the host; the flag of another rank ignored, or not sent; a read in
+every forward pass, or by the totals; gradients sent in fp32 all the same; one piece of a share received; the host
+waiting for the device under overlap_comm, or for DeepSpeed's timer.
 """
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from engines import new_engine, train
 from dist.test_zero import expected_gradient, train_one
+from engines import new_engine, train
+from families import model_of, random_step, run_config
 from tiny import FORGET, MIXED, tiny_config, tiny_model, tiny_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgtm.distributed.testing import run_ranks
 from sgtm.model.rows import live_keys
+from sgtm_kernels.cross_entropy.runs import ROWS
 
 CASES = [
     (stage, precision, offload)
@@ -96,6 +100,31 @@ def watch_cases(monkeypatch) -> None:
 
 def test_a_step_reduces_once_and_reads_once_besides_gradients_and_weights():
     run_ranks(watch_steps, 2)
+
+
+def count_reads() -> None:
+    """Of whole training steps, after the first: ZeRO 3 traces its gathers there."""
+    from sgtm.distributed.engine import Engine
+    from sgtm.distributed.process_group import init_distributed
+    from sgtm.train.step import StepTotals, train_step
+
+    init_distributed(run_config(0, "gpt_neo", "runs", "sequence"))
+    for stage in (0, 1, 2, 3):
+        config = run_config(stage, "gpt_neo", "runs", "micro")
+        engine = Engine(model_of("gpt_neo"), config)
+        totals = StepTotals(len(config.tables.labels), engine.device)
+        for step in range(3):
+            batches = random_step("micro", step)[engine.rank :: engine.world_size]
+            with pytest.MonkeyPatch.context() as patch, Watched(patch) as watched:
+                train_step(engine, batches, config.tables, 1e-2, totals)
+            # On a CPU alone, the cross-entropy looks at all targets, and at the probabilities of each block of rows.
+            on_a_cpu = sum(1 + math.ceil(batch.targets.numel() / ROWS) for batch in batches)
+            allowed = on_a_cpu + (2 if stage == 3 else 1)
+            assert step == 0 or watched.reads == allowed, f"ZeRO {stage}, step {step}: {watched.reads} reads"
+
+
+def test_reads_of_a_whole_step():
+    run_ranks(count_reads, 2)
 
 
 def send_in_bf16() -> None:
