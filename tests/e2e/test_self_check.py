@@ -3,7 +3,7 @@
 Without a GPU `auto` is made to be `triton`, and copies of the modules of `runs` stand in for its kernels: Triton's
 interpreter is slow (tests/kernels/test_selfcheck.py takes it). Faults tried, each seen to fail: no check;
 the warning not printed; the op not replaced; the named backend falling back; another op blamed; a second check of what
-has passed; a verdict remembered for other masks.
+has passed; a verdict remembered for other masks; each rank by itself.
 """
 
 from __future__ import annotations
@@ -27,30 +27,46 @@ SMALL = [
 ]
 
 
-def train_on_a_broken_kernel(folder: str) -> dict:
-    """What two runs say, one by `auto` and one with `triton` named, whose kernel of the MLP is wrong by a tenth."""
+def stand_ins(cache: str) -> None:
+    """`triton` is what `auto` takes, and its ops are copies of those of `runs`."""
     import os
+    from types import SimpleNamespace
+
+    from sgtm_kernels import dispatch
+
+    os.environ |= {"TRITON_INTERPRET": "1", "SGTM_CACHE": cache}
+    for op in dispatch.OPS:
+        dispatch._LOADED[op, "triton"] = SimpleNamespace(**vars(dispatch.pick(op, "runs")))
+    own = dispatch.explain
+    dispatch.explain = lambda name="auto", *rest: ("triton", "a GPU") if name == "auto" else own(name, *rest)
+
+
+def break_the_mlp() -> None:
+    """By a tenth."""
+    from sgtm_kernels import dispatch
+
+    kernel, inner = dispatch.pick("mlp", "triton"), dispatch.pick("mlp", "triton").linear_gelu
+    kernel.linear_gelu = lambda *arguments: 1.1 * inner(*arguments)
+
+
+def train_on_a_broken_kernel(folder: str) -> dict:
+    """What two runs say, one by `auto` and one with `triton` named."""
     from contextlib import redirect_stderr, redirect_stdout
     from io import StringIO
-    from types import SimpleNamespace
 
     from sgtm.train import kernels
     from sgtm.train.loop import train
     from sgtm_kernels import dispatch
 
-    os.environ |= {"TRITON_INTERPRET": "1", "SGTM_CACHE": f"{folder}/cache"}
-    for op in dispatch.OPS:
-        dispatch._LOADED[op, "triton"] = SimpleNamespace(**vars(dispatch.pick(op, "runs")))
-    own, checks = dispatch.explain, []
-    dispatch.explain = lambda name="auto", *rest: ("triton", "a GPU") if name == "auto" else own(name, *rest)
-    kernel, inner, check = dispatch.pick("mlp", "triton"), dispatch.pick("mlp", "triton").linear_gelu, kernels.check
+    stand_ins(f"{folder}/cache")
+    checks, check = [], kernels.check
 
     def counted(*arguments):
         checks.append(1)
         return check(*arguments)
 
     kernels.check, found = counted, {}
-    kernel.linear_gelu = lambda *arguments: 1.1 * inner(*arguments)
+    break_the_mlp()
     named = load_config("debug", [*SMALL, f"--runs={folder}", "--name=named", "--kernels.backend=triton"])
     try:
         train(named)
@@ -92,3 +108,27 @@ def test_what_has_passed_is_not_checked_again(found):
     for name in ("kept", "again"):
         assert found[name][0] == dict.fromkeys(found[name][0]) and "mlp" in found[name][0]
     assert [found[name][1] for name in ("kept", "again", "other masks")] == [3, 3, 4]
+
+
+def check_where_one_rank_is_broken(folder: str) -> tuple[str, list[str], str]:
+    """The error of the named backend, the warnings of `auto`, and what serves then."""
+    from sgtm.distributed.process_group import init_distributed
+    from sgtm.train.kernels import check_kernels
+    from sgtm_kernels import dispatch
+
+    automatic = load_config("debug", SMALL)
+    rank = init_distributed(automatic).rank
+    stand_ins(f"{folder}/{rank}")
+    if rank:
+        break_the_mlp()
+    with pytest.raises(ValueError, match="asked for") as error:
+        check_kernels(load_config("debug", [*SMALL, "--kernels.backend=triton"]))
+    return str(error.value), check_kernels(automatic), dispatch.served("triton")
+
+
+def test_a_kernel_that_is_broken_on_one_rank_is_replaced_on_all(tmp_path):
+    found = run_ranks(check_where_one_rank_is_broken, 2, str(tmp_path), timeout=300)
+    assert found[0] == found[1]
+    error, (warning,), served = found[0]
+    assert "\n  mlp.linear_gelu: output 0 is off by" in error and served == "triton (mlp by runs)"
+    assert warning.startswith("warning: mlp.linear_gelu: output 0 is off by")
