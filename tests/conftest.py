@@ -4,7 +4,9 @@ Set before torch and deepspeed are imported, and inherited by the processes that
 """
 
 import os
+import sys
 import tempfile
+from pathlib import Path
 
 for name, value in {
     "OMP_NUM_THREADS": "1",
@@ -35,31 +37,18 @@ for name in (
 _CACHE = tempfile.TemporaryDirectory(prefix="sgtm-cache-")  # not the user's
 os.environ["SGTM_CACHE"] = _CACHE.name
 
-import functools  # noqa: E402 (after the environment)
+# SDPA without heads raises, here and in the processes that tests start.
+GUARDS = str(Path(__file__).parent / "guards")
+sys.path.append(GUARDS)
+os.environ["PYTHONPATH"] = os.pathsep.join([GUARDS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
-import pytest  # noqa: E402
+import pytest  # noqa: E402 (after the environment)
+import sdpa_guard  # noqa: E402, F401
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels in fp32 and fp16; bf16 would be wrong there
-
-
-def _refuse_attention_without_heads(attention):
-    """SDPA as torch 2.11 has it on a CPU: without heads it ends the process there; here it raises."""
-
-    @functools.wraps(attention)
-    def guarded(query, *arguments, **options):
-        if query.dim() == 4 and query.shape[1] == 0:
-            raise ZeroDivisionError(f"scaled_dot_product_attention without heads: query {tuple(query.shape)}")
-        return attention(query, *arguments, **options)
-
-    return guarded
-
-
-torch.nn.functional.scaled_dot_product_attention = _refuse_attention_without_heads(
-    torch.nn.functional.scaled_dot_product_attention
-)
 
 
 def pytest_collection_modifyitems(items):
