@@ -1,14 +1,14 @@
 """Compiled blocks on two ranks: the losses of the model as it is, no graph more than at the first step.
 
 ZeRO-3 here keeps nothing whole that it could shard. Faults tried, each seen to fail: blocks that are gathered piece by
-piece (a hook breaks the graph); the graph of one rank that ignores its masks.
+piece (a hook breaks the graph); the graph of one rank that ignores its masks; a signature that leaves out the norms.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from families import model_of, plan_of, random_step, run_config
+from families import MIXINGS, STRATEGIES, model_of, plan_of, random_step, run_config
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -23,9 +23,7 @@ def train(stage: int, family: str, compiled: bool, checkpointing: bool) -> tuple
     """Losses of a few mixed steps, graphs after each step, and weights of blocks held between forward and backward."""
     from sgtm.distributed import engine as engine_module
 
-    config = run_config(stage, family, "runs", "sequence")
-    keys = {"compile": "blocks" if compiled else "off"}
-    config = config.model_copy(update={"train": config.train.model_copy(update=keys)})
+    config = config_of(stage, family, compiled)
     engine_module.deepspeed_config = sharded(engine_module.deepspeed_config)
     model = model_of(family, activation_checkpointing=checkpointing)
     counter = CompileCounterWithBackend("aot_eager")
@@ -51,6 +49,12 @@ def train(stage: int, family: str, compiled: bool, checkpointing: bool) -> tuple
         engine.step(live_keys(config.tables, batches[0].step_labels), lr=1e-2)
         graphs.append(counter.frame_count)
     return losses, graphs, held
+
+
+def config_of(stage: int, family: str, compiled: bool):
+    config = run_config(stage, family, "runs", "sequence")
+    keys = {"compile": "blocks" if compiled else "off"}
+    return config.model_copy(update={"train": config.train.model_copy(update=keys)})
 
 
 def sharded(make):
@@ -84,3 +88,36 @@ def test_compiled_blocks_on_two_ranks(stage, family):
             assert losses == pytest.approx(plain, abs=2e-6)
             assert graphs == [layers] * STEPS
             assert (held == 0) == (stage == 3)
+
+
+def under_every_mask(stage: int) -> tuple[list[float], list[float], int, int]:
+    """Losses as it is and compiled, a step of one micro-batch in every strategy and mixing; graphs, and signatures."""
+    from sgtm.distributed.engine import Engine
+    from sgtm.distributed.process_group import init_distributed
+    from sgtm.model.compile import compile_blocks
+
+    configs = [config_of(stage, "gpt_neo", compiled) for compiled in (False, True)]
+    init_distributed(configs[0])
+    torch._dynamo.reset()
+    models, counter = [model_of("gpt_neo") for _ in configs], CompileCounterWithBackend("aot_eager")
+    compile_blocks(models[1], counter)
+    engines, losses, signatures = list(map(Engine, models, configs)), ([], []), set()
+    for strategy in STRATEGIES.values():
+        tables = strategy()
+        for seed, mixing in enumerate(MIXINGS):
+            batch = random_step(mixing, seed)[engines[0].rank]
+            signatures.add((plan_of(batch, tables).signature, batch.input_ids.shape))
+            for engine, found in zip(engines, losses, strict=True):
+                loss, _ = engine(batch.input_ids, batch.targets, plan_of(batch, tables), 1 / batch.step_targets)
+                engine.backward(loss)
+                found.append(loss.item())
+                engine.step(live_keys(tables, batch.step_labels), lr=1e-3)
+    return *losses, counter.frame_count, len(signatures)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_every_strategy_and_mixing_on_two_ranks(stage):
+    for plain, compiled, graphs, signatures in run_ranks(under_every_mask, 2, stage, timeout=400):
+        assert len(set(plain)) > len(plain) / 2
+        assert compiled == pytest.approx(plain, abs=2e-6)
+        assert signatures <= graphs <= 2 * signatures  # global and local layers
