@@ -121,8 +121,11 @@ def _problems(o: Outcome, launch: Launch) -> Iterator[str]:
         yield f"HGMMA of {o.columns} columns, {list(launch.columns)} wanted"
     if max(o.widths) < launch.width:
         yield f"widest access of {max(o.widths)} bits, {launch.width} wanted"
+    wide = sum(n for width, n in o.widths.items() if width >= launch.width)
+    if wide < launch.wide:
+        yield f"{wide} accesses of {launch.width} bits, {launch.wide} wanted"
     narrow = sum(n for width, n in o.widths.items() if width < 32)
-    if launch.narrow is not None and narrow > launch.narrow:
+    if narrow > launch.narrow:
         yield f"{narrow} narrow accesses of 8 or 16 bits, {launch.narrow} allowed"
     of_warp = -(-32 * o.registers // REGISTER_UNIT) * REGISTER_UNIT
     warps = min(WARPS, REGISTERS // of_warp)

@@ -18,8 +18,8 @@ class Launch:
     tensor_cores  whether it must use them
     columns    on sm_90, those of its tensor-core instructions (HGMMA), ascending; None: any
     width      bits of the widest access to global memory, at least
-    narrow     instructions that access 8 or 16 bits of global memory, at most: single values; None: any number, since
-               rows are not aligned
+    wide       instructions that access so many bits or more, at least
+    narrow     instructions that access 8 or 16 bits of global memory, at most: single values, rows that begin anywhere
     programs   how many a multiprocessor of sm_90 must hold at once, by their registers and shared memory
     spill      why registers may spill here; None: they may not
     spill_on   the architectures where they may
@@ -36,7 +36,8 @@ class Launch:
     tensor_cores: bool = False
     columns: tuple[int, ...] | None = None
     width: int = 128
-    narrow: int | None = 0
+    wide: int = 1
+    narrow: int = 0
     programs: int = 1
     spill: str | None = None
     spill_on: tuple[int, ...] = (80, 90, 100)

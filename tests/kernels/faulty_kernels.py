@@ -40,7 +40,8 @@ TYPES = {"x": "*bf16", "y": "*bf16", "n": "i32"}
 CASES = {
     "fine": Launch(copy, TYPES, {"B": 1024}),
     "narrow accesses": Launch(masked_by_content, TYPES, {"B": 1024}),
-    "narrow rows": Launch(masked_by_content, TYPES, {"B": 1024}, narrow=None),
+    "narrow rows": Launch(masked_by_content, TYPES, {"B": 1024}, narrow=16),
+    "accesses of 128 bits": Launch(copy, TYPES, {"B": 1024}, wide=8),
     "widest access": Launch(copy, TYPES, {"B": 128}),
     "HGMMA of": Launch(product, TYPES, {"B": 64}, tensor_cores=True, columns=(128,)),
     "columns of HGMMA": Launch(product, TYPES, {"B": 64}, tensor_cores=True, columns=(64,)),

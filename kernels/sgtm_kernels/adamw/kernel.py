@@ -178,5 +178,12 @@ def launches() -> list[Launch]:
     """Every dtype of a gradient, for the ahead-of-time suite."""
     numbers = dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps", "factor"), "fp32")
     signature = {"rows": "*i64", "blocks": "*i32", "places": "*i64", "numbers": "*fp32"} | numbers
-    common = {"fp_fusion": False, "narrow": None, "programs": 8}  # narrow: slices begin anywhere
+    threads = 128
+    # Aligned: weights and moments are read and written 16 bytes at a time. Slices begin anywhere: gradients one by one.
+    common = {
+        "fp_fusion": False,
+        "programs": 8,
+        "wide": 2 * 3 * BLOCK * 4 // (16 * threads),
+        "narrow": BLOCK // threads,
+    }
     return [Launch(adamw_update, signature, {"GRAD": grad, "BLOCK": BLOCK}, **common) for grad in GRADS.values()]

@@ -194,7 +194,7 @@ def launches() -> list[Launch]:
                         dw_rectangles, signature, flags | {"BR": rows, "BC": columns, "BT": tokens}, warps, stages,
                         unaligned, first_arch=first_arch, tensor_cores=dtype == "bf16",
                         columns=(columns // max(1, 16 * warps // rows),) if dtype == "bf16" else None,
-                        narrow=None if loads == "ragged" else 0, width=32 if loads == "ragged" else 128,
+                        narrow=176 if loads == "ragged" else 0, width=32 if loads == "ragged" else 128,
                     )
                 )  # fmt: skip
     return found
