@@ -217,7 +217,7 @@ def test_killed_at_any_moment_no_row_is_lost_and_the_next_run_continues(tmp_path
         code = ITEMS.format(folder=str(tmp_path), rows=f"{n}.jsonl", names=names, body="time.sleep(0.03)")
         (tmp_path / f"{n}.py").write_text(textwrap.dedent(code))
     (tmp_path / "run.py").write_text(textwrap.dedent(RUN.format()))
-    environ = os.environ | {"PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT / 'kernels'}"}
+    environ = os.environ | {"PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT / 'kernels'}:{os.environ['PYTHONPATH']}"}
     command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path)]
     dice, seen, kills = random.Random(0), [], 0
     while True:
@@ -248,7 +248,7 @@ def test_the_processes_of_a_killed_run_are_gone_before_the_next_one_begins(tmp_p
         f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(100)"
     )
     (tmp_path / "run.py").write_text(textwrap.dedent(RUN.format()))
-    environ = os.environ | {"PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT / 'kernels'}"}
+    environ = os.environ | {"PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT / 'kernels'}:{os.environ['PYTHONPATH']}"}
     process = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), str(tmp_path)], env=environ)
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     pid = int((tmp_path / "pid").read_text())
@@ -273,7 +273,8 @@ def wait_for(reached, seconds: float = 60) -> None:
 
 def gpu_run(folder: Path, tmp_path: Path, *options: str, **more) -> subprocess.Popen:
     """gpu.py --cpu on a machine without most packages."""
-    environ = environment_without(ABSENT, tmp_path) | {"OMP_NUM_THREADS": "1"}
+    absent = set(ABSENT) - {"sgtm"}  # that of the checkout
+    environ = environment_without(absent, tmp_path) | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "benchmarks/gpu.py", "--cpu", "--out", str(folder), *options]
     return subprocess.Popen(command, cwd=ROOT, env=environ, text=True, stdout=subprocess.PIPE, **more)
 
@@ -281,7 +282,14 @@ def gpu_run(folder: Path, tmp_path: Path, *options: str, **more) -> subprocess.P
 def test_a_run_on_a_cpu_killed_once_and_continued(tmp_path):
     """Real stages, of one op."""
     out = tmp_path / "out"
-    options = ["--only", "rates,warm,smoke,ops,tune,tests,train,norm", "--budget", "240", "--commit", "first"]
+    options = [
+        "--only",
+        "rates,warm,smoke,profile,steps,ops,tune,tests,train,norm",
+        "--budget",
+        "300",
+        "--commit",
+        "first",
+    ]
     process = gpu_run(out, tmp_path, *options)
     wait_for(lambda: len(rows_of(out, "rates.jsonl")) > 0)
     process.kill()
@@ -292,13 +300,17 @@ def test_a_run_on_a_cpu_killed_once_and_continued(tmp_path):
     assert [row["rate"] for row in rows_of(out, "rates.jsonl")] == ["copy", "matmul"]
     outcomes = {(row["stage"], row["unit"]): row["outcome"] for row in rows_of(out, "stages.jsonl")}
     del outcomes["tests", "rest"]  # red where those tests are
-    assert set(outcomes.values()) == {"done"} and len(outcomes) == 7, output
+    assert set(outcomes.values()) == {"done"} and len(outcomes) == 9, output
     smoke = rows_of(out, "smoke.jsonl")
     assert len(smoke) == 8 and {row["outcome"] for row in smoke} == {"ok"}, smoke
     assert {row["item"] for row in rows_of(out, "tests.jsonl")} == {"test_arguments.py", "test_dispatch.py"}
     assert "deepspeed" in rows_of(out, "train.jsonl")[0]["missing"]
     assert len(rows_of(out, "ops.jsonl")) == 5 and rows_of(out, "warm.jsonl")[0]["launches"] == 1
-    for name in ("rates", "warm", "smoke", "ops", "tests", "train"):
+    (profile,), steps = rows_of(out, "profile.jsonl"), rows_of(out, "steps-tiny.jsonl")
+    assert profile["steps"] == 3 and profile["launches"] > 100 and 0 < profile["busy_share"] <= 1
+    assert not any("error" in row for row in steps), steps
+    assert {"none", "plain PyTorch", "pure forget", "25 %, token", "25 %, micro"} <= {row.get("row") for row in steps}
+    for name in ("rates", "warm", "smoke", "profile", "ops", "tests", "train"):
         for row in rows_of(out, f"{name}.jsonl"):
             assert row["commit"] == "first" and row["device"] and {"torch", "triton"} <= set(row["versions"])
             assert "driver" in row and row["time"]
@@ -342,7 +354,7 @@ def test_tests_are_rows_by_file_and_a_crash_is_one_failed_test(tmp_path):
     from gpu_stages.stages import test_command
 
     files = [tmp_path / f"test_{name}.py" for name in ("mlp", "linear_memory", "plan")]
-    environ = os.environ | {"PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT / 'kernels'}"}
+    environ = os.environ | {"PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT / 'kernels'}:{os.environ['PYTHONPATH']}"}
     subprocess.run(test_command(files, tmp_path / "rows.jsonl", 1), env=environ, cwd=tmp_path, capture_output=True)
     rows = rows_of(tmp_path)
     by_file = {row["item"]: row for row in rows if "item" in row}
