@@ -50,6 +50,14 @@ def section(field: FieldInfo | Any) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested mappings by dotted key. An empty mapping has none."""
+    found = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
 def field_at(schema: type[BaseModel], path: tuple[str, ...]) -> tuple[FieldInfo | None, tuple[str, ...]]:
     """(field that the path leads to or into, the rest of the path inside its value).
 

@@ -25,6 +25,8 @@ def add_sweep_options(sweep) -> None:
 def run_sweep_command(options) -> int:
     if options.launcher is None and (options.nodes or options.gpus):
         raise ValueError("--nodes and --gpus belong to --launcher slurm; here each run is one process")
+    if options.launcher and (options.jobs or options.threads):
+        raise ValueError("--jobs and --threads are for runs on this machine; leave them out with --launcher slurm")
 
     from sgtm.sweep.run import run_sweep
 

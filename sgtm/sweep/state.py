@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from sgtm.config.load import load_run_config
+from sgtm.config.reference import flat
 from sgtm.config.schema import Config
 from sgtm.data.store import Corpus
 from sgtm.sweep.file import Run
@@ -44,7 +44,7 @@ def state_of(run: Run, corpus: Corpus | None) -> str:
 
 def differences(before: Config, now: Config) -> list[str]:
     """`key: before, now` for every key that differs."""
-    old, new = (_flat(config.model_dump(mode="json")) for config in (before, now))
+    old, new = (flat(config.model_dump(mode="json")) for config in (before, now))
     keys = [key for key in {**new, **old} if key not in FREE and old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key)} in the directory, {new.get(key)} in the sweep" for key in keys]
 
@@ -78,10 +78,3 @@ def _corpus_of(checkpoint: Path) -> str | None:
         return read_manifest(checkpoint)["corpus"]
     except ValueError:
         return None
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

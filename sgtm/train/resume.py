@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import BaseModel
 
-from sgtm.config.reference import section
+from sgtm.config.reference import flat, section
 from sgtm.config.schema import Config
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.distributed.env import on_one_machine
@@ -98,7 +98,7 @@ def load_checkpoint(engine: Engine, directory: Path | str, config: Config, corpu
 def differences(saved: dict, config: Config, keys: tuple[str, ...] = SAME) -> list[str]:
     """`key: saved, now` for every one of `keys`, or key in such a section, in which a saved config is not `config`."""
     # Keys that are younger than the checkpoint had their default when it was written.
-    before, now = _flat(_with_defaults(Config, saved)), _flat(resolved(config))
+    before, now = flat(_with_defaults(Config, saved)), flat(resolved(config))
     those = [key for key in now | before if f"{key}.".startswith(tuple(f"{same}." for same in keys))]
     changed = [key for key in those if before.get(key) != now.get(key) and key not in MAY_DIFFER]
     by = {"kernels.backend": " by SGTM_KERNELS"} if os.environ.get("SGTM_KERNELS") else {}
@@ -114,13 +114,6 @@ def _with_defaults(schema: type[BaseModel], values: dict) -> dict:
         elif not field.is_required():
             found.setdefault(name, field.get_default(call_default_factory=True))
     return found
-
-
-def _flat(values: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _refuse_other_run(directory: Path, config: Config, corpus: str) -> dict:

@@ -264,3 +264,16 @@ def test_unfinished_runs_are_submitted_once(sweep_file, tmp_path, monkeypatch, c
     assert job == expected
     printed = capsys.readouterr().out
     assert "c-s0: Submitted batch job 7" in printed and "b-s0 is in the queue already: job 42" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpus", "2"], "--nodes and --gpus belong to --launcher slurm"),
+        (["--launcher", "slurm", "--jobs", "2"], "--jobs and --threads are for runs on this machine"),
+    ],
+)
+def test_options_of_the_other_place_are_refused(options, message, sweep_file, capsys):
+    file = sweep_file("variants: {a: , b: }")
+    assert main(["sweep", str(file), *options]) == 2
+    assert message in capsys.readouterr().err
