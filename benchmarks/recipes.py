@@ -1,17 +1,18 @@
-"""The table of a sweep as a results file, with compute ratios.
+"""The tables of sweeps as a results file, with compute ratios.
 
     sgtm sweep launch/recipes/novels.sweep.yaml
     sgtm sweep launch/recipes/novels-lengths.sweep.yaml
-    python benchmarks/recipes.py launch/recipes/novels.sweep.yaml --lengths launch/recipes/novels-lengths.sweep.yaml \
+    python benchmarks/recipes.py launch/recipes/novels.sweep.yaml launch/recipes/novels-lengths.sweep.yaml \
         --json FILE [--shipped NAME]
 
-A row for each variant: the four losses (docs/sweep.md; mean and sample standard deviation over the seeds) and, with
-`--lengths`, three compute ratios (sgtm/evaluate/compute_ratio.py): of the full model's two losses on the curve of
-`unmasked`, of the ablated model's retain loss on that of `filtered`. The first curve is through the last evaluations of
-`unmasked` and, in the second sweep, of `unmasked-450` and so on: the same baseline trained at other lengths.
+A row for each variant: the four losses (docs/sweep.md; mean and sample standard deviation over the seeds) and, where
+there are baselines of three lengths, three compute ratios (sgtm/evaluate/compute_ratio.py): of the full model's two
+losses on the curve of `unmasked`, of the ablated model's retain loss on that of `filtered`. The first curve is through
+the last evaluations of `unmasked`, `unmasked-450` and so on: the same baseline trained for other numbers of steps. Rows
+of other sweeps in FILE stay, and all ratios are computed anew from all rows.
 
-`--shipped` also writes the losses of `unmasked` and `filtered` by category to sgtm/report/baselines/NAME.json, which
-`sgtm quickstart` shows beside its own.
+`--shipped` also writes the losses of the first sweep's `unmasked` and `filtered` by category to
+sgtm/report/baselines/NAME.json, which `sgtm quickstart` shows beside its own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import re
 import statistics
 from pathlib import Path
 
-from environment import environment, write_rows
+from environment import environment, read_rows
 
 from sgtm.evaluate.compute_ratio import LEAST, LearningCurve
 from sgtm.report.baselines import FOLDER, basis
@@ -35,18 +36,23 @@ RATIOS = {"full_retain": "unmasked", "full_forget": "unmasked", "ablated_retain"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sweep", type=Path)
-    parser.add_argument("--lengths", type=Path, help="sweep of the baselines at other lengths")
+    parser.add_argument("sweeps", type=Path, nargs="+", metavar="SWEEP")
     parser.add_argument("--json", type=Path, required=True, help="write one JSON object per variant")
     parser.add_argument("--shipped", metavar="NAME", help="write sgtm/report/baselines/NAME.json too")
     args = parser.parse_args()
-    sweep = read_sweep(args.sweep)
-    rows = finished(sweep.folder) + (finished(read_sweep(args.lengths).folder) if args.lengths else [])
-    write_rows(args.json, [{"sweep": sweep.folder.name, **short(row), "ratios": ratios(row, rows)} for row in rows])
+    sweeps = [read_sweep(path) for path in args.sweeps]
+    names = [sweep.folder.name for sweep in sweeps]
+    rows = [row for row in read_rows(args.json) if row["sweep"] not in names] if args.json.exists() else []
+    here = environment()
+    for sweep, name in zip(sweeps, names, strict=True):
+        rows += [{"sweep": name, **short(row), **here} for row in finished(sweep.folder)]
+    text = "".join(json.dumps({**row, "ratios": ratios(row, rows)}) + "\n" for row in rows)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(text)
     if args.shipped:
-        found = {row["variant"]: by_category(row) for row in rows if row["variant"] in BASELINES}
-        about = {key: environment()[key] for key in ("device", "commit", "time")}
-        text = {"sweep": args.sweep.name, **about, "basis": basis(sweep.runs[0].config), "losses": found}
+        found = {row["variant"]: by_category(row) for row in finished(sweeps[0].folder) if row["variant"] in BASELINES}
+        about = {key: here[key] for key in ("device", "commit", "time")}
+        text = {"sweep": args.sweeps[0].name, **about, "basis": basis(sweeps[0].runs[0].config), "losses": found}
         (FOLDER / f"{args.shipped}.json").write_text(json.dumps(text, indent=2) + "\n")
 
 

@@ -109,20 +109,19 @@ SWEEPS = {
     "quickstart": "Quickstart: the embedded stories",
     "novels": "English and Spanish novels",
 }
+PARTS = {
+    "novels-groups.sweep": "Sizes of the domain's group, and Spanish trained both ways",
+    "novels-undiscovered.sweep": "Shares of the Spanish undiscovered",
+    "novels-lengths.sweep": "Lengths of the baselines, for the curves",
+}
+"""What stands above the table of a sweep that is not the first of its file."""
 STUDY = ("novels",)  # in docs/recipes.md, not in the README
 
 
 def sweep(name: str, rows: list[dict]) -> str:
-    """Four losses of each variant, mean and spread over the seeds, and compute ratios where they were computed."""
+    """Four losses of each variant, mean and spread over the seeds, and compute ratios where they were computed; a table
+    for each sweep."""
     ratios = any(row["ratios"] for row in rows)
-    table = [["recipe", "seeds", "tokens", *(f"{model}, {data}" for model, data in LOSSES)]]
-    table[0] += [f"compute, {model} {data}" for model, data in RATIOS] if ratios else []
-    for row in rows:
-        cells = [row["variant"], str(row["finished"]), f"{row['tokens']:,}"]
-        cells += [_loss(row, f"{model}_{data}") for model, data in LOSSES]
-        found = [row["ratios"].get(f"{model}_{data}") for model, data in RATIOS] if ratios else []
-        cells += [f"{ratio['value']:.2f}{'*' * ratio['extrapolated']}" if ratio else "" for ratio in found]
-        table.append(cells)
     about = (
         "Held-out loss in nats per token, mean and sample standard deviation over the seeds: of the full model and of "
         "the ablated one (without the domain's group), on retained and on forgotten data."
@@ -133,7 +132,23 @@ def sweep(name: str, rows: list[dict]) -> str:
             "model, of `filtered` for the ablated one, by the curve through the baseline's rows of several lengths "
             "(`-450`: steps), whatever the tokens of the run itself; * outside that curve."
         )
-    return f"### {SWEEPS[name]}\n\n{about}\n\n{markdown(table)}"
+    parts = [f"### {SWEEPS[name]}", about]
+    for kind in dict.fromkeys(row.get("sweep") for row in rows):
+        parts += [PARTS[kind]] if kind in PARTS else []
+        parts.append(markdown(_variants([row for row in rows if row.get("sweep") == kind], ratios)))
+    return "\n\n".join(parts)
+
+
+def _variants(rows: list[dict], ratios: bool) -> list[list[str]]:
+    table = [["recipe", "seeds", "tokens", *(f"{model}, {data}" for model, data in LOSSES)]]
+    table[0] += [f"compute, {model} {data}" for model, data in RATIOS] if ratios else []
+    for row in rows:
+        cells = [row["variant"], str(row["finished"]), f"{row['tokens']:,}"]
+        cells += [_loss(row, f"{model}_{data}") for model, data in LOSSES]
+        found = [row["ratios"].get(f"{model}_{data}") for model, data in RATIOS] if ratios else []
+        cells += [f"{ratio['value']:.2f}{'*' * ratio['extrapolated']}" if ratio else "" for ratio in found]
+        table.append(cells)
+    return table
 
 
 LOSSES = tuple((model, data) for model in ("full", "ablated") for data in ("retain", "forget"))

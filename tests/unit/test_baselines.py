@@ -76,7 +76,7 @@ def test_compute_ratios_of_a_sweep_are_those_of_a_power_law():
     assert ratios(mine, rows[:2]) == {}  # two lengths are no curve
 
 
-def test_losses_to_ship_are_means_over_the_seeds(tmp_path, monkeypatch):
+def test_losses_to_ship_are_means_over_the_seeds_and_rows_of_other_sweeps_stay(tmp_path, monkeypatch):
     import recipes
 
     rows = [variant("unmasked", 100, 3.0, 4.0), variant("filtered", 75, 3.5, 9.0), variant("dual", 100, 3.1, 4.1, 3.2)]
@@ -89,6 +89,10 @@ def test_losses_to_ship_are_means_over_the_seeds(tmp_path, monkeypatch):
     file.write_text(f"base: debug\nruns: {tmp_path / 'runs'}\nvariants: {{unmasked: {{masking.strategy: none}}}}\n")
     monkeypatch.setattr(recipes, "FOLDER", tmp_path)
     monkeypatch.setattr(baselines, "FOLDER", tmp_path)
+    earlier = [
+        variant("other", 100, 3.0, 4.0) | {"sweep": name, "commit": "old", "ratios": {}} for name in ("o", "tiny")
+    ]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in earlier))
     options = ["--json", str(tmp_path / "r.jsonl"), "--shipped", "debug"]
     monkeypatch.setattr(sys, "argv", ["recipes.py", str(file), *options])
     recipes.main()
@@ -97,8 +101,9 @@ def test_losses_to_ship_are_means_over_the_seeds(tmp_path, monkeypatch):
         "filtered": {"en": 3.75, "es": 9.5},
     }
     written = [json.loads(line) for line in (tmp_path / "r.jsonl").open()]
-    assert [row["variant"] for row in written] == ["unmasked", "filtered", "dual"] and written[2]["sweep"] == "tiny"
-    assert "losses" not in written[0]["seeds"][0] and written[0]["seeds"][1]["full_retain"] == 3.0
+    assert written[0] == earlier[0]  # of another sweep
+    assert [row["variant"] for row in written[1:]] == ["unmasked", "filtered", "dual"] and written[3]["sweep"] == "tiny"
+    assert "losses" not in written[1]["seeds"][0] and written[1]["seeds"][1]["full_retain"] == 3.0
     assert json.loads((tmp_path / "debug.json").read_text())["basis"] == basis(load_config("debug"))
 
 
