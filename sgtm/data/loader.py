@@ -2,9 +2,12 @@
 
 An epoch is a permutation of label-pure *blocks* of sequences: one sequence for mixing `sequence` and `token`, a whole
 step for `step`, the share of one of `micro_blocks` for `micro`. Epoch follows epoch without a gap, and a global step
-takes the next blocks. There is no iterator state: step 1000 of a resumed run is step 1000. Where the label channel
-changes (`data.schedule`) another order takes over, at the same number of blocks; it is a permutation of its own, so
-documents of the epoch in progress may come a second time or not at all.
+takes the next blocks. There is no iterator state: step 1000 of a resumed run is step 1000.
+
+Documents are packed anew for every epoch (packing.py). Each epoch has as many blocks as the first: where a fractional
+`data.upsample` draws a few tokens less, the first sequences of its order come again at the end; where it draws more,
+the last are left out. Where the label channel changes (`data.schedule`) another order takes over, at the same number of
+blocks; it is a permutation of its own, so documents of the epoch in progress may come a second time or not at all.
 
 The promise: the set of sequences in a global step is the same for any number of ranks and any micro-batch, and so are
 its targets and labels, which every rank knows without reading the others' tokens (`tests/unit/test_data_loader.py`).
@@ -12,9 +15,10 @@ its targets and labels, which every rank knows without reading the others' token
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +26,7 @@ import torch
 
 from sgtm.config.schema import Config
 from sgtm.data.batch import Batch
-from sgtm.data.packing import Sequence, Stream, derived_seed, in_order, pack, shuffled
+from sgtm.data.packing import Piece, Sequence, Stream, derived_seed, in_order, pack, shuffled
 from sgtm.data.store import Corpus
 from sgtm.data.summary import labels_of, trained_categories
 from sgtm.masking.certificate import check_certified
@@ -34,24 +38,30 @@ PAD_MULTIPLE = 128
 
 
 class Place(NamedTuple):
-    """A sequence: which stream (the applied label, None for mixing `token`), and which of its sequences."""
+    """A sequence: its stream (the applied label, None for mixing `token`), the epoch, and its number in the stream."""
 
     stream: int | None
+    epoch: int
     sequence: int
+
+
+Streams = dict[int | None, Stream]
 
 
 class Order:
     """The sequences of every global step under one label channel, for any number of ranks.
 
-    streams  by applied label, or one under None for mixing `token`
+    pack     streams of an epoch, by applied label, or one under None for mixing `token`
+    streams  those of the first epoch
     block    sequences of a label-pure block
 
     Raises ValueError where a label has too few sequences for a block, or all together for a step.
     """
 
-    def __init__(self, streams: dict[int | None, Stream], config: Config):
+    def __init__(self, pack: Callable[[int], Streams], config: Config):
         mixing = config.data.mixing
-        self.streams, self.seed = streams, config.data.seed
+        self.streams, self.seed = pack(0), config.data.seed
+        self._pack = lru_cache(maxsize=2)(lambda epoch: pack(epoch) if epoch else self.streams)
         self.per_step = config.sequences_per_step
         self.block = {"micro": self.per_step // config.data.micro_blocks, "step": self.per_step}.get(mixing, 1)
         self._check_enough(config)
@@ -71,16 +81,26 @@ class Order:
         return found
 
     def count_targets(self, places: list[Place]) -> int:
-        return sum(
-            stream.target_count(np.array([p.sequence for p in places if p.stream == label], np.int64))
-            for label, stream in self.streams.items()
-        )
+        sequences = defaultdict(list)
+        for place in places:
+            sequences[place.stream, place.epoch].append(place.sequence)
+        return sum(self._stream(*of).target_count(np.array(numbers)) for of, numbers in sequences.items())
 
     def find_labels(self, places: list[Place]) -> frozenset[int]:
         if None not in self.streams:
             return frozenset(place.stream for place in places)
-        pieces = (piece for place in places for piece in self.streams[None].pieces(place.sequence))
-        return frozenset(piece.label for piece in pieces)
+        return frozenset(piece.label for place in places for piece in self.pieces(place))
+
+    def pieces(self, place: Place) -> list[Piece]:
+        return self._stream(place.stream, place.epoch).pieces(place.sequence)
+
+    def read(self, place: Place) -> Sequence:
+        return self._stream(place.stream, place.epoch).read(place.sequence)
+
+    def _stream(self, label: int | None, epoch: int) -> Stream:
+        """That of the first epoch where a label has drawn less than a sequence."""
+        stream = self._pack(epoch).get(label)
+        return stream if stream and stream.sequences else self.streams[label]
 
     def _block(self, epoch: int, place: int) -> list[Place]:
         blocks, sequences = self._epoch(epoch)
@@ -89,16 +109,16 @@ class Order:
             count = stream.sequences // self.block
             if index < count:
                 chosen = sequences[label][index * self.block : (index + 1) * self.block]
-                return [Place(label, int(sequence)) for sequence in chosen]
+                return [Place(label, epoch, int(sequence)) for sequence in chosen]
             index -= count
         raise AssertionError(f"epoch {epoch} has no block {place}")
 
     def _build_epoch(self, epoch: int) -> tuple[np.ndarray, dict[int | None, np.ndarray]]:
         """The order of an epoch's blocks, and by label the order of the sequences they are cut from."""
-        sequences = {
-            label: shuffled(stream.sequences, derived_seed(self.seed, _EPOCH_SEQUENCES + (label or 0), epoch))
-            for label, stream in self.streams.items()
-        }
+        sequences = {}
+        for label, first in self.streams.items():
+            seed = derived_seed(self.seed, _EPOCH_SEQUENCES + (label or 0), epoch)
+            sequences[label] = np.resize(shuffled(self._stream(label, epoch).sequences, seed), first.sequences)
         return shuffled(self.blocks_per_epoch, derived_seed(self.seed, _EPOCH_BLOCKS, epoch)), sequences
 
     def _check_enough(self, config: Config) -> None:
@@ -137,7 +157,7 @@ class Loader:
         self.isolated = isolates_documents(config)
         self.forget_labels = config.space.forget_labels
         self.orders = [
-            (start, Order(_streams(corpus, config, channel, self.isolated), config))
+            (start, Order(partial(_streams, corpus, config, channel, self.isolated), config))
             for start, channel in config.channels
         ]
         self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="sgtm-loader")
@@ -183,16 +203,15 @@ class Loader:
 
     def documents(self, step: int, rank: int, micro_batch: int) -> list[int]:
         """Positions in the corpus of the documents in a micro-batch of any rank, in order; reads no token."""
-        places = self.micro_batches(step, rank)[micro_batch]
-        streams = self.order(step).streams
-        pieces = (piece for place in places for piece in streams[place.stream].pieces(place.sequence))
+        places, order = self.micro_batches(step, rank)[micro_batch], self.order(step)
+        pieces = (piece for place in places for piece in order.pieces(place))
         return list(dict.fromkeys(piece.document for piece in pieces))
 
     def _read(self, step: int) -> list[Batch]:
         order, everything = self.order(step), self.sequences(step)
         targets, labels = order.count_targets(everything), order.find_labels(everything)
         return [
-            collate([order.streams[p.stream].read(p.sequence) for p in places], self.isolated, targets, labels)
+            collate([order.read(place) for place in places], self.isolated, targets, labels)
             for places in self.micro_batches(step, self.rank)
         ]
 
@@ -204,7 +223,7 @@ class Loader:
         return {UNLABELED: 2, RETAIN: 3}.get(label, int(label not in self.forget_labels)), -label
 
 
-def _streams(corpus: Corpus, config: Config, channel: LabelChannel, isolated: bool) -> dict[int | None, Stream]:
+def _streams(corpus: Corpus, config: Config, channel: LabelChannel, isolated: bool, epoch: int) -> Streams:
     return pack(
         corpus,
         corpus.select("train"),
@@ -213,6 +232,7 @@ def _streams(corpus: Corpus, config: Config, channel: LabelChannel, isolated: bo
         seed=config.data.seed,
         context=config.model.context,
         mixing=config.data.mixing,
+        epoch=epoch,
         upsample=config.data.upsample,
         isolate_documents=isolated,
         span_policy=config.masking.span_policy,

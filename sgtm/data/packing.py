@@ -2,7 +2,9 @@
 
 A `Stream` is an order of documents and the cumulative sum of their lengths; its sequence `i` is tokens `i*context :
 (i+1)*context` and their targets are the tokens one further. Nothing is copied until a sequence is read, so an epoch
-costs 20 bytes per document. Which sequence holds what depends on (corpus, channel, seed, context, mixing, upsample).
+costs 20 bytes per document. Which sequence holds what depends on (corpus, channel, seed, epoch, context, mixing,
+upsample). The order of documents is drawn by epoch, so that no document always lies in the tail, and so is a fraction
+of `upsample`: 0.3 lets in three tenths of the documents, others in each epoch, each of them three times in ten epochs.
 
 The promises: every token of a document that `upsample` lets in is in one sequence per copy, label and epoch, but for
 the tail of a stream that fills no sequence; where labels mix or documents are isolated, no target crosses from one
@@ -193,6 +195,7 @@ def pack(
     seed: int,
     context: int,
     mixing: str,
+    epoch: int = 0,
     upsample: dict[str, float] | None = None,
     isolate_documents: bool = False,
     span_policy: str = "conservative",
@@ -206,14 +209,14 @@ def pack(
     unknown category, or where the conservative policy meets a document of two forget domains.
     """
     spans = _applied_spans(corpus, documents, space, channel, seed, mixing, span_policy)
-    documents = _upsampled(corpus, documents, upsample or {}, seed)
+    documents = _upsampled(corpus, documents, upsample or {}, seed, epoch)
     records = corpus.documents[documents]
     true_labels = corpus.label_of_category(space)[records["category"]]
     passes, labels = channel.apply(true_labels, records["id"], seed)
     documents, records, labels = documents[passes], records[passes], labels.astype(np.int16)
     if spans and span_policy == "conservative":
         _check_one_domain(corpus, documents, labels, spans)
-    order = shuffled(len(documents), derived_seed(seed, _SHUFFLE))
+    order = shuffled(len(documents), derived_seed(seed, _SHUFFLE, epoch))
     chosen = {None: order} if mixing == "token" else {int(l): order[labels[order] == l] for l in np.unique(labels)}
     return {
         label: Stream(
@@ -233,8 +236,13 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def _upsampled(corpus: Corpus, documents: np.ndarray, upsample: dict[str, float], seed: int) -> np.ndarray:
-    """Documents repeated as `upsample` says: whole copies, and one more where a hash draw falls below the fraction."""
+def _upsampled(corpus: Corpus, documents: np.ndarray, upsample: dict[str, float], seed: int, epoch: int) -> np.ndarray:
+    """Documents repeated as `upsample` says: whole copies, and one more where a draw falls below the fraction.
+
+    The draws of a category's documents are evenly spaced, in the order of a hash, and move on by the fraction, round a
+    circle, with every epoch: an epoch has its share of the documents, rounded, and in any N epochs a document comes N
+    times the factor, rounded.
+    """
     unknown = set(upsample) - set(corpus.categories)
     if unknown:
         raise ValueError(
@@ -242,8 +250,14 @@ def _upsampled(corpus: Corpus, documents: np.ndarray, upsample: dict[str, float]
             f"{', '.join(corpus.categories)}"
         )
     factors = np.array([upsample.get(category, 1.0) for category in corpus.categories])
-    factor = factors[corpus.documents["category"][documents]]
-    draws = uniform_hash(corpus.documents["id"][documents], derived_seed(seed, _UPSAMPLE))
+    categories = corpus.documents["category"][documents]
+    factor = factors[categories]
+    by_hash = np.argsort(uniform_hash(corpus.documents["id"][documents], derived_seed(seed, _UPSAMPLE)), kind="stable")
+    draws = np.empty(len(documents))
+    for category in np.unique(categories):
+        of = by_hash[categories[by_hash] == category]
+        draws[of] = (np.arange(len(of)) + 0.5) / len(of)
+    draws = (draws + epoch * (factor % 1)) % 1
     return np.repeat(documents, np.floor(factor).astype(np.int64) + (draws < factor % 1))
 
 

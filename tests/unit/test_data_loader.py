@@ -204,7 +204,39 @@ def test_an_epoch_holds_every_block_once(corpus, mixing):
         assert [place.stream for place in first] != [place.stream for place in second]
     if loader.order(0).block == 1:
         assert blocks == sum(stream.sequences for stream in loader.order(0).streams.values())
-        assert set(first) == set(second)
+        assert {place[::2] for place in first} == {place[::2] for place in second}
+
+
+@pytest.mark.parametrize(("factor", "mixing"), [(0.3, "sequence"), (2.5, "sequence"), (0.5, "token")])
+def test_a_fraction_of_the_documents_is_another_one_in_every_epoch(tmp_path, factor, mixing):
+    """Documents of a sequence each: over ten epochs each comes as often as any other, but for what does not fit."""
+    documents = [record(n, "en", 15, "train" if n else "test") for n in range(201)]
+    documents += [record(n, "es", 15, "train" if n else "test") for n in range(41)]
+    corpus = build(tmp_path / "corpus", documents)
+    order = Loader(corpus, config_for(mixing=mixing, context=16, sequences=8, upsample={"en": factor})).order(0)
+    epochs = [Counter() for _ in range(10)]
+    for step in range(10 * order.blocks_per_epoch // 8):
+        for place in order.sequences(step):
+            epochs[place.epoch].update(piece.document for piece in order.pieces(place))
+    english = set(np.flatnonzero(corpus.documents["category"] == 0)) - {0}
+    counts = Counter(dict.fromkeys(english, 0))
+    for epoch in epochs:
+        counts.update({document: n for document, n in epoch.items() if document in english})
+        assert set(epoch.values()) <= {1, 2, int(factor), int(factor) + 1}
+    assert sum(counts.values()) / len(english) == pytest.approx(10 * factor, rel=0.02)
+    assert sum(abs(n - 10 * factor) > 1 for n in counts.values()) <= 0.05 * len(english)
+
+
+def test_no_document_lies_in_the_tail_of_every_epoch(tmp_path):
+    corpus = build(tmp_path / "corpus", [record(n, "en", 14, "train" if n else "test") for n in range(32)])
+    order = Loader(corpus, config_for(context=32, sequences=2, channel={})).order(0)
+    (stream,) = order.streams.values()
+    assert stream.tokens % 32 > 15  # a document at least
+    seen = Counter()
+    for step in range(20 * order.blocks_per_epoch // 2):
+        seen.update({(place.epoch, piece.document) for place in order.sequences(step) for piece in order.pieces(place)})
+    missed = Counter(document for epoch in range(20) for document in stream.order if (epoch, document) not in seen)
+    assert 20 <= missed.total() <= 40 and max(missed.values()) < 10
 
 
 def test_batches_are_as_documented(corpus):
