@@ -119,10 +119,11 @@ class MaskingConfig(Section):
     """Refuse a config whose safe model depends, in any bit, on what the documents of a domain say. `sgtm explain`
     prints whether it does, and the first reason."""
     span_policy: Literal["conservative", "position"] = "conservative"
-    """Labelled spans inside a document: train everything up to the last forget token as forget, or as labelled. Either
-    way tokens of different labels attend to one another in such a document. `position` leaks: the loss of a forget
-    token flows back to the earlier retain positions it reads and updates retain weights. `conservative` has no such
-    path, but what follows the last forget token reads it, so its gradient depends on what the forget text says."""
+    """Labelled spans inside a document: train everything up to the last forget token as forget, or each position as the
+    label of the token it predicts. Either way tokens of different labels attend to one another in such a document.
+    `position` leaks: the loss of a forget token flows back to the earlier retain positions it reads and updates retain
+    weights. `conservative` has no such path, but what follows the last forget token reads it, so its gradient depends
+    on what the forget text says."""
 
 
 class DataConfig(Section):

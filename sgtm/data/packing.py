@@ -169,13 +169,15 @@ class SpanLabels:
     def pieces(self, document: int, label: int, length: int) -> list[tuple[int, int, int]]:
         """(start, end, label) covering a document of `length` tokens whose own label is `label`.
 
-        `position`: each token as labelled. `conservative`: everything up to the document's last forget token is that
-        forget label, so that no earlier position, to which a forget token attends, is trained as anything else.
+        `position`: a position has the label of the token it predicts, its target. `conservative`: everything up to the
+        document's last forget token is that forget label, so that no earlier position, to which a forget token attends,
+        is trained as anything else.
         """
         first, last = np.searchsorted(self._documents, [document, document + 1])
+        ahead = int(self.policy == "position")
         pieces, position = [], 0
         for span, span_label in zip(self.spans[first:last], self.labels[first:last], strict=True):
-            start, end = int(span["start"]), int(span["end"])
+            start, end = max(0, int(span["start"]) - ahead), int(span["end"]) - ahead
             pieces += [(position, start, label), (start, end, int(span_label))]
             position = end
         pieces = [piece for piece in (*pieces, (position, length, label)) if piece[0] < piece[1]]

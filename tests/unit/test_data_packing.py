@@ -150,8 +150,8 @@ def spanned(tmp_path) -> Corpus:
 
 
 EXPECTED = {
-    "position": ([RETAIN] * 4 + [FORGET] * 2 + [RETAIN] * 2 + [FORGET] * 3 + [RETAIN] * 10,
-                 [FORGET] * 2 + [RETAIN] * 2 + [FORGET] * 17),
+    "position": ([RETAIN] * 3 + [FORGET] * 2 + [RETAIN] * 2 + [FORGET] * 3 + [RETAIN] * 11,
+                 [FORGET] * 1 + [RETAIN] * 2 + [FORGET] * 18),
     "conservative": ([FORGET] * 11 + [RETAIN] * 10, [FORGET] * 21),
 }  # fmt: skip
 
