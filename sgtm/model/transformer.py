@@ -194,7 +194,10 @@ class Transformer(nn.Module):
         return sum(losses), sum(sums)
 
     def embed(self, input_ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
-        """[B, S, D] embeddings of tokens and, in the GPT-Neo family, positions. Part of `forward`, likewise."""
+        """[B, S, D] embeddings of tokens and, in the GPT-Neo family, positions. Part of `forward`, likewise.
+
+        Isolated documents each begin at position 0, as they do when the model is used.
+        """
         if self.head is None and not captured() and not plan.joint("embedding").slices:
             # No token updates it here: its gradient is the head's alone, and still complete after that of x.
             x = embedding(input_ids, self.embedding.detach(), plan, "embedding", self.backend)
@@ -209,6 +212,8 @@ class Transformer(nn.Module):
         if self.position is None:
             return x
         positions = torch.arange(input_ids.shape[1], device=x.device).expand_as(input_ids)
+        if plan.documents is not None:
+            positions = positions - plan.spans(x.device)[0].view_as(input_ids)
         return x + embedding(positions, self.position, plan, "position", self.backend)
 
     def logits(self, input_ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """The two model families as a whole.
 
 Faults tried, each seen to fail: checkpointing with another plan; the window on the wrong layers; rotary positions
-left out; the loss divided by the batch; sums under the next label; an ablation of the wrong group; logits without
-their bias, or without the last norm; the wrong norm before the MLP; no limit on the length.
+left out; positions that run on through isolated documents; the loss divided by the batch; sums under the next label;
+an ablation of the wrong group; logits without their bias, or without the last norm; the wrong norm before the MLP; no
+limit on the length.
 """
 
 import pytest
@@ -24,7 +25,7 @@ from families import (
 
 from sgtm.data.batch import IGNORE
 from sgtm.masking.strategy import removal_tables
-from sgtm_kernels.plan import MaskPlan
+from sgtm_kernels.plan import MaskPlan, Run
 from sgtm_kernels.testing import EXACT, assert_accurate, poisoned_memory
 
 by_family = pytest.mark.parametrize("family", FAMILIES)
@@ -188,3 +189,21 @@ def test_initial_weights(family):
             assert parameter.std().item() == pytest.approx(reference.config.init_std, rel=0.25), name
         else:
             assert bool((parameter == float(name.endswith("norm.weight"))).all()), name
+
+
+@pytest.mark.parametrize("backend", ["runs", "reference"])
+@by_family
+def test_an_isolated_document_is_computed_as_if_it_were_alone(family, backend):
+    """Wherever it lies in its sequence: learned positions start anew, rotary ones are relative."""
+    model, ids = model_of(family, backend).double(), random_ids(2, CONTEXT)
+    tables, documents = (
+        removal_tables(SPACE, ()),
+        ((0, 3), (3, CONTEXT), (CONTEXT, CONTEXT + 7), (CONTEXT + 7, 2 * CONTEXT)),
+    )
+    plan = MaskPlan(tables, (Run(UNLABELED, 0, 2 * CONTEXT),), 2, CONTEXT, documents=documents)
+    logits = model.logits(ids, plan).flatten(0, 1)
+    for start, end in documents:
+        alone = ids.flatten()[start:end][None]
+        torch.testing.assert_close(
+            logits[start:end], model.logits(alone, plain_plan(alone))[0], rtol=0, atol=1e-5
+        )  # rotary angles are fp32
