@@ -2,7 +2,21 @@
 
 import sys
 
-from sgtm.cli import main
+
+def _leave_folder_of_clone() -> None:
+    """Import the installed package where Python has taken the folder of a clone for it.
+
+    In the folder that holds a clone named sgtm, `python -m sgtm` finds that folder before an editable installation: a
+    package without a file, and so without anything in it.
+    """
+    package = sys.modules.get("sgtm")
+    if package is not None and getattr(package, "__file__", None) is None:
+        del sys.modules["sgtm"], sys.path[0]
+
+
+_leave_folder_of_clone()
+
+from sgtm.cli import main  # noqa: E402 (after that)
 
 
 def run() -> int:

@@ -45,6 +45,16 @@ def test_no_code_of_ours_is_importable_as_kernels(tmp_path):
     assert not elsewhere.stdout.startswith(str(ROOT))
 
 
+def test_the_module_runs_in_the_folder_that_holds_the_clone(tmp_path):
+    """Python takes a folder of that name on its path for the package, before an editable installation."""
+    (tmp_path / "sgtm").symlink_to(ROOT)
+    path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", str(ROOT))]
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, "-m", "sgtm", "config", "debug"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith("name: debug"), done.stderr
+
+
 def test_transformers_imports_models_from_the_repository_root():
     code = (
         "from transformers import AutoModelForCausalLM, LlamaForCausalLM\n"
