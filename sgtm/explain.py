@@ -149,13 +149,14 @@ def _embedding_share(found: Explanation) -> float:
 
 def _accumulation(config: Config) -> str:
     """Micro-batches per rank for the world sizes up to 64 that divide the step."""
-    fits = []
+    fits, derived = [], config.train.micro_batch is None
     for ranks in (1, 2, 4, 8, 16, 32, 64):
         try:
-            fits.append(f"{config.accumulation(ranks)} on {ranks}")
+            size = f" of {config.for_ranks(ranks).train.micro_batch}" if derived else ""
+            fits.append(f"{config.accumulation(ranks)}{size} on {ranks}")
         except ValueError:
             continue
-    micro = f"micro-batches of {config.train.micro_batch} sequences"
+    micro = "micro-batches" if derived else f"micro-batches of {config.train.micro_batch} sequences"
     return f"{micro}: {', '.join(fits)} ranks" if fits else f"{micro} divide the step on no power of 2 of ranks"
 
 

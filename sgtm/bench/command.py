@@ -49,6 +49,7 @@ def bench(
     if to is not None:
         _check_writable(to)
     launch = init_distributed(config)
+    config = config.for_ranks(launch.world_size)
     if with_peers and launch.world_size > 1:
         raise ValueError("--peers compares one process with one process: run it without a launcher")
     cases = label_cases(config, launch.world_size)
@@ -119,7 +120,7 @@ def _tune(config: Config) -> None:
         raise ValueError(f"--tune writes this device's table, but SGTM_TUNED={named!r} is what would be read; unset it")
     from sgtm_kernels.tune import tune
 
-    tune(shapes=[shape_of(config)])
+    tune(shapes=[shape_of(config.for_ranks(1))])
 
 
 def shape_of(config: Config) -> Shape:

@@ -27,6 +27,8 @@ from sgtm.masking.partition import Partition, build_partition
 from sgtm.masking.strategy import build_tables, own_joint
 from sgtm_kernels.plan import Tables
 
+DERIVED_TOKENS = 16_384  # of a micro-batch whose size is derived, at most
+
 
 class Config(Section):
     """One run."""
@@ -162,19 +164,37 @@ class Config(Section):
     def sequences_per_step(self) -> int:
         return self.train.tokens_per_step // self.model.context
 
+    def for_ranks(self, world_size: int) -> Config:
+        """This config with `train.micro_batch` as a number. Raises ValueError where none divides a step."""
+        if self.train.micro_batch is not None:
+            return self
+        blocks = self.data.micro_blocks if self.data.mixing == "micro" else 1
+        share, rest = divmod(self.sequences_per_step, world_size * blocks)
+        if rest:
+            of_blocks = f" x data.micro_blocks {blocks}" if blocks > 1 else ""
+            raise ValueError(f"{self._sequences} is not a multiple of {world_size} ranks{of_blocks}")
+        most = max(1, DERIVED_TOKENS // self.model.context)
+        size = next(n for n in range(min(most, share), 0, -1) if share % n == 0)
+        return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch": size})})
+
     def accumulation(self, world_size: int) -> int:
         """Micro-batches of one rank in a global step; raises ValueError when the arithmetic does not divide."""
-        per_pass = self.train.micro_batch * world_size
-        if self.sequences_per_step % per_pass:
+        micro_batch = self.for_ranks(world_size).train.micro_batch
+        if self.sequences_per_step % (micro_batch * world_size):
             raise ValueError(
-                f"train.tokens_per_step {self.train.tokens_per_step} = {self.sequences_per_step} sequences of "
-                f"{self.model.context} is not a multiple of train.micro_batch {self.train.micro_batch} x "
-                f"{world_size} ranks"
+                f"{self._sequences} is not a multiple of train.micro_batch {micro_batch} x {world_size} ranks"
             )
-        steps = self.sequences_per_step // per_pass
+        steps = self.sequences_per_step // (micro_batch * world_size)
         if self.data.mixing == "micro" and steps % self.data.micro_blocks:
             raise ValueError(
                 f"data.mixing micro: {steps} accumulation steps is not a multiple of data.micro_blocks "
                 f"{self.data.micro_blocks}; lower train.micro_batch or data.micro_blocks"
             )
         return steps
+
+    @property
+    def _sequences(self) -> str:
+        return (
+            f"train.tokens_per_step {self.train.tokens_per_step} = {self.sequences_per_step} sequences of "
+            f"{self.model.context}"
+        )

@@ -183,8 +183,9 @@ class TrainConfig(Section):
     steps: PositiveInt = 1000
     tokens_per_step: PositiveInt = 65536
     """Tokens of a global step, over all ranks; the accumulation is derived from it."""
-    micro_batch: PositiveInt = 8
-    """Sequences of a micro-batch on one rank."""
+    micro_batch: PositiveInt | None = None
+    """Sequences of a micro-batch on one rank. None: the most that divide a rank's share of the step, up to 16,384
+    tokens."""
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: Literal["off", "blocks"] = "off"
     """`blocks`: `torch.compile` every transformer block before the first step. Losses then differ by rounding. A CPU

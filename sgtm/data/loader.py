@@ -150,6 +150,7 @@ class Loader:
 
     def __init__(self, corpus: Corpus, config: Config, rank: int = 0, world_size: int = 1):
         check_corpus(corpus, config)
+        config = config.for_ranks(world_size)
         config.accumulation(world_size)  # raises where it does not divide
         self.rank, self.world_size = rank, world_size
         self.per_step, self.micro_batch = config.sequences_per_step, config.train.micro_batch
@@ -265,7 +266,7 @@ def evaluation_batches(
     documents = documents[~np.isin(documents, corpus.spans["document"])]
     if not len(documents):
         return
-    context, micro_batch = config.model.context, config.train.micro_batch
+    context, micro_batch = config.model.context, config.for_ranks(1).train.micro_batch
     label, isolated = config.space.label(corpus.categories[category]), isolates_documents(config)
     stream = in_order(corpus, documents[shuffled(len(documents), seed=0)], label, context, isolated)
     available = -(-stream.tokens // context)

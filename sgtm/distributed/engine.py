@@ -89,7 +89,7 @@ def deepspeed_config(config: Config, world_size: int, numel: int) -> dict:
     stage, bf16 = config.distributed.zero_stage, config.train.precision == "bf16"
     return {
         "train_batch_size": config.sequences_per_step,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "train_micro_batch_size_per_gpu": config.for_ranks(world_size).train.micro_batch,
         "gradient_accumulation_steps": config.accumulation(world_size),
         "gradient_clipping": 0.0,  # AdamW clips
         "gradient_allreduce_op": "mean" if stage == 3 else "sum",
@@ -132,8 +132,8 @@ class Engine:
     """
 
     def __init__(self, module: torch.nn.Module, config: Config):
-        self.config = config
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.config = config = config.for_ranks(self.world_size)
         self.accumulation = config.accumulation(self.world_size)
         self.losses: list[torch.Tensor] = []
         """What `backward` was given on this rank since the last step began, detached."""

@@ -15,7 +15,7 @@ def check_divides(config: Config, ranks: int) -> int:
     try:
         return config.accumulation(ranks)
     except ValueError as error:
-        fits = [n for n in range(1, config.train.micro_batch + 1) if _divides(config, ranks, n)]
+        fits = [n for n in range(1, (config.train.micro_batch or 0) + 1) if _divides(config, ranks, n)]
         advice = f"train.micro_batch {listed(fits)} would" if fits else _other_steps(config, ranks)
         raise ValueError(f"{error}; {advice}") from None
 
@@ -23,7 +23,7 @@ def check_divides(config: Config, ranks: int) -> int:
 def _other_steps(config: Config, ranks: int) -> str:
     """Tokens per step and numbers of ranks that divide, with the micro-batch as it is where a step has one of each
     rank, else with 1."""
-    sequences, kept = config.sequences_per_step, config.train.micro_batch
+    sequences, kept = config.sequences_per_step, config.train.micro_batch or 1
     blocks = config.data.micro_blocks if config.data.mixing == "micro" else 1
     micro_batch = kept if sequences >= kept * blocks * ranks else 1
     least = micro_batch * blocks * ranks
@@ -39,7 +39,7 @@ def check_fits(config: Config, ranks: int, limit: float, whose: str) -> None:
 
     whose  what the limit is of, for the message
     """
-    stage = config.distributed.zero_stage
+    config, stage = config.for_ranks(ranks), config.distributed.zero_stage
     needed = memory(config, stage, ranks).peak
     if needed <= limit:
         return

@@ -50,7 +50,7 @@ def memory(config: Config, stage: int, ranks: int, limits: Limits | None = None)
 
     Raises ValueError for ZeRO 0 with `distributed.offload_optimizer`.
     """
-    offload = config.distributed.offload_optimizer
+    config, offload = config.for_ranks(ranks), config.distributed.offload_optimizer
     if offload and stage == 0:
         raise ValueError("distributed.offload_optimizer: ZeRO 0 keeps the optimizer with the weights")
     limits, sizes = limits or Limits(), parameter_sizes(config)

@@ -66,7 +66,7 @@ def as_json(config: Config, machine: Machine, rows: list[Row]) -> str:
 
 def arithmetic(config: Config, machine: Machine) -> str:
     """Parameters, ranks, and how a step's tokens are divided."""
-    train, parameters = config.train, sum(parameter_sizes(config).values())
+    train, parameters = config.for_ranks(machine.ranks).train, sum(parameter_sizes(config).values())
     ranks = counted(machine.ranks, "rank")
     return (
         f"{config.name}: {parameters:,} parameters, {train.precision}\n"

@@ -57,6 +57,7 @@ def run_profile(
         find_kernel(kernel, ())  # an op of the CPU is no kernel; refused before the steps
     if launch.rank == 0 and trace:
         out.mkdir(parents=True, exist_ok=True)
+    config = config.for_ranks(launch.world_size)
     corpus = together(lambda: corpus_of(config))
     batches = first_steps(corpus, config, launch.rank, launch.world_size, WARM_UP + steps)
     for warning in check_kernels(config):

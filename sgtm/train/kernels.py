@@ -104,6 +104,7 @@ def calls_of(config: Config, device: torch.device) -> list[Call]:
 
 def _small(config: Config) -> Config:
     """The config with few and short sequences; widths, groups and vocabulary as they are."""
+    config = config.for_ranks(1)
     windows = [window for i in range(config.model.layers) if (window := config.model.window_of(i)) is not None]
     longest = max([TOKENS, *(window + TOKENS // 2 for window in windows if window <= WIDEST)])
     context, sequences = min(config.model.context, longest), min(config.train.micro_batch, SEQUENCES)

@@ -64,6 +64,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
 
 
 def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: bool) -> None:
+    given, config = config, config.for_ranks(launch.world_size)
     notes: list[str] = []
     enter("verifying the checkpoint", 0)
     latest = find_whole(run, launch.rank, launch.world_size, notes.append) if resume else None
@@ -93,7 +94,7 @@ def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: b
         notes += [reshaped] if reshaped else []
     enter("opening the run directory")
     log = MetricsLog(run, config, rank=engine.rank, start=start)
-    evaluated = on_rank_zero(lambda: begin(run, config, log, resume, overwrite))
+    evaluated = on_rank_zero(lambda: begin(run, given, log, resume, overwrite))
     with StopSignal() as stop, log:
         engine.stop_if(lambda: stop.received)
         for note in notes:

@@ -2,7 +2,8 @@
 
 Losses stay within the bounds of test_same_losses.py, and every global step has the sequences that it has in a run on
 one rank. Faults tried, each seen to fail: second moments left out when loading; Adam's step counts left out; the data
-of a resumed run begin again with the first step; the sums of losses since the last line of the log dropped.
+of a resumed run begin again with the first step; the sums of losses since the last line of the log dropped; a
+micro-batch derived for four ranks kept by the run.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from pathlib import Path
 from e2e.test_same_losses import BOUND, OVERRIDES, STEPS, largest_difference
 
 from sgtm.config import load_config
+from sgtm.config.load import load_run_config
 from sgtm.data.open import open_corpus
 from sgtm.distributed.testing import run_ranks
 from sgtm.train.metrics import read_metrics
 
+DERIVED = ["--train.micro_batch=null"]  # another number of sequences on other ranks
 PARTS = [(4, 3, 7), (2, 1, 13), (1, 1, STEPS)]  # ranks, ZeRO stage, last step
 
 
@@ -40,7 +43,7 @@ def train_until(runs: str, corpus: str, stage: int, last: int) -> dict[int, list
         seen.clear()
         options = [*OVERRIDES, f"--train.precision={precision}", f"--distributed.zero_stage={stage}"]
         where = [f"--data.path={corpus}", f"--runs={runs}", f"--name={precision}"]
-        loop.train(load_config("debug", [*options, "--train.log_every=2", *where]), resume=True)
+        loop.train(load_config("debug", [*options, "--train.log_every=2", *DERIVED, *where]), resume=True)
     return seen
 
 
@@ -59,6 +62,7 @@ def test_four_ranks_then_two_then_one(tmp_path: Path):
         read |= part
     assert read == whole and len({str(rows) for rows in whole.values()}) == STEPS
     for precision, bound in BOUND.items():
+        assert load_run_config(tmp_path / "parts" / precision).train.micro_batch is None
         curves = []
         for runs in ("parts", "whole"):
             lines = [line for line in read_metrics(tmp_path / runs / precision / "metrics.jsonl") if "loss" in line]

@@ -246,6 +246,30 @@ def test_preset_parses_runs_on_one_process_and_has_the_size_in_its_name(name):
         assert parameters(config) == pytest.approx(int(size[1]) * {"m": 1e6, "b": 1e9}[size[2]], rel=0.05)
 
 
+@pytest.mark.parametrize("name", sorted({*preset_names(), "novels"} - {"debug"}))
+@pytest.mark.parametrize("ranks", [1, 2, 8, 32])
+def test_shipped_examples_run_on_these_ranks(name, ranks):
+    """On as many as there are sequences in a step, with a micro-batch that divides its share of them."""
+    source = ROOT / "launch" / "recipes" / "novels.yaml" if name == "novels" else name
+    config = load_config(source)
+    size = config.for_ranks(ranks).train.micro_batch
+    assert config.accumulation(ranks) * size * ranks == config.sequences_per_step
+    assert size * config.model.context <= 16_384
+    if config.train.micro_batch is None:  # the most that do
+        larger = range(size + 1, 16_384 // config.model.context + 1)
+        assert not any(config.sequences_per_step % (n * ranks) == 0 for n in larger)
+
+
+def test_a_derived_micro_batch_divides_the_blocks_of_mixing_micro():
+    config = load_config("quickstart", ["--data.mixing=micro"])
+    assert [(config.for_ranks(n).train.micro_batch, config.accumulation(n)) for n in (1, 2, 8)] == [
+        (8, 4),
+        (4, 4),
+        (1, 4),
+    ]
+    assert load_config("quickstart", ["--train.micro_batch=2"]).for_ranks(4).train.micro_batch == 2
+
+
 def test_published_models_have_their_exact_size():
     """Llama 3.2 1B and Llama 7B as published; GPT-2 small less the biases of Wq, Wk, Wv, which GPT-Neo has not."""
     unmasked = ["--masking.strategy=none"]

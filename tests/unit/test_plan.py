@@ -189,7 +189,21 @@ def test_offload_moves_the_optimizer_to_the_host():
 )  # fmt: skip
 def test_what_does_not_divide_names_what_would(ranks, message):
     with pytest.raises(ValueError, match=message):
-        check_divides(load_config("llama-1b"), ranks)
+        check_divides(load_config("llama-1b", ["--train.micro_batch=4"]), ranks)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "message"),
+    [
+        (512, (), "= 256 sequences of 4096 is not a multiple of 512 ranks; train.tokens_per_step 2097152 would, and so "
+                  "would 64, 128 or 256 ranks"),
+        (21, (), "of 21 ranks; train.tokens_per_step 1032192 or 1118208 would, and so would 4, 8 or 16 ranks"),
+        (8, ("--data.mixing=micro", "--data.micro_blocks=3"), "8 ranks x data.micro_blocks 3; train.tokens_per_step "),
+    ],
+)  # fmt: skip
+def test_a_derived_micro_batch_that_no_number_of_sequences_gives(ranks, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_divides(load_config("llama-1b", list(options)), ranks)
 
 
 @pytest.mark.parametrize("ranks", [3, 5, 7, 9, 21])
