@@ -3,7 +3,8 @@
 A corpus is a folder:
 
     manifest.json             what is here, with the size and SHA-256 of every other file
-    tokenizer/tokenizer.json  the tokenizer of the tokens
+    tokenizer/tokenizer.json  the tokenizer of the tokens; where it was loaded and not trained, also
+                              tokenizer_config.json, the names of its control tokens
     shards/00000.bin, ...     token ids, little-endian uint16 (uint32 for a vocabulary above 65,536), end to end
     documents.npy             one `DOCUMENT` record per document
     spans.npy                 one `SPAN` record per labelled stretch inside a document; usually empty
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST, TOKENIZER, DOCUMENTS, SPANS = "manifest.json", "tokenizer/tokenizer.json", "documents.npy", "spans.npy"
+TOKEN_NAMES = "tokenizer/tokenizer_config.json"
 LOCK = ".lock"
 """The first thing that `prepare` writes into a folder."""
 
@@ -140,6 +142,13 @@ class Corpus:
         from tokenizers import Tokenizer
 
         return Tokenizer.from_file(str(self.path / TOKENIZER))
+
+    @cached_property
+    def token_names(self) -> dict[str, str]:
+        """Control tokens by role, such as `pad_token`, as the folder of the tokenizer named them; else empty."""
+        from sgtm.data.tokenizer import named_tokens
+
+        return named_tokens((self.path / TOKEN_NAMES).parent) if TOKEN_NAMES in self.manifest.files else {}
 
     def tokens(self, document: int, start: int = 0, end: int | None = None) -> np.ndarray:
         """Token ids `start:end` of a document: a view of the shard, uint16 or uint32. The last one is the EOS."""
