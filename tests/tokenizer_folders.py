@@ -6,12 +6,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from sgtm.data.synthetic import tell_stories
 from sgtm.data.tokenizer import EOS, train_bpe
 
 BOS, PAD, UNK = "<s>", "<pad>", "<unk>"
+CONTROLS = st.sampled_from([EOS, BOS, "</s>", UNK, PAD, "<|endof", "text|>", " ", "\n"])
+ANY_TEXT = st.lists(st.one_of(st.text(), CONTROLS), max_size=9).map("".join)
+"""Texts with strings of control tokens, whole and in parts."""
 STORIES = tell_stories("en", "train", 0, 8) + tell_stories("es", "train", 0, 8)
 
 

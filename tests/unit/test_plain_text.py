@@ -11,8 +11,7 @@ import json
 import pytest
 from corpora import texts, write_jsonl
 from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from tokenizer_folders import KINDS, PAD, STORIES, byte_level, unigram, write_folder
+from tokenizer_folders import ANY_TEXT, KINDS, PAD, STORIES, byte_level, unigram, write_folder
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from sgtm.data.plain_text import as_text, control_ids, plain_text, reachable, unknown_token
@@ -23,10 +22,6 @@ from sgtm.data.tokenizer import EOS, train_bpe
 
 RULES = Rules.model_validate({"split": {"field": "split"}, "labels": {"en": "retain"}})
 MENDED = {name: (plain_text(make(), {EOS, PAD}), lossless) for name, (make, lossless) in KINDS.items()}
-ANY_TEXT = st.lists(
-    st.one_of(st.text(), st.sampled_from([EOS, "<s>", "</s>", "<unk>", PAD, "<|endof", "text|>", " ", "\n"])),
-    max_size=9,
-).map("".join)
 
 
 @settings(max_examples=150, deadline=None)
