@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sgtm.files import sha256_of
 from sgtm.masking.labels import LabelSpace
+from sgtm.names import look_alike
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -159,12 +160,13 @@ class Corpus:
     def select(self, split: str, category: str | None = None) -> np.ndarray:
         """int64 positions of a split's documents (of one category). Raises ValueError that lists the known names."""
         if split not in self.manifest.splits:
-            raise ValueError(f"{self.path} has no split {split!r}; its splits are {', '.join(self.manifest.splits)}")
+            slip, known = look_alike(split, self.manifest.splits), ", ".join(self.manifest.splits)
+            raise ValueError(f"{self.path} has no split {split!r}{slip}; its splits are {known}")
         chosen = self.documents["split"] == self.manifest.splits.index(split)
         if category is not None:
             if category not in self.categories:
-                known = ", ".join(self.categories)
-                raise ValueError(f"{self.path} has no category {category!r}; its categories are {known}")
+                slip, known = look_alike(category, self.categories), ", ".join(self.categories)
+                raise ValueError(f"{self.path} has no category {category!r}{slip}; its categories are {known}")
             chosen &= self.documents["category"] == list(self.categories).index(category)
         return np.flatnonzero(chosen)
 
@@ -172,8 +174,9 @@ class Corpus:
         """int64 [categories]: index of each category's true label. Raises ValueError for one that `space` lacks."""
         foreign = {label for label in self.categories.values() if label not in space.labels}
         if foreign:
+            labelled = ", ".join(f"{label}{look_alike(label, space.labels)}" for label in sorted(foreign))
             raise ValueError(
-                f"{self.path} has documents labelled {', '.join(sorted(foreign))}, but masking.domains is "
+                f"{self.path} has documents labelled {labelled}, but masking.domains is "
                 f"{list(space.domains)}; add the missing domains, or prepare the data with other labels"
             )
         return np.array([space.label(label) for label in self.categories.values()], np.int64)
