@@ -95,16 +95,16 @@ class Encoder:
         categories, splits = list(self.rules.categories), sorted({document.split for document in documents})
         pieces = []
         for i, (document, encoding) in enumerate(zip(documents, encodings, strict=True)):
-            ids = encoding.ids
-            if not self._controls.isdisjoint(ids):
+            ids = np.array([*encoding.ids, self.eos_id], token_dtype(self.vocab_size))
+            length = len(ids)
+            if self._controls[ids[:-1]].any():
                 raise ValueError(f"{wheres[i]}: {self._control_in(document.text)}")
-            length = len(ids) + 1
             if length > self.shard_tokens:
                 raise ValueError(
                     f"{wheres[i]}: a document of {length} tokens is longer than a shard of {self.shard_tokens}; "
                     f"raise --shard-tokens to at least {length}, or cut the document"
                 )
-            pieces.append(np.array([*ids, self.eos_id], token_dtype(self.vocab_size)))
+            pieces.append(ids)
             split = splits.index(document.split)
             index[i] = (document.id, 0, length, 0, categories.index(document.category), split)
             if document.spans:
@@ -115,13 +115,14 @@ class Encoder:
     def _loaded(self) -> Tokenizer:
         if not hasattr(self, "_tokenizer"):
             self._tokenizer = as_text(Tokenizer.from_file(str(self.tokenizer_file)))
-            self._controls = control_ids(self._tokenizer, self.eos_id)
+            self._controls = np.zeros(self.vocab_size, bool)
+            self._controls[list(control_ids(self._tokenizer, self.eos_id))] = True
         return self._tokenizer
 
     def _control_in(self, text: str) -> str:
-        """What to say of the first control id that a text yields."""
+        """Describes the first control id that a text yields."""
         encoding = self._loaded().encode(text, add_special_tokens=False)
-        place = next(place for place, i in enumerate(encoding.ids) if i in self._controls)
+        place = next(place for place, i in enumerate(encoding.ids) if self._controls[i])
         start, end = encoding.offsets[place]
         i = encoding.ids[place]
         return (

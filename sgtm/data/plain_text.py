@@ -113,23 +113,22 @@ def _without_templates(processor: dict | None) -> dict | None:
 
 def _pieces(model: dict, names: set[str]) -> list[str]:
     """Those that the model may make of a text and that can be cut in two."""
-    return sorted(name for name in names if len(name) > 1 and _makes(model, name))
-
-
-def _makes(model: dict, name: str) -> bool:
-    """Whether the model may make this piece of a text."""
-    if model["type"] != "BPE":
-        pieces = model["vocab"]
-        return name in pieces if isinstance(pieces, dict) else any(piece == name for piece, _ in pieces)
-    whole = model["ignore_merges"] or model["continuing_subword_prefix"] or model["end_of_word_suffix"]
-    return (bool(whole) and name in model["vocab"]) or any("".join(merge) == name for merge in model["merges"])
+    if model["type"] == "BPE":
+        made = {"".join(merge) for merge in model["merges"]}
+        if model["ignore_merges"] or model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
+            made |= model["vocab"].keys()
+    else:
+        made = model["vocab"]
+        made = made.keys() if isinstance(made, dict) else {piece for piece, _ in made}
+    return sorted(name for name in names if len(name) > 1 and name in made)
 
 
 def _spelling_out(pre_tokenizer: dict | None, pieces: list[str]) -> dict | None:
     """The pre-tokenizer, and behind it a cut after the first character of each of these pieces."""
     if not pieces:
         return pre_tokenizer
-    pattern = "|".join(f"{re.escape(piece[0])}(?={re.escape(piece[1:])})" for piece in pieces)
+    rests = {first: [re.escape(piece[1:]) for piece in pieces if piece[0] == first] for first in {p[0] for p in pieces}}
+    pattern = "|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in sorted(rests.items()))
     cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     members = _members(pre_tokenizer, "pretokenizers")
     return _sequence(members if cut in members else [*members, cut], "pretokenizers")
