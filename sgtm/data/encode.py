@@ -21,10 +21,10 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from sgtm.data.plain_text import as_text, control_ids
 from sgtm.data.readers import Block
 from sgtm.data.rules import Document, Rules
 from sgtm.data.store import DOCUMENT, SPAN, token_dtype
-from sgtm.data.tokenizer import for_plain_text
 from sgtm.files import replacing
 
 
@@ -51,7 +51,10 @@ class EncodedBlock(NamedTuple):
 
 @dataclass
 class Encoder:
-    """Turns blocks into tokens. Picklable: a worker loads its own tokenizer."""
+    """Turns blocks into tokens. Picklable: a worker loads its own tokenizer.
+
+    tokenizer_file  a tokenizer of text alone (`sgtm.data.plain_text`)
+    """
 
     rules: Rules
     tokenizer_file: Path
@@ -60,10 +63,13 @@ class Encoder:
     shard_tokens: int
 
     def __getstate__(self):
-        return {name: value for name, value in vars(self).items() if name != "_tokenizer"}
+        return {name: value for name, value in vars(self).items() if name not in ("_tokenizer", "_controls")}
 
     def encode_to(self, path: Path, block: Block) -> None:
-        """Encodes a block into a file. Raises ValueError naming the record for anything the rules refuse."""
+        """Encodes a block into a file.
+
+        Raises ValueError naming the record for anything the rules refuse, and for text that yields a control id.
+        """
         self.encode(block).save(path)
 
     def encode(self, block: Block) -> EncodedBlock:
@@ -89,13 +95,16 @@ class Encoder:
         categories, splits = list(self.rules.categories), sorted({document.split for document in documents})
         pieces = []
         for i, (document, encoding) in enumerate(zip(documents, encodings, strict=True)):
-            length = len(encoding.ids) + 1
+            ids = np.array([*encoding.ids, self.eos_id], token_dtype(self.vocab_size))
+            length = len(ids)
+            if self._controls[ids[:-1]].any():
+                raise ValueError(f"{wheres[i]}: {self._control_in(document.text)}")
             if length > self.shard_tokens:
                 raise ValueError(
                     f"{wheres[i]}: a document of {length} tokens is longer than a shard of {self.shard_tokens}; "
                     f"raise --shard-tokens to at least {length}, or cut the document"
                 )
-            pieces.append(np.array([*encoding.ids, self.eos_id], token_dtype(self.vocab_size)))
+            pieces.append(ids)
             split = splits.index(document.split)
             index[i] = (document.id, 0, length, 0, categories.index(document.category), split)
             if document.spans:
@@ -105,8 +114,22 @@ class Encoder:
 
     def _loaded(self) -> Tokenizer:
         if not hasattr(self, "_tokenizer"):
-            self._tokenizer = for_plain_text(Tokenizer.from_file(str(self.tokenizer_file)))
+            self._tokenizer = as_text(Tokenizer.from_file(str(self.tokenizer_file)))
+            self._controls = np.zeros(self.vocab_size, bool)
+            self._controls[list(control_ids(self._tokenizer, self.eos_id))] = True
         return self._tokenizer
+
+    def _control_in(self, text: str) -> str:
+        """Describes the first control id that a text yields."""
+        encoding = self._loaded().encode(text, add_special_tokens=False)
+        place = next(place for place, i in enumerate(encoding.ids) if self._controls[i])
+        start, end = encoding.offsets[place]
+        i = encoding.ids[place]
+        return (
+            f"{text[start:end]!r:.80} at character {start} becomes {self._loaded().id_to_token(i)!r} (id {i}), a "
+            f"control token, and the tokenizer has no other pieces for it; take it out of the text, or prepare with "
+            f"another tokenizer"
+        )
 
 
 def token_spans(

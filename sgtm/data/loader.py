@@ -294,7 +294,13 @@ def check_corpus(corpus: Corpus, config: Config) -> None:
             )
     vocab, wanted = corpus.vocab_size, config.model.vocab_size
     padded = -(-vocab // PAD_MULTIPLE) * PAD_MULTIPLE
-    if not vocab <= wanted <= padded:
+    folder = config.train.init_from
+    if folder and vocab > wanted:
+        raise ValueError(
+            f"model.vocab_size is {wanted}, but the tokenizer of {corpus.path} has {vocab} entries; to start from "
+            f"train.init_from {folder}, prepare the data with its tokenizer: --tokenizer {folder}"
+        )
+    if not folder and not vocab <= wanted <= padded:  # a folder's model may be padded to any size
         raise ValueError(
             f"model.vocab_size is {wanted}, but the tokenizer of {corpus.path} has {vocab} entries; train with "
             f"--model.vocab_size {vocab}{f' (up to {padded} is fine)' if padded > vocab else ''}, or prepare the data "

@@ -12,6 +12,7 @@ new one is complete (`tests/unit/test_prepare_resume.py`).
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import Counter
@@ -29,11 +30,21 @@ from tokenizers import Tokenizer
 
 from sgtm.data.encode import EncodedBlock, Encoder, block_file, encode_blocks
 from sgtm.data.folder import blocks_of, clear, locked, place_to_build, put_in_place, stored_job
+from sgtm.data.plain_text import plain_text, reachable
 from sgtm.data.readers import SUFFIXES, Block, Source, open_sources
 from sgtm.data.rules import Rules, load_rules
-from sgtm.data.store import MANIFEST, TOKENIZER, Corpus
+from sgtm.data.store import MANIFEST, TOKEN_NAMES, TOKENIZER, Corpus
 from sgtm.data.summary import summary, warnings
-from sgtm.data.tokenizer import eos_token, load_tokenizer, sample_texts, train_bpe, vocabulary_size
+from sgtm.data.tokenizer import (
+    eos_token,
+    load_tokenizer,
+    named_tokens,
+    read_from,
+    sample_texts,
+    tokenizer_files,
+    train_bpe,
+    vocabulary_size,
+)
 from sgtm.data.writer import CorpusWriter
 from sgtm.files import sha256_of, write_atomically
 
@@ -127,6 +138,7 @@ def prepare(
     workers = workers or len(os.sched_getaffinity(0))
     job = _job(sources, rules, tokenizer, vocab_size)
     with locked(out):
+        job = _as_stored(job, stored_job(out))
         place = place_to_build(out, job, shard_tokens, overwrite)
         if place is not None:
             loaded, eos = _tokenizer(sources, rules, tokenizer, vocab_size, place, progress)
@@ -157,7 +169,8 @@ def open_prepared(
     Raises ValueError naming the file where the finished corpus is damaged (`verify`: see `Corpus.open`).
     """
     out = Path(out)
-    if not (out / MANIFEST).is_file() or stored_job(out) != _job(sources, rules, tokenizer, vocab_size):
+    stored = stored_job(out)
+    if not (out / MANIFEST).is_file() or stored != _as_stored(_job(sources, rules, tokenizer, vocab_size), stored):
         return None
     return Corpus.open(out, verify)
 
@@ -167,8 +180,11 @@ def _job(sources: Sequence[Source], rules: Rules, tokenizer: str | Path, vocab_s
     if str(tokenizer) == TRAIN:
         made = {"train": vocab_size, "sample_bytes": SAMPLE_BYTES}
     else:
-        load_tokenizer(tokenizer)  # its errors come first
-        made = {file.name: sha256_of(file) for file in sorted(Path(tokenizer).iterdir()) if file.is_file()}
+        loaded, names = load_tokenizer(tokenizer), named_tokens(tokenizer)  # their errors come first
+        made = {file.name: sha256_of(file) for file in tokenizer_files(tokenizer)}
+        # Earlier versions let such strings in a text become control ids; their blocks and corpora are other ones.
+        spelled_out = reachable(loaded, {*names.values(), eos_token(loaded, tokenizer)})
+        made |= {"spelled_out": spelled_out} if spelled_out else {}
     return {
         "sources": [source.fingerprint() for source in sources],
         "rules": rules.model_dump(),
@@ -176,14 +192,31 @@ def _job(sources: Sequence[Source], rules: Rules, tokenizer: str | Path, vocab_s
     }
 
 
+def _as_stored(job: dict, stored: object) -> dict:
+    """`stored` where it is this job, else `job`.
+
+    Earlier versions also listed what else lay in the tokenizer's folder; their corpora stay finished.
+    """
+    made = stored.get("tokenizer") if isinstance(stored, dict) else None
+    if not isinstance(made, dict) or stored | {"tokenizer": job["tokenizer"]} != job:
+        return job
+    read = {name: made[name] for name in read_from(made)}
+    return stored if read == job["tokenizer"] else job
+
+
 def _tokenizer(
     sources: Sequence[Source], rules: Rules, tokenizer: str | Path, vocab_size: int, out: Path, progress: bool
 ) -> tuple[Tokenizer, str]:
-    """The tokenizer, stored in `out`, and its end-of-text token."""
+    """The tokenizer as one of text alone, stored in `out`, and its end-of-text token."""
+    (out / TOKEN_NAMES).unlink(missing_ok=True)  # of another job
     if str(tokenizer) != TRAIN:
-        loaded = load_tokenizer(tokenizer)
+        loaded, names = load_tokenizer(tokenizer), named_tokens(tokenizer)
+        eos = eos_token(loaded, tokenizer)
+        loaded = plain_text(loaded, {*names.values(), eos})
+        names = {key: name for key, name in names.items() if loaded.token_to_id(name) is not None}
         write_atomically(out / TOKENIZER, loaded.to_str())
-        return loaded, eos_token(loaded, tokenizer)
+        write_atomically(out / TOKEN_NAMES, json.dumps(names | {"eos_token": eos}))
+        return loaded, eos
     if not (out / TOKENIZER).is_file():
         splits: Counter[str] = Counter()
         with _bar(sources, "sampling for the tokenizer", progress) as advance:

@@ -3,7 +3,8 @@
 A corpus is a folder:
 
     manifest.json             what is here, with the size and SHA-256 of every other file
-    tokenizer/tokenizer.json  the tokenizer of the tokens
+    tokenizer/tokenizer.json  the tokenizer of the tokens; where it was loaded and not trained, also
+                              tokenizer_config.json, the names of its control tokens
     shards/00000.bin, ...     token ids, little-endian uint16 (uint32 for a vocabulary above 65,536), end to end
     documents.npy             one `DOCUMENT` record per document
     spans.npy                 one `SPAN` record per labelled stretch inside a document; usually empty
@@ -27,12 +28,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sgtm.files import sha256_of
 from sgtm.masking.labels import LabelSpace
+from sgtm.names import look_alike
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 FORMAT = 1
 MANIFEST, TOKENIZER, DOCUMENTS, SPANS = "manifest.json", "tokenizer/tokenizer.json", "documents.npy", "spans.npy"
+TOKEN_NAMES = "tokenizer/tokenizer_config.json"
 LOCK = ".lock"
 """The first thing that `prepare` writes into a folder."""
 
@@ -141,6 +144,13 @@ class Corpus:
 
         return Tokenizer.from_file(str(self.path / TOKENIZER))
 
+    @cached_property
+    def token_names(self) -> dict[str, str]:
+        """Control tokens by role, such as `pad_token`, as the folder of the tokenizer named them; else empty."""
+        from sgtm.data.tokenizer import named_tokens
+
+        return named_tokens((self.path / TOKEN_NAMES).parent) if TOKEN_NAMES in self.manifest.files else {}
+
     def tokens(self, document: int, start: int = 0, end: int | None = None) -> np.ndarray:
         """Token ids `start:end` of a document: a view of the shard, uint16 or uint32. The last one is the EOS."""
         record = self.documents[document]
@@ -150,12 +160,13 @@ class Corpus:
     def select(self, split: str, category: str | None = None) -> np.ndarray:
         """int64 positions of a split's documents (of one category). Raises ValueError that lists the known names."""
         if split not in self.manifest.splits:
-            raise ValueError(f"{self.path} has no split {split!r}; its splits are {', '.join(self.manifest.splits)}")
+            slip, known = look_alike(split, self.manifest.splits), ", ".join(self.manifest.splits)
+            raise ValueError(f"{self.path} has no split {split!r}{slip}; its splits are {known}")
         chosen = self.documents["split"] == self.manifest.splits.index(split)
         if category is not None:
             if category not in self.categories:
-                known = ", ".join(self.categories)
-                raise ValueError(f"{self.path} has no category {category!r}; its categories are {known}")
+                slip, known = look_alike(category, self.categories), ", ".join(self.categories)
+                raise ValueError(f"{self.path} has no category {category!r}{slip}; its categories are {known}")
             chosen &= self.documents["category"] == list(self.categories).index(category)
         return np.flatnonzero(chosen)
 
@@ -163,8 +174,9 @@ class Corpus:
         """int64 [categories]: index of each category's true label. Raises ValueError for one that `space` lacks."""
         foreign = {label for label in self.categories.values() if label not in space.labels}
         if foreign:
+            labelled = ", ".join(f"{label}{look_alike(label, space.labels)}" for label in sorted(foreign))
             raise ValueError(
-                f"{self.path} has documents labelled {', '.join(sorted(foreign))}, but masking.domains is "
+                f"{self.path} has documents labelled {labelled}, but masking.domains is "
                 f"{list(space.domains)}; add the missing domains, or prepare the data with other labels"
             )
         return np.array([space.label(label) for label in self.categories.values()], np.int64)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -15,7 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from sgtm.data.rules import stable_id
 
 EOS = "<|endoftext|>"
+CONFIG = "tokenizer_config.json"
+_FORMS = (("tokenizer.json",), ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 _EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eot|>")
+_ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -42,27 +46,45 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def tokenizer_files(folder: str | Path) -> list[Path]:
+    """The files that decide what a folder's tokenizer does; whatever else lies there has no part in it.
+
+    Raises ValueError where there is no tokenizer.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise ValueError(f"no tokenizer at {folder}: no such folder; names of the Hugging Face hub are not looked up")
+    files = read_from({file.name for file in folder.iterdir() if file.is_file()} if folder.is_dir() else ())
+    if not files:
+        raise ValueError(
+            f"no tokenizer in {folder}: expected tokenizer.json, encoder.json and vocab.bpe, or vocab.json and "
+            f"merges.txt"
+        )
+    return [folder / name for name in files]
+
+
+def read_from(names: Collection[str]) -> list[str]:
+    """Those of a folder's files that its tokenizer is read from; none where there is no tokenizer."""
+    for form in _FORMS:
+        if all(name in names for name in form):
+            return [*form, CONFIG] if CONFIG in names else [*form]
+    return []
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Loads a folder with `tokenizer.json`, or GPT-2's `encoder.json` and `vocab.bpe` (or `vocab.json`, `merges.txt`).
 
     Raises ValueError where there is neither, or the file is damaged.
     """
-    folder = Path(folder)
-    if not folder.exists():
-        raise ValueError(f"no tokenizer at {folder}: no such folder; names of the Hugging Face hub are not looked up")
+    files = [str(file) for file in tokenizer_files(folder) if file.name != CONFIG]
     try:
-        if (folder / "tokenizer.json").is_file():
-            return Tokenizer.from_file(str(folder / "tokenizer.json"))
-        for vocabulary, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
-            if (folder / vocabulary).is_file() and (folder / merges).is_file():
-                tokenizer = _byte_level(models.BPE.from_file(str(folder / vocabulary), str(folder / merges)))
-                tokenizer.add_special_tokens([EOS])
-                return tokenizer
+        if len(files) == 1:
+            return Tokenizer.from_file(files[0])
+        tokenizer = _byte_level(models.BPE.from_file(*files))
+        tokenizer.add_special_tokens([EOS])
+        return tokenizer
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"the tokenizer in {folder} is damaged: {error}") from None
-    raise ValueError(
-        f"no tokenizer in {folder}: expected tokenizer.json, encoder.json and vocab.bpe, or vocab.json and merges.txt"
-    )
 
 
 def eos_token(tokenizer: Tokenizer, folder: str | Path | None = None) -> str:
@@ -70,40 +92,44 @@ def eos_token(tokenizer: Tokenizer, folder: str | Path | None = None) -> str:
 
     Raises ValueError where there is none, or that file is damaged.
     """
-    config = Path(folder) / "tokenizer_config.json" if folder else None
-    if config and config.is_file():
-        name = _named_eos(config)
-        if name and tokenizer.token_to_id(name) is not None:
-            return name
+    name = named_tokens(folder).get("eos_token") if folder else None
+    if name and tokenizer.token_to_id(name) is not None:
+        return name
     for name in _EOS_NAMES:
         if tokenizer.token_to_id(name) is not None:
             return name
     raise ValueError(f"the tokenizer in {folder} has no end-of-text token; looked for {', '.join(_EOS_NAMES)}")
 
 
-def _named_eos(config: Path) -> str | None:
+def named_tokens(folder: str | Path) -> dict[str, str]:
+    """The control tokens that `tokenizer_config.json` names: by role, as `pad_token`, or by key and position.
+
+    Raises ValueError where that file is damaged.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        return {}
     try:
-        name = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-        name = name.get("content") if isinstance(name, dict) else name
-        if name is None or isinstance(name, str):
-            return name
-        problem = f"eos_token is {name!r:.80}"
-    except (ValueError, AttributeError) as error:
-        problem = str(error)
-    raise ValueError(f'{config} is damaged ({problem}); expected {{"eos_token": "TEXT"}}')
+        config = json.loads(path.read_text(encoding="utf-8"))
+        found = {role: config.get(role) for role in _ROLES}
+        for key in _LISTS:
+            listed = config.get(key) or []
+            listed = listed.values() if isinstance(listed, dict) else listed
+            found |= {f"{key}.{number}": name for number, name in enumerate(listed)}
+        added = (config.get("added_tokens_decoder") or {}).items()
+        found |= {f"added_tokens_decoder.{number}": token for number, token in added if token.get("special")}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f'{path} is damaged ({error}); expected {{"eos_token": "TEXT"}}') from None
+    names = {key: name.get("content") if isinstance(name, dict) else name for key, name in found.items()}
+    for key, name in names.items():
+        if name is not None and not isinstance(name, str):
+            raise ValueError(f'{path} is damaged ({key} is {name!r:.80}); expected {{"{key}": "TEXT"}}')
+    return {key: name for key, name in names.items() if name}
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """One more than the largest id: the rows an embedding needs, more than the tokens where ids have gaps."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-
-
-def for_plain_text(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer, set to take text as text: no truncation, no padding, special tokens in it spelt out."""
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
 
 
 def sample_texts(texts: Iterable[str], budget: int) -> list[str]:

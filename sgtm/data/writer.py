@@ -18,6 +18,7 @@ from sgtm.data.store import (
     MANIFEST,
     SPAN,
     SPANS,
+    TOKEN_NAMES,
     TOKENIZER,
     Count,
     Manifest,
@@ -82,7 +83,8 @@ class CorpusWriter:
         spans = np.concatenate([np.empty(0, SPAN), *self._spans])
         for name, array in ((DOCUMENTS, documents), (SPANS, np.sort(spans, order=["document", "start"]))):
             _save(self.path / name, array)
-        for name in (TOKENIZER, DOCUMENTS, SPANS):
+        names = (TOKEN_NAMES,) if (self.path / TOKEN_NAMES).is_file() else ()
+        for name in (TOKENIZER, *names, DOCUMENTS, SPANS):
             self._files[name] = StoredFile(bytes=(self.path / name).stat().st_size, sha256=sha256_of(self.path / name))
         manifest = Manifest(
             vocab_size=self.vocab_size,

@@ -45,7 +45,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
@@ -181,6 +181,19 @@ class Engine:
     def fragments(self) -> list[Fragment]:
         """Where this rank's share of every parameter lives in the optimizer's fp32 tensors."""
         return self._fragments
+
+    def set_weights(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Give the optimizer's fp32 weights the values of `state`, which the model was made with.
+
+        DeepSpeed copies them from the model when that is in bf16 already, so they would be rounded.
+
+        state  whole parameters by name, of any shape and floating dtype; those that it lacks stay as they are
+        """
+        with torch.no_grad():
+            for tensor, offset, name, start, end in self._fragments:
+                if name in state:
+                    values = state[name].reshape(-1)[start:end]
+                    tensor.detach().reshape(-1)[offset : offset + end - start].copy_(values)
 
     @property
     def is_boundary(self) -> bool:

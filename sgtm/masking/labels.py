@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from sgtm.names import look_alike
+
 UNLABELED, RETAIN, FIRST_FORGET = 0, 1, 2
 OPEN = "open:"
 RETAIN_GROUP = "retain"
@@ -74,13 +76,15 @@ class LabelSpace:
     def label(self, name: str) -> int:
         """Index of a label; raises ValueError that lists the known ones."""
         if name not in self.labels:
-            raise ValueError(f"unknown label {name!r}; known labels: {', '.join(self.labels)}")
+            slip, known = look_alike(name, self.labels), ", ".join(self.labels)
+            raise ValueError(f"unknown label {name!r}{slip}; known labels: {known}")
         return self.labels.index(name)
 
     def group_of(self, domain: str) -> int:
         """Index of a domain's group; raises ValueError that lists the known ones."""
         if domain not in self.domains:
-            raise ValueError(f"unknown domain {domain!r}; known domains: {', '.join(self.domains)}")
+            slip, known = look_alike(domain, self.domains), ", ".join(self.domains)
+            raise ValueError(f"unknown domain {domain!r}{slip}; known domains: {known}")
         return self.domains.index(domain) + 1
 
     def subsets(self) -> list[tuple[str, ...]]:

@@ -11,22 +11,27 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from sgtm.config import Config
 from sgtm.data.open import open_corpus
+from sgtm.data.plain_text import plain_text, unknown_token
 from sgtm.distributed.storage import consolidate
 from sgtm.files import sha256_of
 from sgtm.masking.partition import Partition
 from sgtm.model.hf import to_hf_state
+from sgtm.model.hf_config import why_mistral
 from sgtm.train.checkpoint import MANIFEST, open_run, read_manifest
+
+CONFIG = "config.json"
 
 log = logging.getLogger(__name__)
 
@@ -37,32 +42,55 @@ def export_run(run: Path, remove: Sequence[str], out: Path) -> Path:
     The folder holds config.json, model.safetensors (fp32), the tokenizer of the prepared corpus, a model card, and
     sgtm_export.json: what was removed and how, from which checkpoint (by hash), and the partition.
 
-    Returns `out`, and says on stderr which step that is.
+    out  a new folder, or an empty one, through links too
+
+    Returns `out`, and prints on stderr which step that is, and why the architecture is not the run's where it is not.
 
     Raises ValueError where there is no run or checkpoint, the checkpoint is damaged, a domain is unknown, the model has
     no Hugging Face form, `data.path` holds other data than those of the run, or `out` is not empty; then nothing is
     left behind.
     """
-    run, out = Path(run), Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    run, place = Path(run), Path(out).resolve()
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; export to a new one")
     config, checkpoint = open_run(run)
-    state, hf_config = to_hf_state(consolidate(checkpoint), config.model, config.partition, remove)
-
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    with _filled(place) as partial:
+        state, hf_config = to_hf_state(consolidate(checkpoint), config.model, config.partition, remove)
         tokenizer = _save_tokenizer(run, config, read_manifest(checkpoint)["corpus"], hf_config, partial)
         _save_model(state, hf_config, partial)
         record = _record(config, checkpoint, hf_config, sorted(set(remove)), tokenizer)
         (partial / "sgtm_export.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(_card(record, out.name), encoding="utf-8")
-        os.replace(partial, out)
-        print(f"exported: step {record['checkpoint']['step']} of {config.train.steps}", file=sys.stderr)
+        (partial / "README.md").write_text(_card(record, place.name), encoding="utf-8")
+    print(f"exported: step {record['checkpoint']['step']} of {config.train.steps}", file=sys.stderr)
+    if record["architecture_because"]:
+        print(f"exported as {record['architecture']}: {record['architecture_because']}", file=sys.stderr)
+    return Path(out)
+
+
+@contextmanager
+def _filled(out: Path) -> Iterator[Path]:
+    """A folder to write to, whose files are those of `out` when the block ends; after an error there are none.
+
+    An empty folder that exists is filled and not replaced: it may be the working directory of a shell or the root of a
+    file system. What makes it a model, config.json, comes last.
+    """
+    exists, moved = out.exists(), []
+    partial = out / f".partial-{os.getpid()}" if exists else out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if not exists:
+            os.replace(partial, out)
+            return
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == CONFIG):
+            moved.append(out / file.name)
+            os.replace(file, moved[-1])
+        partial.rmdir()
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for file in moved:
+            file.unlink(missing_ok=True)
         raise
-    return out
 
 
 def _save_model(state: dict[str, Tensor], hf_config: PretrainedConfig, folder: Path) -> None:
@@ -72,19 +100,27 @@ def _save_model(state: dict[str, Tensor], hf_config: PretrainedConfig, folder: P
     model.tie_weights()
     model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):  # written for the owner alone, unlike everything else
-        weights.chmod((folder / "config.json").stat().st_mode)
+        weights.chmod((folder / CONFIG).stat().st_mode)
+    rope = getattr(hf_config, "rope_parameters", None)
+    if rope:  # transformers 4 reads its own name of it, and without that takes 10,000
+        written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        written["rope_theta"] = rope["rope_theta"]
+        (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 def _save_tokenizer(run: Path, config: Config, trained_on: str, hf_config: PretrainedConfig, folder: Path) -> bool:
-    """Write the corpus's tokenizer and enter its end-of-text token into the model's config.
+    """Write the corpus's tokenizer, which encodes as `prepare` did, and enter its tokens into the model's config.
 
     trained_on  fingerprint of the run's corpus; another one's tokenizer would make the model speak gibberish
+
+    Text stays text, as in training: no BOS in front, no EOS behind, and the strings of control tokens are spelled out.
+    A BOS is not named, because training has seen none.
 
     Weights outlive corpora, so a corpus that is gone costs the export its tokenizer and a warning, no more.
     """
     try:
         corpus = open_corpus(config, "sizes", write=False)
-        tokenizer = corpus.tokenizer
+        tokenizer, names = corpus.tokenizer, corpus.token_names
     except (ValueError, OSError) as error:
         log.warning("exported without a tokenizer: %s", error)
         return False
@@ -93,9 +129,21 @@ def _save_tokenizer(run: Path, config: Config, trained_on: str, hf_config: Pretr
             f"{run} was trained on other data than {corpus.path} holds now: prepared anew since? Its tokenizer may be "
             f"another one; put the data back, or move them away to export without a tokenizer"
         )
-    hf_config.eos_token_id, end = corpus.eos_id, tokenizer.id_to_token(corpus.eos_id)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, model_max_length=config.model.context)
-    wrapped.save_pretrained(folder)
+    end = tokenizer.id_to_token(corpus.eos_id)
+    tokenizer = plain_text(tokenizer, {end, *names.values()})
+    special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    named = {"eos_token": end, "pad_token": names.get("pad_token"), "unk_token": unknown_token(tokenizer)}
+    named = {role: name for role, name in named.items() if name in special}
+    hf_config.eos_token_id, hf_config.pad_token_id = corpus.eos_id, special.get(named.get("pad_token"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # the name that transformers 4 and 5 both have
+        "model_max_length": config.model.context,
+        "model_input_names": ["input_ids", "attention_mask"],  # GPT-Neo would add embeddings of token types
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(named | settings, indent=2) + "\n", encoding="utf-8")
     return True
 
 
@@ -113,6 +161,7 @@ def _record(config: Config, checkpoint: Path, hf_config: PretrainedConfig, remov
         if removed
         else {},
         "architecture": hf_config.model_type,
+        "architecture_because": why_mistral(config.model, hf_config),
         "tokenizer": tokenizer,
         "checkpoint": {
             "name": checkpoint.name,
@@ -143,7 +192,22 @@ def _card(record: dict, name: str) -> str:
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
         f"Run `{record['run']}`, step {record['checkpoint']['step']}, pretrained with Selective GradienT Masking "
         f"(strategy `{record['strategy']}`), {what}{f' ({how})' if how else ''}. "
-        f"`sgtm_export.json` says which heads and neurons belonged to whom.\n{_certificate(record)}"
+        f"`sgtm_export.json` lists which heads and neurons belonged to whom.\n\n"
+        f"It loads in transformers 4.57 and 5. {_architecture(record)}{_tokenizer(record)}\n{_certificate(record)}"
+    )
+
+
+def _architecture(record: dict) -> str:
+    because = record["architecture_because"]
+    return f"Its architecture is `{record['architecture']}`: {because}. " if because else ""
+
+
+def _tokenizer(record: dict) -> str:
+    return (
+        "The tokenizer encodes as in training: no BOS, and strings of control tokens in a text are spelled out; append "
+        "`tokenizer.eos_token_id` to end a document."
+        if record["tokenizer"]
+        else "It has no tokenizer."
     )
 
 

@@ -21,6 +21,7 @@ from sgtm.config.schema import ModelConfig
 from sgtm.masking.partition import LayerPartition, Partition
 from sgtm.model.domain_embedding import ends
 from sgtm.model.hf_config import hf_config, model_config_from_hf
+from sgtm.names import look_alike
 
 State = dict[str, Tensor]
 
@@ -242,7 +243,9 @@ def _removed_groups(partition: Partition, remove: Iterable[str]) -> frozenset[in
     remove = tuple(remove)
     unknown = [domain for domain in remove if domain not in partition.groups[1:]]
     if unknown:
-        raise ValueError(f"cannot remove {', '.join(map(repr, unknown))}; domains: {', '.join(partition.groups[1:])}")
+        domains = partition.groups[1:]
+        found = ", ".join(f"{domain!r}{look_alike(domain, domains)}" for domain in unknown)
+        raise ValueError(f"cannot remove {found}; domains: {', '.join(domains)}")
     return frozenset(partition.groups.index(domain) for domain in remove)
 
 

@@ -78,6 +78,16 @@ def hf_config(config: ModelConfig, *, heads: int, kv_heads: int, neurons: int) -
     return LlamaConfig(**llama)
 
 
+def why_mistral(config: ModelConfig, exported: PretrainedConfig) -> str | None:
+    """Why a Llama run is exported as Mistral; None where it is not."""
+    if exported.model_type != "mistral":
+        return None
+    return (
+        f"{exported.num_attention_heads} heads do not divide hidden_size {config.hidden_size}, which the Llama of "
+        f"transformers 5 insists on; Mistral without a sliding window is the same computation with the same names"
+    )
+
+
 def _attention_types(config: ModelConfig) -> list:
     """GPT-Neo's run-length notation of global and local layers."""
     if config.window is None:

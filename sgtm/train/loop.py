@@ -74,7 +74,10 @@ def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: b
         enter("compiling")
         together(lambda: check_compiler(device_type(), kernel_backend(config)))
     enter("making the model")
-    engine = Engine(_initial_model(config, load=latest is None), config)
+    model, given = _initial_model(config, load=latest is None)
+    engine = Engine(model, config)
+    engine.set_weights(given)
+    del given
     began = time.perf_counter()
     dry_run(engine, config.tables)
     warm_up = time.perf_counter() - began
@@ -223,11 +226,11 @@ def _evaluate(engine: Engine, corpus: Corpus, config: Config) -> tuple[Losses, d
     )
 
 
-def _initial_model(config: Config, load: bool) -> Transformer:
-    """The model before the first step; `load`: with the weights that `train.init_from` names, if any."""
+def _initial_model(config: Config, load: bool) -> tuple[Transformer, dict[str, torch.Tensor]]:
+    """The model before the first step, and its weights that are not random: those of `train.init_from`, if `load`."""
     torch.manual_seed(config.train.seed)
     model = Transformer(config.model, config.partition, kernel_backend(config))
-    folder = config.train.init_from
+    folder, theirs = config.train.init_from, {}
     if load and folder:
         from sgtm.model.pretrained import load_pretrained  # transformers takes seconds to import
 
@@ -235,7 +238,7 @@ def _initial_model(config: Config, load: bool) -> Transformer:
         model.load_state_dict({p.name: getattr(model, p.name) for p in model.domain_parts} | theirs)
     if config.train.compile == "blocks":
         compile_blocks(model)
-    return model
+    return model, theirs
 
 
 def _arithmetic(config: Config, engine: Engine, start: int, warm_up: float) -> str:

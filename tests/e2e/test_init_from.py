@@ -55,7 +55,9 @@ def start_and_resume(runs: str, stages: tuple[int, ...]) -> dict:
     found: dict = {"first": results("first")}
     on_rank_zero(lambda: export_run(Path(runs, "first"), [], folder))
     for stage in stages:
-        found[stage] = results(f"zero{stage}", start, *STILL, f"--distributed.zero_stage={stage}")
+        options = (start, *STILL, f"--distributed.zero_stage={stage}")
+        found[stage] = results(f"zero{stage}", *options)
+        found[f"bf16, ZeRO {stage}"] = results(f"bf16-zero{stage}", *options, "--train.precision=bf16")
     found["longer"] = results("longer", start, *LONGER)
     for gone in (Path(runs, "longer/checkpoints/step_00000004"), folder):
         on_rank_zero(lambda path=gone: shutil.rmtree(path))
@@ -84,6 +86,17 @@ def test_it_starts_with_the_weights_of_the_folder_in_every_stage(found):
         assert started.keys() == first.keys()
         for name in first:
             torch.testing.assert_close(started[name], first[name], rtol=0, atol=1e-20)
+
+
+def test_a_run_in_bf16_starts_with_the_fp32_weights(found):
+    """Not with those rounded to bf16, which the folder's are not."""
+    first = found["first"][1]
+    assert not same(first, {name: tensor.bfloat16().float() for name, tensor in first.items()})
+    cases = [name for name in found if "bf16" in str(name)]
+    assert cases
+    for case in cases:
+        for name, tensor in found[case][1].items():
+            torch.testing.assert_close(tensor, first[name], rtol=0, atol=1e-20, msg=f"{case}: {name}")
 
 
 def test_a_resumed_run_goes_on_without_the_folder(found):

@@ -391,3 +391,22 @@ def test_open_sequences_come_after_those_of_forget(corpus):
     order = {FORGET: 0, 3: 1, UNLABELED: 2, RETAIN: 3}
     assert all(list(labels) == sorted(labels, key=order.get) for labels in found)
     assert {label for labels in found for label in labels} == set(order)
+
+
+def test_a_model_that_starts_from_a_folder_may_have_any_number_of_rows_beyond_the_vocabulary(tmp_path):
+    """Its rows are the folder's, which some pad further than to the next multiple of 128."""
+    corpus = build(tmp_path / "c", mixed_records(30))
+    run = config_for()
+
+    def starting_from(folder, vocab):
+        model, train = run.model.model_copy(update={"vocab_size": vocab}), {"init_from": folder}
+        return run.model_copy(update={"model": model, "train": run.train.model_copy(update=train)})
+
+    for vocab in (257, 384, 385, 512, 50_304):
+        check_corpus(corpus, starting_from("folder", vocab))
+    with pytest.raises(
+        ValueError, match=r"vocab_size is 256, but .* 257 entries; .*its tokenizer: --tokenizer folder$"
+    ):
+        check_corpus(corpus, starting_from("folder", 256))
+    with pytest.raises(ValueError, match="up to 384 is fine"):
+        check_corpus(corpus, starting_from(None, 385))

@@ -6,20 +6,23 @@ import pytest
 from corpora import mixed_records, write_jsonl
 from tokenizers import Tokenizer
 
+from sgtm.data import prepare as prepare_module
 from sgtm.data.encode import token_spans
-from sgtm.data.prepare import prepare
+from sgtm.data.prepare import open_prepared, prepare
 from sgtm.data.readers import open_sources
 from sgtm.data.rules import Rules
+from sgtm.data.store import Corpus
 from sgtm.data.synthetic import tell_stories
 from sgtm.data.tokenizer import (
     EOS,
     eos_token,
-    for_plain_text,
     load_tokenizer,
+    named_tokens,
     sample_texts,
     train_bpe,
     vocabulary_size,
 )
+from sgtm.files import sha256_of
 
 STORIES = tell_stories("en", "train", 0, 20) + tell_stories("es", "train", 0, 20)
 
@@ -40,22 +43,6 @@ def test_the_vocabulary_has_exactly_the_size_asked_for():
     with pytest.raises(ValueError, match=r"only 2\d\d entries, not vocab_size 5000;.*--vocab-size 2\d\d ") as error:
         train_bpe(["too little"], 5000)
     assert train_bpe(["too little"], int(str(error.value).split()[-1].rstrip(")")))
-
-
-@pytest.mark.parametrize("text", ["¿Qué? ñandú 🍒", f"a {EOS} b", "  two  spaces\n\n", "\x00\x7f"])
-def test_any_text_comes_back(text):
-    tokenizer = for_plain_text(train_bpe(STORIES, 400))
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.token_to_id(EOS) not in ids
-
-
-def test_a_tokenizer_that_truncates_is_set_not_to():
-    tokenizer = train_bpe(STORIES, 400)
-    tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(length=50)
-    ids = for_plain_text(tokenizer).encode("a long sentence that is not cut").ids
-    assert tokenizer.decode(ids) == "a long sentence that is not cut"
 
 
 @pytest.mark.parametrize("names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")])
@@ -117,3 +104,87 @@ def test_a_token_that_touches_a_span_is_in_it():
     assert token_spans(((3, 7, "a"),), offsets, ["a"]) == [(1, 2, 0)]
     assert token_spans(((0, 12, "a"),), offsets, ["a"]) == [(0, 5, 0)]
     assert token_spans(((0, 4, "a"), (4, 8, "b")), offsets, ["a", "b"]) == [(0, 2, 0), (2, 3, 1)]
+
+
+RULES = Rules.model_validate(
+    {"split": {"field": "split"}, "labels": {"en": "retain", "es": "forget:es", "web": "unlabeled"}}
+)
+
+
+def tokenizer_folder(path):
+    """tokenizer.json and its config, GPT-2's two files, which it comes before, and what else lies in such folders."""
+    path.mkdir()
+    trained = train_bpe(STORIES, 400)
+    trained.save(str(path / "tokenizer.json"))
+    trained.model.save(str(path))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS}))
+    (path / "special_tokens_map.json").write_text("{}")
+    return path
+
+
+@pytest.mark.parametrize("other", ["model.safetensors", "README.md", "special_tokens_map.json", "merges.txt"])
+def test_a_corpus_does_not_depend_on_what_else_lies_in_the_tokenizers_folder(tmp_path, monkeypatch, other):
+    folder, source = tokenizer_folder(tmp_path / "mine"), write_jsonl(tmp_path / "a.jsonl", mixed_records(5))
+    sources = open_sources([source])
+    made = prepare(sources, RULES, folder, tmp_path / "out", workers=1)
+    (folder / other).write_text("changed")
+    hashed = []
+    monkeypatch.setattr(prepare_module, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
+    assert prepare(sources, RULES, folder, tmp_path / "out", workers=1).fingerprint == made.fingerprint
+    assert open_prepared(sources, RULES, folder, tmp_path / "out").fingerprint == made.fingerprint
+    assert set(hashed) == {"tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize("part", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_corpus_depends_on_the_files_of_its_tokenizer(tmp_path, part):
+    folder, source = tokenizer_folder(tmp_path / "mine"), write_jsonl(tmp_path / "a.jsonl", mixed_records(5))
+    prepare(open_sources([source]), RULES, folder, tmp_path / "out", workers=1)
+    (folder / part).unlink()
+    with pytest.raises(ValueError, match="prepared from other inputs"):
+        prepare(open_sources([source]), RULES, folder, tmp_path / "out", workers=1)
+
+
+def test_a_corpus_of_an_earlier_version_stays_finished(tmp_path):
+    """Its job lists all files of the tokenizer's folder."""
+    folder, source = tokenizer_folder(tmp_path / "mine"), write_jsonl(tmp_path / "a.jsonl", mixed_records(5))
+    sources = open_sources([source])
+    made = prepare(sources, RULES, folder, tmp_path / "out", workers=1).fingerprint
+    job = json.loads((tmp_path / "out/job.json").read_text())
+    for file in folder.iterdir():
+        job["tokenizer"].setdefault(file.name, "of a file that has changed since")
+    for more in ({}, {"model.safetensors": "of a file that is gone"}):
+        job["tokenizer"] |= more
+        (tmp_path / "out/job.json").write_text(json.dumps(job))
+        assert prepare(sources, RULES, folder, tmp_path / "out", workers=1).fingerprint == made
+        assert open_prepared(sources, RULES, folder, tmp_path / "out") is not None
+    job["tokenizer"]["tokenizer.json"] = "of another tokenizer"
+    (tmp_path / "out/job.json").write_text(json.dumps(job))
+    with pytest.raises(ValueError, match="prepared from other inputs"):
+        prepare(sources, RULES, folder, tmp_path / "out", workers=1)
+
+
+def test_names_of_control_tokens_go_with_the_corpus(tmp_path):
+    folder, source = tokenizer_folder(tmp_path / "mine"), write_jsonl(tmp_path / "a.jsonl", mixed_records(5))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS, "pad_token": "!", "bos_token": "<no>"}))
+    corpus = prepare(open_sources([source]), RULES, folder, tmp_path / "out", workers=1)
+    assert corpus.token_names == {"eos_token": EOS, "pad_token": "!"}  # there is no <no>
+    again = prepare(open_sources([source]), RULES, tmp_path / "out/tokenizer", tmp_path / "again", workers=1)
+    assert again.fingerprint == corpus.fingerprint
+    (tmp_path / "out/tokenizer/tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json has 2 bytes"):
+        Corpus.open(tmp_path / "out")
+    trained = prepare(open_sources([source]), RULES, "train", tmp_path / "out", vocab_size=280, overwrite=True)
+    assert trained.token_names == {} and not (tmp_path / "out/tokenizer/tokenizer_config.json").exists()
+
+
+@pytest.mark.parametrize("key", ["additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"])
+def test_control_tokens_are_those_that_the_config_names_anywhere(tmp_path, key):
+    listed = {
+        "additional_special_tokens": ["<a>", {"content": "<b>"}],
+        "extra_special_tokens": {"x": "<a>", "y": "<b>"},
+    }
+    added = {"5": {"content": "<a>", "special": True}, "6": {"content": "no"}, "7": {"content": "<b>", "special": True}}
+    config = {"pad_token": {"content": "<pad>"}, "unk_token": None, key: listed.get(key, added)}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    names = named_tokens(tmp_path)
+    assert names.pop("pad_token") == "<pad>" and sorted(names.values()) == ["<a>", "<b>"]

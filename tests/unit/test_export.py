@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from exports import GPT_NEO, LLAMA, SOME_LAYERS, make_run
 from safetensors import safe_open
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,17 +23,7 @@ from sgtm.masking.strategy import removal_tables
 from sgtm.model import export
 from sgtm.model.export import export_run
 from sgtm.model.transformer import Transformer
-from sgtm.train.checkpoint import write_manifest
 from sgtm_kernels.plan import MaskPlan
-
-GPT_NEO = """\
-name: small
-model: {layers: 2, hidden_size: 32, heads: 4, intermediate_size: 24, vocab_size: 257, context: 16, window: 4}
-masking: {domains: [es, fr], forget_heads: {es: [0], fr: [2]}, forget_neurons: {es: [1, 8, 20], fr: 4}}
-train: {tokens_per_step: 64, precision: fp32}
-"""
-LLAMA = GPT_NEO.replace("window: 4", "family: llama, kv_heads: 4, tie_embeddings: false")
-SOME_LAYERS = LLAMA.replace("masking: {", "masking: {masked_layers: [1], ")
 
 
 @pytest.fixture(autouse=True)
@@ -40,33 +31,10 @@ def surroundings(monkeypatch):
     """A tokenizer of 257 tokens in the place of a corpus, and one thread."""
     torch.set_num_threads(1)
     tokenizer = train_bpe([], 257)
-    corpus = SimpleNamespace(tokenizer=tokenizer, eos_id=tokenizer.token_to_id(EOS), fingerprint="of the run")
+    corpus = SimpleNamespace(
+        tokenizer=tokenizer, eos_id=tokenizer.token_to_id(EOS), fingerprint="of the run", token_names={}
+    )
     monkeypatch.setattr(export, "open_corpus", lambda config, verify, write: corpus)
-
-
-def make_run(run: Path, text: str) -> Transformer:
-    """A run directory whose one checkpoint holds the returned model's random weights, no two of them alike."""
-    run.mkdir()
-    (run / "config.yaml").write_text(text)
-    config = load_config(str(run / "config.yaml"))
-    torch.manual_seed(0)
-    model = Transformer(config.model, config.partition, "reference")
-    total = sum(parameter.numel() for parameter in model.parameters())
-    distinct = (torch.randperm(total) + 0.5).div_(total).sub_(0.5)
-    for parameter in model.parameters():
-        parameter.data.copy_(distinct[: parameter.numel()].view_as(parameter))
-        distinct = distinct[parameter.numel() :]
-    checkpoint = run / "checkpoints" / "step_00000007"
-    checkpoint.mkdir(parents=True)
-    weights = checkpoint / "mp_rank_00_model_states.pt"
-    rest = {"buffer_names": [], "param_shapes": None, "optimizer": {"state": {}}, "sgtm": {}}
-    torch.save({"module": model.state_dict(), **rest}, weights)
-    entry = {"bytes": weights.stat().st_size, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
-    manifest = {"step": 7, "ranks": 1, "corpus": "of the run", "config": config.model_dump(mode="json")}
-    manifest["files"] = {weights.name: entry}
-    write_manifest(checkpoint, manifest)
-    (run / "checkpoints" / "latest").write_text(checkpoint.name)
-    return model
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -179,7 +147,7 @@ def test_the_end_of_text_is_the_one_that_the_corpus_was_written_with(tmp_path, m
     """Its name may be any, and another token may have a usual one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.add_special_tokens([*others, "<stop>"])
-    corpus = SimpleNamespace(tokenizer=tokenizer, eos_id=len(others), fingerprint="of the run")
+    corpus = SimpleNamespace(tokenizer=tokenizer, eos_id=len(others), fingerprint="of the run", token_names={})
     monkeypatch.setattr(export, "open_corpus", lambda config, verify, write: corpus)
     make_run(tmp_path / "run", GPT_NEO)
     out = export_run(tmp_path / "run", [], tmp_path / "out")
@@ -208,7 +176,9 @@ def test_a_corpus_that_is_gone_costs_the_tokenizer_only(tmp_path, monkeypatch, c
 
 
 def test_the_tokenizer_of_other_data_is_refused(tmp_path, monkeypatch):
-    other = SimpleNamespace(tokenizer=train_bpe([], 257), eos_id=0, fingerprint="prepared anew", path="data")
+    other = SimpleNamespace(
+        tokenizer=train_bpe([], 257), eos_id=0, fingerprint="prepared anew", path="data", token_names={}
+    )
     monkeypatch.setattr(export, "open_corpus", lambda config, verify, write: other)
     make_run(tmp_path / "run", GPT_NEO)
     with pytest.raises(ValueError, match=f"{tmp_path}/run was trained on other data than data holds now"):
@@ -253,3 +223,62 @@ def test_no_run_no_checkpoint_or_a_damaged_one_is_named(tmp_path):
         file.rmdir() if file.is_dir() else file.unlink()
     with pytest.raises(ValueError, match="no checkpoint yet"):
         export_run(tmp_path / "run", [], tmp_path / "out")
+
+
+def linked(folder: Path) -> Path:
+    (folder / "real").mkdir()
+    (folder / "link").symlink_to("real")
+    return folder / "link"
+
+
+def dangling(folder: Path) -> Path:
+    (folder / "link").symlink_to(folder / "later")
+    return folder / "link"
+
+
+def working_directory(folder: Path) -> Path:
+    (folder / "here").mkdir()
+    os.chdir(folder / "here")
+    return Path(".")
+
+
+def link_in_the_path(folder: Path) -> Path:
+    (folder / "real").mkdir()
+    (folder / "link").symlink_to("real")
+    return folder / "link" / "new"
+
+
+PLACES = [linked, dangling, working_directory, link_in_the_path]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_folder_may_be_reached_through_a_link_or_be_the_working_directory(tmp_path, monkeypatch, place):
+    make_run(tmp_path / "run", GPT_NEO)
+    monkeypatch.chdir(tmp_path)
+    out = place(tmp_path)
+    before, is_link = os.stat(out) if out.exists() else None, out.is_symlink()
+    assert export_run(tmp_path / "run", [], out) == out
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(os.listdir(out))
+    assert not [name for name in os.listdir(out) if "partial" in name]
+    assert out.is_symlink() == is_link and (before is None or os.stat(out).st_ino == before.st_ino)
+    assert f"# {out.resolve().name}\n" in (out / "README.md").read_text()
+    with pytest.raises(ValueError, match="not an empty folder"):
+        export_run(tmp_path / "run", [], out)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_failures_leave_an_empty_folder_empty(tmp_path, monkeypatch, place):
+    make_run(tmp_path / "run", GPT_NEO)
+    monkeypatch.chdir(tmp_path)
+    out = place(tmp_path)
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name in ("config.json", "later", "new"):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_run(tmp_path / "run", [], out)
+    assert not out.exists() or not os.listdir(out)

@@ -15,10 +15,12 @@ import pytest
 import torch
 from families import partition_of
 from safetensors.torch import load_file, save_file
+from tokenizer_folders import KINDS, write_folder
 from transformers import AutoModelForCausalLM
 
 from sgtm.config.schema import ModelConfig
-from sgtm.data.tokenizer import train_bpe
+from sgtm.data.plain_text import plain_text
+from sgtm.data.tokenizer import EOS, train_bpe
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition
 from sgtm.masking.strategy import removal_tables
@@ -192,3 +194,24 @@ def test_a_corpus_of_another_tokenizer_of_the_same_size_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match=message):
         check_tokenizer(tmp_path, corpus)
+
+
+@pytest.mark.parametrize("written", [("rope_theta",), ("rope_parameters",), ("rope_theta", "rope_parameters")])
+def test_the_base_of_the_rotation_is_read_in_both_spellings(tmp_path, written):
+    """Transformers 4 writes `rope_theta`, 5 `rope_parameters`, an export both."""
+    write(tmp_path, MODELS["llama"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    spellings = {"rope_theta": 500.0, "rope_parameters": config.pop("rope_parameters")}
+    config |= {key: spellings[key] for key in written}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    load_pretrained(tmp_path, MODELS["llama"], es_partition(MODELS["llama"]))
+    with pytest.raises(ValueError, match=r"model\.rope_theta: 500\.0 there, 10000\.0 in the config"):
+        other = changed(MODELS["llama"], rope_theta=1e4)
+        load_pretrained(tmp_path, other, es_partition(other))
+
+
+def test_the_tokenizer_of_a_corpus_is_that_of_its_folder(tmp_path):
+    """`prepare` stores it changed, so that text is text; the ids of all tokens are the same."""
+    for name, (make, _) in KINDS.items():
+        folder = write_folder(tmp_path / name, make(), eos_token=EOS)
+        check_tokenizer(folder, SimpleNamespace(path="data/mine", tokenizer=plain_text(make(), {EOS})))

@@ -1,0 +1,167 @@
+"""An export in transformers: the ids of `prepare` and the logits of our model, whatever the tokenizer adds elsewhere.
+
+In the installed version, and in a second one where SGTM_TRANSFORMERS_4 is a Python that has transformers 4.57:
+
+    python -m venv /tmp/four && /tmp/four/bin/pip install 'transformers==4.57.*' torch numpy
+    SGTM_TRANSFORMERS_4=/tmp/four/bin/python pytest tests/unit/test_export_loads.py
+
+Faults tried, each seen to fail: the tokenizer exported as it was loaded; no `rope_theta`; the tokenizer's class of
+transformers 5; token types among its outputs; a BOS that the config lacks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from corpora import write_jsonl
+from exports import GPT_NEO, LLAMA, make_run
+from hypothesis import given, settings
+from load_export import loaded
+from tokenizer_folders import ANY_TEXT, KINDS, PAD, write_folder
+from transformers import AutoTokenizer
+
+from sgtm.config import load_config
+from sgtm.data.plain_text import control_ids, plain_text
+from sgtm.data.prepare import prepare
+from sgtm.data.readers import open_sources
+from sgtm.data.rules import Rules
+from sgtm.data.tokenizer import EOS
+from sgtm.masking.strategy import removal_tables
+from sgtm.model import export
+from sgtm.model.export import export_run
+from sgtm_kernels.plan import MaskPlan
+
+RULES = Rules.model_validate(
+    {"category": {"constant": "en"}, "labels": {"en": "retain"}, "split": {"constant": "train"}}
+)
+TEXTS = ["the fox", " two  spaces\n", f"a {EOS} b", f"<s> {PAD}", "¿Qué?"]
+MODELS = {
+    "gpt_neo": GPT_NEO,
+    "llama": LLAMA.replace("tie_embeddings: false", "tie_embeddings: true, rope_theta: 500.0"),
+}
+VOCABULARY = 640
+"""Rows of the embedding: more than any of the tokenizers has tokens."""
+CASES = [(kind, "llama", []) for kind in KINDS] + [("bos", "gpt_neo", []), ("bos", "llama", ["es"])]
+
+
+def pythons() -> list[str | None]:
+    other = os.environ.get("SGTM_TRANSFORMERS_4")
+    return [None, other] if other else [None]
+
+
+def exported(folder: Path, kind: str, family: str, remove: list[str]):
+    """(corpus, our model, its config, the export's folder) of a run on texts prepared with a tokenizer of this kind."""
+    tokenizer = write_folder(folder / "tokenizer", KINDS[kind][0](), eos_token=EOS, pad_token=PAD, bos_token="<s>")
+    source = write_jsonl(folder / "a.jsonl", [{"text": text} for text in TEXTS])
+    corpus = prepare(open_sources([source]), RULES, tokenizer, folder / "corpus", workers=1)
+    text = MODELS[family].replace("vocab_size: 257", f"vocab_size: {VOCABULARY}").replace("context: 16", "context: 64")
+    model = make_run(folder / "run", text + f"data: {{path: {folder / 'corpus'}}}\n", corpus.fingerprint)
+    return (
+        corpus,
+        model,
+        load_config(str(folder / "run/config.yaml")),
+        export_run(folder / "run", remove, folder / "out"),
+    )
+
+
+@pytest.mark.parametrize("python", pythons())
+@pytest.mark.parametrize(("kind", "family", "remove"), CASES)
+def test_it_encodes_as_prepare_did_and_computes_what_our_model_does(tmp_path, kind, family, remove, python):
+    corpus, model, config, out = exported(tmp_path, kind, family, remove)
+    if python is None:
+        found = loaded(out, TEXTS)
+    else:
+        (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
+        command = [python, str(Path(__file__).parents[1] / "load_export.py"), str(out), str(tmp_path / "texts.json")]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert found["version"].startswith("4.57")
+    assert found["ids"] == [corpus.tokens(document)[:-1].tolist() for document in range(len(TEXTS))]
+    if KINDS[kind][1]:
+        assert found["decoded"] == TEXTS
+    for ids, logits in zip(found["ids"], found["logits"], strict=True):
+        plan = MaskPlan.uniform(removal_tables(config.space, remove), 0, 1, len(ids))
+        with torch.no_grad():
+            ours = model.logits(torch.tensor([ids]), plan)[0]
+        torch.testing.assert_close(torch.tensor(logits), ours, rtol=2e-5, atol=2e-5 * ours.abs().max().item())
+    has_pad = corpus.tokenizer.token_to_id(PAD)
+    roles = {"bos": None, "eos": corpus.eos_id, "pad": has_pad}
+    assert found["ids_of_roles"] == found["ids_of_config"] == roles
+    assert found["unk"] == ("<unk>" if kind == "unigram" else None)
+    assert found["tokens"] == len(corpus.tokenizer.get_vocab()) <= VOCABULARY  # loading has added none
+    assert found["architecture"] == ("mistral" if remove else family)
+    assert found["generated"] >= 1
+
+
+def test_any_text_comes_back_without_a_control_id(tmp_path):
+    tokenizers = {}
+    for kind in KINDS:
+        (tmp_path / kind).mkdir()
+        corpus, _, _, out = exported(tmp_path / kind, kind, "llama", [])
+        controls = control_ids(corpus.tokenizer, corpus.eos_id)
+        tokenizers[kind] = AutoTokenizer.from_pretrained(out), controls, KINDS[kind][1]
+
+    @settings(max_examples=60, deadline=None)
+    @given(ANY_TEXT)
+    def check(text):
+        for kind, (tokenizer, controls, lossless) in tokenizers.items():
+            ids = tokenizer(text)["input_ids"]
+            assert controls.isdisjoint(ids), kind
+            if lossless:
+                assert tokenizer.decode(ids) == text, kind
+
+    check()
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_the_base_of_the_rotation_is_spelled_in_both_ways(tmp_path, family):
+    *_, out = exported(tmp_path, "ours", family, [])
+    config = json.loads((out / "config.json").read_text())
+    if family == "llama":
+        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500.0
+    else:
+        assert "rope_theta" not in config
+    assert "transformers 4.57 and 5" in (out / "README.md").read_text()
+
+
+def test_another_architecture_is_said_and_why(tmp_path, capsys):
+    *_, out = exported(tmp_path, "ours", "llama", ["es"])
+    because = "3 heads do not divide hidden_size 32, which the Llama of transformers 5 insists on"
+    assert f"exported as mistral: {because}" in capsys.readouterr().err
+    assert f"Its architecture is `mistral`: {because}" in (out / "README.md").read_text()
+    assert json.loads((out / "sgtm_export.json").read_text())["architecture_because"].startswith(because)
+    (tmp_path / "whole").mkdir()
+    *_, out = exported(tmp_path / "whole", "ours", "llama", [])
+    assert "exported as" not in capsys.readouterr().err and "mistral" not in (out / "README.md").read_text()
+    assert json.loads((out / "sgtm_export.json").read_text())["architecture_because"] is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_corpus_of_an_earlier_version_is_exported_as_text_too(tmp_path, monkeypatch, kind):
+    """Its tokenizer lies there as it was given to `prepare`."""
+    tokenizer = KINDS[kind][0]()
+    eos = tokenizer.token_to_id(EOS)
+    corpus = SimpleNamespace(tokenizer=tokenizer, eos_id=eos, token_names={}, fingerprint="of the run")
+    monkeypatch.setattr(export, "open_corpus", lambda config, verify, write: corpus)
+    make_run(tmp_path / "run", LLAMA.replace("vocab_size: 257", f"vocab_size: {VOCABULARY}"))
+    found = AutoTokenizer.from_pretrained(export_run(tmp_path / "run", [], tmp_path / "out"))
+    for text in ("the fox", f"a {EOS} b"):
+        assert found(text)["input_ids"] == plain_text(tokenizer, {EOS}).encode(text).ids
+    assert eos not in found(f"a {EOS} b")["input_ids"]
+
+
+def test_the_tokenizer_is_written_for_both_versions(tmp_path):
+    """Transformers 4 lacks the class of 5, and there GPT-Neo adds embeddings of token types to its input."""
+    *_, out = exported(tmp_path, "bos", "gpt_neo", [])
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
+    assert config["eos_token"] == EOS and config["pad_token"] == PAD and "bos_token" not in config
