@@ -184,12 +184,10 @@ def none_whole(wrong: dict[Path, str]) -> str:
 
 
 def resolved(config: Config) -> dict:
-    """The config as a manifest keeps it, with the kernel backend that runs: another one adds in another order.
-
-    `masking.joint` is spelled out where the strategy decides.
+    """The config as a manifest keeps it, spelled out, with the kernel backend that runs: another one adds in another
+    order.
     """
-    values = config.model_dump(mode="json")
-    values["masking"]["joint"] = config.joint
+    values = config.spelled_out()
     values["kernels"]["backend"] = served(kernel_backend(config))
     return values
 
