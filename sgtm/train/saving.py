@@ -79,7 +79,7 @@ class CheckpointWriter:
         try:
             on_rank_zero(lambda: _fresh(self._temporary))
             ranks = on_every_rank(lambda: {"random": _random_state(self.engine), "progress": progress})
-            self.engine.save(self._temporary, {"step": step, "ranks": ranks})
+            self.engine.save(self._temporary, step, {"step": step, "ranks": ranks})
         except OSError as error:
             raise self._failed(error) from error
         self._paused = time.perf_counter() - self._began
