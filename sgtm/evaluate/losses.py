@@ -6,6 +6,7 @@ training as on a loaded one. Losses are nats per target token, a mean over all t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -60,6 +61,12 @@ def category_losses_and_norms(
                 losses[name][category] = total / count
                 norms[name][category] = of_category.take(all_reduce_sum)[corpus.categories[category]]
     return losses, norms
+
+
+def not_finite(losses: Losses) -> str:
+    """Which losses are NaN or infinite: `en, es (full); es (without es)`; empty where none is."""
+    bad = {name: [c for c, loss in by.items() if not math.isfinite(loss)] for name, by in losses.items()}
+    return "; ".join(f"{', '.join(categories)} ({name})" for name, categories in bad.items() if categories)
 
 
 def category_losses(*arguments, **options) -> Losses:

@@ -16,7 +16,7 @@ from sgtm.data.open import open_corpus
 from sgtm.distributed.env import device_type, kernel_backend
 from sgtm.distributed.storage import consolidate
 from sgtm.evaluate.localisation import gradient_norms
-from sgtm.evaluate.losses import category_losses_and_norms
+from sgtm.evaluate.losses import category_losses_and_norms, not_finite
 from sgtm.files import write_atomically
 from sgtm.model.transformer import Transformer
 from sgtm.train.checkpoint import open_run, read_manifest
@@ -85,4 +85,11 @@ def evaluate_run(run: Path, split: str = "test", sequences: int | None = None) -
 
 
 def write_summary(run: Path, summary: dict) -> None:
+    """Write `summary.json`. Raises ValueError where a loss is not finite: what was there before then stays."""
+    if bad := not_finite(summary["losses"]):
+        raise ValueError(
+            f"{run}: not finite after step {summary['steps']}: the loss of {bad}; {run / 'summary.json'} is not "
+            f"written. The model has diverged: skipped_steps and grad_norm in {run / 'metrics.jsonl'} show since when; "
+            f"train with a lower optimizer.lr"
+        )
     write_atomically(run / "summary.json", json.dumps(summary, indent=2) + "\n")

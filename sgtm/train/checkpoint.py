@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -190,12 +189,3 @@ def resolved(config: Config) -> dict:
     values = config.spelled_out()
     values["kernels"]["backend"] = served(kernel_backend(config))
     return values
-
-
-def sync_directory(directory: Path) -> None:
-    """Flush the names in a directory, as a rename is only safe on the disk when its directory is."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

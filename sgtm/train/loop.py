@@ -111,7 +111,7 @@ def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: b
         if latest is not None:  # what was trained before may have been another
             before = on_rank_zero(lambda: read_manifest(latest)["independent_of"])
             independent_of = tuple(domain for domain in independent_of if domain in before)
-        writer = CheckpointWriter(engine, run, config, corpus.fingerprint, independent_of)
+        writer = CheckpointWriter(engine, run, config, corpus.fingerprint, independent_of, log.sync)
         _steps(config, run, engine, loader, corpus, log, stop, totals, start, writer)
     enter(None)
 

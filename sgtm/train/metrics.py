@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sgtm.config.schema import Config
-from sgtm.files import write_atomically
+from sgtm.evaluate.losses import not_finite
+from sgtm.files import sync_directory, write_atomically
 from sgtm.model.output_norms import Norms
 from sgtm.train.residual import ResidualWatch
 from sgtm.train.saving import Saved
@@ -112,6 +113,8 @@ class MetricsLog:
         for name, by_category in losses.items():
             self.say(f"eval at step {step}: {name}: " + ", ".join(f"{c} {v:.3f}" for c, v in by_category.items()))
 
+        if bad := not_finite(losses):
+            self.say(f"warning: step {step}: not finite: the loss of {bad}; the model has diverged")
     def checkpoint(self, saved: Saved | None) -> None:
         """A checkpoint that is in place, if there is one."""
         if self.active and saved:
@@ -122,6 +125,13 @@ class MetricsLog:
                 self.say(f"warning: it is whole, but the earlier ones could not be tidied up: {saved.problem}")
 
     def probe(self, step: int, norms: dict[str, dict[str, float]]) -> None:
+    def sync(self) -> None:
+        """Flush `metrics.jsonl` to the disk, so that no checkpoint outlives the lines before it. Raises OSError."""
+        if self.active:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            sync_directory(self.run)
+
         if self.active:
             self._write({"kind": "probe", "step": step, "grad_norms": norms})
 
