@@ -84,7 +84,7 @@ def test_offline_run(tmp_path: Path):
     run = Path(run_ranks(train_offline, 1, str(tmp_path), timeout=200, env={"WANDB_MODE": "offline"})[0])
     segments = read_segments(run)
     assert [sorted({row["_step"] for row in rows}) for _, rows in segments] == [[1, 2], [2, 3, 4]]
-    assert {run_id for run_id, _ in segments} == {(run / "wandb.id").read_text().strip()}
+    assert {run_id for run_id, _ in segments} == {json.loads((run / "wandb.id").read_text())["id"]}
     logged: dict[int, dict] = {}
     for row in (row for _, rows in segments for row in rows):
         logged.setdefault(row["_step"], {}).update(row)
