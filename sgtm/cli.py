@@ -105,6 +105,7 @@ def _key_meant(command: str, arguments: list[str]) -> str:
 def _parser() -> argparse.ArgumentParser:
     from sgtm import __version__
     from sgtm.checkpoint_command import add_checkpoint_tasks, run_checkpoint
+    from sgtm.eval_command import add_eval_options, run_eval
     from sgtm.plan.command import add_launch_options, add_plan_options, run_launch, run_plan
     from sgtm.quickstart_command import run_quickstart
     from sgtm.report_command import add_report_options, run_report
@@ -135,13 +136,12 @@ def _parser() -> argparse.ArgumentParser:
     resume = "go on from the newest whole checkpoint, on any ranks and in any ZeRO stage (--resume auto is the same)"
     train.add_argument("--resume", action="store_true", help=resume)
     train.add_argument("--overwrite", action="store_true", help="delete the run directory if it exists")
-    evaluate = command("eval", _eval, "losses by category, full and with every subset of domains removed")
-    evaluate.add_argument("run_dir", type=Path, metavar="RUN", help="run directory, e.g. runs/quickstart")
-    evaluate.add_argument("--split", default="test", help="split of the prepared data (default: test)")
-    evaluate.add_argument("--sequences", type=_positive, metavar="N", help="sequences per category (default: all)")
+    about = "losses by category, full and with every subset of domains removed"
+    add_eval_options(command("eval", run_eval, about), _positive)
     export = command("export", _export, "write a Hugging Face model, with domains removed or without")
     export.add_argument("run_dir", type=Path, metavar="RUN")
-    export.add_argument("--remove", nargs="+", default=[], metavar="DOMAIN", help="domains to remove (default: none)")
+    about = "domains to remove, as bio chem or bio,chem (default: none)"
+    export.add_argument("--remove", nargs="+", default=[], metavar="DOMAIN", help=about)
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     add_report_options(command("report", run_report, "write the HTML page and the figures of a run"))
     checkpoint = command(
@@ -215,6 +215,7 @@ def _prepare(argv: list[str]) -> int:
 def _train(options) -> None:
     from sgtm.config import ConfigError, load_config, preset_names
     from sgtm.config.load import load_run_config
+    from sgtm.config.located import overrides_of
 
     if options.resume and options.overwrite:
         raise ValueError("--resume continues a run and --overwrite deletes it; give one of them")
@@ -227,7 +228,7 @@ def _train(options) -> None:
         if not options.resume:
             raise ValueError(f"{folder} is a run directory; go on with it: sgtm train {folder} --resume")
         options.config = folder / "config.yaml"
-        overrides = [f"--runs={folder.parent}", f"--name={folder.name}", *overrides]  # it may have been moved
+        overrides = [*overrides_of(folder), *overrides]  # it may have been moved
     try:
         config = load_config(options.config, overrides)
     except ConfigError as error:
@@ -242,27 +243,14 @@ def _train(options) -> None:
     train(config, resume=options.resume, overwrite=options.overwrite)
 
 
-def _eval(options) -> None:
-    from sgtm.config.load import load_run_config
-
-    load_run_config(options.run_dir)  # before anything heavy is imported
-    from sgtm.evaluate.run import evaluate_run, write_summary
-    from sgtm.report import print_summary
-
-    summary = evaluate_run(options.run_dir, split=options.split, sequences=options.sequences)
-    try:
-        write_summary(options.run_dir, summary)
-    finally:
-        print_summary(summary)
-
-
 def _export(options) -> None:
     from sgtm.config.load import load_run_config
 
     load_run_config(options.run_dir)  # before anything heavy is imported
     from sgtm.model.export import export_run
 
-    export_run(options.run_dir, options.remove, options.out)
+    remove = [domain for words in options.remove for domain in words.split(",") if domain]  # no name has a comma
+    export_run(options.run_dir, remove, options.out)
     print(options.out)
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 
 from sgtm.config import Config
+from sgtm.config.located import places_tried
 from sgtm.data.loader import check_corpus
 from sgtm.data.open import open_corpus
+from sgtm.data.store import Corpus
 from sgtm.distributed.env import device_type, kernel_backend
 from sgtm.distributed.storage import consolidate
 from sgtm.evaluate.localisation import gradient_norms
@@ -34,17 +36,18 @@ def load_model(config: Config, checkpoint: Path) -> Transformer:
     return model.to(device_type()).requires_grad_()
 
 
-def evaluate_run(run: Path, split: str = "test", sequences: int | None = None) -> dict:
+def evaluate_run(run: Path, split: str = "test", sequences: int | None = None, data: str | None = None) -> dict:
     """Losses per category, full and without each subset of domains, as `summary.json` holds them.
 
     split      of the corpus to evaluate on
     sequences  at most this many sequences of each category; None: all of them
+    data       `data.path` to take, of the same corpus; None: that of the run, whatever the working directory
 
     Losses are computed in the precision of the training, gradient norms in fp32. Raises ValueError for a folder that is
     no run, a damaged checkpoint or log, and data that are not those of the run.
     """
-    config, checkpoint = open_run(run)
-    corpus = open_corpus(config, write=False)
+    config, checkpoint = open_run(run, data)
+    corpus = _corpus_of(config, run)
     check_corpus(corpus, config)
     manifest = read_manifest(checkpoint)
     if manifest["corpus"] != corpus.fingerprint:
@@ -82,6 +85,17 @@ def evaluate_run(run: Path, split: str = "test", sequences: int | None = None) -
         "output_norms": output_norms,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
+
+
+def _corpus_of(config: Config, run: Path) -> Corpus:
+    """Raises ValueError as `open_corpus`, with the places where a relative `data.path` was looked for."""
+    try:
+        return open_corpus(config, write=False)
+    except ValueError as error:
+        tried = places_tried(config, run)
+        if not tried or Path(config.data.path).exists():
+            raise
+        raise ValueError(f"{error}; not found in {tried}: give its place with --data.path DIR") from None
 
 
 def write_summary(run: Path, summary: dict) -> None:

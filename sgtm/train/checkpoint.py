@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sgtm.config.load import load_run_config
+from sgtm.config.located import locate_data
 from sgtm.config.schema import Config
 from sgtm.distributed.env import kernel_backend
 from sgtm.files import sha256_of, write_atomically
@@ -158,13 +159,15 @@ def newest_whole(
     return None, wrong
 
 
-def open_run(run_dir: Path | str) -> tuple[Config, Path]:
+def open_run(run_dir: Path | str, data: str | None = None) -> tuple[Config, Path]:
     """Config and newest whole checkpoint of a run that is to be evaluated or exported.
+
+    data  `data.path` to take; None: that of the run, found from any working directory (sgtm/config/located.py)
 
     A damaged one before it is told on stderr. Raises ValueError for a folder that is no run, has no checkpoint, or none
     that is whole.
     """
-    config = load_run_config(Path(run_dir))
+    config = locate_data(load_run_config(Path(run_dir)), Path(run_dir), data)
     there = finished(run_dir)
     if not there:
         raise ValueError(f"{run_dir} has no checkpoint yet; train first")
