@@ -11,8 +11,12 @@ from __future__ import annotations
 import argparse
 import os
 import select
+import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+
+from sgtm.stopping import Stopped, stoppable
 
 OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --masking.strategy none"
 
@@ -25,16 +29,20 @@ OPTIONS = {
     "plan": ("nodes", "gpus", "memory", "tflops", "inside", "between", "reached", "sustained", "json"),
     "launch": ("launcher", "nodes", "gpus", "rendezvous", "hostfile", "memory", "resume", "overwrite", "dry-run"),
 }
+STOPPABLE = ("eval", "export", "report", "checkpoint")  # train and quickstart save first, others start processes
 CONFIGURED = ("train", "explain", "config", "quickstart", "bench", "profile", "plan", "launch", "doctor")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 if nobody reads stdout, 2 for a mistake, 130 interrupted."""
+    """Run one command. Exit status: 0, 1 if nobody reads stdout, 2 for a mistake, 128 + a signal that ended it."""
     try:
         arguments = _without_local_rank(sys.argv[1:] if argv is None else argv)
         status = _dispatch(arguments)
         sys.stdout.flush()  # a closed pipe shows here, and not in the interpreter's own flush at exit
         return status
+    except Stopped as stopped:
+        # A launcher ends the other ranks when one fails, and rank 0 may have more to close; it has its own status.
+        return stopped.status if _only_rank() else 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -68,7 +76,9 @@ def _dispatch(argv: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if hasattr(options, "config"):
         options.overrides = overrides
-    return options.run(options) or 0
+    options.again = f"again: {shlex.join(['sgtm', *argv, *overrides])}"
+    with stoppable(options.again) if argv[0] in STOPPABLE else nullcontext():
+        return options.run(options) or 0
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -240,7 +250,8 @@ def _train(options) -> None:
 
     from sgtm.train.loop import train
 
-    train(config, resume=options.resume, overwrite=options.overwrite)
+    with stoppable(options.again) if _only_rank() else nullcontext():  # while there is nothing to save yet
+        train(config, resume=options.resume, overwrite=options.overwrite)
 
 
 def _export(options) -> None:
@@ -339,6 +350,12 @@ def _without_auto(argv: list[str]) -> list[str]:
         elif not (argument == "auto" and kept[-1] == "--resume"):
             kept.append(argument)
     return kept
+
+
+def _only_rank() -> bool:
+    from sgtm.distributed.env import rank_and_size
+
+    return rank_and_size()[1] == "1"
 
 
 def _nobody_reads() -> bool:

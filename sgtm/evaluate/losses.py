@@ -34,11 +34,13 @@ def category_losses_and_norms(
     rank: int = 0,
     world_size: int = 1,
     all_reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda t: t,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[Losses, dict[str, Norms]]:
     """Losses by removed set (`removal_name`) and category, and by the same the norms of sgtm/model/output_norms.py.
 
     forward    `Transformer.forward` or an engine around it
     split      of the corpus; sequences: at most this many of each category, None: all
+    check      is called before every batch, on all ranks, and may raise to end the evaluation
     Every rank takes its share of the sequences, with the same number of forward passes.
     """
     subsets = config.space.subsets()
@@ -51,6 +53,7 @@ def category_losses_and_norms(
         for batch in evaluation_batches(
             corpus, config, split, category, max_sequences=sequences, rank=rank, world_size=world_size
         ):
+            check()
             ids, targets = batch.input_ids.to(device), batch.targets.to(device)
             sums[-1] += (targets != IGNORE).sum()
             for i, table in enumerate(tables):

@@ -144,7 +144,7 @@ def test_train_under_the_deepspeed_launcher(calls):
 
 def test_quickstart_trains_evaluates_reports_and_prints(calls, capsys, tmp_path):
     assert main(["quickstart", "--train.steps", "60", "--runs", str(tmp_path)]) == 0
-    stages = ["train", "evaluate_run", "write_summary", "write_report", "print_summary"]
+    stages = ["train", "evaluate_run", "write_summary", "print_summary", "write_report"]
     assert [function for function, _, _ in calls] == stages
     assert calls[0][1][0].name == "quickstart" and calls[0][1][0].train.steps == 60
     assert "report: runs/quickstart/x.html" in capsys.readouterr().out

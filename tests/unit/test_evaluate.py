@@ -77,6 +77,19 @@ def test_losses_are_those_of_the_edited_model(setting, category: str, split: str
         assert abs(full - without) > 1e-3, "the group must matter for the comparison to mean anything"
 
 
+def test_a_check_may_end_an_evaluation_before_any_batch(setting):
+    batches = []
+
+    def check() -> None:
+        batches.append(len(batches))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(setting, check=check)
+    assert batches == [0, 1, 2]
+
+
 def test_ranks_share_the_sequences(setting):
     shares = {rank: [] for rank in (0, 1)}
     for rank in shares:
