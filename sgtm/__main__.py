@@ -3,11 +3,13 @@
 import sys
 
 from sgtm.cli import main
+from sgtm.cores import wait_passively_where_busy
 
 
 def run() -> int:
     """The command line as a process of its own, which may end here: see `end_rank`."""
     status = 1
+    wait_passively_where_busy()
     try:
         status = main()
     except Exception:

@@ -31,6 +31,7 @@ from sgtm.model.output_norms import OutputNorms
 from sgtm.model.transformer import Transformer
 from sgtm.stopping import SIGNALS, Stopped
 from sgtm.train.checkpoint import read_manifest
+from sgtm.train.contention import ContentionWatch
 from sgtm.train.data import open_everywhere
 from sgtm.train.dry_run import dry_run
 from sgtm.train.gradients import group_norms, probe
@@ -137,6 +138,8 @@ def _steps(
 ) -> None:
     space, every = config.space, config.train
     seconds, logged = log.seconds, start
+    by_itself = engine.world_size == 1 and engine.device.type == "cpu"  # else the main thread waits for others anyway
+    contention = ContentionWatch(torch.get_num_threads() if by_itself else 1)
     for step in range(start, every.steps):
         began = time.perf_counter()
         enter("data", step + 1)
@@ -149,7 +152,10 @@ def _steps(
             log.probe(done, probe(engine, batches, config.tables))
             began += time.perf_counter() - paused
         norms = OutputNorms(config.tables) if log_due else None
-        train_step(engine, batches, config.tables, lr, totals, log_due, norms)
+        with contention.step():
+            train_step(engine, batches, config.tables, lr, totals, log_due, norms)
+        if text := contention.warning():
+            log.say(f"warning: {text}")
         if not engine.finite:
             log.checkpoint(writer.finish())  # the run may end here
             log.say(tell_skipped(engine, loader, corpus, config, run, step, totals.in_a_row))

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny import tiny_config
 
 from sgtm.stopping import SIGNALS, Stopped
@@ -135,7 +136,7 @@ def run_steps(
     rows  takes the lines of the log of metrics
     """
     saved: list[int] = []
-    engine = SimpleNamespace(world_size=1, rank=0, device=None, finite=finite, all_reduce_sum=None)
+    engine = SimpleNamespace(world_size=1, rank=0, device=torch.device("cpu"), finite=finite, all_reduce_sum=None)
     config = tiny_config(train={"steps": 5, "log_every": 100, "eval_every": 2})
     evaluations = iter(range(2, 99, 2))
 
