@@ -16,6 +16,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+from sgtm.printed_error import print_error
 from sgtm.stopping import Stopped, stoppable
 
 OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --masking.strategy none"
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         if os.environ.get("SGTM_TRACEBACK", "0") not in ("", "0"):
             raise
-        _print_error(error)
+        print_error(error)
         return 2
 
 
@@ -369,25 +370,3 @@ def _nobody_reads() -> bool:
     if gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return gone
-
-
-def _print_error(error: ValueError | OSError) -> None:
-    """One message. What every rank finds alike (a config) only rank 0 says, what all raise together (`error.rank`, see
-    sgtm/distributed/agree.py) the rank that it comes from; anything else each rank says for itself.
-    """
-    from sgtm.distributed.env import rank_and_size
-
-    rank, ranks = rank_and_size()
-    if str(getattr(error, "rank", rank)) != rank:
-        return
-    if rank != "0":
-        from sgtm.config import ConfigError
-
-        if isinstance(error, ConfigError):
-            return
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    where = "" if ranks == "1" else f"rank {rank}: "
-    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
-    print(f"{red}error:{plain} {where}{text}", file=sys.stderr)
