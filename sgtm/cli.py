@@ -11,8 +11,13 @@ from __future__ import annotations
 import argparse
 import os
 import select
+import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+
+from sgtm.printed_error import print_error
+from sgtm.stopping import Stopped, stoppable
 
 OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --masking.strategy none"
 
@@ -25,16 +30,20 @@ OPTIONS = {
     "plan": ("nodes", "gpus", "memory", "tflops", "inside", "between", "reached", "sustained", "json"),
     "launch": ("launcher", "nodes", "gpus", "rendezvous", "hostfile", "memory", "resume", "overwrite", "dry-run"),
 }
+STOPPABLE = ("eval", "export", "report", "checkpoint")  # train and quickstart save first, others start processes
 CONFIGURED = ("train", "explain", "config", "quickstart", "bench", "profile", "plan", "launch", "doctor")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 if nobody reads stdout, 2 for a mistake, 130 interrupted."""
+    """Run one command. Exit status: 0, 1 if nobody reads stdout, 2 for a mistake, 128 + a signal that ended it."""
     try:
         arguments = _without_local_rank(sys.argv[1:] if argv is None else argv)
         status = _dispatch(arguments)
         sys.stdout.flush()  # a closed pipe shows here, and not in the interpreter's own flush at exit
         return status
+    except Stopped as stopped:
+        # A launcher ends the other ranks when one fails, and rank 0 may have more to close; it has its own status.
+        return stopped.status if _only_rank() else 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -43,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         if os.environ.get("SGTM_TRACEBACK", "0") not in ("", "0"):
             raise
-        _print_error(error)
+        print_error(error)
         return 2
 
 
@@ -68,7 +77,9 @@ def _dispatch(argv: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if hasattr(options, "config"):
         options.overrides = overrides
-    return options.run(options) or 0
+    options.again = f"again: {shlex.join(['sgtm', *argv, *overrides])}"
+    with stoppable(options.again) if argv[0] in STOPPABLE else nullcontext():
+        return options.run(options) or 0
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -105,6 +116,7 @@ def _key_meant(command: str, arguments: list[str]) -> str:
 def _parser() -> argparse.ArgumentParser:
     from sgtm import __version__
     from sgtm.checkpoint_command import add_checkpoint_tasks, run_checkpoint
+    from sgtm.eval_command import add_eval_options, run_eval
     from sgtm.plan.command import add_launch_options, add_plan_options, run_launch, run_plan
     from sgtm.quickstart_command import run_quickstart
     from sgtm.report_command import add_report_options, run_report
@@ -135,13 +147,12 @@ def _parser() -> argparse.ArgumentParser:
     resume = "go on from the newest whole checkpoint, on any ranks and in any ZeRO stage (--resume auto is the same)"
     train.add_argument("--resume", action="store_true", help=resume)
     train.add_argument("--overwrite", action="store_true", help="delete the run directory if it exists")
-    evaluate = command("eval", _eval, "losses by category, full and with every subset of domains removed")
-    evaluate.add_argument("run_dir", type=Path, metavar="RUN", help="run directory, e.g. runs/quickstart")
-    evaluate.add_argument("--split", default="test", help="split of the prepared data (default: test)")
-    evaluate.add_argument("--sequences", type=_positive, metavar="N", help="sequences per category (default: all)")
+    about = "losses by category, full and with every subset of domains removed"
+    add_eval_options(command("eval", run_eval, about), _positive)
     export = command("export", _export, "write a Hugging Face model, with domains removed or without")
     export.add_argument("run_dir", type=Path, metavar="RUN")
-    export.add_argument("--remove", nargs="+", default=[], metavar="DOMAIN", help="domains to remove (default: none)")
+    about = "domains to remove, as bio chem or bio,chem (default: none)"
+    export.add_argument("--remove", nargs="+", default=[], metavar="DOMAIN", help=about)
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     add_report_options(command("report", run_report, "write the HTML page and the figures of a run"))
     checkpoint = command(
@@ -215,6 +226,7 @@ def _prepare(argv: list[str]) -> int:
 def _train(options) -> None:
     from sgtm.config import ConfigError, load_config, preset_names
     from sgtm.config.load import load_run_config
+    from sgtm.config.located import overrides_of
 
     if options.resume and options.overwrite:
         raise ValueError("--resume continues a run and --overwrite deletes it; give one of them")
@@ -227,7 +239,7 @@ def _train(options) -> None:
         if not options.resume:
             raise ValueError(f"{folder} is a run directory; go on with it: sgtm train {folder} --resume")
         options.config = folder / "config.yaml"
-        overrides = [f"--runs={folder.parent}", f"--name={folder.name}", *overrides]  # it may have been moved
+        overrides = [*overrides_of(folder), *overrides]  # it may have been moved
     try:
         config = load_config(options.config, overrides)
     except ConfigError as error:
@@ -239,21 +251,8 @@ def _train(options) -> None:
 
     from sgtm.train.loop import train
 
-    train(config, resume=options.resume, overwrite=options.overwrite)
-
-
-def _eval(options) -> None:
-    from sgtm.config.load import load_run_config
-
-    load_run_config(options.run_dir)  # before anything heavy is imported
-    from sgtm.evaluate.run import evaluate_run, write_summary
-    from sgtm.report import print_summary
-
-    summary = evaluate_run(options.run_dir, split=options.split, sequences=options.sequences)
-    try:
-        write_summary(options.run_dir, summary)
-    finally:
-        print_summary(summary)
+    with stoppable(options.again) if _only_rank() else nullcontext():  # while there is nothing to save yet
+        train(config, resume=options.resume, overwrite=options.overwrite)
 
 
 def _export(options) -> None:
@@ -262,7 +261,8 @@ def _export(options) -> None:
     load_run_config(options.run_dir)  # before anything heavy is imported
     from sgtm.model.export import export_run
 
-    export_run(options.run_dir, options.remove, options.out)
+    remove = [domain for words in options.remove for domain in words.split(",") if domain]  # no name has a comma
+    export_run(options.run_dir, remove, options.out)
     print(options.out)
 
 
@@ -353,6 +353,12 @@ def _without_auto(argv: list[str]) -> list[str]:
     return kept
 
 
+def _only_rank() -> bool:
+    from sgtm.distributed.env import rank_and_size
+
+    return rank_and_size()[1] == "1"
+
+
 def _nobody_reads() -> bool:
     """Whether stdout is a pipe whose reader has gone, so that no other broken pipe passes for it.
 
@@ -364,25 +370,3 @@ def _nobody_reads() -> bool:
     if gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return gone
-
-
-def _print_error(error: ValueError | OSError) -> None:
-    """One message. What every rank finds alike (a config) only rank 0 says, what all raise together (`error.rank`, see
-    sgtm/distributed/agree.py) the rank that it comes from; anything else each rank says for itself.
-    """
-    from sgtm.distributed.env import rank_and_size
-
-    rank, ranks = rank_and_size()
-    if str(getattr(error, "rank", rank)) != rank:
-        return
-    if rank != "0":
-        from sgtm.config import ConfigError
-
-        if isinstance(error, ConfigError):
-            return
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-    where = "" if ranks == "1" else f"rank {rank}: "
-    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
-    print(f"{red}error:{plain} {where}{text}", file=sys.stderr)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from sgtm.cores import usable_cores
 from sgtm_kernels.measurement import cpu_model, cpuinfo, driver, installed
 
 if TYPE_CHECKING:
@@ -45,9 +46,9 @@ LAUNCHERS = {
 # fmt: off
 VARIABLES = (
     "SGTM_KERNELS", "SGTM_ATTENTION", "SGTM_LINEAR", "SGTM_TUNED", "SGTM_TRACEBACK", "CUDA_VISIBLE_DEVICES",
-    "CUBLAS_WORKSPACE_CONFIG", "DS_ACCELERATOR", "DS_BUILD_OPS", "OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "LOCAL_RANK",
-    "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME",
-    "TRITON_CACHE_DIR", "TRITON_INTERPRET", "TORCHINDUCTOR_CACHE_DIR",
+    "CUBLAS_WORKSPACE_CONFIG", "DS_ACCELERATOR", "DS_BUILD_OPS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "RANK",
+    "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME",
+    "GLOO_SOCKET_IFNAME", "TRITON_CACHE_DIR", "TRITON_INTERPRET", "TORCHINDUCTOR_CACHE_DIR",
     "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTHONPATH", "HF_HOME", "HF_HUB_OFFLINE", "WANDB_MODE",
 )
 # fmt: on
@@ -118,15 +119,11 @@ def _cpu() -> dict:
     flags = _cpu_flags()
     return {
         "model": cpu_model(),
-        "cores": f"{psutil.cpu_count(logical=False)} ({psutil.cpu_count()} threads), {_usable_cores()} usable here",
+        "cores": f"{psutil.cpu_count(logical=False)} ({psutil.cpu_count()} threads), {usable_cores()} usable here",
         "torch threads": torch.get_num_threads(),
         "instructions": ", ".join(flag for flag in CPU_FLAGS if flag in flags) or "none of " + ", ".join(CPU_FLAGS),
         "bf16 matmul": _matmul_ratio(),
     }
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_flags() -> set[str]:

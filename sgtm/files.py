@@ -51,6 +51,15 @@ def write_atomically(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def sync_directory(directory: Path) -> None:
+    """Flush the names in a directory, as a rename is only safe on the disk when its directory is."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sha256_of(path: Path) -> str:
     """Hex digest of a file of any size."""
     digest = hashlib.sha256()

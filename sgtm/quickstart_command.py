@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sgtm.stopping import stoppable
+
 
 def run_quickstart(options) -> None:
     from sgtm.config import load_config
@@ -15,12 +17,15 @@ def run_quickstart(options) -> None:
     from sgtm.report.baselines import shipped_baselines
     from sgtm.train.loop import train
 
-    run = train(config, overwrite=_is_quickstart(Path(config.runs) / config.name))
-    summary = {**evaluate_run(run), "baselines": shipped_baselines(config)}
-    write_summary(run, summary)
-    page = write_report(run)
-    print_summary(summary)
-    print(f"report: {page}")
+    with stoppable(options.again):
+        run = train(config, overwrite=_is_quickstart(Path(config.runs) / config.name))
+    with stoppable(f"{run} is trained; go on: sgtm eval {run}; sgtm report {run}"):
+        summary = {**evaluate_run(run), "baselines": shipped_baselines(config)}
+        try:
+            write_summary(run, summary)
+        finally:
+            print_summary(summary)
+        print(f"report: {write_report(run)}")
 
 
 def _is_quickstart(run: Path) -> bool:

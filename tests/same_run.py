@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from sgtm.distributed.storage import PARTS, Stored
-from sgtm.train.checkpoint import find_latest
+from sgtm.train.checkpoint import find_latest, read_manifest
 from sgtm.train.metrics import read_metrics
 
 
@@ -28,7 +28,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def assert_same_run(run: Path, other: Path) -> None:
-    """The same end: weights, buffers, moments, step counts, losses and evaluations."""
+    """The same end: weights, buffers, moments, step counts, losses and evaluations; files of the same content."""
     assert metrics(run) == metrics(other), "metrics.jsonl differs"
     ours, theirs = (Stored(find_latest(path)) for path in (run, other))
     assert ours.client["state"]["step"] == theirs.client["state"]["step"], "another last step"
@@ -39,3 +39,5 @@ def assert_same_run(run: Path, other: Path) -> None:
             assert torch.equal(ours.read(name, part), theirs.read(name, part)), f"{part} of {name} differs"
     for name, buffer in theirs.buffers.items():
         assert torch.equal(ours.buffers[name], buffer), f"{name} differs"
+    assert theirs.model["global_steps"] == theirs.client["state"]["step"], "DeepSpeed's count is another"
+    assert read_manifest(find_latest(run))["files"] == read_manifest(find_latest(other))["files"], "the files differ"

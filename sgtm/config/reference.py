@@ -110,6 +110,8 @@ def _range(bounds: tuple) -> str:
     high = next((b for b in flat if isinstance(b, (Le, Lt))), None)
     if isinstance(low, Ge) and high is not None:
         return f" from {low.ge} to {high.le}" if isinstance(high, Le) else f" from {low.ge} to below {high.lt}"
+    if isinstance(low, Gt) and isinstance(high, Lt):
+        return f" above {low.gt} and below {high.lt}"
     if low is None:
         return ""
     return f" above {low.gt}" if isinstance(low, Gt) else f", {low.ge} or more"

@@ -94,7 +94,7 @@ class Config(Section):
         if self.optimizer.warmup_steps > self.train.steps:
             raise ValueError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than train.steps {self.train.steps}; "
-                f"lower it, e.g. --optimizer.warmup_steps {self.train.steps // 10}"
+                f"lower it, or give it as a share of the steps, e.g. --optimizer.warmup_steps 0.1"
             )
         _ = self.space, self.tables, self.partition, self.channels  # their errors are the user's
         check_certified(self)
@@ -118,6 +118,13 @@ class Config(Section):
         """`masking.joint`, as the strategy chooses it where it is not set."""
         joint = self.masking.joint
         return own_joint(self.masking.strategy) if joint is None else joint
+
+    def spelled_out(self) -> dict:
+        """The values as JSON has them, with what other keys decide: `masking.joint`, and `warmup_steps` in steps."""
+        values = self.model_dump(mode="json")
+        values["masking"]["joint"] = self.joint
+        values["optimizer"]["warmup_steps"] = self.optimizer.warmup(self.train.steps)
+        return values
 
     @cached_property
     def partition(self) -> Partition:

@@ -167,7 +167,8 @@ class OptimizerConfig(Section):
     """Whose norm: `global`, the whole gradient's. `owner`: one norm of the retain group and the joint parameters, and
     one of each domain's group, so that no domain's gradient changes how another part of the model is clipped, or
     whether it is skipped for not being finite. `max_skipped_steps` then counts the steps that skip the retain group."""
-    warmup_steps: NonNegativeInt = 100
+    warmup_steps: NonNegativeInt | Annotated[float, Field(gt=0, lt=1)] = 100
+    """Steps of the warm-up, or below 1 their share of `train.steps`, rounded to whole steps."""
     warmup_start: Share = 0.1
     """Share of lr at step 0."""
     final_lr: Share = 0.0
@@ -175,6 +176,10 @@ class OptimizerConfig(Section):
     masked_update: Literal["exact", "zero_grad"] = "exact"
     """`exact`: what no token of a step may update stays bitwise untouched. `zero_grad`: it gets zero gradients, so that
     decay and stale momentum still move it (the reference implementation)."""
+
+    def warmup(self, total_steps: int) -> int:
+        """Steps of the warm-up in a run of `total_steps`."""
+        return round(self.warmup_steps * total_steps) if 0 < self.warmup_steps < 1 else int(self.warmup_steps)
 
 
 class TrainConfig(Section):

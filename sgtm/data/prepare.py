@@ -13,7 +13,6 @@ new one is complete (`tests/unit/test_prepare_resume.py`).
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
+from sgtm.cores import usable_cores
 from sgtm.data.encode import EncodedBlock, Encoder, block_file, encode_blocks
 from sgtm.data.folder import blocks_of, clear, locked, place_to_build, put_in_place, stored_job
 from sgtm.data.plain_text import plain_text, reachable
@@ -135,7 +135,7 @@ def prepare(
     out = Path(out)
     if workers < 0 or shard_tokens < 1:
         raise ValueError(f"workers must be 0 or more and shard_tokens positive, got {workers} and {shard_tokens}")
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or usable_cores()
     job = _job(sources, rules, tokenizer, vocab_size)
     with locked(out):
         job = _as_stored(job, stored_job(out))

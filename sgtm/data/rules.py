@@ -15,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
+from difflib import SequenceMatcher
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -26,6 +28,9 @@ from sgtm.masking.channel import uniform_hash
 DROP = "drop"
 LABELS = ("retain", "unlabeled", DROP)
 """What a category may be but for `forget:<domain>`."""
+SPLITS = ("train", "test")
+"""What training and evaluation read; a split of another name is for `sgtm eval --split`."""
+SLIP = 0.8  # similarity: `tst` and `tran` are above it, `rest` and `text` below
 _SPLIT_SEED = 2**32 + 1  # label draws use the seeds of configs, which are small: a split is independent of them
 _ROUNDING = 1e-9  # 0.33 + 0.56 + 0.11 is 1.0000000000000002
 
@@ -84,6 +89,24 @@ class Selector(Section):
         return str(value)
 
 
+@lru_cache
+def _split_meant(name: str) -> str | None:
+    """The split that training or evaluation reads of which `name` is a slip: case, two letters, one letter."""
+    word = name.lower()
+    for known in () if name in SPLITS else SPLITS:
+        near = known not in word and SequenceMatcher(None, word, known).ratio() > SLIP
+        if near or sorted(word) == sorted(known):
+            return known
+    return None
+
+
+def _checked_split(name: str, where: str) -> str:
+    """A split nobody reads is lost silently. Raises ValueError for a name that looks like a slip."""
+    if known := _split_meant(name):
+        raise ValueError(f"{where}: split {name!r} is read by nothing; did you mean {known}?")
+    return name
+
+
 class SplitSelector(Selector):
     hash: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = None
     """Share of each split, drawn by a hash; what is left is `train`."""
@@ -94,13 +117,15 @@ class SplitSelector(Selector):
     def _shares(self):
         if self.hash is not None and sum(self.hash.values()) > 1 + _ROUNDING:
             raise ValueError(f"hash: the shares {self.hash} sum to more than 1")
+        for name in self.hash or ():
+            _checked_split(name, "hash")
         if self.by is not None and self.hash is None:
             raise ValueError("by belongs to hash")
         return self
 
     def split(self, record: dict, path: str, where: str, document_id: int) -> str:
         if self.hash is None:
-            return self.value(record, path, where)
+            return _checked_split(self.value(record, path, where), where)
         key = document_id if self.by is None else stable_id(str(lookup(record, self.by, where)).encode())
         draw, edge = float(uniform_hash(np.array([key], np.uint64), _SPLIT_SEED)[0]), 0.0
         for name, share in self.hash.items():

@@ -315,13 +315,16 @@ class Engine:
         dist.all_reduce(total)
         return total
 
-    def save(self, directory: Path, state: dict) -> None:
+    def save(self, directory: Path, step: int, state: dict) -> None:
         """Copy the weights, the optimizer and `state`, and begin to write them into the existing `directory`.
 
         In DeepSpeed's layout, with what its conversion to a universal checkpoint needs. Training may continue at once;
         `saved` waits for the files and must be called before the next `save`.
+        step   global steps trained: DeepSpeed's own counts include dry runs and begin at 0 after `load`
         state  comes back from `load`; rank 0's counts. The optimizer's counts by key travel with it.
         """
+        self._deepspeed.global_steps = step
+        self._deepspeed.global_samples = step * self._deepspeed.train_batch_size()
         client_state = {"sgtm": {"state": state, "optimizer_steps": self.optimizer.steps}, **universal_info()}
         with _quiet():
             self._deepspeed.save_checkpoint(
@@ -368,7 +371,8 @@ class Engine:
                 buffer.copy_(stored.buffers[name])
         if hasattr(self._deepspeed.optimizer, "invalidate_secondary_tensor"):  # of hpZ: copies of the weights before
             self._deepspeed.optimizer.invalidate_secondary_tensor()
-        self.optimizer.steps = dict(stored.client["optimizer_steps"])
+        counts = stored.client["optimizer_steps"]  # under our own keys: pickle writes one object once, equal ones twice
+        self.optimizer.steps = {key: counts[key] for key in self.optimizer.steps}
         return stored.client["state"]
 
 

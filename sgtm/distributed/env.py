@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sgtm.cores import usable_cores
 from sgtm_kernels.dispatch import resolve
 
 if TYPE_CHECKING:
@@ -164,12 +165,15 @@ def gpu_of(launch: Launch, visible: int) -> int:
 def cpu_threads(launch: Launch) -> int | None:
     """Threads for each rank on a CPU, or None to keep torch's choice.
 
-    torchrun sets OMP_NUM_THREADS to 1, and without it every rank takes all cores: both are slow, so the cores of this
-    machine are divided between its ranks. A user's own OMP_NUM_THREADS above 1 stands.
+    torchrun sets OMP_NUM_THREADS to 1, and without it every rank takes all cores: both are slow, so the cores that a
+    container's quota leaves are divided between the ranks here. A user's own OMP_NUM_THREADS stands: any of one
+    process, above 1 of several.
     """
-    if launch.local_world_size == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+    given = os.environ.get("OMP_NUM_THREADS")
+    if given is not None and (launch.local_world_size == 1 or given != "1"):
         return None
-    return max(1, len(os.sched_getaffinity(0)) // launch.local_world_size)
+    threads = max(1, usable_cores() // launch.local_world_size)
+    return threads if launch.local_world_size > 1 or threads < torch.get_num_threads() else None
 
 
 def use_deterministic_algorithms() -> None:

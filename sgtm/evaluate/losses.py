@@ -6,6 +6,7 @@ training as on a loaded one. Losses are nats per target token, a mean over all t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -33,11 +34,13 @@ def category_losses_and_norms(
     rank: int = 0,
     world_size: int = 1,
     all_reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda t: t,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[Losses, dict[str, Norms]]:
     """Losses by removed set (`removal_name`) and category, and by the same the norms of sgtm/model/output_norms.py.
 
     forward    `Transformer.forward` or an engine around it
     split      of the corpus; sequences: at most this many of each category, None: all
+    check      is called before every batch, on all ranks, and may raise to end the evaluation
     Every rank takes its share of the sequences, with the same number of forward passes.
     """
     subsets = config.space.subsets()
@@ -50,6 +53,7 @@ def category_losses_and_norms(
         for batch in evaluation_batches(
             corpus, config, split, category, max_sequences=sequences, rank=rank, world_size=world_size
         ):
+            check()
             ids, targets = batch.input_ids.to(device), batch.targets.to(device)
             sums[-1] += (targets != IGNORE).sum()
             for i, table in enumerate(tables):
@@ -60,6 +64,12 @@ def category_losses_and_norms(
                 losses[name][category] = total / count
                 norms[name][category] = of_category.take(all_reduce_sum)[corpus.categories[category]]
     return losses, norms
+
+
+def not_finite(losses: Losses) -> str:
+    """Which losses are NaN or infinite: `en, es (full); es (without es)`; empty where none is."""
+    bad = {name: [c for c, loss in by.items() if not math.isfinite(loss)] for name, by in losses.items()}
+    return "; ".join(f"{', '.join(categories)} ({name})" for name, categories in bad.items() if categories)
 
 
 def category_losses(*arguments, **options) -> Losses:

@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 
 from sgtm.config import Config
+from sgtm.config.located import places_tried
 from sgtm.data.loader import check_corpus
 from sgtm.data.open import open_corpus
+from sgtm.data.store import Corpus
 from sgtm.distributed.env import device_type, kernel_backend
 from sgtm.distributed.storage import consolidate
 from sgtm.evaluate.localisation import gradient_norms
-from sgtm.evaluate.losses import category_losses_and_norms
+from sgtm.evaluate.losses import category_losses_and_norms, not_finite
 from sgtm.files import write_atomically
 from sgtm.model.transformer import Transformer
 from sgtm.train.checkpoint import open_run, read_manifest
@@ -34,17 +36,18 @@ def load_model(config: Config, checkpoint: Path) -> Transformer:
     return model.to(device_type()).requires_grad_()
 
 
-def evaluate_run(run: Path, split: str = "test", sequences: int | None = None) -> dict:
+def evaluate_run(run: Path, split: str = "test", sequences: int | None = None, data: str | None = None) -> dict:
     """Losses per category, full and without each subset of domains, as `summary.json` holds them.
 
     split      of the corpus to evaluate on
     sequences  at most this many sequences of each category; None: all of them
+    data       `data.path` to take, of the same corpus; None: that of the run, whatever the working directory
 
     Losses are computed in the precision of the training, gradient norms in fp32. Raises ValueError for a folder that is
     no run, a damaged checkpoint or log, and data that are not those of the run.
     """
-    config, checkpoint = open_run(run)
-    corpus = open_corpus(config, write=False)
+    config, checkpoint = open_run(run, data)
+    corpus = _corpus_of(config, run)
     check_corpus(corpus, config)
     manifest = read_manifest(checkpoint)
     if manifest["corpus"] != corpus.fingerprint:
@@ -84,5 +87,23 @@ def evaluate_run(run: Path, split: str = "test", sequences: int | None = None) -
     }
 
 
+def _corpus_of(config: Config, run: Path) -> Corpus:
+    """Raises ValueError as `open_corpus`, with the places where a relative `data.path` was looked for."""
+    try:
+        return open_corpus(config, write=False)
+    except ValueError as error:
+        tried = places_tried(config, run)
+        if not tried or Path(config.data.path).exists():
+            raise
+        raise ValueError(f"{error}; not found in {tried}: give its place with --data.path DIR") from None
+
+
 def write_summary(run: Path, summary: dict) -> None:
+    """Write `summary.json`. Raises ValueError where a loss is not finite: what was there before then stays."""
+    if bad := not_finite(summary["losses"]):
+        raise ValueError(
+            f"{run}: not finite after step {summary['steps']}: the loss of {bad}; {run / 'summary.json'} is not "
+            f"written. The model has diverged: skipped_steps and grad_norm in {run / 'metrics.jsonl'} show since when; "
+            f"train with a lower optimizer.lr"
+        )
     write_atomically(run / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -8,6 +8,7 @@ import rich.progress
 from rich.console import Console
 
 from sgtm.plan.shapes import parameter_sizes
+from sgtm.stopping import ENDED_EARLY
 from sgtm.sweep.file import Run
 from sgtm.sweep.state import steps_done
 
@@ -59,7 +60,7 @@ class Progress:
         if self.bars:
             self.bars.remove_task(self.tasks.pop(run.name))
         at = self.steps[run.name]
-        what = "finished" if done else f"stopped at step {at}:" if status == 0 else f"failed at step {at}:"
+        what = "finished" if done else f"stopped at step {at}:" if status in ENDED_EARLY else f"failed at step {at}:"
         self.say(f"{what} {run.name} ({self._finished()} runs finished)")
 
     def update(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from sgtm.cores import usable_cores
 from sgtm.distributed.env import device_type
 from sgtm.files import write_atomically
 from sgtm.plan.memory import memory
@@ -51,7 +52,7 @@ def find_room(sweep: Sweep, jobs: int | None = None, threads: int | None = None)
         devices = _visible_devices()
         at_once = min(jobs or len(devices), len(devices), len(sweep.runs))
         return Room(at_once, None, float("inf"), devices[:at_once])
-    cores, available = len(os.sched_getaffinity(0)), psutil.virtual_memory().available
+    cores, available = usable_cores(), psutil.virtual_memory().available
     fitting = max(1, int(available // max(need(run) for run in sweep.runs)))
     given = os.environ.get("OMP_NUM_THREADS", "")
     threads = threads or _kept_threads(sweep) or (int(given) if given.isdigit() and int(given) else None)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from sgtm.data.store import Corpus
 from sgtm.plan.units import amount, counted
+from sgtm.stopping import ENDED_EARLY
 from sgtm.sweep.compare import check_comparable, check_ranks, open_corpora
 from sgtm.sweep.file import Run, Sweep, read_sweep
 from sgtm.sweep.progress import Progress
@@ -94,7 +95,7 @@ def _write(sweep: Sweep, corpora: dict[str, Corpus | None], console: Console) ->
 
 def _report(sweep: Sweep, outcome: Outcome, console: Console) -> int:
     for run, status in outcome.failed:
-        ended = f"ended with status {status}" if status else "was stopped before its last step"
+        ended = "was stopped before its last step" if status in ENDED_EARLY else f"ended with status {status}"
         ended = f"was ended by {signal.Signals(-status).name}" if status < 0 else ended
         _say(console, f"failed: {run.name} {ended}; log: {log_of(sweep, run)}")
     if outcome.stopped:

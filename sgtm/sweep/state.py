@@ -44,7 +44,7 @@ def state_of(run: Run, corpus: Corpus | None) -> str:
 
 def differences(before: Config, now: Config) -> list[str]:
     """`key: before, now` for every key that differs."""
-    old, new = (flat(config.model_dump(mode="json")) for config in (before, now))
+    old, new = (flat(config.spelled_out()) for config in (before, now))
     keys = [key for key in {**new, **old} if key not in FREE and old.get(key) != new.get(key)]
     return [f"{key}: {old.get(key)} in the directory, {new.get(key)} in the sweep" for key in keys]
 

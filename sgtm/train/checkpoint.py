@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -23,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sgtm.config.load import load_run_config
+from sgtm.config.located import locate_data
 from sgtm.config.schema import Config
 from sgtm.distributed.env import kernel_backend
 from sgtm.files import sha256_of, write_atomically
@@ -159,13 +159,15 @@ def newest_whole(
     return None, wrong
 
 
-def open_run(run_dir: Path | str) -> tuple[Config, Path]:
+def open_run(run_dir: Path | str, data: str | None = None) -> tuple[Config, Path]:
     """Config and newest whole checkpoint of a run that is to be evaluated or exported.
+
+    data  `data.path` to take; None: that of the run, found from any working directory (sgtm/config/located.py)
 
     A damaged one before it is told on stderr. Raises ValueError for a folder that is no run, has no checkpoint, or none
     that is whole.
     """
-    config = load_run_config(Path(run_dir))
+    config = locate_data(load_run_config(Path(run_dir)), Path(run_dir), data)
     there = finished(run_dir)
     if not there:
         raise ValueError(f"{run_dir} has no checkpoint yet; train first")
@@ -184,20 +186,9 @@ def none_whole(wrong: dict[Path, str]) -> str:
 
 
 def resolved(config: Config) -> dict:
-    """The config as a manifest keeps it, with the kernel backend that runs: another one adds in another order.
-
-    `masking.joint` is spelled out where the strategy decides.
+    """The config as a manifest keeps it, spelled out, with the kernel backend that runs: another one adds in another
+    order.
     """
-    values = config.model_dump(mode="json")
-    values["masking"]["joint"] = config.joint
+    values = config.spelled_out()
     values["kernels"]["backend"] = served(kernel_backend(config))
     return values
-
-
-def sync_directory(directory: Path) -> None:
-    """Flush the names in a directory, as a rename is only safe on the disk when its directory is."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

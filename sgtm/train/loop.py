@@ -24,12 +24,14 @@ from sgtm.distributed.env import Launch, device_type, kernel_backend
 from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.segments import full_numel
 from sgtm.distributed.watchdog import enter
-from sgtm.evaluate.losses import Losses, category_losses_and_norms
+from sgtm.evaluate.losses import category_losses_and_norms
 from sgtm.masking.certificate import certified
 from sgtm.model.compile import check_compiler, compile_blocks
-from sgtm.model.output_norms import Norms, OutputNorms
+from sgtm.model.output_norms import OutputNorms
 from sgtm.model.transformer import Transformer
+from sgtm.stopping import SIGNALS, Stopped
 from sgtm.train.checkpoint import read_manifest
+from sgtm.train.contention import ContentionWatch
 from sgtm.train.data import open_everywhere
 from sgtm.train.dry_run import dry_run
 from sgtm.train.gradients import group_norms, probe
@@ -50,21 +52,24 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     resume     go on from the newest whole checkpoint of the run directory; from the beginning if it has none at all
     overwrite  delete an existing run directory first
 
-    SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint after the step in progress and return. Raises ValueError for what a
-    user can put right: a run directory that exists, that another process trains in or that is not the same for all
-    ranks, data that do not fit the config, checkpoints of which none is whole, wandb without a login. Then no run
-    directory has been made, and none deleted.
+    SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint after the step in progress, or in the middle of an evaluation, and
+    raise `Stopped` once the run is closed. Raises ValueError for what a user can put right: a run directory that
+    exists, that another process trains in or that is not the same for all ranks, data that do not fit the config,
+    checkpoints of which none is whole, wandb without a login. Then no run directory has been made, and none deleted.
     """
     launch = init_distributed(config)
     run = Path(config.runs) / config.name
     on_rank_zero(lambda: refuse(run, resume, overwrite))
     with held(run, LEASE if resume else 0.0):
-        _train(config, launch, run, resume, overwrite)
+        stopped_by = _train(config, launch, run, resume, overwrite)
+    if stopped_by is not None:
+        raise Stopped(stopped_by)
     return run
 
 
-def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: bool) -> None:
-    given, config = config, config.for_ranks(launch.world_size)
+def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: bool) -> int | None:
+    """The signal that has stopped the run, if one has."""
+    written, config = config, config.for_ranks(launch.world_size)
     notes: list[str] = []
     enter("verifying the checkpoint", 0)
     latest = find_whole(run, launch.rank, launch.world_size, notes.append) if resume else None
@@ -74,10 +79,10 @@ def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: b
         enter("compiling")
         together(lambda: check_compiler(device_type(), kernel_backend(config)))
     enter("making the model")
-    model, given = _initial_model(config, load=latest is None)
+    model, weights = _initial_model(config, load=latest is None)
     engine = Engine(model, config)
-    engine.set_weights(given)
-    del given
+    engine.set_weights(weights)
+    del weights
     began = time.perf_counter()
     dry_run(engine, config.tables)
     warm_up = time.perf_counter() - began
@@ -97,7 +102,7 @@ def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: b
         notes += [reshaped] if reshaped else []
     enter("opening the run directory")
     log = MetricsLog(run, config, rank=engine.rank, start=start)
-    evaluated = on_rank_zero(lambda: begin(run, given, log, resume, overwrite))
+    evaluated = on_rank_zero(lambda: begin(run, written, log, resume, overwrite))
     with StopSignal() as stop, log:
         engine.stop_if(lambda: stop.received)
         for note in notes:
@@ -107,17 +112,20 @@ def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: b
             log.say(f"warning: {ONLY_FORGET}")
         if start == config.train.steps:
             log.say(f"{run} is complete: all of its {start} steps were trained before")
-        if start and _evaluation_due(config, start) and start not in evaluated:
-            log.evaluation(start, *_evaluate(engine, corpus, config))
         if resume and not start:
             log.say(f"{run} has no checkpoint: training from the beginning")
         independent_of = certified(config, trained_categories(corpus), bool(len(corpus.spans)))
         if latest is not None:  # what was trained before may have been another
             before = on_rank_zero(lambda: read_manifest(latest)["independent_of"])
             independent_of = tuple(domain for domain in independent_of if domain in before)
-        writer = CheckpointWriter(engine, run, config, corpus.fingerprint, independent_of)
-        _steps(config, run, engine, loader, corpus, log, stop, totals, start, writer)
+        writer = CheckpointWriter(engine, run, config, corpus.fingerprint, independent_of, log.sync)
+        due = start and _evaluation_due(config, start) and start not in evaluated
+        if due and not _evaluate(engine, corpus, config, log, stop, start):
+            log.say(_stopped(run, engine, start, config.train.steps, "the evaluation after step"))
+        else:
+            _steps(config, run, engine, loader, corpus, log, stop, totals, start, writer)
     enter(None)
+    return stop.number
 
 
 def _steps(
@@ -134,6 +142,8 @@ def _steps(
 ) -> None:
     space, every = config.space, config.train
     seconds, logged = log.seconds, start
+    by_itself = engine.world_size == 1 and engine.device.type == "cpu"  # else the main thread waits for others anyway
+    contention = ContentionWatch(torch.get_num_threads() if by_itself else 1)
     for step in range(start, every.steps):
         began = time.perf_counter()
         enter("data", step + 1)
@@ -146,7 +156,10 @@ def _steps(
             log.probe(done, probe(engine, batches, config.tables))
             began += time.perf_counter() - paused
         norms = OutputNorms(config.tables) if log_due else None
-        train_step(engine, batches, config.tables, lr, totals, log_due, norms)
+        with contention.step():
+            train_step(engine, batches, config.tables, lr, totals, log_due, norms)
+        if text := contention.warning():
+            log.say(f"warning: {text}")
         if not engine.finite:
             log.checkpoint(writer.finish())  # the run may end here
             log.say(tell_skipped(engine, loader, corpus, config, run, step, totals.in_a_row))
@@ -171,18 +184,32 @@ def _steps(
         enter("checkpoint")
         log.checkpoint(writer.poll())
         due = every.checkpoint_every and done % every.checkpoint_every == 0
-        if last or stopping or (due and not totals.in_a_row):  # the ones from before the skipped steps are kept
-            for saved in writer.start(done, totals.state()):
-                log.checkpoint(saved)
-        if last or stopping:
-            log.checkpoint(writer.close())
+        saving = last or stopping or (due and not totals.in_a_row)  # the ones from before the skipped steps are kept
+        if saving:
+            _save(writer, log, done, totals, close=last or stopping)
+        where = "step"
+        if not stopping and _evaluation_due(config, done):
+            stopping, where = not _evaluate(engine, corpus, config, log, stop, done), "the evaluation after step"
+            if stopping:
+                enter("checkpoint")
+                log.checkpoint(writer.close()) if saving else _save(writer, log, done, totals, close=True)
         if stopping:
-            command = resume_command(run, engine.world_size)
-            log.say(f"stopped by a signal after step {done} of {every.steps}, checkpoint saved; go on: {command}")
+            log.say(_stopped(run, engine, done, every.steps, where))
             return
-        if _evaluation_due(config, done):
-            log.evaluation(done, *_evaluate(engine, corpus, config))
     log.say(f"done: {run}; next: sgtm eval {run}")
+
+
+def _save(writer: CheckpointWriter, log: MetricsLog, done: int, totals: StepTotals, close: bool) -> None:
+    for saved in writer.start(done, totals.state()):
+        log.checkpoint(saved)
+    if close:
+        log.checkpoint(writer.close())
+
+
+def _stopped(run: Path, engine: Engine, done: int, steps: int, where: str) -> str:
+    where = f"after {where}" if where == "step" else f"in {where}"
+    command = resume_command(run, engine.world_size)
+    return f"stopped by a signal {where} {done} of {steps}, checkpoint saved; go on: {command}"
 
 
 def _evaluation_due(config: Config, done: int) -> bool:
@@ -212,18 +239,25 @@ def _gradients(totals: StepTotals, engine: Engine, groups: tuple[str, ...]) -> d
     }
 
 
-def _evaluate(engine: Engine, corpus: Corpus, config: Config) -> tuple[Losses, dict[str, Norms]]:
-    return category_losses_and_norms(
-        engine,
-        corpus,
-        config,
-        split="test",
-        sequences=config.train.eval_sequences,
-        device=engine.device,
-        rank=engine.rank,
-        world_size=engine.world_size,
-        all_reduce_sum=engine.all_reduce_sum,
-    )
+def _evaluate(engine: Engine, corpus: Corpus, config: Config, log: MetricsLog, stop: StopSignal, step: int) -> bool:
+    """Evaluate and log it; False, and no line, where a signal came before the end."""
+    try:
+        found = category_losses_and_norms(
+            engine,
+            corpus,
+            config,
+            split="test",
+            sequences=config.train.eval_sequences,
+            device=engine.device,
+            rank=engine.rank,
+            world_size=engine.world_size,
+            all_reduce_sum=engine.all_reduce_sum,
+            check=lambda: stop.check(engine),
+        )
+    except Stopped:
+        return False
+    log.evaluation(step, *found)
+    return True
 
 
 def _initial_model(config: Config, load: bool) -> tuple[Transformer, dict[str, torch.Tensor]]:
@@ -265,11 +299,9 @@ class StopSignal:
     The old handlers return on exit.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
     def __enter__(self) -> StopSignal:
-        self.received = False
-        self.previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        self.number: int | None = None
+        self.previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
     def __exit__(self, *error) -> None:
@@ -279,11 +311,28 @@ class StopSignal:
     def _receive(self, number, frame) -> None:
         if number == signal.SIGINT and self.received:
             raise KeyboardInterrupt
-        self.received = True
+        self.number = number
+
+    @property
+    def received(self) -> bool:
+        return self.number is not None
+
+    def check(self, engine: Engine) -> None:
+        """Raise `Stopped` on all ranks where a signal has reached any by now. A collective call."""
+        if engine.world_size > 1:
+            anywhere = bool(engine.all_reduce_sum(torch.tensor(float(self.received))) > 0)
+        else:
+            anywhere = self.received
+        if anywhere:
+            self.number = self.number or signal.SIGTERM
+            raise Stopped(self.number)
 
     def anywhere(self, engine: Engine) -> bool:
         """Whether to stop after the step just done, the same on all ranks. Needs `engine.stop_if(...)`.
 
         Of several ranks: what had reached any of them when the step's gradient was complete.
         """
-        return self.received if engine.world_size == 1 else engine.stopping
+        stopping = self.received if engine.world_size == 1 else engine.stopping
+        if stopping:
+            self.number = self.number or signal.SIGTERM  # of another rank
+        return stopping

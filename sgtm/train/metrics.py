@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,10 +27,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sgtm.config.schema import Config
-from sgtm.files import write_atomically
+from sgtm.evaluate.losses import not_finite
+from sgtm.files import sync_directory, write_atomically
 from sgtm.model.output_norms import Norms
 from sgtm.train.residual import ResidualWatch
 from sgtm.train.saving import Saved
+from sgtm.train.wandb_id import KINDS, claim
 
 WANDB_START, WANDB_FINISH = 30, 60
 """Seconds that wandb's server gets to answer the start of a run, and to take the rest at its end."""
@@ -55,9 +56,10 @@ class MetricsLog:
         """
         self.console = Console()
         self.progress = None
-        self.wandb = _start_wandb(self.run, self.config, self.say)
         self.path = self.run / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["step"] <= self.start]
+        before = read_metrics(self.path)
+        self.wandb, self.in_wandb = _start_wandb(self.run, self.config, before, self.say)
+        kept = [line for line in before if line["step"] <= self.start]
         self.seconds = max((line["seconds"] for line in kept if line["kind"] == "step"), default=0.0)
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.watch = ResidualWatch(self.config)
@@ -111,6 +113,8 @@ class MetricsLog:
         self._write({"kind": "eval", "step": step, "losses": losses, "norms": norms})
         for name, by_category in losses.items():
             self.say(f"eval at step {step}: {name}: " + ", ".join(f"{c} {v:.3f}" for c, v in by_category.items()))
+        if bad := not_finite(losses):
+            self.say(f"warning: step {step}: not finite: the loss of {bad}; the model has diverged")
 
     def checkpoint(self, saved: Saved | None) -> None:
         """A checkpoint that is in place, if there is one."""
@@ -120,6 +124,13 @@ class MetricsLog:
             self.say(f"checkpoint saved: {saved.path}")
             if saved.problem:
                 self.say(f"warning: it is whole, but the earlier ones could not be tidied up: {saved.problem}")
+
+    def sync(self) -> None:
+        """Flush `metrics.jsonl` to the disk, so that no checkpoint outlives the lines before it. Raises OSError."""
+        if self.active:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            sync_directory(self.run)
 
     def probe(self, step: int, norms: dict[str, dict[str, float]]) -> None:
         if self.active:
@@ -151,7 +162,7 @@ class MetricsLog:
                 f"{self.path} could not be written: {error.strerror}; the checkpoints are as they were. Go on with "
                 f"--resume when it can be"
             ) from error
-        if self.wandb and line["kind"] in ("step", "eval", "probe"):  # checkpoints come later, out of wandb's order
+        if self.wandb and line["kind"] in KINDS and line["step"] > self.in_wandb.get(line["kind"], 0):
             flat = {f"eval/{k}/{c}": v for k, by in line.get("losses", {}).items() for c, v in by.items()}
             flat |= {f"probe/{k}/{g}": v for k, by in line.get("grad_norms", {}).items() for g, v in by.items()}
             if line["kind"] == "step":
@@ -205,28 +216,29 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _start_wandb(run: Path, config: Config, say: Callable[[str], None]):
-    """The wandb run, or None. `offline` writes below the run directory, to be synced later with `wandb sync`.
+def _start_wandb(run: Path, config: Config, lines: list[dict], say: Callable[[str], None]):
+    """The wandb run, or None, and the last step by kind that it has. `offline` writes below the run directory, to be
+    synced later with `wandb sync`.
 
-    Its id is kept in the run directory, so that a resumed run goes on in the same wandb run. A server that does not
-    answer never holds up training: the run is then an offline one, and what is not taken at the end stays on the disk.
-    Raises ValueError where there is no login.
+    Its id is kept in the run directory (sgtm/train/wandb_id.py), so that a resumed run writes to the same wandb run. A
+    server that does not answer never holds up training: the run is then an offline one, and what is not taken at the
+    end stays on the disk. Raises ValueError where there is no login.
+
+    lines  of the log so far
     """
     if config.wandb.mode == "off":
-        return None
+        return None, {}
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    w, kept = config.wandb, run / "wandb.id"
-    if not kept.exists():
-        write_atomically(kept, secrets.token_hex(4) + "\n")
+    w, (run_id, logged) = config.wandb, claim(run, lines, say)
 
     def start(mode: str):
         return wandb.init(
             project=w.project,
             entity=w.entity,
             name=config.name,
-            id=kept.read_text().strip(),
+            id=run_id,
             resume="allow",
             mode=mode,
             dir=str(run),
@@ -236,7 +248,7 @@ def _start_wandb(run: Path, config: Config, say: Callable[[str], None]):
         )
 
     try:
-        return start(w.mode)
+        return start(w.mode), logged
     except wandb.Error as error:
         unreachable = isinstance(error, wandb.errors.CommError)
         if unreachable and not isinstance(error, wandb.errors.AuthenticationError):
@@ -245,7 +257,7 @@ def _start_wandb(run: Path, config: Config, say: Callable[[str], None]):
                 f"warning: wandb's server does not answer ({reason}); logging offline: wandb sync {run}/wandb/offline-*"
             )
             wandb.teardown()  # its service holds the id of the failed run
-            return start("offline")
+            return start("offline"), logged
         raise ValueError(
             f"wandb.mode {w.mode}: {error}; log in with `wandb login`, or set wandb.mode offline"
         ) from None

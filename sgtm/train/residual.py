@@ -29,6 +29,7 @@ class ResidualWatch:
 
     def __init__(self, config: Config):
         self.config, self.warned = config, False
+        self.warm_up = config.optimizer.warmup(config.train.steps)
         self.early: dict[str, float] = {}
 
     def see(self, line: dict) -> str | None:
@@ -38,7 +39,7 @@ class ResidualWatch:
         now = {label: parts["residual"][-1] for label, parts in line.get("norms", {}).items()}
         now = {label: norm for label, norm in now.items() if norm is not None and math.isfinite(norm) and norm > 0}
         for label, norm in now.items():
-            if label not in self.early or line["step"] <= self.config.optimizer.warmup_steps / 2:
+            if label not in self.early or line["step"] <= self.warm_up / 2:
                 self.early[label] = max(norm, math.sqrt(self.config.model.hidden_size))
         worst = max(now, key=lambda label: now[label] / self.early[label], default=None)
         if self.warned or worst is None or now[worst] < GROWTH * self.early[worst]:

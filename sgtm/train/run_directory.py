@@ -17,8 +17,9 @@ from typing import TextIO
 
 from sgtm.config import Config
 from sgtm.config.load import save_config
+from sgtm.config.located import record_place
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
-from sgtm.files import write_atomically
+from sgtm.files import sync_directory, write_atomically
 from sgtm.train.checkpoint import checkpoints_dir, remove_unfinished
 from sgtm.train.metrics import MetricsLog
 
@@ -129,6 +130,7 @@ def begin(run: Path, config: Config, log: MetricsLog, resume: bool, overwrite: b
     earlier = file.read_text("utf-8") if file.exists() else None
     try:
         run.mkdir(parents=True, exist_ok=True)
+        sync_directory(run.parent)
         save_config(config, file)
         evaluated = log.open()
     except BaseException:
@@ -139,6 +141,7 @@ def begin(run: Path, config: Config, log: MetricsLog, resume: bool, overwrite: b
         if aside:
             aside.rename(run)
         raise
+    record_place(run)
     remove_unfinished(run)
     if aside:
         shutil.rmtree(aside)

@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,14 +19,13 @@ import torch
 
 from sgtm.config.schema import Config
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
-from sgtm.files import write_atomically
+from sgtm.files import sync_directory, write_atomically
 from sgtm.train.checkpoint import (
     checkpoints_dir,
     find_latest,
     finished,
     resolved,
     step_of,
-    sync_directory,
     write_manifest,
 )
 
@@ -55,13 +54,21 @@ class CheckpointWriter:
 
     corpus  fingerprint of the data, which a resumed run must share
     independent_of  domains of whose text the safe model is independent (sgtm/masking/certificate.py)
+    first   is called on rank 0 before a checkpoint is put in place, to flush what must not be older than it
 
     Every rank raises OSError, naming the file, the reason and the checkpoint that remains, if any rank cannot write.
     """
 
     def __init__(
-        self, engine: Engine, run_dir: Path | str, config: Config, corpus: str = "", independent_of: Sequence[str] = ()
+        self,
+        engine: Engine,
+        run_dir: Path | str,
+        config: Config,
+        corpus: str = "",
+        independent_of: Sequence[str] = (),
+        first: Callable[[], None] = lambda: None,
     ):
+        self.first = first
         self.engine, self.config, self.corpus, self.independent_of = engine, config, corpus, list(independent_of)
         self.root = checkpoints_dir(run_dir)
         self._step: int | None = None
@@ -79,7 +86,7 @@ class CheckpointWriter:
         try:
             on_rank_zero(lambda: _fresh(self._temporary))
             ranks = on_every_rank(lambda: {"random": _random_state(self.engine), "progress": progress})
-            self.engine.save(self._temporary, {"step": step, "ranks": ranks})
+            self.engine.save(self._temporary, step, {"step": step, "ranks": ranks})
         except OSError as error:
             raise self._failed(error) from error
         self._paused = time.perf_counter() - self._began
@@ -111,7 +118,7 @@ class CheckpointWriter:
                 "files": files,
             }
             final, keep = self._final, (self.config.train.keep_last, self.config.train.keep_every)
-            retired, problem = on_rank_zero(lambda: publish(self._temporary, final, manifest, *keep))
+            retired, problem = on_rank_zero(lambda: self._publish(final, manifest, keep))
         except OSError as error:
             raise self._failed(error) from error
         self._remove(retired)
@@ -127,6 +134,10 @@ class CheckpointWriter:
         if self._removal is not None:
             self._removal.join()
         return saved
+
+    def _publish(self, final: Path, manifest: dict, keep: tuple[int, int]) -> tuple[list[Path], str]:
+        self.first()
+        return publish(self._temporary, final, manifest, *keep)
 
     @property
     def _final(self) -> Path:

@@ -10,10 +10,10 @@ from sgtm.config.schema import OptimizerConfig
 def learning_rate(step: int, optimizer: OptimizerConfig, total_steps: int) -> float:
     """Learning rate of the global step `step` (from 0).
 
-    Linear from `warmup_start * lr` at step 0 to `lr` at step `warmup_steps`, then a half cosine down to
+    Linear from `warmup_start * lr` at step 0 to `lr` at the end of the warm-up, then a half cosine down to
     `final_lr * lr`, which the step after the last (`total_steps`) would have.
     """
-    peak, warmup = optimizer.lr, optimizer.warmup_steps
+    peak, warmup = optimizer.lr, optimizer.warmup(total_steps)
     if step < warmup:
         return peak * (optimizer.warmup_start + (1 - optimizer.warmup_start) * step / warmup)
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,7 @@ from same_run import wait_for_step
 
 from sgtm.config import load_config
 from sgtm.distributed.testing import run_ranks
+from sgtm.stopping import Stopped
 from sgtm.train.metrics import read_metrics
 
 OVERRIDES = ["--train.steps=4", "--train.eval_every=2", "--wandb.mode=offline", "--wandb.project=offline-test"]
@@ -38,7 +40,8 @@ def train_offline(runs: str) -> str:
             signal.raise_signal(signal.SIGTERM)
 
     loop.train_step = stopped
-    loop.train(config)
+    with suppress(Stopped):
+        loop.train(config)
     loop.train_step = inner
     return str(loop.train(config, resume=True))
 
@@ -84,7 +87,7 @@ def test_offline_run(tmp_path: Path):
     run = Path(run_ranks(train_offline, 1, str(tmp_path), timeout=200, env={"WANDB_MODE": "offline"})[0])
     segments = read_segments(run)
     assert [sorted({row["_step"] for row in rows}) for _, rows in segments] == [[1, 2], [2, 3, 4]]
-    assert {run_id for run_id, _ in segments} == {(run / "wandb.id").read_text().strip()}
+    assert {run_id for run_id, _ in segments} == {json.loads((run / "wandb.id").read_text())["id"]}
     logged: dict[int, dict] = {}
     for row in (row for _, rows in segments for row in rows):
         logged.setdefault(row["_step"], {}).update(row)

@@ -100,7 +100,8 @@ class Trial:
         KILLS.get(fault, kill_all if fault == "damaged checkpoint" else lambda *_: None)(attempt, self.chance)
         statuses = attempt.wait()
         if fault == "SIGTERM" and -signal.SIGTERM not in statuses:  # it was there to be heeded
-            assert set(statuses) == {0}, f"SIGTERM ended the ranks with {statuses}"
+            expected = 128 + signal.SIGTERM if self.ranks == 1 else 0
+            assert set(statuses) == {expected}, f"SIGTERM ended the ranks with {statuses}"
         check_reported(self.run, self.log, there)
         if fault == "damaged checkpoint":
             self.damaged |= damage(self.run, self.chance)

@@ -27,6 +27,7 @@ from sgtm.evaluate import run as evaluation
 from sgtm.evaluate.run import evaluate_run
 from sgtm.train import checkpoint, saving
 from sgtm.train.checkpoint import find_latest, finished, open_run, verify
+from sgtm.train.metrics import MetricsLog, read_metrics
 from sgtm.train.resume import _refuse_other_run
 from sgtm.train.saving import publish
 
@@ -88,6 +89,37 @@ def test_killed_while_it_is_put_in_place(tmp_path: Path, monkeypatch, at: str):
     expected = older if at == ".tmp-2" else older.with_name("step_00000002")
     assert find_latest(tmp_path) == expected
     verify(expected)
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_is_in_place(tmp_path: Path, monkeypatch):
+    """Else a power failure leaves a checkpoint whose steps have no lines."""
+    events, fsync, rename = [], os.fsync, os.replace
+
+    def synced(descriptor) -> None:
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def renamed(source, target) -> None:
+        events.append(str(target))
+        rename(source, target)
+
+    monkeypatch.setattr("sgtm.train.saving.on_rank_zero", lambda action: action())
+    monkeypatch.setattr("sgtm.train.saving.on_every_rank", lambda action: [action()])
+    monkeypatch.setattr("sgtm.train.saving._random_state", lambda engine: {})
+    saved = {"weights": {"bytes": 0, "sha256": ""}}
+    engine = SimpleNamespace(rank=0, world_size=1, save=lambda *rest: None, saved=lambda: saved)
+    log = MetricsLog(tmp_path, CONFIG, rank=0, start=0)
+    log.open()
+    with log:
+        writer = saving.CheckpointWriter(engine, tmp_path, CONFIG, first=log.sync)
+        log.step({"step": 1, "seconds": 1.0, "loss": 2.0, "tokens_per_second": 3.0})
+        monkeypatch.setattr(os, "fsync", synced)
+        monkeypatch.setattr(os, "replace", renamed)
+        writer.start(1)
+        final = str(writer.finish().path)
+    before = events[: events.index(final)]
+    assert str(tmp_path / "metrics.jsonl") in before and str(tmp_path) in before
+    assert final not in before and read_metrics(tmp_path / "metrics.jsonl")[0]["step"] == 1
 
 
 @pytest.mark.parametrize(

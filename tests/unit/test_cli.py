@@ -144,7 +144,7 @@ def test_train_under_the_deepspeed_launcher(calls):
 
 def test_quickstart_trains_evaluates_reports_and_prints(calls, capsys, tmp_path):
     assert main(["quickstart", "--train.steps", "60", "--runs", str(tmp_path)]) == 0
-    stages = ["train", "evaluate_run", "write_summary", "write_report", "print_summary"]
+    stages = ["train", "evaluate_run", "write_summary", "print_summary", "write_report"]
     assert [function for function, _, _ in calls] == stages
     assert calls[0][1][0].name == "quickstart" and calls[0][1][0].train.steps == 60
     assert "report: runs/quickstart/x.html" in capsys.readouterr().out
@@ -162,10 +162,13 @@ def test_quickstart_replaces_a_quickstart_and_nobodys_work(calls, tmp_path, stor
 
 def test_commands_on_a_run(calls, run, tmp_path):
     assert main(["eval", str(run), "--sequences", "8"]) == 0
-    assert calls[0] == ("evaluate_run", (run,), {"split": "test", "sequences": 8})
+    assert calls[0] == ("evaluate_run", (run,), {"split": "test", "sequences": 8, "data": None})
     assert calls[1:] == [("write_summary", (run, {"losses": {}}), {}), ("print_summary", ({"losses": {}},), {})]
     assert main(["export", str(run), "--remove", "es", "--out", str(tmp_path / "out")]) == 0
     assert calls[3] == ("export_run", (run, ["es"], tmp_path / "out"), {})
+    for remove in (["bio,med"], ["bio", "med"], ["bio,", "med"]):
+        assert main(["export", str(run), "--remove", *remove, "--out", str(tmp_path / "out")]) == 0
+        assert calls.pop()[1][1] == ["bio", "med"]
     assert main(["report", str(run)]) == 0
     assert calls[4] == ("write_report", (run, None), {})
 
@@ -278,12 +281,14 @@ def test_help_is_instant():
 
 
 def test_module_runs_under_torchrun():
-    """`-m sgtm` is found, and a mistake is told once for both ranks."""
+    """`-m sgtm` is found, and a mistake is printed once for both ranks, and again as the last thing on the screen."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*torchrun, "-m", "sgtm", "train", "debgu"],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode != 0
-    assert done.stderr.count("error: rank 0: unknown preset 'debgu'") == 1
-    assert done.stderr.count("unknown preset") == 1
+    lines = done.stderr.splitlines()
+    (printed,) = [line for line in lines if line.startswith("error: ")]
+    assert printed.startswith("error: rank 0: unknown preset 'debgu'")
+    assert lines[-2].startswith("  traceback : error: rank ") and "unknown preset 'debgu'" in lines[-2]

@@ -145,3 +145,17 @@ def test_ranks_under_srun_speak_once_too(monkeypatch, capsys):
         monkeypatch.setenv("SLURM_PROCID", rank)
         assert main(["train", "debgu"]) == 2
         assert capsys.readouterr().err.count("error: rank 0: unknown preset 'debgu'") == expected
+
+
+def test_torchrun_ends_its_output_with_our_error(tmp_path, monkeypatch, capfd):
+    """Read back by torch, beside a rank that it has ended for it: thirty lines of traceback come before."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    file = tmp_path / "error.json"
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_ERROR_FILE": str(file)}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "debug", "--train.steps", "-1"]) == 2
+    assert capfd.readouterr().err == "", "rank 0 prints it"
+    ended, failed = ProcessFailure(0, 100, -15, "<N/A>"), ProcessFailure(1, 101, 2, str(file))
+    *_, last, border = str(ChildFailedError("sgtm", {0: ended, 1: failed})).splitlines()
+    assert last.startswith("  traceback : error: rank 1: debug: train.steps: found -1") and set(border) == {"="}

@@ -143,7 +143,14 @@ RULES = [
     (["--train.steps", "1:30"], "train.steps: found '1:30' on the command line, but it takes: whole number"),
     (["--name", "../x"], r"name: found '../x' on the command line, but it takes: text that matches ^[\w][\w.+-]*$"),
     (["--train.tokens_per_step", "100"], "tokens_per_step 100 is not a multiple of model.context 64"),
-    (["--optimizer.warmup_steps", "9"], "optimizer.warmup_steps 9 is more than train.steps 8"),
+    (
+        ["--optimizer.warmup_steps", "9"],
+        "optimizer.warmup_steps 9 is more than train.steps 8; lower it, or give it as a share of the steps, e.g. --opt",
+    ),
+    (
+        ["--optimizer.warmup_steps", "1.5"],
+        "found 1.5 on the command line, but it takes: whole number, 0 or more or number above 0 and below 1",
+    ),
     (["--masking.overrides.x.y", "1"], "override 'x.y' names no table entry"),
     (
         ["--model.family", "llama", "--model.window", "null", "--model.kv_heads", "2"],
@@ -160,10 +167,10 @@ def test_wrong_form_and_broken_rule(overrides, expected):
 
 def test_a_rule_across_keys_names_all_that_the_values_come_from(write):
     """None of them alone is wrong."""
-    rule = "optimizer.warmup_steps 2 is more than train.steps 1; lower it, e.g. --optimizer.warmup_steps 0"
+    rule = "train.tokens_per_step 512 is not a multiple of model.context 48"
     path = write("extends: debug\ntrain: {log_every: 1}\n")
-    assert message(path, "--train.steps", "1") == f"{path} + debug + the command line: {rule}"
-    path = write("extends: debug\ntrain: {steps: 1}\n")
+    assert message(path, "--model.context", "48") == f"{path} + debug + the command line: {rule}"
+    path = write("extends: debug\nmodel: {context: 48}\n")
     assert message(path) == f"{path} + debug: {rule}"
 
 
@@ -228,6 +235,24 @@ def test_paper_presets_have_the_papers_settings(name):
     assert c.model.intermediate_size == 4 * c.model.hidden_size
     assert (c.masking.forget_heads, c.masking.forget_neurons, c.data.mixing) == (1, 64, "step")
     assert (c.optimizer.betas, c.optimizer.weight_decay, c.train.precision) == ((0.9, 0.95), 0.1, "bf16")
+
+
+WARM_UP = {"debug": 2, "gpt2-124m": 700, "llama-7b": 2000, "quickstart": 50}  # steps; the others: 1000
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_the_warm_up_of_a_preset_follows_the_length_of_the_run(name):
+    config = load_config(name)
+    assert config.optimizer.warmup(config.train.steps) == WARM_UP.get(name, 1000)
+    for steps in (1, 30, 1_000_000):
+        short = load_config(name, [f"--train.steps={steps}"])
+        expected = steps * WARM_UP.get(name, 1000) / config.train.steps
+        assert short.optimizer.warmup(steps) == pytest.approx(expected, rel=0.01, abs=0.51)
+
+
+def test_a_warm_up_in_steps_and_its_share_are_the_same_run():
+    share, steps = (load_config("debug", [f"--optimizer.warmup_steps={n}"]) for n in ("0.25", "2"))
+    assert share.spelled_out() == steps.spelled_out() and share != steps
 
 
 def parameters(config: Config) -> int:

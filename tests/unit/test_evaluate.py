@@ -7,6 +7,9 @@ label's categories alone.
 
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,7 @@ from sgtm.data.loader import evaluation_batches
 from sgtm.data.open import open_corpus
 from sgtm.evaluate.localisation import gradient_norms
 from sgtm.evaluate.losses import category_losses, category_losses_and_norms
+from sgtm.evaluate.run import write_summary
 from sgtm.masking.strategy import build_tables
 from sgtm.model.transformer import Transformer
 
@@ -71,6 +75,19 @@ def test_losses_are_those_of_the_edited_model(setting, category: str, split: str
         full = by_hand(setting, category, False, split)
         assert found["full"][category] == pytest.approx(full, rel=1e-5)
         assert abs(full - without) > 1e-3, "the group must matter for the comparison to mean anything"
+
+
+def test_a_check_may_end_an_evaluation_before_any_batch(setting):
+    batches = []
+
+    def check() -> None:
+        batches.append(len(batches))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(setting, check=check)
+    assert batches == [0, 1, 2]
 
 
 def test_ranks_share_the_sequences(setting):
@@ -147,3 +164,18 @@ def test_gradient_norms_are_those_of_the_mean_loss_over_all_categories_of_a_labe
                         weights.append(parameter[start:end].detach().flatten())
             expected = float(torch.cat(gradients).norm() / torch.cat(weights).norm())
             assert found[label][group] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_losses_that_are_not_finite_are_an_error_and_no_summary(tmp_path, loss: float):
+    """`sgtm eval` then ends with a status other than 0."""
+    summary = {"steps": 8, "losses": {"full": {"en": 2.0}, "without es": {"en": loss, "es": 2.0}}}
+    (tmp_path / "summary.json").write_text("earlier")
+    with pytest.raises(
+        ValueError, match=r"not finite after step 8: the loss of en \(without es\); .*lower optimizer.lr"
+    ):
+        write_summary(tmp_path, summary)
+    assert (tmp_path / "summary.json").read_text() == "earlier"
+    summary["losses"]["without es"]["en"] = 3.0
+    write_summary(tmp_path, summary)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary

@@ -14,8 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny import tiny_config
 
+from sgtm.stopping import SIGNALS, Stopped
 from sgtm.train import loop, run_directory
 from sgtm.train.loop import StopSignal
 
@@ -26,7 +28,7 @@ class Log:
     seconds = 0.0
 
     def __init__(self, run: Path | None = None, refused: bool = False):
-        self.run, self.refused, self.said = run, refused, []
+        self.run, self.refused, self.said, self.evaluated = run, refused, [], []
 
     def open(self) -> set[int]:
         (self.run / "wandb.id").write_text("id")
@@ -36,7 +38,8 @@ class Log:
 
     def step(self, values: dict) -> None: ...
 
-    def evaluation(self, step: int, losses: dict, norms: dict) -> None: ...
+    def evaluation(self, step: int, losses: dict, norms: dict) -> None:
+        self.evaluated.append(step)
 
     def checkpoint(self, saved: object) -> None: ...
 
@@ -73,7 +76,8 @@ def test_a_refused_overwrite_leaves_the_old_run(old: Path, link: bool):
         begin(run, refused=True, overwrite=True)
     assert contents(old.parent) == before
     assert begin(run, overwrite=True) == {3}
-    assert set(contents(old)) == {"config.yaml", "wandb.id"} and "layers: 2" in (old / "config.yaml").read_text()
+    assert set(contents(old)) == {"config.yaml", "wandb.id", "trained_in"}
+    assert "layers: 2" in (old / "config.yaml").read_text()
     assert {path.name for path in old.parent.iterdir()} == {"old", run.name}
 
 
@@ -124,15 +128,24 @@ def test_checkpoints_that_are_no_folder_are_refused_before_training(old: Path, k
 
 
 def run_steps(
-    monkeypatch, log: Log, *, signals: dict[int, signal.Signals], finite: bool = True, rows: list | None = None
+    monkeypatch, log: Log, *, signals: dict[int | str, signal.Signals], finite: bool = True, rows: list | None = None
 ) -> list[int]:
-    """Five steps that do nothing but raise these signals; returns the steps after which a checkpoint was saved.
+    """Five steps that do nothing but raise these signals, in steps by number and in the evaluations after steps 2, 4
+    and (`evaluation 6`) 5; returns the steps after which a checkpoint was saved.
 
     rows  takes the lines of the log of metrics
     """
     saved: list[int] = []
-    engine = SimpleNamespace(world_size=1, finite=finite, all_reduce_sum=None)
-    config = tiny_config(train={"steps": 5, "log_every": 100, "eval_every": 0})
+    engine = SimpleNamespace(world_size=1, rank=0, device=torch.device("cpu"), finite=finite, all_reduce_sum=None)
+    config = tiny_config(train={"steps": 5, "log_every": 100, "eval_every": 2})
+    evaluations = iter(range(2, 99, 2))
+
+    def evaluate(*rest, check, **options) -> tuple[dict, dict]:
+        step = next(evaluations)
+        for number in [signals[f"evaluation {step}"]] if f"evaluation {step}" in signals else []:
+            signal.raise_signal(number)
+        check()
+        return {}, {}
 
     def train_step(engine, batches, *rest):
         for number in [signals[batches]] if batches in signals else []:
@@ -143,7 +156,7 @@ def run_steps(
     writer = SimpleNamespace(**nothing, start=lambda done, state: saved.append(done) or [])
     monkeypatch.setattr(loop, "_losses", lambda *rest: {"loss": 1.0})
     monkeypatch.setattr(loop, "_gradients", lambda *rest: {})
-    monkeypatch.setattr(loop, "_evaluate", lambda *rest: ({}, {}))
+    monkeypatch.setattr(loop, "category_losses_and_norms", evaluate)
     monkeypatch.setattr(loop, "tell_skipped", lambda *rest: "step {}, the {}-th in a row".format(*rest[-2:]))
     monkeypatch.setattr(log, "step", (rows if rows is not None else []).append)
     loader = SimpleNamespace(step=lambda step: step + 1)
@@ -153,13 +166,41 @@ def run_steps(
     return saved
 
 
-@pytest.mark.parametrize("number", StopSignal.SIGNALS)
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_after_the_step_in_progress_and_stops(monkeypatch, number):
-    before, log = [signal.getsignal(one) for one in StopSignal.SIGNALS], Log()
-    assert {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT} == set(StopSignal.SIGNALS)
+    before, log = [signal.getsignal(one) for one in SIGNALS], Log()
+    assert {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT} == set(SIGNALS)
     assert run_steps(monkeypatch, log, signals={3: number}) == [3]
     assert log.said == ["stopped by a signal after step 3 of 5, checkpoint saved; go on: sgtm train run --resume"]
-    assert [signal.getsignal(one) for one in StopSignal.SIGNALS] == before
+    assert [signal.getsignal(one) for one in SIGNALS] == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(("evaluation", "done", "steps"), [(2, 2, [2]), (4, 4, [4]), (6, 5, [5])])
+def test_a_signal_ends_an_evaluation_and_saves_once(monkeypatch, number, evaluation: int, done: int, steps: list[int]):
+    """The last one too, whose checkpoint is in place by then: a stopped quickstart would evaluate and report it."""
+    log = Log()
+    assert run_steps(monkeypatch, log, signals={f"evaluation {evaluation}": number}) == steps
+    where = f"in the evaluation after step {done} of 5"
+    assert log.said == [f"stopped by a signal {where}, checkpoint saved; go on: sgtm train run --resume"]
+    assert log.evaluated == [step for step in (2, 4) if step < done]
+
+
+def test_a_signal_in_the_last_step_ends_its_evaluation(monkeypatch):
+    log = Log()
+    assert run_steps(monkeypatch, log, signals={5: signal.SIGTERM}) == [5]
+    assert log.said[0].startswith("stopped by a signal in the evaluation after step 5 of 5")
+
+
+def test_ranks_agree_to_end_an_evaluation():
+    """Where a signal has reached another one."""
+    with StopSignal() as stop:
+        alone = SimpleNamespace(world_size=2, all_reduce_sum=lambda flag: flag)
+        stop.check(alone)
+        other = SimpleNamespace(world_size=2, all_reduce_sum=lambda flag: flag + 1)
+        with pytest.raises(Stopped) as stopped:
+            stop.check(other)
+    assert stopped.value.status == 128 + signal.SIGTERM
 
 
 def test_a_second_ctrl_c_interrupts_at_once():

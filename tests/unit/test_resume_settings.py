@@ -39,6 +39,12 @@ def test_a_key_with_a_mapping(override):
     assert differences(saved(), config) and differences(saved(override), plain)
 
 
+def test_a_warm_up_in_steps_resumes_as_its_share():
+    config = load_config("debug", ["--optimizer.warmup_steps=0.25"])
+    assert differences(saved("--optimizer.warmup_steps=2"), config) == []
+    assert differences(saved("--optimizer.warmup_steps=3"), config)
+
+
 def test_a_key_that_is_younger_than_the_checkpoint_had_its_default():
     older = saved()
     del older["masking"]["domain_embedding"], older["data"]["schedule"]

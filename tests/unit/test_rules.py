@@ -12,7 +12,7 @@ from pyarrow import parquet
 from sgtm.config.reference import keys
 from sgtm.config.schema import DataConfig
 from sgtm.data.readers import open_sources
-from sgtm.data.rules import Rules, load_rules
+from sgtm.data.rules import Rules, SplitSelector, load_rules
 from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import LabelSpace
 
@@ -52,6 +52,7 @@ MISTAKES = [
         "split: {hash: {test: 0.7, val: 0.5}}" + LABELS,
         "split: hash: the shares {'test': 0.7, 'val': 0.5} sum to more than 1",
     ),
+    ("split: {hash: {tset: 0.1}}" + LABELS, "split: hash: split 'tset' is read by nothing; did you mean test?"),
     ("- a", "holds list, not a mapping of keys such as `labels:`"),
     ("labels:\n  a: forget: bio", "line 2, column 12: not valid YAML: mapping values are not allowed here"),
 ]
@@ -169,3 +170,18 @@ def test_every_field_that_the_rules_read_is_read(tmp_path):
     assert rules.document(found.fields, found.path, found.where).spans == ((0, 2, "a"),)
     by_field = Rules.model_validate({"split": {"field": "part"}, "labels": {"a": "retain"}})
     assert by_field.columns == ["category", "part", "text"]
+
+
+SPLITS = {"tset": "test", "Test": "test", "tst": "test", "tesst": "test", "TRAIN": "train", "trian": "train"}
+OTHERS = ("train", "test", "validation", "val", "dev", "holdout", "rest", "text", "test2", "train_b")
+
+
+@pytest.mark.parametrize("name", [*SPLITS, *OTHERS])
+@pytest.mark.parametrize("selector", [SplitSelector(field="split"), SplitSelector(path="^(.*)$")])
+def test_a_split_that_nothing_reads_is_refused_where_it_looks_like_a_slip(selector: SplitSelector, name: str):
+    if name not in SPLITS:
+        assert selector.split({"split": name}, name, "a.jsonl, line 3", 0) == name
+        return
+    message = f"a.jsonl, line 3: split {name!r} is read by nothing; did you mean {SPLITS[name]}?"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        selector.split({"split": name}, name, "a.jsonl, line 3", 0)

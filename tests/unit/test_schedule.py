@@ -29,6 +29,13 @@ def test_matches_the_formula_everywhere():
         assert learning_rate(step, CONFIG, TOTAL) == pytest.approx(2e-3 * share, rel=1e-12)
 
 
+def test_a_share_of_the_steps_is_a_warm_up_of_that_many():
+    share = CONFIG.model_copy(update={"warmup_steps": 0.09})
+    for step in range(TOTAL):
+        assert learning_rate(step, share, TOTAL) == learning_rate(step, CONFIG, TOTAL)
+    assert [share.warmup(steps) for steps in (1, 5, 6, 30, 1000)] == [0, 0, 1, 3, 90]
+
+
 def test_rises_then_falls_without_a_jump():
     rates = [learning_rate(step, CONFIG, TOTAL) for step in range(TOTAL + 1)]
     assert rates.index(max(rates)) == 10

@@ -123,7 +123,7 @@ MISTAKES = {
     "{base: debug, variant: {a: }}": "variant: unknown key; did you mean variants?",
     "{base: debgu, variants: {a: }}": None,
     "{base: debug, variants: {a: {train.step: 3}}}": "variant a: train.step: unknown key; did you mean train.steps?",
-    "{base: debug, variants: {a: {train.steps: 1}}}": "optimizer.warmup_steps 2 is more than train.steps 1",
+    "{base: debug, variants: {a: {model.context: 48}}}": "train.tokens_per_step 512 is not a multiple",
     "{base: debug, variants: {a: {name: b}}}": "variant a: name: the sweep names its runs",
     "{base: debug, variants: {a: {train.seed: 1}}, seeds: [0]}": "variant a: train.seed: `seeds` sets it",
     "{base: debug, variants: {a: {train: {seed: 1}}}, seeds: [0]}": "variant a: train.seed: `seeds` sets it",

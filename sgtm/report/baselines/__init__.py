@@ -25,7 +25,8 @@ def shipped_baselines(config: Config) -> dict[str, dict[str, float]]:
 
 def basis(config: Config) -> dict:
     """What a run must have in common with the runs behind the shipped losses."""
-    shared = {section: getattr(config, section).model_dump(mode="json") for section in ("model", "optimizer")}
+    values = config.spelled_out()
+    shared = {section: values[section] for section in ("model", "optimizer")}
     del shared["optimizer"]["grad_clip_scope"]  # a recipe sets it
     train = {key: getattr(config.train, key) for key in ("steps", "tokens_per_step", "precision", "init_from")}
     data = {key: getattr(config.data, key) for key in ("path", "mixing", "isolate_documents", "upsample")}

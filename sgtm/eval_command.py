@@ -1,0 +1,30 @@
+"""`sgtm eval`: the losses of a run; nothing heavy is imported before it is called."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+DATA = "data of the run, where they are not in their old place (default: data.path of the run)"
+
+
+def add_eval_options(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory, e.g. runs/quickstart")
+    parser.add_argument("--split", default="test", help="split of the prepared data (default: test)")
+    parser.add_argument("--sequences", type=positive, metavar="N", help="sequences per category (default: all)")
+    parser.add_argument("--data.path", dest="data_path", metavar="DIR", help=DATA)
+
+
+def run_eval(options) -> None:
+    from sgtm.config.load import load_run_config
+
+    load_run_config(options.run_dir)  # before anything heavy is imported
+    from sgtm.evaluate.run import evaluate_run, write_summary
+    from sgtm.report import print_summary
+
+    summary = evaluate_run(options.run_dir, split=options.split, sequences=options.sequences, data=options.data_path)
+    try:
+        write_summary(options.run_dir, summary)
+    finally:
+        print_summary(summary)

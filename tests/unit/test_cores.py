@@ -1,0 +1,113 @@
+"""The cores that a container's quota leaves, and the warning where others take them.
+
+Faults tried, each seen to fail: the quota of the group itself alone, not of those above it; version 1 not read; a quota
+below one core rounded to none; a busy run told of nothing, or one whose threads sleep told.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from sgtm import cores
+from sgtm.cores import cpu_quota, usable_cores
+from sgtm.distributed.env import Launch, cpu_threads
+from sgtm.train.contention import STEPS, ContentionWatch
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+V1 = "5:cpu,cpuacct:/docker/1a2b\n0::/\n"
+QUOTAS = {
+    "version 2, the group itself": ("0::/job\n", {"job/cpu.max": "200000 100000\n"}, 2.0),
+    "version 2, a group above it": (
+        "0::/job/step\n",
+        {"job/cpu.max": "150000 100000", "job/step/cpu.max": "max 100000"},
+        1.5,
+    ),
+    "version 2, the least of all": ("0::/a/b\n", {"a/cpu.max": "100000 100000", "a/b/cpu.max": "300000 100000"}, 1.0),
+    "version 2, in a container that is its own root": ("0::/\n", {"cpu.max": "50000 100000"}, 0.5),
+    "version 2, with the host's path": ("0::/kubepods/x\n", {"cpu.max": "400000 100000"}, 4.0),
+    "version 2, none": ("0::/job\n", {"job/cpu.max": "max 100000"}, None),
+    "version 1": (
+        V1,
+        {"cpu,cpuacct/docker/1a2b/cpu.cfs_quota_us": "250000", "cpu,cpuacct/docker/1a2b/cpu.cfs_period_us": "100000"},
+        2.5,
+    ),
+    "version 1, in a container": (V1, {"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3.0),
+    "version 1, none": (V1, {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+    "no control groups": ("", {}, None),
+    "damaged": ("0::/job\n5\n", {"job/cpu.max": "many", "cpu.max": ""}, None),
+}
+
+
+@pytest.mark.parametrize("case", QUOTAS)
+def test_the_quota_of_a_container(tmp_path: Path, case: str):
+    membership, files, expected = QUOTAS[case]
+    write(tmp_path, {**files, "membership": membership})
+    assert cpu_quota(tmp_path, tmp_path / "membership") == expected
+
+
+def test_threads_follow_the_quota(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    for quota, expected in ((None, 16), (2.5, 2), (0.5, 1), (64.0, 16)):
+        monkeypatch.setattr(cores, "cpu_quota", lambda quota=quota: quota)
+        assert usable_cores() == expected
+    monkeypatch.setattr(cores, "cpu_quota", lambda: 6.0)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert cpu_threads(Launch("none")) == 6
+    assert cpu_threads(Launch("torchrun", 0, 3, 0, 3)) == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert cpu_threads(Launch("none")) is None and cpu_threads(Launch("torchrun", 0, 3, 0, 3)) == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert cpu_threads(Launch("torchrun", 0, 3, 0, 3)) is None
+
+
+@pytest.mark.parametrize(
+    ("load", "given", "expected"), [(3.0, None, "passive"), (0.4, None, None), (9.0, "active", "active")]
+)
+def test_threads_sleep_where_the_cores_are_busy(monkeypatch, load: float, given: str | None, expected: str | None):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(cores, "usable_cores", lambda: 2)
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    cores.wait_passively_where_busy()
+    assert os.environ.get("OMP_WAIT_POLICY") == expected
+
+
+def warnings(monkeypatch, share: float, threads: int = 2, policy: str = "") -> list[str]:
+    """What is printed over ten steps of a second in which the main thread has a core for this share."""
+    clock = {"wall": 0.0}
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock["wall"])
+    monkeypatch.setattr(time, "thread_time", lambda: clock["wall"] * share)
+    watch, printed = ContentionWatch(threads), []
+    for step in range(1, 11):
+        with watch.step():
+            clock["wall"] += 1.0
+        if text := watch.warning():
+            printed.append(f"{step}: {text}")
+    return printed
+
+
+def test_a_busy_machine_is_one_warning_with_the_remedy(monkeypatch):
+    (text,) = warnings(monkeypatch, 0.2)
+    assert text.startswith(
+        f"{STEPS}: other programs keep the cores busy: in the first 5 steps the main thread had a core"
+    )
+    assert "for 20% of the time, and 2 threads" in text and "OMP_WAIT_POLICY=passive" in text
+    assert "OMP_NUM_THREADS=1" in text
+
+
+@pytest.mark.parametrize("quiet", [{"share": 0.95}, {"share": 0.2, "threads": 1}, {"share": 0.2, "policy": "passive"}])
+def test_no_warning_where_nothing_is_to_be_gained(monkeypatch, quiet: dict):
+    assert warnings(monkeypatch, **quiet) == []

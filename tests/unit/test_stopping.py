@@ -1,0 +1,108 @@
+"""A signal ends a command within seconds, with a status and a line that show it, and no later stage begins.
+
+Faults tried, each seen to fail: the signal left to the stage that follows; the status 0; handlers that stay; a second
+SIGTERM that interrupts the clean-up; a clean-up that waits for a thread for ever; the half of an export left behind.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sgtm.cli import main
+from sgtm.stopping import SIGNALS, Stopped, stoppable
+
+
+@pytest.fixture(autouse=True)
+def handlers_stay():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "config.yaml").write_text("extends: debug\n")
+    return tmp_path
+
+
+def stub(monkeypatch, module: str, **functions) -> None:
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**functions))
+
+
+def raises(number: int):
+    return lambda *args, **options: signal.raise_signal(number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("command", ["eval", "export", "report"])
+def test_a_command_that_is_stopped_prints_how_to_run_it_again(monkeypatch, capfd, run: Path, command: str, number):
+    later: list = []
+    stub(monkeypatch, "sgtm.evaluate.run", evaluate_run=raises(number), write_summary=lambda *args: later.append(args))
+    stub(monkeypatch, "sgtm.model.export", export_run=raises(number))
+    monkeypatch.setattr("sgtm.report.write_report", raises(number))
+    words = [command, str(run), *(["--remove", "es", "--out", "a b"] if command == "export" else [])]
+    assert main(words) == 128 + number and not later
+    again = " ".join(words).replace("a b", "'a b'")
+    assert capfd.readouterr().err == f"stopped by {signal.Signals(number).name}; again: sgtm {again}\n"
+
+
+def test_a_quickstart_that_is_stopped_in_training_goes_no_further(monkeypatch, tmp_path: Path, capfd):
+    def stopped(*args, **options):
+        raise Stopped(signal.SIGTERM)
+
+    stub(monkeypatch, "sgtm.train.loop", train=stopped)
+    stub(monkeypatch, "sgtm.evaluate.run", evaluate_run=lambda run: pytest.fail("evaluated"), write_summary=None)
+    assert main(["quickstart", "--runs", str(tmp_path)]) == 128 + signal.SIGTERM
+    assert main(["train", "debug", "--runs", str(tmp_path)]) == 128 + signal.SIGTERM
+    assert "stopped" not in capfd.readouterr().err, "the training itself prints it"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "debug", "--runs", str(tmp_path)]) == 0, "a launcher would kill the other rank"
+
+
+def test_a_quickstart_that_is_stopped_after_training_prints_what_is_left(monkeypatch, tmp_path: Path, capfd):
+    stub(monkeypatch, "sgtm.train.loop", train=lambda config, **options: Path(config.runs) / config.name)
+    stub(monkeypatch, "sgtm.evaluate.run", evaluate_run=raises(signal.SIGTERM), write_summary=None)
+    assert main(["quickstart", "--runs", str(tmp_path)]) == 128 + signal.SIGTERM
+    run = tmp_path / "quickstart"
+    expected = f"stopped by SIGTERM; {run} is trained; go on: sgtm eval {run}; sgtm report {run}\n"
+    assert capfd.readouterr().err == expected
+
+
+def test_a_training_that_is_stopped_before_its_first_step(monkeypatch, tmp_path: Path, capfd):
+    stub(monkeypatch, "sgtm.train.loop", train=raises(signal.SIGTERM))
+    assert main(["train", "debug", "--runs", str(tmp_path), "--overwrite"]) == 128 + signal.SIGTERM
+    again = f"again: sgtm train debug --overwrite --runs {tmp_path}"
+    assert capfd.readouterr().err == f"stopped by SIGTERM; {again}\n"
+
+
+def test_a_scheduler_that_repeats_itself_does_not_interrupt_the_clean_up(capfd):
+    cleaned = []
+    with pytest.raises(Stopped), stoppable("again: it"):
+        try:
+            signal.raise_signal(signal.SIGUSR1)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            cleaned.append(True)
+    assert cleaned and capfd.readouterr().err == "stopped by SIGUSR1; again: it\n"
+
+
+def test_a_clean_up_that_does_not_end_is_cut_short():
+    """As that of a pool whose thread reads a large file."""
+    code = """
+import signal, threading
+from sgtm import stopping
+stopping.GRACE = 0.2
+with stopping.stoppable("again: it"):
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        threading.Event().wait(60)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "stopped by SIGTERM; again: it\n")
