@@ -27,9 +27,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
+from sgtm.data.discover import READABLE, find_sources
 from sgtm.data.encode import EncodedBlock, Encoder, block_file, encode_blocks
-from sgtm.data.folder import blocks_of, clear, locked, place_to_build, put_in_place, stored_job
-from sgtm.data.readers import SUFFIXES, Block, Source, open_sources
+from sgtm.data.folder import blocks_of, clear, locked, place_to_build, put_in_place, same_job, stored_job
+from sgtm.data.readers import Block, Source
 from sgtm.data.rules import Rules, load_rules
 from sgtm.data.store import MANIFEST, TOKENIZER, Corpus
 from sgtm.data.summary import summary, warnings
@@ -49,7 +50,8 @@ class PrepareOptions:
     sources: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA...", help_behavior_hint="(required)")
     ]
-    """Files or folders: txt, jsonl (plain, gz, xz, zst), parquet, saved Hugging Face datasets."""
+    """Files or folders: txt, JSON lines or arrays, csv, tsv (plain, gz, bz2, xz, zst), parquet, saved Hugging Face
+    datasets. What a folder holds of other kinds is counted and printed."""
     rules: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(required)")] = None
     """YAML file: which field holds text, category and split, and the true label of each category (docs/data.md)."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(required)")] = None
@@ -75,7 +77,9 @@ def run_prepare(options: PrepareOptions) -> None:
             f"sgtm prepare: no {', no '.join(missing)}; write: sgtm prepare DATA... --rules FILE --out FOLDER\n"
             f"{described}"
         )
-    sources, rules = open_sources(options.sources), load_rules(options.rules)
+    (sources, account), rules = find_sources(options.sources), load_rules(options.rules)
+    for line in account.lines():
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
     corpus = prepare(
         sources,
         rules,
@@ -95,7 +99,7 @@ def run_prepare(options: PrepareOptions) -> None:
 def _required(options: PrepareOptions) -> dict[str, tuple[object, str]]:
     """What was given for each argument that must be, and what it takes."""
     return {
-        "DATA": (options.sources, f"files ({', '.join(SUFFIXES)}), folders of them, saved Hugging Face datasets"),
+        "DATA": (options.sources, f"files and folders of {READABLE}"),
         "--rules": (options.rules, "YAML file with the true label of each category; docs/data.md has examples"),
         "--out": (options.out, "folder of the corpus, what data.path of the training names"),
     }
@@ -157,7 +161,7 @@ def open_prepared(
     Raises ValueError naming the file where the finished corpus is damaged (`verify`: see `Corpus.open`).
     """
     out = Path(out)
-    if not (out / MANIFEST).is_file() or stored_job(out) != _job(sources, rules, tokenizer, vocab_size):
+    if not (out / MANIFEST).is_file() or not same_job(stored_job(out), _job(sources, rules, tokenizer, vocab_size)):
         return None
     return Corpus.open(out, verify)
 

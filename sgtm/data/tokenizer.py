@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from sgtm.data.rules import stable_id
 
 EOS = "<|endoftext|>"
+_LONGEST_WORD = 256
+"""Bytes of a word in training, longer ones are cut: the time that the library takes grows with a word's square."""
 _EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eot|>")
 
 
@@ -26,6 +28,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < 257:
         raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and the end-of-text token need 257")
     tokenizer = _byte_level(models.BPE())
+    in_use = tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([in_use, pre_tokenizers.FixedLength(length=_LONGEST_WORD)])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[EOS],
@@ -33,6 +37,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = in_use
     found = tokenizer.get_vocab_size()
     if found != vocab_size:
         raise ValueError(
@@ -116,7 +121,12 @@ def sample_texts(texts: Iterable[str], budget: int) -> list[str]:
         size += len(data)
         while size > budget and len(heap) > 1:
             size -= len(heapq.heappop(heap)[1].encode())
-    return [text for _, text in sorted(heap, reverse=True)]
+    return [_cut(text, budget) for _, text in sorted(heap, reverse=True)]
+
+
+def _cut(text: str, size: int) -> str:
+    """The beginning of a text, of at most so many bytes."""
+    return text if len(text) <= size // 4 else text.encode()[:size].decode(errors="ignore")
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:

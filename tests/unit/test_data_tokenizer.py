@@ -1,14 +1,15 @@
 """Tokenizers are trained alike from the same documents, and text comes back as it went in."""
 
 import json
+import time
 
 import pytest
 from corpora import mixed_records, write_jsonl
 from tokenizers import Tokenizer
 
+from sgtm.data.discover import open_sources
 from sgtm.data.encode import token_spans
 from sgtm.data.prepare import prepare
-from sgtm.data.readers import open_sources
 from sgtm.data.rules import Rules
 from sgtm.data.synthetic import tell_stories
 from sgtm.data.tokenizer import (
@@ -117,3 +118,28 @@ def test_a_token_that_touches_a_span_is_in_it():
     assert token_spans(((3, 7, "a"),), offsets, ["a"]) == [(1, 2, 0)]
     assert token_spans(((0, 12, "a"),), offsets, ["a"]) == [(0, 5, 0)]
     assert token_spans(((0, 4, "a"), (4, 8, "b")), offsets, ["a", "b"]) == [(0, 2, 0), (2, 3, 1)]
+
+
+@pytest.mark.parametrize("word", [" ", "x", "=-", "\u4e00"])
+def test_a_run_of_one_character_trains_in_linear_time(word):
+    """Sixteen times the length: 256 times the time, minutes here, where the library gets words of any length."""
+    seconds = []
+    for length in (100_000, 1_600_000):
+        start = time.process_time()
+        train_bpe([word * (length // len(word.encode()))], 260)
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 48 * seconds[0] + 0.5
+
+
+def test_the_cut_of_long_words_is_of_training_alone():
+    tokenizer = train_bpe([*STORIES, "x" * 5000], 400)
+    assert json.loads(tokenizer.to_str())["pre_tokenizer"]["type"] == "ByteLevel"
+    text = "x" * 1000 + "ñ" * 1000
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_a_sample_is_no_larger_than_its_budget():
+    for text in ("x" * 1000, "ñ" * 1000, "a🍒" * 500):
+        (found,) = sample_texts([text], 99)
+        assert text.startswith(found) and 95 < len(found.encode()) <= 99
+    assert sample_texts(["x" * 99], 99) == ["x" * 99]

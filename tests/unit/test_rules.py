@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from sgtm.config.reference import keys
 from sgtm.config.schema import DataConfig
-from sgtm.data.readers import open_sources
+from sgtm.data.discover import open_sources
 from sgtm.data.rules import Rules, load_rules
 from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import LabelSpace
