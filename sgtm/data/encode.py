@@ -29,7 +29,10 @@ from sgtm.files import replacing
 
 
 class EncodedBlock(NamedTuple):
-    """Tokens end to end; `DOCUMENT`, its split a position in `splits`; `SPAN`, its documents counted in the block."""
+    """Tokens end to end; `DOCUMENT`, its split a position in `splits`; `SPAN`, its documents counted in the block.
+
+    names: of documents, where the rules have a field for them. nul: documents with a NUL character; first_nul: where.
+    """
 
     tokens: np.ndarray
     documents: np.ndarray
@@ -37,6 +40,9 @@ class EncodedBlock(NamedTuple):
     splits: np.ndarray
     empty: int
     dropped: int
+    names: np.ndarray = np.empty(0, np.str_)
+    nul: int = 0
+    first_nul: str = ""
 
     def save(self, path: Path) -> None:
         with replacing(path) as file:
@@ -46,7 +52,8 @@ class EncodedBlock(NamedTuple):
     def load(cls, path: Path) -> EncodedBlock:
         with np.load(path) as stored:
             arrays = {name: stored[name] for name in cls._fields}
-        return cls(**{**arrays, "empty": int(arrays["empty"]), "dropped": int(arrays["dropped"])})
+        counts = {name: int(arrays[name]) for name in ("empty", "dropped", "nul")}
+        return cls(**{**arrays, **counts, "first_nul": str(arrays["first_nul"])})
 
 
 @dataclass
@@ -77,7 +84,14 @@ class Encoder:
             else:
                 documents.append(document)
                 wheres.append(where)
-        return self._tokenize(documents, wheres)._replace(empty=empty, dropped=dropped)
+        nul = [where for document, where in zip(documents, wheres, strict=True) if "\0" in document.text]
+        return self._tokenize(documents, wheres)._replace(
+            empty=empty,
+            dropped=dropped,
+            names=np.array([document.name for document in documents if document.name is not None], np.str_),
+            nul=len(nul),
+            first_nul=nul[0] if nul else "",
+        )
 
     def _tokenize(self, documents: list[Document], wheres: list[str]) -> EncodedBlock:
         texts = [document.text for document in documents]

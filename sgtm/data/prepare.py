@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.markup import escape
@@ -31,7 +32,8 @@ from sgtm.data.discover import READABLE, find_sources
 from sgtm.data.encode import EncodedBlock, Encoder, block_file, encode_blocks
 from sgtm.data.folder import blocks_of, clear, locked, place_to_build, put_in_place, same_job, stored_job
 from sgtm.data.readers import Block, Source
-from sgtm.data.rules import Rules, load_rules
+from sgtm.data.repeats import repeated_names
+from sgtm.data.rules import Rules, load_rules, stable_id
 from sgtm.data.store import MANIFEST, TOKENIZER, Corpus
 from sgtm.data.summary import summary, warnings
 from sgtm.data.tokenizer import eos_token, load_tokenizer, sample_texts, train_bpe, vocabulary_size
@@ -175,7 +177,7 @@ def _job(sources: Sequence[Source], rules: Rules, tokenizer: str | Path, vocab_s
         made = {file.name: sha256_of(file) for file in sorted(Path(tokenizer).iterdir()) if file.is_file()}
     return {
         "sources": [source.fingerprint() for source in sources],
-        "rules": rules.model_dump(),
+        "rules": rules.identity(),
         "tokenizer": made,
     }
 
@@ -222,7 +224,8 @@ def _all_blocks(sources: Sequence[Source], rules: Rules) -> Iterator[Block]:
 def _merge(out: Path, encoder: Encoder, blocks: Path, count: int) -> None:
     """Blocks, in order, into shards, index and manifest. Raises ValueError where all documents are empty or dropped."""
     splits: list[str] = []
-    empty = dropped = total = 0
+    empty = dropped = total = nul = 0
+    first_nul, names = "", []
     shutil.rmtree(out / "shards", ignore_errors=True)
     writer = CorpusWriter(out, encoder.vocab_size, encoder.shard_tokens)
     for number in range(count):
@@ -233,9 +236,19 @@ def _merge(out: Path, encoder: Encoder, blocks: Path, count: int) -> None:
             block.documents["split"] = [position[split] for split in block.documents["split"]]
         writer.add(block.tokens, block.documents, block.spans)
         empty, dropped, total = empty + block.empty, dropped + block.dropped, total + len(block.documents)
+        nul, first_nul = nul + block.nul, first_nul or block.first_nul
+        names.append(np.array([stable_id(str(name).encode()) for name in block.names], np.uint64))
     if not total:
         raise ValueError(f"no document has any text: {empty:,} are empty, {dropped:,} dropped by the rules")
-    writer.finish(encoder.eos_id, encoder.rules.categories, splits, empty, dropped)
+    notes = [f"{nul:,} documents have NUL characters; the first is {first_nul}"] if nul else []
+    repeated, documents, place = repeated_names(names)
+    if place is not None:
+        name = EncodedBlock.load(block_file(blocks, place[0])).names[place[1]]
+        notes.append(
+            f"{repeated:,} values of {encoder.rules.id} occur more than once, in {documents:,} documents; the first is "
+            f"{str(name)!r} (rules: id)"
+        )
+    writer.finish(encoder.eos_id, encoder.rules.categories, splits, empty, dropped, notes)
 
 
 @contextmanager
