@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,6 +18,9 @@ from sgtm.data.rules import stable_id
 EOS = "<|endoftext|>"
 _LONGEST_WORD = 256
 """Bytes of a word in training, longer ones are cut: the time that the library takes grows with a word's square."""
+PIECE_CHARACTERS = 2**18
+"""Of a text that is trained on or encoded at a time: what the library makes of it takes some 400 bytes a token."""
+_BETWEEN_WORDS = re.compile(r"(?<=\w) (?=\w)")
 _EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eot|>")
 
 
@@ -36,7 +40,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in cut(text, PIECE_CHARACTERS)), trainer)
     tokenizer.pre_tokenizer = in_use
     found = tokenizer.get_vocab_size()
     if found != vocab_size:
@@ -109,6 +113,24 @@ def for_plain_text(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def can_be_cut(tokenizer: Tokenizer) -> bool:
+    """Whether a text may be cut before a space between two words: with the words of GPT-2 no token crosses it."""
+    stored = json.loads(tokenizer.to_str())
+    first = stored["pre_tokenizer"] or {}
+    plain = stored["normalizer"] is None and all(token["special"] for token in stored["added_tokens"])
+    by_words = first.get("type") == "ByteLevel" and not first["add_prefix_space"] and first.get("use_regex", True)
+    return plain and by_words and tokenizer.encode_special_tokens
+
+
+def cut(text: str, size: int | None) -> Iterator[str]:
+    """Pieces of a text, of about so many characters; longer where there is no space between two words."""
+    start = 0
+    while size is not None and (found := _BETWEEN_WORDS.search(text, start + size)):
+        yield text[start : found.start()]
+        start = found.start()
+    yield text[start:]
 
 
 def sample_texts(texts: Iterable[str], budget: int) -> list[str]:
