@@ -25,11 +25,15 @@ from sgtm.data.plain_text import as_text, control_ids
 from sgtm.data.readers import Block
 from sgtm.data.rules import Document, Rules
 from sgtm.data.store import DOCUMENT, SPAN, token_dtype
+from sgtm.data.tokenizer import PIECE_CHARACTERS, can_be_cut, cut
 from sgtm.files import replacing
 
 
 class EncodedBlock(NamedTuple):
-    """Tokens end to end; `DOCUMENT`, its split a position in `splits`; `SPAN`, its documents counted in the block."""
+    """Tokens end to end; `DOCUMENT`, its split a position in `splits`; `SPAN`, its documents counted in the block.
+
+    names: of documents, where the rules have a field for them. nul: documents with a NUL character; first_nul: where.
+    """
 
     tokens: np.ndarray
     documents: np.ndarray
@@ -37,6 +41,9 @@ class EncodedBlock(NamedTuple):
     splits: np.ndarray
     empty: int
     dropped: int
+    names: np.ndarray = np.empty(0, np.str_)
+    nul: int = 0
+    first_nul: str = ""
 
     def save(self, path: Path) -> None:
         with replacing(path) as file:
@@ -46,7 +53,8 @@ class EncodedBlock(NamedTuple):
     def load(cls, path: Path) -> EncodedBlock:
         with np.load(path) as stored:
             arrays = {name: stored[name] for name in cls._fields}
-        return cls(**{**arrays, "empty": int(arrays["empty"]), "dropped": int(arrays["dropped"])})
+        counts = {name: int(arrays[name]) for name in ("empty", "dropped", "nul")}
+        return cls(**{**arrays, **counts, "first_nul": str(arrays["first_nul"])})
 
 
 @dataclass
@@ -83,34 +91,57 @@ class Encoder:
             else:
                 documents.append(document)
                 wheres.append(where)
-        return self._tokenize(documents, wheres)._replace(empty=empty, dropped=dropped)
+        nul = [where for document, where in zip(documents, wheres, strict=True) if "\0" in document.text]
+        return self._tokenize(documents, wheres)._replace(
+            empty=empty,
+            dropped=dropped,
+            names=np.array([document.name for document in documents if document.name is not None], np.str_),
+            nul=len(nul),
+            first_nul=nul[0] if nul else "",
+        )
 
     def _tokenize(self, documents: list[Document], wheres: list[str]) -> EncodedBlock:
-        texts = [document.text for document in documents]
-        # Offsets cost time, so they are asked for only where a span needs them.
-        spanned = any(document.spans for document in documents)
-        encode = self._loaded().encode_batch if spanned else self._loaded().encode_batch_fast
-        encodings = encode(texts, add_special_tokens=False)
         index, spans = np.zeros(len(documents), DOCUMENT), []
         categories, splits = list(self.rules.categories), sorted({document.split for document in documents})
         pieces = []
-        for i, (document, encoding) in enumerate(zip(documents, encodings, strict=True)):
-            ids = np.array([*encoding.ids, self.eos_id], token_dtype(self.vocab_size))
-            length = len(ids)
-            if self._controls[ids[:-1]].any():
+        for i, (document, (ids, offsets)) in enumerate(zip(documents, self._encoded(documents), strict=True)):
+            length = len(ids) + 1
+            if self._controls[ids].any():
                 raise ValueError(f"{wheres[i]}: {self._control_in(document.text)}")
             if length > self.shard_tokens:
                 raise ValueError(
                     f"{wheres[i]}: a document of {length} tokens is longer than a shard of {self.shard_tokens}; "
                     f"raise --shard-tokens to at least {length}, or cut the document"
                 )
-            pieces.append(ids)
+            pieces += [ids, np.array([self.eos_id], token_dtype(self.vocab_size))]
             split = splits.index(document.split)
             index[i] = (document.id, 0, length, 0, categories.index(document.category), split)
             if document.spans:
-                spans += [(i, *span) for span in token_spans(document.spans, encoding.offsets, categories)]
+                spans += [(i, *span) for span in token_spans(document.spans, offsets, categories)]
         tokens = np.concatenate(pieces) if pieces else np.empty(0, token_dtype(self.vocab_size))
         return EncodedBlock(tokens, index, np.array(spans, SPAN), np.array(splits, dtype=np.str_), 0, 0)
+
+    def _encoded(self, documents: list[Document]) -> Iterator[tuple[np.ndarray, list[tuple[int, int]]]]:
+        """Token ids of each document, and their offsets in characters where it has spans.
+
+        Some documents at a time, and a long one in pieces where that is the same, for the sake of memory.
+        """
+        tokenizer, dtype = self._loaded(), token_dtype(self.vocab_size)
+        size = PIECE_CHARACTERS if can_be_cut(tokenizer) else None
+        parts, batch, characters = [], [], 0
+        for document in documents:
+            if document.spans:  # offsets cost time, so they are asked for only where a span needs them
+                encoding = tokenizer.encode(document.text, add_special_tokens=False)
+                batch.append((np.array(encoding.ids, dtype), encoding.offsets))
+            else:
+                pieces = list(cut(document.text, size))
+                parts += pieces
+                batch.append((len(pieces), []))
+            characters += len(document.text)
+            if characters >= PIECE_CHARACTERS:
+                yield from _joined(tokenizer, parts, batch, dtype)
+                parts, batch, characters = [], [], 0
+        yield from _joined(tokenizer, parts, batch, dtype)
 
     def _loaded(self) -> Tokenizer:
         if not hasattr(self, "_tokenizer"):
@@ -130,6 +161,20 @@ class Encoder:
             f"control token, and the tokenizer has no other pieces for it; take it out of the text, or prepare with "
             f"another tokenizer"
         )
+
+
+def _joined(tokenizer: Tokenizer, parts: list[str], batch: list[tuple], dtype: np.dtype) -> Iterator[tuple]:
+    """Encodes the parts of the documents of a batch; of each the ids, or how many parts it has, and its offsets."""
+    ids = []
+    long = sum(map(len, parts)) > 2 * PIECE_CHARACTERS  # then one by one
+    for some in [[part] for part in parts] if long else [parts]:
+        encodings = tokenizer.encode_batch_fast(some, add_special_tokens=False)
+        ids += [np.array(encoding.ids, dtype) for encoding in encodings]
+    used = 0
+    for found, offsets in batch:
+        if isinstance(found, int):
+            found, used = np.concatenate(ids[used : used + found]), used + found
+        yield found, offsets
 
 
 def token_spans(

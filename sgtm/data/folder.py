@@ -45,7 +45,12 @@ def stored_job(out: Path) -> dict | None:
 
 def blocks_of(place: Path, job: dict) -> Path:
     """The folder of the blocks of this job, whose name is the beginning of the SHA-256 of the job."""
-    return place / BLOCKS / hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
+    return place / BLOCKS / hashlib.sha256(json.dumps(job).encode()).hexdigest()[:16]
+
+
+def same_job(one: dict | None, other: dict) -> bool:
+    """Whether blocks may be shared. Order counts: blocks hold positions in the list of labels."""
+    return json.dumps(one) == json.dumps(other)
 
 
 def place_to_build(out: Path, job: dict, shard_tokens: int, overwrite: bool) -> Path | None:
@@ -60,7 +65,7 @@ def place_to_build(out: Path, job: dict, shard_tokens: int, overwrite: bool) -> 
         put_in_place(out)  # a run was killed while it did
     place = out
     if (out / MANIFEST).is_file():
-        if stored_job(out) == job:
+        if same_job(stored_job(out), job):
             try:
                 if Corpus.open(out).manifest.shard_tokens == shard_tokens:
                     clear(out)
@@ -96,7 +101,7 @@ def clear(out: Path) -> None:
 
 
 def _start_or_resume(place: Path, job: dict) -> None:
-    if stored_job(place) != job:
+    if not same_job(stored_job(place), job):
         ours = {*_PARTS, BLOCKS, LOCK, REPLACEMENT}
         foreign = {path.name for path in place.iterdir() if path.name not in ours and path.suffix != ".tmp"}
         if foreign:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.markup import escape
@@ -28,11 +29,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from tokenizers import Tokenizer
 
 from sgtm.cores import usable_cores
+from sgtm.data.discover import READABLE, find_sources
 from sgtm.data.encode import EncodedBlock, Encoder, block_file, encode_blocks
-from sgtm.data.folder import blocks_of, clear, locked, place_to_build, put_in_place, stored_job
+from sgtm.data.folder import blocks_of, clear, locked, place_to_build, put_in_place, same_job, stored_job
 from sgtm.data.plain_text import plain_text, reachable
-from sgtm.data.readers import SUFFIXES, Block, Source, open_sources
-from sgtm.data.rules import Rules, load_rules
+from sgtm.data.readers import Block, Source
+from sgtm.data.repeats import repeated_names
+from sgtm.data.rules import Rules, load_rules, stable_id
 from sgtm.data.store import MANIFEST, TOKEN_NAMES, TOKENIZER, Corpus
 from sgtm.data.summary import summary, warnings
 from sgtm.data.tokenizer import (
@@ -60,7 +63,8 @@ class PrepareOptions:
     sources: Annotated[
         tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA...", help_behavior_hint="(required)")
     ]
-    """Files or folders: txt, jsonl (plain, gz, xz, zst), parquet, saved Hugging Face datasets."""
+    """Files or folders: txt, JSON lines or arrays, csv, tsv (plain, gz, bz2, xz, zst), parquet, saved Hugging Face
+    datasets. What a folder holds of other kinds is counted and printed."""
     rules: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(required)")] = None
     """YAML file: which field holds text, category and split, and the true label of each category (docs/data.md)."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(required)")] = None
@@ -86,7 +90,9 @@ def run_prepare(options: PrepareOptions) -> None:
             f"sgtm prepare: no {', no '.join(missing)}; write: sgtm prepare DATA... --rules FILE --out FOLDER\n"
             f"{described}"
         )
-    sources, rules = open_sources(options.sources), load_rules(options.rules)
+    (sources, account), rules = find_sources(options.sources), load_rules(options.rules)
+    for line in account.lines():
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
     corpus = prepare(
         sources,
         rules,
@@ -106,7 +112,7 @@ def run_prepare(options: PrepareOptions) -> None:
 def _required(options: PrepareOptions) -> dict[str, tuple[object, str]]:
     """What was given for each argument that must be, and what it takes."""
     return {
-        "DATA": (options.sources, f"files ({', '.join(SUFFIXES)}), folders of them, saved Hugging Face datasets"),
+        "DATA": (options.sources, f"files and folders of {READABLE}"),
         "--rules": (options.rules, "YAML file with the true label of each category; docs/data.md has examples"),
         "--out": (options.out, "folder of the corpus, what data.path of the training names"),
     }
@@ -170,7 +176,8 @@ def open_prepared(
     """
     out = Path(out)
     stored = stored_job(out)
-    if not (out / MANIFEST).is_file() or stored != _as_stored(_job(sources, rules, tokenizer, vocab_size), stored):
+    job = _as_stored(_job(sources, rules, tokenizer, vocab_size), stored)
+    if not (out / MANIFEST).is_file() or not same_job(stored, job):
         return None
     return Corpus.open(out, verify)
 
@@ -187,7 +194,7 @@ def _job(sources: Sequence[Source], rules: Rules, tokenizer: str | Path, vocab_s
         made |= {"spelled_out": spelled_out} if spelled_out else {}
     return {
         "sources": [source.fingerprint() for source in sources],
-        "rules": rules.model_dump(),
+        "rules": rules.identity(),
         "tokenizer": made,
     }
 
@@ -251,7 +258,8 @@ def _all_blocks(sources: Sequence[Source], rules: Rules) -> Iterator[Block]:
 def _merge(out: Path, encoder: Encoder, blocks: Path, count: int) -> None:
     """Blocks, in order, into shards, index and manifest. Raises ValueError where all documents are empty or dropped."""
     splits: list[str] = []
-    empty = dropped = total = 0
+    empty = dropped = total = nul = 0
+    first_nul, names = "", []
     shutil.rmtree(out / "shards", ignore_errors=True)
     writer = CorpusWriter(out, encoder.vocab_size, encoder.shard_tokens)
     for number in range(count):
@@ -262,9 +270,19 @@ def _merge(out: Path, encoder: Encoder, blocks: Path, count: int) -> None:
             block.documents["split"] = [position[split] for split in block.documents["split"]]
         writer.add(block.tokens, block.documents, block.spans)
         empty, dropped, total = empty + block.empty, dropped + block.dropped, total + len(block.documents)
+        nul, first_nul = nul + block.nul, first_nul or block.first_nul
+        names.append(np.array([stable_id(str(name).encode()) for name in block.names], np.uint64))
     if not total:
         raise ValueError(f"no document has any text: {empty:,} are empty, {dropped:,} dropped by the rules")
-    writer.finish(encoder.eos_id, encoder.rules.categories, splits, empty, dropped)
+    notes = [f"{nul:,} documents have NUL characters; the first is {first_nul}"] if nul else []
+    repeated, documents, place = repeated_names(names)
+    if place is not None:
+        name = EncodedBlock.load(block_file(blocks, place[0])).names[place[1]]
+        notes.append(
+            f"{repeated:,} values of {encoder.rules.id} occur more than once, in {documents:,} documents; the first is "
+            f"{str(name)!r} (rules: id)"
+        )
+    writer.finish(encoder.eos_id, encoder.rules.categories, splits, empty, dropped, notes)
 
 
 @contextmanager

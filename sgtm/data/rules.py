@@ -1,10 +1,12 @@
 """The rule file: how a record becomes a document with a category, a split and a true label.
 
     text: text                            # field that holds the text
-    category: {field: category}           # or {constant: en}, or {path: '([^/]+)/[^/]+$'}, a regular expression
+    category: {field: category}           # or {constant: en}, or {path: '([^/]+)/[^/]+$'}, a regular expression,
+                                          # or {any_of: topics}: of several categories the one first in `labels`
     split: {hash: {test: 0.05}, by: book} # or field, constant, path; by: what stays together, default the document
     labels: {en: retain, es: forget:es, fr: drop}
     spans: spans                          # optional: field with [[start, end, category], ...], in characters
+    id: doc_id                            # optional: field whose repeated values are reported
 
 Files of plain text are records with the fields `text` and `category` (the folder's name), so the defaults fit them.
 `docs/data.md` is the reference for users.
@@ -13,12 +15,13 @@ Files of plain text are records with the fields `text` and `category` (the folde
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -59,9 +62,9 @@ class Selector(Section):
 
     @model_validator(mode="after")
     def _one(self):
-        given = [name for name in type(self).model_fields if name != "by" and getattr(self, name) is not None]
+        choices = [name for name in type(self).model_fields if not name.startswith("by")]
+        given = [name for name in choices if getattr(self, name) is not None]
         if len(given) != 1:
-            choices = [name for name in type(self).model_fields if name != "by"]
             raise ValueError(f"needs exactly one of {', '.join(choices)}, got {', '.join(given) or 'none'}")
         if self.path is not None:
             try:
@@ -81,12 +84,13 @@ class Selector(Section):
                 raise ValueError(
                     f"{where}: the rules look for {self.path!r} in the path {path!r}, which does not match"
                 )
-            return found[-1]
-        value = lookup(record, self.field, where)
-        if value is None or isinstance(value, list | dict):
-            found = "null" if value is None else type(value).__name__
-            raise ValueError(f"{where}: field {self.field!r} holds {found}, expected text")
-        return str(value)
+            return checked(found[-1], f"what {self.path!r} finds in the path", where)
+        return as_text(lookup(record, self.field, where), self.field, where)
+
+
+class CategorySelector(Selector):
+    any_of: str | None = None
+    """Field with several categories in a list: the one that is first in `labels` counts."""
 
 
 @lru_cache
@@ -112,6 +116,9 @@ class SplitSelector(Selector):
     """Share of each split, drawn by a hash; what is left is `train`."""
     by: str | None = None
     """With `hash`: field whose value keeps documents together (all of a book in one split); default the text."""
+    by_missing: Literal["refuse", "document"] | None = None
+    """With `by`: what a record without a value is, null or empty: an error (`refuse`, the default), or a group of its
+    own (`document`), drawn by its text."""
 
     @model_validator(mode="after")
     def _shares(self):
@@ -121,12 +128,14 @@ class SplitSelector(Selector):
             _checked_split(name, "hash")
         if self.by is not None and self.hash is None:
             raise ValueError("by belongs to hash")
+        if self.by_missing is not None and self.by is None:
+            raise ValueError("by_missing belongs to by")
         return self
 
     def split(self, record: dict, path: str, where: str, document_id: int) -> str:
         if self.hash is None:
             return _checked_split(self.value(record, path, where), where)
-        key = document_id if self.by is None else stable_id(str(lookup(record, self.by, where)).encode())
+        key = document_id if self.by is None else self._key(record, where, document_id)
         draw, edge = float(uniform_hash(np.array([key], np.uint64), _SPLIT_SEED)[0]), 0.0
         for name, share in self.hash.items():
             edge += share
@@ -134,15 +143,39 @@ class SplitSelector(Selector):
                 return name
         return "train"
 
+    def _key(self, record: dict, where: str, document_id: int) -> int:
+        try:
+            value = lookup(record, self.by, where)
+        except ValueError:
+            if self.by_missing != "document":
+                raise
+            value = None
+        if is_missing(value):
+            if self.by_missing == "document":
+                return document_id
+            found = "null" if value is None else repr(value)
+            raise ValueError(
+                f"{where}: field {self.by!r} of split.by holds {found}, and all documents like it would be one group; "
+                f"give it a value, or write by_missing: document to draw each by its own text"
+            )
+        if isinstance(value, bool):
+            return stable_id(str(value).encode())
+        return stable_id(as_text(value, self.by, where).encode())
+
 
 class Document(NamedTuple):
-    """One record, read by the rules. spans: (start, end, category) in characters, sorted, not overlapping."""
+    """One record, read by the rules.
+
+    spans  (start, end, category) in characters, sorted, not overlapping
+    name   its value of the rules' field `id`
+    """
 
     text: str
     id: int
     category: str
     split: str
     spans: tuple[tuple[int, int, str], ...]
+    name: str | None = None
 
 
 def _known_label(label: Any) -> str:
@@ -158,12 +191,14 @@ class Rules(Section):
 
     text: str = "text"
     """Field that holds the text."""
-    category: Selector = Selector(field="category")
+    category: CategorySelector = CategorySelector(field="category")
     split: SplitSelector = SplitSelector(hash={"test": 0.05})
     labels: dict[str, Annotated[str, BeforeValidator(_known_label)]] = Field({}, validate_default=True)
     """True label of each category: `retain`, `unlabeled`, `forget:<domain>`, or `drop` to leave it out."""
     spans: str | None = None
     """Field with `[[start, end, category], ...]`, in characters."""
+    id: str | None = None
+    """Field with a name of the document; how many documents share one is printed."""
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -171,10 +206,16 @@ class Rules(Section):
         if not labels or not isinstance(labels, dict):
             found = f"found {labels!r:.80}, but it" if labels else "missing; it"
             raise ValueError(f"{found} takes the true label of each category: {{web: retain, virology: forget:bio}}")
-        odd = [category for category in labels if not isinstance(category, str)]
+        odd = [category for category in labels if not isinstance(category, str | int)]
         if odd:
             raise ValueError(f"{odd[0]!r} is read as {type(odd[0]).__name__}; put the name of the category in quotes")
-        return labels
+        named = {category_name(category): label for category, label in labels.items()}
+        if len(named) < len(labels):
+            twice = [
+                category for category in labels if not isinstance(category, str) and category_name(category) in labels
+            ]
+            raise ValueError(f"{twice[0]!r} and {category_name(twice[0])!r} in quotes are the same category")
+        return named
 
     @field_validator("labels")
     @classmethod
@@ -191,15 +232,27 @@ class Rules(Section):
     @property
     def columns(self) -> list[str]:
         """Top-level fields that the rules read."""
-        fields = [self.text, self.category.field, self.split.field, self.split.by, self.spans]
+        category, split = self.category, self.split
+        fields = [self.text, category.field, category.any_of, split.field, split.by, self.spans, self.id]
         return sorted({field.split(".")[0] for field in fields if field})
+
+    def identity(self) -> dict:
+        """What the documents depend on, for JSON; keys that are not set are left out where they are new."""
+        found = self.model_dump()
+        for part, name in ((found, "id"), (found["category"], "any_of"), (found["split"], "by_missing")):
+            if part[name] is None:
+                del part[name]
+        return found
 
     def document(self, record: dict, path: str, where: str) -> Document | None:
         """The document of a record, with empty text where there is none; None where its category is dropped.
 
         Raises ValueError that begins with `where` for a missing field, an unknown category, or spans that do not fit.
         """
-        category = self.category.value(record, path, where)
+        if self.category.any_of is None:
+            category = self.category.value(record, path, where)
+        else:
+            category = self._first(lookup(record, self.category.any_of, where), where)
         if self._label(category, where) == DROP:
             return None
         text = lookup(record, self.text, where)
@@ -207,12 +260,19 @@ class Rules(Section):
             text = ""
         if not isinstance(text, str):
             raise ValueError(f"{where}: field {self.text!r} holds {type(text).__name__}, expected text")
-        try:
-            document_id = stable_id(text.encode())
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{where}: the text has half a surrogate pair at character {error.start}") from None
+        document_id = stable_id(checked(text, "the text", where).encode())
         split = self.split.split(record, path, where, document_id)
-        return Document(text, document_id, category, split, self._spans(record, text, where))
+        name = None if self.id is None else as_text(lookup(record, self.id, where), self.id, where)
+        return Document(text, document_id, category, split, self._spans(record, text, where), name)
+
+    def _first(self, value: Any, where: str) -> str:
+        """The category that comes first in `labels`."""
+        found = [as_text(one, self.category.any_of, where) for one in (value if isinstance(value, list) else [value])]
+        if not found:
+            raise ValueError(f"{where}: field {self.category.any_of!r} holds an empty list, expected categories")
+        for category in found:
+            self._label(category, where)
+        return min(found, key=list(self.labels).index)
 
     def _label(self, category: str, where: str) -> str:
         if category not in self.labels:
@@ -228,7 +288,7 @@ class Rules(Section):
         spans = lookup(record, self.spans, where) or []
         end_of_last = 0
         try:
-            spans = sorted((_position(start), _position(end), str(category)) for start, end, category in spans)
+            spans = sorted((_position(start), _position(end), category_name(name)) for start, end, name in spans)
         except (TypeError, ValueError):
             raise ValueError(
                 f"{where}: spans must be [[start, end, category], ...] in whole numbers, got {spans!r:.80}"
@@ -243,6 +303,35 @@ class Rules(Section):
                 raise ValueError(f"{where}: span {[start, end, category]}: a span's category cannot be dropped")
             end_of_last = end
         return tuple(spans)
+
+
+def category_name(value: Any) -> str:
+    """A category as text: of true and false as JSON has them, of numbers in digits."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def as_text(value: Any, field: str, where: str) -> str:
+    """A field's value as text. Raises ValueError for null, NaN, blank text, a list or object, and as `checked`."""
+    if is_missing(value) or isinstance(value, list | dict):
+        found = "null" if value is None else type(value).__name__ if isinstance(value, list | dict) else repr(value)
+        raise ValueError(f"{where}: field {field!r} holds {found}, expected text")
+    return checked(category_name(value), f"field {field!r}", where)
+
+
+def is_missing(value: Any) -> bool:
+    """Null, blank text, or a number that is none, as tables have it for null."""
+    return value is None or (isinstance(value, str) and not value.strip()) or value != value
+
+
+def checked(text: str, what: str, where: str) -> str:
+    """The text. Raises ValueError where it cannot be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        found = f"the byte 0x{code - 0xDC00:02x}, not UTF-8," if 0xDC80 <= code <= 0xDCFF else "half a surrogate pair"
+        raise ValueError(f"{where}: {what} has {found} at character {error.start}") from None
+    return text
 
 
 def _position(value: Any) -> int:
@@ -290,6 +379,10 @@ def load_rules(path: str | Path) -> Rules:
         raise ValueError(f"no rule file at {path}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    try:
+        json.dumps(content, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{path}: a text in it has half a surrogate pair") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, not a mapping of keys such as `labels:`")

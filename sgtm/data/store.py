@@ -76,6 +76,8 @@ class Manifest(BaseModel):
     """Documents skipped because they had no text."""
     dropped: int
     """Documents left out because the rules map their category to `drop`."""
+    notes: list[str] = []
+    """What reading found that is likely a mistake; not in the file where there is nothing."""
     files: dict[str, StoredFile]
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from rich.table import Table
 
+from sgtm.data.repeats import repeated_texts
 from sgtm.data.rules import DROP, Rules
 from sgtm.data.store import Corpus
 
@@ -48,6 +49,7 @@ def warnings(corpus: Corpus, rules: Rules) -> list[str]:
     trained = labels_of(corpus, "train")
     if trained and trained.isdisjoint(("retain", "unlabeled")):
         found.append(f"{ONLY_FORGET} (rules: labels)")
+    found += [*m.notes, *repeated_texts(corpus)]
     unmatched = [category for category, label in rules.labels.items() if label == DROP and not m.dropped]
     in_spans = _span_categories(corpus)
     for category in m.categories:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,6 +18,11 @@ from sgtm.data.rules import stable_id
 EOS = "<|endoftext|>"
 CONFIG = "tokenizer_config.json"
 _FORMS = (("tokenizer.json",), ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+_LONGEST_WORD = 256
+"""Bytes of a word in training, longer ones are cut: the time that the library takes grows with a word's square."""
+PIECE_CHARACTERS = 2**18
+"""Of a text that is trained on or encoded at a time: what the library makes of it takes some 400 bytes a token."""
+_BETWEEN_WORDS = re.compile(r"(?<=\w) (?=\w)")
 _EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "<|eot|>")
 _ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -30,13 +36,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < 257:
         raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and the end-of-text token need 257")
     tokenizer = _byte_level(models.BPE())
+    in_use = tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([in_use, pre_tokenizers.FixedLength(length=_LONGEST_WORD)])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[EOS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in cut(text, PIECE_CHARACTERS)), trainer)
+    tokenizer.pre_tokenizer = in_use
     found = tokenizer.get_vocab_size()
     if found != vocab_size:
         raise ValueError(
@@ -132,6 +141,24 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
+def can_be_cut(tokenizer: Tokenizer) -> bool:
+    """Whether a text may be cut before a space between two words: with the words of GPT-2 no token crosses it."""
+    stored = json.loads(tokenizer.to_str())
+    first = stored["pre_tokenizer"] or {}
+    plain = stored["normalizer"] is None and all(token["special"] for token in stored["added_tokens"])
+    by_words = first.get("type") == "ByteLevel" and not first["add_prefix_space"] and first.get("use_regex", True)
+    return plain and by_words and tokenizer.encode_special_tokens
+
+
+def cut(text: str, size: int | None) -> Iterator[str]:
+    """Pieces of a text, of about so many characters; longer where there is no space between two words."""
+    start = 0
+    while size is not None and (found := _BETWEEN_WORDS.search(text, start + size)):
+        yield text[start : found.start()]
+        start = found.start()
+    yield text[start:]
+
+
 def sample_texts(texts: Iterable[str], budget: int) -> list[str]:
     """A uniform sample of about `budget` bytes: the texts with the smallest hashes, in whatever order they come."""
     heap: list[tuple[int, str]] = []
@@ -142,7 +169,12 @@ def sample_texts(texts: Iterable[str], budget: int) -> list[str]:
         size += len(data)
         while size > budget and len(heap) > 1:
             size -= len(heapq.heappop(heap)[1].encode())
-    return [text for _, text in sorted(heap, reverse=True)]
+    return [_cut(text, budget) for _, text in sorted(heap, reverse=True)]
+
+
+def _cut(text: str, size: int) -> str:
+    """The beginning of a text, of at most so many bytes."""
+    return text if len(text) <= size // 4 else text.encode()[:size].decode(errors="ignore")
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:

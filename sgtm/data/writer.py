@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,15 @@ class CorpusWriter:
         self._documents.append(documents)
         self._spans.append(spans)
 
-    def finish(self, eos_id: int, categories: dict[str, str], splits: list[str], empty: int, dropped: int) -> None:
+    def finish(
+        self,
+        eos_id: int,
+        categories: dict[str, str],
+        splits: list[str],
+        empty: int,
+        dropped: int,
+        notes: Sequence[str] = (),
+    ) -> None:
         """Writes the index, then the manifest: from here on the corpus opens."""
         self._close_shard()
         documents = np.concatenate([np.empty(0, DOCUMENT), *self._documents])
@@ -95,9 +104,11 @@ class CorpusWriter:
             counts=_counts(documents, list(categories), splits),
             empty=empty,
             dropped=dropped,
+            notes=list(notes),
             files=self._files,
         )
-        write_atomically(self.path / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+        text = manifest.model_dump_json(indent=1, exclude=None if notes else {"notes"})
+        write_atomically(self.path / MANIFEST, text + "\n")
 
     def _open_shard(self) -> None:
         self._name = f"shards/{len(self._files):05d}.bin"

@@ -1,15 +1,16 @@
 """Tokenizers are trained alike from the same documents, and text comes back as it went in."""
 
 import json
+import time
 
 import pytest
 from corpora import mixed_records, write_jsonl
 from tokenizers import Tokenizer
 
 from sgtm.data import prepare as prepare_module
+from sgtm.data.discover import open_sources
 from sgtm.data.encode import token_spans
 from sgtm.data.prepare import open_prepared, prepare
-from sgtm.data.readers import open_sources
 from sgtm.data.rules import Rules
 from sgtm.data.store import Corpus
 from sgtm.data.synthetic import tell_stories
@@ -188,3 +189,28 @@ def test_control_tokens_are_those_that_the_config_names_anywhere(tmp_path, key):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     names = named_tokens(tmp_path)
     assert names.pop("pad_token") == "<pad>" and sorted(names.values()) == ["<a>", "<b>"]
+
+
+@pytest.mark.parametrize("word", [" ", "x", "=-", "\u4e00"])
+def test_a_run_of_one_character_trains_in_linear_time(word):
+    """Sixteen times the length: 256 times the time, minutes here, where the library gets words of any length."""
+    seconds = []
+    for length in (100_000, 1_600_000):
+        start = time.process_time()
+        train_bpe([word * (length // len(word.encode()))], 260)
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 48 * seconds[0] + 0.5
+
+
+def test_the_cut_of_long_words_is_of_training_alone():
+    tokenizer = train_bpe([*STORIES, "x" * 5000], 400)
+    assert json.loads(tokenizer.to_str())["pre_tokenizer"]["type"] == "ByteLevel"
+    text = "x" * 1000 + "ñ" * 1000
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_a_sample_is_no_larger_than_its_budget():
+    for text in ("x" * 1000, "ñ" * 1000, "a🍒" * 500):
+        (found,) = sample_texts([text], 99)
+        assert text.startswith(found) and 95 < len(found.encode()) <= 99
+    assert sample_texts(["x" * 99], 99) == ["x" * 99]

@@ -27,9 +27,9 @@ from tokenizer_folders import ANY_TEXT, KINDS, PAD, write_folder
 from transformers import AutoTokenizer
 
 from sgtm.config import load_config
+from sgtm.data.discover import open_sources
 from sgtm.data.plain_text import control_ids, plain_text
 from sgtm.data.prepare import prepare
-from sgtm.data.readers import open_sources
 from sgtm.data.rules import Rules
 from sgtm.data.tokenizer import EOS
 from sgtm.masking.strategy import removal_tables

@@ -14,9 +14,9 @@ from hypothesis import example, given, settings
 from tokenizer_folders import ANY_TEXT, KINDS, PAD, STORIES, byte_level, unigram, write_folder
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from sgtm.data.discover import open_sources
 from sgtm.data.plain_text import as_text, control_ids, plain_text, reachable, unknown_token
 from sgtm.data.prepare import prepare
-from sgtm.data.readers import open_sources
 from sgtm.data.rules import Rules
 from sgtm.data.tokenizer import EOS, train_bpe
 

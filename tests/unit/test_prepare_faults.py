@@ -24,8 +24,8 @@ import yaml
 from corpora import BYTES, contents, mixed_records, write_jsonl
 
 from sgtm.data import readers
+from sgtm.data.discover import open_sources
 from sgtm.data.prepare import prepare
-from sgtm.data.readers import open_sources
 from sgtm.data.rules import Rules
 from sgtm.data.store import DOCUMENTS, LOCK, Corpus
 

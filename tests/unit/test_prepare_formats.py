@@ -1,5 +1,6 @@
 """Every input format round-trips; every kind of bad input is an error that says where."""
 
+import bz2
 import gzip
 import json
 import lzma
@@ -11,8 +12,8 @@ from corpora import BYTES, texts, write_jsonl
 from pyarrow import parquet
 
 from sgtm.data import readers
+from sgtm.data.discover import open_sources
 from sgtm.data.prepare import prepare
-from sgtm.data.readers import open_sources
 from sgtm.data.rules import Rules
 from sgtm.data.store import Corpus
 
@@ -40,10 +41,10 @@ def compress(data: bytes, suffix: str) -> bytes:
     if suffix == ".zst":  # two frames, as parallel compressors write them
         half = len(data) // 2
         return b"".join(zstandard.ZstdCompressor().compress(part) for part in (data[:half], data[half:]))
-    return {"": lambda d: d, ".gz": gzip.compress, ".xz": lzma.compress}[suffix](data)
+    return {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix](data)
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zst"])
 @pytest.mark.parametrize("block_bytes", [50, 10**6])
 def test_jsonl(tmp_path, monkeypatch, suffix, block_bytes):
     monkeypatch.setattr(readers, "BLOCK_BYTES", block_bytes)
@@ -188,7 +189,7 @@ def test_bad_spans_are_named(tmp_path, spans, message):
         prepared(tmp_path, source, rules={**RULES, "spans": "spans"})
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 def test_a_truncated_or_damaged_file_is_named(tmp_path, suffix):
     whole = compress(jsonl_bytes([{"text": f"text {i} {i**5}", "category": "en"} for i in range(3000)]), suffix)
     source = tmp_path / f"a.jsonl{suffix}"
@@ -221,9 +222,9 @@ def test_other_bad_sources(tmp_path):
         prepared(tmp_path, tmp_path / "en")
     with pytest.raises(ValueError, match="no such file or folder"):
         open_sources([tmp_path / "none"])
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(ValueError, match=r"cannot read .*a\.csv: expected \.txt"):
-        open_sources([tmp_path / "a.csv"])
+    (tmp_path / "a.docx").write_text("x")
+    with pytest.raises(ValueError, match=r"cannot read .*a\.docx: expected \.txt"):
+        open_sources([tmp_path / "a.docx"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="nothing to read"):
         open_sources([tmp_path / "empty"])

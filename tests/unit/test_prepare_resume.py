@@ -20,8 +20,8 @@ from corpora import BYTES, contents, mixed_records, texts, write_jsonl
 
 from sgtm.data import prepare as prepare_module
 from sgtm.data import readers
+from sgtm.data.discover import open_sources
 from sgtm.data.prepare import prepare
-from sgtm.data.readers import open_sources
 from sgtm.data.rules import Rules
 from sgtm.data.store import MANIFEST, Corpus
 
@@ -176,6 +176,17 @@ def test_a_tokenizer_of_another_job_that_cannot_be_deleted_is_refused(source, ot
     assert contents(run(source, tmp_path / "out").path) == contents(run(source, tmp_path / "alone").path)
 
 
+def test_blocks_of_another_order_of_labels_are_not_taken(source, tmp_path):
+    """They hold positions in the list of labels."""
+    interrupt(source, tmp_path / "out")
+    rules = Rules(split=RULES.split, labels=dict(reversed(RULES.labels.items())))
+    options = {"vocab_size": BYTES, "workers": 1, "shard_tokens": 1000}
+    corpus = prepare(open_sources([source]), rules, "train", tmp_path / "out", **options)
+    assert list(corpus.categories) == list(rules.labels)
+    names = [list(corpus.categories)[number] for number in corpus.documents["category"]]
+    assert all(text.startswith(name) for text, name in zip(texts(corpus), names, strict=True))
+
+
 def test_a_block_that_was_half_written_is_written_again(source, tmp_path, monkeypatch):
     """By a process that was killed in the middle, so that nothing cleaned up after it."""
 
@@ -220,6 +231,7 @@ def test_sigkill_leaves_no_workers_and_no_corpus(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", mixed_records(150))
     script = (
         "import sys; from sgtm.data import readers; from sgtm.data.prepare import *\n"
+        "from sgtm.data.discover import open_sources\n"
         "if __name__ == '__main__':\n"
         "    readers.BLOCK_BYTES = 500\n"
         "    rules = Rules.model_validate_json(sys.argv[3])\n"

@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from sgtm.config.reference import keys
 from sgtm.config.schema import DataConfig
-from sgtm.data.readers import open_sources
+from sgtm.data.discover import open_sources
 from sgtm.data.rules import Rules, SplitSelector, load_rules
 from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import LabelSpace
@@ -26,7 +26,8 @@ MISTAKES = [
     ("labels: {en: Forget bio}", f"labels.en: found 'Forget bio', {TAKES} (did you mean forget:bio?)"),
     ("labels: {en: forget}", f"labels.en: found 'forget', {TAKES}"),
     ("labels: {en: {forget: bio}}", f"labels.en: found {{'forget': 'bio'}}, {TAKES}"),
-    ("labels: {2020: retain}", "labels: 2020 is read as int; put the name of the category in quotes"),
+    ("labels: {2.5: retain}", "labels: 2.5 is read as float; put the name of the category in quotes"),
+    ("split: {by_missing: document, field: a}" + LABELS, "split: by_missing belongs to by"),
     ("labels: {}", f"labels: missing; it {EXAMPLE}"),
     ("", f"labels: missing; it {EXAMPLE}"),
     ("labels: [en]", f"labels: found ['en'], but it {EXAMPLE}"),
@@ -41,7 +42,7 @@ MISTAKES = [
     ("category: a" + LABELS, "category: found 'a'; write {field: a} for a field of the record, or {constant: a}"),
     (
         "category: {field: a, constant: b}" + LABELS,
-        "category: needs exactly one of field, constant, path, got field, constant",
+        "category: needs exactly one of field, constant, path, any_of, got field, constant",
     ),
     ("split: {path: 'train'}" + LABELS, "split: path 'train' needs exactly one group in parentheses, it has 0"),
     (
@@ -82,6 +83,13 @@ def test_yaml_that_cannot_be_read_is_named(tmp_path, rules, message):
         load_rules(tmp_path / "rules.yaml")
 
 
+def test_a_category_is_not_given_twice_in_two_spellings():
+    """In YAML its keys are compared as text already."""
+    for labels in ({1: "retain", "1": "drop"}, {True: "retain", "true": "drop"}):
+        with pytest.raises(ValueError, match=r"(1|True) and '(1|true)' in quotes are the same category"):
+            Rules(labels=labels)
+
+
 def test_a_bare_no_is_a_language(tmp_path):
     """YAML 1.1 reads it as false."""
     (tmp_path / "rules.yaml").write_text("labels: {no: retain, on: drop}")
@@ -100,7 +108,7 @@ def test_the_rule_files_in_the_documentation_are_valid(tmp_path, page):
 
 def test_the_documentation_has_exactly_the_keys_there_are():
     text = (ROOT / "docs/data.md").read_text("utf-8").partition("## Keys")[2].partition("## Examples")[0]
-    found = re.findall(r"^\| `([a-z.]+)` \|", text, re.M)
+    found = re.findall(r"^\| `([a-z._]+)` \|", text, re.M)
     assert sorted(found) == sorted([*(key.name for key in keys(Rules)), "category", "split"])
     defaults = Rules(labels={"a": "retain"})
     assert "| `{field: category}` |" in text and defaults.category.field == "category"
