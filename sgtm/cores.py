@@ -64,5 +64,6 @@ def wait_passively_where_busy() -> None:
     very thread that they wait for, if that has no core: on two busy cores a step on two threads then took 1.0 to 1.6 s,
     with sleeping threads 0.08 to 0.2 s, on one thread 0.3 to 0.6 s (benchmarks/LOG.md, 2026-11-28).
     """
-    if os.getloadavg()[0] > usable_cores() / 2:
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    with suppress(OSError):  # no load average here
+        if os.getloadavg()[0] > usable_cores() / 2:
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
