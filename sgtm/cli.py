@@ -116,7 +116,7 @@ def _key_meant(command: str, arguments: list[str]) -> str:
 def _parser() -> argparse.ArgumentParser:
     from sgtm import __version__
     from sgtm.checkpoint_command import add_checkpoint_tasks, run_checkpoint
-    from sgtm.eval_command import add_eval_options, run_eval
+    from sgtm.eval_command import DATA, add_eval_options, run_eval
     from sgtm.plan.command import add_launch_options, add_plan_options, run_launch, run_plan
     from sgtm.quickstart_command import run_quickstart
     from sgtm.report_command import add_report_options, run_report
@@ -154,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "domains to remove, as bio chem or bio,chem (default: none)"
     export.add_argument("--remove", nargs="+", default=[], metavar="DOMAIN", help=about)
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    export.add_argument("--data.path", dest="data_path", metavar="DIR", help=DATA)
     add_report_options(command("report", run_report, "write the HTML page and the figures of a run"))
     checkpoint = command(
         "checkpoint", run_checkpoint, "verify the checkpoints of a run, or write one for other programs"
@@ -262,7 +263,7 @@ def _export(options) -> None:
     from sgtm.model.export import export_run
 
     remove = [domain for words in options.remove for domain in words.split(",") if domain]  # no name has a comma
-    export_run(options.run_dir, remove, options.out)
+    export_run(options.run_dir, remove, options.out, options.data_path)
     print(options.out)
 
 

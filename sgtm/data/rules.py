@@ -27,6 +27,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sgtm.masking.channel import uniform_hash
+from sgtm.names import look_alike
 
 DROP = "drop"
 LABELS = ("retain", "unlabeled", DROP)
@@ -363,6 +364,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` (did you mean X?)` where `word` may be a slip of a known one, else nothing."""
     from sgtm.config.errors import nearest  # not at the top: the worker processes do without torch
 
+    known = list(known)
+    if note := look_alike(word, known):
+        return note
     folded = {name.casefold(): name for name in known}
     close = nearest(word.casefold(), folded)
     return f" (did you mean {folded[close]}?)" if close else ""

@@ -36,13 +36,14 @@ CONFIG = "config.json"
 log = logging.getLogger(__name__)
 
 
-def export_run(run: Path, remove: Sequence[str], out: Path) -> Path:
+def export_run(run: Path, remove: Sequence[str], out: Path, data: str | None = None) -> Path:
     """Write the newest checkpoint of a run as a Hugging Face folder without the groups of the domains in `remove`.
 
     The folder holds config.json, model.safetensors (fp32), the tokenizer of the prepared corpus, a model card, and
     sgtm_export.json: what was removed and how, from which checkpoint (by hash), and the partition.
 
-    out  a new folder, or an empty one, through links too
+    out   a new folder, or an empty one, through links too
+    data  folder of the prepared corpus; None: `data.path` of the run
 
     Returns `out`, and prints on stderr which step that is, and why the architecture is not the run's where it is not.
 
@@ -53,7 +54,7 @@ def export_run(run: Path, remove: Sequence[str], out: Path) -> Path:
     run, place = Path(run), Path(out).resolve()
     if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; export to a new one")
-    config, checkpoint = open_run(run)
+    config, checkpoint = open_run(run, data)
     with _filled(place) as partial:
         state, hf_config = to_hf_state(consolidate(checkpoint), config.model, config.partition, remove)
         tokenizer = _save_tokenizer(run, config, read_manifest(checkpoint)["corpus"], hf_config, partial)

@@ -164,8 +164,9 @@ def test_commands_on_a_run(calls, run, tmp_path):
     assert main(["eval", str(run), "--sequences", "8"]) == 0
     assert calls[0] == ("evaluate_run", (run,), {"split": "test", "sequences": 8, "data": None})
     assert calls[1:] == [("write_summary", (run, {"losses": {}}), {}), ("print_summary", ({"losses": {}},), {})]
-    assert main(["export", str(run), "--remove", "es", "--out", str(tmp_path / "out")]) == 0
-    assert calls[3] == ("export_run", (run, ["es"], tmp_path / "out"), {})
+    where = ["--out", str(tmp_path / "out"), "--data.path", "copy"]
+    assert main(["export", str(run), "--remove", "es", *where]) == 0
+    assert calls[3] == ("export_run", (run, ["es"], tmp_path / "out", "copy"), {})
     for remove in (["bio,med"], ["bio", "med"], ["bio,", "med"]):
         assert main(["export", str(run), "--remove", *remove, "--out", str(tmp_path / "out")]) == 0
         assert calls.pop()[1][1] == ["bio", "med"]

@@ -7,6 +7,7 @@ from corpora import build, record
 from families import partition_of
 
 from sgtm.config.schema import ModelConfig
+from sgtm.data.rules import Rules
 from sgtm.masking.labels import LabelSpace
 from sgtm.model.hf import to_hf_state
 from sgtm.names import look_alike
@@ -51,3 +52,9 @@ def test_the_message_of_an_export_has_it():
     partition = partition_of(LabelSpace((ONE,)), config, forget_heads=1, forget_neurons=1)
     with pytest.raises(ValueError, match=rf"cannot remove .* \({SHOWN}.*; domains: {ONE}"):
         to_hf_state({}, config, partition, [TWO])
+
+
+def test_the_message_about_an_unknown_category_of_a_record_has_it():
+    rules = Rules.model_validate({"labels": {ONE: "retain"}, "split": {"hash": {"test": 0.5}}})
+    with pytest.raises(ValueError, match=rf"\({SHOWN}"):
+        rules.document({"text": "a", "category": TWO}, "a.jsonl", "a.jsonl: line 1")
