@@ -71,7 +71,10 @@ class Oracle(Transformer):
             x = x + factor.view_as(input_ids)[..., None] * self._own("embedding", group)[input_ids]
         if self.position is None:
             return x
-        positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        positions = torch.arange(input_ids.shape[1]).repeat(len(input_ids))
+        for start, end in plan.documents or ():
+            positions[start:end] = torch.arange(end - start)
+        positions = positions.view_as(input_ids)
         return x + embedding(positions, self.position, plan, "position", "reference")
 
     def loss(self, x, targets, plan, scale):
