@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.library import Library, register_fake
 
+from sgtm_kernels.autograd import captured
 from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.scale import products
 
@@ -45,6 +46,27 @@ factors = define(
     lambda like, plan, groups: like.new_empty(2, groups, *like.shape[:2], 1),
 )
 """[2, groups, B, S, 1], dtype of `like` [B, S, ...]: `active` of each token, and the factor of its gradient."""
+
+
+def _positions(input_ids: torch.Tensor, plan: torch.Tensor) -> torch.Tensor:
+    return positions(input_ids, plan_of(plan)).contiguous()
+
+
+_captured_positions = define(
+    "positions(Tensor input_ids, Tensor plan) -> Tensor",
+    _positions,
+    lambda input_ids, plan: torch.empty_like(input_ids, memory_format=torch.contiguous_format),
+)
+
+
+def positions(input_ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
+    """int64 [B, S]: the position of each token in its sequence, or in its document where documents are isolated."""
+    if captured():
+        return _captured_positions(input_ids, plan.handle)
+    in_sequence = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    if plan.documents is None:
+        return in_sequence
+    return in_sequence - plan.spans(input_ids.device)[0].view_as(input_ids)
 
 
 def scale_groups(pieces: Iterable[torch.Tensor], plan: MaskPlan, like: torch.Tensor) -> list[torch.Tensor]:

@@ -22,6 +22,7 @@ from sgtm_kernels.autograd import captured
 from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.dispatch import load
 from sgtm_kernels.embedding import embedding
+from sgtm_kernels.graph import positions
 from sgtm_kernels.linear import linear_in, linear_out
 from sgtm_kernels.mlp import linear_gelu, swiglu
 from sgtm_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -211,10 +212,7 @@ class Transformer(nn.Module):
             x = add_domains(x, self._parts, input_ids, plan)
         if self.position is None:
             return x
-        positions = torch.arange(input_ids.shape[1], device=x.device).expand_as(input_ids)
-        if plan.documents is not None:
-            positions = positions - plan.spans(x.device)[0].view_as(input_ids)
-        return x + embedding(positions, self.position, plan, "position", self.backend)
+        return x + embedding(positions(input_ids, plan), self.position, plan, "position", self.backend)
 
     def logits(self, input_ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
         """[B, S, V] next-token logits."""
