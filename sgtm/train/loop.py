@@ -299,8 +299,9 @@ class StopSignal:
     The old handlers return on exit.
     """
 
+    number: int | None = None
+
     def __enter__(self) -> StopSignal:
-        self.number: int | None = None
         self.previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
