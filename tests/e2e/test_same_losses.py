@@ -27,7 +27,13 @@ FAULTS = {
     "update.forget:es.retain.attn_out: 1}",
     "forget group active on retain tokens": "--masking.overrides={active.retain.es: 1}",
 }
-OVERRIDES = [f"--train.steps={STEPS}", "--train.tokens_per_step=512", "--train.micro_batch=2", "--optimizer.lr=0.01"]
+OVERRIDES = [
+    f"--train.steps={STEPS}",
+    "--train.tokens_per_step=512",
+    "--train.micro_batch=2",
+    "--optimizer.lr=0.01",
+    "--optimizer.warmup_steps=2",
+]
 
 
 def train_stages(runs: str, precision: str, stages: tuple[int, ...], overrides: tuple[str, ...] = ()) -> dict:
