@@ -9,7 +9,7 @@ A row for each variant: the four losses (docs/sweep.md; mean and sample standard
 there are baselines of three lengths, three compute ratios (sgtm/evaluate/compute_ratio.py): of the full model's two
 losses on the curve of `unmasked`, of the ablated model's retain loss on that of `filtered`. The first curve is through
 the last evaluations of `unmasked`, `unmasked-450` and so on: the same baseline trained for other numbers of steps. Rows
-of other sweeps in FILE stay, and all ratios are computed anew from all rows.
+of other sweeps in FILE stay, and all ratios are recomputed from all rows.
 
 `--shipped` also writes the losses of the first sweep's `unmasked` and `filtered` by category to
 sgtm/report/baselines/NAME.json, which `sgtm quickstart` shows beside its own.

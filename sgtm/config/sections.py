@@ -136,8 +136,8 @@ class DataConfig(Section):
     micro_blocks: PositiveInt = 4
     """mixing: micro cuts a step into this many label-pure blocks; the accumulation must be a multiple of it."""
     isolate_documents: bool = False
-    """Documents in one sequence do not attend to one another, and learned positions begin anew in each. Always so where
-    labels mix (mixing: token)."""
+    """Documents in one sequence do not attend to one another, and learned positions restart at 0 in each. Always so
+    where labels mix (mixing: token)."""
     channel: dict[str, dict[str, Share]] = {}
     """P(applied label | true label) of a document, by true label; rows left out keep the true label.
     `{retain: {retain: 0.25, unlabeled: 0.75}}` trains 25 % of retain data in retain mode. `open:<domain>` may be

@@ -4,7 +4,7 @@ An epoch is a permutation of label-pure *blocks* of sequences: one sequence for 
 step for `step`, the share of one of `micro_blocks` for `micro`. Epoch follows epoch without a gap, and a global step
 takes the next blocks. There is no iterator state: step 1000 of a resumed run is step 1000.
 
-Documents are packed anew for every epoch (packing.py). Each epoch has as many blocks as the first: where a fractional
+Every epoch packs its documents again (packing.py). Each epoch has as many blocks as the first: where a fractional
 `data.upsample` draws a few tokens less, the first sequences of its order come again at the end; where it draws more,
 the last are left out. Where the label channel changes (`data.schedule`) another order takes over, at the same number of
 blocks; it is a permutation of its own, so documents of the epoch in progress may come a second time or not at all.

@@ -106,7 +106,7 @@ def _split_meant(name: str) -> str | None:
 
 
 def _checked_split(name: str, where: str) -> str:
-    """A split nobody reads is lost silently. Raises ValueError for a name that looks like a slip."""
+    """Returns the name of a split. Raises ValueError where it looks like a misspelled `train` or `test`."""
     if known := _split_meant(name):
         raise ValueError(f"{where}: split {name!r} is read by nothing; did you mean {known}?")
     return name

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 STEPS = 5
 LEAST = 0.7
-"""Share of the first steps for which the main thread has a core, where nobody else takes it: it computes, or spins."""
+"""Least share of the first steps in which the main thread has a core on an idle machine."""
 
 
 class ContentionWatch:

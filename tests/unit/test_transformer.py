@@ -194,7 +194,7 @@ def test_initial_weights(family):
 @pytest.mark.parametrize("backend", ["runs", "reference"])
 @by_family
 def test_an_isolated_document_is_computed_as_if_it_were_alone(family, backend):
-    """Wherever it lies in its sequence: learned positions start anew, rotary ones are relative."""
+    """Wherever it lies in its sequence: learned positions restart, rotary ones are relative."""
     model, ids = model_of(family, backend).double(), random_ids(2, CONTEXT)
     tables, documents = (
         removal_tables(SPACE, ()),
