@@ -2,8 +2,8 @@
 
 A read is a number that the host takes out of a tensor: on a GPU it waits for the device there. Faults tried, each seen
 to fail: the stop flag in an all-reduce of its own; DeepSpeed's overflow check, its clipping or its norm left in
-place, or its look at every gradient on its way to the host; the flag of another rank ignored, or not sent; a read in
-every forward pass, or by the totals; gradients sent in fp32 all the same; one piece of a share received; the host
+place, or its look at every gradient on its way to the host; the flag of another rank ignored, or not sent; a read
+in every micro-batch; gradients sent in fp32 all the same; one piece of a share received; the host
 waiting for the device under overlap_comm, or for DeepSpeed's timer.
 """
 

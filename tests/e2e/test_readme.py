@@ -1,7 +1,7 @@
 """The README's commands, in its order, with its rules and its `my.yaml`, on a small corpus and for a few steps.
 
-Not run: `bench`, `profile` and what needs a GPU, which have tests of their own. Faults tried, each seen to fail: a
-preset whose micro-batch holds a whole step, on two ranks; an export to another folder than the README loads.
+Not run: `bench`, `profile` and what needs a GPU, which have tests of their own. Tried and seen to fail: a preset whose
+micro-batch holds a whole step, on two ranks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A signal ends a command within seconds, with a status and a line that show it, and no later stage begins.
 
-Faults tried, each seen to fail: the signal left to the stage that follows; the status 0; handlers that stay; a second
-SIGTERM that interrupts the clean-up; a clean-up that waits for a thread for ever; the half of an export left behind.
+Faults tried, each seen to fail: the status 0; handlers that stay; a second SIGTERM that interrupts the clean-up; a
+clean-up that waits for a thread for ever.
 """
 
 from __future__ import annotations
