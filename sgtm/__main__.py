@@ -17,13 +17,11 @@ def _leave_folder_of_clone() -> None:
 _leave_folder_of_clone()
 
 from sgtm.cli import main  # noqa: E402 (after that)
-from sgtm.cores import wait_passively_where_busy  # noqa: E402
 
 
 def run() -> int:
     """The command line as a process of its own, which may end here: see `end_rank`."""
     status = 1
-    wait_passively_where_busy()
     try:
         status = main()
     except Exception:

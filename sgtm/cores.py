@@ -55,15 +55,3 @@ def _limit_v2(group: Path) -> float | None:
 def _limit_v1(group: Path) -> float | None:
     quota = int((group / "cpu.cfs_quota_us").read_text())
     return None if quota <= 0 else quota / int((group / "cpu.cfs_period_us").read_text())
-
-
-def wait_passively_where_busy() -> None:
-    """Have threads of OpenMP sleep while they wait for one another where other programs keep the cores busy.
-
-    Call before torch is imported; does nothing where OMP_WAIT_POLICY is set. By default they spin, on the time of the
-    very thread that they wait for, if that has no core: on two busy cores a step on two threads then took 1.0 to 1.6 s,
-    with sleeping threads 0.08 to 0.2 s, on one thread 0.3 to 0.6 s (benchmarks/LOG.md, 2026-11-28).
-    """
-    with suppress(OSError):  # no load average here
-        if os.getloadavg()[0] > usable_cores() / 2:
-            os.environ.setdefault("OMP_WAIT_POLICY", "passive")

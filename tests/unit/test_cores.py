@@ -71,19 +71,6 @@ def test_threads_follow_the_quota(monkeypatch):
     assert cpu_threads(Launch("torchrun", 0, 3, 0, 3)) is None
 
 
-@pytest.mark.parametrize(
-    ("load", "given", "expected"), [(3.0, None, "passive"), (0.4, None, None), (9.0, "active", "active")]
-)
-def test_threads_sleep_where_the_cores_are_busy(monkeypatch, load: float, given: str | None, expected: str | None):
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
-    monkeypatch.setattr(cores, "usable_cores", lambda: 2)
-    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
-    if given is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
-    cores.wait_passively_where_busy()
-    assert os.environ.get("OMP_WAIT_POLICY") == expected
-
-
 def warnings(monkeypatch, share: float, threads: int = 2, policy: str = "") -> list[str]:
     """What is printed over ten steps of a second in which the main thread has a core for this share."""
     clock = {"wall": 0.0}
