@@ -103,7 +103,7 @@ def _checked(source: str, layers: list[Pairs], merged: list[str], origin: str, s
         values = _give_way(values, dict(given).get(("recipe",)), dict(given).get(("masking", "strategy")))
         _spell_out_channel(values, dict(given))
         for path, value in given:
-            _set(values, path, value)
+            _set(values, path, value, "--" if path in shown else "", origin)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -207,12 +207,14 @@ def _path(name: str) -> tuple[str, ...]:
     return (*path[:start], ".".join(inside))
 
 
-def _set(values: dict, path: tuple[str, ...], value: Any) -> None:
+def _set(values: dict, path: tuple[str, ...], value: Any, dashes: str, origin: str) -> None:
+    """Set a value; `dashes` of an option of the command line, else the file `origin` is named in the error."""
     for i, name in enumerate(path[:-1]):
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
-            key = ".".join(path[: i + 1])
-            raise ConfigError(f"--{'.'.join(path)}: {key} is {values!r}, not a mapping; set --{key} as a whole")
+            file, key = "" if dashes else f"{origin}: ", ".".join(path[: i + 1])
+            whole = ".".join(path)
+            raise ConfigError(f"{file}{dashes}{whole}: {key} is {values!r}, not a mapping; set {dashes}{key} instead")
     values[path[-1]] = value
 
 

@@ -277,13 +277,13 @@ def _initial_model(config: Config, load: bool) -> tuple[Transformer, dict[str, t
 
 def _arithmetic(config: Config, engine: Engine, start: int, warm_up: float) -> str:
     """What is trained, on what; warm_up: seconds of the dry run."""
-    t = config.train
+    t, ranks = config.train, engine.world_size
     parameters = sum(full_numel(p) for p in engine.module.parameters())
     lines = [
         f"{config.name}: {parameters:,} parameters, strategy {config.masking.strategy}, "
         f"kernels {served(engine.module.backend)}" + (", blocks compiled" if t.compile == "blocks" else ""),
-        f"{t.tokens_per_step:,} tokens per step = {engine.world_size} ranks x {engine.accumulation} accumulation x "
-        f"{t.micro_batch} sequences x {config.model.context} tokens",
+        f"{t.tokens_per_step:,} tokens per step = {ranks} rank{'s' * (ranks > 1)} x {engine.accumulation} accumulation "
+        f"x {t.micro_batch} sequences x {config.model.context} tokens",
         f"ZeRO {config.distributed.zero_stage}, {t.precision}" + (f", resumed after step {start}" if start else ""),
     ]
     if config.train.init_from and not start:

@@ -134,7 +134,7 @@ FORMS = [
     (["--train.steps"], "--train.steps: no value given; write --train.steps VALUE"),
     (["--train.steps", "[a"], "--train.steps: not valid YAML"),
     (["--masking.domains", "[a,"], "<stream end>'; a list or mapping is one argument, in quotes: --masking.domains '["),
-    (["--model.layers.x", "3"], "model.layers is 2, not a mapping; set --model.layers as a whole"),
+    (["--model.layers.x", "3"], "model.layers is 2, not a mapping; set --model.layers instead"),
 ]
 RULES = [
     (["--model.hidden_size", "33"], "debug: model: hidden_size 33 is not a multiple of heads 4; set head_dim"),

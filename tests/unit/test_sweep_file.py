@@ -129,6 +129,7 @@ MISTAKES = {
     "{base: debug, variants: {a: {train: {seed: 1}}}, seeds: [0]}": "variant a: train.seed: `seeds` sets it",
     "{base: debug, variants: {a: {train.steps: 4}}, grid: {train.steps: [5]}}": "variant a and the grid both set",
     "{base: debug, variants: {a: {train: {steps: 4}}}, grid: {train.steps: [5]}}": "variant a and the grid both set",
+    "{base: debug, variants: {a: {model.layers.x: 3}}}": "variant a: model.layers.x: model.layers is 2, not a",
     "{base: debug, variants: {a b: }}": "variant 'a b': names are of letters",
     "{base: debug, grid: {masking.domains: [[es]]}}": "grid: masking.domains: ['es'] needs a name",
     "{base: debug, grid: {data.path: [a/b, a-b]}}": "two variants are named path-a-b",
