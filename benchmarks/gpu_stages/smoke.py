@@ -22,6 +22,7 @@ from journal import FAILED, OK, Items, Journal
 from op_cases import CASES, Case, Inputs
 from verdicts import MASKS, smoke_item
 
+from sgtm_kernels.accuracy import compare
 from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.shapes import SHAPES, Shape, plans
 
@@ -97,16 +98,8 @@ def check(case: Case, plan: MaskPlan, backend: str, dtype: torch.dtype, known: d
 
 
 def compared(actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> dict:
-    """The largest error, the budget of the same dtype in plain PyTorch, and rows that must be zeros and are not.
-
-    actual, plain  in one dtype; exact: in fp64; all of one shape
-    """
-    error, own = ((x.double() - exact).abs().max().item() for x in (actual, plain))
-    budget = FACTOR * own + 2 * torch.finfo(actual.dtype).eps * exact.abs().max().item()
-    width = actual.shape[-1] if actual.dim() > 1 else 1
-    zeros = (exact.reshape(-1, width) == 0).all(-1)
-    touched = int((actual.reshape(-1, width)[zeros] != 0).any(-1).sum())
-    return {"ok": error <= budget and not touched, "error": error, "budget": budget, "rows_not_zero": touched}
+    found = compare(actual, plain, exact, FACTOR)
+    return {"ok": found.ok, **found._asdict()}
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ backend under test, forward and (but under `torch.no_grad`) backward, in memory 
 compares:
 
 - outputs and gradients have the reference's shape and dtype, and are finite;
-- rows that are zero in the reference (inactive, or masked) are exactly 0;
+- rows that are zero in the reference (inactive, or masked), and entries of vectors, are exactly 0;
 - the largest error is at most `FACTOR` times that of the reference in the same dtype, both against the reference in a
   wider one, plus `FLOOR` roundings of the largest value.
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, is_dataclass
@@ -27,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 
+from sgtm_kernels.accuracy import compare
 from sgtm_kernels.adamw import Slice, Tensors, prepare
 from sgtm_kernels.dispatch import OPS, WAYS, pick, replaced, way
 from sgtm_kernels.measurement import cpu_model, driver, installed
@@ -156,14 +158,11 @@ def _compare(name: str, ours: torch.Tensor, plain: torch.Tensor, exact: torch.Te
         return
     if not bool(ours.isfinite().all()):
         raise Wrong(f"{name} is not finite")
-    if exact.dim() > 1:
-        masked = (exact == 0).all(-1)
-        if bool((ours[masked] != 0).any()):
-            raise Wrong(f"{name} is not 0 where it is masked")
-    error, budget = (float((t.double() - exact.double()).abs().max()) for t in (ours, plain))
-    allowed = FACTOR * budget + FLOOR * torch.finfo(plain.dtype).eps * float(exact.abs().max())
-    if error > allowed:
-        raise Wrong(f"{name} is off by {error:.2e}, where {allowed:.2e} is allowed")
+    found = compare(ours, plain, exact, FACTOR, FLOOR)
+    if found.rows_not_zero:
+        raise Wrong(f"{name} is not 0 where it is masked")
+    if not found.ok:
+        raise Wrong(f"{name} is off by {found.error:.2e}, where {found.budget:.2e} is allowed")
 
 
 def _check_adamw(backend: str, device: torch.device) -> None:
@@ -238,7 +237,7 @@ class Passed:
     def keep(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_suffix(f".{id(self)}")
+            part = self.path.with_suffix(f".{secrets.token_hex(8)}")
             part.write_text(json.dumps(self.facts), "utf-8")
             part.replace(self.path)
         except OSError:

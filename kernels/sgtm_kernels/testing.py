@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 
+from sgtm_kernels.accuracy import compare
 from sgtm_kernels.dispatch import BACKENDS
 from sgtm_kernels.plan import KINDS, MAX_SLICES, PARTS, MaskPlan, Tables, merge_runs
 
@@ -138,17 +139,10 @@ def random_like(x: torch.Tensor, seed: int) -> torch.Tensor:
 def assert_accurate(
     actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, name: str = "result", factor: float = 2.0
 ) -> None:
-    """The largest error of `actual` is at most `factor` times that of plain torch, both against fp64.
-
-    actual, plain  the op and plain PyTorch in one dtype; exact: PyTorch in fp64. Where torch happens to be exact, two
-                   roundings of the largest value are allowed.
-    """
+    """The largest error of `actual` is within the budget of `compare`; masked rows have an assertion of their own."""
     assert actual.shape == exact.shape and actual.dtype == plain.dtype, f"{name}: {actual.shape} {actual.dtype}"
-    if exact.numel() == 0:
-        return
-    error, budget = ((x.double() - exact).abs().max().item() for x in (actual, plain))
-    floor = 2 * torch.finfo(actual.dtype).eps * exact.abs().max().item()
-    assert error <= factor * budget + floor, f"{name}: error {error:.3e}, torch's own {budget:.3e}, floor {floor:.3e}"
+    found = compare(actual, plain, exact, factor)
+    assert found.error <= found.budget, f"{name}: error {found.error:.3e}, budget {found.budget:.3e}"
 
 
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, name: str = "result") -> None:

@@ -115,6 +115,13 @@ def leaking(original):
     return wrong
 
 
+def leaking_bias(original):
+    def wrong(x, weight, bias, *rest):
+        return original(x, weight, bias, *rest) + 1e-9 * bias
+
+    return wrong
+
+
 def raising(original):
     def wrong(*args, **options):
         raise RuntimeError("no kernel image is available")
@@ -142,6 +149,7 @@ FAULTS = [
     ("embedding", "embedding", gradient_only, "gradient of argument 1 is off by"),
     ("linear", "linear_in", unmasked, "gradient of argument 1 is not 0 where it is masked"),
     ("linear", "linear_in", leaking, "gradient of argument 1 is not 0 where it is masked"),
+    ("mlp", "linear_gelu", leaking_bias, "gradient of argument 2 is not 0 where it is masked"),
     ("attention", "attention", raising, "RuntimeError: no kernel image is available"),
     ("mlp", "linear_gelu", not_finite, "output 0 is not finite"),
     ("linear", "linear_out", of_another_shape, "output 0 is torch.float32 (2, 20, 31), not torch.float32 (2, 20, 32)"),
