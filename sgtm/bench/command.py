@@ -144,7 +144,8 @@ def shape_of(config: Config) -> Shape:
 def setting(config: Config) -> str:
     t = config.train
     micro = "" if config.sequences_per_step == t.micro_batch else f" in micro-batches of {t.micro_batch}"
-    return f"{config.name}, batch {config.sequences_per_step} x {config.model.context}{micro}, {t.precision}"
+    compiled = ", blocks compiled" if t.compile == "blocks" else ""
+    return f"{config.name}, batch {config.sequences_per_step} x {config.model.context}{micro}, {t.precision}{compiled}"
 
 
 def _rounds(count: int) -> str:

@@ -14,11 +14,10 @@ from sgtm.bench.cases import NONE, NOTHING, PURE, Case, dealt, random_batches
 from sgtm.bench.rounds import LocalStep
 from sgtm.config import Config
 from sgtm.distributed.engine import Engine
-from sgtm.distributed.env import kernel_backend
 from sgtm.masking.labels import FIRST_FORGET, RETAIN, UNLABELED
 from sgtm.masking.strategy import build_tables
-from sgtm.model.transformer import Transformer
 from sgtm.train.dry_run import dry_run
+from sgtm.train.initial_model import initial_model
 from sgtm.train.step import StepTotals, train_step
 
 
@@ -59,10 +58,9 @@ def label_cases(config: Config, world_size: int) -> dict[str, Case]:
 def engine_steps(config: Config, cases: dict[str, Case]) -> dict[str, LocalStep]:
     """A training step of this config in each case. Needs `init_distributed`.
 
-    Raises ValueError where a step does not fit into memory.
+    Raises ValueError where a step does not fit into memory or blocks cannot be compiled.
     """
-    torch.manual_seed(config.train.seed)
-    engine = Engine(Transformer(config.model, config.partition, kernel_backend(config)), config)
+    engine = Engine(initial_model(config), config)
     dry_run(engine, config.tables)
     tokens = config.train.tokens_per_step
     found = {}

@@ -40,8 +40,13 @@ class RangedEngine(Engine):
 
 
 def name_modules(model: Transformer) -> None:
-    """From now on every forward and backward pass of this model has ranges; call it before the engine takes it."""
+    """From now on every forward and backward pass of this model has ranges; call it before the engine takes it.
+
+    A compiled block has none inside: a range would break its graph.
+    """
     model.embed, model.loss = ranged("embedding", model.embed), ranged("loss", model.loss)
+    if model.compiled:
+        return
     for module in model.modules():
         if type(module) in _NAMES:
             module.forward = ranged(_NAMES[type(module)], module.forward)

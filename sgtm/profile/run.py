@@ -9,7 +9,6 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from sgtm.bench.rounds import wait_for_device
@@ -20,15 +19,15 @@ from sgtm.data.open import open_corpus
 from sgtm.data.random_corpus import RandomCorpus
 from sgtm.data.store import Corpus
 from sgtm.distributed.agree import together
-from sgtm.distributed.env import device_type, kernel_backend
+from sgtm.distributed.env import device_type
 from sgtm.distributed.process_group import init_distributed
 from sgtm.files import write_atomically
-from sgtm.model.transformer import Transformer
 from sgtm.profile.nsight import find_kernel, function_name, nsight_command, triton_kernels
 from sgtm.profile.ranges import RangedEngine, name_modules
 from sgtm.profile.terminal import print_profile
 from sgtm.profile.trace import summarize
 from sgtm.train.dry_run import dry_run
+from sgtm.train.initial_model import initial_model
 from sgtm.train.kernels import check_kernels
 from sgtm.train.schedule import learning_rate
 from sgtm.train.step import StepTotals, train_step
@@ -62,8 +61,7 @@ def run_profile(
     batches = first_steps(corpus, config, launch.rank, launch.world_size, WARM_UP + steps)
     for warning in check_kernels(config):
         print(warning, file=sys.stderr)
-    torch.manual_seed(config.train.seed)
-    model = Transformer(config.model, config.partition, kernel_backend(config))
+    model = initial_model(config)
     name_modules(model)
     engine = RangedEngine(model, config)
     dry_run(engine, config.tables)

@@ -20,13 +20,12 @@ from sgtm.data.store import Corpus
 from sgtm.data.summary import ONLY_FORGET, trained_categories
 from sgtm.distributed.agree import on_rank_zero, together
 from sgtm.distributed.engine import Engine
-from sgtm.distributed.env import Launch, device_type, kernel_backend
+from sgtm.distributed.env import Launch
 from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.segments import full_numel
 from sgtm.distributed.watchdog import enter
 from sgtm.evaluate.losses import category_losses_and_norms
 from sgtm.masking.certificate import certified
-from sgtm.model.compile import check_compiler, compile_blocks
 from sgtm.model.output_norms import OutputNorms
 from sgtm.model.transformer import Transformer
 from sgtm.stopping import SIGNALS, Stopped
@@ -35,6 +34,7 @@ from sgtm.train.contention import ContentionWatch
 from sgtm.train.data import open_everywhere
 from sgtm.train.dry_run import dry_run
 from sgtm.train.gradients import group_norms, probe
+from sgtm.train.initial_model import initial_model
 from sgtm.train.kernels import check_kernels
 from sgtm.train.metrics import MetricsLog
 from sgtm.train.resume import find_whole, load_checkpoint, resume_command
@@ -75,10 +75,7 @@ def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: b
     latest = find_whole(run, launch.rank, launch.world_size, notes.append) if resume else None
     enter("checking the kernels", 0)
     notes += check_kernels(config)
-    if config.train.compile == "blocks":
-        enter("compiling")
-        together(lambda: check_compiler(device_type(), kernel_backend(config)))
-    enter("making the model")
+    enter("compiling" if config.train.compile == "blocks" else "making the model")
     model, weights = _initial_model(config, load=latest is None)
     engine = Engine(model, config)
     engine.set_weights(weights)
@@ -262,16 +259,13 @@ def _evaluate(engine: Engine, corpus: Corpus, config: Config, log: MetricsLog, s
 
 def _initial_model(config: Config, load: bool) -> tuple[Transformer, dict[str, torch.Tensor]]:
     """The model before the first step, and its weights that are not random: those of `train.init_from`, if `load`."""
-    torch.manual_seed(config.train.seed)
-    model = Transformer(config.model, config.partition, kernel_backend(config))
+    model = initial_model(config)
     folder, theirs = config.train.init_from, {}
     if load and folder:
         from sgtm.model.pretrained import load_pretrained  # transformers takes seconds to import
 
         theirs = together(lambda: load_pretrained(folder, config.model, config.partition))
         model.load_state_dict({p.name: getattr(model, p.name) for p in model.domain_parts} | theirs)
-    if config.train.compile == "blocks":
-        compile_blocks(model)
     return model, theirs
 
 

@@ -43,7 +43,18 @@ def take(file: str) -> dict:
     os.environ["COLUMNS"] = "80"
     one = ["bench", "debug", "--rounds", "1", "--masking.domains=[a, b]", "--train.steps=10"]
     commands = ["bench", "debug", "--rounds", "3", "--json", file, "--train.micro_batch", "4"], one
-    return {"commands": [called(*command) for command in commands], "one": rows(), "two": rows(*TEN)}
+    found = {"commands": [called(*command) for command in commands], "one": rows(), "two": rows(*TEN)}
+    return found | {"compiled": compiled("blocks"), "as it is": compiled("off")}
+
+
+def compiled(value: str) -> bool:
+    """Whether the engine of the steps has compiled blocks; the compiler itself is left out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sgtm.train.initial_model.check_compiler", lambda *_: None)
+        patch.setattr("torch.compile", lambda forward, **_: forward)
+        config = load_config("debug", ["--train.compile", value])
+        engine = next(iter(engine_steps(config, label_cases(config, 1)).values())).call.args[0]
+    return engine.module.compiled
 
 
 def called(*arguments: str) -> tuple[int, str, str]:
@@ -95,6 +106,10 @@ def test_the_report_reads_the_rows(taken, file, monkeypatch):
     table = report.steps(report.read_rows(file))
     assert all(f"\n| {name} |" in table for name in ROWS) and "3 interleaved rounds; debug, batch 8 x 64" in table
     assert "| CPU time |" in table
+
+
+def test_blocks_are_compiled_as_the_config_has_it(taken):
+    assert (taken["compiled"], taken["as it is"]) == (True, False)
 
 
 def test_each_row_has_the_labels_and_tables_of_its_name(taken):

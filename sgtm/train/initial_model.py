@@ -1,0 +1,26 @@
+"""The model of a config before its first step, as training, benchmark and profile take it."""
+
+from __future__ import annotations
+
+import torch
+
+from sgtm.config import Config
+from sgtm.distributed.agree import together
+from sgtm.distributed.env import device_type, kernel_backend
+from sgtm.model.compile import check_compiler, compile_blocks
+from sgtm.model.transformer import Transformer
+
+
+def initial_model(config: Config) -> Transformer:
+    """Random weights from `train.seed`, blocks compiled where `train.compile` asks for it. A collective call.
+
+    Raises ValueError where blocks cannot be compiled here.
+    """
+    compiled = config.train.compile == "blocks"
+    if compiled:
+        together(lambda: check_compiler(device_type(), kernel_backend(config)))
+    torch.manual_seed(config.train.seed)
+    model = Transformer(config.model, config.partition, kernel_backend(config))
+    if compiled:
+        compile_blocks(model)
+    return model
