@@ -20,7 +20,8 @@ failed. `python benchmarks/report.py --add DIR` adds the results to the committe
 of an op whose checks failed.
 
 Needs torch, Triton, numpy and pytest. `--cpu` runs every stage on small shapes, Triton's kernels in its interpreter.
-Exits 1 where there is no GPU, 2 where DIR holds rows of another device, version or commit; 0 otherwise.
+Exits 1 if there is no GPU or another run uses DIR, 2 if an argument is invalid or DIR holds rows of another device,
+version or commit, 128 + N after signal N; otherwise 0, failed rows or not.
 """
 
 from __future__ import annotations

@@ -3,13 +3,15 @@
     sgtm sweep launch/recipes/novels.sweep.yaml
     sgtm sweep launch/recipes/novels-lengths.sweep.yaml
     python benchmarks/recipes.py launch/recipes/novels.sweep.yaml launch/recipes/novels-lengths.sweep.yaml \
-        --json FILE [--shipped NAME]
+        --json FILE [--shipped NAME] [--partial]
 
 A row for each variant: the four losses (docs/sweep.md; mean and sample standard deviation over the seeds) and, where
 there are baselines of three lengths, three compute ratios (sgtm/evaluate/compute_ratio.py): of the full model's two
 losses on the curve of `unmasked`, of the ablated model's retain loss on that of `filtered`. The first curve is through
 the last evaluations of `unmasked`, `unmasked-450` and so on: the same baseline trained for other numbers of steps. Rows
-of other sweeps in FILE stay, and all ratios are recomputed from all rows.
+of other sweeps in FILE stay, and all ratios are recomputed from all rows. Device, commit, versions and time are those
+of the training (`environment.jsonl` of each run), not of this script. Unfinished runs are an error unless `--partial`
+is given.
 
 `--shipped` also writes the losses of the first sweep's `unmasked` and `filtered` by category to
 sgtm/report/baselines/NAME.json, which `sgtm quickstart` shows beside its own.
@@ -21,9 +23,10 @@ import argparse
 import json
 import re
 import statistics
+import sys
 from pathlib import Path
 
-from environment import environment, read_rows
+from environment import read_rows
 
 from sgtm.evaluate.compute_ratio import LEAST, LearningCurve
 from sgtm.report.baselines import FOLDER, basis
@@ -38,32 +41,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweeps", type=Path, nargs="+", metavar="SWEEP")
     parser.add_argument("--json", type=Path, required=True, help="write one JSON object per variant")
+    parser.add_argument("--partial", action="store_true", help="collect although runs are unfinished")
     parser.add_argument("--shipped", metavar="NAME", help="write sgtm/report/baselines/NAME.json too")
     args = parser.parse_args()
     sweeps = [read_sweep(path) for path in args.sweeps]
     names = [sweep.folder.name for sweep in sweeps]
     rows = [row for row in read_rows(args.json) if row["sweep"] not in names] if args.json.exists() else []
-    here = environment()
     for sweep, name in zip(sweeps, names, strict=True):
-        rows += [{"sweep": name, **short(row), **here} for row in finished(sweep.folder)]
+        found = finished(sweep.folder, args.partial)
+        unmasked = {run.variant for run in sweep.runs if run.config.masking.strategy == "none"}
+        rows += [
+            {"sweep": name, "masks": row["variant"] not in unmasked, **short(row), **trained(row)} for row in found
+        ]
     text = "".join(json.dumps({**row, "ratios": ratios(row, rows)}) + "\n" for row in rows)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(text)
     if args.shipped:
-        found = {row["variant"]: by_category(row) for row in finished(sweeps[0].folder) if row["variant"] in BASELINES}
-        about = {key: here[key] for key in ("device", "commit", "time")}
+        baselines = [row for row in finished(sweeps[0].folder, args.partial) if row["variant"] in BASELINES]
+        found = {row["variant"]: by_category(row) for row in baselines}
+        about = {key: trained(baselines[0])[key] for key in ("device", "commit", "time")}
         text = {"sweep": args.sweeps[0].name, **about, "basis": basis(sweeps[0].runs[0].config), "losses": found}
         (FOLDER / f"{args.shipped}.json").write_text(json.dumps(text, indent=2) + "\n")
 
 
-def finished(folder: Path) -> list[dict]:
-    """Rows of a sweep's table.jsonl, of the variants that have a finished run."""
-    rows = map(json.loads, (folder / "table.jsonl").read_text().splitlines())
+def finished(folder: Path, partial: bool) -> list[dict]:
+    """Rows of a sweep's table.jsonl with a finished run. Raises SystemExit if others are missing and not `partial`."""
+    rows = [json.loads(line) for line in (folder / "table.jsonl").read_text().splitlines()]
+    missing = [f"{row['variant']}: {row['finished']} of {row['runs']}" for row in rows if row["finished"] < row["runs"]]
+    if missing and not partial:
+        sys.exit(f"{folder}: unfinished runs ({'; '.join(missing)}); finish the sweep, or collect with --partial")
     return [row for row in rows if row["finished"]]
 
 
+def trained(row: dict) -> dict:
+    """Environment of a variant's runs; where they differ in commit, all commits, and the newest run's other values."""
+    found = sorted(filter(None, (seed.get("environment") for seed in row["seeds"])), key=lambda one: one["time"])
+    if not found:
+        sys.exit(f"variant {row['variant']}: its runs have no environment.jsonl; train them again")
+    return {**found[-1], "commit": ", ".join(dict.fromkeys(str(one["commit"]) for one in found))}
+
+
 def short(row: dict) -> dict:
-    """A row of table.jsonl without the runs' names and categories."""
+    """A row of table.jsonl without the runs' names, categories and environments."""
     seeds = [{key: seed[key] for key in ("seed", *LOSSES)} for seed in row["seeds"]]
     return {**row, "seeds": seeds}
 

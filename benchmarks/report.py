@@ -88,17 +88,29 @@ def _filled(document: Path, sections: list[str]) -> str:
 def section(path: Path, up: str) -> str:
     """Markdown of one results file; `up` leads from the document to the root of the repository."""
     rows = read_rows(path)
-    first = rows[0]
-    if "stage" in first:
+    if "stage" in rows[0]:
         text = gpu_run.section(rows)
     else:
         own = {"steps": steps, "checkpoints": checkpoints, "domain_embedding": domain_embedding}.get(path.stem)
         text = own(rows) if own else sweep(path.stem, rows)
-    source = (
-        f"{first['device']}, {first['threads']} threads, torch {first['versions']['torch']}, commit {first['commit']}, "
-        f"{first['time'][:10]} ([{path.name}]({up}{path.relative_to(ROOT).as_posix()}))"
-    )
-    return f"{text}\n\n{source}"
+    link = f"([{path.name}]({up}{path.relative_to(ROOT).as_posix()}))"
+    return f"{text}\n\n" + "; ".join(_sources(rows)) + f" {link}"
+
+
+def _sources(rows: list[dict]) -> list[str]:
+    """Where the rows were measured: an entry for each machine and torch, with all commits and days."""
+    places: dict[str, list[dict]] = {}
+    for row in rows:
+        threads = f"{row['threads']} thread{'s' * (row['threads'] != 1)}"
+        places.setdefault(f"{row['device']}, {threads}, torch {row['versions']['torch']}", []).append(row)
+    return [
+        ", ".join([place, f"commit {_each(own, 'commit')}", _each([{"day": row["time"][:10]} for row in own], "day")])
+        for place, own in places.items()
+    ]
+
+
+def _each(rows: list[dict], key: str) -> str:
+    return ", ".join(dict.fromkeys(part for row in rows for part in row[key].split(", ")))
 
 
 def domain_embedding(rows: list[dict]) -> str:
@@ -124,7 +136,8 @@ def sweep(name: str, rows: list[dict]) -> str:
     ratios = any(row["ratios"] for row in rows)
     about = (
         "Held-out loss in nats per token, mean and sample standard deviation over the seeds: of the full model and of "
-        "the ablated one (without the domain's group), on retained and on forgotten data."
+        "the ablated one (without the domain's group), on retained and on forgotten data. Nothing is ablated from a "
+        "model that was trained without masks."
     )
     if ratios:
         about += (
@@ -144,8 +157,10 @@ def _variants(rows: list[dict], ratios: bool) -> list[list[str]]:
     table[0] += [f"compute, {model} {data}" for model, data in RATIOS] if ratios else []
     for row in rows:
         cells = [row["variant"], str(row["finished"]), f"{row['tokens']:,}"]
-        cells += [_loss(row, f"{model}_{data}") for model, data in LOSSES]
+        shown = [model == "full" or row.get("masks", True) for model, _ in LOSSES]
+        cells += [_loss(row, f"{model}_{data}") * show for (model, data), show in zip(LOSSES, shown, strict=True)]
         found = [row["ratios"].get(f"{model}_{data}") for model, data in RATIOS] if ratios else []
+        found = [ratio if show else None for ratio, show in zip(found, shown, strict=False)]
         cells += [f"{ratio['value']:.2f}{'*' * ratio['extrapolated']}" if ratio else "" for ratio in found]
         table.append(cells)
     return table

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from journal import Items, Journal
-from verdicts import MASKS
+from verdicts import MASKS, VARIANTS
 
 from gpu_stages.driver import BENCHMARKS, Stage, Unit
 
@@ -93,7 +93,7 @@ class _Commands:
 
     def _ops(self) -> Unit:
         def command(limit: float) -> list[str]:
-            each = limit / 2 / 11  # variants; the other half is compilation
+            each = limit / 2 / sum(op in self.ops for op in VARIANTS.values())  # the other half is compilation
             measuring = ["--rounds", "3" if self.cpu else "20", "--seconds", f"{each:.1f}", "--mask", ",".join(MASKS)]
             options = ["--device", "cpu", "--backend", "runs"] if self.cpu else []
             script = [sys.executable, str(BENCHMARKS / "ops.py"), "--only", ",".join(self.ops), *self._shape()]

@@ -17,6 +17,7 @@ from sgtm.report import baselines
 from sgtm.report.baselines import basis, shipped_baselines
 
 ROOT = Path(__file__).parents[2]
+HERE = {"device": "a device", "threads": 1, "versions": {"torch": "2"}}
 pytestmark = pytest.mark.usefixtures("benchmarks")
 
 
@@ -49,7 +50,16 @@ def test_what_a_recipe_sets_is_not_of_the_basis():
 def variant(name: str, tokens: int, retain: float, forget: float, ablated: float | None = None) -> dict:
     four = {"full_retain": retain, "full_forget": forget, "ablated_retain": ablated, "ablated_forget": 9.0}
     losses = {"full": {"en": retain, "es": forget}}
-    seeds = [{"run": name, "seed": seed, **four, "losses": losses} for seed in (0, 1)]
+    seeds = [
+        {
+            "run": name,
+            "seed": seed,
+            **four,
+            "losses": losses,
+            "environment": HERE | {"commit": f"c{seed}", "time": str(seed)},
+        }
+        for seed in (0, 1)
+    ]
     spread = {f"{key}_sd": 0.01 for key in four}
     return {"variant": name, "finished": 2, "runs": 2, "tokens": tokens, **four, **spread, "seeds": seeds}
 
@@ -103,16 +113,33 @@ def test_losses_to_ship_are_means_over_the_seeds_and_rows_of_other_sweeps_stay(t
     written = [json.loads(line) for line in (tmp_path / "r.jsonl").open()]
     assert written[0] == earlier[0]  # of another sweep
     assert [row["variant"] for row in written[1:]] == ["unmasked", "filtered", "dual"] and written[3]["sweep"] == "tiny"
+    assert [row["masks"] for row in written[1:]] == [False, True, True]  # as the sweep's configs have it
+    assert (written[1]["commit"], written[1]["time"], written[1]["device"]) == ("c0, c1", "1", "a device")
     assert "losses" not in written[1]["seeds"][0] and written[1]["seeds"][1]["full_retain"] == 3.0
     assert json.loads((tmp_path / "debug.json").read_text())["basis"] == basis(load_config("debug"))
 
 
+def test_unfinished_runs_are_collected_only_where_asked(tmp_path, capsys):
+    from recipes import finished
+
+    rows = [variant("dual", 100, 3.0, 4.0), variant("paper", 100, 3.0, 4.0) | {"finished": 0}]
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit, match=r"unfinished runs \(paper: 0 of 2\); finish the sweep, or collect with"):
+        finished(tmp_path, partial=False)
+    assert [row["variant"] for row in finished(tmp_path, partial=True)] == ["dual"]
+
+
 def test_the_table_of_a_sweep(tmp_path):
-    from report import sweep
+    from report import _sources, sweep
 
     rows = [variant("filtered", 3000, 3.0, 9.0) | {"ratios": {}}, variant("mine", 4000, 3.1234, 4.0, 3.25)]
     rows[1] |= {"ratios": {"full_retain": {"value": 0.914, "extrapolated": True}}, "ablated_retain_sd": None}
     rows[0]["ablated_retain"] = 3.0
     text = sweep("novels", rows)
     assert "| mine | 2 | 4,000 | 3.123 ± 0.010 | 4.000 ± 0.010 | 3.250 | 9.000 ± 0.010 | 0.91* |  |  |" in text
+    unmasked = sweep("novels", [rows[1] | {"masks": False}])
+    assert "| mine | 2 | 4,000 | 3.123 ± 0.010 | 4.000 ± 0.010 |  |  | 0.91* |  |  |" in unmasked
+    here = [HERE | {"commit": commit, "time": f"2026-01-0{i}T"} for i, commit in enumerate(("b", "a, b", "c"), 1)]
+    days = "2026-01-01, 2026-01-02, 2026-01-03"
+    assert _sources(here) == [f"a device, 1 thread, torch 2, commit b, a, c, {days}"]
     assert "compute" not in sweep("novels", [row | {"ratios": {}} for row in rows])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -100,10 +101,12 @@ def test_limits_are_within_the_budget_and_unused_time_passes_on(seed, tmp_path):
         assert max(limits[stage.name]) <= budget and allowed >= share / sum(ON_GPU_SHARES) * budget - 1e-6
 
 
-def test_shares_are_those_of_the_default_budget():
-    """Of 540 seconds a share is a second, as the README says."""
-    from gpu_stages.stages import ON_GPU_SHARES
+def test_shares_are_those_of_the_readme():
+    """Of 540 seconds, the default budget, a share is a second."""
+    from gpu_stages.stages import NAMES, ON_GPU_SHARES
 
+    rows = re.findall(r"^\| (\w+) \| .* \| (\d+) \|$", (ROOT / "README.md").read_text(), re.M)
+    assert [(name, int(share)) for name, share in rows if name in NAMES] == list(zip(NAMES, ON_GPU_SHARES, strict=True))
     assert sum(ON_GPU_SHARES) == 540
 
 

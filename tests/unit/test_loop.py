@@ -76,7 +76,7 @@ def test_a_refused_overwrite_leaves_the_old_run(old: Path, link: bool):
         begin(run, refused=True, overwrite=True)
     assert contents(old.parent) == before
     assert begin(run, overwrite=True) == {3}
-    assert set(contents(old)) == {"config.yaml", "wandb.id", "trained_in"}
+    assert set(contents(old)) == {"config.yaml", "wandb.id", "trained_in", "environment.jsonl"}
     assert "layers: 2" in (old / "config.yaml").read_text()
     assert {path.name for path in old.parent.iterdir()} == {"old", run.name}
 
