@@ -1,4 +1,4 @@
-"""Types of the scripts' arguments: what is wrong is said, with what would be right, before anything runs."""
+"""Argument types of the scripts. An invalid value ends them before anything runs, with the valid ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def device(text: str) -> torch.device:
 
 
 def add_measuring(parser: argparse.ArgumentParser, of: str, rounds: int, seconds: float) -> None:
-    """What ops.py and steps.py ask alike: backends, rounds, device, dtype, results file. of: what is measured."""
+    """Options that ops.py and steps.py share: backends, rounds, device, dtype, results file. of: what is measured."""
     parser.add_argument("--backend", type=one_of(FAST), help=f"{','.join(FAST)} (default: those that run here)")
     parser.add_argument("--rounds", type=positive, default=rounds, help=f"of each {of} (default {rounds})")
     text = f"fewer rounds of each {of} where this is over (default {seconds:g})"

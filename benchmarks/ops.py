@@ -119,7 +119,7 @@ def measure(case: Case, shape: Shape, backends: list[str], clock: Clock, rooflin
 
 
 def works(name: str, way) -> bool:
-    """Public code that cannot do it (a head size that a backend does not have) is left out, and said so."""
+    """False, with a line on stderr, if the public call raises, as for a head size that it does not support."""
     try:
         way()
     except (RuntimeError, NotImplementedError) as error:

@@ -15,7 +15,7 @@ from sgtm.bench.rounds import LocalStep
 from sgtm.config import Config
 from sgtm.distributed.engine import Engine
 from sgtm.masking.labels import FIRST_FORGET, RETAIN, UNLABELED
-from sgtm.masking.strategy import build_tables
+from sgtm.masking.strategy import JOINT, build_tables, joint_kinds
 from sgtm.train.dry_run import dry_run
 from sgtm.train.initial_model import initial_model
 from sgtm.train.step import StepTotals, train_step
@@ -49,7 +49,7 @@ def label_cases(config: Config, world_size: int) -> dict[str, Case]:
         ),
         pure: case(config.tables, [FIRST_FORGET] * n, 100),
     }
-    if m.strategy not in ("none", "gram"):
+    if set(joint_kinds(m.strategy, m.joint)) < set(JOINT["masked"]):
         joint = build_tables(space, m.strategy, "masked", m.cross_domain, m.overrides)
         found[f"{pure}, joint masked"] = case(joint, [FIRST_FORGET] * n, 100)
     return found | {"pure retain": case(config.tables, [RETAIN] * n)}

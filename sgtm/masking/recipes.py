@@ -1,6 +1,6 @@
 """Recipes: named settings of strategy, label channel, joint parameters, embedding and clipping that belong together.
 
-A recipe gives keys of the config that are not set beside it or above it; keys of what a file extends give way to it.
+Keys beside a recipe, or on the command line, override it; it overrides the keys of the file that is extended.
 
     paper      Selective GradienT Masking, arXiv 2512.05648, TinyStories: a quarter of the retain data in retain mode,
                the rest unlabeled, where all groups run and learn
@@ -12,7 +12,7 @@ A recipe gives keys of the config that are not set beside it or above it; keys o
     certified  a domain's data train its group alone, as does a fifth of the retain data: the safe model does not
                depend, in any bit, on what the domain's documents say (sgtm/masking/certificate.py)
 
-docs/recipes.md compares them.
+docs/recipes.md compares `dual`, `certified` and `paper` in variants; `gram` has not been trained beside them.
 """
 
 from __future__ import annotations

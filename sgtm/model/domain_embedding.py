@@ -41,8 +41,8 @@ class Subset(NamedTuple):
     """Tokens of a micro-batch whose matrices are the same sum.
 
     active  (group, factor) of each domain in the sum
-    learns  what these tokens contribute to the gradient of the shared head, where there is a domain in the sum; else
-            the plan says it
+    learns  weight of these tokens in the gradient of the shared head if a domain is in the sum; otherwise that of
+            the plan
     plan    of these tokens alone, as one sequence where they are not all
     index   int64 [tokens], or None: all
     """

@@ -1,4 +1,4 @@
-"""What a run directory says about its run: new, begun or finished, and whether it is this one."""
+"""State of a run directory: new, begun or finished, and whether it is of the same settings."""
 
 from __future__ import annotations
 

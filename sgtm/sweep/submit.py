@@ -20,7 +20,7 @@ def check_submission(sweep: Sweep, nodes: int | None, gpus: int | None) -> Where
 
 
 def submit(sweep: Sweep, run: Run, where: Where) -> str:
-    """What SLURM says of the run's job, or that it has one already. Raises ValueError where SLURM refuses."""
+    """Submit the run; returns sbatch's reply, or the id of its queued job. Raises ValueError if SLURM refuses."""
     name = f"{sweep.folder.name}.{run.name}"
     queued = _run(["squeue", "--noheader", "--me", "--name", name, "--format", "%i"]).split()
     if queued:

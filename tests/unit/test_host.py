@@ -187,8 +187,7 @@ def per_layer(family: str, batch: Batch, strategy: str, backend: str = "triton")
 
 # Of our Python functions per layer, forward and backward: with nothing masked; with masks.
 CALLS = {"none": 188, "sgtm": 214}
-# In the backend `runs`, whole sequences: calls of ATen per layer, and of our Python functions. Before heads were one
-# node, and the projection and its GELU: 144 and 187, 209 and 197, 266 and 221, 302 and 217.
+# In the backend `runs`, whole sequences: calls of ATen per layer, and of our Python functions.
 OF_PYTORCH = {
     ("gpt_neo", "none"): (97, 146),
     ("gpt_neo", "sgtm"): (156, 168),
