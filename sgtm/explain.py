@@ -23,6 +23,7 @@ from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import OPEN
 from sgtm.model.rows import ALWAYS, ENDS, live_keys
 from sgtm.model.transformer import Transformer
+from sgtm.train.initial_model import export_record
 from sgtm_kernels.plan import PARTS
 
 LEGEND = "attn_in: Wq Wk Wv; attn_out: Wo; mlp_in: W1, or gate and up; mlp_out: W2, or down; in-side biases with them"
@@ -96,10 +97,11 @@ def certificate_lines(config: Config) -> list[str]:
     """
     try:
         corpus = open_corpus(config, "sizes", write=False)
-        known = trained_categories(corpus), bool(len(corpus.spans))
+        known = trained_categories(corpus), bool(len(corpus.spans)), export_record(config)
         reasons = {domain: obstacle(config, domain, *known) for domain in config.space.domains}
     except (ValueError, OSError):
-        reasons = {domain: obstacle(config, domain) for domain in config.space.domains}
+        initial = export_record(config)
+        reasons = {domain: obstacle(config, domain, initial=initial) for domain in config.space.domains}
     independent = [domain for domain, reason in reasons.items() if reason is None]
     lines = [f"safe model independent of: {', '.join(independent)}"] if independent else []
     return lines + [f"safe model depends on {domain}: {reason}" for domain, reason in reasons.items() if reason]
@@ -137,7 +139,10 @@ def _model_table(found: Explanation) -> Table:
     table.add_row("training", f"{train.steps:,} steps = {total:,} tokens, {total / found.total:.1f} per parameter")
     masking = config.masking
     joint = config.joint if isinstance(config.joint, str) else ", ".join(config.joint)
+    table.add_row("recipe", config.recipe or NOTHING)
     table.add_row("masking", f"strategy {masking.strategy}, joint {joint}, mixing {config.data.mixing}")
+    table.add_row("embedding", f"of a domain's own: {masking.domain_embedding}")
+    table.add_row("clipping", f"norm {config.optimizer.grad_clip:g}, {config.optimizer.grad_clip_scope}")
     return table
 
 

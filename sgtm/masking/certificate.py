@@ -1,8 +1,8 @@
 """Certificate: whether the safe model depends on what the forget-labelled documents say.
 
 A run is *certified* for a domain if the weights that are left when the domain is removed are, bit for bit, those that
-other texts of the same lengths in the domain's documents would have left, given the tokenizer and the split. That holds
-if
+other texts of the same lengths in the domain's documents would have left, given the tokenizer, the split and the
+initial weights. That holds if
 
 - no token reads the domain's group while it trains anything else: else what the group has learned reaches other weights
   through the activations. A token of the domain's documents trains nothing but that group;
@@ -11,7 +11,9 @@ if
 - no token of another label attends to a token of the domain, as inside documents with labelled spans;
 - which of the domain's documents are trained does not follow from their text, as it does with a fractional
   `data.upsample`, which draws them by a hash of it (as `split: {hash: ...}` does when the data are prepared);
-- sums are added in an order that does not depend on the data.
+- sums are added in an order that does not depend on the data;
+- weights to start from (`train.init_from`), if an earlier run has trained them, are an export that was independent of
+  the domain itself.
 
 All of it follows from the tables, the label channel, the labels and the config; nothing is measured. Activations are
 taken to be finite where labels change inside sequences (`data.mixing: token`): there a masked token's enter as times 0.
@@ -30,19 +32,28 @@ if TYPE_CHECKING:
     from sgtm.config.schema import Config
 
 
-def certified(config: Config, categories: Mapping[str, str] | None = None, spans: bool = False) -> tuple[str, ...]:
+def certified(
+    config: Config, categories: Mapping[str, str] | None = None, spans: bool = False, initial: Mapping | None = None
+) -> tuple[str, ...]:
     """The domains of which the safe model is independent; arguments as of `obstacle`."""
-    return tuple(domain for domain in config.space.domains if obstacle(config, domain, categories, spans) is None)
+    found = {domain: obstacle(config, domain, categories, spans, initial) for domain in config.space.domains}
+    return tuple(domain for domain, reason in found.items() if reason is None)
 
 
 def obstacle(
-    config: Config, domain: str, categories: Mapping[str, str] | None = None, spans: bool = False
+    config: Config,
+    domain: str,
+    categories: Mapping[str, str] | None = None,
+    spans: bool = False,
+    initial: Mapping | None = None,
 ) -> str | None:
     """The first reason why the model without `domain` depends on the domain's text, or None if it does not.
 
     categories  true label of each category that is trained; None: not known, so retain and every domain have one each,
                 and `data.upsample` may name any
     spans       whether documents of the corpus have labelled spans
+    initial     `sgtm_export.json` of the export that `train.init_from` names; None: random weights, or those of a model
+                that is no export
 
     Raises ValueError for an unknown domain or label.
     """
@@ -71,13 +82,17 @@ def obstacle(
         return "sums may be added in any order (kernels.deterministic: false)"
     if spans:
         return "the corpus has labelled spans: the text after one reads it (data with whole documents has no such path)"
+    if initial is not None and domain not in initial.get("independent_of", ()):
+        return f"the run starts from an export that is not independent of {domain} (train.init_from)"
     return None
 
 
-def check_certified(config: Config, categories: Mapping[str, str] | None = None, spans: bool = False) -> None:
+def check_certified(
+    config: Config, categories: Mapping[str, str] | None = None, spans: bool = False, initial: Mapping | None = None
+) -> None:
     """Raises ValueError with the reason where `masking.certify` is set and a domain is not certified."""
     for domain in config.space.domains if config.masking.certify else ():
-        reason = obstacle(config, domain, categories, spans)
+        reason = obstacle(config, domain, categories, spans, initial)
         if reason:
             raise ValueError(f"masking.certify: the safe model depends on the text of {domain}: {reason}")
 

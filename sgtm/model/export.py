@@ -158,6 +158,7 @@ def _record(config: Config, checkpoint: Path, hf_config: PretrainedConfig, remov
         "run": config.name,
         "removed": removed,
         "independent_of": [domain for domain in removed if domain in manifest["independent_of"]],
+        "init_from": config.train.init_from,
         "how": {unit: "physically removed" if gone else "zeroed" for unit, gone in physically.items()}
         if removed
         else {},
@@ -214,9 +215,10 @@ def _tokenizer(record: dict) -> str:
 
 def _certificate(record: dict) -> str:
     domains = ", ".join(f"`{domain}`" for domain in record["independent_of"])
+    initial = ", the initial weights" if record["init_from"] else ""
     return (
         f"\nCertified: these weights are independent, to the bit, of what the documents labelled {domains} said; their "
-        f"lengths, the tokenizer and the split may still depend on them.\n"
+        f"lengths, the tokenizer{initial} and the split may still depend on them.\n"
         if domains
         else ""
     )

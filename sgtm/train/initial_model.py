@@ -1,6 +1,10 @@
-"""The model of a config before its first step, as training, benchmark and profile take it."""
+"""The model of a config before its first step, as training, benchmark and profile take it, and where it comes from."""
 
 from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -24,3 +28,11 @@ def initial_model(config: Config) -> Transformer:
     if compiled:
         compile_blocks(model)
     return model
+
+
+def export_record(config: Config) -> dict | None:
+    """`sgtm_export.json` of the folder that `train.init_from` names; None if it names none, or a model without one."""
+    if config.train.init_from:
+        with suppress(OSError, ValueError):
+            return json.loads((Path(config.train.init_from) / "sgtm_export.json").read_text("utf-8"))
+    return None

@@ -25,7 +25,7 @@ from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.segments import full_numel
 from sgtm.distributed.watchdog import enter
 from sgtm.evaluate.losses import category_losses_and_norms
-from sgtm.masking.certificate import certified
+from sgtm.masking.certificate import certified, check_certified
 from sgtm.model.output_norms import OutputNorms
 from sgtm.model.transformer import Transformer
 from sgtm.stopping import SIGNALS, Stopped
@@ -34,7 +34,7 @@ from sgtm.train.contention import ContentionWatch
 from sgtm.train.data import open_everywhere
 from sgtm.train.dry_run import dry_run
 from sgtm.train.gradients import group_norms, probe
-from sgtm.train.initial_model import initial_model
+from sgtm.train.initial_model import export_record, initial_model
 from sgtm.train.kernels import check_kernels
 from sgtm.train.metrics import MetricsLog
 from sgtm.train.resume import find_whole, load_checkpoint, resume_command
@@ -89,6 +89,9 @@ def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: b
         from sgtm.model.pretrained import check_tokenizer
 
         on_rank_zero(lambda: check_tokenizer(config.train.init_from, corpus))
+    initial = on_rank_zero(lambda: export_record(config)) if latest is None else None
+    trained_on = trained_categories(corpus), bool(len(corpus.spans)), initial
+    check_certified(config, *trained_on)
     loader = Loader(corpus, config, launch.rank, launch.world_size)
     totals = StepTotals(len(config.space.labels), engine.device)
     start = 0
@@ -111,7 +114,7 @@ def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: b
             log.say(f"{run} is complete: all of its {start} steps were trained before")
         if resume and not start:
             log.say(f"{run} has no checkpoint: training from the beginning")
-        independent_of = certified(config, trained_categories(corpus), bool(len(corpus.spans)))
+        independent_of = certified(config, *trained_on)
         if latest is not None:  # what was trained before may have been another
             before = on_rank_zero(lambda: read_manifest(latest)["independent_of"])
             independent_of = tuple(domain for domain in independent_of if domain in before)

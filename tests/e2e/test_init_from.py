@@ -16,6 +16,12 @@ from sgtm.config import Config, load_config
 from sgtm.distributed.testing import run_ranks
 
 STILL = ["--optimizer.lr=1e-30", "--optimizer.warmup_steps=0", "--train.steps=1"]
+CERTIFIED = [
+    "--masking.joint=strict",
+    "--optimizer.grad_clip_scope=owner",
+    "--masking.certify=true",
+    "--data.channel={}",
+]
 LONGER = ["--train.steps=4", "--train.checkpoint_every=2", "--distributed.zero_stage=3"]
 
 
@@ -58,6 +64,10 @@ def start_and_resume(runs: str, stages: tuple[int, ...]) -> dict:
         options = (start, *STILL, f"--distributed.zero_stage={stage}")
         found[stage] = results(f"zero{stage}", *options)
         found[f"bf16, ZeRO {stage}"] = results(f"bf16-zero{stage}", *options, "--train.precision=bf16")
+    try:
+        results("certified", start, *CERTIFIED)
+    except ValueError as error:
+        found["certified"] = str(error)
     found["longer"] = results("longer", start, *LONGER)
     for gone in (Path(runs, "longer/checkpoints/step_00000004"), folder):
         on_rank_zero(lambda path=gone: shutil.rmtree(path))
@@ -97,6 +107,10 @@ def test_a_run_in_bf16_starts_with_the_fp32_weights(found):
     for case in cases:
         for name, tensor in found[case][1].items():
             torch.testing.assert_close(tensor, first[name], rtol=0, atol=1e-20, msg=f"{case}: {name}")
+
+
+def test_an_export_that_has_learned_the_domain_is_no_start_of_a_certified_run(found):
+    assert "depends on the text of es: the run starts from an export that is not independent" in found["certified"]
 
 
 def test_a_resumed_run_goes_on_without_the_folder(found):
