@@ -22,6 +22,7 @@ from sgtm.distributed.env import (
     use_deterministic_algorithms,
 )
 
+FOREVER = timedelta(days=1000)
 _joined: Launch | None = None
 
 
@@ -59,9 +60,9 @@ def _join(config: Config) -> Launch:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         _meet(launch, backend, timeout)
-        outlast_watchdog(config)
         if launch.world_size > 1:
             watchdog.start(launch.rank, launch.world_size, config.distributed.timeout_minutes)
+        outlast_watchdog(config)
     atexit.register(leave_distributed)
     return launch
 
@@ -78,11 +79,12 @@ def _meet(launch: Launch, backend: str, timeout: timedelta) -> None:
 
 
 def outlast_watchdog(config: Config) -> None:
-    """Let collectives wait a minute longer than the watchdog, which has more to say.
+    """Let collectives wait until the watchdog ends the run: it prints more, and does not count a suspension.
 
+    Where the caller has made the group there is none, and they wait for `distributed.timeout_minutes` and one more.
     DeepSpeed's groups have torch's own timeouts: 10 minutes with NCCL, whatever the config says.
     """
-    timeout = timedelta(minutes=config.distributed.timeout_minutes + 1)
+    timeout = FOREVER if watchdog.started() else timedelta(minutes=config.distributed.timeout_minutes + 1)
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 

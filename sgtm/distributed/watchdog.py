@@ -5,7 +5,7 @@ takes no part in collectives and asks the device nothing, so it works while the 
 where a rank has not moved for `distributed.timeout_minutes` (every rank that is alive says where it waits, and where
 the others are) and where one has died (its own error comes first; each other says in one line whom it has lost).
 
-Time is counted in beats of this thread; what the wall clock says is nowhere asked.
+Time is counted in beats of this thread, not by the wall clock: a job that was suspended continues when it is woken.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
+
+from sgtm.distributed.guard import Guard
 
 BEAT = 1.0  # seconds
 LISTEN = 3 * BEAT  # who has not been heard for so long is gone, or stopped
@@ -47,6 +49,10 @@ def start(rank: int, world_size: int, minutes: float) -> None:
     _watchdog = Watchdog(_connect(), rank, world_size, 60 * minutes)
 
 
+def started() -> bool:
+    return _watchdog is not None
+
+
 def leave(status: int) -> None:
     """This rank ends now; the others learn whether as it should."""
     if _watchdog is not None:
@@ -67,6 +73,7 @@ class Watchdog:
         faulthandler.enable()  # a crash in C shows its stack
         self.neighbours: dict[int, dict] | None = None
         self.silence = 0.0  # seconds since the store last answered, or refused to
+        self.outside = Guard(limit + 60)  # should all threads be held up, by C code that keeps the interpreter
         self.thread = threading.Thread(target=self._watch, name="sgtm-watchdog", daemon=True)
         self.thread.start()
         threading.Thread(target=self._guard, name="sgtm-watchdog-guard", daemon=True).start()
@@ -81,7 +88,7 @@ class Watchdog:
         self.thread.join(LISTEN)  # its last beat must not take back the word, and the interpreter must outlive it
         with suppress(RuntimeError):
             self.store.set(str(self.rank), LEFT)
-        faulthandler.cancel_dump_traceback_later()
+        self.outside.leave()
 
     def _watch(self) -> None:
         seen, last, before, listened = self.place, time.monotonic(), {}, 0.0
@@ -91,8 +98,7 @@ class Watchdog:
             passed, last = min(now - last, 5 * BEAT), now
             self.waited = self.waited + passed if place is seen and place[0] is not None else 0.0
             seen = place
-            # Should this thread and the guard be held up, by C code that keeps the interpreter:
-            faulthandler.dump_traceback_later(min(self.limit, 1e6) + 60, exit=True)
+            self.outside.beat()
             try:
                 self._beat()
                 self.deaf = 0.0

@@ -28,6 +28,13 @@ def hold_the_interpreter() -> None:
     ctypes.PyDLL(None).sleep(600)
 
 
+def suspend() -> None:
+    """Until it is woken, in a place that it was in for some beats and stays in for half of its limit of 6 s."""
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(3)
+
+
 def raise_error(error: Exception) -> None:
     raise error
 
@@ -39,6 +46,7 @@ BREAK = {
     "exit": lambda: os._exit(3),
     "crash": lambda: ctypes.string_at(0),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "suspend": suspend,
     "sleep": lambda: time.sleep(600),
     "hold": hold_the_interpreter,
     "finish": lambda: None,
@@ -47,8 +55,10 @@ BREAK = {
 
 def train(options) -> int:
     signal.signal(signal.SIGTERM, lambda *args: None)  # as StopSignal does in a run
-    minutes = 2 if os.environ.get("APART") else 0.05
+    minutes = 2 if os.environ.get("APART") else 0.1 if "suspend" in sys.argv else 0.05
     launch = init_distributed(load_config("debug", [f"--distributed.timeout_minutes={minutes}"]))
+    if "suspend" in sys.argv:
+        watchdog.BEAT, watchdog.LISTEN = 0.1, 1.0
     for step in range(1, STEP + 3):
         enter("forward", step)
         if step == STEP and launch.rank == int(sys.argv[2]):

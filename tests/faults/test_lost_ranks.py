@@ -2,19 +2,21 @@
 
 Real processes under torchrun, and by hand, where rank 0 holds the store. Faults tried, each seen to fail: no watchdog;
 a rank that hangs left to the launcher; a watchdog that takes minutes to find its store lost; the error told to the
-others before it is printed; processes not looked after.
+others before it is printed; processes not looked after; the time of a suspension counted.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -94,6 +96,21 @@ def test_ranks_that_end_well_say_nothing():
     assert broken("finish") == []
 
 
+def by_hand(*arguments: str, **environment: str) -> list[subprocess.Popen]:
+    """Two ranks without a launcher."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), *arguments],
+            env={**os.environ, **address, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("others", "apart", "known"),
     [
@@ -103,20 +120,29 @@ def test_ranks_that_end_well_say_nothing():
     ],
 )
 def test_rank_0_takes_the_store_with_it(others, apart, known):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), "exit", "0", *others],
-            env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank), "APART": apart},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    ranks = by_hand("exit", "0", *others, APART=apart)
     output, _ = ranks[1].communicate(timeout=100)
     assert ranks[1].returncode == 1
     lines = [line for line in output.splitlines() if line.startswith("error")]
     assert len(lines) == 1 and "Traceback" not in output, output
     assert re.match(f"error: rank 1: lost (rank 0|another rank): {known}", lines[0]), output
     assert ranks[0].communicate(timeout=20) and ranks[0].returncode == 3
+
+
+def test_a_job_that_was_suspended_resumes_when_it_is_woken():
+    """For longer than the limit: both ranks stop themselves in step 40."""
+    ranks = by_hand("suspend", "1", "suspend")
+    try:
+        end = time.monotonic() + 100
+        while {psutil.Process(rank.pid).status() for rank in ranks} != {psutil.STATUS_STOPPED}:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        time.sleep(7)
+        for rank in ranks:
+            rank.send_signal(signal.SIGCONT)
+        output = "".join(rank.communicate(timeout=100)[0] for rank in ranks)
+        assert [rank.returncode for rank in ranks] == [0, 0], output
+        assert "error:" not in output and "hangs" not in output
+    finally:
+        for rank in ranks:
+            rank.kill()
