@@ -30,7 +30,8 @@ OPTIONS = {
     "plan": ("nodes", "gpus", "memory", "tflops", "inside", "between", "reached", "sustained", "json"),
     "launch": ("launcher", "nodes", "gpus", "rendezvous", "hostfile", "memory", "resume", "overwrite", "dry-run"),
 }
-STOPPABLE = ("eval", "export", "report", "checkpoint")  # train and quickstart save first, others start processes
+STOPPABLE = ("train", "quickstart", "eval", "export", "report", "checkpoint", "sweep", "profile")
+RESUMED = ("prepare", "sweep")  # by the same command
 CONFIGURED = ("train", "explain", "config", "quickstart", "bench", "profile", "plan", "launch", "doctor")
 
 
@@ -67,7 +68,8 @@ def _dispatch(argv: list[str]) -> int:
         parser.print_help()
         return 0
     if argv[0] == "prepare":
-        return _prepare(argv[1:])  # tyro makes its options from the dataclass
+        with stoppable(_go_on(argv)):
+            return _prepare(argv[1:])  # tyro makes its options from the dataclass
     options, rest = parser.parse_known_args(argv)
     if rest:
         from sgtm.config.load import QUOTES
@@ -77,9 +79,14 @@ def _dispatch(argv: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if hasattr(options, "config"):
         options.overrides = overrides
-    options.again = f"again: {shlex.join(['sgtm', *argv, *overrides])}"
-    with stoppable(options.again) if argv[0] in STOPPABLE else nullcontext():
+    # Of several ranks each ends by the signal itself: the launcher then ends the others, which may wait for it.
+    with stoppable(_go_on([*argv, *overrides])) if argv[0] in STOPPABLE and _only_rank() else nullcontext():
         return options.run(options) or 0
+
+
+def _go_on(argv: list[str]) -> str:
+    how = "what is finished is kept; go on" if argv[0] in RESUMED else "again"
+    return f"{how}: {shlex.join(['sgtm', *argv])}"
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -252,8 +259,7 @@ def _train(options) -> None:
 
     from sgtm.train.loop import train
 
-    with stoppable(options.again) if _only_rank() else nullcontext():  # while there is nothing to save yet
-        train(config, resume=options.resume, overwrite=options.overwrite)
+    train(config, resume=options.resume, overwrite=options.overwrite)
 
 
 def _export(options) -> None:

@@ -17,8 +17,7 @@ def run_quickstart(options) -> None:
     from sgtm.report.baselines import shipped_baselines
     from sgtm.train.loop import train
 
-    with stoppable(options.again):
-        run = train(config, overwrite=_is_quickstart(Path(config.runs) / config.name))
+    run = train(config, overwrite=_is_quickstart(Path(config.runs) / config.name))
     with stoppable(f"{run} is trained; go on: sgtm eval {run}; sgtm report {run}"):
         summary = {**evaluate_run(run), "baselines": shipped_baselines(config)}
         try:

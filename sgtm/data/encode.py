@@ -247,7 +247,12 @@ class _Workers:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.workers, context, _start_worker, (encoder,))
-        return self._pool.submit(_work, path, block)
+        # A worker that starts now inherits the mask, so that Ctrl-C does not interrupt its imports.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return self._pool.submit(_work, path, block)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def __exit__(self, kind: type | None, *error) -> None:
         if self._pool is not None:

@@ -6,10 +6,12 @@ when it is complete. `tests/unit/test_export.py` looks into the written file for
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +54,7 @@ def export_run(run: Path, remove: Sequence[str], out: Path, data: str | None = N
     left behind.
     """
     run, place = Path(run), Path(out).resolve()
+    _remove_leftovers(place)
     if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; export to a new one")
     config, checkpoint = open_run(run, data)
@@ -68,6 +71,30 @@ def export_run(run: Path, remove: Sequence[str], out: Path, data: str | None = N
     return Path(out)
 
 
+def _partial(out: Path) -> Path:
+    """What the names of folders that are not finished yet begin with; host and process follow."""
+    return out / ".partial-" if out.exists() else out.with_name(f".{out.name}.partial-")
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Of exports to `out` on this host whose processes were killed."""
+    start = _partial(out)
+    for folder in start.parent.glob(f"{glob.escape(start.name)}*"):
+        host, _, process = folder.name.removeprefix(start.name).rpartition("-")
+        if host == socket.gethostname() and process.isdigit() and not _runs(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
+
+
 @contextmanager
 def _filled(out: Path) -> Iterator[Path]:
     """A folder to write to, whose files are those of `out` when the block ends; after an error there are none.
@@ -76,7 +103,7 @@ def _filled(out: Path) -> Iterator[Path]:
     file system. What makes it a model, config.json, comes last.
     """
     exists, moved = out.exists(), []
-    partial = out / f".partial-{os.getpid()}" if exists else out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial = Path(f"{_partial(out)}{socket.gethostname()}-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         yield partial

@@ -99,7 +99,9 @@ def _report(sweep: Sweep, outcome: Outcome, console: Console) -> int:
         ended = f"was ended by {signal.Signals(-status).name}" if status < 0 else ended
         _say(console, f"failed: {run.name} {ended}; log: {log_of(sweep, run)}")
     if outcome.stopped:
-        _say(console, f"stopped by {signal.Signals(outcome.stopped).name}; continue: sgtm sweep {sweep.file}")
+        kept = "finished runs and checkpoints are kept"
+        name = signal.Signals(outcome.stopped).name
+        print(f"stopped by {name}; {kept}; go on: sgtm sweep {sweep.file}", file=sys.stderr)
         return 128 + outcome.stopped
     return int(bool(outcome.failed))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sgtm.config.load import save_config
+from sgtm.stopping import SIGNALS
 from sgtm.sweep.file import Run, Sweep
 from sgtm.sweep.progress import Progress
 from sgtm.sweep.room import Room, need
@@ -74,7 +75,8 @@ def train_all(
 ) -> Outcome:
     """Train these runs. One that fails does not stop the others.
 
-    SIGINT and SIGTERM stop all: their processes get SIGTERM, save a checkpoint and end. A second SIGINT kills them.
+    SIGINT, SIGTERM and SIGUSR1 stop all: their processes get SIGTERM, save a checkpoint and end. A second SIGINT kills
+    them.
     """
     (sweep.folder / "logs").mkdir(parents=True, exist_ok=True)
     waiting, running, free = list(pending), {}, list(room.devices)
@@ -115,12 +117,10 @@ def _fits(run: Run, running: list[Run], room: Room) -> bool:
 class Stop:
     """The signal that asks the sweep to stop, once there was one; a second SIGINT asks to kill."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
     def __enter__(self) -> Stop:
         self.signal: int | None = None
         self._news: list[int] = []
-        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
     def __exit__(self, *error) -> None:

@@ -178,7 +178,7 @@ def stopped(folder: Path, whole: Trial, *_) -> None:
     trial.wait_for(5, process)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM; continue: sgtm sweep" in trial.log.read_text()
+    assert "stopped by SIGTERM; finished runs and checkpoints are kept; go on: sgtm sweep" in trial.log.read_text()
     logs = "".join(file.read_text() for file in trial.sweep.glob("logs/*"))
     assert "stopped by a signal after step" in logs, logs
     assert trial.start().wait() == 0

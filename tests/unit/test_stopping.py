@@ -1,7 +1,8 @@
 """A signal ends a command within seconds, with a status and a line that show it, and no later stage begins.
 
 Faults tried, each seen to fail: the status 0; handlers that stay; a second SIGTERM that interrupts the clean-up; a
-clean-up that waits for a thread for ever.
+clean-up that waits for a thread for ever; a main thread that is not back from C code; a signal that a destructor
+swallows; signals of a handler in the block, or of a forked child, taken for the command's.
 """
 
 from __future__ import annotations
@@ -92,17 +93,57 @@ def test_a_scheduler_that_repeats_itself_does_not_interrupt_the_clean_up(capfd):
     assert cleaned and capfd.readouterr().err == "stopped by SIGUSR1; again: it\n"
 
 
-def test_a_clean_up_that_does_not_end_is_cut_short():
-    """As that of a pool whose thread reads a large file."""
-    code = """
-import signal, threading
-from sgtm import stopping
-stopping.GRACE = 0.2
-with stopping.stoppable("again: it"):
+NOT_OVER = {
+    "a clean-up that waits": """
     try:
         signal.raise_signal(signal.SIGTERM)
     finally:
         threading.Event().wait(60)
+""",  # as that of a pool whose thread reads a large file
+    "C code": """
+    threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+""",
+}
+
+
+def in_block(code: str) -> tuple[int, str]:
+    """Exit status and stderr of code in a block whose grace is short."""
+    before = "import hashlib, os, signal, threading, time\nfrom sgtm import stopping\nstopping.GRACE = 0.2\n"
+    script = f"{before}with stopping.stoppable('again: it'):{code}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("code", NOT_OVER)
+def test_a_block_that_does_not_end_is_cut_short(code: str):
+    assert in_block(NOT_OVER[code]) == (128 + signal.SIGTERM, "stopped by SIGTERM; again: it\n")
+
+
+def test_a_signal_that_a_destructor_swallows_stops_the_command(capfd, monkeypatch):
+    class Last:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    swallowed = []
+    monkeypatch.setattr(sys, "unraisablehook", swallowed.append)
+    with pytest.raises(Stopped) as raised, stoppable("again: it"):
+        Last()
+    assert swallowed and raised.value.status == 128 + signal.SIGTERM
+    assert capfd.readouterr().err == "stopped by SIGTERM; again: it\n"
+
+
+def test_signals_of_handlers_in_the_block_and_of_children_are_theirs():
+    """As of a training, which saves first."""
+    code = """
+    heard = threading.Event()
+    signal.signal(signal.SIGUSR1, lambda *arguments: heard.set())
+    signal.raise_signal(signal.SIGUSR1)
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGTERM, lambda *arguments: os._exit(0))
+        signal.raise_signal(signal.SIGTERM)
+    assert os.waitpid(child, 0)[1] == 0 and heard.is_set()
+    time.sleep(0.5)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
-    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "stopped by SIGTERM; again: it\n")
+    assert in_block(code) == (0, "")
