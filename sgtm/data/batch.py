@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from sgtm_kernels.cross_entropy.runs import IGNORE
 from sgtm_kernels.plan import MaskPlan, Tables, merge_runs
 
-__all__ = ["IGNORE", "Batch"]
+__all__ = ["IGNORE", "Batch", "Owners"]
+
+
+class Owners(NamedTuple):
+    """Whose the targets of a micro-batch of an evaluation are.
+
+    index  int64 [B, S]: the document that each target belongs to, by its place in the order of the evaluation; any
+           where there is no target
+    count  number of documents of the whole evaluation, over all ranks
+    """
+
+    index: torch.Tensor
+    count: int
 
 
 @dataclass(frozen=True)
@@ -25,6 +38,7 @@ class Batch:
     step_targets  number of targets that are not `IGNORE` in the whole global step, all ranks and micro-batches: the
                   denominator of the loss
     step_labels   labels present anywhere in the global step: what may be updated follows from it, alike on all ranks
+    owners        documents of the targets; in an evaluation only
     """
 
     input_ids: torch.Tensor
@@ -34,6 +48,7 @@ class Batch:
     documents: tuple[tuple[int, int], ...] | None
     step_targets: int
     step_labels: frozenset[int]
+    owners: Owners | None = None
 
     def plan(self, tables: Tables) -> MaskPlan:
         """The masks of this micro-batch under a strategy."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 from sgtm.config.schema import Config
-from sgtm.data.batch import Batch
+from sgtm.data.batch import Batch, Owners
 from sgtm.data.packing import Piece, Sequence, Stream, derived_seed, in_order, pack, shuffled
 from sgtm.data.store import Corpus
 from sgtm.data.summary import labels_of, trained_categories
@@ -255,7 +256,7 @@ def evaluation_batches(
     Documents come in a fixed shuffled order, packed as in training. Every rank gets the same number of batches, because
     under ZeRO-3 a forward pass is a collective; what has no next token, padding included, has target `IGNORE`.
     `step_targets` is the number of targets of the whole evaluation, over all ranks: a mean loss is the sum of the
-    losses divided by it.
+    losses divided by it, and `owners` has the document of each target.
 
     Documents with labelled spans are left out: a category's loss is of that category's tokens alone, and theirs are of
     several, each read after the others. Where no other document of this category is in the split there are no batches.
@@ -271,12 +272,14 @@ def evaluation_batches(
     stream = in_order(corpus, documents[shuffled(len(documents), seed=0)], label, context, isolated)
     available = -(-stream.tokens // context)
     count = min(available, max_sequences or available)
-    targets = stream.target_count(np.arange(count))
+    targets, owned = stream.target_count(np.arange(count)), int(stream.owners([count - 1])[0, -1]) + 1
     stride = micro_batch * world_size
     for first in range(rank * micro_batch, -(-count // stride) * stride, stride):
         # A sequence past the end of the stream holds padding alone.
         numbers = [number if number < count else available for number in range(first, first + micro_batch)]
-        yield collate([stream.read(number) for number in numbers], isolated, targets, frozenset({label}))
+        batch = collate([stream.read(number) for number in numbers], isolated, targets, frozenset({label}))
+        owners = np.minimum(stream.owners(numbers), owned - 1)  # of padding: any
+        yield replace(batch, owners=Owners(torch.from_numpy(owners), owned))
 
 
 def isolates_documents(config: Config) -> bool:

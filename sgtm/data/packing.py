@@ -137,6 +137,12 @@ class Stream:
         if end < self.tokens and self.starts[place] == end:
             targets[-1] = self.corpus.tokens(int(self.order[place]), 0, 1)[0]
 
+    def owners(self, sequences: list[int]) -> np.ndarray:
+        """int64 [n, context]: the place in `order` of the document that the target of each position belongs to; past
+        the end of the stream the last one."""
+        targets = np.array(sequences, np.int64)[:, None] * self.context + np.arange(1, self.context + 1)
+        return np.searchsorted(self.starts, np.minimum(targets, self.tokens - 1), side="right") - 1
+
     def target_count(self, sequences: np.ndarray) -> int:
         """Number of targets in these sequences (int64 [n]), without reading a token."""
         begin = np.asarray(sequences, np.int64) * self.context

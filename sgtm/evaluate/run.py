@@ -18,7 +18,7 @@ from sgtm.data.store import Corpus
 from sgtm.distributed.env import device_type, kernel_backend
 from sgtm.distributed.storage import consolidate
 from sgtm.evaluate.localisation import gradient_norms
-from sgtm.evaluate.losses import category_losses_and_norms, not_finite
+from sgtm.evaluate.losses import evaluate, not_finite
 from sgtm.files import write_atomically
 from sgtm.model.transformer import Transformer
 from sgtm.train.checkpoint import open_run, read_manifest
@@ -64,14 +64,12 @@ def evaluate_run(run: Path, split: str = "test", sequences: int | None = None, d
     norms = gradient_norms(model, corpus, config, split=split, sequences=config.train.eval_sequences, device=device)
     if config.train.precision == "bf16":
         model = model.bfloat16()
-    losses, output_norms = category_losses_and_norms(
-        model, corpus, config, split=split, sequences=sequences, device=device
-    )
+    found = evaluate(model, corpus, config, split=split, sequences=sequences, device=device)
     tokens = steps * config.train.tokens_per_step
     return {
         "name": config.name,
-        "losses": losses,
-        "true_labels": dict(corpus.categories),
+        "losses": found.losses,
+        **found.sample,
         "counts": corpus.manifest.model_dump(mode="json")["counts"],
         "split": split,
         "sequences": sequences,
@@ -82,7 +80,7 @@ def evaluate_run(run: Path, split: str = "test", sequences: int | None = None, d
         "tokens": tokens,
         "parameters": sum(p.numel() for p in model.parameters()),
         "gradient_norms": norms,
-        "output_norms": output_norms,
+        "output_norms": found.norms,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
 

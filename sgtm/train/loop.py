@@ -24,7 +24,7 @@ from sgtm.distributed.env import Launch
 from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.segments import full_numel
 from sgtm.distributed.watchdog import enter
-from sgtm.evaluate.losses import category_losses_and_norms
+from sgtm.evaluate.losses import evaluate
 from sgtm.masking.certificate import certified, check_certified
 from sgtm.model.output_norms import OutputNorms
 from sgtm.model.transformer import Transformer
@@ -242,7 +242,7 @@ def _gradients(totals: StepTotals, engine: Engine, groups: tuple[str, ...]) -> d
 def _evaluate(engine: Engine, corpus: Corpus, config: Config, log: MetricsLog, stop: StopSignal, step: int) -> bool:
     """Evaluate and log it; False, and no line, where a signal came before the end."""
     try:
-        found = category_losses_and_norms(
+        found = evaluate(
             engine,
             corpus,
             config,

@@ -8,10 +8,11 @@ loss or gradient was not finite), and of the gradient: grad_norm (of this step, 
 clipped and clip_factor (share of the steps since the previous line that were clipped, and the mean factor of all of
 them), and norms: {label: {"residual": by layer, "attention": {group: by layer}, "mlp": {...}}} (of this step's tokens,
 sgtm/model/output_norms.py). `kind: eval` lines carry step, losses: {"full": {category: nats}, "without <domain>":
-{...}}, and norms: {"full": {category: as above}, ...}; `kind: probe` lines carry step and grad_norms: {label: {group:
-norm}} (sgtm/train/gradients.py), just before that step; `kind: warning` lines carry step and text
-(sgtm/train/residual.py); `kind: checkpoint` lines carry step, bytes, paused (seconds that training stood still for it)
-and written (seconds until it was in place).
+{...}}, norms: {"full": {category: as above}, ...}, and what the losses rest on (sgtm/evaluate/losses.py): true_labels,
+measured: {category: {documents, tokens}}, errors and difference_errors, as losses; `kind: probe` lines carry step and
+grad_norms: {label: {group: norm}} (sgtm/train/gradients.py), just before that step; `kind: warning` lines carry step
+and text (sgtm/train/residual.py); `kind: checkpoint` lines carry step, bytes, paused (seconds that training stood still
+for it) and written (seconds until it was in place).
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sgtm.config.schema import Config
-from sgtm.evaluate.losses import not_finite
+from sgtm.evaluate.losses import Losses, not_finite
 from sgtm.files import sync_directory, write_atomically
 from sgtm.model.output_norms import Norms
 from sgtm.train.residual import ResidualWatch
@@ -107,10 +109,11 @@ class MetricsLog:
             self._write({"kind": "warning", "step": values["step"], "text": warning})
             self.say(f"warning: {warning}")
 
-    def evaluation(self, step: int, losses: dict[str, dict[str, float]], norms: dict[str, Norms]) -> None:
+    def evaluation(self, step: int, losses: Losses, norms: dict[str, Norms], sample: dict[str, Any]) -> None:
+        """One line of an evaluation; arguments as of `sgtm.evaluate.losses.Evaluation`."""
         if not self.active:
             return
-        self._write({"kind": "eval", "step": step, "losses": losses, "norms": norms})
+        self._write({"kind": "eval", "step": step, "losses": losses, "norms": norms, **sample})
         for name, by_category in losses.items():
             self.say(f"eval at step {step}: {name}: " + ", ".join(f"{c} {v:.3f}" for c, v in by_category.items()))
         if bad := not_finite(losses):

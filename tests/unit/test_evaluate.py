@@ -1,8 +1,8 @@
 """Evaluation against cross-entropy by hand: each set of removed domains, every category, one rank and two.
 
 Faults tried, each seen to fail: nothing removed; the wrong split; one category for all; the share of one rank counted
-twice; output norms of one rank's tokens alone; gradient norms of a sum and not of a mean, squared, or of the last of a
-label's categories alone.
+twice; a target counted for the document of the token before it; output norms of one rank's tokens alone; gradient norms
+of a sum and not of a mean, squared, or of the last of a label's categories alone.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,10 @@ from sgtm.data.batch import IGNORE
 from sgtm.data.loader import evaluation_batches
 from sgtm.data.open import open_corpus
 from sgtm.evaluate.localisation import gradient_norms
-from sgtm.evaluate.losses import category_losses, category_losses_and_norms
+from sgtm.evaluate.losses import category_losses, evaluate
 from sgtm.evaluate.run import write_summary
-from sgtm.masking.strategy import build_tables
+from sgtm.evaluate.sample import standard_error
+from sgtm.masking.strategy import build_tables, removal_tables
 from sgtm.model.transformer import Transformer
 
 CPU = torch.device("cpu")
@@ -104,15 +106,19 @@ def test_ranks_share_the_sequences(setting):
 def test_norms_by_removal_and_category_whatever_the_ranks(setting):
     config, corpus, model = setting
     options = {"split": "test", "sequences": 6, "device": CPU}
-    losses, norms = category_losses_and_norms(model, corpus, config, **options)
+    losses, norms, sample = evaluate(model, corpus, config, **options)
     assert losses == measure(setting)
     shares = {rank: [] for rank in (0, 1)}
     for rank, mine in shares.items():
         share = {"rank": rank, "world_size": 2, "all_reduce_sum": lambda sums, mine=mine: mine.append(sums) or sums}
-        category_losses_and_norms(model, corpus, config, **options, **share)
+        evaluate(model, corpus, config, **options, **share)
     merged = iter([a + b for a, b in zip(*shares.values(), strict=True)])
     share = {"rank": 0, "world_size": 2, "all_reduce_sum": lambda sums: next(merged)}
-    _, together = category_losses_and_norms(model, corpus, config, **options, **share)
+    _, together, their_sample = evaluate(model, corpus, config, **options, **share)
+    assert their_sample.keys() == sample.keys() and their_sample["measured"] == sample["measured"]
+    for key in ("errors", "difference_errors"):
+        for removal, by_category in sample[key].items():
+            assert their_sample[key][removal] == pytest.approx(by_category, rel=1e-3)
     assert norms.keys() == together.keys() == {"full", "without es"}
     for removal, groups in (("full", {"retain", "es"}), ("without es", {"retain"})):
         assert norms[removal].keys() == {"en", "es"}
@@ -121,6 +127,62 @@ def test_norms_by_removal_and_category_whatever_the_ranks(setting):
             assert together[removal][category]["residual"] == pytest.approx(parts["residual"], rel=1e-4)
     assert norms["full"]["en"]["residual"][1:] != norms["without es"]["en"]["residual"][1:]
     assert norms["full"]["en"]["residual"][0] == norms["without es"]["en"]["residual"][0]
+
+
+def losses_by_document(model, corpus, config, category: str, removed: tuple[str, ...]) -> list[list[float]]:
+    """Token losses of each document of split test that has any: a document ends where the target is EOS."""
+    tables, documents = removal_tables(config.space, removed), [[]]
+    for batch in evaluation_batches(corpus, config, "test", category):
+        targets = batch.targets.flatten()
+        logits = model.logits(batch.input_ids, batch.plan(tables)).flatten(0, 1)
+        losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none").detach()
+        for target, loss in zip(targets.tolist(), losses.tolist(), strict=True):
+            if target != IGNORE:
+                documents[-1].append(loss)
+            if target == corpus.eos_id:
+                documents.append([])
+    return [document for document in documents if document]
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_errors_are_those_of_a_ratio_of_sums_over_documents(tmp_path, isolated: bool):
+    lengths = {"en": (20, 45, 9, 33, 12, 60), "es": (30, 9, 25), "web": (50,)}
+    records = [record(n, category, size, "test") for category, of in lengths.items() for n, size in enumerate(of)]
+    records += [record(n, category) for category in lengths for n in range(9, 12)]
+    corpus, config = build(tmp_path / "corpus", records), config_for(isolate_documents=isolated)
+    torch.manual_seed(0)
+    model = Transformer(config.model, config.partition, "runs")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    sample = evaluate(model, corpus, config, split="test", sequences=None, device=CPU).sample
+    assert sample["true_labels"] == corpus.categories
+    for category, sizes in lengths.items():
+        tokens = sum(sizes) if isolated else sum(sizes) + len(sizes) - 1  # the first of all is nobody's target
+        assert sample["measured"][category] == {"documents": len(sizes), "tokens": tokens}
+        both = [losses_by_document(model, corpus, config, category, removed) for removed in ((), ("es",))]
+        full, without = (np.array([sum(document) for document in documents]) for documents in both)
+        counts = np.array([len(document) for document in both[0]])
+        for by_category, sums in (
+            (sample["errors"]["full"], full),
+            (sample["errors"]["without es"], without),
+            (sample["difference_errors"]["without es"], without - full),
+        ):
+            missed = sums - counts * sums.sum() / counts.sum()
+            if len(sizes) == 1:
+                assert category not in by_category
+            else:
+                error = np.sqrt(len(sizes) / (len(sizes) - 1) * (missed**2).sum()) / counts.sum()
+                assert by_category[category] == pytest.approx(error, rel=1e-3) and error > 1e-4
+
+
+def test_an_error_is_the_spread_of_means_over_other_documents():
+    """The mean of many samples of 40 documents of all sizes has the standard deviation that each sample promises."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(5, 200, (500, 40), generator=generator).double()
+    sums = counts * (3 + torch.randn(500, 40, generator=generator).double())
+    promised = torch.tensor([standard_error(s, n) for s, n in zip(sums, counts, strict=True)])
+    assert float((sums.sum(1) / counts.sum(1)).std()) == pytest.approx(float(promised.mean()), rel=0.08)
 
 
 def test_gradient_norms_of_each_label_and_group(setting):

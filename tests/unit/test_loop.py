@@ -38,7 +38,7 @@ class Log:
 
     def step(self, values: dict) -> None: ...
 
-    def evaluation(self, step: int, losses: dict, norms: dict) -> None:
+    def evaluation(self, step: int, losses: dict, norms: dict, sample: dict) -> None:
         self.evaluated.append(step)
 
     def checkpoint(self, saved: object) -> None: ...
@@ -140,12 +140,12 @@ def run_steps(
     config = tiny_config(train={"steps": 5, "log_every": 100, "eval_every": 2})
     evaluations = iter(range(2, 99, 2))
 
-    def evaluate(*rest, check, **options) -> tuple[dict, dict]:
+    def evaluate(*rest, check, **options) -> tuple[dict, dict, dict]:
         step = next(evaluations)
         for number in [signals[f"evaluation {step}"]] if f"evaluation {step}" in signals else []:
             signal.raise_signal(number)
         check()
-        return {}, {}
+        return {}, {}, {}
 
     def train_step(engine, batches, *rest):
         for number in [signals[batches]] if batches in signals else []:
@@ -156,7 +156,7 @@ def run_steps(
     writer = SimpleNamespace(**nothing, start=lambda done, state: saved.append(done) or [])
     monkeypatch.setattr(loop, "_losses", lambda *rest: {"loss": 1.0})
     monkeypatch.setattr(loop, "_gradients", lambda *rest: {})
-    monkeypatch.setattr(loop, "category_losses_and_norms", evaluate)
+    monkeypatch.setattr(loop, "evaluate", evaluate)
     monkeypatch.setattr(loop, "tell_skipped", lambda *rest: "step {}, the {}-th in a row".format(*rest[-2:]))
     monkeypatch.setattr(log, "step", (rows if rows is not None else []).append)
     loader = SimpleNamespace(step=lambda step: step + 1)

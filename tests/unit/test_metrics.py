@@ -68,8 +68,8 @@ def test_an_evaluation_that_is_not_finite_is_a_warning(tmp_path, capsys):
     log = MetricsLog(tmp_path, tiny_config(), rank=0, start=0)
     log.open()
     with log:
-        log.evaluation(3, {"full": {"en": 2.0, "es": math.nan}, "without es": {"en": math.inf, "es": math.nan}}, {})
-        log.evaluation(4, {"full": {"en": 2.0}}, {})
+        log.evaluation(3, {"full": {"en": 2.0, "es": math.nan}, "without es": {"en": math.inf, "es": math.nan}}, {}, {})
+        log.evaluation(4, {"full": {"en": 2.0}}, {}, {})
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     bad = "es (full); en, es (without es)"
     assert warnings == [f"warning: step 3: not finite: the loss of {bad}; the model has diverged"]

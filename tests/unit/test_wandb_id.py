@@ -91,11 +91,11 @@ def train(run: Path, start: int, steps: int) -> None:
     evaluated = log.open()
     with log:
         if start and start not in evaluated:
-            log.evaluation(start, {"full": {"en": 1.0}}, {})
+            log.evaluation(start, {"full": {"en": 1.0}}, {}, {})
         for step in range(start + 1, steps + 1):
             log.step({**STEP, "step": step})
             if step % 2 == 0 and step < steps:
-                log.evaluation(step, {"full": {"en": 1.0}}, {})
+                log.evaluation(step, {"full": {"en": 1.0}}, {}, {})
 
 
 def test_every_line_is_sent_once_however_often_the_run_is_killed(run: Path, sent: list[tuple]):

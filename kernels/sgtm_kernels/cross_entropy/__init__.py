@@ -1,3 +1,4 @@
 from sgtm_kernels.cross_entropy.op import linear_cross_entropy
+from sgtm_kernels.cross_entropy.reference import kept_losses
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["kept_losses", "linear_cross_entropy"]

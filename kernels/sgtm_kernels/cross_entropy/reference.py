@@ -20,8 +20,15 @@ def linear_cross_entropy(x, weight, bias, targets, plan: MaskPlan, scale):
     return scale * losses.sum(), label_sums(losses.detach(), plan)
 
 
+def kept_losses(plan: MaskPlan, keep: bool = False) -> list[torch.Tensor] | None:
+    """The token losses [tokens], detached, of every call of the op with this plan; None unless `keep` was set first."""
+    return plan.cached("kept losses", list if keep else lambda: None)
+
+
 def label_sums(losses: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
-    """Sum of token losses [tokens] for each label: [labels]."""
+    """Sum of token losses [tokens] for each label: [labels]; keeps the losses where they are wanted (`kept_losses`)."""
+    if (kept := kept_losses(plan)) is not None:
+        kept.append(losses)
 
     def one_hot() -> torch.Tensor:
         each = torch.arange(len(plan.tables.labels), device=losses.device)
