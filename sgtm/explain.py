@@ -20,6 +20,7 @@ from sgtm.data.open import open_corpus
 from sgtm.data.summary import trained_categories
 from sgtm.masking.certificate import obstacle
 from sgtm.masking.channel import LabelChannel
+from sgtm.masking.channel_rows import row_lines
 from sgtm.masking.labels import OPEN
 from sgtm.model.rows import ALWAYS, ENDS, live_keys
 from sgtm.model.transformer import Transformer
@@ -78,14 +79,18 @@ def _place(key: str, groups: tuple[str, ...]) -> tuple:
 
 
 def print_explanation(config: Config, console: Console | None = None) -> None:
-    """Model and arithmetic, partition, forward pass and updates, each as a table, and a line on the data."""
+    """Model and arithmetic, partition, forward pass, updates and label channel, each as a table; what each row of the
+    channel buys and costs, and a line on the data."""
     console = console or Console()
     found = explain(config)
     for table in (_model_table(found), _partition_table(found), _forward_table(config), _updates_table(found)):
         console.print(table)
     for start, channel in config.channels:
-        if config.data.channel or start:
+        shown = config.data.channel or start
+        if shown:
             console.print(_channel_table(config, start, channel))
+        for line in row_lines(config, channel) if shown or config.masking.strategy != "none" else ():
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
     for line in (*certificate_lines(config), data_line(config)):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 

@@ -141,7 +141,9 @@ class DataConfig(Section):
     channel: dict[str, dict[str, Share]] = {}
     """P(applied label | true label) of a document, by true label; rows left out keep the true label.
     `{retain: {retain: 0.25, unlabeled: 0.75}}` trains 25 % of retain data in retain mode. `open:<domain>` may be
-    applied too: the retain group and the domain's run and learn, other domains' do not run."""
+    applied too: the retain group and the domain's run and learn, other domains' do not run. A share trained as
+    `retain` buys the ablated model, one with the domain's group running the full model: docs/recipes.md has what each
+    row buys and costs."""
     both_ways: bool = False
     """Rows of the channel may sum to more than 1, which trains documents more than once: `{retain: {retain: 1,
     "forget:bio": 0.2}}` trains all of them as retain, and a fifth of them as `forget:bio` as well."""
