@@ -19,11 +19,13 @@ def add_eval_options(parser: argparse.ArgumentParser, positive: Callable[[str], 
 def run_eval(options) -> None:
     from sgtm.config.load import load_run_config
 
-    load_run_config(options.run_dir)  # before anything heavy is imported
+    config = load_run_config(options.run_dir)  # before anything heavy is imported
     from sgtm.evaluate.run import evaluate_run, write_summary
     from sgtm.report import print_summary
+    from sgtm.report.baselines import with_shipped
 
-    summary = evaluate_run(options.run_dir, split=options.split, sequences=options.sequences, data=options.data_path)
+    found = evaluate_run(options.run_dir, split=options.split, sequences=options.sequences, data=options.data_path)
+    summary = with_shipped(found, config)
     try:
         write_summary(options.run_dir, summary)
     finally:

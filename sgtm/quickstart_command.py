@@ -14,12 +14,12 @@ def run_quickstart(options) -> None:
 
     from sgtm.evaluate.run import evaluate_run, write_summary
     from sgtm.report import print_summary, write_report
-    from sgtm.report.baselines import shipped_baselines
+    from sgtm.report.baselines import with_shipped
     from sgtm.train.loop import train
 
     run = train(config, overwrite=_is_quickstart(Path(config.runs) / config.name))
     with stoppable(f"{run} is trained; go on: sgtm eval {run}; sgtm report {run}"):
-        summary = {**evaluate_run(run), "baselines": shipped_baselines(config)}
+        summary = with_shipped(evaluate_run(run), config)
         try:
             write_summary(run, summary)
         finally:

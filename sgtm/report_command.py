@@ -1,4 +1,4 @@
-"""`sgtm report`: the page of a run, and its compute ratios; nothing heavy is imported before it is called."""
+"""`sgtm report`: the page of a run, and other runs beside it; nothing heavy is imported before it is called."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 BASELINE = (
-    "unmasked or filtered run of the same model and data: adds compute ratios to it, by its evaluations in training "
-    "(train.eval_every); of several runs, of different lengths, by the last evaluation of each"
+    "unmasked and filtered runs of the same model and data: puts their losses beside this run's and adds compute "
+    "ratios to them, by their evaluations in training (train.eval_every); runs that differ in their length alone make "
+    "one curve, by the last evaluation of each"
 )
 
 
@@ -19,11 +20,11 @@ def add_report_options(parser: argparse.ArgumentParser) -> None:
 def run_report(options) -> None:
     from sgtm.config.load import load_run_config
 
-    load_run_config(options.run_dir)  # before anything heavy is imported
-    from sgtm.evaluate.compute_ratio import compute_ratios
-    from sgtm.report import print_ratios, write_report
+    for run in (options.run_dir, *options.baseline):
+        load_run_config(run)  # before anything heavy is imported
+    from sgtm.report import compare, print_comparison, write_report
 
-    ratios = compute_ratios(options.run_dir, options.baseline) if options.baseline else None
-    if ratios:
-        print_ratios(ratios)
-    print(write_report(options.run_dir, ratios))
+    comparison = compare(options.run_dir, options.baseline) if options.baseline else None
+    if comparison:
+        print_comparison(comparison)
+    print(write_report(options.run_dir, comparison))

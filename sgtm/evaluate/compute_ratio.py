@@ -189,16 +189,17 @@ def compute_ratios(run: Path, baselines: Sequence[Path]) -> Ratios:
     baselines  one run: all its evaluations in training make the curve (train.eval_every); several, of different
                lengths: the last evaluation of each
     Compute is training tokens. All evaluations are those of `metrics.jsonl`, on train.eval_sequences sequences a
-    category; what `sgtm eval` measures on others is not compared. Raises ValueError for runs that have none, too few,
-    or that cannot be compared.
+    category; what `sgtm eval` measures on others is not compared. A category whose loss does not fall in the baselines,
+    as that of a domain in filtered training, has no ratio. Raises ValueError for runs that have no evaluation, that
+    cannot be compared, and where no category has a ratio.
     """
     config, (_, losses) = load_run_config(run), _evaluations(run)[-1]
     points = []
     for baseline in baselines:
-        _check_comparable(run, config, baseline)
+        check_comparable(run, config, baseline)
         found = _evaluations(baseline)
         points += found if len(baselines) == 1 else found[-1:]
-    ratios: Ratios = {}
+    ratios, problem = {}, None
     for removal, by_category in losses.items():
         for category, loss in by_category.items():
             mine = [(tokens, other["full"].get(category)) for tokens, other in points]
@@ -209,8 +210,11 @@ def compute_ratios(run: Path, baselines: Sequence[Path]) -> Ratios:
                 except ValueError as error:
                     names = ", ".join(map(str, baselines))
                     few = "train it with --train.eval_every" if len(baselines) == 1 else "give 3 of different lengths"
-                    raise ValueError(f"{names}: {category}: {error}" + f"; {few}" * (len(mine) < LEAST)) from None
+                    problem = problem or f"{names}: {category}: {error}" + f"; {few}" * (len(mine) < LEAST)
+                    continue
                 ratios.setdefault(removal, {})[category] = curve.ratio(loss)
+    if not ratios and problem:
+        raise ValueError(problem)
     return ratios
 
 
@@ -225,7 +229,7 @@ def _evaluations(run: Path) -> list[tuple[int, dict]]:
     return [(step * config.train.tokens_per_step, by_step[step]) for step in sorted(by_step)]
 
 
-def _check_comparable(run: Path, config: Config, baseline: Path) -> None:
+def check_comparable(run: Path, config: Config, baseline: Path) -> None:
     """Raises ValueError where a loss of one says nothing about the compute of the other."""
     other = load_run_config(baseline)
     facts = {

@@ -20,6 +20,7 @@ from sgtm.distributed.storage import consolidate
 from sgtm.evaluate.localisation import gradient_norms
 from sgtm.evaluate.losses import evaluate, not_finite
 from sgtm.files import write_atomically
+from sgtm.masking.channel_rows import most_with_group
 from sgtm.model.transformer import Transformer
 from sgtm.train.checkpoint import open_run, read_manifest
 from sgtm.train.kernels import check_kernels
@@ -70,6 +71,7 @@ def evaluate_run(run: Path, split: str = "test", sequences: int | None = None, d
         "name": config.name,
         "losses": found.losses,
         **found.sample,
+        "retain_with_group": most_with_group(config),
         "counts": corpus.manifest.model_dump(mode="json")["counts"],
         "split": split,
         "sequences": sequences,

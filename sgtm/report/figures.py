@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sgtm.masking.labels import removed_domains
 from sgtm.masking.partition import LayerPartition
-from sgtm.report.findings import conditions, loss_rows, signed
+from sgtm.report.findings import conditions, error_of, loss_rows, signed
 from sgtm.report.palette import GRID, INK, LIGHT, MUTED, PAPER, RETAIN, of_label, of_removal, themed
 from sgtm.report.record import Record, is_forgotten
 
@@ -167,18 +167,22 @@ def ablation(record: Record) -> Figure | None:
         for condition in mine:
             full, without = row.losses["full"], row.losses[condition]
             colour = LIGHT[of_removal(removed_domains(condition), _domains(record))]
-            axes.plot([full, without], [y, y], color=colour, linewidth=2, solid_capstyle="butt", zorder=2)
-            axes.plot(without, y, "o", color=colour, markersize=6, zorder=3)
-            axes.plot(full, y, "o", color=LIGHT[INK], markerfacecolor=LIGHT[PAPER], markersize=6, zorder=4)
+            ink, faint = LIGHT[MUTED if row.small else INK], 0.4 if row.small else 1.0
+            error = row.difference_errors.get(condition)
+            text = signed(row.difference(condition), 2) + ("" if error is None else f" ± {error_of(error, 2)}")
+            axes.plot([full, without], [y, y], color=colour, linewidth=2, solid_capstyle="butt", zorder=2, alpha=faint)
+            axes.plot(without, y, "o", color=colour, markersize=6, zorder=3, alpha=faint)
+            axes.plot(full, y, "o", color=ink, markerfacecolor=LIGHT[PAPER], markersize=6, zorder=4)
             weight = "bold" if is_forgotten(row.true_label, removed_domains(condition)) else "normal"
             axes.annotate(
-                f"{signed(row.difference(condition), 2)} {condition}",
+                f"{text} {condition}",
                 (max(full, without), y),
                 (8, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=8.5,
                 fontweight=weight,
+                color=ink,
             )
             y += 1
         y += 0.4
@@ -209,6 +213,8 @@ def gradient_norms(record: Record) -> Figure | None:
         axes.add_patch(cell)
         axes.add_patch(Rectangle((j + 0.03, i + 0.05), 0.94, 0.9, fill=False, edgecolor=LIGHT[GRID], linewidth=0.6))
         text = "–" if math.isnan(value) else "0" if value == 0 else f"{value:.2g}"
+        if groups[j] == list(norms)[i].removeprefix("forget:"):  # the label's own group: to be the largest of its row
+            axes.add_patch(Rectangle((j + 0.03, i + 0.05), 0.94, 0.9, fill=False, edgecolor=LIGHT[INK], linewidth=1.6))
         axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=LIGHT[PAPER if strength > 0.75 else INK])
     axes.set(xlim=(0, len(groups)), ylim=(len(norms), 0), xlabel="group of heads and neurons", ylabel="true label")
     axes.set_xticks(np.arange(len(groups)) + 0.5, groups, color=LIGHT[INK])

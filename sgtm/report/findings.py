@@ -1,27 +1,41 @@
-"""What the figures of a run say, in words and as one table; the page and the terminal show the same."""
+"""What an evaluation has found, as one table, and what of it is worth a warning; page and terminal show the same."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from sgtm.data.summary import FEW_TOKENS
 from sgtm.masking.labels import removed_domains
-from sgtm.report.record import Record, is_forgotten
 
 UNCHANGED = 0.005  # nats: below this a difference prints as 0.00
-NAMED = 3  # so many kept categories are named in a sentence; more are averaged
+CERTAIN = 2.0  # standard errors
+SMALL = f"fewer than {FEW_TOKENS:,} tokens were measured"
 
 
 @dataclass(frozen=True)
 class LossRow:
-    """Losses of one category, nats per token, by condition (`full`, `without es`, ...)."""
+    """Losses of one category, nats per token, by condition (`full`, `without es`, ...); NaN for one not finite.
+
+    errors             standard errors over the documents, where they were recorded
+    difference_errors  those of the difference to the full model
+    tokens             measured targets; None where that was not recorded
+    """
 
     category: str
     true_label: str
     losses: dict[str, float]
+    errors: dict[str, float] = field(default_factory=dict)
+    difference_errors: dict[str, float] = field(default_factory=dict)
+    tokens: int | None = None
 
     def difference(self, condition: str) -> float:
         return self.losses[condition] - self.losses["full"]
+
+    @property
+    def small(self) -> bool:
+        """Whether so little was measured that the losses are not reliable."""
+        return self.tokens is not None and self.tokens < FEW_TOKENS
 
 
 def conditions(summary: dict) -> list[str]:
@@ -32,28 +46,80 @@ def conditions(summary: dict) -> list[str]:
 
 def loss_rows(summary: dict) -> list[LossRow]:
     """One row per category: what is to be kept first, what is to be forgotten last."""
-    losses, true = summary.get("losses", {}), summary.get("true_labels", {})
+
+    def of(key: str, category: str) -> dict[str, float]:
+        found = {name: by[category] for name, by in summary.get(key, {}).items() if category in by}
+        return {name: math.nan if value is None else value for name, value in found.items()}
+
+    true = summary.get("true_labels", {})
     rows = [
-        LossRow(category, true.get(category, ""), {key: by[category] for key, by in losses.items() if category in by})
-        for category in losses.get("full", {})
+        LossRow(
+            category,
+            true.get(category, ""),
+            *(of(key, category) for key in ("losses", "errors", "difference_errors")),
+            _measured(summary, category),
+        )
+        for category in summary.get("losses", {}).get("full", {})
     ]
     return sorted(rows, key=lambda row: row.true_label.startswith("forget:"))
 
 
-def sentences(record: Record) -> list[str]:
-    """What happened, the first sentence first; code words in backticks."""
-    rows = loss_rows(record.summary)
-    found = [_removal(condition, rows) for condition in conditions(record.summary)]
-    if found:
-        return found
-    if rows:
-        full = [f"{row.losses['full']:.2f} on {row.category}" for row in rows]
-        return [f"The full model's loss is {_listed(full)}, in nats; nothing was removed."]
-    if not record.steps:
-        return ["Nothing trained yet."]
-    last = record.steps[-1]
-    of = f" of {record.config.train.steps}" if record.config else ""
-    return [f"Not evaluated yet: {last['step']}{of} steps trained, training loss {last['loss']:.2f} nats."]
+def _measured(summary: dict, category: str) -> int | None:
+    """Tokens that the losses rest on; of an older record those of the split, if all of it was measured."""
+    if "measured" in summary:
+        return summary["measured"].get(category, {}).get("tokens")
+    everything = summary.get("sequences") is None and "in_training" not in summary
+    of_split = summary.get("counts", {}).get(summary.get("split"), {}) if everything else {}
+    return of_split.get(category, {}).get("tokens")
+
+
+def cautions(summary: dict) -> list[str]:
+    """What a reader of the losses should know before he trusts or uses them; code words in backticks."""
+    rows = loss_rows(summary)
+    found = [
+        sentence for condition in conditions(summary) for sentence in _worse_than_ablated(summary, rows, condition)
+    ]
+    if small := [f"{row.category} ({row.tokens:,})" for row in rows if row.small]:
+        found.append(f"In grey: {listed(small)}; {SMALL}, so these losses are not reliable.")
+    return found
+
+
+def _worse_than_ablated(summary: dict, rows: list[LossRow], condition: str) -> list[str]:
+    """Where the full model is worse on retained data than its own ablated one, beyond chance, and why."""
+    worse = []
+    for row in rows:
+        if row.true_label == "retain" and condition in row.losses and not row.small:
+            by, error = -row.difference(condition), row.difference_errors.get(condition, 0.0)
+            worse += [f"{by:.2f} nats on {row.category}"] if by >= max(UNCHANGED, CERTAIN * error) else []
+    domains = removed_domains(condition)
+    if not worse or len(domains) > 1:  # several removed: each of them has its own sentence
+        return []
+    share = summary.get("retain_with_group", {}).get(domains[0])
+    text = f"The full model is worse on retained data than the model without `{domains[0]}`, by {listed(worse)}: "
+    if share is None:
+        return [f"{text}does a share of the retain data train with the group `{domains[0]}` running (`data.channel`)?"]
+    trained = f"are trained with the group `{domains[0]}` running"
+    if share == 1:
+        return [f"{text}although all retain data {trained}; see the norms of the residual stream."]
+    reason = f"no retain data {trained}" if share == 0 else f"only {share:.0%} of the retain data {trained}"
+    remedy = f"a {'larger ' * (share > 0)}share of the `retain` row of `data.channel` as `open:{domains[0]}`"
+    return [f"{text}{reason}. Remedy: {remedy}, in place of `retain` or in addition (`data.both_ways`)."]
+
+
+def localisation(summary: dict) -> list[str]:
+    """How the gradient norms compare, a sentence for each label that has a group of its own."""
+    found = []
+    for label, norms in summary.get("gradient_norms", {}).items():
+        own = label.removeprefix("forget:")
+        others = {group: norm for group, norm in norms.items() if group != own}
+        if own not in norms or not others:
+            continue
+        group = max(others, key=others.get)
+        if others[group] > 0:
+            ratio = norms[own] / others[group]
+            times = f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
+            found.append(f"{label} data: {times} times as strong on {own} as on {group}.")
+    return found
 
 
 def signed(difference: float, digits: int) -> str:
@@ -61,43 +127,11 @@ def signed(difference: float, digits: int) -> str:
     return f"{difference:+.{digits}f}".replace("-", "−")
 
 
-def _removal(condition: str, rows: list[LossRow]) -> str:
-    domains = removed_domains(condition)
-    rows = [row for row in rows if condition in row.losses]
-    forgotten = [row for row in rows if is_forgotten(row.true_label, domains)]
-    kept = [row for row in rows if row not in forgotten]
-    changes = [(row.category, row.difference(condition), "") for row in forgotten]
-    if len(kept) <= NAMED:
-        changes += [(row.category, row.difference(condition), "") for row in kept]
-    else:
-        worst = max(kept, key=lambda row: row.difference(condition))
-        mean = sum(row.difference(condition) for row in kept) / len(kept)
-        note = f" on average (at most {worst.difference(condition):.2f}, on {worst.category})"
-        changes.append((f"the {len(kept)} other categories", mean, note))
-    removed = _listed([f"`{domain}`" for domain in domains])
-    return f"Removing {removed} {_listed(_phrases(changes))}." if changes else f"Nothing measured without {removed}."
+def error_of(error: float, digits: int = 3) -> str:
+    """'0.012'; one that would round to 0 is shown as the smallest number that does not."""
+    return f"{max(error, 10**-digits) if error else 0:.{digits}f}"
 
 
-def _phrases(changes: list[tuple[str, float, str]]) -> list[str]:
-    """'raises the loss on es by 3.21 nats', 'on en by 0.02', 'lowers it on fr by 0.10'."""
-    phrases: list[str] = []
-    previous, what, unit = "", "the loss", " nats"
-    for subject, difference, note in changes:
-        verb = _verb(difference)
-        by = f" by {abs(difference):.2f}{unit}" if verb in ("raises {}", "lowers {}") else ""
-        opening = "" if verb == previous else verb.format(what) + " "
-        phrases.append(f"{opening}on {subject}{by}{note}")
-        previous, what, unit = verb, "it", "" if by else unit
-    return phrases
-
-
-def _verb(difference: float) -> str:
-    if not math.isfinite(difference):
-        return "makes {} infinite or undefined"
-    if abs(difference) < UNCHANGED:
-        return "leaves {} unchanged"
-    return "raises {}" if difference > 0 else "lowers {}"
-
-
-def _listed(words: list[str]) -> str:
+def listed(words: list[str]) -> str:
+    """'a', 'a and b', 'a, b and c'."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -14,14 +14,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from sgtm.config.schema import Config
-from sgtm.evaluate.compute_ratio import Ratios, categories_of
+from sgtm.evaluate.compute_ratio import categories_of
 from sgtm.files import write_atomically
-from sgtm.masking.labels import removed_domains
+from sgtm.masking.channel_rows import row_lines
+from sgtm.masking.labels import OPEN, removed_domains
 from sgtm.report import figures, palette
+from sgtm.report.beside import Comparison
 from sgtm.report.figures import Drawing, draw
-from sgtm.report.findings import conditions, loss_rows, sentences, signed
+from sgtm.report.findings import SMALL, cautions, conditions, error_of, localisation, loss_rows, signed
 from sgtm.report.record import Record, is_forgotten, read_record
+from sgtm.report.sentences import sentences
 from sgtm_kernels.plan import KINDS, PARTS
+
+SHIPPED = "The baselines ship with the preset: full models trained without masks, means over seeds."
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ EXHIBITS = (
     (
         figures.ablation,
         "Held-out loss in nats per token. Ring: the full model. Dot: the same weights with the domain's heads and "
-        "neurons inactive. The number is the difference; bold where it is meant to rise.",
+        "neurons inactive. The number is the difference and its standard error over documents; bold where it is meant "
+        f"to rise, faint where {SMALL}.",
         "No ablation has been measured yet: sgtm eval writes it to summary.json.",
     ),
     (
@@ -70,8 +76,9 @@ EXHIBITS = (
     (
         figures.gradient_norms,
         "Gradient norm of each group relative to the norm of its weights (no unit), by what the data truly are, with "
-        "nothing masked. Shades span four decades.",
-        "Gradient norms have not been measured: summary.json holds none.",
+        "nothing masked: where what is still to be learned would go. Shades span four decades. Good: in each row the "
+        "framed cell, the label's own group, is by far the largest. Rows that are alike: the domain is not localised.",
+        "Gradient norms are not measured in training: sgtm eval writes them to summary.json.",
     ),
     (
         figures.partition,
@@ -86,10 +93,10 @@ EXHIBITS = (
 )
 
 
-def write_report(run: Path, ratios: Ratios | None = None) -> Path:
+def write_report(run: Path, comparison: Comparison | None = None) -> Path:
     """Write `report/index.html` and its PNGs into the run directory and return the page's path.
 
-    ratios  compute ratios (sgtm/evaluate/compute_ratio.py) to show as a table
+    comparison  other runs to show beside it, in place of the baselines that ship with its preset
 
     Works on a run at any age: what is missing is said on the page. Raises ValueError if `run` is not a directory or
     one of its files is damaged.
@@ -104,11 +111,11 @@ def write_report(run: Path, ratios: Ratios | None = None) -> Path:
         if exhibit.drawing:
             picture.write_bytes(exhibit.drawing.png)
     page = folder / "index.html"
-    write_atomically(page, render(record, exhibits, ratios or {}))
+    write_atomically(page, render(record, exhibits, comparison))
     return page
 
 
-def render(record: Record, exhibits: list[Exhibit], ratios: Ratios) -> str:
+def render(record: Record, exhibits: list[Exhibit], comparison: Comparison | None = None) -> str:
     """The page as HTML."""
     environment = Environment(
         loader=PackageLoader("sgtm.report", "."),
@@ -118,24 +125,31 @@ def render(record: Record, exhibits: list[Exhibit], ratios: Ratios) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"code": _code, "svg": lambda drawing: Markup(drawing.svg)}
-    told = sentences(record)
-    summary = record.summary
+    told, summary = sentences(record), record.summary
+    notes = comparison.notes if comparison else [SHIPPED] if summary.get("baselines") else []
     return environment.get_template("page.html.j2").render(
         record=record,
         headline=told[0],
-        others=[*told[1:], *(f"Warning: {text}." for text in record.warnings)],
+        others=[*told[1:], *cautions(summary), *(f"Warning: {text}." for text in record.warnings)],
         facts=_facts(record),
         rows=loss_rows(summary),
         conditions=conditions(summary),
-        baselines=summary.get("baselines") or {},
-        ratios=ratios,
+        sizes="measured" in summary,
+        baselines=comparison.losses if comparison else summary.get("baselines") or {},
+        baseline_errors=comparison.errors if comparison else {},
+        notes=notes,
+        ratios=comparison.ratios if comparison else {},
         categories_of=categories_of,
+        localisation=localisation(summary),
+        small=SMALL,
         versions=summary.get("versions") or {},
         signed=signed,
+        error_of=error_of,
         is_forgotten=is_forgotten,
         removed_domains=removed_domains,
         exhibits=exhibits,
         grids=strategy_grids(record.config) if record.config else [],
+        channels=channel_grids(record.config) if record.config else [],
         light=palette.css(palette.LIGHT),
         dark=palette.css(palette.DARK),
     )
@@ -160,6 +174,17 @@ def strategy_grids(config: Config) -> list[Grid]:
         Grid(title, meaning, columns, tuple(zip(tables.labels, table, strict=True)))
         for title, meaning, columns, table in grids
     ]
+
+
+def channel_grids(config: Config) -> list[tuple[Grid, list[str]]]:
+    """Each label channel of the run, and what its rows buy and cost."""
+    labels, found = config.space.labels, []
+    for start, channel in config.channels:
+        since = f"from step {start} on" if len(config.channels) > 1 else "in the whole run"
+        rows = zip(labels, map(tuple, channel.matrix.tolist()), strict=True)
+        grid = Grid("channel", since, labels, tuple(row for row in rows if not row[0].startswith(OPEN)))
+        found.append((grid, row_lines(config, channel)))
+    return found
 
 
 def _facts(record: Record) -> list[tuple[str, str]]:

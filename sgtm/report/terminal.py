@@ -9,7 +9,8 @@ from rich.text import Text
 
 from sgtm.evaluate.compute_ratio import Ratios, categories_of
 from sgtm.masking.labels import removed_domains
-from sgtm.report.findings import LossRow, conditions, loss_rows, signed
+from sgtm.report.beside import Comparison
+from sgtm.report.findings import LossRow, cautions, conditions, error_of, loss_rows, signed
 from sgtm.report.record import is_forgotten
 
 LARGE = 0.1  # nats: what a removal may cost the categories it is not meant for
@@ -18,9 +19,10 @@ LARGE = 0.1  # nats: what a removal may cost the categories it is not meant for
 def print_summary(summary: dict, console: Console | None = None) -> None:
     """Print the losses of a `summary.json`, a table for each removal: a row per category, nats per token.
 
-    A difference that is meant (a removed domain's loss rising) is green; any other above 0.1 nat is red. Below them,
-    how many tokens of each category the corpus has, the norm of the residual stream, and the categories of which there
-    was nothing to measure.
+    Of the full model and of the difference with their standard errors over documents. A difference that is meant (a
+    removed domain's loss rising) is green; any other above 0.1 nat is red; a small test set is dim. Below them, what to
+    beware of, how many tokens of each category the corpus has, the norm of the residual stream, and the categories of
+    which there was nothing to measure.
     """
     console = console or Console()
     steps, all_steps = summary.get("steps"), summary.get("of_steps")
@@ -28,9 +30,13 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
     console.print(f"[bold]{summary.get('name', 'run')}[/]: held-out loss{partly}, nats per token", highlight=False)
     rows, baselines = loss_rows(summary), summary.get("baselines") or {}
     for condition in conditions(summary) or [None]:
-        console.print(_table(rows, condition, baselines))
+        console.print(_table(rows, condition, baselines), "")
+    if any(row.errors for row in rows):
+        console.print("±: standard error over documents, seeds of the training not included", highlight=False)
     if baselines:
         console.print(f"{' and '.join(baselines)}: full models trained without masks", highlight=False)
+    for caution in cautions(summary):
+        console.print(caution.replace("`", ""), highlight=False, markup=False)
     if norms := summary.get("output_norms"):
         by_removal = [
             f"{name} " + ", ".join(f"{category} {parts['residual'][-1]:.3g}" for category, parts in by_category.items())
@@ -38,28 +44,42 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
         ]
         console.print(f"residual stream after the last layer, mean norm: {'; '.join(by_removal)}", highlight=False)
     if summary.get("counts"):
-        console.print(_tokens(summary))
+        console.print("", _tokens(summary), sep="\n")
         unmeasured = [c for c in summary["true_labels"] if c not in summary["losses"]["full"]]
         if unmeasured:
             console.print(f"no loss of {', '.join(unmeasured)}: no documents to measure in split {summary['split']}")
 
 
-def print_ratios(ratios: Ratios, console: Console | None = None) -> None:
-    """Print compute ratios, a row per category, a column per removed set."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("compute ratio")
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Print what the runs beside a run are, and the compute ratios to them."""
+    console = console or Console()
+    for note in comparison.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    for title, ratios in comparison.ratios.items():
+        print_ratios(ratios, title, console)
+
+
+def print_ratios(ratios: Ratios, title: str, console: Console | None = None) -> None:
+    """Print compute ratios to the runs `title`, a row per category, a column per removed set."""
+    table = _plain_table()
+    table.add_column(f"compute ratio to {title}")
     for condition in ratios:
         table.add_column(condition, justify="right")
     for category in categories_of(ratios):
         table.add_row(category, *(str(by_category.get(category, "-")) for by_category in ratios.values()))
     console = console or Console()
-    console.print(table)
+    console.print("", table, sep="\n")
     if any(ratio.extrapolated for by_category in ratios.values() for ratio in by_category.values()):
         console.print("* extrapolated: the loss is outside the baseline's evaluations")
 
 
+def _plain_table() -> Table:
+    """Columns two blanks apart, so that losses with their errors and two baselines fit into eighty columns."""
+    return Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+
+
 def _tokens(summary: dict) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = _plain_table()
     table.add_column("tokens of")
     for split in summary["counts"]:
         table.add_column(split, justify="right")
@@ -70,7 +90,7 @@ def _tokens(summary: dict) -> Table:
 
 
 def _table(rows: list[LossRow], condition: str | None, baselines: dict[str, dict[str, float]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table = _plain_table()
     table.add_column("category")
     table.add_column("true label", style="dim")
     table.add_column("full", justify="right")
@@ -80,19 +100,26 @@ def _table(rows: list[LossRow], condition: str | None, baselines: dict[str, dict
     for name in baselines:
         table.add_column(name, justify="right", style="dim")
     for row in rows:
-        cells = [row.category, row.true_label, f"{row.losses['full']:.3f}"]
+        cells = [row.category, row.true_label, f"{row.losses['full']:.3f}{_error(row.errors.get('full'))}"]
         if condition:
             measured = condition in row.losses
             cells += [f"{row.losses[condition]:.3f}", _difference(row, condition)] if measured else ["-", ""]
         cells += [f"{losses[row.category]:.3f}" if row.category in losses else "-" for losses in baselines.values()]
-        table.add_row(*cells)
+        table.add_row(*cells, style="dim" if row.small else None)
     return table
 
 
 def _difference(row: LossRow, condition: str) -> Text:
     difference = row.difference(condition)
-    if is_forgotten(row.true_label, removed_domains(condition)) and difference > 0:
+    if row.small:
+        style = "dim"
+    elif is_forgotten(row.true_label, removed_domains(condition)) and difference > 0:
         style = "green"
     else:
         style = "" if abs(difference) <= LARGE else "red"
-    return Text(signed(difference, 3), style=style)
+    return Text(signed(difference, 3) + _error(row.difference_errors.get(condition)), style=style)
+
+
+def _error(error: float | None) -> str:
+    """Without blanks, so that a row fits into eighty columns."""
+    return "" if error is None else f"±{error_of(error)}"

@@ -14,7 +14,7 @@ import pytest
 
 from sgtm.config import load_config
 from sgtm.report import baselines
-from sgtm.report.baselines import basis, shipped_baselines
+from sgtm.report.baselines import basis, shipped_baselines, with_shipped
 
 ROOT = Path(__file__).parents[2]
 HERE = {"device": "a device", "threads": 1, "versions": {"torch": "2"}}
@@ -45,6 +45,15 @@ def test_another_training_has_none(override):
 def test_what_a_recipe_sets_is_not_of_the_basis():
     assert shipped_baselines(load_config("quickstart", ["--recipe=certified"]))
     assert shipped_baselines(load_config("quickstart", ["--train.seed=7", "--masking.forget_heads=2"]))
+
+
+@pytest.mark.parametrize("name", ["quickstart", "debug"])
+@pytest.mark.parametrize("steps", [600, 200])
+def test_a_finished_run_of_the_preset_has_them_beside_its_own(name, steps):
+    """Whatever command has evaluated it: they are of the end of a training."""
+    config, summary = load_config(name), {"steps": steps, "of_steps": 600}
+    shipped = {"baselines": shipped_baselines(config)} if (name, steps) == ("quickstart", 600) else {}
+    assert with_shipped(summary, config) == summary | shipped
 
 
 def variant(name: str, tokens: int, retain: float, forget: float, ablated: float | None = None) -> dict:

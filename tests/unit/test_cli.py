@@ -174,14 +174,15 @@ def test_commands_on_a_run(calls, run, tmp_path):
     assert calls[4] == ("write_report", (run, None), {})
 
 
-def test_a_report_with_a_baseline_compares_before_it_writes(calls, run, monkeypatch, capsys):
+def test_a_report_with_a_baseline_compares_before_it_writes(calls, run, tmp_path, monkeypatch, capsys):
     assert main(["report", str(run), "--baseline", str(run)]) == 2
     assert "was not evaluated in training" in capsys.readouterr().err and not calls
-    compared = "sgtm.evaluate.compute_ratio.compute_ratios"
-    monkeypatch.setattr(compared, lambda run, baselines: {"full": {}, "of": baselines})
-    monkeypatch.setattr("sgtm.report.print_ratios", lambda ratios: calls.append(ratios))
-    assert main(["report", str(run), "--baseline", "a", "b"]) == 0
-    assert calls == [ratios := {"full": {}, "of": [Path("a"), Path("b")]}, ("write_report", (run, ratios), {})]
+    assert main(["report", str(run), "--baseline", str(tmp_path / "no")]) == 2
+    assert f"{tmp_path / 'no'}: not a run directory" in capsys.readouterr().err and not calls
+    monkeypatch.setattr("sgtm.report.compare", lambda run, others: ("compared", others))
+    monkeypatch.setattr("sgtm.report.print_comparison", lambda comparison: calls.append(comparison))
+    assert main(["report", str(run), "--baseline", str(run), str(run)]) == 0
+    assert calls == [comparison := ("compared", [run, run]), ("write_report", (run, comparison), {})]
 
 
 def test_losses_that_cannot_be_stored_are_printed_all_the_same(calls, run, monkeypatch, capsys):

@@ -6,64 +6,20 @@ import io
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from pages import CONFIG, SUMMARY, Page, page_without_figures, step, write_run
 from rich.console import Console
 
 from sgtm.config.schema import Config
 from sgtm.evaluate.compute_ratio import ComputeRatio
-from sgtm.report import print_ratios, print_summary, write_report
-from sgtm.report.findings import sentences
+from sgtm.report import print_comparison, print_summary, write_report
+from sgtm.report.beside import Comparison
 from sgtm.report.page import strategy_grids
 from sgtm.report.record import read_record
 
-CONFIG = """\
-name: trial
-model: {layers: 3, hidden_size: 32, heads: 4, intermediate_size: 64, vocab_size: 512, context: 64}
-masking: {domains: [es, fr], forget_heads: {es: [0], fr: 1}, forget_neurons: 8, masked_layers: [1, 2]}
-train: {steps: 90, tokens_per_step: 512}
-optimizer: {warmup_steps: 2}
-"""
-SUMMARY = {
-    "name": "trial",
-    "losses": {
-        "full": {"es": 3.3456789, "en": 3.1234567, "fr": 2.5},
-        "without es": {"es": 6.5551, "en": 3.1412, "fr": 2.4},
-        "without es,fr": {"es": 6.6, "en": 3.2, "fr": 5.25},
-    },
-    "true_labels": {"en": "retain", "es": "forget:es", "fr": "forget:fr"},
-    "seconds": 361.2,
-    "tokens_per_second": 9012.3,
-    "steps": 90,
-    "tokens": 46080,
-    "parameters": 1313792,
-    "gradient_norms": {"retain": {"retain": 0.02, "es": 0.0}, "forget:es": {"retain": 1e-4, "es": 0.03}},
-    "baselines": {"no filter": {"en": 3.0125}},
-    "versions": {"torch": "9.8.7+test"},
-}
 FIGURES = ("ablation", "loss_curves", "evaluations", "residual_norms", "gradient_norms", "partition", "speed")
-
-
-def step(n: int, **more) -> str:
-    line = {"kind": "step", "step": n, "tokens": n * 512, "loss": 4.0, "loss/retain": 3.0 + 1 / n, "lr": 1e-3}
-    residual = {"retain": [0.3, 2.0, 3.0, 4.0]} | ({"forget:fr": [0.3, 2.0, None, 9.0 * n]} if n % 3 == 0 else {})
-    line["norms"] = {label: {"residual": by_layer} for label, by_layer in residual.items()}
-    return json.dumps(line | {"grad_norm": 1.0, "tokens_per_second": 9e3, "seconds": n / 10} | more)
-
-
-def evaluation(n: int) -> str:
-    losses = {"full": {"en": 3.0, "es": 3.1}, "without es": {"en": 3.0, "es": 5.0}}
-    return json.dumps({"kind": "eval", "step": n, "losses": losses})
-
-
-def write_run(folder: Path) -> Path:
-    (folder / "config.yaml").write_text(CONFIG)
-    lines = [step(n) for n in range(1, 91)] + [evaluation(n) for n in (30, 60, 90)]
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "summary.json").write_text(json.dumps(SUMMARY))
-    return folder
 
 
 @pytest.fixture
@@ -75,45 +31,6 @@ def run(tmp_path: Path) -> Path:
 def written(tmp_path_factory) -> Path:
     """The page of a run that has everything."""
     return write_report(write_run(tmp_path_factory.mktemp("run")))
-
-
-class Page(HTMLParser):
-    """Tags opened and not closed, figures, tables as rows of cell texts, and the exact values of `<data>`."""
-
-    VOID = ("meta", "br", "link", "img")
-
-    def __init__(self, file: Path):
-        super().__init__()
-        self.text, self.source = "", file.read_text(encoding="utf-8")
-        self.open, self.ids, self.rows, self.values, self.sources = [], [], [], [], []
-        self.feed(self.source)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        if tag not in self.VOID:
-            self.open.append(tag)
-        self.ids += [attrs["id"]] if "id" in attrs else []
-        self.sources += [attrs[key] for key in ("src", "href", "xlink:href") if key in attrs]
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag == "data":
-            self.values.append(float(attrs["value"]))
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-        if {"td", "th"} & set(self.open):
-            self.rows[-1][-1] += data.strip()
 
 
 def test_page_is_whole_and_needs_no_network(written):
@@ -144,41 +61,20 @@ def test_table_is_the_summary_to_the_last_digit(written):
     assert "9.8.7+test" in page.text and "forget_heads" in page.text and "1.31 M" in page.text
 
 
-def test_headline_says_what_happened(written):
-    first, second = sentences(read_record(written.parent.parent))
-    assert first == "Removing `es` raises the loss on es by 3.21 nats, on en by 0.02 and lowers it on fr by 0.10."
-    assert second == "Removing `es` and `fr` raises the loss on es by 3.25 nats, on fr by 2.75 and on en by 0.08."
-    assert "Removing es raises the loss on es by 3.21 nats" in Page(written).text
-
-
-def test_many_kept_categories_are_averaged_and_the_worst_named(run):
-    full = {"es": 3.0} | dict.fromkeys("abcd", 2.0)
-    losses = {"full": full, "without es": {"es": 4.0, "a": 2.0, "b": 2.1, "c": 2.3, "d": 2.0}}
-    (run / "summary.json").write_text(json.dumps({"losses": losses, "true_labels": {"es": "forget:es"}}))
-    (sentence,) = sentences(read_record(run))
-    assert sentence == (
-        "Removing `es` raises the loss on es by 1.00 nats and on the 4 other categories by 0.10 on average "
-        "(at most 0.30, on c)."
-    )
-
-
-def test_no_effect_and_no_number_are_said(run):
-    losses = {"full": {"en": 3.0, "es": 3.0}, "without es": {"en": 3.004, "es": math.nan}}
-    (run / "summary.json").write_text(json.dumps({"losses": losses, "true_labels": SUMMARY["true_labels"]}))
-    (sentence,) = sentences(read_record(run))
-    assert sentence == "Removing `es` makes the loss infinite or undefined on es and leaves it unchanged on en."
-    write_report(run)
-
-
 @pytest.mark.parametrize(
     ("missing", "headline", "said", "figures"),
     [
-        (["summary.json"], "Not evaluated yet: 90 of 90 steps trained", "has not been evaluated", 5),
+        (
+            ["summary.json"],
+            "Removing es leaves the loss unchanged on en and raises it on es by 1.90",
+            "Gradient norms are not measured in tr",
+            6,
+        ),
         (["summary.json", "metrics.jsonl"], "Nothing trained yet.", "No training losses yet", 1),
         (["config.yaml"], "Removing es raises", "The partition is unknown", 6),
         (["summary.json", "metrics.jsonl", "config.yaml"], "Nothing trained yet.", "The strategy is unknown", 0),
     ],
-    ids=["no evaluation", "no training", "no config", "nothing"],
+    ids=["no summary", "no training", "no config", "nothing"],
 )
 def test_what_is_missing_is_said(run, missing, headline, said, figures):
     for name in missing:
@@ -212,22 +108,30 @@ def test_a_warning_of_the_run_is_on_the_page(run):
     assert "Warning: the residual stream <grows>." in Page(write_report(run)).text
 
 
-def test_compute_ratios_are_a_table_on_page_and_terminal(run):
+def test_runs_beside_a_run_are_on_page_and_terminal(run):
     ratios = {
         "full": {"en": ComputeRatio(0.934, 0.91, 0.95, False), "es": ComputeRatio(1.2, math.nan, math.nan, True)},
         "without es": {"en": ComputeRatio(0.5, 0.4, 0.6, False), "es": ComputeRatio(0.01, 0.0, 0.02, True)},
     }
-    rows = Page(write_report(run, ratios)).rows
-    first = rows.index(["category", "full", "without es"])
-    assert rows[first + 1 : first + 3] == [
+    losses = {"none": {"en": 3.0, "es": 3.1}, "strict": {"en": 2.9}}
+    comparison = Comparison(
+        losses, {"none": {"en": 0.01}}, {"none": ratios}, ["none: as it is.", "No ratio to strict."]
+    )
+    page = page_without_figures(run, comparison)
+    assert page.rows[0][-2:] == ["none", "strict"], "in place of what ships with a preset"
+    assert page.rows[1][-2:] == ["3.000 ± 0.010", "2.900"] and page.rows[2][-2:] == ["3.100", "–"]
+    first = page.rows.index(["category", "full", "without es"])
+    assert page.rows[first + 1 : first + 3] == [
         ["en", "0.93 (0.91 to 0.95)", "0.50 (0.40 to 0.60)"],
         ["es", "1.20*", "0.01* (0.00 to 0.02)"],
     ]
-    assert "Compute ratio" not in Page(write_report(run)).text
+    assert "Compute ratio to none" in page.text and "none: as it is." in page.text
+    assert "Compute ratio" not in page_without_figures(run).text
     console = Console(width=80, record=True, file=io.StringIO())
-    print_ratios(ratios, console)
+    print_comparison(comparison, console)
     text = console.export_text()
     assert re.search(r"en +0.93 \(0.91 to 0.95\) +0.50 \(0.40 to 0.60\)", text) and "* extrapolated" in text
+    assert text.startswith("none: as it is.\nNo ratio to strict.\n") and "compute ratio to none" in text
 
 
 def test_half_a_last_line_is_forgiven_and_a_repeated_step_counts_once(run):

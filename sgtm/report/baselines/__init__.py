@@ -1,7 +1,9 @@
 """Losses of unmasked and filtered training that ship with the presets, for a run's own to stand beside.
 
 A file NAME.json belongs to the preset NAME. benchmarks/recipes.py writes it from the results of a sweep: means over its
-seeds. `sgtm quickstart` shows it where the config has the model, optimizer, length and data of that sweep.
+seeds. `sgtm quickstart`, `eval` and `report` show it where the config has the model, optimizer, length and data of that
+sweep. They are the `baselines` of a summary, as are the runs that `sgtm report --baseline` puts there
+(sgtm/report/beside.py).
 """
 
 from __future__ import annotations
@@ -21,6 +23,12 @@ def shipped_baselines(config: Config) -> dict[str, dict[str, float]]:
         return {}
     shipped = json.loads(file.read_text("utf-8"))
     return shipped["losses"] if shipped["basis"] == basis(config) else {}
+
+
+def with_shipped(summary: dict, config: Config) -> dict:
+    """The summary with the shipped baselines; unchanged where there are none, or the run is not at its end."""
+    shipped = shipped_baselines(config) if summary.get("steps") == summary.get("of_steps") else {}
+    return {**summary, "baselines": shipped} if shipped else summary
 
 
 def basis(config: Config) -> dict:
