@@ -70,9 +70,10 @@ def test_other_settings_are_listed_with_both_values(finished: Path):
 
 
 def test_report_and_evaluation(finished: Path):
-    """The report of a run without evaluation says what is missing; the evaluation knows the corpus's counts."""
+    """The report shows the evaluation in training until there is another; that one has the corpus's counts."""
     assert sgtm("report", finished).returncode == 0
-    assert "has not been evaluated" in (finished / "report/index.html").read_text("utf-8")
+    page = (finished / "report/index.html").read_text("utf-8")
+    assert f"of the evaluation in training after step {STEPS}" in page and "Removing <code>es</code>" in page
     done = sgtm("eval", finished, "--sequences=2")
     assert done.returncode == 0, done.stderr
     summary = json.loads((finished / "summary.json").read_text("utf-8"))
