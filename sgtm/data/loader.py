@@ -27,7 +27,8 @@ import torch
 
 from sgtm.config.schema import Config
 from sgtm.data.batch import Batch, Owners
-from sgtm.data.packing import Piece, Sequence, Stream, derived_seed, in_order, pack, shuffled
+from sgtm.data.evaluation import sequences_of
+from sgtm.data.packing import Piece, Sequence, Stream, derived_seed, pack, shuffled
 from sgtm.data.store import Corpus
 from sgtm.data.summary import labels_of, trained_categories
 from sgtm.masking.certificate import check_certified
@@ -258,27 +259,23 @@ def evaluation_batches(
     `step_targets` is the number of targets of the whole evaluation, over all ranks: a mean loss is the sum of the
     losses divided by it, and `owners` has the document of each target.
 
-    Documents with labelled spans are left out: a category's loss is of that category's tokens alone, and theirs are of
-    several, each read after the others. Where no other document of this category is in the split there are no batches.
+    A category's loss is of that category's tokens alone. Documents with labelled spans are read where they have any, in
+    a span or outside; tokens of other categories are read and have target `IGNORE`. Where no token of this category is
+    in the split there are no batches.
 
     Raises ValueError for a split or category that the corpus does not have.
     """
-    documents = corpus.select(split, category)
-    documents = documents[~np.isin(documents, corpus.spans["document"])]
-    if not len(documents):
+    read = sequences_of(corpus, split, category, config.model.context, isolates_documents(config), max_sequences)
+    if not read.numbers:
         return
-    context, micro_batch = config.model.context, config.for_ranks(1).train.micro_batch
-    label, isolated = config.space.label(corpus.categories[category]), isolates_documents(config)
-    stream = in_order(corpus, documents[shuffled(len(documents), seed=0)], label, context, isolated)
-    available = -(-stream.tokens // context)
-    count = min(available, max_sequences or available)
-    targets, owned = stream.target_count(np.arange(count)), int(stream.owners([count - 1])[0, -1]) + 1
-    stride = micro_batch * world_size
+    micro_batch, label = config.for_ranks(1).train.micro_batch, config.space.label(corpus.categories[category])
+    count, stride = len(read.numbers), micro_batch * world_size
+    owned = int(read.stream.owners([read.numbers[-1]])[0, -1]) + 1
     for first in range(rank * micro_batch, -(-count // stride) * stride, stride):
-        # A sequence past the end of the stream holds padding alone.
-        numbers = [number if number < count else available for number in range(first, first + micro_batch)]
-        batch = collate([stream.read(number) for number in numbers], isolated, targets, frozenset({label}))
-        owners = np.minimum(stream.owners(numbers), owned - 1)  # of padding: any
+        places = range(first, first + micro_batch)
+        sequences = [read.sequence(place, label) for place in places]
+        batch = collate(sequences, read.stream.isolated, read.targets, frozenset({label}))
+        owners = np.minimum(read.stream.owners([read.number(place) for place in places]), owned - 1)  # of padding: any
         yield replace(batch, owners=Owners(torch.from_numpy(owners), owned))
 
 

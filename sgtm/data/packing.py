@@ -234,10 +234,11 @@ def pack(
     }
 
 
-def in_order(corpus: Corpus, documents: np.ndarray, label: int, context: int, isolated: bool) -> Stream:
-    """A stream of these documents as they are given, all of one label: for evaluation."""
-    labels = np.full(len(documents), label, np.int16)
-    return Stream(corpus, documents, _starts(corpus.documents["length"][documents]), labels, context, isolated)
+def in_order(
+    corpus: Corpus, documents: np.ndarray, labels: np.ndarray, context: int, isolated: bool, spans: SpanLabels | None
+) -> Stream:
+    """A stream of these documents as they are given, with the label of each (int16): for evaluation."""
+    return Stream(corpus, documents, _starts(corpus.documents["length"][documents]), labels, context, isolated, spans)
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from rich.table import Table
 
@@ -15,18 +17,63 @@ FEW_TOKENS = 1000
 ONLY_FORGET = "nothing in split train is retain or unlabeled: the model without its domains learns next to nothing"
 
 
+class CategoryCount(NamedTuple):
+    """What a split has of a category: a token in a labelled span is of the span's category, any other its document's.
+
+    documents  that have tokens of the category; one with spans is in the counts of several
+    tokens     of the category
+    spans      labelled stretches of the category
+    in_spans   tokens in them
+    """
+
+    documents: int
+    tokens: int
+    spans: int
+    in_spans: int
+
+
+def category_counts(corpus: Corpus) -> dict[str, dict[str, CategoryCount]]:
+    """By split and category; categories without tokens in a split are left out."""
+    m, names, spans = corpus.manifest, list(corpus.categories), corpus.spans
+    shape = len(m.splits), len(names)
+    of, lengths = corpus.documents[spans["document"]], spans["end"] - spans["start"]
+
+    def counted(category: np.ndarray, chosen: np.ndarray | slice, weights: np.ndarray | None = None) -> np.ndarray:
+        place = of["split"][chosen].astype(np.int64) * len(names) + category[chosen]
+        return np.bincount(place, None if weights is None else weights[chosen], shape[0] * shape[1]).reshape(shape)
+
+    everywhere = slice(None)
+    number, inside = counted(spans["category"], everywhere), counted(spans["category"], everywhere, lengths)
+    taken = counted(of["category"], everywhere, lengths)  # from the document's own category
+    _, first = np.unique(np.stack([spans["document"], spans["category"]]), axis=1, return_index=True)
+    guests = counted(spans["category"], first[of["category"][first] != spans["category"][first]])
+    found: dict[str, dict[str, CategoryCount]] = {}
+    for s, split in enumerate(m.splits):
+        found[split] = {}
+        for c, name in enumerate(names):
+            whole = m.counts[split].get(name)
+            documents, tokens = (whole.documents, whole.tokens) if whole else (0, 0)
+            tokens += int(inside[s, c]) - int(taken[s, c])
+            if tokens:
+                documents += int(guests[s, c])
+                found[split][name] = CategoryCount(documents, tokens, int(number[s, c]), int(inside[s, c]))
+    return found
+
+
 def summary(corpus: Corpus) -> Table:
-    """What a corpus holds, as a table."""
+    """What a corpus holds, as a table; with columns for labelled spans where there are any."""
     m = corpus.manifest
     skipped = f"; {m.empty} empty and {m.dropped} dropped documents left out" if m.empty or m.dropped else ""
     table = Table(title=f"{corpus.path}: vocabulary of {m.vocab_size}, {len(m.shards)} shards{skipped}")
     for column in ("split", "category", "true label"):
         table.add_column(column)
-    for column in ("documents", "tokens"):
+    columns = ("documents", "tokens", "spans", "tokens in spans")[: 4 if len(corpus.spans) else 2]
+    for column in columns:
         table.add_column(column, justify="right")
-    for split, by_category in m.counts.items():
+    for split, by_category in category_counts(corpus).items():
         for category, count in by_category.items():
-            table.add_row(split, category, m.categories[category], f"{count.documents:,}", f"{count.tokens:,}")
+            cells = [f"{number:,}" for number in count[: len(columns)]]
+            table.add_row(split, category, m.categories[category], *cells)
     return table
 
 
@@ -51,12 +98,12 @@ def warnings(corpus: Corpus, rules: Rules) -> list[str]:
         found.append(f"{ONLY_FORGET} (rules: labels)")
     found += [*m.notes, *repeated_texts(corpus)]
     unmatched = [category for category, label in rules.labels.items() if label == DROP and not m.dropped]
-    in_spans = _span_categories(corpus)
+    counts = category_counts(corpus)
     for category in m.categories:
-        tokens = {split: by[category].tokens if category in by else 0 for split, by in m.counts.items()}
+        tokens = {split: by[category].tokens if category in by else 0 for split, by in counts.items()}
         if any(tokens.values()):
             found += _split_warnings(category, tokens)
-        elif category not in in_spans:
+        else:
             unmatched.append(category)
     if unmatched:
         found.append(f"labels of the rules: no document is of category {', '.join(unmatched)}")
@@ -64,19 +111,18 @@ def warnings(corpus: Corpus, rules: Rules) -> list[str]:
 
 
 def labels_of(corpus: Corpus, split: str) -> set[str]:
-    """True labels of a split's documents, and of labelled spans in whatever split."""
+    """True labels of a split's documents and of the labelled spans in them."""
     return set(trained_categories(corpus, split).values())
 
 
 def trained_categories(corpus: Corpus, split: str = "train") -> dict[str, str]:
-    """True label of each category that a split's documents have, or labelled spans in whatever split."""
+    """True label of each category that a split's documents have, or the labelled spans in them."""
     m = corpus.manifest
-    return {category: m.categories[category] for category in {*m.counts.get(split, {}), *_span_categories(corpus)}}
-
-
-def _span_categories(corpus: Corpus) -> set[str]:
-    names = list(corpus.manifest.categories)
-    return {names[number] for number in np.unique(corpus.spans["category"])}
+    if split not in m.splits:
+        return {}
+    inside = corpus.documents["split"][corpus.spans["document"]] == m.splits.index(split)
+    spanned = [list(m.categories)[number] for number in np.unique(corpus.spans["category"][inside])]
+    return {category: m.categories[category] for category in {*m.counts[split], *spanned}}
 
 
 def _split_warnings(category: str, tokens: dict[str, int]) -> list[str]:

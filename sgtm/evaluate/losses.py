@@ -1,7 +1,8 @@
 """Loss of every category, for the full model and for every set of removed domains, and the norms of what layers add.
 
 An ablated loss is a forward pass with those groups inactive: no weight is edited, so it works on a sharded model in
-training as on a loaded one. Losses are nats per target token, a mean over all tokens of the category's sequences.
+training as on a loaded one. Losses are nats per target token, a mean over all tokens of the category; in a document
+with labelled spans each token is of its own category, and is read after those of others.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ def evaluate(
     split      of the corpus; sequences: at most this many of each category, None: all
     check      is called before every batch, on all ranks, and may raise to end the evaluation
     Every rank takes its share of the sequences, with the same number of forward passes.
+
+    Raises ValueError where the split has no target at all.
     """
     subsets = config.space.subsets()
     tables = [removal_tables(config.space, removed) for removed in subsets]
@@ -93,6 +96,8 @@ def evaluate(
                 losses[name][category] = total / count
                 norms[name][category] = of_category.take(all_reduce_sum)[corpus.categories[category]]
             _add_errors(sample, category, all_reduce_sum(by_document.sums).cpu())
+    if not any(losses.values()):
+        raise ValueError(f"split {split} of {corpus.path} has no token that follows another: there is no loss")
     return Evaluation(losses, norms, sample)
 
 

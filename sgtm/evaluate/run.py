@@ -15,6 +15,7 @@ from sgtm.config.located import places_tried
 from sgtm.data.loader import check_corpus
 from sgtm.data.open import open_corpus
 from sgtm.data.store import Corpus
+from sgtm.data.summary import category_counts
 from sgtm.distributed.env import device_type, kernel_backend
 from sgtm.distributed.storage import consolidate
 from sgtm.evaluate.localisation import gradient_norms
@@ -72,7 +73,7 @@ def evaluate_run(run: Path, split: str = "test", sequences: int | None = None, d
         "losses": found.losses,
         **found.sample,
         "retain_with_group": most_with_group(config),
-        "counts": corpus.manifest.model_dump(mode="json")["counts"],
+        "counts": _counts(corpus),
         "split": split,
         "sequences": sequences,
         "seconds": round(seconds, 3),
@@ -84,6 +85,14 @@ def evaluate_run(run: Path, split: str = "test", sequences: int | None = None, d
         "gradient_norms": norms,
         "output_norms": found.norms,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+    }
+
+
+def _counts(corpus: Corpus) -> dict[str, dict[str, dict[str, int]]]:
+    """Documents and tokens by split and category; a token in a labelled span is of the span's category."""
+    return {
+        split: {name: {"documents": count.documents, "tokens": count.tokens} for name, count in by_category.items()}
+        for split, by_category in category_counts(corpus).items()
     }
 
 

@@ -96,4 +96,28 @@ def test_labels_that_matched_nothing(printed):
 def test_a_category_of_spans_alone_is_matched(printed):
     spanned = [{"spans": [], **fields} for fields in GOOD]
     spanned[0]["spans"] = [[0, 4, "toxin"]]
-    assert printed(spanned, spans="spans", labels={**RULES["labels"], "toxin": "forget:bio"})[1] == []
+    assert printed(spanned, spans="spans", labels={**RULES["labels"], "toxin": "forget:bio"})[1] == [
+        "category toxin has no document in split test: it has no loss in an evaluation"
+    ]
+
+
+def test_spans_are_counted_by_split_for_their_own_category(printed):
+    """A corpus whose documents all have spans."""
+    labels = {"en": "retain", "toxin": "forget:bio", "venom": "forget:bio"}
+    records = [
+        record(0, length=1200, spans=[[0, 5, "toxin"], [6, 10, "toxin"], [20, 21, "venom"]]),
+        record(1, length=2000, split="test", spans=[[100, 1300, "toxin"]]),
+    ]
+    shown, found = printed(records, spans="spans", labels=labels)
+    rows = [line.replace("│", " ").split() for line in shown.splitlines() if "│" in line]
+    assert rows == [
+        ["test", "en", "retain", "1", "801", "0", "0"],
+        ["test", "toxin", "forget:bio", "1", "1,200", "1", "1,200"],
+        ["train", "en", "retain", "1", "1,191", "0", "0"],
+        ["train", "toxin", "forget:bio", "1", "9", "2", "9"],
+        ["train", "venom", "forget:bio", "1", "1", "1", "1"],
+    ]
+    assert found == [
+        "category en has only 801 tokens in split test: its loss in an evaluation is not reliable",
+        "category venom has no document in split test: it has no loss in an evaluation",
+    ]
