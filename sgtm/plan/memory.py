@@ -2,7 +2,8 @@
 
 Held: weights, the optimizer's fp32 copy of them and its moments, and gradients in fp32 (ZeRO 1 in fp32 keeps those as
 `.grad`). With hpZ also the second copy of the weights, from their first release to the end of the step.
-tests/dist/test_plan.py compares this with the tensors of engines on 2 and 4 ranks.
+tests/dist/test_plan.py compares this with the tensors of engines on 2 and 4 ranks, and the size of a checkpoint with
+the files that they write.
 
 Added in a micro-batch: the weights that ZeRO-3 has gathered, buckets of gradients on their way, activations that the
 backward pass needs, and the larger of what the loss and the backward pass of a block work with. Added by the
@@ -67,6 +68,16 @@ def memory(config: Config, stage: int, ranks: int, limits: Limits | None = None)
             del held["gradients"]
         updating = 0
     return Memory(held, passing, updating, host)
+
+
+def checkpoint_bytes(config: Config, stage: int) -> int:
+    """Of a checkpoint, all ranks' files together: fp32 weights and moments, and but for ZeRO 3 the model's weights.
+
+    ZeRO 0 in fp32 has no other copy of these. Left out: some kB of names and counts for each rank, and padding.
+    """
+    total, width = sum(parameter_sizes(config).values()), width_of(config)
+    twice = stage < 3 and not (stage == 0 and width == 4)
+    return total * (12 + (width if twice else 0))
 
 
 def _share(sizes: dict[str, int], stage: int, ranks: int) -> int:

@@ -1,4 +1,4 @@
-"""The plan of a run: what each ZeRO stage would need and how fast it would be."""
+"""The plan of a run: what each ZeRO stage would need, how fast it would be, and which one to take."""
 
 from __future__ import annotations
 
@@ -7,21 +7,28 @@ from dataclasses import asdict, dataclass
 
 from sgtm.config.schema import Config
 from sgtm.plan.fit import STAGES, check_divides
-from sgtm.plan.memory import Memory, memory
+from sgtm.plan.memory import Memory, checkpoint_bytes, memory
 from sgtm.plan.shapes import parameter_sizes
-from sgtm.plan.speed import Machine, Speed, speed
+from sgtm.plan.speed import Duration, Machine, Speed, duration, speed
 from sgtm.plan.traffic import Collective, collectives
 from sgtm.plan.units import GB, counted
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one ZeRO stage needs and, by the stated model, how fast it is."""
+    """What one ZeRO stage needs and, by the stated model, how fast it is.
+
+    whole, best  the run in time, with nothing hidden behind the computation and at best
+    checkpoint   bytes
+    """
 
     stage: int
     memory: Memory
     moved: list[Collective]
     speed: Speed
+    whole: Duration
+    best: Duration
+    checkpoint: int
 
 
 def plan(config: Config, machine: Machine) -> list[Row]:
@@ -33,12 +40,25 @@ def plan(config: Config, machine: Machine) -> list[Row]:
     rows = []
     for stage in STAGES[1:] if config.distributed.offload_optimizer else STAGES:
         moved = collectives(config, stage, machine.ranks)
-        rows.append(Row(stage, memory(config, stage, machine.ranks), moved, speed(config, machine, moved)))
+        found = speed(config, machine, moved)
+        whole, best = (duration(config, machine, step) for step in (found.step, found.best_step))
+        held = memory(config, stage, machine.ranks)
+        rows.append(Row(stage, held, moved, found, whole, best, checkpoint_bytes(config, stage)))
     return rows
+
+
+def recommended(rows: list[Row], machine: Machine) -> Row | None:
+    """Of the stages that fit the fastest with nothing hidden, which is the same assumption for all; None: none fits.
+
+    Of equal ones the lower stage, but ZeRO 1 before 0: it sends as much and holds no more.
+    """
+    fit = [row for row in rows if row.memory.peak <= machine.memory * GB]
+    return min(fit, key=lambda row: (row.speed.step, row.stage or 1.5), default=None)
 
 
 def as_json(config: Config, machine: Machine, rows: list[Row]) -> str:
     """Bytes, seconds and shares, under the names that the code has."""
+    choice = recommended(rows, machine)
     return json.dumps(
         {
             "config": config.name,
@@ -46,7 +66,9 @@ def as_json(config: Config, machine: Machine, rows: list[Row]) -> str:
             "ranks": machine.ranks,
             "accumulation": config.accumulation(machine.ranks),
             "tokens_per_step": config.train.tokens_per_step,
+            "steps": config.train.steps,
             "machine": asdict(machine),
+            "recommended_zero_stage": None if choice is None else choice.stage,
             "stages": [
                 {
                     "zero_stage": row.stage,
@@ -56,6 +78,9 @@ def as_json(config: Config, machine: Machine, rows: list[Row]) -> str:
                     "sent_bytes_per_rank": sum(c.sent(machine.ranks) for c in row.moved),
                     "collectives": [asdict(c) for c in row.moved],
                     "speed": asdict(row.speed),
+                    "whole": asdict(row.whole),
+                    "best": asdict(row.best),
+                    "checkpoint_bytes": row.checkpoint,
                 }
                 for row in rows
             ],

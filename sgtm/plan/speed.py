@@ -3,11 +3,14 @@
     compute        FLOPs of the model, and those of recomputed blocks, over the ranks' peak times `reached`
     communication  a ring over all ranks goes through the network inside each node and, once for each node, through the
                    one between nodes; the slower of the two sets the pace, at its bandwidth times `sustained`
-    step           one after the other, but the longer of both for what is overlapped: the reduction of gradients in
-                   ZeRO 2, and all of ZeRO 3's communication (DeepSpeed's overlap_comm)
+    step           one after the other, in every stage: the assumption that stages are compared under
+    best_step      what the engine sends while the ranks compute takes no time of its own, as far as the computation
+                   lasts: the reduction of gradients in ZeRO 2, and all that ZeRO 3 sends (DeepSpeed's overlap_comm).
+                   ZeRO 0 and 1 send after the last micro-batch, so theirs is `step`
 
-Left out: latency, the optimizer's own time, the input, and what masks save. Model FLOP utilisation is the model's FLOPs
-alone over the peak (sgtm/plan/shapes.py).
+A run lies between the two; where depends on bandwidth left beside the computation, which nothing here measures.
+Left out: latency, the optimizer's own time, the input, evaluations, and what masks save. Model FLOP utilisation is the
+model's FLOPs alone over the peak (sgtm/plan/shapes.py).
 """
 
 from __future__ import annotations
@@ -57,6 +60,7 @@ class Speed:
 
     inside   bytes that one GPU sends to others of its node, mean over the GPUs
     between  bytes that one node sends to others
+    step     with nothing hidden; tokens_per_second and utilisation are of it
     """
 
     inside: float
@@ -64,8 +68,26 @@ class Speed:
     compute: float
     communication: float
     step: float
+    best_step: float
     tokens_per_second: float
     utilisation: float
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Of all steps of a run, by the time of one.
+
+    gpu_hours  of all GPUs together
+    """
+
+    days: float
+    gpu_hours: float
+
+
+def duration(config: Config, machine: Machine, step: float) -> Duration:
+    """Of the run, where a step takes `step` seconds."""
+    hours = config.train.steps * step / 3600
+    return Duration(days=hours / 24, gpu_hours=machine.ranks * hours)
 
 
 def speed(config: Config, machine: Machine, moved: list[Collective]) -> Speed:
@@ -80,7 +102,7 @@ def speed(config: Config, machine: Machine, moved: list[Collective]) -> Speed:
     flops = model_flops(config.model) * config.train.tokens_per_step
     again = recomputed_flops(config.model) * config.train.tokens_per_step
     compute = (flops + again) / (peak * machine.reached)
-    step = max(compute, hidden) + communication - hidden
+    step = compute + communication
     mean_within = sent * (machine.gpus - 1) / machine.gpus if machine.nodes > 1 else within
     return Speed(
         inside=mean_within,
@@ -88,6 +110,7 @@ def speed(config: Config, machine: Machine, moved: list[Collective]) -> Speed:
         compute=compute,
         communication=communication,
         step=step,
+        best_step=max(compute, hidden) + communication - hidden,
         tokens_per_second=config.train.tokens_per_step / step,
         utilisation=flops / (peak * step),
     )

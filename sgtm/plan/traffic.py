@@ -20,6 +20,8 @@ from sgtm.plan.zero3 import Limits, gathers, persistent
 
 ALL_REDUCE, REDUCE, REDUCE_SCATTER, ALL_GATHER = "all-reduce", "reduce", "reduce-scatter", "all-gather"
 
+PASSES = {ALL_REDUCE: 2, REDUCE: 1, REDUCE_SCATTER: 1, ALL_GATHER: 1}
+"""How often a ring sends the tensor on."""
 WIDTHS = {"bf16": 2, "fp32": 4}
 
 
@@ -38,16 +40,19 @@ class Collective:
     overlapped: bool = False
 
     def sent(self, ranks: int) -> float:
-        """Bytes that each rank sends in a step."""
+        """Bytes that each rank sends in a step: elements x width x times x passes x (ranks - 1) / ranks."""
         return self.times * ring_bytes(self.kind, self.elements * self.width, ranks)
+
+    @property
+    def passes(self) -> int:
+        return PASSES[self.kind]
 
 
 def ring_bytes(kind: str, size: int, ranks: int) -> float:
     """Bytes each rank sends in a ring collective over `size` bytes, the whole tensor on one rank (Patarasuk and Yuan,
     2009): an all-reduce is a reduce-scatter and an all-gather. In a reduce every rank but one sends the tensor on: the
     mean."""
-    passes = {ALL_REDUCE: 2, REDUCE: 1, REDUCE_SCATTER: 1, ALL_GATHER: 1}[kind]
-    return passes * size * (ranks - 1) / ranks
+    return PASSES[kind] * size * (ranks - 1) / ranks
 
 
 def width_of(config: Config) -> int:

@@ -9,7 +9,7 @@ large one is gathered twice, and what activation checkpointing recomputes a thir
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from sgtm.config.schema import Config, ModelConfig
@@ -49,6 +49,14 @@ class Gathers:
 def persistent(sizes: dict[str, int], limits: Limits) -> set[str]:
     """Parameters that stay whole on every rank and are gathered only after the optimizer's step."""
     return {name for name, size in sizes.items() if size <= limits.persistence}
+
+
+def gathered_times(config: Config, limits: Limits | None = None) -> dict[int, int]:
+    """By number of gathers in a micro-batch, how many elements have it: of all parameters that are not persistent."""
+    sizes, found = parameter_sizes(config), Counter()
+    for name, times in Counter(gathers(config, limits or Limits()).names).items():
+        found[times] += sizes[name]
+    return dict(sorted(found.items()))
 
 
 def gathers(config: Config, limits: Limits) -> Gathers:
