@@ -257,6 +257,11 @@ def _train(options) -> None:
             raise ConfigError(message) from None
         raise
 
+    if _only_rank() and config.data.path != "synthetic":
+        from sgtm.data.store import read_manifest
+
+        read_manifest(Path(config.data.path))  # whose errors come before anything heavy is imported
+
     from sgtm.train.loop import train
 
     train(config, resume=options.resume, overwrite=options.overwrite)
@@ -275,9 +280,12 @@ def _export(options) -> None:
 
 def _explain(options) -> None:
     from sgtm.config import load_config
+
+    config = load_config(options.config, options.overrides)
+
     from sgtm.explain import print_explanation
 
-    print_explanation(load_config(options.config, options.overrides))
+    print_explanation(config)
 
 
 def _bench(options) -> None:
@@ -304,11 +312,13 @@ def _profile(options) -> None:
 
 def _doctor(options) -> int:
     from sgtm.config import load_config
-    from sgtm.doctor import print_findings
 
     if options.overrides and not options.config:
         raise ValueError(f"{options.overrides[0]} is a key of a config, which only --check takes")
     check = load_config(options.config, options.overrides) if options.config else None
+
+    from sgtm.doctor import print_findings
+
     return print_findings(as_json=options.json, check=check)
 
 
@@ -361,7 +371,7 @@ def _without_auto(argv: list[str]) -> list[str]:
 
 
 def _only_rank() -> bool:
-    from sgtm.distributed.env import rank_and_size
+    from sgtm.launched import rank_and_size
 
     return rank_and_size()[1] == "1"
 

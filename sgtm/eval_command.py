@@ -18,8 +18,13 @@ def add_eval_options(parser: argparse.ArgumentParser, positive: Callable[[str], 
 
 def run_eval(options) -> None:
     from sgtm.config.load import load_run_config
+    from sgtm.config.located import locate_data
+    from sgtm.data.store import check_split, read_manifest
 
-    config = load_run_config(options.run_dir)  # before anything heavy is imported
+    config = load_run_config(options.run_dir)
+    folder = Path(locate_data(config, options.run_dir, options.data_path).data.path)
+    if folder.is_dir():  # mistakes come before anything heavy is imported
+        check_split(folder, read_manifest(folder).splits, options.split)
     from sgtm.evaluate.run import evaluate_run, write_summary
     from sgtm.report import print_summary
     from sgtm.report.baselines import with_shipped

@@ -25,7 +25,7 @@ from sgtm.masking.labels import OPEN
 from sgtm.model.rows import ALWAYS, ENDS, live_keys
 from sgtm.model.transformer import Transformer
 from sgtm.train.initial_model import export_record
-from sgtm_kernels.plan import PARTS
+from sgtm_kernels.tables import PARTS
 
 LEGEND = "attn_in: Wq Wk Wv; attn_out: Wo; mlp_in: W1, or gate and up; mlp_out: W2, or down; in-side biases with them"
 NOTHING = "-"

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
 from rich.console import Console
 
 import sgtm
@@ -129,6 +128,8 @@ def memory_limit(where: Where, given: float | None) -> tuple[float, str] | None:
     if where.launcher == "slurm" or (where.nodes > 1 and not gpus):
         return None
     if gpus:
+        import torch
+
         device = torch.cuda.get_device_properties(0)
         return device.total_memory, f"the {device.name} here {ANOTHER}"
     shared = f"this machine's memory over {counted(where.gpus, 'rank')} {ANOTHER}"
@@ -171,4 +172,9 @@ def _print(config: Config, machine: Machine, limit, environment: dict[str, str],
 
 def _gpus_here() -> int:
     """GPUs that a run started here would use."""
-    return 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
+
+    import torch  # takes seconds, so what is wrong with the config or the options comes before
+
+    return torch.cuda.device_count()

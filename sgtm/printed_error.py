@@ -14,7 +14,7 @@ def print_error(error: ValueError | OSError) -> None:
     """One message. What every rank finds alike (a config) only rank 0 says, what all raise together (`error.rank`, see
     sgtm/distributed/agree.py) the rank that it comes from; anything else each rank says for itself.
     """
-    from sgtm.distributed.env import rank_and_size
+    from sgtm.launched import rank_and_size
 
     rank, ranks = rank_and_size()
     text = str(error)

@@ -25,7 +25,7 @@ from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import OPEN, LabelSpace
 from sgtm.masking.partition import Partition, build_partition
 from sgtm.masking.strategy import build_tables, own_joint
-from sgtm_kernels.plan import Tables
+from sgtm_kernels.tables import Tables
 
 DERIVED_TOKENS = 16_384  # of a micro-batch whose size is derived, at most
 

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from sgtm.masking.strategy import JOINT, PRESETS
-from sgtm_kernels.plan import KINDS
+from sgtm_kernels.tables import KINDS
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]

@@ -115,7 +115,7 @@ class Corpus:
         Raises ValueError naming the file when anything is missing, damaged or of another format.
         """
         path = Path(path)
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             list(pool.map(lambda item: _check_file(path / item[0], item[1], verify), manifest.files.items()))
         documents, spans = _load_index(path / DOCUMENTS, DOCUMENT), _load_index(path / SPANS, SPAN)
@@ -161,9 +161,7 @@ class Corpus:
 
     def select(self, split: str, category: str | None = None) -> np.ndarray:
         """int64 positions of a split's documents (of one category). Raises ValueError that lists the known names."""
-        if split not in self.manifest.splits:
-            slip, known = look_alike(split, self.manifest.splits), ", ".join(self.manifest.splits)
-            raise ValueError(f"{self.path} has no split {split!r}{slip}; its splits are {known}")
+        check_split(self.path, self.manifest.splits, split)
         chosen = self.documents["split"] == self.manifest.splits.index(split)
         if category is not None:
             if category not in self.categories:
@@ -189,7 +187,15 @@ class Corpus:
         return self._shards[number]
 
 
-def _read_manifest(path: Path) -> Manifest:
+def check_split(path: Path, splits: list[str], split: str) -> None:
+    """Raises ValueError where the corpus at `path` has no split of this name, with those that it has."""
+    if split not in splits:
+        slip, known = look_alike(split, splits), ", ".join(splits)
+        raise ValueError(f"{path} has no split {split!r}{slip}; its splits are {known}")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a corpus; no other file of it is read. Raises ValueError as `Corpus.open`."""
     if path.is_file():
         raise ValueError(
             f"{path} is a file, and data.path names the folder that `sgtm prepare` makes of it: "

@@ -13,14 +13,13 @@ import torch.distributed as dist
 from sgtm.config.schema import Config
 from sgtm.distributed import watchdog
 from sgtm.distributed.env import (
-    Launch,
     cpu_threads,
-    detect_launch,
     device_type,
     gpu_of,
     keep_freed_memory,
     use_deterministic_algorithms,
 )
+from sgtm.launched import Launch, detect_launch
 
 FOREVER = timedelta(days=1000)
 _joined: Launch | None = None

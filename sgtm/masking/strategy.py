@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from sgtm.masking.labels import RETAIN, LabelSpace
-from sgtm_kernels.plan import KINDS, PARTS, Tables
+from sgtm_kernels.tables import KINDS, PARTS, Tables
 
 Grid = list[list[float]]
 

@@ -24,17 +24,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from sgtm.masking.partition import Partition
-from sgtm.model.rows import ENDS
+from sgtm.model.domain_parts import ends
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan, Tables, merge_runs
-
-
-class Part(NamedTuple):
-    """One parameter of a domain's part: attribute of the model, shape, key of its rows (sgtm/model/rows.py)."""
-
-    name: str
-    shape: tuple[int, int]
-    key: str
 
 
 class Subset(NamedTuple):
@@ -51,24 +42,6 @@ class Subset(NamedTuple):
     learns: float
     plan: MaskPlan
     index: torch.Tensor | None
-
-
-def ends(tied: bool) -> tuple[str, ...]:
-    """The matrices that have parts of their own."""
-    return ENDS[:1] if tied else ENDS
-
-
-def domain_parts(partition: Partition, vocab: int, width: int, tied: bool) -> list[Part]:
-    """Parameters of all domains' parts, in a fixed order."""
-    rank, found = partition.embedding, []
-    for group, name in enumerate(partition.groups[1:] if rank != "none" else (), start=1):
-        for end in ends(tied):
-            own, key = f"{end}_{group}", f"{end}.{name}"
-            if rank == "full":
-                found.append(Part(own, (vocab, width), key))
-            else:
-                found += [Part(f"{own}_rows", (vocab, rank), key), Part(f"{own}_basis", (rank, width), key)]
-    return found
 
 
 def add_domains(x: torch.Tensor, parts: dict[str, torch.Tensor], ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from sgtm.config.schema import ModelConfig
 from sgtm.masking.partition import LayerPartition, Partition
-from sgtm.model.domain_embedding import ends
+from sgtm.model.domain_parts import ends
 from sgtm.model.hf_config import hf_config, model_config_from_hf
 from sgtm.names import look_alike
 

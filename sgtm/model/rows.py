@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sgtm.masking.partition import LayerPartition
-from sgtm_kernels.plan import Tables
+from sgtm_kernels.tables import Tables
 
 ALWAYS = "always"
 ENDS = ("embedding", "head")

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sgtm.masking.partition import LayerPartition, Partition
-from sgtm.model.domain_embedding import add_domains, domain_parts, head_of, subsets
+from sgtm.model.domain_embedding import add_domains, head_of, subsets
+from sgtm.model.domain_parts import domain_parts
 from sgtm.model.gradient_order import awaited, held
 from sgtm.model.rows import Rows, group_rows, head_row_bounds, joint_rows, mlp_in_bounds, qkv_bounds
 from sgtm_kernels.attention import HeadLayout, attention

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from sgtm.config.schema import Config, ModelConfig
-from sgtm.model.domain_embedding import domain_parts
+from sgtm.model.domain_parts import domain_parts
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:

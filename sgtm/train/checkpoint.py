@@ -24,9 +24,7 @@ from pathlib import Path
 from sgtm.config.load import load_run_config
 from sgtm.config.located import locate_data
 from sgtm.config.schema import Config
-from sgtm.distributed.env import kernel_backend
 from sgtm.files import sha256_of, write_atomically
-from sgtm_kernels.dispatch import served
 
 MANIFEST = "manifest.json"
 DAMAGED = "damaged-"
@@ -189,6 +187,9 @@ def resolved(config: Config) -> dict:
     """The config as a manifest keeps it, spelled out, with the kernel backend that runs: another one adds in another
     order.
     """
+    from sgtm.distributed.env import kernel_backend  # torch, which `sgtm checkpoint verify` does without
+    from sgtm_kernels.dispatch import served
+
     values = config.spelled_out()
     values["kernels"]["backend"] = served(kernel_backend(config))
     return values

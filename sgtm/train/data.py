@@ -8,7 +8,7 @@ from sgtm.config import Config
 from sgtm.data.open import open_corpus
 from sgtm.data.store import Corpus
 from sgtm.distributed.agree import on_every_rank, on_rank_zero, together
-from sgtm.distributed.env import Launch
+from sgtm.launched import Launch
 
 
 def open_everywhere(config: Config, launch: Launch) -> Corpus:

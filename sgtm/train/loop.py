@@ -20,11 +20,11 @@ from sgtm.data.store import Corpus
 from sgtm.data.summary import ONLY_FORGET, trained_categories
 from sgtm.distributed.agree import on_rank_zero, together
 from sgtm.distributed.engine import Engine
-from sgtm.distributed.env import Launch
 from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.segments import full_numel
 from sgtm.distributed.watchdog import enter
 from sgtm.evaluate.losses import evaluate
+from sgtm.launched import Launch
 from sgtm.masking.certificate import certified, check_certified
 from sgtm.model.output_norms import OutputNorms
 from sgtm.model.transformer import Transformer

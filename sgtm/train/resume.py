@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from sgtm.config.reference import flat, section
 from sgtm.config.schema import Config
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
-from sgtm.distributed.env import on_one_machine
+from sgtm.launched import on_one_machine
 from sgtm.train.checkpoint import finished, newest_whole, none_whole, read_manifest, resolved, set_aside, verify
 
 if TYPE_CHECKING:

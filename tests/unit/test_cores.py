@@ -14,7 +14,8 @@ import pytest
 
 from sgtm import cores
 from sgtm.cores import cpu_quota, usable_cores
-from sgtm.distributed.env import Launch, cpu_threads
+from sgtm.distributed.env import cpu_threads
+from sgtm.launched import Launch
 from sgtm.train.contention import STEPS, ContentionWatch
 
 

@@ -33,7 +33,7 @@ from families import (
 )
 
 from sgtm.masking.strategy import build_tables, removal_tables
-from sgtm.model.domain_embedding import domain_parts
+from sgtm.model.domain_parts import domain_parts
 from sgtm.model.rows import live_keys
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.embedding import embedding

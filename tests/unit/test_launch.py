@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from sgtm.distributed import env
-from sgtm.distributed.env import Launch, detect_launch
+from sgtm.launched import TORCH_VARIABLES, Launch, detect_launch
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -273,7 +273,7 @@ for _ in range(20):
     del tensors
 print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    environ = {k: v for k, v in os.environ.items() if k not in (*env.TORCH_VARIABLES, "LD_PRELOAD")}
+    environ = {k: v for k, v in os.environ.items() if k not in (*TORCH_VARIABLES, "LD_PRELOAD")}
 
     def faults(*arguments: str) -> int:
         command = [sys.executable, "-c", code, *arguments]

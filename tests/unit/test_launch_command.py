@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sgtm import launch as launching
 from sgtm.cli import main
@@ -155,7 +156,7 @@ def test_the_memory_of_a_login_node_says_nothing_of_the_others(monkeypatch, caps
     assert main([*several, "--memory=0.001"]) == 2
     monkeypatch.setattr(launching, "_gpus_here", lambda: 2)
     device = type("Device", (), {"total_memory": 1_000_000, "name": "GPU"})()
-    monkeypatch.setattr(launching.torch.cuda, "get_device_properties", lambda index: device)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
     assert main(several) == 2
     assert "more than the 1.0 MB of the GPU here (for another: --memory GB)" in capsys.readouterr().err
 

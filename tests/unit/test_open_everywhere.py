@@ -17,7 +17,7 @@ from sgtm.distributed.testing import run_ranks
 def open_on_nodes(folder: str, changes: list[str]) -> list[str]:
     """What this rank is told after each change to the second node's copy; each is undone."""
     from sgtm.distributed.agree import on_rank_zero
-    from sgtm.distributed.env import Launch
+    from sgtm.launched import Launch
     from sgtm.train.data import open_everywhere
 
     rank = int(os.environ["RANK"])

@@ -1,0 +1,102 @@
+"""A mistake is printed before anything heavy is imported: torch takes a second, deepspeed and transformers several.
+
+Each command runs in a process of its own, whose modules are looked at afterwards; times would depend on the machine.
+
+Faults tried, each seen to fail: `Tables` beside the plan of a micro-batch, which needs torch; the rank of a printed
+error from a module that imports it; `explain` imported before its config is read; a folder of data that is missing
+found when training begins; the split of an evaluation checked after the model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from corpora import build, record, write_jsonl
+
+from sgtm.config import load_config, save_config
+
+HEAVY = ("torch", "deepspeed", "transformers", "datasets", "pyarrow", "matplotlib", "wandb", "triton")
+CODE = f"""
+import json, sys
+from sgtm.cli import main
+for line in json.load(sys.stdin):
+    try:
+        status = main(line)
+    except SystemExit as error:
+        status = error.code
+    loaded = [name for name in {HEAVY!r} if name in sys.modules]
+    print(json.dumps([status, loaded]), flush=True)
+    print("end of one", file=sys.stderr, flush=True)
+    if loaded:
+        break
+"""
+
+MISTAKES = {
+    "train nosuch.yaml": "no such file",
+    "train slip.yaml": "did you mean train.steps?",
+    "train debug --steps 3": "did you mean --train.steps?",
+    "train debug --train.stepz 3": "did you mean train.steps?",
+    "train debug --model.heads 3": "is not a multiple of heads 3",
+    "train debug --masking.joint some": "masking.joint",
+    "train debug --data.path nosuch": "no corpus at nosuch",
+    "train runs/none --resume": "not a run directory",
+    "train runs/mine": "is a run directory; go on with it",
+    "eval runs/none": "not a run directory",
+    "eval runs/mine --splti test": "unrecognized arguments: --splti",
+    "eval runs/mine --split tset": "no split 'tset'; its splits are",
+    "export runs/none --out x": "not a run directory",
+    "report runs/none": "not a run directory",
+    "checkpoint verify runs/none": "holds no checkpoint",
+    "explain slip.yaml": "did you mean train.steps?",
+    "config nosuch": "unknown preset",
+    "plan slip.yaml": "did you mean train.steps?",
+    "plan debug --nodes 0": "expected a whole number above 0",
+    "plan debug --gpus 7": "is not a multiple of",
+    "launch debug --launcher torchrun": "needs --rendezvous",
+    "launch debug --gpus 7 --dry-run": "is not a multiple of",
+    "bench debug --rounds 0": "expected a whole number above 0",
+    "profile slip.yaml": "did you mean train.steps?",
+    "quickstart --train.stepz 3": "did you mean train.steps?",
+    "doctor --check slip.yaml": "did you mean train.steps?",
+    "prepare nosuch --rules rules.yaml --out x": "no such file or folder: nosuch",
+    "prepare a.jsonl --rules nosuch.yaml --out x": "no rule file at nosuch.yaml",
+    "traim debug": "invalid choice",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """With a corpus, a run of it without a checkpoint, and a config with a slip."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    build(folder / "corpus", [record(0), record(1, split="test")])
+    (folder / "slip.yaml").write_text("extends: debug\ntrain: {stepz: 3}\n")
+    write_jsonl(folder / "a.jsonl", [record(0)])
+    (folder / "rules.yaml").write_text("labels: {en: retain}\n")
+    (folder / "runs/mine").mkdir(parents=True)
+    save_config(load_config("debug", ["--name=mine", "--data.path=corpus"]), folder / "runs/mine/config.yaml")
+    return folder
+
+
+def test_mistakes_import_nothing_heavy(folder):
+    """One process for all: what one imports the next would be blamed for, so the first ends it."""
+    lines = json.dumps([line.split() for line in MISTAKES])
+    command = [sys.executable, "-c", CODE]
+    done = subprocess.run(command, cwd=folder, input=lines, capture_output=True, text=True, timeout=120)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    messages = done.stderr.split("end of one\n")
+    for (line, expected), (status, loaded), message in zip(MISTAKES.items(), found, messages, strict=False):
+        assert loaded == [], line
+        assert status == 2 and expected in message, (line, message)
+    assert len(found) == len(MISTAKES)
+
+
+def test_help_with_all_keys_and_a_plan_import_no_torch(folder):
+    lines = json.dumps([["train", "--help"], ["config", "debug"], ["plan", "debug", "--gpus", "4"]])
+    command = [sys.executable, "-c", CODE]
+    done = subprocess.run(command, cwd=folder, input=lines, capture_output=True, text=True, timeout=120)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[0,")]
+    assert found == [[0, []]] * 3, done.stderr
