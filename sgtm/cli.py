@@ -15,6 +15,8 @@ import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import wrap
 
 from sgtm.printed_error import print_error
 from sgtm.stopping import Stopped, stoppable
@@ -30,6 +32,7 @@ OPTIONS = {
     "plan": ("nodes", "gpus", "memory", "tflops", "inside", "between", "reached", "sustained", "json"),
     "launch": ("launcher", "nodes", "gpus", "rendezvous", "hostfile", "memory", "resume", "overwrite", "dry-run"),
 }
+MEANING = {"initial_indent": " " * 6, "subsequent_indent": " " * 6, "break_on_hyphens": False}  # of a key, in --help
 STOPPABLE = ("train", "quickstart", "eval", "export", "report", "checkpoint", "sweep", "profile")
 RESUMED = ("prepare", "sweep")  # by the same command
 CONFIGURED = ("train", "explain", "config", "quickstart", "bench", "profile", "plan", "launch", "doctor")
@@ -210,14 +213,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _with_keys(format_help):
-    """`sgtm train --help` ends with every key of the configuration."""
+    """`sgtm train --help` ends with every key of the configuration and its meaning, in the words of docs/config.md."""
 
     def text() -> str:
         from sgtm.config.reference import keys
         from sgtm.config.schema import Config
 
-        lines = [f"  --{key.name}  {key.takes}" + (f" [{key.default}]" if key.default else "") for key in keys(Config)]
-        return "\n".join([format_help(), "keys [default], explained in docs/config.md:", *lines, ""])
+        lines = []
+        for key in keys(Config):
+            lines.append(f"  --{key.name}  {key.takes}" + (f" [{key.default}]" if key.default else ""))
+            lines += wrap(key.doc, max(40, get_terminal_size().columns - 2), **MEANING)
+        return "\n".join(
+            [format_help(), "keys, what they take [default], and what they mean (also docs/config.md):", *lines, ""]
+        )
 
     return text
 

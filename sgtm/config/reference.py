@@ -25,7 +25,7 @@ class Key:
     name      dotted, e.g. `model.layers`
     takes     what it takes, e.g. `whole number above 0`
     default   as it would be written in YAML, or None where the key must be given
-    doc       what it means; may be empty where the name says it
+    doc       what it means: the docstring of the field
     """
 
     name: str

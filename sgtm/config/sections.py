@@ -38,8 +38,11 @@ class ModelConfig(Section):
     """`gpt_neo`: LayerNorm, learned positions, tanh-GELU, attention scale 1, tied head.
     `llama`: RMSNorm, RoPE, SwiGLU."""
     layers: PositiveInt
+    """Transformer blocks, each attention and an MLP."""
     hidden_size: PositiveInt
+    """Width of the residual stream."""
     heads: PositiveInt
+    """Attention heads of each layer, all groups together."""
     kv_heads: PositiveInt | None = None
     """KV heads of grouped-query attention (llama); default: as many as heads."""
     head_dim: PositiveInt | None = None
@@ -47,6 +50,7 @@ class ModelConfig(Section):
     intermediate_size: PositiveInt
     """Number of MLP neurons."""
     vocab_size: PositiveInt
+    """Rows of the token embedding: the tokenizer's entries, or up to the next multiple of 128."""
     context: PositiveInt
     """Tokens of a training sequence and the longest one the model takes."""
     window: PositiveInt | None = None
@@ -56,8 +60,11 @@ class ModelConfig(Section):
     head_bias: bool = False
     """Whether the LM head has a bias (gpt_neo)."""
     norm_eps: PositiveFloat = 1e-5
+    """Added to the variance in LayerNorm and RMSNorm."""
     rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary positions' wavelengths (llama)."""
     init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weight matrices."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
 
@@ -95,6 +102,10 @@ class MaskingConfig(Section):
     domains: list[str] = ["forget"]
     """Names of the dangerous domains; each gets a group of heads and neurons."""
     strategy: Literal[tuple(PRESETS)] = "sgtm"
+    """What forget tokens may update. `sgtm`: the weights of their domain's group alone; `no_mlp_out`, `no_attn_out`,
+    `no_out`: also the retain group's output weights, of that part or both; `gradient_routing`: no gradient flows back
+    through the retain group; `activation_masking`: the retain group is off; `gram`: as `sgtm`, with joint `strict`;
+    `none`: everything, the unmasked baseline."""
     joint: Literal[tuple(JOINT)] | list[Literal[KINDS]] | None = None
     """Joint parameters that forget tokens leave alone besides what the strategy says itself: `free` (none), `masked`
     (embedding, position, head weight and the blocks' norms, as in the paper's Wikipedia models), `strict` (all), or a
@@ -153,14 +164,18 @@ class DataConfig(Section):
     upsample: dict[str, NonNegativeFloat] = {}
     """How often a category's documents are seen per epoch; 0 leaves it out, fractions are drawn by document."""
     seed: NonNegativeInt = 0
+    """Of the order of the data and of the label channel's draws."""
 
 
 class OptimizerConfig(Section):
     """AdamW (Loshchilov and Hutter, 2019) with warm-up and cosine."""
 
     lr: PositiveFloat = 5e-4
+    """Peak of the learning rate, after the warm-up."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """Decay of AdamW's first and second moment."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
     """Of weight matrices and embeddings; norms and biases are not decayed."""
     grad_clip: NonNegativeFloat = 1.0
@@ -188,12 +203,14 @@ class TrainConfig(Section):
     """Length and arithmetic of training."""
 
     steps: PositiveInt = 1000
+    """Global steps, which are updates of the optimizer, from the beginning of the run."""
     tokens_per_step: PositiveInt = 65536
     """Tokens of a global step, over all ranks; the accumulation is derived from it."""
     micro_batch: PositiveInt | None = None
     """Sequences of a micro-batch on one rank. None: the most that divide a rank's share of the step, up to 16,384
     tokens."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    """Of weights and activations; the optimizer's copy of the weights is fp32 either way."""
     compile: Literal["off", "blocks"] = "off"
     """`blocks`: `torch.compile` every transformer block before the first step. Losses then differ by rounding. A CPU
     needs a C++ compiler, CUDA needs Triton and a C compiler. ZeRO 3 gathers all weights of a block at once. The norms
@@ -217,6 +234,7 @@ class TrainConfig(Section):
     async_checkpoint: bool = True
     """Train on while a checkpoint is written; a copy of each rank's state is then held in its host's memory."""
     log_every: PositiveInt = 10
+    """Steps from one line of `metrics.jsonl` to the next."""
     max_skipped_steps: NonNegativeInt = 10
     """A step whose loss or gradient is not finite is skipped; after this many in a row the run ends. 0: never."""
     probe_every: NonNegativeInt = 0
@@ -231,6 +249,8 @@ class DistributedConfig(Section):
     """How DeepSpeed shards the run."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
+    """What ZeRO shards over the ranks: 1 the optimizer's state, 2 also gradients, 3 also weights; 0 nothing, but in
+    bf16 as 1 does. `sgtm plan` recommends one."""
     offload_optimizer: bool = False
     """Keep the fp32 weights and both moments in the memory of the host and update them there (ZeRO 1 to 3)."""
     zero_hpz_partition_size: PositiveInt = 1

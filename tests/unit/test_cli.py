@@ -13,7 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from sgtm.cli import main
+from sgtm.config import Config
 from sgtm.config.load import load_config, save_config
+from sgtm.config.reference import keys
 
 ROOT = Path(__file__).parents[2]
 
@@ -264,12 +266,18 @@ def test_config_prints_presets_and_a_whole_config(capsys):
     assert "  steps: 77\n" in capsys.readouterr().out
 
 
-def test_train_help_lists_the_keys(capsys):
+def test_train_help_lists_the_keys_with_their_meaning(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["train", "--help"])
     assert exit.value.code == 0
-    assert "PRESET|FILE.yaml|RUN" in (printed := capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert "PRESET|FILE.yaml|RUN" in printed
     assert "--optimizer.masked_update  one of exact, zero_grad [exact]" in printed
+    words = " ".join(printed.split())
+    for key in keys(Config):
+        assert key.doc and f"--{key.name} {key.takes}{f' [{key.default}]' if key.default else ''} {key.doc}" in words, (
+            key
+        )
 
 
 def test_help_is_instant():
