@@ -25,10 +25,17 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 quickstart: install
 	$(BIN)/sgtm quickstart
 
+# For the tests of exports: transformers 4 in a folder of its own, with what it needs of another version than the newest.
+FOUR := .venv/transformers-4
+
+$(FOUR)/.installed: tests/transformers-4.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --upgrade --target $(FOUR) -r tests/transformers-4.txt
+	touch $@
+
 # Two processes, as most tests use one thread; what one has not begun, the other takes.
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
-test: install
+test: install $(FOUR)/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 cluster-test: install

@@ -1,4 +1,4 @@
-"""What transformers makes of an export, as JSON, without our code: `python load_export.py FOLDER TEXTS.json`."""
+"""What transformers makes of exports, as JSON by folder, without our code: `load_export.py TEXTS.json FOLDER...`."""
 
 from __future__ import annotations
 
@@ -34,4 +34,5 @@ def loaded(folder: str | Path, texts: list[str]) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(loaded(sys.argv[1], json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")))))
+    texts = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    print(json.dumps({folder: loaded(folder, texts) for folder in sys.argv[2:]}))

@@ -1,9 +1,6 @@
 """An export in transformers: the ids of `prepare` and the logits of our model, whatever the tokenizer adds elsewhere.
 
-In the installed version, and in a second one where SGTM_TRANSFORMERS_4 is a Python that has transformers 4.57:
-
-    python -m venv /tmp/four && /tmp/four/bin/pip install 'transformers==4.57.*' torch numpy
-    SGTM_TRANSFORMERS_4=/tmp/four/bin/python pytest tests/unit/test_export_loads.py
+In the installed version, and in transformers 4.57, which the Makefile installs beside it for `make test`.
 
 Faults tried, each seen to fail: the tokenizer exported as it was loaded; no `rope_theta`; the tokenizer's class of
 transformers 5; token types among its outputs; a BOS that the config lacks.
@@ -14,6 +11,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,15 +26,17 @@ from load_export import loaded
 from tokenizer_folders import ANY_TEXT, KINDS, PAD, write_folder
 from transformers import AutoTokenizer
 
-from sgtm.config import load_config
+from sgtm.config import Config, load_config
 from sgtm.data.discover import open_sources
 from sgtm.data.plain_text import control_ids, plain_text
 from sgtm.data.prepare import prepare
 from sgtm.data.rules import Rules
+from sgtm.data.store import Corpus
 from sgtm.data.tokenizer import EOS
 from sgtm.masking.strategy import removal_tables
 from sgtm.model import export
 from sgtm.model.export import export_run
+from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import MaskPlan
 
 RULES = Rules.model_validate(
@@ -47,12 +49,10 @@ MODELS = {
 }
 VOCABULARY = 640
 """Rows of the embedding: more than any of the tokenizers has tokens."""
-CASES = [(kind, "llama", []) for kind in KINDS] + [("bos", "gpt_neo", []), ("bos", "llama", ["es"])]
-
-
-def pythons() -> list[str | None]:
-    other = os.environ.get("SGTM_TRANSFORMERS_4")
-    return [None, other] if other else [None]
+CASES = [(kind, "llama", ()) for kind in KINDS] + [("bos", "gpt_neo", ()), ("bos", "llama", ("es",))]
+ROOT = Path(__file__).parents[2]
+FOUR = ROOT / ".venv" / "transformers-4"
+"""Written by the Makefile."""
 
 
 def exported(folder: Path, kind: str, family: str, remove: list[str]):
@@ -70,55 +70,74 @@ def exported(folder: Path, kind: str, family: str, remove: list[str]):
     )
 
 
-@pytest.mark.parametrize("python", pythons())
-@pytest.mark.parametrize(("kind", "family", "remove"), CASES)
-def test_it_encodes_as_prepare_did_and_computes_what_our_model_does(tmp_path, kind, family, remove, python):
-    corpus, model, config, out = exported(tmp_path, kind, family, remove)
-    if python is None:
-        found = loaded(out, TEXTS)
-    else:
-        (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
-        command = [python, str(Path(__file__).parents[1] / "load_export.py"), str(out), str(tmp_path / "texts.json")]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout)
-        assert found["version"].startswith("4.57")
-    assert found["ids"] == [corpus.tokens(document)[:-1].tolist() for document in range(len(TEXTS))]
+@pytest.fixture(scope="module")
+def export_of(tmp_path_factory) -> Callable:
+    """`exported` of a case, the same whenever it is wanted."""
+
+    @cache
+    def make(kind: str, family: str, remove: tuple[str, ...]):
+        return exported(tmp_path_factory.mktemp(kind), kind, family, list(remove))
+
+    return make
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join([*case[:2], *case[2]]))
+def test_it_encodes_as_prepare_did_and_computes_what_our_model_does(export_of, case):
+    check(case, loaded(export_of(*case)[-1], TEXTS), *export_of(*case)[:-1])
+
+
+@pytest.mark.skipif(not (FOUR / ".installed").is_file(), reason="no transformers 4.57: make test installs it")
+def test_so_it_does_in_transformers_4(export_of, tmp_path):
+    """One process for all: its imports cost more than all exports."""
+    (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
+    folders = {case: str(export_of(*case)[-1]) for case in CASES}
+    command = [sys.executable, str(ROOT / "tests/load_export.py"), str(tmp_path / "texts.json"), *folders.values()]
+    environment = {**os.environ, "PYTHONPATH": str(FOUR)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for case, folder in folders.items():
+        assert found[folder]["version"].startswith("4.57.")
+        check(case, found[folder], *export_of(*case)[:-1])
+
+
+def check(case: tuple, found: dict, corpus: Corpus, model: Transformer, config: Config) -> None:
+    """`found`: what `loaded` returns of the export."""
+    kind, family, remove = case
+    assert found["ids"] == [corpus.tokens(document)[:-1].tolist() for document in range(len(TEXTS))], case
     if KINDS[kind][1]:
-        assert found["decoded"] == TEXTS
+        assert found["decoded"] == TEXTS, case
     for ids, logits in zip(found["ids"], found["logits"], strict=True):
-        plan = MaskPlan.uniform(removal_tables(config.space, remove), 0, 1, len(ids))
+        plan = MaskPlan.uniform(removal_tables(config.space, list(remove)), 0, 1, len(ids))
         with torch.no_grad():
             ours = model.logits(torch.tensor([ids]), plan)[0]
         torch.testing.assert_close(torch.tensor(logits), ours, rtol=2e-5, atol=2e-5 * ours.abs().max().item())
     has_pad = corpus.tokenizer.token_to_id(PAD)
     roles = {"bos": None, "eos": corpus.eos_id, "pad": has_pad}
-    assert found["ids_of_roles"] == found["ids_of_config"] == roles
-    assert found["unk"] == ("<unk>" if kind == "unigram" else None)
-    assert found["tokens"] == len(corpus.tokenizer.get_vocab()) <= VOCABULARY  # loading has added none
-    assert found["architecture"] == ("mistral" if remove else family)
-    assert found["generated"] >= 1
+    assert found["ids_of_roles"] == found["ids_of_config"] == roles, case
+    assert found["unk"] == ("<unk>" if kind == "unigram" else None), case
+    assert found["tokens"] == len(corpus.tokenizer.get_vocab()) <= VOCABULARY, case  # loading has added none
+    assert found["architecture"] == ("mistral" if remove else family), case
+    assert found["generated"] >= 1, case
 
 
-def test_any_text_comes_back_without_a_control_id(tmp_path):
+def test_any_text_comes_back_without_a_control_id(export_of):
     tokenizers = {}
-    for kind in KINDS:
-        (tmp_path / kind).mkdir()
-        corpus, _, _, out = exported(tmp_path / kind, kind, "llama", [])
+    for kind, (_, lossless) in KINDS.items():
+        corpus, *_, out = export_of(kind, "llama", ())
         controls = control_ids(corpus.tokenizer, corpus.eos_id)
-        tokenizers[kind] = AutoTokenizer.from_pretrained(out), controls, KINDS[kind][1]
+        tokenizers[kind] = AutoTokenizer.from_pretrained(out), controls, lossless
 
     @settings(max_examples=60, deadline=None)
     @given(ANY_TEXT)
-    def check(text):
+    def examine(text):
         for kind, (tokenizer, controls, lossless) in tokenizers.items():
             ids = tokenizer(text)["input_ids"]
             assert controls.isdisjoint(ids), kind
             if lossless:
                 assert tokenizer.decode(ids) == text, kind
 
-    check()
+    examine()
 
 
 @pytest.mark.parametrize("family", MODELS)
