@@ -246,11 +246,11 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
 
 
 def _upsampled(corpus: Corpus, documents: np.ndarray, upsample: dict[str, float], seed: int, epoch: int) -> np.ndarray:
-    """Documents repeated as `upsample` says: whole copies, and one more where a draw falls below the fraction.
+    """Documents repeated as `upsample` says: whole copies, and one more where a draw passes a whole number.
 
-    The draws of a category's documents are evenly spaced, in the order of a hash, and move on by the fraction, round a
-    circle, with every epoch: an epoch has its share of the documents, rounded, and in any N epochs a document comes N
-    times the factor, rounded.
+    The draws of a category's documents are evenly spaced, in the order of a hash, and grow by the fraction with every
+    epoch: an epoch has its share of the documents, rounded, and in any N epochs a document comes N times the factor,
+    rounded. Two epochs share the border between them, so that rounding of floats neither repeats nor skips a document.
     """
     unknown = set(upsample) - set(corpus.categories)
     if unknown:
@@ -266,8 +266,9 @@ def _upsampled(corpus: Corpus, documents: np.ndarray, upsample: dict[str, float]
     for category in np.unique(categories):
         of = by_hash[categories[by_hash] == category]
         draws[of] = (np.arange(len(of)) + 0.5) / len(of)
-    draws = (draws + epoch * (factor % 1)) % 1
-    return np.repeat(documents, np.floor(factor).astype(np.int64) + (draws < factor % 1))
+    whole = np.floor(factor)
+    before, after = (np.floor(draws + end * (factor - whole)) for end in (epoch - 1, epoch))
+    return np.repeat(documents, (whole + after - before).astype(np.int64))
 
 
 def _applied_spans(

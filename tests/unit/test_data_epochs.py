@@ -1,16 +1,23 @@
 """What an epoch holds, and what changes from one to the next.
 
 Faults tried, each seen to fail: the same fraction of upsampled documents in every epoch; the same order of documents,
-whose last ones then always lie in the tail that fills no sequence.
+whose last ones then always lie in the tail that fills no sequence; draws wrapped round a circle in floats, by which 0.3
+took a document in two epochs running; a new hash in every epoch.
 """
 
 from collections import Counter
+from math import ceil, floor
 
 import numpy as np
 import pytest
 from corpora import build, config_for, mixed_records, record
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from sgtm.data.loader import Loader
+from sgtm.data.packing import pack
+from sgtm.masking.channel import LabelChannel
+from sgtm.masking.labels import LabelSpace
 
 MIXINGS = ("step", "micro", "sequence", "token")
 CHANNEL = {"retain": {"retain": 0.5, "unlabeled": 0.5}}
@@ -67,6 +74,40 @@ def test_a_fraction_of_the_documents_is_another_one_in_every_epoch(tmp_path, fac
         assert set(epoch.values()) <= {1, 2, int(factor), int(factor) + 1}
     assert sum(counts.values()) / len(english) == pytest.approx(10 * factor, rel=0.02)
     assert sum(abs(n - 10 * factor) > 1 for n in counts.values()) <= 0.05 * len(english)
+
+
+@pytest.fixture(scope="module")
+def two_categories(tmp_path_factory):
+    documents = [record(number, category) for number in range(24) for category in ("en", "es")]
+    return build(tmp_path_factory.mktemp("epochs") / "corpus", documents)
+
+
+FACTORS = st.one_of(st.integers(1, 60).map(lambda n: n / 20), st.floats(0.01, 4), st.sampled_from([1 / 3, 2 / 3]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(FACTORS, st.integers(1, 24), st.integers(0, 2**32), st.integers(0, 100), st.integers(1, 12))
+@example(0.3, 5, 0, 0, 3)
+def test_any_factor_holds_in_each_epoch_and_for_each_document(two_categories, factor, of, seed, first, epochs):
+    """English `of` documents at this factor, Spanish as it is, in some epochs after the first."""
+    english, spanish = (np.flatnonzero(two_categories.documents["category"] == n) for n in range(2))
+    space = LabelSpace(("es",))
+    options = {"seed": seed, "context": 16, "mixing": "sequence", "upsample": {"en": factor}}
+    came = Counter()
+    for epoch in range(first, first + epochs):
+        documents = np.concatenate([english[:of], spanish])
+        streams = pack(two_categories, documents, space, LabelChannel.from_rows(space, {}), epoch=epoch, **options)
+        found = Counter(document for stream in streams.values() for document in stream.order.tolist())
+        copies = [found.pop(document, 0) for document in english[:of]]
+        assert found == Counter(spanish.tolist())
+        assert within(sum(copies), of * factor) and all(within(n, factor) for n in copies)
+        came.update(dict(zip(english.tolist(), copies, strict=False)))
+    assert all(within(came[document], epochs * factor) for document in english[:of])
+
+
+def within(count: int, expected: float) -> bool:
+    """Whether a count is what is expected, rounded up or down."""
+    return floor(expected - 1e-6) <= count <= ceil(expected + 1e-6)
 
 
 def test_no_document_lies_in_the_tail_of_every_epoch(tmp_path):
