@@ -1,7 +1,7 @@
 """Any tree of files, links, hidden names and compressions: each real record is read once, all else is accounted for.
 
 Faults tried, each seen to fail: files told apart by their path; links followed before the rest of the tree is known;
-hidden names read; a link to a folder above followed.
+hidden names read; a link to a folder above followed; a reason left out of what is printed.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import io
 import json
 import lzma
 import os
+import re
 import tempfile
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import zstandard
 from corpora import record, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from sgtm.data.discover import ABOVE, AGAIN, BROKEN, HIDDEN, SPECIAL, WRITTEN, find_sources, open_sources
 from sgtm.data.prepare import prepare
@@ -31,6 +34,7 @@ from sgtm.data.rules import Rules
 COMPRESS = {
     "": bytes,
     ".gz": gzip.compress,
+    ".GZ": gzip.compress,
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
     ".zst": zstandard.ZstdCompressor().compress,
@@ -48,6 +52,11 @@ def table(texts: list[str], delimiter: str) -> bytes:
     return buffer.getvalue().encode()
 
 
+def columns(texts: list[str]) -> bytes:
+    parquet.write_table(pa.table({"text": texts}), buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
 WRITE = {
     ".txt": lambda texts: texts[0].encode(),
     ".jsonl": lines,
@@ -57,6 +66,7 @@ WRITE = {
     ".json": lambda texts: json.dumps([{"text": text} for text in texts], indent=1).encode(),
     ".csv": lambda texts: table(texts, ","),
     ".tsv": lambda texts: table(texts, "\t"),
+    ".parquet": columns,
 }
 UNREAD = (".md", ".py", ".docx", ".tar.gz", "")
 
@@ -97,6 +107,7 @@ def make(root: Path, steps: list[tuple]) -> dict[Path, list[str]]:
             path.mkdir()
             folders.append(path)
         elif kind == "file":
+            compression = "" if suffix == ".parquet" else compression
             path = path.with_name(path.name + suffix + compression)
             texts = [f"text {number} {part}" for part in range(1 if suffix == ".txt" else 3)]
             path.write_bytes(COMPRESS[compression](WRITE[suffix](texts)))
@@ -161,8 +172,15 @@ def test_each_real_record_is_read_once_and_everything_else_is_counted(steps):
         assert len(seen) == account.read.total() + account.unread.total() + passed + folders
         assert len(account.passed.get(HIDDEN, [])) == sum(child.name[0] == "." for child in seen)
         assert len(account.passed.get(BROKEN, [])) == sum(not child.exists() for child in seen if child.name[0] != ".")
+        read, *others = map(printed, account.lines())
+        assert read == account.read.total() and sum(others) == account.unread.total() + passed
         again = find_sources([root / "..", *names_with_records(root), root, root])
         assert sorted(texts_of(again.sources)) == expected, "overlapping and repeated folders"
+
+
+def printed(line: str) -> int:
+    """The sum of the numbers in a line of the account, without the paths in brackets."""
+    return sum(int(number.replace(",", "")) for number in re.findall(r"(?<= )[\d,]+(?= )", line.split(" (")[0] + " "))
 
 
 def names_with_records(root: Path) -> list[Path]:

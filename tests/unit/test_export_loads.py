@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from corpora import write_jsonl
+from corpora import Records, write_jsonl
 from exports import GPT_NEO, LLAMA, make_run
 from hypothesis import given, settings
 from load_export import loaded
@@ -28,10 +28,11 @@ from transformers import AutoTokenizer
 
 from sgtm.config import Config, load_config
 from sgtm.data.discover import open_sources
+from sgtm.data.encode import Encoder
 from sgtm.data.plain_text import control_ids, plain_text
 from sgtm.data.prepare import prepare
 from sgtm.data.rules import Rules
-from sgtm.data.store import Corpus
+from sgtm.data.store import TOKENIZER, Corpus
 from sgtm.data.tokenizer import EOS
 from sgtm.masking.strategy import removal_tables
 from sgtm.model import export
@@ -42,7 +43,7 @@ from sgtm_kernels.plan import MaskPlan
 RULES = Rules.model_validate(
     {"category": {"constant": "en"}, "labels": {"en": "retain"}, "split": {"constant": "train"}}
 )
-TEXTS = ["the fox", " two  spaces\n", f"a {EOS} b", f"<s> {PAD}", "¿Qué?"]
+TEXTS = ["the fox", " two  spaces\n", f"a {EOS} b", f"<s> {PAD}", "¿Qué? 🍒 it 's , \0 ."]
 MODELS = {
     "gpt_neo": GPT_NEO,
     "llama": LLAMA.replace("tie_embeddings: false", "tie_embeddings: true, rope_theta: 500.0"),
@@ -121,19 +122,22 @@ def check(case: tuple, found: dict, corpus: Corpus, model: Transformer, config: 
     assert found["generated"] >= 1, case
 
 
-def test_any_text_comes_back_without_a_control_id(export_of):
+def test_any_text_is_encoded_as_in_prepare_without_a_control_id_and_comes_back(export_of):
     tokenizers = {}
     for kind, (_, lossless) in KINDS.items():
         corpus, *_, out = export_of(kind, "llama", ())
         controls = control_ids(corpus.tokenizer, corpus.eos_id)
-        tokenizers[kind] = AutoTokenizer.from_pretrained(out), controls, lossless
+        encoder = Encoder(RULES, corpus.path / TOKENIZER, corpus.eos_id, corpus.manifest.vocab_size, 10**6)
+        tokenizers[kind] = AutoTokenizer.from_pretrained(out), encoder, controls, lossless
 
     @settings(max_examples=60, deadline=None)
     @given(ANY_TEXT)
     def examine(text):
-        for kind, (tokenizer, controls, lossless) in tokenizers.items():
+        for kind, (tokenizer, encoder, controls, lossless) in tokenizers.items():
             ids = tokenizer(text)["input_ids"]
             assert controls.isdisjoint(ids), kind
+            if text.strip():
+                assert encoder.encode(Records(({"text": text},))).tokens.tolist() == [*ids, encoder.eos_id], kind
             if lossless:
                 assert tokenizer.decode(ids) == text, kind
 
