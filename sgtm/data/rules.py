@@ -330,8 +330,11 @@ def checked(text: str, what: str, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        found = f"the byte 0x{code - 0xDC00:02x}, not UTF-8," if 0xDC80 <= code <= 0xDCFF else "half a surrogate pair"
-        raise ValueError(f"{where}: {what} has {found} at character {error.start}") from None
+        found, instead = f"half a surrogate pair (\\u{code:04x})", "write both halves or take it out"
+        if 0xDC80 <= code <= 0xDCFF:  # also how Python reads such a byte of a file's name
+            found = f"the byte 0x{code - 0xDC00:02x}, not UTF-8, or {found}"
+            instead = f"rename the file, or {instead}"
+        raise ValueError(f"{where}: {what} has {found} at character {error.start}; {instead}") from None
     return text
 
 

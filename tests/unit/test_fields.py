@@ -76,7 +76,7 @@ def test_documents_without_a_group_are_drawn_by_their_text_where_the_rules_allow
         document(rules_of(split={**BY, "by_missing": "refuse"}))
 
 
-SURROGATE = "half a surrogate pair at character 1"
+SURROGATE = r"half a surrogate pair \(\\ud800\) at character 1; write both halves"
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,11 @@ def test_half_a_surrogate_pair_is_named_in_every_field(tmp_path, keys, what):
         prepared(tmp_path, source, rules_of(labels=labels, **keys))
 
 
+def test_a_second_half_that_could_be_a_byte_of_a_name_is_named_as_both():
+    with pytest.raises(ValueError, match=r"7: the text has the byte 0x80, .* or half a surrogate pair \(\\udc80\)"):
+        document(rules_of(), text="\udc80")
+
+
 def test_half_a_surrogate_pair_in_the_rules_is_named(tmp_path):
     (tmp_path / "rules.yaml").write_text('labels: {en: retain}\ncategory: {constant: "\\uD800"}')
     with pytest.raises(ValueError, match=r"rules\.yaml: .*surrogate"):
@@ -113,7 +118,8 @@ def test_a_name_that_is_not_utf8_is_read_and_named_where_it_matters(tmp_path):
     write_jsonl(folder / "en.jsonl", [record(0)])
     (tmp_path / "good").mkdir()
     assert len(prepared(tmp_path / "good", folder, rules_of()).documents) == 1
-    found = rf"{tmp_path}/caf\\xe9/en\.jsonl:1: what .* finds in the path has the byte 0xe9, not UTF-8, at character 3"
+    found = rf"{tmp_path}/caf\\xe9/en\.jsonl:1: what .* finds in the path has the byte 0xe9, not UTF-8, or half a"
+    found += r" surrogate pair \(\\udce9\) at character 3; rename the file"
     for keys in ({"split": {"path": "([^/]+)/[^/]+$"}}, {"category": {"path": "([^/]+)/[^/]+$"}}):
         with pytest.raises(ValueError, match=found) as caught:
             prepared(tmp_path, folder, rules_of(**keys))
