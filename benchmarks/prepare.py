@@ -80,6 +80,14 @@ def write_word(folder: Path, size: int) -> Path:
     return file
 
 
+def write_many(folder: Path, size: int) -> Path:
+    """Documents of 16 KiB: memory does not grow with these."""
+    text = words(2**16)
+    with (file := folder / "a.jsonl").open("w") as handle:
+        handle.writelines(line(f"{number} {text[number % 2**15 :][: 2**14]}") + "\n" for number in range(size * 64))
+    return file
+
+
 def write_short(folder: Path, size: int) -> Path:
     """Thousands of documents of some words."""
     with (file := folder / "a.jsonl").open("w") as handle:
@@ -102,6 +110,7 @@ CASES = {
     "csv": (write_csv, (1, 4, 16, 64, 256)),
     "run": (write_run, (1, 4, 16)),
     "word": (write_word, (1, 4, 16)),
+    "many": (write_many, (1, 64, 256)),
     "short": (write_short, (10, 100, 1000)),
     "files": (write_files, (1, 10, 100)),
 }

@@ -1,4 +1,4 @@
-"""Writes docs/results.md, and the results blocks of README.md and docs/recipes.md, from the committed results files.
+"""Writes docs/results.md, and the results blocks of README.md and of other documents, from the committed results files.
 
     python benchmarks/report.py [--check] [--add DIR]
 
@@ -71,12 +71,14 @@ def documents() -> dict[Path, str]:
         "# Results\n\nWritten by `benchmarks/report.py` from `benchmarks/results/`; do not edit by hand. "
         "How to repeat them stands at the top of each script in `benchmarks/`.\n\n"
     )
-    study = [path for path in paths if path.stem in STUDY]
-    return {
-        DOCS / "results.md": results + "\n\n".join(section(path, "../") for path in paths) + "\n",
-        DOCS / "recipes.md": _filled(DOCS / "recipes.md", [section(path, "../") for path in study]),
-        ROOT / "README.md": _filled(ROOT / "README.md", [section(path, "") for path in paths if path not in study]),
-    }
+    by_document: dict[Path, list[Path]] = {}
+    for path in paths:
+        by_document.setdefault(PLACES.get(path.stem, ROOT / "README.md"), []).append(path)
+    found = {DOCS / "results.md": results + "\n\n".join(section(path, "../") for path in paths) + "\n"}
+    for document, of in by_document.items():
+        up = "../" if document.parent == DOCS else ""
+        found[document] = _filled(document, [section(path, up) for path in of])
+    return found
 
 
 def _filled(document: Path, sections: list[str]) -> str:
@@ -91,7 +93,7 @@ def section(path: Path, up: str) -> str:
     if "stage" in rows[0]:
         text = gpu_run.section(rows)
     else:
-        own = {"steps": steps, "checkpoints": checkpoints, "domain_embedding": domain_embedding}.get(path.stem)
+        own = OWN.get(path.stem)
         text = own(rows) if own else sweep(path.stem, rows)
     link = f"([{path.name}]({up}{path.relative_to(ROOT).as_posix()}))"
     return f"{text}\n\n" + "; ".join(_sources(rows)) + f" {link}"
@@ -127,7 +129,8 @@ PARTS = {
     "novels-lengths.sweep": "Lengths of the baselines, for the curves",
 }
 """What stands above the table of a sweep that is not the first of its file."""
-STUDY = ("novels",)  # in docs/recipes.md, not in the README
+PLACES = {"novels": DOCS / "recipes.md", "prepare": DOCS / "data.md"}
+"""The document of results that are not in the README."""
 
 
 def sweep(name: str, rows: list[dict]) -> str:
@@ -193,6 +196,47 @@ def checkpoints(rows: list[dict]) -> str:
         "interval. Target: at most 1 % for the asynchronous one."
     )
     return f"### What a checkpoint costs\n\n{about}\n\n{markdown(table)}"
+
+
+def prepared(rows: list[dict]) -> str:
+    """CPU time and memory of `sgtm prepare` by size, a row for each kind of input."""
+    table = [["input", "sizes", "CPU s", "largest growth", "peak MiB", "MiB a MiB"]]
+    for case, (what, unit) in INPUTS.items():
+        of = [row for row in rows if row["case"] == case]
+        if not of:
+            continue
+        sizes, seconds, memory = ([row[key] for row in of] for key in ("size", "cpu_s", "memory_mib"))
+        growth = [row["growth"] for row in of if row["growth"] is not None]
+        table.append(
+            [
+                what,
+                f"{', '.join(f'{size:,}' for size in sizes)} {unit}",
+                ", ".join(f"{value:.1f}" for value in seconds),
+                f"{max(growth):.2f}" if growth else "",
+                ", ".join(f"{value:,.0f}" for value in memory),
+                f"{(memory[-1] - memory[-2]) / (sizes[-1] - sizes[-2]):.1f}" if unit == "MiB" else "",
+            ]
+        )
+    about = (
+        "CPU time and peak memory of `sgtm prepare` with one worker, each size in a process of its own. Growth: the "
+        "exponent of the time between one size and the next: 1 is linear, 2 quadratic; the sample for the tokenizer "
+        "ends at 32 MiB. MiB a MiB: how memory grows with the input between the two largest sizes. The input is one "
+        "document but in the last three rows."
+    )
+    return f"### What `prepare` costs\n\n{about}\n\n{markdown(table)}"
+
+
+INPUTS = {
+    "document": ("one line of JSON", "MiB"),
+    "array": ("member of a JSON array", "MiB"),
+    "csv": ("field of a CSV file", "MiB"),
+    "run": ("run of one character", "MiB"),
+    "word": ("one word of random letters", "MiB"),
+    "many": ("documents of 16 KiB", "MiB"),
+    "short": ("short documents in a file", "thousand"),
+    "files": ("text files in folders", "thousand"),
+}
+OWN = {"steps": steps, "checkpoints": checkpoints, "domain_embedding": domain_embedding, "prepare": prepared}
 
 
 if __name__ == "__main__":
