@@ -24,6 +24,7 @@ from sgtm.report.figures import Drawing, draw
 from sgtm.report.findings import SMALL, cautions, conditions, error_of, localisation, loss_rows, signed
 from sgtm.report.record import Record, is_forgotten, read_record
 from sgtm.report.sentences import sentences
+from sgtm.train.environment import last_environment
 from sgtm_kernels.plan import KINDS, PARTS
 
 SHIPPED = "The baselines ship with the preset: full models trained without masks, means over seeds."
@@ -142,7 +143,7 @@ def render(record: Record, exhibits: list[Exhibit], comparison: Comparison | Non
         categories_of=categories_of,
         localisation=localisation(summary),
         small=SMALL,
-        versions=summary.get("versions") or {},
+        provenance=_provenance(record),
         signed=signed,
         error_of=error_of,
         is_forgotten=is_forgotten,
@@ -185,6 +186,14 @@ def channel_grids(config: Config) -> list[tuple[Grid, list[str]]]:
         grid = Grid("channel", since, labels, tuple(row for row in rows if not row[0].startswith(OPEN)))
         found.append((grid, row_lines(config, channel)))
     return found
+
+
+def _provenance(record: Record) -> dict[str, str]:
+    """Where the newest start of the training ran, and the versions there; else those of the evaluation."""
+    trained = last_environment(record.run) or {}
+    found = {key: trained.get(key) for key in ("device", "threads", "commit", "python", "driver", "time")}
+    found |= trained.get("versions") or record.summary.get("versions") or {}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _facts(record: Record) -> list[tuple[str, str]]:

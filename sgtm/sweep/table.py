@@ -23,7 +23,7 @@ from sgtm.files import write_atomically
 from sgtm.masking.labels import FULL, removal_name
 from sgtm.sweep.file import Run, Sweep
 from sgtm.sweep.state import final_losses
-from sgtm.train.run_directory import last_environment
+from sgtm.train.environment import last_environment
 
 LOSSES = ("full_retain", "full_forget", "ablated_retain", "ablated_forget")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import secrets
 import shutil
@@ -22,10 +21,9 @@ from sgtm.config.located import record_place
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.files import sync_directory, write_atomically
 from sgtm.train.checkpoint import checkpoints_dir, remove_unfinished
+from sgtm.train.environment import record_environment
 from sgtm.train.metrics import MetricsLog
-from sgtm_kernels.measurement import environment
 
-ENVIRONMENT = "environment.jsonl"
 VISIBLE_WITHIN = 60.0
 """Seconds that a shared file system may take to show one node what another has written."""
 LEASE = 120.0
@@ -145,22 +143,8 @@ def begin(run: Path, config: Config, log: MetricsLog, resume: bool, overwrite: b
             aside.rename(run)
         raise
     record_place(run)
-    _record_environment(run)
+    record_environment(run)
     remove_unfinished(run)
     if aside:
         shutil.rmtree(aside)
     return evaluated
-
-
-def _record_environment(run: Path) -> None:
-    """Append device, commit, versions and time of this start to `environment.jsonl`."""
-    with (run / ENVIRONMENT).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(environment()) + "\n")
-
-
-def last_environment(run: Path) -> dict | None:
-    """`environment.jsonl`'s last line: where the newest start of a run was. None for a run of an older version."""
-    try:
-        return json.loads((run / ENVIRONMENT).read_text("utf-8").splitlines()[-1])
-    except (OSError, ValueError, IndexError):
-        return None

@@ -61,6 +61,16 @@ def test_table_is_the_summary_to_the_last_digit(written):
     assert "9.8.7+test" in page.text and "forget_heads" in page.text and "1.31 M" in page.text
 
 
+def test_provenance_is_that_of_the_newest_start(run):
+    starts = [
+        {"device": "T0", "commit": commit, "driver": None, "versions": {"torch": "9.9"}} for commit in ("c0", "c1")
+    ]
+    (run / "environment.jsonl").write_text("".join(json.dumps(line) + "\n" for line in starts))
+    text = Page(write_report(run)).text
+    assert all(part in text for part in ("T0", "c1", "9.9")) and "c0" not in text and "9.8.7+test" not in text
+    assert "driver" not in text
+
+
 @pytest.mark.parametrize(
     ("missing", "headline", "said", "figures"),
     [
