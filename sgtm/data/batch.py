@@ -59,7 +59,8 @@ class Batch:
         """`input_ids` and `targets` on a device, and the plan, with the tensors that its ops need there.
 
         One non-blocking copy from pinned memory; none if the device is the CPU. Tensors that depend on the strategy
-        alone are copied once per process (`sgtm_kernels.plan.table_on`).
+        alone are copied once per process (`sgtm_kernels.plan.table_on`). One exception: where `SGTM_LINEAR` or a
+        tuned table takes `rectangles`, each part whose labels are too many slices copies tables of its own, once.
         """
         plan = self.plan(tables)
         if device.type == "cpu":

@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional
 
 from sgtm.model.domain_parts import ends
-from sgtm_kernels.plan import MAX_SLICES, MaskPlan, Tables, merge_runs
+from sgtm_kernels.plan import MaskPlan, Tables, merge_runs, table_on
 
 
 class Subset(NamedTuple):
@@ -85,7 +85,9 @@ def _subsets(plan: MaskPlan, device: torch.device) -> Iterator[Subset]:
         active = tuple((g, factor) for g, factor in enumerate(plan.tables.active[label]) if g and factor != 0)
         learns = plan.tables.update_joint["head"][label] if active else 1.0
         by_sum.setdefault((active, learns), set()).add(label)
-    for (active, learns), labels in by_sum.items():
+    if len(by_sum) > 1:
+        index = _indices(plan, list(by_sum.values()), device)
+    for i, ((active, learns), labels) in enumerate(by_sum.items()):
         tables = _with_all_heads(plan.tables) if active else plan.tables
         if len(by_sum) == 1:
             own = plan if tables is plan.tables else replace(plan, tables=tables)
@@ -94,7 +96,8 @@ def _subsets(plan: MaskPlan, device: torch.device) -> Iterator[Subset]:
         runs = [run for run in plan.runs if run.label in labels]
         lengths = [run.end - run.start for run in runs]
         own = MaskPlan(tables, merge_runs([run.label for run in runs], lengths), 1, sum(lengths))
-        yield Subset(active, learns, own, _index(runs, device))
+        own.arrived(plan.labels(device)[index[i]][None])
+        yield Subset(active, learns, own, index[i])
 
 
 def _with_all_heads(tables: Tables) -> Tables:
@@ -102,10 +105,15 @@ def _with_all_heads(tables: Tables) -> Tables:
     return replace(tables, update_joint={**tables.update_joint, "head": (1.0,) * len(tables.labels)})
 
 
-def _index(runs, device: torch.device) -> torch.Tensor:
-    """Made on the device where that takes few launches: nothing is copied there then."""
-    where = device if len(runs) <= MAX_SLICES else torch.device("cpu")
-    return torch.cat([torch.arange(run.start, run.end, device=where) for run in runs]).to(device, non_blocking=True)
+def _indices(plan: MaskPlan, subsets: Sequence[set[int]], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Ascending int64 index of the tokens with the labels of each subset. Sorted on the device, where the plan's labels
+    are already: nothing is copied there."""
+    number = {label: float(i) for i, labels in enumerate(subsets) for label in labels}
+    table = table_on(
+        device, torch.float32, (tuple(number.get(label, -1.0) for label in range(len(plan.tables.labels))),)
+    )
+    sizes = [sum(run.end - run.start for run in plan.runs if run.label in labels) for labels in subsets]
+    return table[0].index_select(0, plan.labels(device)).argsort(stable=True).split(sizes)
 
 
 def _looked_up(parts: dict[str, torch.Tensor], group: int, ids: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """What a step asks of the host, in counts: copies, autograd's nodes, Python calls. Its time is benchmarks/host.py's.
 
-Faults tried, each seen to fail: ids and targets copied one by one; the labels copied by the plan, or the spans; a table
-copied for every micro-batch; a part of the buffer at a wrong place; launch arguments or rows computed for each layer;
-an op of the dispatcher in an eager step; groups attended to one by one; rotary positions
-of each group in nodes of their own; the residual's sum beside a masked norm.
+Faults tried, each seen to fail: ids and targets copied one by one; the labels copied by the plan, or the spans; a
+table copied for every micro-batch, by whatever function makes it; the tokens of a domain's embedding, or what public
+attention sees of documents, made on the host; the tables of rectangles one by one; a part of the buffer at a wrong
+place; launch arguments or rows computed for each layer; an op of the dispatcher in an eager step; groups attended to
+one by one; rotary positions of each group in nodes of their own; the residual's sum beside a masked norm.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import build_partition
 from sgtm.masking.strategy import build_tables
 from sgtm.model.transformer import Transformer
+from sgtm_kernels.attention.flex import block_mask
+from sgtm_kernels.attention.visible import Visible
 from sgtm_kernels.mlp.kernel import activation_forward
-from sgtm_kernels.plan import _TABLES
+from sgtm_kernels.plan import _TABLES, PARTS
 
 SPACE = LabelSpace(("forget",))
 TABLES = {"none": build_tables(SPACE, "none", "free"), "sgtm": build_tables(SPACE, "sgtm", "masked")}
@@ -44,9 +47,9 @@ class Shape:
         return 4 if layer % 2 else None
 
 
-def model_of(family: str, layers: int, backend: str = "triton") -> Transformer:
+def model_of(family: str, layers: int, backend: str = "triton", embedding: str | int = "none") -> Transformer:
     sizes = {"layers": layers, "heads": 3, "kv_heads": 3, "neurons": 10, "forget_heads": 1, "forget_neurons": 3}
-    return Transformer(Shape(family, layers), build_partition(SPACE, **sizes), backend)
+    return Transformer(Shape(family, layers), build_partition(SPACE, **sizes, embedding=embedding), backend)
 
 
 def batch_of(labels: tuple[int, ...], lengths: tuple[int, ...], documents=None) -> Batch:
@@ -107,23 +110,63 @@ def step(model: Transformer, batch: Batch, strategy: str, device: str) -> None:
     model.zero_grad(set_to_none=True)
 
 
+def copies_of(model: Transformer, batch: Batch, strategy: str, monkeypatch) -> int:
+    """Copies of a step after the first, which does not wait for one."""
+    step(model, batch, strategy, "meta")  # copies the strategy's tables, once
+    tables = len(_TABLES)
+
+    def guarded(make):
+        def made(*args, device=None, **kwargs):
+            assert device is not None and torch.device(device).type == "cpu", "a table travels with every micro-batch"
+            return make(*args, device=device, **kwargs)
+
+        return made
+
+    with monkeypatch.context() as patch, Copies() as seen:
+        for name in ("tensor", "as_tensor", "asarray"):
+            patch.setattr(torch, name, guarded(getattr(torch, name)))
+        step(model, batch, strategy, "meta")
+    assert (seen.waits, seen.ours, len(_TABLES)) == ([], [], tables)
+    return len(seen.copies)
+
+
 @families
+@pytest.mark.parametrize("embedding", ["none", "full", 2])
 @pytest.mark.parametrize("strategy", TABLES)
 @pytest.mark.parametrize("name", BATCHES)
-def test_a_micro_batch_is_one_copy_and_no_wait(name, strategy, family, no_kernels, monkeypatch):
+def test_a_micro_batch_is_one_copy_and_no_wait(name, strategy, embedding, family, no_kernels, monkeypatch):
+    model = model_of(family, 2, embedding=embedding).to("meta")
+    assert copies_of(model, BATCHES[name], strategy, monkeypatch) == 1
+
+
+@families
+def test_rectangles_take_one_copy_more_for_each_part(family, no_kernels, monkeypatch):
+    monkeypatch.setenv("SGTM_LINEAR", "rectangles")
     model = model_of(family, 2).to("meta")
-    step(model, BATCHES[name], strategy, "meta")  # copies the strategy's tables, once
-    tables, make = len(_TABLES), torch.tensor
+    parts = [part for part in PARTS if len(set(TABLES["sgtm"].update[part])) > 1]
+    found = copies_of(model, BATCHES["many slices, documents"], "sgtm", monkeypatch)
+    assert 1 < found <= 1 + len(parts)
+    assert copies_of(model, BATCHES["whole sequences"], "sgtm", monkeypatch) == 1
 
-    def tensor(*args, device=None, **kwargs):
-        assert device is not None and torch.device(device).type == "cpu", "a table travels with every micro-batch"
-        return make(*args, device=device, **kwargs)
 
-    monkeypatch.setattr(torch, "tensor", tensor)
+def test_public_attention_copies_nothing():
+    """What it takes of documents, for all sequences and for some."""
+    batch, device = BATCHES["many slices, documents"], torch.device("meta")
+    _, _, plan = batch.on(device, TABLES["sgtm"])
     with Copies() as seen:
-        step(model, BATCHES[name], strategy, "meta")
-    assert (seen.copies, seen.waits, seen.ours) == (["aten::_to_copy"], [], [])
-    assert len(_TABLES) == tables
+        for sequences in ((0, 3), (1, 3)):
+            visible = Visible(plan, 4, *sequences)
+            edges, longest = visible.edges(device)
+            mask = block_mask(visible, device)
+            assert (len(edges), longest) == (len(visible.documents) + 1, 7) and mask.kv_indices.device == device
+    assert (seen.copies, seen.waits) == ([], [])
+
+
+def test_edges_of_documents():
+    plan = BATCHES["many slices, documents"].plan(TABLES["sgtm"])
+    for sequences, expected in (((0, 3), [0, 3, 7, 14, 19, 21]), ((2, 3), [0, 5, 7]), ((0, 2), [0, 3, 7, 14])):
+        edges, _ = Visible(plan, None, *sequences).edges(torch.device("cpu"))
+        assert edges.tolist() == expected and edges.dtype == torch.int32
 
 
 @pytest.mark.parametrize("name", BATCHES)

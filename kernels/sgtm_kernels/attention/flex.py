@@ -37,19 +37,18 @@ def block_mask(visible: Visible, device: torch.device) -> BlockMask:
     As create_block_mask makes it, but from the first keys alone and not from a mask of all pairs.
     """
     key = ("block_mask", visible.first, visible.last, visible.window, device)
-    return visible.plan.cached(key, lambda: _block_mask(visible.first_keys(), device))
+    return visible.plan.cached(key, lambda: _block_mask(visible.first_keys(device)))
 
 
-def _block_mask(first: torch.Tensor, device: torch.device) -> BlockMask:
+def _block_mask(first: torch.Tensor) -> BlockMask:
     """first: see Visible.first_keys. As no first key falls, a block of queries sees one range of keys."""
     seq_len = first.shape[1]
-    start = torch.arange(0, seq_len, BLOCK, device="cpu")
+    start = torch.arange(0, seq_len, BLOCK, device=first.device)
     end = (start + BLOCK).clamp(max=seq_len)
     lowest, highest = first[:, start, None], first[:, end - 1, None]
     partial = (start <= start[:, None]) & (end > lowest)
     whole = (start < start[:, None]) & (start >= highest) & (end - start == BLOCK)[:, None]
-    tables = [t.to(device, non_blocking=True) for t in (*_listed(partial & ~whole), *_listed(whole))]
-    first = first.to(device, non_blocking=True)
+    tables = (*_listed(partial & ~whole), *_listed(whole))
 
     def sees(batch, head, query, key):
         return (key <= query) & (key >= first[batch, query])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from sgtm_kernels.plan import MaskPlan
 
@@ -10,7 +11,8 @@ from sgtm_kernels.plan import MaskPlan
 class Visible:
     """Sequences `first:last` of a micro-batch: a query sees the last `window` keys of its document, itself included.
 
-    What is derived from it is made once for a plan: every layer of a model asks for the same.
+    What is derived from it is made once for a plan, as every layer of a model needs the same, and on the device, from
+    the plan's `spans`: those are copied there with the micro-batch.
 
     window     keys; None where it does not cut a sequence
     documents  token ranges, counted from the first of these sequences; None where each sequence is one document
@@ -40,14 +42,21 @@ class Visible:
         """int32 [documents + 1]: where the documents begin, and the end of the last; and the longest one's length."""
 
         def make() -> tuple[torch.Tensor, int]:
-            edges = torch.tensor([0, *(end for _, end in self.documents)], dtype=torch.int32, device="cpu")
-            return edges.to(device, non_blocking=True), max(end - start for start, end in self.documents)
+            start, position = self._starts(device)
+            tokens = start.numel()
+            first = torch.where(start == position, torch.arange(tokens, device=device).view_as(start), tokens)
+            first = first.flatten().sort().values[: len(self.documents)].int()
+            return F.pad(first, (0, 1), value=tokens), max(end - start for start, end in self.documents)
 
         return self.plan.cached(("edges", self.first, self.last, device), make)
 
-    def first_keys(self) -> torch.Tensor:
-        """int32 [sequences, S] on the CPU: the first key that each query sees; it never falls within a sequence."""
+    def first_keys(self, device: torch.device) -> torch.Tensor:
+        """int32 [sequences, S]: the first key that each query sees; it never falls within a sequence."""
+        start, position = self._starts(device)
+        return torch.maximum(start, position - (self.window or self.plan.seq_len) + 1)
+
+    def _starts(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32 [sequences, S] and [S]: where the document of each token begins in its sequence; and each position."""
         plan = self.plan
-        start = plan.spans(torch.device("cpu"))[0].view(plan.batch, plan.seq_len)[self.first : self.last]
-        position = torch.arange(plan.seq_len, dtype=torch.int32, device="cpu")
-        return torch.maximum(start, position - (self.window or plan.seq_len) + 1)
+        start = plan.spans(device)[0].view(plan.batch, plan.seq_len)[self.first : self.last]
+        return start, torch.arange(plan.seq_len, dtype=torch.int32, device=device)

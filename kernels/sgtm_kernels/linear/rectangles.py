@@ -7,11 +7,14 @@ tokens of a slice are a block of their own: of both operands what lies beyond th
 so that it cannot change a bit, NaN included; what lies beyond a row range gives rows that are not stored. So masked
 work is not done, and rows that no token may update are written as 0 without reading anything. A tile is summed by one
 program, slice after slice in fp32: deterministic.
+
+The tables of ranges and slices go to the device in a copy of their own, one for each part (`attn_in`, ...) whose labels
+are too many slices in a micro-batch.
 """
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import chain, product
 from typing import NamedTuple
 
 import torch
@@ -103,12 +106,14 @@ def _tables(work: tuple[RowWork, ...], height: int, device: torch.device) -> tup
         slices += tokens.slices
         bands += [(row, min(row + height, end), first, len(slices)) for row in range(start, end, height)]
     spans = [(piece.start, piece.end) for piece in slices]
-    tables = (
-        torch.tensor(bands, dtype=torch.int32, device="cpu"),
-        torch.tensor(spans, dtype=torch.int32, device="cpu").view(-1, 2),
-        torch.tensor([piece.weight for piece in slices], dtype=torch.float32, device="cpu"),
-    )
-    return tuple(table.to(device, non_blocking=True) for table in tables)
+    spans += [(0, 0)] * (len(spans) % 2)  # so that the weights begin at 16 bytes
+    weights = torch.tensor([piece.weight for piece in slices], dtype=torch.float32, device="cpu").view(torch.int32)
+    numbers = torch.tensor([*chain(*bands, *spans)], dtype=torch.int32, device="cpu")
+    sizes = 4 * len(bands), 2 * len(spans), len(weights)
+    packed = torch.empty(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+    torch.cat((numbers, weights), out=packed)
+    bands, spans, weights = packed.to(device, non_blocking=True).split(sizes)
+    return bands.view(-1, 4), spans.view(-1, 2)[: len(slices)], weights.view(torch.float32)
 
 
 def _programs(device: torch.device) -> int:
