@@ -125,6 +125,7 @@ SWEEPS = {
 }
 PARTS = {
     "novels-groups.sweep": "Sizes of the domain's group, and Spanish trained both ways",
+    "novels-combined.sweep": "A small group with Spanish trained both ways; certified, 35 % of the English both ways",
     "novels-undiscovered.sweep": "Shares of the Spanish undiscovered",
     "novels-lengths.sweep": "Lengths of the baselines, for the curves",
 }
