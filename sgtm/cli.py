@@ -18,20 +18,13 @@ from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import wrap
 
+from sgtm.argument_meant import what_is_meant
 from sgtm.printed_error import print_error
 from sgtm.stopping import Stopped, stoppable
 
 OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --masking.strategy none"
 
 SOURCE = "PRESET|FILE.yaml", "preset (see sgtm config) or file"
-OPTIONS = {
-    "train": ("resume", "overwrite"),
-    "bench": ("rounds", "json", "peers", "tune"),
-    "profile": ("steps", "out", "kernel", "no-trace"),
-    "doctor": ("json", "check"),
-    "plan": ("nodes", "gpus", "memory", "tflops", "inside", "between", "reached", "sustained", "json"),
-    "launch": ("launcher", "nodes", "gpus", "rendezvous", "hostfile", "memory", "resume", "overwrite", "dry-run"),
-}
 MEANING = {"initial_indent": " " * 6, "subsequent_indent": " " * 6, "break_on_hyphens": False}  # of a key, in --help
 STOPPABLE = ("train", "quickstart", "eval", "export", "report", "checkpoint", "sweep", "profile")
 RESUMED = ("prepare", "sweep")  # by the same command
@@ -78,7 +71,7 @@ def _dispatch(argv: list[str]) -> int:
         from sgtm.config.load import QUOTES
 
         list_cut_up = overrides and not any(argument.startswith("-") for argument in rest)
-        hint = QUOTES if list_cut_up else _key_meant(argv[0], rest) if argv[0] in CONFIGURED else ""
+        hint = what_is_meant(argv[0], rest, QUOTES if list_cut_up else "") if argv[0] in CONFIGURED else ""
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if hasattr(options, "config"):
         options.overrides = overrides
@@ -107,20 +100,6 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
         else:
             rest.append(argument)
     return rest, overrides
-
-
-def _key_meant(command: str, arguments: list[str]) -> str:
-    """What an unknown option may be a slip of, as `--steps` of `--train.steps`; empty where there is nothing near."""
-    from sgtm.config.errors import nearest
-    from sgtm.config.reference import keys
-    from sgtm.config.schema import Config
-
-    known = {name: [f"--{name}"] for name in OPTIONS.get(command, ())}
-    for key in keys(Config):
-        known.setdefault(key.name.rpartition(".")[2], []).append(f"--{key.name}")
-    options = [argument[2:].partition("=")[0] for argument in arguments if argument[:2] == "--"]
-    meant = [option for word in options if (close := nearest(word, known)) for option in known[close]]
-    return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def _parser() -> argparse.ArgumentParser:

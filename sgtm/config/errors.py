@@ -96,6 +96,9 @@ def _suggestion(schema: type[BaseModel], path: Path) -> str:
     """The nearest key of the section, else a key that has this name elsewhere, else the keys of the section."""
     *sections, word = path
     known = list(_section_at(schema, tuple(sections)).model_fields)
+    if not sections and word in [key.name for key in keys(schema)]:  # with its dots, as on the command line
+        outer, _, inner = word.partition(".")
+        return f"in a file write {outer}: {{{inner}: VALUE}}"
     close = nearest(word, known)
     elsewhere = [key.name for key in keys(schema) if key.name.rpartition(".")[2] == word]
     if close:

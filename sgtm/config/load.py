@@ -29,6 +29,12 @@ from sgtm.files import write_atomically
 from sgtm.masking import recipes
 
 QUOTES = "; a list or mapping is one argument, in quotes: --masking.domains '[bio, chem]'"
+YAML_REMEDIES = {
+    "mapping values are not allowed here": "put a text that has a colon and a space in quotes",
+    "found character '\\t' that cannot start any token": "indent with spaces",
+    "but found another document": "write one document, without a second `---`",
+}
+"""By the words of the YAML library."""
 PRESETS = Path(__file__).parent / "presets"
 Pairs = list[tuple[tuple[str, ...], Any]]
 """Values by path, in the order in which they are set."""
@@ -301,7 +307,9 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark and "\n" in text else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{where}:{line} not valid YAML: {problem}") from None
+        remedy = f"; {YAML_REMEDIES[problem]}" if problem in YAML_REMEDIES else ""
+        problem = problem.removeprefix("but ")  # its first half, `expected a single document`, is in `context`
+        raise ConfigError(f"{where}:{line} not valid YAML: {problem}{remedy}") from None
     except RecursionError:
         raise ConfigError(f"{where}: nested too deeply") from None
     except ValueError as error:  # a number of too many digits, a date there is not, a circle

@@ -9,6 +9,7 @@ command line is read whatever its name is. What is passed over is counted by rea
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -83,6 +84,9 @@ def find_sources(paths: Iterable[str | Path]) -> Found:
     Raises ValueError for a path that does not exist, a file of unknown format or of another than its name states, or a
     folder with nothing readable.
     """
+    paths = list(paths)
+    if remote := next((path for path in map(str, paths) if re.match(r"\w+://", path)), None):
+        raise ValueError(f"{remote} is a URL, but DATA takes local files and folders; download it")
     paths = [Path(path) for path in paths]
     for path in paths:
         if not path.exists():

@@ -29,6 +29,8 @@ _PARTS = ("shards", "tokenizer", DOCUMENTS, SPANS, JOB, MANIFEST)
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """One writer at a time; a second one waits, and then finds the corpus finished."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: {out} is a file, but it takes a folder; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOCK).open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

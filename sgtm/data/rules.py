@@ -180,9 +180,9 @@ class Document(NamedTuple):
 
 
 def _known_label(label: Any) -> str:
-    if isinstance(label, str) and (label in LABELS or re.fullmatch(r"forget:[^:,]+", label)):
+    if isinstance(label, str) and (label in LABELS or re.fullmatch(r"forget:(?! )[^:,]+(?<! )", label)):
         return label
-    domain = re.fullmatch(r"(?i)forget[\s:_-]+([^:,]+)", str(label))
+    domain = re.fullmatch(r"(?i)forget[\s:_-]+([^:,]+?)\s*", str(label))
     slip = f" (did you mean forget:{domain[1]}?)" if domain else did_you_mean(str(label), LABELS)
     raise ValueError(f"found {label!r:.80}, but it takes: retain, unlabeled, forget:<domain> or drop{slip}")
 
@@ -384,14 +384,15 @@ def load_rules(path: str | Path) -> Rules:
         content = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise ValueError(f"no rule file at {path}") from None
+    except IsADirectoryError:
+        raise ValueError(f"--rules: {path} is a folder, but it takes a YAML file") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     try:
         json.dumps(content, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         raise ValueError(f"{path}: a text in it has half a surrogate pair") from None
-    content = {} if content is None else content
-    if not isinstance(content, dict):
+    if not isinstance(content := {} if content is None else content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, not a mapping of keys such as `labels:`")
     try:
         return Rules.model_validate(content)

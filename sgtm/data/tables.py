@@ -40,6 +40,7 @@ class Delimited(File):
                     names = row
                     if repeated := next((field for field in names if names.count(field) > 1), None):
                         raise ValueError(f"{name}:{line}: two columns are called {repeated!r}")
+                    self._check_delimiter(names, columns, f"{name}:{line}")
                     wanted = columns if set(columns) <= set(names) else names  # all, so that an error can list them
                 elif row:
                     if len(row) != len(names):
@@ -50,6 +51,17 @@ class Delimited(File):
         except csv.Error as error:
             kind = "CSV" if self.delimiter == "," else "TSV"
             raise ValueError(f"{name}:{line}: not {kind}: {error}; the record begins in this line") from None
+
+    def _check_delimiter(self, names: list[str], columns: Sequence[str], where: str) -> None:
+        """Raises ValueError where the first row is one field that another delimiter would divide into the columns."""
+        others = [(";", "semicolons"), ("\t", "tabs"), ("|", "bars"), (",", "commas")]
+        for other, found in others if len(names) == 1 and not set(columns) <= set(names) else ():
+            if len(columns) > 1 and set(columns) <= set(names[0].split(other)):
+                right = "commas" if self.delimiter == "," else "tabs"
+                remedy = (
+                    "call it .tsv" if other == "\t" else "call it .csv" if other == "," else f"save it with {right}"
+                )
+                raise ValueError(f"{where}: {found} divide the fields of this row, but it takes {right}; {remedy}")
 
 
 class _Lines:

@@ -46,11 +46,11 @@ class LabelSpace:
     def __post_init__(self):
         for domain in self.opened:
             self.group_of(domain)
-        bad = [d for d in self.domains if not d or d in RESERVED or ":" in d or "," in d]
+        bad = [d for d in self.domains if not d or d != d.strip() or d in RESERVED or ":" in d or "," in d]
         if bad or len(set(self.domains)) != len(self.domains):
             raise ValueError(
-                f"domains must be distinct names without ':' or ',', none of {', '.join(RESERVED)}; "
-                f"got {list(self.domains)}"
+                f"domains must be distinct names without ':', ',' or a space at either end, "
+                f"none of {', '.join(RESERVED)}; got {list(self.domains)}"
             )
 
     @property

@@ -46,6 +46,10 @@ def test_a_list_that_the_shell_cut_up_is_recognized(values, capsys):
         ("--warmup-steps=5", "; did you mean --optimizer.warmup_steps?"),
         ("--seed=5", "; did you mean --data.seed or --train.seed?"),
         ("--xyzzy", ""),
+        ("-train.steps", "; write --train.steps VALUE"),
+        ("train.lr=5", "; a list or mapping is one argument, in quotes: --masking.domains '[bio, chem]'"),
+        ("train.steps=5", "; write --train.steps 5"),
+        ("--train={steps: 3}", "; train is a section; write its keys one by one: --train.steps VALUE"),
     ],
 )
 def test_the_key_that_an_unknown_option_may_mean(argument, hint, capsys):
@@ -62,6 +66,12 @@ def test_the_key_that_an_unknown_option_may_mean(argument, hint, capsys):
 )
 def test_an_option_of_its_own_that_a_command_may_mean(command, argument, hint, capsys):
     unknown_option(command, argument, hint, capsys)
+
+
+def test_a_second_preset(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "debug", "quickstart"])
+    assert capsys.readouterr().err.endswith("unrecognized arguments: quickstart; train takes one preset or file\n")
 
 
 def unknown_option(command, argument, hint, capsys):

@@ -185,6 +185,8 @@ FILES = {
     "a list": ("- 1\n", "run.yaml: holds list, not a mapping of keys"),
     "a key twice": ("name: a\nname: b\n", "run.yaml: line 2, column 1: not valid YAML: key 'name' is given twice"),
     "broken": ("model:\n  layers: [\n", "run.yaml: line 3, column 1: not valid YAML"),
+    "dots": ("extends: debug\ntrain.steps: 3\n", "run.yaml: train.steps: unknown key; in a file write train: {steps: "),
+    "domain with a space": ("extends: debug\nmasking: {domains: [' es']}\n", "or a space at either end, none of"),
     "unknown key": ("extends: debug\nmodle: {}\n", "run.yaml: modle: unknown key; did you mean model?"),
     "key that is no text": (
         "extends: debug\n1: 2\n",

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from sgtm.data.discover import ABOVE, AGAIN, BROKEN, HIDDEN, SPECIAL, WRITTEN, find_sources, open_sources
+from sgtm.data.folder import locked
 from sgtm.data.prepare import prepare
 from sgtm.data.readers import Source
 from sgtm.data.rules import Rules
@@ -280,3 +281,21 @@ def test_a_corpus_inside_the_data_is_not_data(tmp_path):
     assert account.passed == {WRITTEN: [tmp_path / "corpus"]}
     with pytest.raises(ValueError, match=r"nothing to read in .*corpus(?s:.)*folders that prepare has written: 1"):
         open_sources([tmp_path / "corpus"])
+
+
+def test_a_url_is_no_file():
+    with pytest.raises(ValueError, match=r"^s3://bucket/a\.jsonl is a URL, but DATA takes local files and folders"):
+        find_sources(["s3://bucket/a.jsonl"])
+
+
+def test_another_delimiter(tmp_path):
+    (tmp_path / "a.csv").write_text("text;category\na;b\n")
+    (source,) = find_sources([tmp_path / "a.csv"]).sources
+    with pytest.raises(ValueError, match=r"a\.csv:1: semicolons divide the fields of this row, but it takes commas"):
+        list(source.blocks(["category", "text"]))
+
+
+def test_a_file_in_the_place_of_the_corpus(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ValueError, match=r"--out: .*out is a file, but it takes a folder"), locked(tmp_path / "out"):
+        pass

@@ -20,6 +20,9 @@ ROOT = Path(__file__).parents[2]
 TAKES = "but it takes: retain, unlabeled, forget:<domain> or drop"
 EXAMPLE = "takes the true label of each category: {web: retain, virology: forget:bio}"
 LABELS = "\nlabels: {a: retain}"
+COLON = "put a text that has a colon and a space in quotes"
+TAB = r"found character '\t' that cannot start any token"
+ANOTHER = "found another document; write one document, without a second `---`"
 
 MISTAKES = [
     ("labels: {en: retian}", f"labels.en: found 'retian', {TAKES} (did you mean retain?)"),
@@ -55,7 +58,11 @@ MISTAKES = [
     ),
     ("split: {hash: {tset: 0.1}}" + LABELS, "split: hash: split 'tset' is read by nothing; did you mean test?"),
     ("- a", "holds list, not a mapping of keys such as `labels:`"),
-    ("labels:\n  a: forget: bio", "line 2, column 12: not valid YAML: mapping values are not allowed here"),
+    ("labels:\n  a: forget: bio", f"line 2, column 12: not valid YAML: mapping values are not allowed here; {COLON}"),
+    ("labels:\n\ta: retain", f"line 2, column 1: not valid YAML: {TAB}; indent with spaces"),
+    ("---\na: b\n---\n", f"line 3, column 1: not valid YAML: {ANOTHER}"),
+    ("labels: {a: 'forget: bio'}", f"labels.a: found 'forget: bio', {TAKES} (did you mean forget:bio?)"),
+    ("labels: {a: 'forget:bio '}", f"labels.a: found 'forget:bio ', {TAKES} (did you mean forget:bio?)"),
 ]
 
 
@@ -94,6 +101,12 @@ def test_a_bare_no_is_a_language(tmp_path):
     """YAML 1.1 reads it as false."""
     (tmp_path / "rules.yaml").write_text("labels: {no: retain, on: drop}")
     assert load_rules(tmp_path / "rules.yaml").labels == {"no": "retain", "on": "drop"}
+
+
+def test_a_folder_in_the_place_of_the_rule_file(tmp_path):
+    with pytest.raises(ValueError) as caught:
+        load_rules(tmp_path)
+    assert str(caught.value) == f"--rules: {tmp_path} is a folder, but it takes a YAML file"
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
