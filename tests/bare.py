@@ -8,9 +8,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+GUARDS = Path(__file__).parent / "guards"
 ABSENT = (
     "deepspeed", "pydantic", "tyro", "rich", "yaml", "datasets", "pyarrow", "wandb", "matplotlib", "jinja2", "psutil",
-    "hypothesis", "pytest_timeout", "xdist", "sgtm",
+    "hypothesis", "pytest_timeout", "xdist", "zstandard", "sgtm",
 )  # fmt: skip
 BLOCK = """
 import sys
@@ -26,14 +27,20 @@ class Without:
         return None if name.split(".")[0] in {absent} else self.finder.find_spec(name, path, target)
 
 sys.meta_path[:] = map(Without, sys.meta_path)
+import sdpa_guard  # this file takes the place of tests/guards/sitecustomize.py
 """
 
 
 def environment_without(absent: Collection[str], folder: Path) -> dict[str, str]:
     """Environment in which these packages are not found, nor any plugin of pytest; `folder` is written to."""
     (folder / "sitecustomize.py").write_text(BLOCK.format(absent=tuple(absent)))
-    path = os.pathsep.join([str(folder), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    path = {"PYTHONPATH": python_path(folder, ROOT / "kernels", os.environ.get("PYTHONPATH", ""))}
+    return os.environ | path | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+def python_path(*entries: Path | str) -> str:
+    """A PYTHONPATH of these entries, and of the guards of all tests (conftest.py)."""
+    return os.pathsep.join(filter(None, map(str, (*entries, GUARDS))))
 
 
 def execute(command: list[str], environ: dict[str, str]) -> subprocess.CompletedProcess:

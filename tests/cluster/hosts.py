@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+from bare import python_path
 
 ROOT = Path(__file__).parents[2]
 NODES = {"node-0": "10.77.0.1", "node-1": "10.77.0.2"}
@@ -153,8 +154,8 @@ class Process:
 def environment(**variables: str) -> dict[str, str]:
     """This process's variables, with the Python of the tests first in PATH."""
     path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/sbin", "/sbin", os.environ["PATH"]])
-    code = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PATH": path, "PYTHONPATH": code, "VIRTUAL_ENV": sys.prefix, **variables}
+    code = {"PYTHONPATH": python_path(ROOT, ROOT / "kernels", os.environ.get("PYTHONPATH", ""))}
+    return {**os.environ, **code, "PATH": path, "VIRTUAL_ENV": sys.prefix, **variables}
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
-from bare import ABSENT, ROOT, environment_without
+from bare import ABSENT, ROOT, environment_without, python_path
 
 pytestmark = pytest.mark.usefixtures("benchmarks")
 
@@ -324,7 +324,7 @@ def test_a_run_on_a_cpu_killed_once_and_continued(tmp_path):
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
-    environ = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)}
+    environ = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path(tmp_path)}
     command = [sys.executable, "benchmarks/gpu.py", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "") and "no CUDA device" in done.stderr

@@ -14,7 +14,7 @@ import sys
 
 import pytest
 import torch
-from bare import ROOT
+from bare import ROOT, python_path
 
 from sgtm_kernels.shapes import SHAPES, plans
 
@@ -102,7 +102,7 @@ print(json.dumps({"names": names, "launches": len(launches), "problems": problem
 
 def test_what_is_compiled_beforehand_is_what_calls_launch(tmp_path):
     environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / f) for f in ("benchmarks", "benchmarks/gpu_stages", "kernels"))
+    environ["PYTHONPATH"] = python_path(*(ROOT / f for f in ("benchmarks", "benchmarks/gpu_stages", "kernels")))
     done = subprocess.run([sys.executable, "-c", WARM], env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

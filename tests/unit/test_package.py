@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from bare import ABSENT, environment_without, execute
+from bare import ABSENT, environment_without, execute, python_path
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "sgtm").rglob("*.py"), *(ROOT / "kernels" / "sgtm_kernels").rglob("*.py")])
@@ -34,7 +34,7 @@ def test_an_installed_kernels_package_wins_over_our_folder(tmp_path):
     """A folder without __init__.py yields to any real package on the path, even a later one; with one it would not."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("")
-    found = python("import kernels; print(kernels.__file__)", PYTHONPATH=str(tmp_path))
+    found = python("import kernels; print(kernels.__file__)", PYTHONPATH=python_path(tmp_path))
     assert found == str(tmp_path / "kernels" / "__init__.py")
 
 
@@ -49,7 +49,7 @@ def test_the_module_runs_in_the_folder_that_holds_the_clone(tmp_path):
     """Python takes a folder of that name on its path for the package, before an editable installation."""
     (tmp_path / "sgtm").symlink_to(ROOT)
     path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", str(ROOT))]
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+    environ = os.environ | {"PYTHONPATH": python_path(*path)}
     command = [sys.executable, "-m", "sgtm", "config", "debug"]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.startswith("name: debug"), done.stderr

@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from bare import python_path
 from corpora import BYTES, contents, mixed_records, write_jsonl
 
 from sgtm.data import readers
@@ -92,7 +93,7 @@ def start(source: Path, out: Path, block_bytes: int = 500) -> subprocess.Popen:
     options = ["--rules", rules, "--out", out, "--vocab-size", BYTES, "--workers", 2, "--shard-tokens", 1000]
     command = [sys.executable, job, "prepare", source, *options]
     root = Path(readers.__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    environment = {**os.environ, "PYTHONPATH": python_path(root, root / "kernels")}
     return subprocess.Popen(
         [str(word) for word in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from bare import python_path
 from corpora import BYTES, contents, mixed_records, texts, write_jsonl
 
 from sgtm.data import prepare as prepare_module
@@ -239,7 +240,7 @@ def test_sigkill_leaves_no_workers_and_no_corpus(tmp_path):
     )
     (tmp_path / "job.py").write_text(script)
     root = Path(prepare_module.__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    environment = {**os.environ, "PYTHONPATH": python_path(root, root / "kernels")}
     command = [sys.executable, str(tmp_path / "job.py"), str(source), str(tmp_path / "out"), RULES.model_dump_json()]
     process = subprocess.Popen(command, env=environment)
     try:
