@@ -25,11 +25,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from sgtm.masking.labels import UNLABELED
 from sgtm.model.rows import ENDS
 from sgtm_kernels.tables import KINDS, PARTS
 
 if TYPE_CHECKING:
     from sgtm.config.schema import Config
+
+UNLABELED_REMEDY = (
+    "; train unlabeled documents as the domain's (data.channel, beside the rows of the other labels: unlabeled: "
+    '{{"forget:{}": 1}}), or leave their categories out (data.upsample CATEGORY: 0)'
+)
 
 
 def certified(
@@ -59,7 +65,9 @@ def obstacle(
     """
     space = config.space
     group = space.group_of(domain)
-    given = ["retain", *(f"forget:{d}" for d in space.domains)] if categories is None else categories.values()
+    given = ["retain", *(f"forget:{d}" for d in space.domains)]
+    if categories is not None:
+        given = [label for name, label in categories.items() if config.data.upsample.get(name) != 0]
     without = [i for i in range(config.model.layers) if not config.partition.masked(i)]
     if without:
         layers = ", ".join(map(str, without))
@@ -70,7 +78,8 @@ def obstacle(
             if config.tables.active[applied][group] != 0:
                 other = _trained_besides(config, applied, group)
                 if other:
-                    return f"tokens of label {label} train {other} while group {domain} is active"
+                    remedy = UNLABELED_REMEDY.format(domain) if (true, applied) == (UNLABELED, UNLABELED) else ""
+                    return f"tokens of label {label} train {other} while group {domain} is active{remedy}"
             elif space.labels[true] == f"forget:{domain}":
                 return f"the label channel trains documents of forget:{domain} as {label}, with group {domain} inactive"
     for category, factor in config.data.upsample.items():

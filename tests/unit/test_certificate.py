@@ -114,8 +114,13 @@ def test_the_labels_and_spans_of_the_corpus_count(tmp_path):
     labels = {"en": "retain", "es": "forget:es", "web": "unlabeled"}
     two = [r for r in mixed_records(60) if r["category"] != "web"]
     check_corpus(build(tmp_path / "two", two, {"en": "retain", "es": "forget:es"}), plain)
-    with pytest.raises(ValueError, match="label unlabeled train attn_in of group retain"):
-        check_corpus(build(tmp_path / "three", mixed_records(60), labels), plain)
+    three = build(tmp_path / "three", mixed_records(60), labels)
+    with pytest.raises(ValueError, match=r'label unlabeled train attn_in .*unlabeled: \{"forget:es": 1\}'):
+        check_corpus(three, plain)
+    left_out = config_for(
+        channel={}, mixing="token", upsample={"web": 0}, **masking | {"optimizer": {"grad_clip_scope": "owner"}}
+    )
+    check_corpus(three, left_out)
     spans = [*two, record(999, "en", spans=[[0, 4, "es"]])]
     with pytest.raises(ValueError, match="the corpus has labelled spans"):
         check_corpus(build(tmp_path / "spans", spans, {"en": "retain", "es": "forget:es"}), plain)
