@@ -121,7 +121,7 @@ def _problems(o: Outcome, launch: Launch) -> Iterator[str]:
         yield f"HGMMA of {o.columns} columns, {list(launch.columns)} wanted"
     if max(o.widths) < launch.width:
         yield f"widest access of {max(o.widths)} bits, {launch.width} wanted"
-    wide = sum(n for width, n in o.widths.items() if width >= launch.width)
+    wide = sum(n * (width // launch.width) for width, n in o.widths.items())
     if wide < launch.wide:
         yield f"{wide} accesses of {launch.width} bits, {launch.wide} wanted"
     narrow = sum(n for width, n in o.widths.items() if width < 32)

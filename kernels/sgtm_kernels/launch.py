@@ -18,7 +18,7 @@ class Launch:
     tensor_cores  whether it must use them
     columns    on sm_90, those of its tensor-core instructions (HGMMA), ascending; None: any
     width      bits of the widest access to global memory, at least
-    wide       instructions that access so many bits or more, at least
+    wide       words of so many bits that instructions access, at least; narrower accesses are no such words
     narrow     instructions that access 8 or 16 bits of global memory, at most: single values, rows that begin anywhere
     programs   how many a multiprocessor of sm_90 must hold at once, by their registers and shared memory
     spill      why registers may spill here; None: they may not
@@ -42,6 +42,11 @@ class Launch:
     spill: str | None = None
     spill_on: tuple[int, ...] = (80, 90, 100)
     first_arch: int = 80
+
+    @staticmethod
+    def words(elements: int, dtype: str, warps: int) -> int:
+        """Of 128 bits, that each thread takes of so many elements of `bf16`, `fp16` or `fp32`; `wide` adds them up."""
+        return elements * (4 if dtype == "fp32" else 2) // (16 * 32 * warps)
 
     @property
     def arches(self) -> tuple[int, ...]:

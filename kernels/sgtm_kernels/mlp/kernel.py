@@ -258,9 +258,14 @@ def launches() -> list[Launch]:
                 constants |= {"SUMMED": summed, "WEIGHTED": weighted, "STRIP": STRIP}
                 constants |= {"BT": tile.tokens, "BN": tile.neurons}
                 constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+                # x and y, or x, dy and dx; x and dx twice if gated, where the second begins at 16 bytes.
+                split = gated and any(bound * (4 if dtype == "fp32" else 2) % 16 for bound in bounds)
+                forward = kernel is activation_forward
+                tiles = 1 if split else (2 if forward else 3) + gated * (1 if forward else 2)
                 found.append(
                     Launch(
                         kernel, signature, constants, tile.warps, unaligned=("tokens",), narrow=int(biased),
+                        wide=max(1, tiles * Launch.words(tile.tokens * tile.neurons, dtype, tile.warps)),
                         programs=(32 if kernel is activation_forward else 20) // tile.warps,
                     )  # narrow: a thread's bias
                 )  # fmt: skip

@@ -333,7 +333,10 @@ def launches() -> list[Launch]:
             sums = dict.fromkeys(("dw", "db"), f"*{dtype}") | {"sums": "*fp32", "strips": "i32"}
             constants = {"WIDTH": width, "BS": SUM_STRIPS, "BD": SUM_COLUMNS}
             # A thread stores one entry.
-            found.append(Launch(norm_sums, sums, constants, unaligned=("strips",), fp_fusion=False, narrow=1))
+            wide = Launch.words(SUM_STRIPS * SUM_COLUMNS, "fp32", Launch.num_warps)
+            found.append(
+                Launch(norm_sums, sums, constants, unaligned=("strips",), fp_fusion=False, wide=wide, narrow=1)
+            )
     return found
 
 
@@ -349,7 +352,15 @@ def _launches(dtype: str, width: int, centered: bool, added: bool, summed: bool,
         signature, constants = ({n: of[n] for n in kernel.arg_names if n in of} for of in (kinds, flags))
         unaligned = tuple(n for n in ("tokens", "strip") if n in signature)
         programs = (32 if kernel is norm_forward else 16) // warps
+        forward = kernel is norm_forward
+        tile, row = (Launch.words(n * shape["BD"], dtype, warps) for n in (shape["BT"], 1))
+        # x and y, with the residual and the total; or x, dy and dx, with dtotal. The weight, with the bias; its sums.
+        tiles, rows = (2 + 2 * added, 1 + centered) if forward else (3 + added, 1)
+        sums = (1 + centered) * Launch.words(shape["BD"], "fp32", warps) if summed and not forward else 0
         found.append(
-            Launch(kernel, signature, constants, warps, unaligned=unaligned, fp_fusion=False, programs=programs)
-        )
+            Launch(
+                kernel, signature, constants, warps, unaligned=unaligned, fp_fusion=False, programs=programs,
+                wide=tiles * tile + rows * row + sums,
+            )
+        )  # fmt: skip
     return found
