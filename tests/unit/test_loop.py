@@ -4,7 +4,8 @@ Faults tried, each seen to fail: the old run deleted before the log opens, or lo
 start, or the new config of a refused resume, left behind; a folder that is no run overwritten; a file in the place of
 the run directory or of its checkpoints found when the first is written; SIGUSR1 not handled; a
 second Ctrl-C swallowed; stopped without a checkpoint; the message about the gradient left out; the warm-up not told,
-or told of kernels that are not compiled.
+or told of kernels that are not compiled; a run certified whatever the categories or spans of its corpus, or the
+checkpoint that it resumes.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from corpora import build, config_for, mixed_records, record
 from tiny import tiny_config
 
+from sgtm.data.store import Corpus
 from sgtm.stopping import SIGNALS, Stopped
 from sgtm.train import loop, run_directory
+from sgtm.train.checkpoint import write_manifest
 from sgtm.train.loop import StopSignal
 
 
@@ -219,6 +223,68 @@ def test_a_gradient_that_is_not_finite_is_said(monkeypatch):
     log, rows = Log(), []
     run_steps(monkeypatch, log, signals={}, rows=rows)
     assert len(log.said) == 1 and rows[0]["skipped_steps"] == 3
+
+
+def certified_by(run: Path, corpus: Corpus, before: list[str] | None) -> tuple[str, ...]:
+    """What the checkpoints of a certified run on this corpus are to carry.
+
+    before  resume from a checkpoint that carries this
+    """
+    found = []
+    settings = {"masking": {"joint": "strict"}, "optimizer": {"grad_clip_scope": "owner"}, "channel": {}}
+    config = config_for(mixing="token", **settings)
+    if before is not None:
+        run.mkdir()
+        facts = {"step": 3, "ranks": 1, "corpus": "", "config": {}, "files": {"weights": {"bytes": 1, "sha256": ""}}}
+        write_manifest(run, {**facts, "independent_of": before})
+    module = SimpleNamespace(backend="runs", parameters=lambda: [])
+    engine = SimpleNamespace(
+        module=module, device="cpu", rank=0, world_size=1, accumulation=1, set_weights=len, stop_if=callable
+    )
+
+    class Metrics(Log):
+        sync = None
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error) -> None: ...
+
+    stubs = {
+        "find_whole": run,
+        "check_kernels": [],
+        "_initial_model": (None, {}),
+        "Engine": engine,
+        "dry_run": None,
+        "open_everywhere": corpus,
+        "Loader": None,
+        "StepTotals": SimpleNamespace(restore=lambda *rest: None),
+        "load_checkpoint": (3, [], ""),
+        "MetricsLog": Metrics(),
+        "begin": set(),
+        "_steps": None,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, result in stubs.items():
+            patch.setattr(loop, name, lambda *args, result=result, **options: result)
+        patch.setattr(loop, "CheckpointWriter", lambda *args: found.append(args[4]))
+        loop._train(config, SimpleNamespace(world_size=1, rank=0), run, before is not None, False)
+    return found[0]
+
+
+def test_checkpoints_are_certified_as_config_corpus_and_checkpoint_allow(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    two = [fields for fields in mixed_records(20) if fields["category"] != "web"]
+    labels = {"en": "retain", "es": "forget:es"}
+    plain = build(tmp_path / "plain", two, labels)
+    assert certified_by(tmp_path / "new", plain, before=None) == ("es",)
+    assert certified_by(tmp_path / "resumed", plain, before=["es"]) == ("es",)
+    assert certified_by(tmp_path / "was not", plain, before=[]) == ()  # as with kernels.deterministic: false
+    unlabeled = build(tmp_path / "unlabeled", mixed_records(20))
+    assert certified_by(tmp_path / "a", unlabeled, before=None) == ()
+    spans = build(tmp_path / "spans", [*two, record(999, "en", spans=[[0, 4, "es"]])], labels)
+    assert certified_by(tmp_path / "b", spans, before=None) == ()
+    assert certified_by(tmp_path / "c", spans, before=["es"]) == ()
 
 
 def test_the_warm_up_of_compiled_kernels_is_told():
