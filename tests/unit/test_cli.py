@@ -1,7 +1,7 @@
 """The command line: what each command calls and prints; mistakes are in test_cli_errors.py.
 
 Faults tried, each seen to fail: losses lost where they cannot be stored; runs looked for in ./runs alone; an empty
-config of a run read as one without keys; a file in the place of a run read as a config.
+config of a run read as one without keys; a file in the place of a run read as a config; the quickstart's baselines left out.
 """
 
 import os
@@ -150,6 +150,16 @@ def test_quickstart_trains_evaluates_reports_and_prints(calls, capsys, tmp_path)
     assert [function for function, _, _ in calls] == stages
     assert calls[0][1][0].name == "quickstart" and calls[0][1][0].train.steps == 60
     assert "report: runs/quickstart/x.html" in capsys.readouterr().out
+
+
+def test_quickstart_prints_and_stores_the_shipped_baselines(calls, tmp_path):
+    from sgtm.report.baselines import shipped_baselines
+
+    baselines = shipped_baselines(load_config("quickstart"))
+    assert main(["quickstart", "--runs", str(tmp_path)]) == 0
+    summaries = {function: args[-1] for function, args, _ in calls if "summary" in function}
+    assert list(baselines) == ["unmasked", "filtered"]
+    assert summaries == {key: {"losses": {}, "baselines": baselines} for key in ("write_summary", "print_summary")}
 
 
 @pytest.mark.parametrize(("stored", "overwrite"), [("quickstart", True), ("novels", False), (None, False)])

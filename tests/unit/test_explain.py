@@ -67,6 +67,27 @@ def test_strategy_none_masks_nothing():
     assert {found.updated(label) for label in found.updates} == {found.total}
 
 
+@pytest.mark.parametrize("rank", ["full", 4])
+@pytest.mark.parametrize("ends", [["embedding"], ["embedding", "head"]])
+def test_a_domains_embedding_is_updated_by_its_own_labels(rank, ends):
+    shared = ["--masking.domains=[es, fr]", '--data.channel={retain: {retain: 0.5, "open:es": 0.5}}']
+    shared += ["--model.family=llama", "--model.window=null", "--model.tie_embeddings=false"] if "head" in ends else []
+    options = [*shared, f"--masking.domain_embedding={rank}"]
+    own = 512 * D if rank == "full" else 512 * rank + rank * D
+    found, printed = explain(load_config("debug", options)), text(*options)
+    assert found.config.space.labels == ("unlabeled", "retain", "forget:es", "forget:fr", "open:es")
+    for end in ends:
+        assert found.counts[f"{end}.es"] == found.counts[f"{end}.fr"] == own
+        for domain, shares in {"es": ["yes", "-", "yes", "-", "yes"], "fr": ["yes", "-", "-", "yes", "-"]}.items():
+            assert row(printed, f"{domain} {end}") == [f"{own:,}", *shares]
+            updated = [f"{end}.{domain}" in found.updates[label] for label in found.config.space.labels]
+            assert updated == [share == "yes" for share in shares]
+    without = explain(load_config("debug", shared))
+    for label, parts in {"unlabeled": 2, "retain": 0, "forget:es": 1, "forget:fr": 1, "open:es": 1}.items():
+        assert found.updated(label) == without.updated(label) + parts * len(ends) * own
+    assert found.owned("es") == without.owned("es") + len(ends) * own
+
+
 def test_tables_say_who_runs_and_who_learns():
     printed = text()
     assert row(printed, "retain mlp_out") == [f"{LAYERS * 56 * D:,}", "yes", "yes", "-"]

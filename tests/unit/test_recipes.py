@@ -1,14 +1,16 @@
 """Recipes: what they set, what wins over them, and what they are called.
 
 Faults tried, each seen to fail: a recipe that replaces keys given beside it; one that keeps those of an extended
-preset; a key missing in KEYS; shares that do not add up with several domains.
+preset; a key missing in KEYS; shares that do not add up with several domains; a shipped config of another recipe.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from sgtm.config import load_config
+from sgtm.config import load_config, preset_names
 from sgtm.config.load import dump_config, save_config
 from sgtm.config.schema import Config
 from sgtm.masking.certificate import certified
@@ -27,6 +29,10 @@ EXPECTED = {
     ),
     "certified": ("sgtm", "strict", "full", "owner", {"retain": {"retain": 0.8, "forget:es": 0.2}}),
 }  # fmt: skip
+
+
+NOVELS = Path(__file__).parents[2] / "launch" / "recipes" / "novels.yaml"
+PAPER = {"debug": ("free", 0.25), "tinystories": ("free", 0.25), "wikipedia": ("masked", 0.1)}
 
 
 def facts(config: Config) -> tuple:
@@ -105,6 +111,24 @@ def test_the_unmasked_baseline_has_nothing_of_the_strategy_below(tmp_path):
     with pytest.raises(ValueError, match="joint: strategy none masks nothing; leave joint out"):
         load_config(file, ["--masking.strategy=none", "--masking.joint=masked"])
     assert load_config(file, ["--masking.strategy=gram", "--masking.certify=false"]).masking.joint == "masked"
+
+
+@pytest.mark.parametrize("source", [*preset_names(), str(NOVELS)])
+def test_shipped_configs_are_dual_and_paper_presets_the_papers(source):
+    config = load_config(source)
+    (domain,) = config.space.domains
+    paper = PAPER.get(config.name.partition("-")[0])
+    if paper:
+        joint, share = paper
+        channel = {"retain": {"retain": share, "unlabeled": 1 - share}}
+        assert config.recipe is None and facts(config) == ("sgtm", joint, "none", "global", channel)
+    else:
+        *expected, channel = EXPECTED["dual"]
+        named = {
+            row.replace("es", domain): {key.replace("es", domain): share for key, share in shares.items()}
+            for row, shares in channel.items()
+        }
+        assert config.recipe == "dual" and facts(config) == (*expected, named)
 
 
 def test_without_a_recipe_nothing_is_set():
