@@ -3,7 +3,7 @@
 Faults tried, each seen to fail: interpolation in steps instead of log compute; an evaluation that went up taken as it
 is; the first and not the best of the floors; the mean of the slopes; an outside value not marked; the law not moved to
 the end of the curve; the noise of one evaluation left uncorrected for its neighbours'; the last baseline of several
-alone; runs of different models compared.
+alone; runs of different models, or one with documents isolated, compared.
 """
 
 from __future__ import annotations
@@ -220,6 +220,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     cases = {
         "wider": (evaluations(10, 20, 40), "--model.intermediate_size=96", "model is"),
         "sample": (evaluations(10, 20, 40), "--train.eval_sequences=9", "train.eval_sequences is 64 and 9"),
+        "isolated": (evaluations(10, 20, 40), "--data.isolate_documents=true", "isolation of documents is False and "),
+        "by-token": (evaluations(10, 20, 40), "--data.mixing=token", "isolation of documents is False and True"),
         "corpus": (evaluations(10, 20, 40), "--data.path=other", "corpus is synthetic and other"),
         "short": (evaluations(10, 20), "--train.seed=1", "short: en: .* has 2; train it with --train.eval_every"),
         "blind": ({}, "--train.seed=1", "was not evaluated in training"),

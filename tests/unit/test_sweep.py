@@ -1,6 +1,7 @@
 """What `sgtm sweep` refuses before it trains, how it divides the machine, what it submits, and what its table says.
 
-Seen to fail with: tokens, data, tokenizer, held-out documents or evaluation not compared; `may_differ` ignored; all
+Seen to fail with: tokens, data, tokenizer, held-out documents, context, isolation or evaluation not compared; a run
+directory of other data accepted; `may_differ` ignored; all
 compared with the first run, which may differ; ranks or corpus not checked; other settings accepted; half a line at the
 end of a log; the first call's threads not kept, memory not divided, or that of running runs not counted; a job
 submitted twice; a finished run started again; the spread of a population; categories or models mixed up; a loss left
@@ -13,6 +14,7 @@ import csv
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -23,12 +25,14 @@ from sgtm.cli import main
 from sgtm.config.load import save_config
 from sgtm.data.prepare import prepare
 from sgtm.data.rules import Rules
+from sgtm.data.store import Corpus
 from sgtm.sweep import progress, room
 from sgtm.sweep.file import read_sweep
 from sgtm.sweep.run import run_sweep
 from sgtm.sweep.schedule import _fits
-from sgtm.sweep.state import steps_done
+from sgtm.sweep.state import FINISHED, state_of, steps_done
 from sgtm.sweep.table import four_losses, read_rows
+from sgtm.train.checkpoint import write_manifest
 
 BASE = """
 extends: debug
@@ -82,6 +86,14 @@ REFUSED = {
     "tokenizer": (OTHER_DATA % "words", BOTH + "the tokenizer of data.path: "),
     "held out": (OTHER_DATA % "other", BOTH + "the held-out documents of data.path: "),
     "evaluation": ("{a: , b: {train.eval_sequences: 9}}", BOTH + "the held-out sequences (model.context, "),
+    "context": ("{a: , b: {model.context: 32}}", BOTH + "the held-out sequences (model.context, "),
+    "isolation": (
+        "{a: , b: {data.isolate_documents: true}}",
+        BOTH
+        + "the held-out sequences (model.context, train.eval_sequences, data.isolate_documents, data.mixing): 8 of "
+        "64 tokens and 8 of 64 tokens, documents isolated; give",
+    ),
+    "mixing": ("{a: , b: {data.mixing: token}}", BOTH + "the held-out sequences (model.context, "),
     "vocabulary": (SYNTHETIC, BOTH + "data.path: "),
     "synthetic": ("{a: , b: {data.path: synthetic}}", BOTH + "data.path: "),
     "two allowed": (
@@ -110,6 +122,7 @@ def test_what_cannot_be_compared_is_refused_before_training(case, sweep_file, ca
         "{a: , b: {train.steps: 5}}\nmay_differ: [tokens]",
         "{b: {train.steps: 5}, a: }\nmay_differ: {b: [tokens]}",
         "{a: , b: {data.path: CORPORA/more}}\nmay_differ: {b: [data]}",
+        "{a: , b: {model.context: 32}}\nmay_differ: {b: [evaluation]}",
         "{a: , b: {data.upsample: {es: 0}}}",
     ],
 )
@@ -140,6 +153,23 @@ def test_run_of_other_settings_is_refused(sweep_file):
     file.write_text(file.read_text() + "set: {optimizer.lr: 0.5}\n")
     with pytest.raises(ValueError, match=r"optimizer.lr: 0.001 in the directory, 0.5 in the sweep"):
         run_sweep(file, start=no_start)
+
+
+def test_run_of_other_data_is_refused(sweep_file, corpora, capsys):
+    file = sweep_file("variants: {a: }")
+    (run,) = read_sweep(file).runs
+    finish(run, LOSSES)
+    checkpoint = run.directory / "checkpoints" / "step_00000004"
+    checkpoint.mkdir(parents=True)
+    facts = {"step": 4, "ranks": 1, "config": {}, "files": {"weights": {"bytes": 1, "sha256": ""}}}
+    other, same = (Corpus.open(corpora / name).fingerprint for name in ("more", "data"))
+    write_manifest(checkpoint, {"corpus": other, **facts})
+    refusal = f"{run.directory} was trained on other data than {corpora / 'data'} holds now"
+    with pytest.raises(ValueError, match=re.escape(refusal)):
+        run_sweep(file, start=no_start)
+    assert main(["sweep", str(file), "--dry-run"]) == 2 and refusal in capsys.readouterr().err
+    write_manifest(checkpoint, {"corpus": same, **facts})
+    assert state_of(run, Corpus.open(corpora / "data")) == FINISHED
 
 
 def test_finished_runs_are_not_started_again(sweep_file, capsys):
