@@ -55,10 +55,12 @@ class ResidualWatch:
         labels = [label for label in mixed_labels(self.config.tables) if label in self.early]
         if not labels or self.config.masking.strategy == "none":
             return f"Likely cause: optimizer.lr {self.config.optimizer.lr:g} is too high; lower it"
-        more = "a larger share of the retain data trained as retain (data.channel), or a lower optimizer.lr"
+        dual = self.config.recipe == "dual"
+        more = "a larger share of the retain data trained as retain (data.channel)" if dual else DUAL
         return (
             f"Likely cause: {' and '.join(labels)} tokens train the retain group while a forget group is active, and "
-            f"the groups out-shout one another. Remedy: {more if self.config.recipe == 'dual' else DUAL}"
+            f"the groups out-shout one another. Remedy: {more}; or a lower optimizer.lr than "
+            f"{self.config.optimizer.lr:g}, at which a run without them may grow too"
         )
 
 
