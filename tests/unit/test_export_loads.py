@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bare import python_path
 from corpora import Records, write_jsonl
 from exports import GPT_NEO, LLAMA, make_run
 from hypothesis import given, settings
@@ -93,7 +94,7 @@ def test_so_it_does_in_transformers_4(export_of, tmp_path):
     (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
     folders = {case: str(export_of(*case)[-1]) for case in CASES}
     command = [sys.executable, str(ROOT / "tests/load_export.py"), str(tmp_path / "texts.json"), *folders.values()]
-    environment = {**os.environ, "PYTHONPATH": str(FOUR)}
+    environment = {**os.environ, "PYTHONPATH": python_path(FOUR)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
