@@ -32,6 +32,7 @@ from sgtm.evaluate.compute_ratio import LEAST, LearningCurve
 from sgtm.report.baselines import FOLDER, basis
 from sgtm.sweep.file import read_sweep
 from sgtm.sweep.table import LOSSES
+from sgtm.train.environment import last_environment
 
 BASELINES = ("unmasked", "filtered")
 RATIOS = {"full_retain": "unmasked", "full_forget": "unmasked", "ablated_retain": "filtered"}
@@ -51,7 +52,8 @@ def main() -> None:
         found = finished(sweep.folder, args.partial)
         unmasked = {run.variant for run in sweep.runs if run.config.masking.strategy == "none"}
         rows += [
-            {"sweep": name, "masks": row["variant"] not in unmasked, **short(row), **trained(row)} for row in found
+            {"sweep": name, "masks": row["variant"] not in unmasked, **short(row), **trained(row, sweep.folder)}
+            for row in found
         ]
     text = "".join(json.dumps({**row, "ratios": ratios(row, rows)}) + "\n" for row in rows)
     args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +61,7 @@ def main() -> None:
     if args.shipped:
         baselines = [row for row in finished(sweeps[0].folder, args.partial) if row["variant"] in BASELINES]
         found = {row["variant"]: by_category(row) for row in baselines}
-        about = {key: trained(baselines[0])[key] for key in ("device", "commit", "time")}
+        about = {key: trained(baselines[0], sweeps[0].folder)[key] for key in ("device", "commit", "time")}
         text = {"sweep": args.sweeps[0].name, **about, "basis": basis(sweeps[0].runs[0].config), "losses": found}
         (FOLDER / f"{args.shipped}.json").write_text(json.dumps(text, indent=2) + "\n")
 
@@ -73,16 +75,17 @@ def finished(folder: Path, partial: bool) -> list[dict]:
     return [row for row in rows if row["finished"]]
 
 
-def trained(row: dict) -> dict:
+def trained(row: dict, folder: Path) -> dict:
     """Environment of a variant's runs; where they differ in commit, all commits, and the newest run's other values."""
-    found = sorted(filter(None, (seed.get("environment") for seed in row["seeds"])), key=lambda one: one["time"])
+    starts = (last_environment(folder / seed["run"]) for seed in row["seeds"])
+    found = sorted(filter(None, starts), key=lambda one: one["time"])
     if not found:
         sys.exit(f"variant {row['variant']}: its runs have no environment.jsonl; train them again")
     return {**found[-1], "commit": ", ".join(dict.fromkeys(str(one["commit"]) for one in found))}
 
 
 def short(row: dict) -> dict:
-    """A row of table.jsonl without the runs' names, categories and environments."""
+    """A row of table.jsonl without the runs' names and categories."""
     seeds = [{key: seed[key] for key in ("seed", *LOSSES)} for seed in row["seeds"]]
     return {**row, "seeds": seeds}
 

@@ -122,7 +122,7 @@ def trained_categories(corpus: Corpus, split: str = "train") -> dict[str, str]:
         return {}
     inside = corpus.documents["split"][corpus.spans["document"]] == m.splits.index(split)
     spanned = [list(m.categories)[number] for number in np.unique(corpus.spans["category"][inside])]
-    return {category: m.categories[category] for category in {*m.counts[split], *spanned}}
+    return {category: m.categories[category] for category in {*m.counts.get(split, {}), *spanned}}
 
 
 def _split_warnings(category: str, tokens: dict[str, int]) -> list[str]:

@@ -23,7 +23,6 @@ from sgtm.files import write_atomically
 from sgtm.masking.labels import FULL, removal_name
 from sgtm.sweep.file import Run, Sweep
 from sgtm.sweep.state import final_losses
-from sgtm.train.environment import last_environment
 
 LOSSES = ("full_retain", "full_forget", "ablated_retain", "ablated_forget")
 
@@ -132,7 +131,6 @@ def _record(row: Row) -> dict:
             "seed": run.seed,
             **{key: _json(value) for key, value in row.losses[run.name].items()},
             "losses": row.categories[run.name],
-            "environment": last_environment(run.directory),
         }
         for run in row.runs
         if run.name in row.losses

@@ -59,16 +59,7 @@ def test_a_finished_run_of_the_preset_has_them_beside_its_own(name, steps):
 def variant(name: str, tokens: int, retain: float, forget: float, ablated: float | None = None) -> dict:
     four = {"full_retain": retain, "full_forget": forget, "ablated_retain": ablated, "ablated_forget": 9.0}
     losses = {"full": {"en": retain, "es": forget}}
-    seeds = [
-        {
-            "run": name,
-            "seed": seed,
-            **four,
-            "losses": losses,
-            "environment": HERE | {"commit": f"c{seed}", "time": str(seed)},
-        }
-        for seed in (0, 1)
-    ]
+    seeds = [{"run": f"{name}-s{seed}", "seed": seed, **four, "losses": losses} for seed in (0, 1)]
     spread = {f"{key}_sd": 0.01 for key in four}
     return {"variant": name, "finished": 2, "runs": 2, "tokens": tokens, **four, **spread, "seeds": seeds}
 
@@ -104,6 +95,10 @@ def test_losses_to_ship_are_means_over_the_seeds_and_rows_of_other_sweeps_stay(t
     folder = tmp_path / "runs" / "tiny"
     folder.mkdir(parents=True)
     (folder / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for seed in (seed for row in rows for seed in row["seeds"]):
+        run, here = folder / seed["run"], HERE | {"commit": f"c{seed['seed']}", "time": str(seed["seed"])}
+        run.mkdir()
+        (run / "environment.jsonl").write_text(json.dumps(here) + "\n")
     file = tmp_path / "tiny.yaml"
     file.write_text(f"base: debug\nruns: {tmp_path / 'runs'}\nvariants: {{unmasked: {{masking.strategy: none}}}}\n")
     monkeypatch.setattr(recipes, "FOLDER", tmp_path)
