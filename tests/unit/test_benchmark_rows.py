@@ -163,3 +163,24 @@ def test_steps_that_do_not_train_are_not_reported():
         steps.ours.mixed.masters["blocks.1.mlp_norm.weight"].fill_(float("nan"))
     rows = next(steps.rows(1, 1))
     assert len(rows) > 5 and all(r["error"] == "loss nan: these steps do not train" for r in rows)
+
+
+def test_rows_of_a_group_are_written_before_the_next_is_measured(tmp_path, monkeypatch):
+    import steps
+
+    to, counts = tmp_path / "steps.jsonl", []
+
+    class Sweep:
+        def __init__(self, *args):
+            pass
+
+        def rows(self, rounds, seconds):
+            for name in "abc":
+                yield [{"row": name, "error": "not measured"}]
+                counts.append(len(to.read_text().splitlines()))
+
+    monkeypatch.setattr(steps, "Sweep", Sweep)
+    options = ["--shape", "tiny", "--device", "cpu", "--backend", "runs", "--json", str(to)]
+    monkeypatch.setattr(sys, "argv", ["steps.py", *options])
+    steps.main()
+    assert counts == [1, 2, 3]

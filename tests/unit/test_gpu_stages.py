@@ -2,7 +2,8 @@
 
 Faults tried, each seen to fail: NaN taken for small; rows that must be zeros not looked at; other launches compiled
 than calls make; overlapping kernels counted twice; gaps inside a longer kernel; measurements of an op reported whose
-smoke or tests failed, or had not run to the end, and whole steps with them.
+smoke or tests failed, or had not run to the end, and whole steps with them; choices of the tuner, or rows of test
+files, written at the end alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,3 +220,40 @@ def test_a_run_becomes_a_results_file_without_what_its_checks_refuse(tmp_path, m
     (run / "environment.json").write_text(json.dumps(here | {"cpu": True}))
     with pytest.raises(ValueError, match="--cpu"):
         report.add(run)
+
+
+def test_a_choice_of_the_tuner_is_a_row_before_the_next_is_made(tmp_path, monkeypatch):
+    import tuning_table
+    from journal import Journal
+
+    from sgtm_kernels.mlp.kernel import TILES
+    from sgtm_kernels.tune import Found
+
+    rows, counts = tmp_path / "tune.jsonl", []
+    found = Found(TILES["activation_forward"].candidates("fp32", "plain")[0], 1e-6, 2e-6)
+
+    def tune(*args, decided, **options):
+        for _ in range(3):
+            decided(("activation_forward", ("fp32", "plain")), found)
+            counts.append(len(Journal(rows).rows()))
+
+    monkeypatch.setattr(tuning_table, "tune", tune)
+    arguments = [str(rows), "--table", str(tmp_path / "table.json"), "--only", "mlp", "--shape", "tiny"]
+    monkeypatch.setattr(sys, "argv", ["tuning_table.py", *arguments])
+    assert tuning_table.main() == 0 and counts == [1, 2, 3]
+
+
+def test_a_test_file_is_a_row_before_the_next_runs(tmp_path):
+    from journal import Journal
+    from pytest_rows import Rows
+
+    rows, journal = Rows(Journal(tmp_path / "rows.jsonl")), Journal(tmp_path / "rows.jsonl")
+    tests = [f"test_{op}.py::test_{i}" for op in ("mlp", "norm") for i in range(2)]
+    rows.pytest_collection_finish(SimpleNamespace(items=[SimpleNamespace(nodeid=test) for test in tests]))
+    counts = []
+    for test in tests:
+        for when in ("setup", "call", "teardown"):
+            outcome = {"failed": False, "skipped": False, "duration": 0.1}
+            rows.pytest_runtest_logreport(SimpleNamespace(nodeid=test, when=when, **outcome))
+        counts.append([row["item"] for row in journal.rows()])
+    assert counts == [[], ["test_mlp.py"], ["test_mlp.py"], ["test_mlp.py", "test_norm.py"]]
