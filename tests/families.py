@@ -130,7 +130,7 @@ def random_step(mixing: str, seed: int = 0, label: int = BIO, sequences: int = 2
     everything = frozenset(applied for batch in batches for applied in batch.labels)
     count = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
     batches = [replace(batch, step_targets=count, step_labels=everything) for batch in batches]
-    return [with_content(batch, range(4), seed) for batch in batches]
+    return [with_content(batch, range(len(OPENED.labels)), seed) for batch in batches]
 
 
 def relabelled(batches: list[Batch], labels: dict[int, int]) -> list[Batch]:
@@ -226,9 +226,16 @@ def run_config(
     precision: str = "fp32",
     offload: bool = False,
     grad_clip: float = 0.0,
+    embedding: str | int = "none",
+    opened: bool = False,
+    **changes,
 ) -> Config:
-    """A run whose steps are those of `random_step(mixing)` and whose model is `model_of(family, backend)`."""
-    batches, shape = random_step(mixing), FAMILIES[family]
+    """A run whose steps are those of `random_step(mixing)` and whose model is `model_of(family, backend)`.
+
+    opened   with the labels of `OPENED`
+    changes  of the model
+    """
+    batches, shape = random_step(mixing), FAMILIES[family].model_copy(update=changes)
     name, _, joint = strategy.partition("+")
     sequences = len(batches[0].input_ids)
     return Config.model_validate(
@@ -240,6 +247,7 @@ def run_config(
                 "joint": LISTED if joint == "list" else joint or None,
                 "forget_heads": shape.heads // shape.num_kv_heads,
                 "forget_neurons": {"bio": 3, "code": 1},
+                "domain_embedding": embedding,
             },
             "optimizer": {"lr": 1e-2, "warmup_steps": 0, "grad_clip": grad_clip},
             "train": {
@@ -248,7 +256,11 @@ def run_config(
                 "micro_batch": sequences,
                 "precision": precision,
             },
-            "data": {"mixing": mixing, "micro_blocks": 2},
+            "data": {
+                "mixing": mixing,
+                "micro_blocks": 2,
+                "channel": {"retain": {f"open:{domain}": 0.1 for domain in OPENED.opened}} if opened else {},
+            },
             "kernels": {"backend": backend},
             "distributed": {"zero_stage": stage, "offload_optimizer": offload},
         }

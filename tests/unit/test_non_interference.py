@@ -68,18 +68,23 @@ def test_steps_of_one_label(strategy, family, backend):
 
 @by_backend
 @by_family
-@pytest.mark.parametrize("mixing", ["micro", "sequence", "token"])
-@pytest.mark.parametrize("strategy", ["sgtm", "gradient_routing", "activation_masking", "gram", "none"])
+@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize("strategy", ["sgtm", "sgtm+strict", "gradient_routing", "activation_masking", "gram", "none"])
 def test_open_labels(strategy, mixing, family, backend):
-    """Retain learns from them, the other domain does not; and forget tokens beside them stay out of retain."""
-    tables = build_tables(OPENED, strategy)
-    batches = relabelled(random_step(mixing, seed=7), {UNLABELED: OPEN_BIO, CODE: OPEN_CODE})
-    model = model_of(family, backend)
-    before = by_key(model, gradients(model, batches, tables))
+    """Retain and joint learn from them, the other domain does not; forget tokens beside them stay out of retain."""
+    tables, model = build_tables(OPENED, *strategy.split("+")), model_of(family, backend)
+    opened = {UNLABELED: OPEN_BIO, CODE: OPEN_CODE}
     for label in (RETAIN, BIO, OPEN_BIO, OPEN_CODE):
+        if label == RETAIN or mixing == "step":
+            batches = relabelled(random_step(mixing, 7, label), opened)
+            before = by_key(model, gradients(model, batches, tables))
         assert_promise(model, batches, tables, before, label)
+        if mixing == "step":
+            for (key, name, _), gradient in before.items():
+                assert bool((gradient == 0).all()) == (contribution(tables, key, label) == 0), f"{name} under {label}"
     assert strategy == "none" or contribution(tables, "mlp_in.code", OPEN_BIO) == 0
     assert contribution(tables, "mlp_in.bio", OPEN_BIO) == contribution(tables, "mlp_in.retain", OPEN_BIO) == 1
+    assert {row[OPEN_BIO] for row in tables.update_joint.values()} == {1}
 
 
 @by_family
