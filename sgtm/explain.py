@@ -100,12 +100,12 @@ def certificate_lines(config: Config) -> list[str]:
 
     By the labels of the corpus, or where it cannot be read by those that the config names.
     """
+    initial = export_record(config)
     try:
         corpus = open_corpus(config, "sizes", write=False)
-        known = trained_categories(corpus), bool(len(corpus.spans)), export_record(config)
+        known = trained_categories(corpus), bool(len(corpus.spans)), initial
         reasons = {domain: obstacle(config, domain, *known) for domain in config.space.domains}
     except (ValueError, OSError):
-        initial = export_record(config)
         reasons = {domain: obstacle(config, domain, initial=initial) for domain in config.space.domains}
     independent = [domain for domain, reason in reasons.items() if reason is None]
     lines = [f"safe model independent of: {', '.join(independent)}"] if independent else []

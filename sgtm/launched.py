@@ -103,7 +103,7 @@ def _launcher(env: dict[str, str]) -> str:
         return "deepspeed"
     if "RANK" in env or "WORLD_SIZE" in env:
         return "env"
-    # SLURM_STEP_ID: inside srun. In a batch script's own shell SLURM_NTASKS is set, but nobody else is running.
+    # SLURM_STEP_ID is set inside srun alone. A batch script's own shell has SLURM_NTASKS too, but is the only process.
     if "SLURM_STEP_ID" in env and _step_tasks(env) != "1":
         return "srun"
     return "none"

@@ -117,8 +117,3 @@ def not_finite(losses: Losses) -> str:
     """Which losses are NaN or infinite: `en, es (full); es (without es)`; empty where none is."""
     bad = {name: [c for c, loss in by.items() if not math.isfinite(loss)] for name, by in losses.items()}
     return "; ".join(f"{', '.join(categories)} ({name})" for name, categories in bad.items() if categories)
-
-
-def category_losses(*arguments, **options) -> Losses:
-    """The losses of `evaluate`."""
-    return evaluate(*arguments, **options).losses

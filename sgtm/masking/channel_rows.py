@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import OPEN, RETAIN, UNLABELED
-from sgtm_kernels.plan import KINDS, PARTS
+from sgtm_kernels.tables import KINDS, PARTS
 
 if TYPE_CHECKING:
     from sgtm.config.schema import Config

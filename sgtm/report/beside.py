@@ -73,12 +73,15 @@ def _names(others: Sequence[Path]) -> dict[Path, str]:
 
 def _evaluation(mine: Record, other: Record) -> tuple[dict, str]:
     """The evaluation of `other` to show beside that of `mine`, and how it differs."""
+    measured, split = (mine.summary.get(key) for key in ("measured", "split"))
+    if measured and measured == other.summary.get("measured") and split == other.summary.get("split"):
+        return other.summary, ""  # in the same order: the same sequences
     in_training = other.evals[-1] if other.evals else {}
     if "in_training" in mine.summary or "in_training" in other.summary:
         if in_training and "in_training" in mine.summary:
             return in_training, ""
         missing = mine if "in_training" in mine.summary else other
-        return other.summary, f"; evaluated on other sequences than the run: sgtm eval {missing.run}"
+        return other.summary, f"; evaluated on other sequences than the run; for the same ones: sgtm eval {missing.run}"
     same = all(mine.summary.get(key) == other.summary.get(key) for key in ("split", "sequences"))
     return other.summary, "" if same else "; evaluated on other sequences than the run (--split, --sequences)"
 

@@ -74,7 +74,7 @@ def _measured(summary: dict, category: str) -> int | None:
 
 
 def cautions(summary: dict) -> list[str]:
-    """What a reader of the losses should know before he trusts or uses them; code words in backticks."""
+    """Cautions for a reader of the losses; code words in backticks."""
     rows = loss_rows(summary)
     found = [
         sentence for condition in conditions(summary) for sentence in _worse_than_ablated(summary, rows, condition)

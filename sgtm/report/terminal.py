@@ -70,7 +70,7 @@ def print_ratios(ratios: Ratios, title: str, console: Console | None = None) -> 
     console = console or Console()
     console.print("", table, sep="\n")
     if any(ratio.extrapolated for by_category in ratios.values() for ratio in by_category.values()):
-        console.print("* extrapolated: the loss is outside the baseline's evaluations")
+        console.print("* extrapolated: the loss is outside the baseline's evaluations; inf: its curve never reaches it")
 
 
 def _plain_table() -> Table:

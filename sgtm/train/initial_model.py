@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -31,8 +30,16 @@ def initial_model(config: Config) -> Transformer:
 
 
 def export_record(config: Config) -> dict | None:
-    """`sgtm_export.json` of the folder that `train.init_from` names; None if it names none, or a model without one."""
-    if config.train.init_from:
-        with suppress(OSError, ValueError):
-            return json.loads((Path(config.train.init_from) / "sgtm_export.json").read_text("utf-8"))
-    return None
+    """`sgtm_export.json` of the folder that `train.init_from` names; None if it names none, or a model without one.
+
+    A damaged file is an empty record: it certifies nothing.
+    """
+    if not config.train.init_from:
+        return None
+    try:
+        record = json.loads((Path(config.train.init_from) / "sgtm_export.json").read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

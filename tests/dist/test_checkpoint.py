@@ -1,8 +1,8 @@
 """Checkpoints: bitwise continuation in every stage, and nothing lost when one is damaged or the disk is full.
 
-Faults tried, each seen to fail: the live tensors written instead of copies; a new copy for every checkpoint; a poll that
-waits, or that asks this rank alone; a damaged checkpoint taken, left in place, or set aside where none is whole; a
-moment, a count, the random state or the progress not restored; an error of one rank raised there alone.
+Faults tried, each seen to fail: the live tensors written instead of copies; a new copy for every checkpoint; a poll
+that waits, or that polls this rank alone; a damaged checkpoint taken, left in place, or set aside where none is
+intact; a moment, a count, the random state or the progress not restored; an error of one rank raised there alone.
 """
 
 from __future__ import annotations

@@ -67,9 +67,7 @@ def check_case(stage: int, precision: str, offload: bool) -> None:
     from sgtm.train.gradients import group_norms, only, probe
     from sgtm.train.step import StepTotals, train_step
 
-    config = run_config(
-        stage, "gpt_neo", "runs", "token", precision=precision, offload=offload, grad_clip=LIMIT
-    )
+    config = run_config(stage, "gpt_neo", "runs", "token", precision=precision, offload=offload, grad_clip=LIMIT)
     case = f"ZeRO {stage} {precision}{' offloaded' * offload}"
     init_distributed(config)
     engine, other = (Engine(model_of("gpt_neo"), config) for _ in range(2))

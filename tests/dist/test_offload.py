@@ -88,5 +88,5 @@ def test_adamw_runs_on_the_host():
 
 
 def test_stage_0_has_nothing_to_offload():
-    with pytest.raises(ValueError, match="offload_optimizer: ZeRO 0 .* set zero_stage 1, 2 or 3"):
+    with pytest.raises(ValueError, match=r"offload_optimizer: ZeRO 0 .* set zero_stage 1, 2 or 3"):
         tiny_config(0, distributed={"offload_optimizer": True})

@@ -57,7 +57,11 @@ def measure() -> list[dict]:
         for before, after in zip(plain, rest, strict=True):
             assert before.keys() == after.keys()
             for key, value in before.items():
-                tensors = zip(value.values(), after[key].values(), strict=True) if isinstance(value, dict) else [(value, after[key])]
+                tensors = (
+                    zip(value.values(), after[key].values(), strict=True)
+                    if isinstance(value, dict)
+                    else [(value, after[key])]
+                )
                 assert all(torch.equal(a, b) for a, b in tensors), (case, key)
         norms += taken
     return norms
@@ -79,4 +83,9 @@ def test_every_stage_measures_what_one_process_does_and_trains_as_without():
             for part in ("attention", "mlp"):
                 assert found[label][part].keys() == parts[part].keys()
                 for group, by_layer in parts[part].items():
-                    assert found[label][part][group] == pytest.approx(by_layer, rel=bound), (stage, mixing, label, group)
+                    assert found[label][part][group] == pytest.approx(by_layer, rel=bound), (
+                        stage,
+                        mixing,
+                        label,
+                        group,
+                    )

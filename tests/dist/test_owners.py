@@ -11,7 +11,20 @@ import math
 
 import pytest
 import torch
-from families import BIO, CODE, RETAIN, SPACE, UNLABELED, by_key, gradients, model_of, random_step, relabelled, run_config, state_of
+from families import (
+    BIO,
+    CODE,
+    RETAIN,
+    SPACE,
+    UNLABELED,
+    by_key,
+    gradients,
+    model_of,
+    random_step,
+    relabelled,
+    run_config,
+    state_of,
+)
 
 from sgtm.distributed.testing import run_ranks
 from sgtm.model.rows import live_keys, owner_of
@@ -55,7 +68,9 @@ def check(stage: int, precision: str) -> None:
     config, where = config_of(stage, precision), f"ZeRO {stage} {precision}"
     init_distributed(config)
     expected = expected_norms(model_of("gpt_neo"), config)
-    assert len({round(norm / LIMIT) for norm in expected}) == 3 and min(expected) > LIMIT, "all clipped, by other factors"
+    assert len({round(norm / LIMIT) for norm in expected}) == 3 and min(expected) > LIMIT, (
+        "all clipped, by other factors"
+    )
     engine = Engine(model_of("gpt_neo"), config)
     step(engine, config)
     bound = 1e-5 if precision == "fp32" else 2e-2

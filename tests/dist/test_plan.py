@@ -6,9 +6,9 @@ is missed, and an unknown one fails the test. The model has 1.7 to 2.4 million p
 of DeepSpeed's: a model of this size then behaves as one of a thousand times as many parameters does with the defaults,
 gathered twice, prefetched in pieces, recomputed.
 
-Seen to fail with: gradients planned in the weights' dtype; ZeRO 2 planned with a single reduction; one gather of a model
-larger than the reuse distance; recomputed blocks not gathered again; the prefetcher left out; the fp32 weights, the
-gradients or hpZ's second weights left out of what is held; gradients in bf16; the model's weights left out of a
+Seen to fail with: gradients planned in the weights' dtype; ZeRO 2 planned with a single reduction; one gather of a
+model larger than the reuse distance; recomputed blocks not gathered again; the prefetcher left out; the fp32 weights,
+the gradients or hpZ's second weights left out of what is held; gradients in bf16; the model's weights left out of a
 checkpoint, or counted in ZeRO 3's.
 """
 
@@ -36,7 +36,13 @@ SHAPE = (
     "--model.hidden_size=256", "--model.intermediate_size=1024", "--model.layers=2", "--model.vocab_size=512",
     "--model.context=16", "--train.tokens_per_step=128", "--train.micro_batch=1",
 )  # fmt: skip
-LLAMA = ("--model.family=llama", "--model.tie_embeddings=false", "--model.window=null", "--model.kv_heads=2", "--masking.forget_heads=2")
+LLAMA = (
+    "--model.family=llama",
+    "--model.tie_embeddings=false",
+    "--model.window=null",
+    "--model.kv_heads=2",
+    "--masking.forget_heads=2",
+)
 SENT_IN_BF16 = ("--distributed.communication=bf16",)
 CHECKPOINTED = ("--model.activation_checkpointing=true",)
 SMALL = Limits(persistence=100, reuse=1_000_000, prefetch=50_000, live=1_000_000, bucket=200_000)
@@ -58,7 +64,7 @@ CASES = {
         for name, limits in (("small limits", SMALL), ("prefetching", PREFETCHING), ("nothing kept", NOTHING))
         for how, options in (("", ()), (", checkpointed", CHECKPOINTED))
     },
-    "ZeRO 3 hpZ": (3, "bf16", LLAMA + ("--distributed.zero_hpz_partition_size=2",), None),  # last: it stays switched on
+    "ZeRO 3 hpZ": (3, "bf16", (*LLAMA, "--distributed.zero_hpz_partition_size=2"), None),  # last: it stays switched on
 }
 SAVED = [f"ZeRO {stage} {precision}" for stage in range(4) for precision in ("fp32", "bf16")]
 ALL = [(case, 2) for case in CASES] + [(case, 4) for case in CASES if not re.search("limits|fetching|sent", case)]
@@ -90,7 +96,9 @@ class Counted(TorchDispatchMode):
 
 def config_of(case: str):
     stage, precision, options, _ = CASES[case]
-    return load_config("debug", [*SHAPE, f"--distributed.zero_stage={stage}", f"--train.precision={precision}", *options])
+    return load_config(
+        "debug", [*SHAPE, f"--distributed.zero_stage={stage}", f"--train.precision={precision}", *options]
+    )
 
 
 def measured(cases: list[str]) -> dict[str, tuple[float, float]]:

@@ -50,7 +50,7 @@ class Watched(TorchDispatchMode):
     def counted(self, name: str, inner):
         def method(tensor, *args, **kwargs):
             ours = sys._getframe(1).f_globals["__name__"].startswith("sgtm")  # DeepSpeed's "cpu" is the device's name
-            self.reads += name == "tolist" or ours and (name != "to" or "cpu" in (*args, *kwargs.values()))
+            self.reads += name == "tolist" or (ours and (name != "to" or "cpu" in (*args, *kwargs.values())))
             return inner(tensor, *args, **kwargs)
 
         return method

@@ -1,8 +1,8 @@
 """A checkpoint of any stage and number of ranks goes on in any other, and as DeepSpeed's universal checkpoint.
 
 Faults tried, each seen to fail: offsets inside a piece or a partition, or of padded parts, forgotten; ZeRO 3's parts of
-the module, its gathered small parameters (in test_checkpoint.py) or the module's weights in the other stages not renewed;
-weights in the place of moments.
+the module, its gathered small parameters (in test_checkpoint.py) or the module's weights in the other stages not
+renewed; weights in the place of moments.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ def load_by_deepspeed(folder: str, expected: str, precision: str) -> None:
             engine._deepspeed.load_checkpoint(str(Path(folder).parent), tag=Path(folder).name)
         state, (weights, _, _) = whole_state(engine), torch.load(expected)
         assert all(torch.equal(state["fp32"][name], values) for name, values in weights["fp32"].items()), stage
+
 
 @pytest.mark.parametrize("precision", list(BOUND))
 def test_deepspeed_loads_the_universal_checkpoint(of_four_ranks: Path, tmp_path: Path, precision: str):

@@ -1,8 +1,8 @@
 """The engine in every ZeRO stage, in fp32 and bf16, on one and two ranks, against plain autograd in one process.
 
-With the optimizer on its device and in the host's memory, which on a CPU are one. Faults tried there, each seen to fail:
-a gradient that is not finite kept for the next step (as DeepSpeed does in bf16); another learning rate with offload; the finiteness of
-the losses not asked.
+With the optimizer on its device and in the host's memory, which on a CPU are one. Faults tried there, each seen to
+fail: a gradient that is not finite kept for the next step (as DeepSpeed does in bf16); another learning rate with
+offload; losses not checked to be finite.
 """
 
 from __future__ import annotations
@@ -160,7 +160,9 @@ def test_gradient_is_the_sum_over_ranks_and_micro_batches(world_size):
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 1e-3)])
 def test_stages_and_ranks_agree(precision, bound):
     """Bound: relative error of the losses. In bf16 a weight may round the other way; a wrong sum is off by percents."""
-    runs = {(case, ranks): run for ranks in (1, 2) for case, run in results(ranks)[0].items() if case.endswith(precision)}
+    runs = {
+        (case, ranks): run for ranks in (1, 2) for case, run in results(ranks)[0].items() if case.endswith(precision)
+    }
     (losses, weights), *others = runs.values()
     for where, (other_losses, other_weights) in zip(list(runs)[1:], others, strict=True):
         assert other_losses == pytest.approx(losses, rel=bound), where

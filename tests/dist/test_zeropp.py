@@ -62,7 +62,9 @@ def pieces(engine) -> list[torch.Tensor]:
 
 def every_case(folder: str) -> None:
     cases = [("fp32", False), ("bf16", False), ("bf16", True)]
-    expected = [trained(folder, 1, *case) for case in cases]  # all before the first of 2: DeepSpeed keeps it for the process
+    expected = [
+        trained(folder, 1, *case) for case in cases
+    ]  # all before the first of 2: DeepSpeed keeps it for the process
     for case, (losses, weights) in zip(cases, expected, strict=True):
         found, others = trained(folder, 2, *case)
         assert found == losses, case
@@ -79,7 +81,9 @@ def test_what_deepspeed_is_told():
     from sgtm.distributed.engine import deepspeed_config
 
     keys = {"zero_hpz_partition_size": 8, "zero_quantized_weights": True}
-    config = tiny_config(3, masking={"strategy": "none", "joint": "free"}, train={"tokens_per_step": 96 * 6}, distributed=keys)
+    config = tiny_config(
+        3, masking={"strategy": "none", "joint": "free"}, train={"tokens_per_step": 96 * 6}, distributed=keys
+    )
     assert deepspeed_config(config, 16, 100)["zero_optimization"].items() >= keys.items()
     other = deepspeed_config(tiny_config(2), 1, 100)["zero_optimization"]
     assert not other.keys() & {*keys, "zero_quantized_gradients", "offload_optimizer"}

@@ -129,9 +129,10 @@ def test_the_labels_and_spans_of_the_corpus_count(tmp_path):
 def test_an_export_to_start_from_counts(tmp_path):
     found = config(f"--train.init_from={tmp_path}")
     assert certificate_lines(found) == ["safe model independent of: es"]  # a model that is no export
-    (tmp_path / "sgtm_export.json").write_text('{"removed": []}')
     reason = "the run starts from an export that is not independent of es (train.init_from)"
-    assert certificate_lines(found) == [f"safe model depends on es: {reason}"]
+    for uncertified in ('{"removed": []}', '{"independent_of": ["fr"]}', '{"indep', "[]"):  # a damaged one too
+        (tmp_path / "sgtm_export.json").write_text(uncertified)
+        assert certificate_lines(found) == [f"safe model depends on es: {reason}"]
     (tmp_path / "sgtm_export.json").write_text('{"independent_of": ["es"]}')
     assert certificate_lines(found) == ["safe model independent of: es"]
 

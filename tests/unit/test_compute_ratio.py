@@ -188,7 +188,7 @@ def test_losses_beside_a_run_are_of_the_same_evaluation(tmp_path):
     cases = [
         ([], 2.0, ""),
         ([other], 2.0, ""),
-        ([run], 2.0, f"other sequences than the run: sgtm eval {other}"),
+        ([run], 2.0, f"other sequences than the run; for the same ones: sgtm eval {other}"),
         ([run, other], 1.5, ""),
     ]
     for evaluated, loss, note in cases:
@@ -201,6 +201,13 @@ def test_losses_beside_a_run_are_of_the_same_evaluation(tmp_path):
         assert (note in found.notes[0]) and ("other sequences" in found.notes[0]) == bool(note)
     (other / "summary.json").write_text(json.dumps({**summary, "sequences": 8}))
     assert "other sequences than the run (--split, --sequences)" in compare(run, [other]).notes[0]
+    measured = {"en": {"documents": 3, "tokens": 99}}  # of a small test split, all of it either way
+    (other / "summary.json").unlink()
+    (run / "summary.json").write_text(json.dumps({**summary, "measured": measured}))
+    lines = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    (other / "metrics.jsonl").write_text("".join(json.dumps(line | {"measured": measured}) + "\n" for line in lines))
+    found = compare(run, [other])
+    assert found.losses["other"]["en"] == 2.0 and "other sequences" not in found.notes[0]
 
 
 def test_two_runs_of_one_name_are_told_apart_by_their_place(tmp_path):

@@ -21,7 +21,7 @@ from sgtm.data.batch import IGNORE
 from sgtm.data.loader import evaluation_batches
 from sgtm.data.open import open_corpus
 from sgtm.evaluate.localisation import gradient_norms
-from sgtm.evaluate.losses import category_losses, evaluate
+from sgtm.evaluate.losses import evaluate
 from sgtm.evaluate.run import write_summary
 from sgtm.evaluate.sample import standard_error
 from sgtm.masking.strategy import build_tables, removal_tables
@@ -43,7 +43,7 @@ def setting(tmp_path_factory):
 
 def measure(setting, split: str = "test", **share):
     config, corpus, model = setting
-    return category_losses(model, corpus, config, split=split, sequences=6, device=CPU, **share)
+    return evaluate(model, corpus, config, split=split, sequences=6, device=CPU, **share).losses
 
 
 def by_hand(setting, category: str, without_es: bool, split: str = "test") -> float:
@@ -158,7 +158,7 @@ def test_errors_are_those_of_a_ratio_of_sums_over_documents(tmp_path, isolated: 
     sample = evaluate(model, corpus, config, split="test", sequences=None, device=CPU).sample
     assert sample["true_labels"] == corpus.categories
     for category, sizes in lengths.items():
-        tokens = sum(sizes) if isolated else sum(sizes) + len(sizes) - 1  # the first of all is nobody's target
+        tokens = sum(sizes) if isolated else sum(sizes) + len(sizes) - 1  # the first token of the stream is no target
         assert sample["measured"][category] == {"documents": len(sizes), "tokens": tokens}
         both = [losses_by_document(model, corpus, config, category, removed) for removed in ((), ("es",))]
         full, without = (np.array([sum(document) for document in documents]) for documents in both)

@@ -18,7 +18,7 @@ from sgtm.data.batch import IGNORE
 from sgtm.data.loader import evaluation_batches
 from sgtm.data.store import Corpus
 from sgtm.data.summary import category_counts, trained_categories
-from sgtm.evaluate.losses import category_losses
+from sgtm.evaluate.losses import evaluate
 from sgtm.masking.strategy import removal_tables
 from sgtm.model.transformer import Transformer
 
@@ -99,7 +99,7 @@ def test_losses_are_means_over_the_tokens_of_a_category(corpus, config):
     model = Transformer(config.model, config.partition, "runs")
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.2)
-    losses = category_losses(model, corpus, config, split="test", sequences=None, device=torch.device("cpu"))
+    losses = evaluate(model, corpus, config, split="test", sequences=None, device=torch.device("cpu")).losses
     for name, removed in (("full", ()), ("without es", ("es",))):
         tables = removal_tables(config.space, removed)
         assert losses[name].keys() == LABELS.keys()
@@ -138,4 +138,4 @@ def test_spans_of_the_test_split_alone_are_not_trained(tmp_path):
 def test_a_split_without_any_target_is_an_error_and_not_an_empty_evaluation(corpus, config, monkeypatch):
     monkeypatch.setattr("sgtm.evaluate.losses.evaluation_batches", lambda *_, **__: iter(()))
     with pytest.raises(ValueError, match=r"split test of .* has no token that follows another"):
-        category_losses(None, corpus, config, split="test", sequences=None, device=torch.device("cpu"))
+        evaluate(None, corpus, config, split="test", sequences=None, device=torch.device("cpu"))

@@ -1,5 +1,5 @@
 """A signal in any phase of the real commands: status and line show it, what was finished is kept, and the line's
-command goes on from it. The signal comes at a known point, as a function of the phase is called.
+command resumes from it. The signal arrives at a known point, when a function of the phase is called.
 
 Faults tried, each seen to fail: handlers set after the imports alone; `prepare` or `sweep` without them; an export that
 leaves its folder, or refuses what a killed one has left; workers whose imports Ctrl-C interrupts.
