@@ -127,6 +127,9 @@ def _problems(o: Outcome, launch: Launch) -> Iterator[str]:
     narrow = sum(n for width, n in o.widths.items() if width < 32)
     if narrow > launch.narrow:
         yield f"{narrow} narrow accesses of 8 or 16 bits, {launch.narrow} allowed"
+    narrower = sum(n for width, n in o.widths.items() if width < launch.width)
+    if launch.narrower is not None and narrower > launch.narrower:
+        yield f"{narrower} accesses narrower than {launch.width} bits, {launch.narrower} allowed"
     of_warp = -(-32 * o.registers // REGISTER_UNIT) * REGISTER_UNIT
     warps = min(WARPS, REGISTERS // of_warp)
     room = min(warps // launch.num_warps, SHARED_OF_ALL[o.arch] // (o.shared + RESERVED))

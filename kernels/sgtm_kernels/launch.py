@@ -20,6 +20,7 @@ class Launch:
     width      bits of the widest access to global memory, at least
     wide       words of so many bits that instructions access, at least; narrower accesses are no such words
     narrow     instructions that access 8 or 16 bits of global memory, at most: single values, rows that begin anywhere
+    narrower   instructions that access words narrower than `width`, at most; None: any number
     programs   how many a multiprocessor of sm_90 must hold at once, by their registers and shared memory
     spill      why registers may spill here; None: they may not
     spill_on   the architectures where they may
@@ -38,6 +39,7 @@ class Launch:
     width: int = 128
     wide: int = 1
     narrow: int = 0
+    narrower: int | None = None
     programs: int = 1
     spill: str | None = None
     spill_on: tuple[int, ...] = (80, 90, 100)

@@ -36,11 +36,19 @@ def masked_by_content(x, y, n, B: tl.constexpr):
     tl.store(y + i, tl.load(x + i, mask=wanted, other=0.0), mask=i < n)
 
 
+@triton.jit
+def sum_of_some(x, y, n, B: tl.constexpr):
+    i = tl.arange(0, B)
+    tl.store(y, tl.sum(tl.load(x + i, mask=i < n, other=0.0)))
+
+
 TYPES = {"x": "*bf16", "y": "*bf16", "n": "i32"}
 CASES = {
     "fine": Launch(copy, TYPES, {"B": 1024}),
     "narrow accesses": Launch(masked_by_content, TYPES, {"B": 1024}),
     "narrow rows": Launch(masked_by_content, TYPES, {"B": 1024}, narrow=16),
+    "accesses narrower than 128 bits": Launch(sum_of_some, TYPES, {"B": 1024}, narrow=16, narrower=0),
+    "few narrower accesses": Launch(sum_of_some, TYPES, {"B": 1024}, narrow=16, narrower=1),
     "accesses of 128 bits": Launch(copy, TYPES, {"B": 1024}, wide=8),
     "widest access": Launch(copy, TYPES, {"B": 128}),
     "HGMMA of": Launch(product, TYPES, {"B": 64}, tensor_cores=True, columns=(128,)),

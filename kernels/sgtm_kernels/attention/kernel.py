@@ -275,6 +275,14 @@ def launches() -> list[Launch]:
     return found
 
 
+# Tiles of queries' rows and of keys' rows that a kernel reads and writes, each once at least.
+TILES_OF = {
+    attention_forward: (2, 2),  # q, out; k, v
+    attention_backward_queries: (4, 2),  # q, dy, out, dq; k, v
+    attention_backward_keys: (2, 4),  # q, dy; k, v, dk, dv
+}
+
+
 def _launches(dtype: str, fixed: dict[str, object], others: bool = False) -> list[Launch]:
     kinds = dict.fromkeys(("qkv", "out", "dy", "dqkv"), f"*{dtype}") | {"scale": "fp32", "seq_len": "i32"}
     kinds |= dict.fromkeys(("lse", "delta", "factors"), "*fp32") | dict.fromkeys(("spans", "live"), "*i32")
@@ -290,11 +298,13 @@ def _launches(dtype: str, fixed: dict[str, object], others: bool = False) -> lis
             scores = size.queries if kernel is attention_backward_keys else size.keys
             columns = tuple(sorted({scores, width})) if half and heuristic and ONE_COPY else None
             of_thread = min(size.queries, size.keys) * width // (32 * size.warps)
+            queries, keys = TILES_OF[kernel]
+            words = Launch.words((queries * size.queries + keys * size.keys) * width, dtype, size.warps)
             found.append(
                 Launch(
                     kernel, signature, values | blocks, size.warps, size.stages, ("seq_len",),
                     tensor_cores=half, columns=columns,
-                    width=min(128, of_thread * (16 if half else 32)),
+                    width=min(128, of_thread * (16 if half else 32)), wide=words,
                     programs=2 if half and size.warps == 4 else 1, spill=spill, spill_on=spill_on,
                 )
             )  # fmt: skip

@@ -191,8 +191,7 @@ def launches() -> list[Launch]:
                     Launch(
                         token_losses, signature, constants, warps, unaligned=unaligned, narrow=1,  # the target's logit
                         width=min(128, of_thread * (32 if dtype == "fp32" else 16)),
-                        # A load; with a gradient two, and two stores.
-                        wide=max(1, Launch.words(block, dtype, warps)) * (4 if gradient else 1),
+                        narrower=4,  # the target, its logit, the loss or 0
                         programs=max(1, (64 if of_thread <= 8 else 32) // warps),
                     )
                 )  # fmt: skip

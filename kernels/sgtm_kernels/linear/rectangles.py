@@ -200,6 +200,7 @@ def launches() -> list[Launch]:
                         unaligned, first_arch=first_arch, tensor_cores=dtype == "bf16",
                         columns=(columns // max(1, 16 * warps // rows),) if dtype == "bf16" else None,
                         narrow=176 if loads == "ragged" else 0, width=32 if loads == "ragged" else 128,
+                        narrower=None if loads == "ragged" else 7,  # a band, a slice, its weight
                     )
                 )  # fmt: skip
     return found

@@ -144,13 +144,21 @@ def launches() -> list[Launch]:
         both |= dict.fromkeys(("partial", "x_factors", "dy_factors"), "*fp32") | {"tokens": "i32"}
         for bounds, tile in product(((0, 4096), (0, 960, 1024), (0, 24, 48, 771, 3000)), TILE.candidates(dtype)):
             blocks, warps = _blocks(tile), tile.warps
+            words = Launch.words(tile.tokens * tile.columns, dtype, warps)
             for scale, in_place, add in ways if len(bounds) > 2 else [(False, False, True)]:
                 constants = {"BOUNDS": bounds, "SCALE": scale, "IN_PLACE": in_place, "SUM": add, **blocks}
                 spill = SPILL if tile.tokens == 16 and in_place and add else None
                 found.append(
-                    Launch(scale_and_sum, pointers, constants, warps, unaligned=("tokens",), programs=4, spill=spill)
-                )
+                    Launch(
+                        scale_and_sum, pointers, constants, warps, unaligned=("tokens",), programs=4, spill=spill,
+                        wide=(1 + scale) * words,  # a load, and a store
+                    )
+                )  # fmt: skip
             if len(bounds) > 2:
                 constants = {"BOUNDS": bounds, "WIDTH": (0, 1024), **blocks}
-                found.append(Launch(scale_input_and_sum, both, constants, warps, unaligned=("tokens",), programs=4))
+                found.append(
+                    Launch(
+                        scale_input_and_sum, both, constants, warps, unaligned=("tokens",), programs=4, wide=3 * words
+                    )
+                )
     return found + strips.launches()
