@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sgtm.names import nearest
+
 OPTIONS = {
     "train": ("resume", "overwrite"),
     "bench": ("rounds", "json", "peers", "tune"),
@@ -18,7 +20,6 @@ def what_is_meant(command: str, arguments: list[str], otherwise: str = "") -> st
     A key of the config with one dash, without dashes or as a mapping of its section; `--steps` of `--train.steps`; a
     second preset or file.
     """
-    from sgtm.config.errors import nearest
     from sgtm.config.reference import keys
     from sgtm.config.schema import Config
 

@@ -244,10 +244,13 @@ def _train(options) -> None:
             raise ConfigError(message) from None
         raise
 
-    if _only_rank() and config.data.path != "synthetic":
+    if _only_rank():  # errors that need nothing heavy
         from sgtm.data.store import read_manifest
+        from sgtm.train.usable import check_usable
 
-        read_manifest(Path(config.data.path))  # whose errors come before anything heavy is imported
+        check_usable(Path(config.runs) / config.name, options.resume, options.overwrite)
+        if config.data.path != "synthetic":
+            read_manifest(Path(config.data.path))
 
     from sgtm.train.loop import train
 

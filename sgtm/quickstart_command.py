@@ -9,15 +9,19 @@ from sgtm.stopping import stoppable
 
 def run_quickstart(options) -> None:
     from sgtm.config import load_config
+    from sgtm.train.usable import check_usable
 
     config = load_config(options.config, options.overrides)
+    folder = Path(config.runs) / config.name
+    overwrite = _is_quickstart(folder)
+    check_usable(folder, resume=False, overwrite=overwrite)
 
     from sgtm.evaluate.run import evaluate_run, write_summary
     from sgtm.report import print_summary, write_report
     from sgtm.report.baselines import with_shipped
     from sgtm.train.loop import train
 
-    run = train(config, overwrite=_is_quickstart(Path(config.runs) / config.name))
+    run = train(config, overwrite=overwrite)
     with stoppable(f"{run} is trained; go on: sgtm eval {run}; sgtm report {run}"):
         summary = with_shipped(evaluate_run(run), config)
         try:

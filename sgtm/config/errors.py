@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from sgtm.config.reference import describe_field, field_at, keys, section, yaml_text
+from sgtm.names import nearest
 
 Path = tuple[str, ...]
 
@@ -35,11 +34,6 @@ def explain_errors(
         across = error.errors()[0]["type"] == "value_error" and not error.errors()[0]["loc"]
         return f"{merged or source if across else source}: {next(iter(lines))}"
     return f"{source}: {len(lines)} problems\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that `word` may be a slip of, or None."""
-    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
 
 
 def _line(problem: dict, schema: type[BaseModel], values: dict, given: set[Path]) -> str:

@@ -21,12 +21,13 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from sgtm.config.errors import ConfigError, explain_errors, nearest
+from sgtm.config.errors import ConfigError, explain_errors
 from sgtm.config.reference import field_at, section
 from sgtm.config.schema import Config
 from sgtm.config.sections import MaskingConfig
 from sgtm.files import write_atomically
 from sgtm.masking import recipes
+from sgtm.names import did_you_mean
 
 QUOTES = "; a list or mapping is one argument, in quotes: --masking.domains '[bio, chem]'"
 YAML_REMEDIES = {
@@ -232,10 +233,8 @@ def _locate(source: str, beside: Path | None = None) -> Path:
         return path
     if looks_like_file:
         raise ConfigError(f"{path}: no such file; give a YAML file or one of the presets: {', '.join(preset_names())}")
-    close = nearest(source, preset_names())
-    slip = f" (did you mean {close}?)" if close else ""
     raise ConfigError(
-        f"unknown preset {source!r}{slip}; presets: {', '.join(preset_names())}; "
+        f"unknown preset {source!r}{did_you_mean(source, preset_names())}; presets: {', '.join(preset_names())}; "
         f"a file is named by its path, e.g. ./{source}.yaml"
     )
 

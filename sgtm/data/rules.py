@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from difflib import SequenceMatcher
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +26,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sgtm.masking.channel import uniform_hash
-from sgtm.names import look_alike
+from sgtm.names import did_you_mean
 
 DROP = "drop"
 LABELS = ("retain", "unlabeled", DROP)
@@ -361,18 +360,6 @@ def lookup(record: dict, field: str, where: str) -> Any:
             raise ValueError(f"{where}: no field {field!r}{slip}; the record has {known}")
         value = value[name]
     return value
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` (did you mean X?)` where `word` may be a slip of a known one, else nothing."""
-    from sgtm.config.errors import nearest  # not at the top: the worker processes do without torch
-
-    known = list(known)
-    if note := look_alike(word, known):
-        return note
-    folded = {name.casefold(): name for name in known}
-    close = nearest(word.casefold(), folded)
-    return f" (did you mean {folded[close]}?)" if close else ""
 
 
 def load_rules(path: str | Path) -> Rules:

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sgtm.files import sha256_of
 from sgtm.masking.labels import LabelSpace
-from sgtm.names import look_alike
+from sgtm.names import did_you_mean, look_alike
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -165,7 +165,7 @@ class Corpus:
         chosen = self.documents["split"] == self.manifest.splits.index(split)
         if category is not None:
             if category not in self.categories:
-                slip, known = look_alike(category, self.categories), ", ".join(self.categories)
+                slip, known = did_you_mean(category, self.categories), ", ".join(self.categories)
                 raise ValueError(f"{self.path} has no category {category!r}{slip}; its categories are {known}")
             chosen &= self.documents["category"] == list(self.categories).index(category)
         return np.flatnonzero(chosen)
@@ -190,7 +190,7 @@ class Corpus:
 def check_split(path: Path, splits: list[str], split: str) -> None:
     """Raises ValueError where the corpus at `path` has no split of this name, with those that it has."""
     if split not in splits:
-        slip, known = look_alike(split, splits), ", ".join(splits)
+        slip, known = did_you_mean(split, splits), ", ".join(splits)
         raise ValueError(f"{path} has no split {split!r}{slip}; its splits are {known}")
 
 

@@ -233,7 +233,7 @@ def check_comparable(run: Path, config: Config, baseline: Path) -> None:
     """Raises ValueError where a loss of one says nothing about the compute of the other."""
     other = load_run_config(baseline)
     facts = {
-        "model": (config.model, other.model),
+        **{f"model.{key}": (ours, getattr(other.model, key)) for key, ours in config.model},
         "train.eval_sequences": (config.train.eval_sequences, other.train.eval_sequences),
         "isolation of documents": (isolates_documents(config), isolates_documents(other)),
         "corpus": _corpora((run, config), (baseline, other)),
@@ -244,8 +244,12 @@ def check_comparable(run: Path, config: Config, baseline: Path) -> None:
 
 
 def _corpora(*runs: tuple[Path, Config]) -> tuple[str, ...]:
-    """Fingerprint of each run's corpus; its path where one of them has no checkpoint, which holds the fingerprint."""
+    """Each run's corpus: its path, and its fingerprint if all have a checkpoint, which holds it."""
+    paths = [config.data.path for _, config in runs]
     newest = [find_latest(run) for run, _ in runs]
-    if all(newest):
-        return tuple(read_manifest(checkpoint)["corpus"] for checkpoint in newest)
-    return tuple(config.data.path for _, config in runs)
+    if not all(newest):
+        return tuple(paths)
+    found = [read_manifest(checkpoint)["corpus"] for checkpoint in newest]
+    if len(set(found)) == 1:  # the same data, wherever they lie
+        return tuple(found)
+    return tuple(f"{path} (fingerprint {one:.8})" for path, one in zip(paths, found, strict=True))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sgtm.names import look_alike
+from sgtm.names import did_you_mean, look_alike
 
 UNLABELED, RETAIN, FIRST_FORGET = 0, 1, 2
 OPEN = "open:"
@@ -83,7 +83,7 @@ class LabelSpace:
     def group_of(self, domain: str) -> int:
         """Index of a domain's group; raises ValueError that lists the known ones."""
         if domain not in self.domains:
-            slip, known = look_alike(domain, self.domains), ", ".join(self.domains)
+            slip, known = did_you_mean(domain, self.domains), ", ".join(self.domains)
             raise ValueError(f"unknown domain {domain!r}{slip}; known domains: {known}")
         return self.domains.index(domain) + 1
 

@@ -21,7 +21,7 @@ from sgtm.config.schema import ModelConfig
 from sgtm.masking.partition import LayerPartition, Partition
 from sgtm.model.domain_parts import ends
 from sgtm.model.hf_config import hf_config, model_config_from_hf
-from sgtm.names import look_alike
+from sgtm.names import did_you_mean
 
 State = dict[str, Tensor]
 
@@ -244,9 +244,14 @@ def _removed_groups(partition: Partition, remove: Iterable[str]) -> frozenset[in
     unknown = [domain for domain in remove if domain not in partition.groups[1:]]
     if unknown:
         domains = partition.groups[1:]
-        found = ", ".join(f"{domain!r}{look_alike(domain, domains)}" for domain in unknown)
+        found = ", ".join(f"{domain!r}{_slip(domain, domains)}" for domain in unknown)
         raise ValueError(f"cannot remove {found}; domains: {', '.join(domains)}")
     return frozenset(partition.groups.index(domain) for domain in remove)
+
+
+def _slip(domain: str, domains: Iterable[str]) -> str:
+    bare = domain.partition(":")[2]  # of a label, forget:<domain> or open:<domain>
+    return f" (did you mean {bare}?)" if bare in domains else did_you_mean(domain, domains)
 
 
 def _check_partition(partition: Partition, config: ModelConfig) -> None:

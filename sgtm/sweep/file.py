@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeInt, ValidationError
 
-from sgtm.config.errors import ConfigError, explain_errors, nearest
+from sgtm.config.errors import ConfigError, explain_errors
 from sgtm.config.load import key_paths, load_variant, parse_yaml
 from sgtm.config.schema import Config, Section
+from sgtm.names import nearest
 
 NAME = re.compile(r"\w[\w.+-]*")
 SIGNS = "letters, digits and any of . + - _, the first not . + or -"

@@ -38,11 +38,12 @@ from sgtm.train.initial_model import export_record, initial_model
 from sgtm.train.kernels import check_kernels
 from sgtm.train.metrics import MetricsLog
 from sgtm.train.resume import find_whole, load_checkpoint, resume_command
-from sgtm.train.run_directory import LEASE, begin, held, refuse
+from sgtm.train.run_directory import LEASE, begin, held
 from sgtm.train.saving import CheckpointWriter
 from sgtm.train.schedule import learning_rate
 from sgtm.train.skipped import tell_skipped
 from sgtm.train.step import StepTotals, train_step
+from sgtm.train.usable import check_usable
 from sgtm_kernels.dispatch import served
 
 
@@ -59,7 +60,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     """
     launch = init_distributed(config)
     run = Path(config.runs) / config.name
-    on_rank_zero(lambda: refuse(run, resume, overwrite))
+    on_rank_zero(lambda: check_usable(run, resume, overwrite))
     with held(run, LEASE if resume else 0.0):
         stopped_by = _train(config, launch, run, resume, overwrite)
     if stopped_by is not None:

@@ -1,4 +1,4 @@
-"""The directory of a run: whether it may be used, and that one run uses it, on all nodes."""
+"""The directory of a run: that one process uses it, on all nodes, and how it begins."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from sgtm.config.load import save_config
 from sgtm.config.located import record_place
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.files import sync_directory, write_atomically
-from sgtm.train.checkpoint import checkpoints_dir, remove_unfinished
+from sgtm.train.checkpoint import remove_unfinished
 from sgtm.train.environment import record_environment
 from sgtm.train.metrics import MetricsLog
+from sgtm.train.usable import check_usable
 
 VISIBLE_WITHIN = 60.0
 """Seconds that a shared file system may take to show one node what another has written."""
@@ -97,32 +98,12 @@ def _check_shared(file: Path, said: str) -> None:
         time.sleep(0.1)
 
 
-def refuse(run: Path, resume: bool, overwrite: bool) -> None:
-    """Raises ValueError for a run directory that is there and may not be used; changes nothing."""
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"{run} is a file, in the place of the run directory; move it away, or set another --name")
-    if not run.exists() or not any(run.iterdir()):
-        return
-    if overwrite and not (run / "config.yaml").exists():
-        raise ValueError(f"{run} holds other files and no run (no config.yaml); it is not overwritten")
-    if not (resume or overwrite):
-        raise ValueError(
-            f"run directory {run} exists; go on with --resume, start over with --overwrite, or set another --name"
-        )
-    checkpoints = checkpoints_dir(run)
-    if os.path.lexists(checkpoints) and not checkpoints.is_dir() and not overwrite:
-        raise ValueError(
-            f"{checkpoints} is no folder, but a file or a link to nothing; put the folder back, or move it away to "
-            f"train from the beginning"
-        )
-
-
 def begin(run: Path, config: Config, log: MetricsLog, resume: bool, overwrite: bool) -> set[int]:
     """Make the run directory and open its log; returns the steps that have been evaluated.
 
     An old run is set aside, as `.<name>.replaced-<process>`, and deleted only when nothing can be refused any more.
     """
-    refuse(run, resume, overwrite)  # again: another process may have made it since
+    check_usable(run, resume, overwrite)  # again: another process may have made it since
     run = run.resolve()  # of a link, what it points to is replaced
     aside = run.with_name(f".{run.name}.replaced-{os.getpid()}") if overwrite and run.exists() else None
     if aside:

@@ -44,6 +44,7 @@ class Case:
 
     corpus  of `CORPORA`; in `spans` the text of labelled spans differs, inside retain documents
     domain  whose text differs, and which is removed
+    start   folder of exports by data, with the weights to start from; None: random ones
     """
 
     stage: int = 1
@@ -52,6 +53,7 @@ class Case:
     family: str = "gpt_neo"
     corpus: str = "es"
     domain: str = "es"
+    start: Path | None = None
 
     @property
     def data(self) -> tuple[str, str]:
@@ -59,7 +61,10 @@ class Case:
         return self.corpus, f"{self.corpus}-other-{self.domain}"
 
     def obstacle(self) -> str | None:
-        return obstacle(self.config("x/runs", "x"), self.domain, spans=self.corpus == "spans")
+        initial = None
+        if self.start:
+            initial = json.loads((self.start / self.data[0] / "sgtm_export.json").read_text())
+        return obstacle(self.config("x/runs", "x"), self.domain, spans=self.corpus == "spans", initial=initial)
 
     def config(self, runs: str, data: str) -> Config:
         values = {
@@ -89,7 +94,8 @@ class Case:
             },
             "distributed": {"zero_stage": self.stage, "timeout_minutes": 2},
         }
-        for section in (CERTIFIED, self.changes):
+        start = {"train": {"init_from": str(self.start / data)}} if self.start else {}
+        for section in (CERTIFIED, self.changes, start):
             for name, keys in section.items():
                 values[name] = {**values[name], **keys}
         return Config.model_validate(values)
@@ -144,7 +150,7 @@ def safe_models(folder: Path, cases: list[Case], ranks: int, resumed: bool) -> l
         pair = []
         for which, data in enumerate(case.data):
             for remove in ([case.domain], []):
-                out = folder / f"out{number}{which}{len(remove)}"
+                out = folder / f"exports{number}" / ("safe" if remove else "full") / case.data[which]
                 export_run(folder / f"runs{number}" / data, remove, out)
                 independent = json.loads((out / "sgtm_export.json").read_text())["independent_of"]
                 assert independent == (remove if case.obstacle() is None else [])
@@ -195,3 +201,13 @@ def test_a_run_that_breaks_a_rule_depends_on_it(tmp_path):
     for name, case, (these, those) in zip(BROKEN, cases, safe_models(tmp_path, cases, 1, resumed=False), strict=True):
         assert case.obstacle(), name
         assert these != those, name
+
+
+def test_weights_to_start_from(tmp_path):
+    """A certified run that starts from the safe model of another run is independent of the text if that one was."""
+    for name, first in {"independent": Case(), "dependent": BROKEN["clipping"]}.items():
+        safe_models(tmp_path / name, [first], 1, resumed=False)
+        smaller = {"model": {"intermediate_size": 9}}  # without the group's neurons
+        second = Case(changes=smaller, start=tmp_path / name / "exports0" / "safe")
+        [(these, those)] = safe_models(tmp_path / f"{name}-continued", [second], 1, resumed=False)
+        assert (second.obstacle() is None) == (these == those) == (name == "independent"), name

@@ -225,7 +225,7 @@ def test_two_runs_of_one_name_are_told_apart_by_their_place(tmp_path):
 def test_what_cannot_be_compared_is_refused(tmp_path):
     run = write_run(tmp_path, "run", evaluations(40))
     cases = {
-        "wider": (evaluations(10, 20, 40), "--model.intermediate_size=96", "model is"),
+        "wider": (evaluations(10, 20, 40), "--model.intermediate_size=96", "model.intermediate_size is 64 and 96"),
         "sample": (evaluations(10, 20, 40), "--train.eval_sequences=9", "train.eval_sequences is 64 and 9"),
         "isolated": (evaluations(10, 20, 40), "--data.isolate_documents=true", "isolation of documents is False and "),
         "by-token": (evaluations(10, 20, 40), "--data.mixing=token", "isolation of documents is False and True"),
@@ -240,3 +240,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         if name != "short":
             with pytest.raises(ValueError, match=problem):
                 compare(run, [other])
+    same = write_run(tmp_path, "same", evaluations(10, 20, 40))
+    for others in ([run], [same, same]):
+        with pytest.raises(ValueError, match=rf"--baseline {others[-1]} is the run itself, or is given twice"):
+            compare(run, others)

@@ -193,6 +193,9 @@ def test_unknown_domain_and_head_bias_are_refused():
     model = random_model(GPT_NEO, partition)
     with pytest.raises(ValueError, match="cannot remove 'chem'; domains: bio, code"):
         to_hf_state(model.state_dict(), GPT_NEO, partition, ["chem"])
+    for slip, meant in {"boi": "bio", "forget:code": "code"}.items():
+        with pytest.raises(ValueError, match=rf"cannot remove '{slip}' \(did you mean {meant}\?\); domains: bio, code"):
+            to_hf_state(model.state_dict(), GPT_NEO, partition, [slip])
     with pytest.raises(ValueError, match="head_bias"):
         to_hf_state(model.state_dict(), GPT_NEO.model_copy(update={"head_bias": True}), partition)
 

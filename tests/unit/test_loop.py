@@ -24,6 +24,7 @@ from sgtm.stopping import SIGNALS, Stopped
 from sgtm.train import loop, run_directory
 from sgtm.train.checkpoint import write_manifest
 from sgtm.train.loop import StopSignal
+from sgtm.train.usable import check_usable
 
 
 class Log:
@@ -124,11 +125,11 @@ def test_checkpoints_that_are_no_folder_are_refused_before_training(old: Path, k
     folder.rename(old.parent / "elsewhere")
     folder.touch() if kind == "file" else folder.symlink_to(old.parent / "not mounted")
     with pytest.raises(ValueError, match=r"old/checkpoints is no folder, but a file or a link to nothing; put"):
-        run_directory.refuse(old, resume=True, overwrite=False)
-    run_directory.refuse(old, resume=False, overwrite=True)
+        check_usable(old, resume=True, overwrite=False)
+    check_usable(old, resume=False, overwrite=True)
     folder.unlink()
     folder.symlink_to(old.parent / "elsewhere")
-    run_directory.refuse(old, resume=True, overwrite=False)
+    check_usable(old, resume=True, overwrite=False)
 
 
 def run_steps(
