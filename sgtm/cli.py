@@ -72,7 +72,7 @@ def _dispatch(argv: list[str]) -> int:
 
         list_cut_up = overrides and not any(argument.startswith("-") for argument in rest)
         hint = what_is_meant(argv[0], rest, QUOTES if list_cut_up else "") if argv[0] in CONFIGURED else ""
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        getattr(options, "error", parser.error)(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if hasattr(options, "config"):
         options.overrides = overrides
     # Of several ranks each ends by the signal itself: the launcher then ends the others, which may wait for it.
@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name, run, about, **options):
         sub = commands.add_parser(name, help=about, description=about, allow_abbrev=False, **options)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, error=sub.error)  # with the command's own usage
         return sub
 
     def configured(name, run, about, nargs=None, or_run=("", "")):

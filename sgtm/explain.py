@@ -80,7 +80,7 @@ def _place(key: str, groups: tuple[str, ...]) -> tuple:
 
 def print_explanation(config: Config, console: Console | None = None) -> None:
     """Model and arithmetic, partition, forward pass, updates and label channel, each as a table; what each row of the
-    channel buys and costs, and a line on the data."""
+    channel buys and costs, and a line on the data. Raises ValueError after all this for data that do not fit."""
     console = console or Console()
     found = explain(config)
     for table in (_model_table(found), _partition_table(found), _forward_table(config), _updates_table(found)):
@@ -91,8 +91,9 @@ def print_explanation(config: Config, console: Console | None = None) -> None:
             console.print(_channel_table(config, start, channel))
         for line in row_lines(config, channel) if shown or config.masking.strategy != "none" else ():
             console.print(line, highlight=False, soft_wrap=True, markup=False)
-    for line in (*certificate_lines(config), data_line(config)):
+    for line in certificate_lines(config):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(data_line(config), highlight=False, soft_wrap=True, markup=False)
 
 
 def certificate_lines(config: Config) -> list[str]:
@@ -113,7 +114,10 @@ def certificate_lines(config: Config) -> list[str]:
 
 
 def data_line(config: Config) -> str:
-    """Whether the corpus is there and fits, and how often the run goes through it; file sizes alone are checked."""
+    """Whether the corpus is there, and how often the run goes through it; file sizes alone are checked.
+
+    Raises ValueError for one that does not fit the config, with which `sgtm train` would refuse it.
+    """
     try:
         corpus = open_corpus(config, "sizes", write=False)
     except (ValueError, OSError) as error:
@@ -122,7 +126,7 @@ def data_line(config: Config) -> str:
     try:
         check_corpus(corpus, config)
     except ValueError as error:
-        return f"data do not fit: {error}"
+        raise ValueError(f"data do not fit: {error}") from None
     passes = dict(zip(config.space.labels, config.channels[0][1].matrix.sum(1), strict=True))
     counts, labels = corpus.manifest.counts["train"], corpus.manifest.categories
     there = round(sum(count.tokens * passes[labels[category]] for category, count in counts.items()))
