@@ -169,7 +169,7 @@ def ablation(record: Record) -> Figure | None:
             colour = LIGHT[of_removal(removed_domains(condition), _domains(record))]
             ink, faint = LIGHT[MUTED if row.small else INK], 0.4 if row.small else 1.0
             error = row.difference_errors.get(condition)
-            text = signed(row.difference(condition), 2) + ("" if error is None else f" ± {error_of(error, 2)}")
+            text = signed(row.difference(condition), 3) + ("" if error is None else f" ± {error_of(error)}")
             axes.plot([full, without], [y, y], color=colour, linewidth=2, solid_capstyle="butt", zorder=2, alpha=faint)
             axes.plot(without, y, "o", color=colour, markersize=6, zorder=3, alpha=faint)
             axes.plot(full, y, "o", color=ink, markerfacecolor=LIGHT[PAPER], markersize=6, zorder=4)

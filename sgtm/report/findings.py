@@ -127,9 +127,9 @@ def signed(difference: float, digits: int) -> str:
     return f"{difference:+.{digits}f}".replace("-", "−")
 
 
-def error_of(error: float, digits: int = 3) -> str:
-    """'0.012'; one that would round to 0 is shown as the smallest number that does not."""
-    return f"{max(error, 10**-digits) if error else 0:.{digits}f}"
+def error_of(error: float) -> str:
+    """'0.012'; one that would round to 0 is shown as 0.001."""
+    return f"{max(error, 1e-3) if error else 0:.3f}"
 
 
 def listed(words: list[str]) -> str:

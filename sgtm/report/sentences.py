@@ -35,7 +35,7 @@ def _origin(record: Record) -> list[str]:
     steps, of_steps = summary.get("steps"), summary.get("of_steps")
     of = f" of {of_steps}" if of_steps and of_steps != steps else ""
     if "in_training" in summary:
-        sample = f", on up to {n} sequences of each category" if (n := summary["in_training"]) else ""
+        sample = f", on up to {n:,} sequences of each category" if (n := summary["in_training"]) else ""
         outdated = f" `summary.json` is of step {old}." if (old := summary.get("summary_steps")) is not None else ""
         return [
             f"These losses are of the evaluation in training after step {steps}{of}{sample}; `sgtm eval {record.run}` "
@@ -45,7 +45,7 @@ def _origin(record: Record) -> list[str]:
     if summary.get("split", "test") != "test":
         parts.append(f"on split {summary['split']}")
     if summary.get("sequences"):
-        parts.append(f"on up to {summary['sequences']} sequences of each category")
+        parts.append(f"on up to {summary['sequences']:,} sequences of each category")
     return [f"These losses were measured {', '.join(parts)}."] if parts else []
 
 

@@ -96,7 +96,7 @@ def test_losses_carry_their_standard_errors(run):
     page = Page(write_report(run))
     assert page.rows[1][2:5] == ["3.123", "3.141 ± 0.001", "+0.018"]
     assert page.rows[2][2:5] == ["3.346 ± 0.012", "6.555 ± 0.050", "+3.209 ± 0.045"]
-    assert "+3.21 ± 0.04 without es" in page.source
+    assert "+3.209 ± 0.045 without es" in page.source
     console = Console(width=80, record=True, file=io.StringIO())
     print_summary({**summary, "baselines": {"unmasked": {"es": 0.0}, "filtered": {"es": 0.0}}}, console)
     text = console.export_text()
