@@ -1,4 +1,5 @@
 # make quickstart    train, ablate and show a small bilingual model: under ten minutes on two cores
+# make quick         lint, and two cases of every test that starts no process
 # make test          run all tests
 # make cluster-test  SLURM, torchrun on two hosts and deepspeed over ssh, in namespaces of this machine; as root
 # make fault-campaign  200 faults at random moments of runs; resumed, each must end as if left alone
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install quickstart test cluster-test fault-campaign gpu lint clean
+.PHONY: install quickstart quick test cluster-test fault-campaign gpu lint clean
 
 install: $(STAMP)
 
@@ -38,6 +39,9 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 test: install $(FOUR)/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+quick: lint
+	$(BIN)/python -m pytest --quick -q $(PYTEST_ARGS) tests/unit tests/kernels tests/parity
+
 cluster-test: install
 	$(BIN)/python -m pytest tests/cluster
 
@@ -50,6 +54,7 @@ gpu:
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell sgtm kernels benchmarks docs examples launch *.md
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -45,7 +45,6 @@ setup(
         "numpy>=2",
         "pydantic>=2.10",
         "pyyaml>=6",
-        "tyro>=1",
         "rich>=13",
         "matplotlib>=3.9",
         "jinja2>=3.1",
@@ -59,6 +58,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6",
             "ruff>=0.12",
+            "codespell>=2.3",
             "setuptools>=77",
             'triton>=3.6; platform_system == "Linux"',  # its interpreter and its compiler, which need no GPU
         ],

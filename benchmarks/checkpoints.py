@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 from environment import environment, percentiles, write_rows
 
-from sgtm.bench.command import setting
 from sgtm.config import Config, load_config
+from sgtm.data.random_data import random_batch
 from sgtm.distributed.engine import Engine
 from sgtm.distributed.process_group import init_distributed
 from sgtm.masking.labels import UNLABELED
+from sgtm.measure.bench import setting
 from sgtm.model.transformer import Transformer
-from sgtm.train.dry_run import random_batch
-from sgtm.train.saving import CheckpointWriter, Saved
-from sgtm.train.step import StepTotals, train_step
+from sgtm.run.saving import CheckpointWriter, Saved
+from sgtm.training.step import StepTotals, train_step
 from sgtm_kernels.dispatch import resolve
 
 INTERVALS = (10, 50, 100, 500, 1000)

@@ -15,12 +15,12 @@ from pathlib import Path
 from arguments import positive
 from environment import write_rows
 
-from sgtm.bench.command import setting
-from sgtm.bench.engine import engine_steps, label_cases
-from sgtm.bench.rounds import take_rounds
-from sgtm.bench.rows import Target, as_parent, row, table
 from sgtm.config import load_config
 from sgtm.distributed.process_group import init_distributed
+from sgtm.measure.bench import setting
+from sgtm.measure.engine import engine_steps, label_cases
+from sgtm.measure.rounds import take_rounds
+from sgtm.measure.rows import Target, as_parent, row, table
 
 TARGET = Target("cpu_ratio", 1.03)  # of the low-rank part
 SIZE = ["--train.tokens_per_step", "2048", "--train.micro_batch", "4"]

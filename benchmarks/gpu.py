@@ -16,8 +16,8 @@ Stages, most important first, each within a share of the budget (gpu_stages/stag
 
 Rows are appended to DIR/<stage>*.jsonl and synced as they are measured; a failure becomes a row and stops nothing else.
 A second run with the same DIR skips what is finished, so a run may be killed at any moment; `--again` repeats what
-failed. `python benchmarks/report.py --add DIR` adds the results to the committed ones and to the README, except those
-of an op whose checks failed.
+failed. `python benchmarks/report.py --add DIR` adds the results to the committed ones and to docs/performance.md,
+except those of an op whose checks failed.
 
 Needs torch, Triton, numpy and pytest. `--cpu` runs every stage on small shapes, Triton's kernels in its interpreter.
 Exits 1 if there is no GPU or another run uses DIR, 2 if an argument is invalid or DIR holds rows of another device,

@@ -31,7 +31,7 @@ def section(rows: Sequence[dict]) -> str:
 
 def checked(checks: Sequence[dict]) -> str:
     """Verdicts of `smoke` and the kernels' tests on each op, and whether the killed run was bit-identical."""
-    backends = [b for b in ("triton", "runs") if any(row.get("backend") == b for row in checks)]
+    backends = [b for b in ("triton", "torch") if any(row.get("backend") == b for row in checks)]
     found = {backend: verdicts(checks, backend) for backend in backends or ["triton"]}
     table = [["op", *(f"against the reference, {backend}" for backend in found), "tests"]]
     for op in OPS:

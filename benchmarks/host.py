@@ -1,12 +1,11 @@
 """Host time of a training step: the CPU time that Python and PyTorch need to issue a layer, forward and backward.
 
-    python benchmarks/host.py [--backend triton,runs] [--rounds 31] [--json FILE]
+    python benchmarks/host.py [--backend triton,torch] [--rounds 31] [--json FILE]
 
-Models of tiny tensors, so that the work itself is next to nothing, against the plain eager model of sgtm/bench/plain.py
-in the same rounds. Triton's kernels are replaced by launches that do nothing (their own cost, 10 to 20 us each, is
-Triton's). Times are CPU time of the process, so that other processes on the machine matter little; a layer's time is
-the difference between a deep and a shallow model over the difference in depth. No GPU is used.
-"""
+Models of tiny tensors, so that the work itself is next to nothing, against the plain eager model of
+sgtm/measure/plain.py in the same rounds. Triton's kernels are replaced by launches that do nothing (their own cost, 10
+to 20 us each, is Triton's). Times are CPU time of the process, so that other processes on the machine matter little; a
+layer's time is the difference between a deep and a shallow model over the difference in depth. No GPU is used."""
 
 from __future__ import annotations
 
@@ -25,10 +24,10 @@ import torch
 from arguments import FAST, one_of, positive
 from environment import percentiles, write_rows
 
-from sgtm.bench.models import LABELS, ModelShape, Setting
-from sgtm.bench.plain import Plain
 from sgtm.masking.labels import UNLABELED
 from sgtm.masking.strategy import build_tables
+from sgtm.measure.models import LABELS, ModelShape, Setting
+from sgtm.measure.plain import Plain
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import MaskPlan, Run
 

@@ -26,14 +26,14 @@ from triton.runtime.jit import KernelInterface
 
 sys.path.insert(0, str(RESULTS.parents[1]))
 
-from sgtm.bench.bare import AdamW
-from sgtm.bench.models import LABELS, SETTINGS, Setting
+from sgtm.distributed.optim import SegmentedAdamW
 from sgtm.distributed.segments import Fragment, segment_tables
 from sgtm.masking.labels import UNLABELED
 from sgtm.masking.strategy import build_tables
+from sgtm.measure.bare import AdamW
+from sgtm.measure.models import LABELS, SETTINGS, Setting
 from sgtm.model.rows import live_keys
 from sgtm.model.transformer import Transformer
-from sgtm.train.optim import SegmentedAdamW
 
 TARGET = 0.5  # ms at 254m
 LAYOUTS = ("flat", "by parameter")

@@ -1,6 +1,6 @@
 """The masked ops as they are timed and checked: inputs, our call, the best public equivalents, the work of each mask.
 
-Shapes and masks are those of sgtm_kernels/shapes.py. Needs torch and `sgtm_kernels`, nothing of `sgtm`.
+Shapes and masks are those of sgtm_kernels/tools/shapes.py. Needs torch and `sgtm_kernels`, nothing of `sgtm`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from sgtm_kernels.linear import linear_in, linear_out
 from sgtm_kernels.mlp import gelu, linear_gelu, swiglu
 from sgtm_kernels.norm import layer_norm, rms_norm
 from sgtm_kernels.plan import MaskPlan
-from sgtm_kernels.shapes import FORGET, NONE, UNLABELED, Shape
 from sgtm_kernels.testing import poisoned_memory
-from sgtm_kernels.timing import Way
+from sgtm_kernels.tools.shapes import FORGET, NONE, UNLABELED, Shape
+from sgtm_kernels.tools.timing import Way
 
 
 def forget_share(plan: MaskPlan) -> float:

@@ -1,6 +1,6 @@
 """What each masked op costs: against the same code with nothing masked, against public code, and of the roofline.
 
-    python benchmarks/ops.py [--only linear,mlp] [--backend runs,triton] [--shape 254m] [--mask MASK,...] [--json FILE]
+    python benchmarks/ops.py [--only linear,mlp] [--backend torch,triton] [--shape 254m] [--mask MASK,...] [--json FILE]
 
 For every op, forward and backward of one layer: in every round each way of doing it takes its turn, ours under each
 mask and the public ones, so that ratios are of times of the same round. A row is one mask in one backend:
@@ -12,9 +12,9 @@ mask and the public ones, so that ratios are of times of the same round. A row i
                      copy, timed in the same rounds
 
 each as p20/p50/p80. On CUDA with events. `--only` takes ops, `--backend` those to compare (by default all that run
-here); the masks are in sgtm_kernels/shapes.py, the work in op_cases.py. The rows of a variant are appended to FILE as
-soon as it is measured; a variant that has rows there is not measured again, and one that fails gets a row that says
-so. Needs nothing but torch, numpy and `sgtm_kernels`.
+here); the masks are in sgtm_kernels/tools/shapes.py, the work in op_cases.py. The rows of a variant are appended to
+FILE as soon as it is measured; a variant that has rows there is not measured again, and one that fails gets a row that
+says so. Needs nothing but torch, numpy and `sgtm_kernels`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from op_cases import CASES, Case, Inputs, forget_share
 from roofline import COPY, MATMUL, Roofline
 
 from sgtm_kernels.dispatch import module_name, unusable
-from sgtm_kernels.shapes import SHAPES, Shape, plans
-from sgtm_kernels.timing import Clock
+from sgtm_kernels.tools.shapes import SHAPES, Shape, plans
+from sgtm_kernels.tools.timing import Clock
 
 BASE = "unmasked"
 SLOW = ("attention, window", "attention, documents")  # whose public calls compile longest: last

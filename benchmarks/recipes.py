@@ -6,7 +6,7 @@
         --json FILE [--shipped NAME] [--partial]
 
 A row for each variant: the four losses (docs/sweep.md; mean and sample standard deviation over the seeds) and, where
-there are baselines of three lengths, three compute ratios (sgtm/evaluate/compute_ratio.py): of the full model's two
+there are baselines of three lengths, three compute ratios (sgtm/evaluation/compute_ratio.py): of the full model's two
 losses on the curve of `unmasked`, of the ablated model's retain loss on that of `filtered`. The first curve is through
 the last evaluations of `unmasked`, `unmasked-450` and so on: the same baseline trained for other numbers of steps. Rows
 of other sweeps in FILE stay, and all ratios are recomputed from all rows. Device, commit, versions and time are those
@@ -28,11 +28,11 @@ from pathlib import Path
 
 from environment import read_rows
 
-from sgtm.evaluate.compute_ratio import LEAST, LearningCurve
+from sgtm.evaluation.compute_ratio import LEAST, LearningCurve
 from sgtm.report.baselines import FOLDER, basis
+from sgtm.run.environment import last_environment
 from sgtm.sweep.file import read_sweep
 from sgtm.sweep.table import LOSSES
-from sgtm.train.environment import last_environment
 
 BASELINES = ("unmasked", "filtered")
 RATIOS = {"full_retain": "unmasked", "full_forget": "unmasked", "ablated_retain": "filtered"}

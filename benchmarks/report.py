@@ -73,7 +73,7 @@ def documents() -> dict[Path, str]:
     )
     by_document: dict[Path, list[Path]] = {}
     for path in paths:
-        by_document.setdefault(PLACES.get(path.stem, ROOT / "README.md"), []).append(path)
+        by_document.setdefault(PLACES.get(path.stem, DOCS / "performance.md"), []).append(path)
     found = {DOCS / "results.md": results + "\n\n".join(section(path, "../") for path in paths) + "\n"}
     for document, of in by_document.items():
         up = "../" if document.parent == DOCS else ""
@@ -130,8 +130,14 @@ PARTS = {
     "novels-lengths.sweep": "Lengths of the baselines, for the curves",
 }
 """What stands above the table of a sweep that is not the first of its file."""
-PLACES = {"novels": DOCS / "recipes.md", "prepare": DOCS / "data.md"}
-"""The document of results that are not in the README."""
+PLACES = {
+    "quickstart": ROOT / "README.md",
+    "steps": ROOT / "README.md",
+    "novels": DOCS / "recipes.md",
+    "prepare": DOCS / "data.md",
+    "checkpoints": DOCS / "checkpoints.md",
+}
+"""The document of a results file; of the others it is docs/performance.md."""
 
 
 def sweep(name: str, rows: list[dict]) -> str:

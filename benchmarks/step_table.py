@@ -1,4 +1,4 @@
-"""The table of whole training steps in the reports: rows of `sgtm bench` and of steps.py (sgtm/bench/rows.py)."""
+"""The table of whole training steps in the reports: rows of `sgtm bench` and of steps.py (sgtm/measure/rows.py)."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """What a masked training step costs: against the same step unmasked, and that against plain PyTorch, compiled on a GPU.
 
-    python benchmarks/steps.py [--shape 124m,254m,llama-1b] [--backend runs,triton] [--json FILE]
+    python benchmarks/steps.py [--shape 124m,254m,llama-1b] [--backend torch,triton] [--json FILE]
 
-Forward, backward and AdamW on one device, at the shapes and with the masks of the presets (sgtm/bench/models.py), on
+Forward, backward and AdamW on one device, at the shapes and with the masks of the presets (sgtm/measure/models.py), on
 random tokens. In every round each step takes its turn, so that ratios are of times of the same round. A row is one
-share of forget tokens in one mixing mode and backend (sgtm/bench/cases.py); where no single step has that share, the
-row is the mean of two others, marked with `mean_of`. Besides what every row has (sgtm/bench/rows.py):
+share of forget tokens in one mixing mode and backend (sgtm/measure/cases.py); where no single step has that share, the
+row is the mean of two others, marked with `mean_of`. Besides what every row has (sgtm/measure/rows.py):
 
     of                  `none` on the same batches, cut into the same micro-batches and documents; for that, and for the
                         plain model, `none` on whole sequences
@@ -16,10 +16,9 @@ row is the mean of two others, marked with `mean_of`. Besides what every row has
     datasheet_utilisation   the same over the rate in the device's data sheet, where it is known
     peak_mib            weights, moments and what a step takes at most on top of them
 
-Rows are appended to FILE, and flushed to disk, at the end of each group of steps (sgtm/bench/sweep.py): a run that is
-killed keeps what it has measured. A step that fails (memory, a kernel) becomes a row with an `error`, and the rest is
-measured; the exit status is 1 if nothing was. Needs only torch, numpy, `sgtm` and
-`sgtm_kernels`.
+Rows are appended to FILE, and flushed to disk, at the end of each group of steps (sgtm/measure/mixings.py): a run that
+is killed keeps what it has measured. A step that fails (memory, a kernel) becomes a row with an `error`, and the rest
+is measured; the exit status is 1 if nothing was. Needs only torch, numpy, `sgtm` and `sgtm_kernels`.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ from environment import RESULTS
 
 sys.path.insert(0, str(RESULTS.parents[1]))
 
-from sgtm.bench.models import SETTINGS
-from sgtm.bench.rounds import described, release_memory
-from sgtm.bench.rows import RowFile, failure, table
-from sgtm.bench.sweep import Sweep
+from sgtm.measure.mixings import Sweep
+from sgtm.measure.models import SETTINGS
+from sgtm.measure.rounds import described, release_memory
+from sgtm.measure.rows import RowFile, failure, table
 from sgtm_kernels.dispatch import unusable
 
 SHAPES = ("124m", "254m", "llama-1b")

@@ -16,23 +16,7 @@ def _leave_folder_of_clone() -> None:
 
 _leave_folder_of_clone()
 
-from sgtm.cli import main  # noqa: E402 (after that)
-
-
-def run() -> int:
-    """The command line as a process of its own, which may end here: see `end_rank`."""
-    status = 1
-    try:
-        status = main()
-    except Exception:
-        sys.excepthook(*sys.exc_info())  # the interpreter may not come to it
-    finally:
-        if "sgtm.distributed.process_group" in sys.modules:  # else no group was joined, and torch may not be loaded
-            from sgtm.distributed.process_group import end_rank
-
-            end_rank(status)
-    return status
-
+from sgtm.commands.main import run  # noqa: E402 (after that)
 
 if __name__ == "__main__":
     sys.exit(run())

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 GUARDS = Path(__file__).parent / "guards"
 ABSENT = (
-    "deepspeed", "pydantic", "tyro", "rich", "yaml", "datasets", "pyarrow", "wandb", "matplotlib", "jinja2", "psutil",
+    "deepspeed", "pydantic", "rich", "yaml", "datasets", "pyarrow", "wandb", "matplotlib", "jinja2", "psutil",
     "hypothesis", "pytest_timeout", "xdist", "zstandard", "sgtm",
 )  # fmt: skip
 BLOCK = """

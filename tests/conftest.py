@@ -3,7 +3,9 @@
 Set before torch and deepspeed are imported, and inherited by the processes that distributed tests start.
 """
 
+import multiprocessing.process
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -51,9 +53,51 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels in fp32 and fp16; bf16 would be wrong there
 
 
-def pytest_collection_modifyitems(items):
+QUICK_CASES = 2
+"""Cases of a parametrised test that `--quick` keeps, the first and the last among them."""
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick", action="store_true", help="no test that starts a process, few cases of each: make quick"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
     """Tests marked gpu are skipped where there is none, and only there."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if config.getoption("--quick"):
+        kept = _few_of_each(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
+
+
+def _few_of_each(items) -> set:
+    by_function: dict[str, list] = {}
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            by_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = set()
+    for cases in by_function.values():
+        step = max(1, (len(cases) - 1) // max(1, QUICK_CASES - 1))
+        kept.update([*cases[::step][: QUICK_CASES - 1], cases[-1]])
+    return kept
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_processes(request):
+    """With `--quick` a test is skipped where it starts a process."""
+    if not request.config.getoption("--quick"):
+        yield
+        return
+
+    def skip(*args, **kwargs):
+        pytest.skip("starts a process")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess.Popen, "__init__", skip)
+        patch.setattr(multiprocessing.process.BaseProcess, "start", skip)
+        yield

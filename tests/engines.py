@@ -34,7 +34,7 @@ def new_engine(config, seed: int = 0):
 
 def save(engine, run: Path, step: int, config, progress: object = None) -> Path:
     """A whole checkpoint, before anything else happens."""
-    from sgtm.train.saving import CheckpointWriter
+    from sgtm.run.saving import CheckpointWriter
 
     writer = CheckpointWriter(engine, run, config)
     assert writer.start(step, progress) == []

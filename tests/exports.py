@@ -9,7 +9,7 @@ import torch
 
 from sgtm.config import load_config
 from sgtm.model.transformer import Transformer
-from sgtm.train.checkpoint import write_manifest
+from sgtm.run.checkpoint import write_manifest
 
 GPT_NEO = """\
 name: small

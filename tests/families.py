@@ -90,7 +90,7 @@ def partition_of(space: LabelSpace, model: ModelConfig, **masking) -> Partition:
 
 
 def model_of(
-    family: str, backend: str = "runs", masked_layers=None, seed: int = 0, embedding: str | int = "none", **changes
+    family: str, backend: str = "torch", masked_layers=None, seed: int = 0, embedding: str | int = "none", **changes
 ) -> Transformer:
     """Unequal groups; every parameter random and far from 0, biases and norms included."""
     config = FAMILIES[family].model_copy(update=changes)

@@ -18,7 +18,7 @@ SIDES = {"in": (linear_in, "mlp_in", WIDTH, BOUNDS[-1]), "out": (linear_out, "at
 by_side = pytest.mark.parametrize("side", SIDES)
 # Backends and, for labels that change from token to token, the ways of `triton` (see `use_way`).
 KERNELS = ("triton", "rectangles", "descriptors")
-FAST = ("runs", *KERNELS)
+FAST = ("torch", *KERNELS)
 
 by_kernel = pytest.mark.parametrize("backend", KERNELS)
 

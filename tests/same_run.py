@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from sgtm.distributed.storage import PARTS, Stored
-from sgtm.train.checkpoint import find_latest, read_manifest
-from sgtm.train.metrics import read_metrics
+from sgtm.run.checkpoint import find_latest, read_manifest
+from sgtm.run.metrics import read_metrics
 
 
 def wait_for_step(run: Path, step: int, deadline: float = 200) -> None:

@@ -43,7 +43,7 @@ def tiny_config(stage: int = 1, precision: str = "fp32", **sections: dict) -> Co
 def tiny_model(config: Config, seed: int = 0) -> Transformer:
     """Every parameter random, biases and norms too, so that no two elements are alike."""
     torch.manual_seed(seed)
-    model = Transformer(config.model, config.partition, "runs")
+    model = Transformer(config.model, config.partition, "torch")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.add_(torch.randn_like(parameter) * (0.1 if "norm" in name else 0.05))

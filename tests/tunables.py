@@ -9,7 +9,7 @@ from sgtm_kernels.linear import kernel as linear_kernel
 from sgtm_kernels.linear import rectangles, scaling
 from sgtm_kernels.mlp import kernel as mlp_kernel
 from sgtm_kernels.plan import MaskPlan
-from sgtm_kernels.shapes import NONE, Shape
+from sgtm_kernels.tools.shapes import NONE, Shape
 
 TUNABLES = {
     t.name: t

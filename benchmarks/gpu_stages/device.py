@@ -17,4 +17,4 @@ def device_of(cpu: bool) -> torch.device:
 
 def backends() -> list[tuple[str, torch.dtype]]:
     """Backends that run here, each in the half precision that it is right in; `triton` first."""
-    return [(name, low_precision(name)) for name in ("triton", "runs") if not unusable(name)]
+    return [(name, low_precision(name)) for name in ("triton", "torch") if not unusable(name)]

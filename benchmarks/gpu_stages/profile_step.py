@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--shape", default="254m")
     args = parser.parse_args()
     on, items = device_of(args.cpu), Items(Journal(args.rows), healthy)
-    for backend in ("triton", "runs"):
+    for backend in ("triton", "torch"):
         if problem := unusable(backend, torch.bfloat16):
             print(f"left out: {backend}: {problem}")
             continue
@@ -54,9 +54,9 @@ def main() -> int:
 
 def unmasked_step(backend: str, shape: str, on: torch.device) -> Callable[[], None]:
     """A training step of strategy `none` as steps.py times it."""
-    from sgtm.bench.bare import Ours
-    from sgtm.bench.cases import NONE, cases, random_batches
-    from sgtm.bench.models import SETTINGS
+    from sgtm.measure.bare import Ours
+    from sgtm.measure.cases import NONE, cases, random_batches
+    from sgtm.measure.models import SETTINGS
 
     torch.manual_seed(0)
     setting = SETTINGS[shape]()

@@ -14,7 +14,7 @@ from journal import Items, Journal
 from roofline import COPY, MATMUL, Roofline
 
 from sgtm_kernels.measurement import percentiles
-from sgtm_kernels.timing import Clock
+from sgtm_kernels.tools.timing import Clock
 
 import torch  # isort: skip
 

@@ -24,7 +24,7 @@ from verdicts import MASKS, smoke_item
 
 from sgtm_kernels.accuracy import compare
 from sgtm_kernels.plan import MaskPlan
-from sgtm_kernels.shapes import SHAPES, Shape, plans
+from sgtm_kernels.tools.shapes import SHAPES, Shape, plans
 
 import torch  # isort: skip
 

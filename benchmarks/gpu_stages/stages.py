@@ -25,7 +25,7 @@ NAMES = ("rates", "warm", "smoke", "profile", "steps", "ops", "tune", "tests", "
 ON_GPU_SHARES = (15, 40, 45, 25, 145, 105, 50, 55, 60)
 CPU_SHARES = (30, 70, 120, 40, 60, 70, 30, 60, 60)
 PACKAGES = (  # what `sgtm train` needs
-    "deepspeed", "transformers", "tokenizers", "pyarrow", "safetensors", "zstandard", "pydantic", "yaml", "tyro",
+    "deepspeed", "transformers", "tokenizers", "pyarrow", "safetensors", "zstandard", "pydantic", "yaml",
     "rich", "psutil", "jinja2", "matplotlib",
 )  # fmt: skip
 WORKERS = 12  # of the tests
@@ -85,7 +85,7 @@ class _Commands:
 
         def command(limit: float) -> list[str]:
             measuring = ["--rounds", "3" if self.cpu else "10", "--seconds", f"{limit / 2:.0f}"]
-            options = ["--device", "cpu", "--backend", "runs"] if self.cpu else []
+            options = ["--device", "cpu", "--backend", "torch"] if self.cpu else []
             script = [sys.executable, str(BENCHMARKS / "steps.py"), "--shape", shape]
             return [*script, "--json", str(self.folder / rows), *measuring, *options]
 
@@ -95,7 +95,7 @@ class _Commands:
         def command(limit: float) -> list[str]:
             each = limit / 2 / sum(op in self.ops for op in VARIANTS.values())  # the other half is compilation
             measuring = ["--rounds", "3" if self.cpu else "20", "--seconds", f"{each:.1f}", "--mask", ",".join(MASKS)]
-            options = ["--device", "cpu", "--backend", "runs"] if self.cpu else []
+            options = ["--device", "cpu", "--backend", "torch"] if self.cpu else []
             script = [sys.executable, str(BENCHMARKS / "ops.py"), "--only", ",".join(self.ops), *self._shape()]
             return [*script, "--json", str(self.folder / "ops.jsonl"), *measuring, *options]
 

@@ -65,7 +65,7 @@ def killed_and_resumed(zero: int, folder: Path, options: list[str]) -> dict:
     sys.path.insert(0, str(ROOT / "tests"))
     from same_run import assert_same_run, metrics
 
-    from sgtm.train.checkpoint import find_latest
+    from sgtm.run.checkpoint import find_latest
 
     whole, killed, after = folder / f"whole-zero-{zero}", folder / f"killed-zero-{zero}", KILLED_AFTER[options[0]]
     process = begin([*start(zero, folder, options), f"--name={killed.name}"])
@@ -114,7 +114,7 @@ def _metrics(read, run: Path) -> list[dict]:
 
 def speed(run: Path) -> float | None:
     """Median of the second half of the run's logged steps."""
-    from sgtm.train.metrics import read_metrics
+    from sgtm.run.metrics import read_metrics
 
     found = [line["tokens_per_second"] for line in read_metrics(run / "metrics.jsonl") if "tokens_per_second" in line]
     return round(statistics.median(found[len(found) // 2 :]), 1) if found else None

@@ -16,8 +16,8 @@ from device import healthy
 from journal import Items, Journal
 
 from sgtm_kernels.mlp.kernel import TILES
-from sgtm_kernels.tune import CASES, Found, tune
-from sgtm_kernels.tuning import Choice, written
+from sgtm_kernels.tools.tune import CASES, Found, tune
+from sgtm_kernels.triton_common.tuning import Choice, written
 
 import torch  # isort: skip
 

@@ -36,7 +36,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from verdicts import MASKS
 
-from sgtm_kernels.shapes import SHAPES, Shape, plans
+from sgtm_kernels.tools.shapes import SHAPES, Shape, plans
 
 
 @dataclass(frozen=True)

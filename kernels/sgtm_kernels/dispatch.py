@@ -1,9 +1,9 @@
 """Which backend runs an op.
 
 Every op is a folder with one module per backend; all backends of an op have the same functions. `reference` is plain
-PyTorch through autograd, the oracle of the tests; `runs` works on row and token slices; `triton` fuses the masks into
-kernels. `auto` is `triton` on a CUDA device, else `runs`; an op whose kernels fail the self-check (selfcheck.py) is
-then served by `runs`. A backend that is named, in a config or in the environment variable SGTM_KERNELS, never falls
+PyTorch through autograd, the oracle of the tests; `torch` works on row and token slices; `triton` fuses the masks into
+kernels. `auto` is `triton` on a CUDA device, else `torch`; an op whose kernels fail the self-check (selfcheck.py) is
+then served by `torch`. A backend that is named, in a config or in the environment variable SGTM_KERNELS, never falls
 back to another: where Triton is missing, or there is neither a CUDA device nor its interpreter, naming `triton` is an
 error.
 """
@@ -19,22 +19,25 @@ from types import ModuleType
 
 import torch
 
+from sgtm_kernels import current_name
 from sgtm_kernels.autograd import captured
 
 OPS = ("linear", "mlp", "attention", "norm", "embedding", "cross_entropy", "adamw")
-BACKENDS = ("reference", "runs", "triton")
+BACKENDS = ("reference", "torch", "triton")
 # Environment variables that choose inside a backend, and what they may name.
 WAYS = {"SGTM_ATTENTION": ("sdpa", "flash_attn", "flex"), "SGTM_LINEAR": ("masked", "rectangles")}
-FALLBACK = "runs"  # runs everywhere
-# Ops of a transformer block, which `torch.compile` captures: in a graph `runs` has a module of its own for them.
+FALLBACK = "torch"  # runs everywhere
+# Ops of a transformer block, which `torch.compile` captures: in a graph `torch` has a module of its own for them.
 CAPTURED = ("linear", "mlp", "attention", "norm")
-_MODULES = {"triton": "kernel"}  # of an op's folder, where it is not the backend's name
+_MODULES = {"torch": "pytorch", "triton": "kernel"}  # of an op's folder, where it is not the backend's name
 _LOADED: dict[tuple[str, str], ModuleType] = {}
 _FALLEN: set[tuple[str, str]] = set()  # ops and backends that FALLBACK serves
 
 
 def resolve(name: str = "auto", dtype: torch.dtype | None = None, device: str | None = None) -> str:
-    """Backend that `name` stands for: `auto` follows SGTM_KERNELS, else is `triton` on CUDA where it runs, else `runs`.
+    """Backend that `name` stands for.
+
+    `auto` follows SGTM_KERNELS, else is `triton` on CUDA where it runs, else `torch`.
 
     device  type of the device of the tensors; None: `cuda` where there is one
     Raises ValueError for an unknown backend, for one that cannot run here (or not in `dtype`), and where `name` and
@@ -45,7 +48,7 @@ def resolve(name: str = "auto", dtype: torch.dtype | None = None, device: str | 
 
 def explain(name: str = "auto", dtype: torch.dtype | None = None, device: str | None = None) -> tuple[str, str]:
     """What `resolve` returns, and why."""
-    wanted = os.environ.get("SGTM_KERNELS") or "auto"
+    name, wanted = current_name(name), current_name(os.environ.get("SGTM_KERNELS") or "auto")
     for source, value in (("backend", name), ("SGTM_KERNELS", wanted)):
         if value not in ("auto", *BACKENDS):
             raise ValueError(f"{source}: unknown kernel backend {value!r}; known: auto, {', '.join(BACKENDS)}")
@@ -95,6 +98,7 @@ def pick(op: str, backend: str) -> ModuleType:
     if backend == FALLBACK and op in CAPTURED and captured():
         return _LOADED[op, "compiled"]
     if (op, backend) not in _LOADED:
+        backend = current_name(backend)
         if op not in OPS or backend not in BACKENDS:
             known = f"ops: {', '.join(OPS)}; backends: {', '.join(BACKENDS)}"
             raise ValueError(f"no backend {backend!r} of op {op!r}; {known}")
@@ -103,13 +107,13 @@ def pick(op: str, backend: str) -> ModuleType:
 
 
 def fall_back(op: str, backend: str) -> None:
-    """From now on, in this process, `runs` serves this op where `backend` is picked."""
+    """From now on, in this process, `torch` serves this op where `backend` is picked."""
     pick(op, FALLBACK)
     _FALLEN.add((op, backend))
 
 
 def served(backend: str) -> str:
-    """The backend, and the ops that have fallen back: `triton`, or `triton (attention, norm by runs)`."""
+    """The backend, and the ops that have fallen back: `triton`, or `triton (attention, norm by torch)`."""
     fallen = [op for op in OPS if (op, backend) in _FALLEN]
     return f"{backend} ({', '.join(fallen)} by {FALLBACK})" if fallen else backend
 

@@ -1,7 +1,7 @@
 """Ops that are opaque to a compiled graph, since their work depends on a plan, and factors per token as tensors.
 
 An op takes the plan as its handle (sgtm_kernels/plan.py), so that one graph serves every plan. Inside a graph the
-`runs` backend is made of plain torch and of these ops (`compiled.py` of each op's folder). They have no gradient of
+`torch` backend is made of plain torch and of these ops (`compiled.py` of each op's folder). They have no gradient of
 their own: they run in the backward pass, or where none is wanted.
 """
 

@@ -34,7 +34,7 @@ from sgtm_kernels.dispatch import OPS, WAYS, pick, replaced, way
 from sgtm_kernels.measurement import cpu_model, driver, installed
 from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.testing import poisoned_memory, random_like
-from sgtm_kernels.tuning import table_of
+from sgtm_kernels.triton_common.tuning import table_of
 
 PACKAGE = Path(__file__).parent
 FACTOR, FLOOR = 4.0, 4.0

@@ -56,10 +56,10 @@ def masked(plan: MaskPlan, what: str | None) -> bool:
 
 
 def backend_of(backend: str, plan: MaskPlan, *what: str | None) -> str:
-    """The backend of an op that masks `what`: where a graph is captured and nothing of it is masked, always `runs`.
+    """The backend of an op that masks `what`: where a graph is captured and nothing of it is masked, always `torch`.
 
-    There `runs` is plain torch, which the compiler fuses; our kernels are opaque to it.
+    There `torch` is plain torch, which the compiler fuses; our kernels are opaque to it.
     """
     if captured() and not any(masked(plan, field) for field in what if field is not None):
-        return "runs"
+        return "torch"
     return backend

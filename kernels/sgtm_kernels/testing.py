@@ -24,8 +24,8 @@ FLOATS = (0.0, 1.0, 0.5, -1.0, 2.0)
 LAYOUTS = ("uniform", "sorted", "unsorted", "ragged", "tokens")
 
 
-EXACT = ("reference", "runs")  # backends that run in fp64
-FAST = ("runs", "triton")
+EXACT = ("reference", "torch")  # backends that run in fp64
+FAST = ("torch", "triton")
 
 
 def backends_and_dtypes(backends: Sequence[str] = BACKENDS) -> list[tuple[str, torch.dtype]]:

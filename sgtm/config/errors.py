@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from sgtm.config.reference import describe_field, field_at, keys, section, yaml_text
-from sgtm.names import nearest
+from sgtm.process.names import nearest
 
 Path = tuple[str, ...]
 

@@ -3,9 +3,9 @@
 One rule: defaults < YAML < command line. Everything is merged as plain mappings and checked once, at the end, so that a
 file may leave open what the command line gives, and a rule across keys sees the final values.
 
-The command line is parsed here and not by a library (tyro, which `sgtm prepare` uses, starts from a finished default
-object, that is after validation): overrides are dotted keys whose values are YAML, as in a file. This covers unions and
-mappings such as `--data.channel.retain.unlabeled 0.75` without a syntax of their own.
+Keys on the command line are parsed here and not by a library, which would start from a finished default object, that
+is after validation: overrides are dotted keys whose values are YAML, as in a file. This covers unions and mappings such
+as `--data.channel.retain.unlabeled 0.75` without a syntax of their own.
 
 The test is `tests/unit/test_config.py`.
 """
@@ -27,7 +27,7 @@ from sgtm.config.schema import Config
 from sgtm.config.sections import MaskingConfig
 from sgtm.files import write_atomically
 from sgtm.masking import recipes
-from sgtm.names import did_you_mean
+from sgtm.process.names import did_you_mean
 
 QUOTES = "; a list or mapping is one argument, in quotes: --masking.domains '[bio, chem]'"
 YAML_REMEDIES = {
@@ -136,6 +136,9 @@ def load_run_config(run: Path) -> Config:
     """
     file = run / "config.yaml"
     if not file.is_file():
+        inside = next(filter(_is_run, run.parents), None)
+        if inside and run.exists() and not _runs_in(run):
+            raise ConfigError(f"{run} is inside the run directory {inside}; give {inside}")
         found = (sorted(map(str, _runs_in(folder))) for folder in (run, run.parent, Path("runs")))
         known = ", ".join(next(filter(None, found), [])) or "none"
         raise ConfigError(f"{run}: not a run directory (no config.yaml in it); runs here: {known}")
@@ -143,10 +146,16 @@ def load_run_config(run: Path) -> Config:
         newest = max(run.glob("checkpoints/step_*/manifest.json"), default=None)
         kept = f" (its values are in {newest}, under config)" if newest else ""
         raise ConfigError(
-            f"{file} is empty; put back a copy of it{kept}, or go on with what the run was made from: "
+            f"{file} is empty; put back a copy of it{kept}, or resume with what the run was made from: "
             f"sgtm train PRESET|FILE --runs {run.parent} --name {run.name} --resume"
         )
     return load_config(file)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether it is a run directory, and not any folder with a file of this name."""
+    others = ("metrics.jsonl", "checkpoints")
+    return (folder / "config.yaml").is_file() and any((folder / name).exists() for name in others)
 
 
 def _runs_in(folder: Path) -> list[Path]:
@@ -231,6 +240,8 @@ def _locate(source: str, beside: Path | None = None) -> Path:
     path = (beside or Path()) / source if looks_like_file else PRESETS / f"{source}.yaml"
     if path.is_file():
         return path
+    if _is_run(path):
+        raise ConfigError(f"{path} is a run directory; its config is {path}/config.yaml")
     if looks_like_file:
         raise ConfigError(f"{path}: no such file; give a YAML file or one of the presets: {', '.join(preset_names())}")
     raise ConfigError(
@@ -250,6 +261,8 @@ def _read(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict, list[str]]:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds {type(values).__name__}, not a mapping of keys such as `model:` and `train:`")
+    if "base" in values and {"variants", "grid"} & values.keys():
+        raise ConfigError(f"{path} is a sweep file; train its runs with: sgtm sweep {path}")
     base = values.pop("extends", None)
     if base is None:
         return values, []

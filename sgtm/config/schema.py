@@ -27,13 +27,14 @@ from sgtm.masking.partition import Partition, build_partition
 from sgtm.masking.strategy import build_tables, own_joint
 from sgtm_kernels.tables import Tables
 
+RUN_NAME = r"^[\w][\w.+-]*$"
 DERIVED_TOKENS = 16_384  # of a micro-batch whose size is derived, at most
 
 
 class Config(Section):
     """One run."""
 
-    name: Annotated[str, Field(pattern=r"^[\w][\w.+-]*$")] = "run"
+    name: Annotated[str, Field(pattern=RUN_NAME)] = "run"
     """Name of the run; its directory is `<runs>/<name>`."""
     runs: str = "runs"
     """Folder of all run directories."""

@@ -6,7 +6,7 @@ in the report.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -16,10 +16,12 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
 from sgtm.masking.strategy import JOINT, PRESETS
+from sgtm_kernels import current_name
 from sgtm_kernels.tables import KINDS
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -73,10 +75,14 @@ class ModelConfig(Section):
         if self.head_dim is None and self.hidden_size % self.heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}; set head_dim")
         if self.heads % self.num_kv_heads:
-            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+            raise ValueError(
+                f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}; kv_heads must divide it"
+            )
         if self.family == "gpt_neo":
             if self.kv_heads not in (None, self.heads) or not self.tie_embeddings:
-                raise ValueError("family gpt_neo has neither kv_heads nor an untied head (tie_embeddings: false)")
+                raise ValueError(
+                    "family gpt_neo needs tie_embeddings: true and no kv_heads; change these, or take family llama"
+                )
             if self.head_dim not in (None, self.hidden_size // self.heads):
                 raise ValueError(f"family gpt_neo has head_dim = hidden_size / heads, got head_dim {self.head_dim}")
         elif self.window is not None or self.head_bias:
@@ -250,7 +256,7 @@ class DistributedConfig(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What ZeRO shards over the ranks: 1 the optimizer's state, 2 also gradients, 3 also weights; 0 nothing, but in
-    bf16 as 1 does. `sgtm plan` recommends one."""
+    bf16 as 1 does. `sgtm estimate` recommends one."""
     offload_optimizer: bool = False
     """Keep the fp32 weights and both moments in the memory of the host and update them there (ZeRO 1 to 3)."""
     zero_hpz_partition_size: PositiveInt = 1
@@ -304,14 +310,20 @@ class DistributedConfig(Section):
 
 
 class KernelsConfig(Section):
-    backend: Literal["auto", "reference", "runs", "triton"] = "auto"
-    """`auto` follows the environment variable SGTM_KERNELS, else is `triton` on CUDA and `runs` on a CPU; `runs` then
+    backend: Literal["auto", "reference", "torch", "triton"] = "auto"
+    """`auto` follows the environment variable SGTM_KERNELS, else is `triton` on CUDA and `torch` on a CPU; `torch` then
     replaces an op whose Triton kernels fail the self-check before the first step. A named backend never falls back: it
     raises."""
     deterministic: bool = True
     """On CUDA: torch and cuBLAS use deterministic algorithms, which the promises to the bit need; an op without one
     raises. Without it the backward pass of attention in the libraries adds in any order. Our kernels, and everything on
     a CPU, are deterministic always."""
+
+    @field_validator("backend", mode="before")
+    @classmethod
+    def _current_name(cls, backend: Any) -> Any:
+        """Old names too: a run directory keeps its config."""
+        return current_name(backend) if isinstance(backend, str) else backend
 
 
 class WandbConfig(Section):

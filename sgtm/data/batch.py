@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from sgtm_kernels.cross_entropy.runs import IGNORE
+from sgtm_kernels.cross_entropy.pytorch import IGNORE
 from sgtm_kernels.plan import MaskPlan, Tables, merge_runs
 
 __all__ = ["IGNORE", "Batch", "Owners"]

@@ -66,7 +66,7 @@ def check_beginning(file: Path, head: bytes) -> None:
     found = next((kind for kind, beginning in _BEGINNINGS.items() if re.match(beginning, head)), None)
     if found == stated or (not head and stated):
         if not head and stated:
-            raise ValueError(f"{file} is truncated: it is empty, and its name states {stated}; fetch it again")
+            raise ValueError(f"{file} is empty, but its name states {stated}; download it again")
         return
     bare = file.name if stated is None else file.name[: -len(file.suffix)]
     remedy = _REMEDY.get(found, f"rename it to {bare}{_SUFFIX_OF.get(found, '')}")

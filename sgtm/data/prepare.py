@@ -19,16 +19,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
-from sgtm.cores import usable_cores
 from sgtm.data.discover import READABLE, find_sources
 from sgtm.data.encode import EncodedBlock, Encoder, block_file, encode_blocks
 from sgtm.data.folder import blocks_of, clear, locked, place_to_build, put_in_place, same_job, stored_job
@@ -50,6 +48,7 @@ from sgtm.data.tokenizer import (
 )
 from sgtm.data.writer import CorpusWriter
 from sgtm.files import sha256_of, write_atomically
+from sgtm.process.cores import usable_cores
 
 TRAIN = "train"
 SAMPLE_BYTES = 32 * 2**20
@@ -58,27 +57,16 @@ SHARD_TOKENS = 2**26
 
 @dataclass
 class PrepareOptions:
-    """Turn labelled text into a corpus that `sgtm train` reads."""
+    """The options of `sgtm prepare`, which sgtm/commands/prepare.py describes; others as those of `prepare`."""
 
-    sources: Annotated[
-        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DATA...", help_behavior_hint="(required)")
-    ]
-    """Files or folders: txt, JSON lines or arrays, csv, tsv (plain, gz, bz2, xz, zst), parquet, saved Hugging Face
-    datasets. What a folder holds of other kinds is counted and printed."""
-    rules: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(required)")] = None
-    """YAML file: which field holds text, category and split, and the true label of each category (docs/data.md)."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(required)")] = None
-    """Folder of the corpus. An interrupted run with the same inputs continues where it was."""
+    sources: Sequence[Path]
+    rules: Path | None = None
+    out: Path | None = None
     tokenizer: str = TRAIN
-    """`train` a byte-level BPE, or a folder with tokenizer.json or with GPT-2's encoder.json and vocab.bpe."""
     vocab_size: int = 4096
-    """Entries of a trained tokenizer."""
     workers: int = 0
-    """Processes; 0: one per core."""
     shard_tokens: int = SHARD_TOKENS
-    """Tokens of a shard file, and of the longest document."""
     overwrite: bool = False
-    """Replace a finished corpus made from something else; it stays until the new one is complete."""
 
 
 def run_prepare(options: PrepareOptions) -> None:
@@ -107,6 +95,25 @@ def run_prepare(options: PrepareOptions) -> None:
     Console().print(summary(corpus))
     for warning in warnings(corpus, rules):
         Console(stderr=True).print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+
+
+def prepare_files(
+    data: str | Path | Sequence[str | Path],
+    rules: str | Path | Rules,
+    out: str | Path,
+    *,
+    tokenizer: str | Path = TRAIN,
+    vocab_size: int = 4096,
+    workers: int = 0,
+    overwrite: bool = False,
+) -> Corpus:
+    """`sgtm prepare` for scripts, without output: files and folders to a corpus in the folder `out`.
+
+    rules  a rule file, or `Rules`; the other options are those of `prepare`, which raises the errors
+    """
+    sources, _ = find_sources([data] if isinstance(data, (str, Path)) else data)
+    rules = rules if isinstance(rules, Rules) else load_rules(rules)
+    return prepare(sources, rules, tokenizer, out, vocab_size=vocab_size, workers=workers, overwrite=overwrite)
 
 
 def _required(options: PrepareOptions) -> dict[str, tuple[object, str]]:
@@ -273,7 +280,10 @@ def _merge(out: Path, encoder: Encoder, blocks: Path, count: int) -> None:
         nul, first_nul = nul + block.nul, first_nul or block.first_nul
         names.append(np.array([stable_id(str(name).encode()) for name in block.names], np.uint64))
     if not total:
-        raise ValueError(f"no document has any text: {empty:,} are empty, {dropped:,} dropped by the rules")
+        raise ValueError(
+            f"no document has any text: {empty:,} are empty, {dropped:,} dropped by the rules; "
+            f"look at `text` and at `drop` in the rule file"
+        )
     notes = [f"{nul:,} documents have NUL characters; the first is {first_nul}"] if nul else []
     repeated, documents, place = repeated_names(names)
     if place is not None:

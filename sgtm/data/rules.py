@@ -26,7 +26,8 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sgtm.masking.channel import uniform_hash
-from sgtm.names import did_you_mean
+from sgtm.masking.labels import RESERVED
+from sgtm.process.names import did_you_mean
 
 DROP = "drop"
 LABELS = ("retain", "unlabeled", DROP)
@@ -127,9 +128,9 @@ class SplitSelector(Selector):
         for name in self.hash or ():
             _checked_split(name, "hash")
         if self.by is not None and self.hash is None:
-            raise ValueError("by belongs to hash")
+            raise ValueError("by is set without hash; add hash: {test: 0.05}, or remove by")
         if self.by_missing is not None and self.by is None:
-            raise ValueError("by_missing belongs to by")
+            raise ValueError("by_missing is set without by; add by: FIELD, or remove by_missing")
         return self
 
     def split(self, record: dict, path: str, where: str, document_id: int) -> str:
@@ -180,6 +181,8 @@ class Document(NamedTuple):
 
 def _known_label(label: Any) -> str:
     if isinstance(label, str) and (label in LABELS or re.fullmatch(r"forget:(?! )[^:,]+(?<! )", label)):
+        if (domain := label.removeprefix("forget:")) != label and domain in RESERVED:
+            raise ValueError(f"found {label!r}, but a domain is named none of {', '.join(RESERVED)}")
         return label
     domain = re.fullmatch(r"(?i)forget[\s:_-]+([^:,]+?)\s*", str(label))
     slip = f" (did you mean forget:{domain[1]}?)" if domain else did_you_mean(str(label), LABELS)

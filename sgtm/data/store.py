@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sgtm.files import sha256_of
 from sgtm.masking.labels import LabelSpace
-from sgtm.names import did_you_mean, look_alike
+from sgtm.process.names import did_you_mean, look_alike
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -88,7 +88,9 @@ class _Lines:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             where = f"{shown(self.file)}:{number}"
-            raise ValueError(f"{where}: not UTF-8 at byte {error.start} of the line: {error.reason}") from None
+            raise ValueError(
+                f"{where}: not UTF-8 at byte {error.start} of the line: {error.reason}; save the file as UTF-8"
+            ) from None
         self.characters += len(text)
         return text
 
@@ -146,7 +148,9 @@ class SavedDataset(Source):
         try:
             rows = len(load_from_disk(str(self.folder)))
         except Exception as error:  # pyarrow's and json's own errors, and OSError
-            raise ValueError(f"{shown(self.folder)} is no intact saved dataset: {error}") from None
+            raise ValueError(
+                f"{shown(self.folder)} cannot be opened as a saved dataset: {error}; save it again with save_to_disk"
+            ) from None
         step = max(1, rows * readers.BLOCK_BYTES // max(self.size, 1))
         for first in range(0, rows, step):
             last = min(first + step, rows)

@@ -5,7 +5,8 @@ An error that all ranks raise has the attribute `rank`, of the one that it comes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -56,3 +57,18 @@ def on_every_rank(action: Callable[[], Any]) -> list[Any]:
     if errors:
         raise errors[0]
     return [result for result, _ in everyone]
+
+
+def check_same(settings: Callable[[], Mapping[str, Any]]) -> None:
+    """Every rank raises ValueError where one has other settings than rank 0: its node was started differently."""
+    host = socket.gethostname()
+    (first_host, first), *others = on_every_rank(lambda: (host, dict(settings())))
+    for rank, (their_host, theirs) in enumerate(others, 1):
+        for key in first | theirs:
+            if first.get(key) != theirs.get(key):
+                error = ValueError(
+                    f"rank {rank} on {their_host} has {key} {theirs.get(key)}, but rank 0 on {first_host} has "
+                    f"{first.get(key)}; start every node with the same command, config and SGTM_ variables"
+                )
+                error.rank = 0
+                raise error

@@ -8,7 +8,7 @@ ranks:
   by the number of ranks that DeepSpeed divides by, which is exact for powers of two;
 - gradients are accumulated in fp32 and reduced in `distributed.communication` (fp32, unless it is bf16), and the
   optimizer works on fp32 weights;
-- frozen weights stay bit-identical (sgtm/train/optim.py);
+- frozen weights stay bit-identical (sgtm/distributed/optim.py);
 - a step whose gradient, or one of whose losses, is not finite changes nothing on any rank, and `finite` is False then.
   With `optimizer.grad_clip_scope: owner` gradients are clipped, and skipped where they are not finite, by owner,
   whatever the losses are: one owns the retain group and all joint parameters, each domain its group;
@@ -23,7 +23,7 @@ weights and gradients are replicated as in ZeRO 0, only the fp32 copy and the mo
 ZeRO 2 reduces gradients while the backward pass computes, and ZeRO 3 all that it sends (overlap_comm). On a CPU, where
 there are no streams, the same code runs in order.
 
-`distributed.offload_optimizer`: the optimizer's tensors are in the host's memory and AdamW runs there, by `runs` where
+`distributed.offload_optimizer`: the optimizer's tensors are in the host's memory and AdamW runs there, by `torch` where
 the kernels are Triton's. All of the above holds with it, but for the single read. It has been run on CPUs, where host
 and device are one; on a GPU DeepSpeed also pins the host's buffers and copies gradients into them without waiting
 before `step`: that has not been run.
@@ -59,6 +59,7 @@ from sgtm.config.schema import Config, DistributedConfig
 from sgtm.distributed.agree import on_every_rank
 from sgtm.distributed.agreement import Agreement
 from sgtm.distributed.env import device_type, kernel_backend
+from sgtm.distributed.optim import SegmentedAdamW
 from sgtm.distributed.private import replace
 from sgtm.distributed.process_group import outlast_watchdog
 from sgtm.distributed.segments import Fragment, check_cover, fragments, full_numel, segment_tables
@@ -68,7 +69,6 @@ from sgtm.distributed.universal import universal_info
 from sgtm.distributed.watchdog import enter
 from sgtm.distributed.writer import BackgroundWriter
 from sgtm.model.rows import owner_of
-from sgtm.train.optim import SegmentedAdamW
 
 if device_type() == "cpu":  # it would compile a shared-memory collective at the first start (35 s, with a compiler)
     replace(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
@@ -144,7 +144,7 @@ class Engine:
         numels = {name: full_numel(p) for name, p in parameters.items()}
         backend = kernel_backend(config)
         if config.distributed.offload_optimizer and backend == "triton":
-            backend = "runs"  # the optimizer's tensors are the host's
+            backend = "torch"  # the optimizer's tensors are the host's
         if config.train.compile == "blocks" and config.distributed.zero_stage == 3:
             for block in module.blocks:  # gathered at once: a hook on a part of a block would cut its graph
                 set_z3_leaf_module(block, True)

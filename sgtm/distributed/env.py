@@ -1,6 +1,6 @@
 """The environment a rank runs in: its device and threads, and defaults that must stand before deepspeed is imported.
 
-Who launched it: sgtm/launched.py. Defaults never override what the user has set.
+Who launched it: sgtm/process/ranks.py. Defaults never override what the user has set.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sgtm.cores import usable_cores
-from sgtm.launched import Launch
+from sgtm.process.cores import usable_cores
+from sgtm.process.ranks import Launch
 from sgtm_kernels.dispatch import resolve
 
 if TYPE_CHECKING:

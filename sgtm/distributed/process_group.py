@@ -19,7 +19,7 @@ from sgtm.distributed.env import (
     keep_freed_memory,
     use_deterministic_algorithms,
 )
-from sgtm.launched import Launch, detect_launch
+from sgtm.process.ranks import Launch, detect_launch
 
 FOREVER = timedelta(days=1000)
 _joined: Launch | None = None

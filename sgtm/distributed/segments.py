@@ -7,9 +7,9 @@ parameter and its place in one such tensor; fragments come from DeepSpeed's own 
     ZeRO 1, 2 and bf16 master      `param._hp_mapping`: the part of the parameter inside this rank's flat fp32 partition
     ZeRO 3                          `grad_position`: every parameter is cut into equal, padded parts, one for each rank
 
-From fragments and the model's row layout follow the segment tables of sgtm/train/optim.py. Padding is in no fragment.
-`check_cover` proves at every start that each element is owned exactly once; tests/dist/test_zero.py checks the places
-themselves, by writing a pattern through the fragments and reading it back through the model.
+From fragments and the model's row layout follow the segment tables of sgtm/distributed/optim.py. Padding is in no
+fragment. `check_cover` proves at every start that each element is owned exactly once; tests/dist/test_zero.py checks
+the places themselves, by writing a pattern through the fragments and reading it back through the model.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import torch
 
+from sgtm.distributed.optim import Segment
 from sgtm.model.rows import Rows
-from sgtm.train.optim import Segment
 
 
 class Fragment(NamedTuple):

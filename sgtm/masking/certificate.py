@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from sgtm.masking.labels import UNLABELED
-from sgtm.model.rows import ENDS
+from sgtm.masking.partition import ENDS
 from sgtm_kernels.tables import KINDS, PARTS
 
 if TYPE_CHECKING:

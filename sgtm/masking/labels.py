@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sgtm.names import did_you_mean, look_alike
+from sgtm.process.names import did_you_mean, look_alike
 
 UNLABELED, RETAIN, FIRST_FORGET = 0, 1, 2
 OPEN = "open:"
@@ -49,7 +49,7 @@ class LabelSpace:
         bad = [d for d in self.domains if not d or d != d.strip() or d in RESERVED or ":" in d or "," in d]
         if bad or len(set(self.domains)) != len(self.domains):
             raise ValueError(
-                f"domains must be distinct names without ':', ',' or a space at either end, "
+                f"masking.domains must be distinct names without ':', ',' or a space at either end, "
                 f"none of {', '.join(RESERVED)}; got {list(self.domains)}"
             )
 

@@ -13,6 +13,9 @@ from typing import Literal
 
 from sgtm.masking.labels import LabelSpace
 
+ENDS = ("embedding", "head")
+"""Matrices of which a domain may have a part of its own."""
+
 
 @dataclass(frozen=True)
 class LayerPartition:

@@ -1,1 +1,1 @@
-"""The transformer, its row layout, and its Hugging Face twins."""
+"""The transformer and its row layout."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sgtm.masking.partition import Partition
-from sgtm.model.rows import ENDS
+from sgtm.masking.partition import ENDS, Partition
 
 
 class Part(NamedTuple):

@@ -15,12 +15,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sgtm.masking.partition import LayerPartition
+from sgtm.masking.partition import ENDS, LayerPartition
 from sgtm_kernels.tables import Tables
 
 ALWAYS = "always"
-ENDS = ("embedding", "head")
-"""Matrices of which a domain may have a part of its own."""
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class Transformer(nn.Module):
     its forward.
     """
 
-    def __init__(self, config: ModelConfig, partition: Partition, backend: str = "runs"):
+    def __init__(self, config: ModelConfig, partition: Partition, backend: str = "torch"):
         super().__init__()
         load(backend)
         self.compiled = False

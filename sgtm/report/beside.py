@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sgtm.config.load import load_run_config
 from sgtm.config.schema import Config
-from sgtm.evaluate.compute_ratio import Ratios, check_comparable, compute_ratios
+from sgtm.report.ratios import Ratios, check_comparable, compute_ratios
 from sgtm.report.record import Record, read_record
 
 

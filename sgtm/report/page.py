@@ -14,7 +14,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from sgtm.config.schema import Config
-from sgtm.evaluate.compute_ratio import categories_of
 from sgtm.files import write_atomically
 from sgtm.masking.channel_rows import row_lines
 from sgtm.masking.labels import OPEN, removed_domains
@@ -22,9 +21,10 @@ from sgtm.report import figures, palette
 from sgtm.report.beside import Comparison
 from sgtm.report.figures import Drawing, draw
 from sgtm.report.findings import SMALL, cautions, conditions, error_of, localisation, loss_rows, signed
+from sgtm.report.ratios import categories_of
 from sgtm.report.record import Record, is_forgotten, read_record
 from sgtm.report.sentences import sentences
-from sgtm.train.environment import last_environment
+from sgtm.run.environment import last_environment
 from sgtm_kernels.plan import KINDS, PARTS
 
 SHIPPED = "The baselines ship with the preset: full models trained without masks, means over seeds."

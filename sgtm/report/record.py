@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sgtm.config import load_config
-from sgtm.config.located import locate_data
 from sgtm.config.schema import Config
 from sgtm.data.open import open_corpus
 from sgtm.masking.channel_rows import most_with_group
 from sgtm.report.baselines import with_shipped
-from sgtm.train.metrics import read_metrics
+from sgtm.run.located import locate_data
+from sgtm.run.metrics import read_metrics
 
 
 @dataclass(frozen=True)

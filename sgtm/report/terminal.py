@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sgtm.evaluate.compute_ratio import Ratios, categories_of
 from sgtm.masking.labels import removed_domains
 from sgtm.report.beside import Comparison
 from sgtm.report.findings import LossRow, cautions, conditions, error_of, loss_rows, signed
+from sgtm.report.ratios import Ratios, categories_of
 from sgtm.report.record import is_forgotten
 
 LARGE = 0.1  # nats: what a removal may cost the categories it is not meant for

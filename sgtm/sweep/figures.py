@@ -12,9 +12,9 @@ from matplotlib.lines import Line2D
 from sgtm.files import replacing
 from sgtm.report.figures import DASHES, STYLE, WIDTH
 from sgtm.report.palette import DOMAINS, LIGHT, PAPER, RETAIN, UNLABELED
+from sgtm.run.metrics import read_metrics
 from sgtm.sweep.file import Sweep
 from sgtm.sweep.table import Row
-from sgtm.train.metrics import read_metrics
 
 COLOURS = [LIGHT[name] for name in (RETAIN, *(f"domain-{i}" for i in range(DOMAINS)), UNLABELED)]
 

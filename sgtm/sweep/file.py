@@ -14,7 +14,7 @@ from pydantic import NonNegativeInt, ValidationError
 from sgtm.config.errors import ConfigError, explain_errors
 from sgtm.config.load import key_paths, load_variant, parse_yaml
 from sgtm.config.schema import Config, Section
-from sgtm.names import nearest
+from sgtm.process.names import nearest
 
 NAME = re.compile(r"\w[\w.+-]*")
 SIGNS = "letters, digits and any of . + - _, the first not . + or -"
@@ -85,6 +85,8 @@ def read_sweep(file: Path) -> Sweep:
     """The runs that a file describes. Raises ConfigError naming the file, the variant and the key of a mistake."""
     spec = _read(file)
     base = str(file.parent / spec.base) if _is_file(spec.base) else spec.base
+    if _is_file(spec.base) and not Path(base).is_file():
+        raise ConfigError(f"{file}: base: no such file: {spec.base}; relative to the sweep file that is {base}")
     common = load_variant(base, [_allowed(spec.set, f"{file}: set", spec)], f"{file}: set")
     name = spec.name or file.stem
     if not NAME.fullmatch(name):
@@ -115,6 +117,8 @@ def _read(file: Path) -> SweepFile:
         raise ConfigError(
             f"{file}: not a mapping of keys such as `base:` and `variants:`; docs/sweep.md has the format"
         )
+    if "base" not in values and ("extends" in values or "model" in values):
+        raise ConfigError(f"{file} is a config, not a sweep file; train it with: sgtm train {file}")
     try:
         return SweepFile.model_validate(values)
     except ValidationError as error:

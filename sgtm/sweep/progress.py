@@ -7,8 +7,8 @@ import time
 import rich.progress
 from rich.console import Console
 
-from sgtm.plan.shapes import parameter_sizes
-from sgtm.stopping import ENDED_EARLY
+from sgtm.estimate.shapes import parameter_sizes
+from sgtm.process.signals import ENDED_EARLY
 from sgtm.sweep.file import Run
 from sgtm.sweep.state import steps_done
 

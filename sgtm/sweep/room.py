@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from sgtm.cores import usable_cores
 from sgtm.distributed.env import device_type
+from sgtm.estimate.memory import memory
+from sgtm.estimate.units import GB
 from sgtm.files import write_atomically
-from sgtm.plan.memory import memory
-from sgtm.plan.units import GB
+from sgtm.process.cores import usable_cores
 from sgtm.sweep.file import Run, Sweep
 
 PROCESS = 0.6 * GB
-"""Of a training process beside what `sgtm plan` estimates: 0.53 GB with a model of a few thousand parameters."""
+"""Of a training process beside what `sgtm estimate` estimates: 0.53 GB with a model of a few thousand parameters."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def keep_threads(sweep: Sweep, room: Room) -> None:
 
 
 def need(run: Run) -> float:
-    """Bytes of one run on a CPU, as `sgtm plan` estimates them, and of its process."""
+    """Bytes of one run on a CPU, as `sgtm estimate` estimates them, and of its process."""
     return memory(run.config, run.config.distributed.zero_stage, 1).peak + PROCESS
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 
 from sgtm.data.store import Corpus
-from sgtm.plan.units import amount, counted
-from sgtm.stopping import ENDED_EARLY
+from sgtm.estimate.units import amount, counted
+from sgtm.process.signals import ENDED_EARLY
 from sgtm.sweep.compare import check_comparable, check_ranks, open_corpora
 from sgtm.sweep.file import Run, Sweep, read_sweep
 from sgtm.sweep.progress import Progress
@@ -101,7 +101,7 @@ def _report(sweep: Sweep, outcome: Outcome, console: Console) -> int:
     if outcome.stopped:
         kept = "finished runs and checkpoints are kept"
         name = signal.Signals(outcome.stopped).name
-        print(f"stopped by {name}; {kept}; go on: sgtm sweep {sweep.file}", file=sys.stderr)
+        print(f"stopped by {name}; {kept}; continue: sgtm sweep {sweep.file}", file=sys.stderr)
         return 128 + outcome.stopped
     return int(bool(outcome.failed))
 

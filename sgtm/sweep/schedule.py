@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sgtm.config.load import save_config
-from sgtm.stopping import SIGNALS
+from sgtm.process.signals import SIGNALS
 from sgtm.sweep.file import Run, Sweep
 from sgtm.sweep.progress import Progress
 from sgtm.sweep.room import Room, need
@@ -46,7 +46,7 @@ class Outcome:
 
 def start_process(arguments: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen:
     """`sgtm ARGUMENTS` with its output at the end of `log`, in a session of its own: Ctrl-C reaches the sweep only."""
-    command = [sys.executable, "-m", "sgtm.sweep.child", str(os.getpid()), *arguments]
+    command = [sys.executable, "-m", "sgtm.commands.sweep_child", str(os.getpid()), *arguments]
     with log.open("ab") as file:
         return subprocess.Popen(
             command,

@@ -9,9 +9,9 @@ from sgtm.config.load import load_run_config
 from sgtm.config.reference import flat
 from sgtm.config.schema import Config
 from sgtm.data.store import Corpus
+from sgtm.run.checkpoint import finished, read_manifest
+from sgtm.run.metrics import read_metrics
 from sgtm.sweep.file import Run
-from sgtm.train.checkpoint import finished, read_manifest
-from sgtm.train.metrics import read_metrics
 
 NEW, BEGUN, FINISHED = "new", "begun", "finished"
 FREE = ("runs", "wandb.mode", "wandb.project", "wandb.entity")  # change nothing in the results

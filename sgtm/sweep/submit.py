@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 
-from sgtm.launch import Where, compose, settle
+from sgtm.estimate.launch import Where, compose, settle
 from sgtm.sweep.compare import check_ranks
 from sgtm.sweep.file import Run, Sweep
 from sgtm.sweep.schedule import arguments_of, log_of

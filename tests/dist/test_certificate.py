@@ -120,7 +120,7 @@ def records(corpus: str, other: str | None = None) -> list[dict]:
 
 
 def train_all(folder: str, cases: list[Case], resumed: bool) -> None:
-    from sgtm.train.loop import train
+    from sgtm.training.loop import train
 
     for number, case in enumerate(cases):
         for data in case.data:
@@ -137,7 +137,7 @@ def train_all(folder: str, cases: list[Case], resumed: bool) -> None:
 
 def safe_models(folder: Path, cases: list[Case], ranks: int, resumed: bool) -> list[tuple[str, str]]:
     """SHA-256 of the safe weights that each case leaves with either corpus."""
-    from sgtm.model.export import export_run
+    from sgtm.hf.export import export_run
 
     for corpus, domain in {(case.corpus, case.domain) for case in cases}:
         for data, other in zip(Case(corpus=corpus, domain=domain).data, (None, domain), strict=True):

@@ -45,7 +45,7 @@ def fingerprint(engine) -> str:
 
 
 def load(engine, run: Path, config) -> tuple[int, list]:
-    from sgtm.train.resume import find_whole, load_checkpoint
+    from sgtm.run.resume import find_whole, load_checkpoint
 
     step, progress, reshaped = load_checkpoint(engine, find_whole(run, engine.rank, engine.world_size, print), config)
     assert reshaped == ""
@@ -77,7 +77,7 @@ def continue_everywhere(folder: str) -> None:
     """Save at 2 and, with nothing written yet, go on to 4; another engine with other weights that has run a dry step
     resumes at 2 and does the same."""
     from sgtm.distributed.storage import consolidate
-    from sgtm.train.saving import CheckpointWriter
+    from sgtm.run.saving import CheckpointWriter
 
     for stage, precision in CASES:
         case, run = f"ZeRO {stage} {precision}", Path(folder, f"{stage}-{precision}")
@@ -151,8 +151,8 @@ def alone(action) -> None:
 
 def damage(folder: str) -> None:
     """Everything that can be wrong with a checkpoint, on two ranks under ZeRO-2."""
-    from sgtm.train.checkpoint import find_latest, remove_unfinished
-    from sgtm.train.resume import find_whole, load_checkpoint
+    from sgtm.run.checkpoint import find_latest, remove_unfinished
+    from sgtm.run.resume import find_whole, load_checkpoint
 
     config, run = tiny_config(2, "bf16"), Path(folder)
     engine = new_engine(config)
@@ -220,7 +220,7 @@ def damage(folder: str) -> None:
         text = message(changed(section, key, value))
         assert f"{section}.{key}: {getattr(getattr(config, section), key)} in the checkpoint, {value}" in text
     os.environ["SGTM_KERNELS"] = "reference"
-    assert "kernels.backend: runs in the checkpoint, reference now by SGTM_KERNELS" in message(config)
+    assert "kernels.backend: torch in the checkpoint, reference now by SGTM_KERNELS" in message(config)
     del os.environ["SGTM_KERNELS"]
     same = config.model_copy(update={"name": "x", "train": config.train.model_copy(update={"log_every": 3})})
     assert load_checkpoint(engine, older, same) == (1, [None, None], "")
@@ -237,7 +237,7 @@ def damage(folder: str) -> None:
 
 def full_disk(stage: int, run: Path) -> None:
     """Rank 1 cannot write more than a few kilobytes: both ranks say so, and the last checkpoint is still there."""
-    from sgtm.train.checkpoint import find_latest, verify
+    from sgtm.run.checkpoint import find_latest, verify
 
     config = tiny_config(stage, train={"keep_last": 2})
     engine = new_engine(config)

@@ -52,7 +52,7 @@ def train(stage: int, family: str, compiled: bool, checkpointing: bool) -> tuple
 
 
 def config_of(stage: int, family: str, compiled: bool):
-    config = run_config(stage, family, "runs", "sequence")
+    config = run_config(stage, family, "torch", "sequence")
     keys = {"compile": "blocks" if compiled else "off"}
     return config.model_copy(update={"train": config.train.model_copy(update=keys)})
 
@@ -75,7 +75,7 @@ def weights(block: torch.nn.Module) -> list[StorageWeakRef]:
 def every_way(stage: int, family: str) -> list[tuple]:
     from sgtm.distributed.process_group import init_distributed
 
-    init_distributed(run_config(stage, family, "runs", "sequence"))
+    init_distributed(run_config(stage, family, "torch", "sequence"))
     return [train(stage, family, *way) for way in ((False, False), (True, False), (True, True))]
 
 

@@ -31,7 +31,7 @@ from families import (
 from sgtm.config import Config, load_config
 from sgtm.distributed.testing import run_ranks
 from sgtm.masking.labels import JOINT
-from sgtm.train.metrics import read_metrics
+from sgtm.run.metrics import read_metrics
 
 LIMIT = 0.01
 BOUND = 1e-5  # relative
@@ -64,10 +64,10 @@ def assert_norms(found: dict[str, float], expected: dict[str, float], where: str
 def check_case(stage: int, precision: str, offload: bool) -> None:
     from sgtm.distributed.engine import Engine
     from sgtm.distributed.process_group import init_distributed
-    from sgtm.train.gradients import group_norms, only, probe
-    from sgtm.train.step import StepTotals, train_step
+    from sgtm.training.gradients import group_norms, only, probe
+    from sgtm.training.step import StepTotals, train_step
 
-    config = run_config(stage, "gpt_neo", "runs", "token", precision=precision, offload=offload, grad_clip=LIMIT)
+    config = run_config(stage, "gpt_neo", "torch", "token", precision=precision, offload=offload, grad_clip=LIMIT)
     case = f"ZeRO {stage} {precision}{' offloaded' * offload}"
     init_distributed(config)
     engine, other = (Engine(model_of("gpt_neo"), config) for _ in range(2))
@@ -125,7 +125,7 @@ def test_norms_are_those_of_autograd_and_measuring_changes_nothing(world_size):
 
 
 def train_runs(runs: str) -> None:
-    from sgtm.train.loop import train
+    from sgtm.training.loop import train
 
     options = ["--train.steps=7", "--train.log_every=2", "--optimizer.grad_clip=0.9", "--distributed.zero_stage=2"]
     for name, more in {"without": [], "probed": ["--train.probe_every=3"]}.items():

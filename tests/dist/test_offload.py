@@ -39,7 +39,7 @@ def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
 def every_case(folder: str) -> None:
     from sgtm.distributed.engine import Engine
     from sgtm.distributed.process_group import init_distributed
-    from sgtm.train.resume import load_checkpoint
+    from sgtm.run.resume import load_checkpoint
 
     init_distributed(tiny_config())
     for stage, precision in product((1, 2, 3), ("fp32", "bf16")):
@@ -84,7 +84,7 @@ def backends() -> list[str]:
 
 
 def test_adamw_runs_on_the_host():
-    assert run_ranks(backends, 1) == [["reference", "reference", "triton", "runs"]]
+    assert run_ranks(backends, 1) == [["reference", "reference", "triton", "torch"]]
 
 
 def test_stage_0_has_nothing_to_offload():

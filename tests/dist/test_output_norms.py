@@ -22,9 +22,9 @@ def train(stage: int, mixing: str, measured: bool) -> tuple:
     """Two steps: the norms of the first, losses, weights and moments."""
     from sgtm.distributed import engine as engine_module
     from sgtm.distributed.process_group import init_distributed
-    from sgtm.train.step import StepTotals, train_step
+    from sgtm.training.step import StepTotals, train_step
 
-    config = run_config(stage, "gpt_neo", "runs", mixing, precision=HOW[mixing])
+    config = run_config(stage, "gpt_neo", "torch", mixing, precision=HOW[mixing])
     engine_module.deepspeed_config = sharded(engine_module.deepspeed_config)
     init_distributed(config)
     engine = engine_module.Engine(model_of("gpt_neo", activation_checkpointing=stage == 2), config)
@@ -72,7 +72,7 @@ def test_every_stage_measures_what_one_process_does_and_trains_as_without():
     assert ranks[0] == ranks[1]
     for (stage, mixing), found in zip(CASES, ranks[0], strict=True):
         precision, bound = (torch.float32, 1e-4) if HOW[mixing] == "fp32" else (torch.bfloat16, 1e-2)
-        config, model = run_config(stage, "gpt_neo", "runs", mixing), model_of("gpt_neo").to(precision)
+        config, model = run_config(stage, "gpt_neo", "torch", mixing), model_of("gpt_neo").to(precision)
         norms = OutputNorms(config.tables)
         for batch in random_step(mixing):
             model(batch.input_ids, batch.targets, plan_of(batch, config.tables), 1.0, norms)

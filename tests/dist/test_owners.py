@@ -34,7 +34,7 @@ CASES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf1
 
 
 def config_of(stage: int, precision: str):
-    config = run_config(stage, "gpt_neo", "runs", "sequence", strategy="sgtm+strict", precision=precision)
+    config = run_config(stage, "gpt_neo", "torch", "sequence", strategy="sgtm+strict", precision=precision)
     optimizer = config.optimizer.model_copy(update={"grad_clip": LIMIT, "grad_clip_scope": "owner"})
     return config.model_copy(update={"optimizer": optimizer})
 

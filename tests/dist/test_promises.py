@@ -76,7 +76,7 @@ class Case(NamedTuple):
         return relabelled(random_step(mixing, seed, label, sequences), {UNLABELED: self.rest})
 
 
-BACKENDS = ("reference", "runs")
+BACKENDS = ("reference", "torch")
 MODELS = tuple(product(FAMILIES, BACKENDS))
 OPEN = {BIO: OPEN_BIO, CODE: OPEN_CODE}
 AXES = Case(

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgtm.distributed.testing import run_ranks
 from sgtm.model.rows import live_keys
-from sgtm_kernels.cross_entropy.runs import ROWS
+from sgtm_kernels.cross_entropy.pytorch import ROWS
 
 CASES = [
     (stage, precision, offload)
@@ -76,7 +76,7 @@ def watch_cases(monkeypatch) -> None:
 
     from sgtm.distributed.engine import Engine
     from sgtm.distributed.process_group import init_distributed
-    from sgtm.train.loop import StopSignal
+    from sgtm.training.loop import StopSignal
 
     init_distributed(tiny_config())
     for stage, precision, offload in CASES:
@@ -114,11 +114,11 @@ def count_reads() -> None:
     """Of whole training steps, after the first: ZeRO 3 traces its gathers there."""
     from sgtm.distributed.engine import Engine
     from sgtm.distributed.process_group import init_distributed
-    from sgtm.train.step import StepTotals, train_step
+    from sgtm.training.step import StepTotals, train_step
 
-    init_distributed(run_config(0, "gpt_neo", "runs", "sequence"))
+    init_distributed(run_config(0, "gpt_neo", "torch", "sequence"))
     for stage in (0, 1, 2, 3):
-        config = run_config(stage, "gpt_neo", "runs", "micro")
+        config = run_config(stage, "gpt_neo", "torch", "micro")
         engine = Engine(model_of("gpt_neo"), config)
         totals = StepTotals(len(config.tables.labels), engine.device)
         for step in range(3):

@@ -50,7 +50,7 @@ def save_all(folder: str) -> None:
 
 
 def load_all(folder: str, saved_by: int) -> None:
-    from sgtm.train.resume import find_whole, load_checkpoint
+    from sgtm.run.resume import find_whole, load_checkpoint
 
     for precision, bound in BOUND.items():
         for source in STAGES:

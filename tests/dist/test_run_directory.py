@@ -21,7 +21,7 @@ from sgtm.distributed.testing import run_ranks
 HOLDER = """
 import sys, time
 from pathlib import Path
-from sgtm.train.run_directory import _take
+from sgtm.run.directory import _take
 _take(Path(sys.argv[1]), Path("run"), 0.0, kept := [])
 print("held", flush=True)
 time.sleep(100)
@@ -31,8 +31,8 @@ time.sleep(100)
 def hold(folder: str) -> None:
     import torch.distributed as dist
 
-    from sgtm.train import run_directory
-    from sgtm.train.run_directory import held
+    from sgtm.run import directory
+    from sgtm.run.directory import held
 
     run, lock = Path(folder, "runs", "mine"), Path(folder, "runs", ".mine.lock")
     other = None
@@ -55,12 +55,12 @@ def hold(folder: str) -> None:
         assert not lock.exists()
         dist.barrier()
 
-    run_directory.VISIBLE_WITHIN = 0.3
+    directory.VISIBLE_WITHIN = 0.3
     own = Path(folder, f"of-{dist.get_rank()}", "mine")
     with pytest.raises(ValueError, match=r"of-1 on .* is not the directory that rank 0 has \(.*shared"), held(own):
         pytest.fail("each rank has a directory of its own")
 
-    run_directory.VISIBLE_WITHIN = 30.0
+    directory.VISIBLE_WITHIN = 30.0
     slow = Path(folder, "slow")
     if dist.get_rank() == 1:  # as a file system that takes a while to show what another node has written
         read = Path.read_text

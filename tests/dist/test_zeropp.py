@@ -16,7 +16,7 @@ from tiny import FORGET, MIXED, tiny_config, tiny_step
 
 from sgtm.distributed.testing import run_ranks
 from sgtm.model.rows import live_keys
-from sgtm.train.resume import load_checkpoint
+from sgtm.run.resume import load_checkpoint
 
 
 def trained(folder: str, hpz: int, precision: str, offload: bool) -> tuple[list[float], list[torch.Tensor]]:

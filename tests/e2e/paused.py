@@ -6,8 +6,8 @@ python tests/e2e/paused.py N train debug ...
 import sys
 import time
 
-from sgtm.__main__ import run
-from sgtm.train import loop
+from sgtm.commands.main import run
+from sgtm.training import loop
 
 
 class Paused(loop.StopSignal):

@@ -25,7 +25,7 @@ def train(runs: str, backend: str, *cases: tuple[str, ...]) -> list[dict]:
     import torch
     from torch._dynamo.utils import counters
 
-    from sgtm.train import initial_model, loop
+    from sgtm.training import initial_model, loop
 
     graphs, steps = [], loop._steps
 
@@ -49,7 +49,7 @@ def train(runs: str, backend: str, *cases: tuple[str, ...]) -> list[dict]:
 
 
 def refused(runs: str) -> str:
-    from sgtm.train import loop
+    from sgtm.training import loop
 
     with pytest.raises(ValueError) as error:
         loop.train(load_config("debug", [f"--runs={runs}", "--train.compile=blocks", "--kernels.backend=reference"]))

@@ -36,7 +36,7 @@ def evaluation(run: Path) -> dict:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     from sgtm.distributed.storage import consolidate
-    from sgtm.train.checkpoint import find_latest
+    from sgtm.run.checkpoint import find_latest
 
     return consolidate(find_latest(run))
 
@@ -48,8 +48,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def start_and_resume(runs: str, stages: tuple[int, ...]) -> dict:
     """Evaluation and weights of a run, of those that start from its export, and of one stopped and resumed."""
     from sgtm.distributed.agree import on_rank_zero
-    from sgtm.model.export import export_run
-    from sgtm.train.loop import train
+    from sgtm.hf.export import export_run
+    from sgtm.training.loop import train
 
     def results(*options: str, resume: bool = False) -> tuple[dict, dict]:
         """Evaluation and weights of a run, which rank 0 writes."""
@@ -125,6 +125,6 @@ def test_a_folder_that_is_none_is_named(tmp_path):
 
 
 def start_from_nowhere(runs: str) -> None:
-    from sgtm.train.loop import train
+    from sgtm.training.loop import train
 
     train(config(runs, "run", f"--train.init_from={runs}/nowhere"))

@@ -16,7 +16,7 @@ from sgtm.config import load_config
 from sgtm.config.load import load_run_config
 from sgtm.data.open import open_corpus
 from sgtm.distributed.testing import run_ranks
-from sgtm.train.metrics import read_metrics
+from sgtm.run.metrics import read_metrics
 
 DERIVED = ["--train.micro_batch=null"]  # another number of sequences on other ranks
 PARTS = [(4, 3, 7), (2, 1, 13), (1, 1, STEPS)]  # ranks, ZeRO stage, last step
@@ -24,7 +24,7 @@ PARTS = [(4, 3, 7), (2, 1, 13), (1, 1, STEPS)]  # ranks, ZeRO stage, last step
 
 def train_until(runs: str, corpus: str, stage: int, last: int) -> dict[int, list[list[int]]]:
     """Go on with the run of each precision to this step; the rows of tokens that this rank has read, by step."""
-    from sgtm.train import loop
+    from sgtm.training import loop
 
     seen: dict[int, list[list[int]]] = {}
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from sgtm.config import load_config
 from sgtm.distributed.testing import run_ranks
-from sgtm.train.metrics import read_metrics
-from sgtm.train.residual import DUAL
+from sgtm.run.metrics import read_metrics
+from sgtm.run.residual import DUAL
 
 STEPS = 20
 OPTIONS = (
@@ -26,7 +26,7 @@ OPTIONS = (
 
 def train(runs: str, cases: dict[str, tuple[str, ...]]) -> dict[str, list[dict]]:
     """Lines of the log of each run."""
-    from sgtm.train import loop
+    from sgtm.training import loop
 
     found = {}
     for name, options in cases.items():

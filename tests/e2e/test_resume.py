@@ -18,7 +18,7 @@ import psutil
 import pytest
 from same_run import assert_same_run, wait_for_step
 
-from sgtm.train.checkpoint import find_latest
+from sgtm.run.checkpoint import find_latest
 
 STEPS = 30
 OPTIONS = [
@@ -69,7 +69,7 @@ def test_killed_and_resumed(uninterrupted: Path, number: signal.Signals):
     output, _ = process.communicate(timeout=200)
     if number == signal.SIGTERM:
         assert process.returncode == 128 + signal.SIGTERM
-        assert f"checkpoint saved; go on: sgtm train {runs / name} --resume" in " ".join(output.split())
+        assert f"checkpoint saved; continue: sgtm train {runs / name} --resume" in " ".join(output.split())
     else:
         assert process.returncode == -signal.SIGKILL
     # The signal comes before or while the 14th step waits for it, and is heeded after the step in progress, or in the

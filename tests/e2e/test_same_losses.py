@@ -38,7 +38,7 @@ OVERRIDES = [
 
 def train_stages(runs: str, precision: str, stages: tuple[int, ...], overrides: tuple[str, ...] = ()) -> dict:
     """Losses by label of every step, for each stage; runs on every rank."""
-    from sgtm.train.loop import train
+    from sgtm.training.loop import train
 
     losses = {}
     for stage in stages:

@@ -1,6 +1,6 @@
 """A broken kernel is caught before the first step: under `auto` the run trains on PyTorch, where it was named it ends.
 
-Without a GPU `auto` is made to be `triton`, and copies of the modules of `runs` stand in for its kernels: Triton's
+Without a GPU `auto` is made to be `triton`, and copies of the modules of `torch` stand in for its kernels: Triton's
 interpreter is slow (tests/kernels/test_selfcheck.py takes it). Faults tried, each seen to fail: no check;
 the warning not printed; the op not replaced; the named backend falling back; another op blamed; a second check of what
 has passed; a verdict remembered for other masks; each rank by itself; one op replaced of two; no check of
@@ -29,7 +29,7 @@ SMALL = [
 
 
 def stand_ins(cache: str) -> None:
-    """`triton` is what `auto` takes, and its ops are copies of those of `runs`."""
+    """`triton` is what `auto` takes, and its ops are copies of those of `torch`."""
     import os
     from types import SimpleNamespace
 
@@ -37,7 +37,7 @@ def stand_ins(cache: str) -> None:
 
     os.environ |= {"TRITON_INTERPRET": "1", "SGTM_CACHE": cache}
     for op in dispatch.OPS:
-        dispatch._LOADED[op, "triton"] = SimpleNamespace(**vars(dispatch.pick(op, "runs")))
+        dispatch._LOADED[op, "triton"] = SimpleNamespace(**vars(dispatch.pick(op, "torch")))
     own = dispatch.explain
     dispatch.explain = lambda name="auto", *rest: ("triton", "a GPU") if name == "auto" else own(name, *rest)
 
@@ -56,8 +56,8 @@ def train_on_a_broken_kernel(folder: str) -> dict:
     from contextlib import redirect_stderr, redirect_stdout
     from io import StringIO
 
-    from sgtm.train import kernels
-    from sgtm.train.loop import train
+    from sgtm.distributed import self_check as kernels
+    from sgtm.training.loop import train
     from sgtm_kernels import dispatch
 
     stand_ins(f"{folder}/cache")
@@ -78,7 +78,7 @@ def train_on_a_broken_kernel(folder: str) -> dict:
     with redirect_stdout(StringIO()) as printed, redirect_stderr(printed):
         run = train(automatic)
     found["printed"] = printed.getvalue()
-    found["served"] = dispatch.pick("mlp", "triton") is dispatch.pick("mlp", "runs"), dispatch.served("triton")
+    found["served"] = dispatch.pick("mlp", "triton") is dispatch.pick("mlp", "torch"), dispatch.served("triton")
     dispatch._FALLEN.clear()  # as in a new process
     with redirect_stdout(StringIO()) as printed, redirect_stderr(printed):
         train(automatic, resume=True)
@@ -105,7 +105,7 @@ def test_a_named_backend_ends_with_the_name_of_the_op(found):
 
 
 def test_auto_trains_on_without_the_broken_kernel(found):
-    assert found["served"] == (True, "triton (mlp by runs)")
+    assert found["served"] == (True, "triton (mlp by torch)")
     for printed in ("printed", "resumed"):
         assert " ".join(found[printed].split()).count("warning: mlp.linear_gelu: output 0 is off by") == 1
     assert "is complete" in " ".join(found["resumed"].split())
@@ -121,7 +121,7 @@ def test_what_has_passed_is_not_checked_again(found):
 def check_where_one_rank_is_broken(folder: str) -> tuple[str, list[str], str]:
     """The error of the named backend, the warnings of `auto`, and what serves then."""
     from sgtm.distributed.process_group import init_distributed
-    from sgtm.train.kernels import check_kernels
+    from sgtm.distributed.self_check import check_kernels
     from sgtm_kernels import dispatch
 
     automatic = load_config("debug", SMALL)
@@ -142,4 +142,4 @@ def test_kernels_that_are_broken_on_one_rank_are_replaced_on_all(tmp_path):
     broken = sorted(["mlp.linear_gelu", "embedding.embedding"])
     assert all(f"\n  {name}: output 0 is off by" in error for name in broken)
     assert sorted(warning.split(": ")[1] for warning in warnings) == broken
-    assert served in ("triton (mlp, embedding by runs)", "triton (embedding, mlp by runs)")
+    assert served in ("triton (mlp, embedding by torch)", "triton (embedding, mlp by torch)")

@@ -25,7 +25,7 @@ def train_and_watch(runs: str) -> dict:
     from sgtm.data.loader import Loader
     from sgtm.data.open import open_corpus
     from sgtm.model.rows import live_keys
-    from sgtm.train import loop
+    from sgtm.training import loop
 
     seen: dict = {}
 

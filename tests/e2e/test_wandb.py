@@ -22,15 +22,15 @@ from same_run import wait_for_step
 
 from sgtm.config import load_config
 from sgtm.distributed.testing import run_ranks
-from sgtm.stopping import Stopped
-from sgtm.train.metrics import read_metrics
+from sgtm.process.signals import Stopped
+from sgtm.run.metrics import read_metrics
 
 OVERRIDES = ["--train.steps=4", "--train.eval_every=2", "--wandb.mode=offline", "--wandb.project=offline-test"]
 
 
 def train_offline(runs: str) -> str:
     """A run, ended by a signal after its second step and resumed."""
-    from sgtm.train import loop
+    from sgtm.training import loop
 
     config, inner = load_config("debug", [*OVERRIDES, f"--runs={runs}"]), loop.train_step
 
@@ -122,7 +122,7 @@ def test_online_without_a_login_is_one_message(tmp_path: Path):
 
 def test_a_server_that_does_not_answer_is_one_warning(tmp_path: Path):
     """Logged in, but nobody listens: the run is an offline one, to be synced later, and trains as any other."""
-    code = "from sgtm.train import metrics; metrics.WANDB_START = 3; from sgtm.__main__ import run; exit(run())"
+    code = "from sgtm.run import metrics; metrics.WANDB_START = 3; from sgtm.commands.main import run; exit(run())"
     environ = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     done = subprocess.run(
         [sys.executable, "-c", code, "train", "debug", f"--runs={tmp_path}", "--wandb.mode=online", "--train.steps=2"],
@@ -135,11 +135,41 @@ def test_a_server_that_does_not_answer_is_one_warning(tmp_path: Path):
     assert {row["_step"] for row in rows} == {1, 2}
 
 
+REFUSED = {
+    "--wandb.mode=offline --wandb.project=my/project": "wandb refuses the run (project 'my/project', entity None): ",
+    "--wandb.mode=online --wandb.entity=no-such-team": "wandb's server refuses the run (permission denied); correct",
+    "WANDB_BASE_URL=localhost:8080 --wandb.mode=online": "WANDB_BASE_URL: found 'localhost:8080': ",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_wandb_refuses_is_an_error_before_training(tmp_path: Path, words: str):
+    port_file = tmp_path / "port"
+    server = subprocess.Popen([sys.executable, Path(__file__).with_name("wandb_server.py"), port_file, "403"])
+    try:
+        until(port_file.exists)
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+        environ |= {"HOME": str(tmp_path), "WANDB_API_KEY": "0" * 40}
+        environ |= {"WANDB_BASE_URL": f"http://127.0.0.1:{port_file.read_text()}"}
+        options = [word for word in words.split() if word.startswith("--")]
+        environ |= dict(word.split("=") for word in words.split() if not word.startswith("--"))
+        done = subprocess.run(
+            [sys.executable, "-m", "sgtm", "train", "debug", f"--runs={tmp_path}", *options],
+            env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+    finally:
+        server.kill()
+        server.wait()
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert f"error: {REFUSED[words]}" in done.stderr, done.stderr
+    assert not (tmp_path / "debug").exists()
+
+
 @pytest.mark.parametrize("dies", ["wandb's server", "wandb's own process"])
 def test_what_dies_in_the_middle_does_not_stop_the_training(tmp_path: Path, dies: str):
     port_file, runs, steps = tmp_path / "port", tmp_path / "runs", 150
     server = subprocess.Popen([sys.executable, Path(__file__).with_name("wandb_server.py"), port_file])
-    code = "from sgtm.train import metrics; metrics.WANDB_FINISH = 3; from sgtm.__main__ import run; exit(run())"
+    code = "from sgtm.run import metrics; metrics.WANDB_FINISH = 3; from sgtm.commands.main import run; exit(run())"
     environ = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     command = [sys.executable, "-c", code, "train", "debug", f"--runs={runs}", f"--train.steps={steps}"]
     try:

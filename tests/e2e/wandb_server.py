@@ -1,4 +1,4 @@
-"""As much of wandb's server as a run needs to begin and to be logged: python wandb_server.py PORT_FILE."""
+"""As much of wandb's server as a run needs to begin and to be logged: python wandb_server.py PORT_FILE [STATUS]."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ ANSWERS = {
 }
 
 
+STATUS = int(sys.argv[2]) if len(sys.argv) > 2 else 200
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -35,8 +38,10 @@ class Handler(BaseHTTPRequestHandler):
             name = (json.loads(body).get("variables") or {}).get("name") or "x"
             run = RUN | {"name": name, "displayName": name}
             content = {"data": ANSWERS | {"upsertBucket": {"bucket": run, "inserted": True}}}
+        if STATUS != 200:
+            content = {"errors": [{"message": "permission denied"}]}
         data = json.dumps(content).encode()
-        self.send_response(200)
+        self.send_response(STATUS)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

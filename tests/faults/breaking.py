@@ -19,9 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sgtm.__main__ import run as sgtm_process
-from sgtm.train import loop  # noqa: F401 (all that a rank needs is imported before it is forked)
-from sgtm.train.checkpoint import finished
+from sgtm.commands.main import run as sgtm_process
+from sgtm.run.checkpoint import finished
+from sgtm.training import loop  # noqa: F401 (all that a rank needs is imported before it is forked)
 
 STEPS, EVERY = 24, 3
 OPTIONS = [

@@ -49,7 +49,7 @@ from breaking import (
 
 from sgtm.config import load_config
 from sgtm.data.open import open_corpus
-from sgtm.train.checkpoint import finished, newest_whole, step_of
+from sgtm.run.checkpoint import finished, newest_whole, step_of
 
 sys.path.append(str(Path(__file__).parents[1]))
 from same_run import assert_same_run

@@ -14,8 +14,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from sgtm import cli
-from sgtm.__main__ import run
+from sgtm.commands import main
+from sgtm.commands.main import run
 from sgtm.config import load_config
 from sgtm.distributed import watchdog
 from sgtm.distributed.process_group import init_distributed
@@ -76,5 +76,5 @@ def train(options) -> int:
 if __name__ == "__main__":
     if os.environ.get("APART"):
         watchdog._machine = lambda: str(os.getpid())
-    cli._dispatch = train
+    main._dispatch = train
     sys.exit(run())

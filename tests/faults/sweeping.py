@@ -26,18 +26,18 @@ from pathlib import Path
 
 import torch
 
-from sgtm.__main__ import run as sgtm_process
+from sgtm.commands.main import run as sgtm_process
+from sgtm.commands.sweep_child import end_with
 from sgtm.config import load_config
 from sgtm.data.open import open_corpus
-from sgtm.sweep.child import end_with
+from sgtm.run.metrics import read_metrics
 from sgtm.sweep.run import run_sweep
-from sgtm.train.metrics import read_metrics
 
 sys.path.append(str(Path(__file__).parents[1]))
 from same_run import assert_same_run
 
 STEPS, RUNS = 16, 4
-IMPORTED = ("sgtm.train.loop", "sgtm.sweep.figures", "deepspeed.runtime.zero.muon.original_muon", "torch._dynamo")
+IMPORTED = ("sgtm.training.loop", "sgtm.sweep.figures", "deepspeed.runtime.zero.muon.original_muon", "torch._dynamo")
 """What a run or a sweep would import; the third brings most of the compiler, 3.6 s of CPU time in every run."""
 SWEEP = """
 name: {name}
@@ -178,7 +178,7 @@ def stopped(folder: Path, whole: Trial, *_) -> None:
     trial.wait_for(5, process)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait() == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM; finished runs and checkpoints are kept; go on: sgtm sweep" in trial.log.read_text()
+    assert "stopped by SIGTERM; finished runs and checkpoints are kept; continue: sgtm sweep" in trial.log.read_text()
     logs = "".join(file.read_text() for file in trial.sweep.glob("logs/*"))
     assert "stopped by a signal after step" in logs, logs
     assert trial.start().wait() == 0

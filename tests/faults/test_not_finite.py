@@ -22,8 +22,8 @@ def train_with_infinite_losses(runs: str) -> dict:
     """A run that meets one such step, one whose first is one and all from the third on, and that one resumed."""
     from sgtm.config import load_config
     from sgtm.distributed.engine import Engine
-    from sgtm.train.checkpoint import find_latest, verify
-    from sgtm.train.loop import train
+    from sgtm.run.checkpoint import find_latest, verify
+    from sgtm.training.loop import train
 
     clock = iter(range(10**9, 0, -3600))
     time.time = lambda: float(next(clock))

@@ -12,7 +12,7 @@ from sgtm_kernels.attention import kernel as attention_kernel
 from sgtm_kernels.cross_entropy import kernel as cross_entropy_kernel
 from sgtm_kernels.linear import kernel as linear_kernel
 from sgtm_kernels.linear import rectangles, scaling
-from sgtm_kernels.tuning import table_of
+from sgtm_kernels.triton_common.tuning import table_of
 
 
 class DrawnOnCPU(TorchFunctionMode):

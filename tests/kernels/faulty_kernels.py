@@ -5,8 +5,8 @@ import json
 import triton
 import triton.language as tl
 
-from sgtm_kernels.aot import examine
-from sgtm_kernels.launch import Launch
+from sgtm_kernels.tools.aot import examine
+from sgtm_kernels.triton_common.launch import Launch
 
 
 @triton.jit

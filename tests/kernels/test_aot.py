@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from sgtm_kernels.aot import SHARED_BYTES, main
 from sgtm_kernels.dispatch import OPS
+from sgtm_kernels.tools.aot import SHARED_BYTES, main
 
 RIGHT = {
     "fine",
@@ -61,6 +61,6 @@ def test_what_is_unknown_is_an_error_that_names_the_known(option, value, known, 
 @pytest.mark.parametrize("arch", SHARED_BYTES)
 @pytest.mark.parametrize("op", OPS)
 def test_every_kernel_compiles_everywhere(op, arch):
-    suite = run("-m", "sgtm_kernels.aot", "--op", op, "--arch", str(arch), "--jobs", "1")
+    suite = run("-m", "sgtm_kernels.tools.aot", "--op", op, "--arch", str(arch), "--jobs", "1")
     assert suite.returncode == 0, suite.stdout + suite.stderr
     assert " 0 with problems" in suite.stdout

@@ -68,7 +68,7 @@ by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """In bf16 `runs` takes blocks of 4 queries; `triton` takes small blocks."""
+    """In bf16 `torch` takes blocks of 4 queries; `triton` takes small blocks."""
     monkeypatch.setattr(blocks, "ROWS", 4)
     monkeypatch.setattr(kernel, "tile", lambda launched, width, like: TILES[launched])
 
@@ -205,7 +205,7 @@ def assert_as_accurate_as_torch(heads, plan, backend, window, rotary, dtype):
 def test_runs_are_as_accurate_as_torch(batch, seq_len, window, documents, layout, dtype):
     heads = GROUPED if seq_len % 3 else PLAIN
     plan = random_plan(3, random_tables(4), layout, batch, seq_len, documents and seq_len > 1)
-    assert_as_accurate_as_torch(heads, plan, "runs", window, rotary_tables(seq_len, heads.head_dim), dtype)
+    assert_as_accurate_as_torch(heads, plan, "torch", window, rotary_tables(seq_len, heads.head_dim), dtype)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes(("triton",)))
@@ -315,7 +315,7 @@ def test_all_stopped_has_a_gradient_of_zero(table, layout, backend):
     assert dx is not None and bool((dx == 0).all())
 
 
-@pytest.mark.parametrize("backend", ["runs", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("documents", [False, True])
 def test_an_inactive_group_of_a_run_is_not_computed(documents, backend):
     """Not even NaN comes out of what is not computed, forward or backward."""

@@ -1,4 +1,4 @@
-"""The heads of the projection as attention takes them in the backend `runs`.
+"""The heads of the projection as attention takes them in the backend `torch`.
 
 Faults tried, each seen to fail: heads moved back by the order that moved them; an order taken for none because it is
 its own inverse; sine without its sign in the backward pass; groups attended to together where they are masked, or
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sgtm_kernels.attention import HeadLayout, attention
-from sgtm_kernels.attention import runs as attention_runs
+from sgtm_kernels.attention import pytorch as attention_pytorch
 from sgtm_kernels.attention.heads import cut, heads
 from sgtm_kernels.attention.op import rotate
 from sgtm_kernels.plan import MaskPlan
@@ -54,7 +54,7 @@ def test_pieces_are_the_heads_of_the_groups(turned, together, layout):
     angles = torch.arange(SEQ_LEN, dtype=torch.float64)[:, None] * torch.rand(1, 4, dtype=torch.float64).repeat(1, 2)
     rotary = (angles.cos(), angles.sin()) if turned else None
     plan = plan_of((1.0,), layout)
-    tables = attention_runs._tables(rotary, torch.float64, plan) if turned else (None, None)
+    tables = attention_pytorch._tables(rotary, torch.float64, plan) if turned else (None, None)
     pieces_of = cut(layout, together, turned, torch.device("cpu"))
 
     def ours(x):
@@ -80,14 +80,14 @@ def test_groups_are_attended_to_together_where_nothing_is_masked(values, window,
         calls.append(q.shape[1])
         return original(q, *arguments)
 
-    original = attention_runs.attend
-    monkeypatch.setattr(attention_runs, "attend", attend)
+    original = attention_pytorch.attend
+    monkeypatch.setattr(attention_pytorch, "attend", attend)
     found = forward_backward(lambda x: attention(x, layout, plan, scale=0.5, window=window), x)
     one = len(layout.heads) == 1
     together = one or (values == (1.0,) and layout != LAYOUTS["unlike shares"])
     assert calls == ([sum(layout.heads)] if together else list(layout.heads))
     if not one:
-        monkeypatch.setattr(attention_runs, "_cut", lambda *_: (cut(layout, False, False, x.device), False))
+        monkeypatch.setattr(attention_pytorch, "_cut", lambda *_: (cut(layout, False, False, x.device), False))
         again = forward_backward(lambda x: attention(x, layout, plan_of(values, layout), scale=0.5, window=window), x)
         for mine, right in zip(found, again, strict=True):
             assert_same_bits(mine, right)

@@ -1,4 +1,4 @@
-"""Attention of `runs` through FlexAttention and flash-attn: what they are handed, what comes out, and which is taken.
+"""Attention of `torch` through FlexAttention and flash-attn: what they are handed, what comes out, and which is taken.
 
 flash-attn runs on CUDA alone: here a stand-in of the same signatures takes its place, and refuses what it would.
 FlexAttention runs on the CPU as a traced graph, its check that there is no backward pass there taken out.
@@ -112,7 +112,7 @@ def _flash_attn(calls: list[dict]):
     return flash_attn_func, flash_attn_varlen_func
 
 
-def op(heads: HeadLayout, plan: MaskPlan, window: int | None, backend: str = "runs", rotary=None):
+def op(heads: HeadLayout, plan: MaskPlan, window: int | None, backend: str = "torch", rotary=None):
     return lambda qkv: attention(qkv, heads, plan, scale=SCALE, window=window, rotary=rotary, backend=backend)
 
 

@@ -14,15 +14,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sgtm_kernels.attention import runs as attention_runs
+from sgtm_kernels.attention import pytorch as attention_pytorch
 from sgtm_kernels.attention.heads import cut, heads
 from sgtm_kernels.attention.op import HeadLayout
 from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.mlp import gelu, swiglu
 from sgtm_kernels.norm import layer_norm, rms_norm
 from sgtm_kernels.plan import MaskPlan
-from sgtm_kernels.shapes import Shape, plans
 from sgtm_kernels.testing import forward_backward
+from sgtm_kernels.tools.shapes import Shape, plans
 
 pytestmark = pytest.mark.cpu
 BATCH, SEQ_LEN, WIDTH, VOCAB = 4, 64, 256, 1024
@@ -87,7 +87,7 @@ COS_SIN = tuple(data(SEQ_LEN, 4, seed=i).float().repeat(1, 2) for i in (8, 9))
 def rotated(plan: MaskPlan):
     """The pieces of the projection, of which queries and keys are turned: attention itself is not counted."""
     pieces_of = cut(HeadLayout((16,), (8,), 8), True, True, torch.device("cpu"))
-    return lambda x: heads(x, *attention_runs._tables(COS_SIN, x.dtype, plan), plan, pieces_of)
+    return lambda x: heads(x, *attention_pytorch._tables(COS_SIN, x.dtype, plan), plan, pieces_of)
 
 
 def losses(plan: MaskPlan):
@@ -149,7 +149,7 @@ def test_rms_norm_takes_torchs_fused_kernels_where_there_are_some():
 
 
 def test_cos_and_sin_are_cast_once_for_all_layers():
-    first, again = (attention_runs._tables(COS_SIN, torch.bfloat16, PLANS["unmasked"]) for _ in range(2))
+    first, again = (attention_pytorch._tables(COS_SIN, torch.bfloat16, PLANS["unmasked"]) for _ in range(2))
     assert first is again and first[0].dtype is torch.bfloat16
     other = tuple(2 * table for table in COS_SIN)
-    assert torch.equal(attention_runs._tables(other, torch.float32, PLANS["unmasked"])[1], other[1][:, None, :4])
+    assert torch.equal(attention_pytorch._tables(other, torch.float32, PLANS["unmasked"])[1], other[1][:, None, :4])

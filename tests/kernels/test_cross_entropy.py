@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgtm_kernels.cross_entropy import linear_cross_entropy
-from sgtm_kernels.cross_entropy import runs as cross_entropy_runs
+from sgtm_kernels.cross_entropy import pytorch as cross_entropy_pytorch
 from sgtm_kernels.dispatch import BACKENDS, pick
 from sgtm_kernels.plan import MaskPlan, merge_runs
 from sgtm_kernels.testing import (
@@ -54,7 +54,7 @@ def small_chunks(monkeypatch):
     """Of 24 tokens in fp32; the kernel takes 19 logits in two blocks."""
     for backend in FAST:
         monkeypatch.setattr(pick("cross_entropy", backend), "CHUNK_BYTES", 24 * VOCAB * 4)
-    monkeypatch.setattr(cross_entropy_runs, "ROWS", 5)
+    monkeypatch.setattr(cross_entropy_pytorch, "ROWS", 5)
     monkeypatch.setattr(pick("cross_entropy", "triton"), "BLOCK", 16)
 
 
@@ -277,9 +277,9 @@ def test_the_kernel_waits_for_nothing(layout):
 def test_chunks_that_may_not_update_the_head_skip_its_matmul(monkeypatch, backend):
     """Sixteen sequences of 6 tokens in four chunks; only the fifth and sixth, in the second chunk, update the head."""
     added = []
-    original = cross_entropy_runs._Sum.add
+    original = cross_entropy_pytorch._Sum.add
     monkeypatch.setattr(
-        cross_entropy_runs._Sum, "add", lambda self, *args: added.append(args[0].shape) or original(self, *args)
+        cross_entropy_pytorch._Sum, "add", lambda self, *args: added.append(args[0].shape) or original(self, *args)
     )
     tables = random_tables(0, (1.0,))
     joint = tables.update_joint | {"head": (0.0, 1.0, 1.0, 1.0)}

@@ -46,19 +46,21 @@ def clean_environment(monkeypatch):
         ("auto", "reference", "reference"),
         ("reference", None, "reference"),
         ("reference", "auto", "reference"),
-        ("runs", "runs", "runs"),
+        ("torch", "torch", "torch"),
+        ("runs", None, "torch"),
+        ("torch", "runs", "torch"),
     ],
 )
 def test_resolve(monkeypatch, name, environment, expected):
     if environment is not None:
         monkeypatch.setenv("SGTM_KERNELS", environment)
     assert resolve(name, device="cpu") == expected
-    assert named(name) == (expected == "reference" or name == "runs")
+    assert named(name) == (expected == "reference" or name in ("torch", "runs"))
 
 
 def test_a_contradiction_is_an_error(monkeypatch):
-    monkeypatch.setenv("SGTM_KERNELS", "runs")
-    with pytest.raises(ValueError, match=r"'reference' but SGTM_KERNELS='runs'"):
+    monkeypatch.setenv("SGTM_KERNELS", "torch")
+    with pytest.raises(ValueError, match=r"'reference' but SGTM_KERNELS='torch'"):
         resolve("reference")
 
 
@@ -82,20 +84,20 @@ def test_triton_by_name_needs_a_device_or_the_interpreter(monkeypatch):
 
 def test_auto_is_triton_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert explain("auto") == ("runs", "the default where Triton is interpreted")
+    assert explain("auto") == ("torch", "the default where Triton is interpreted")
     monkeypatch.delenv("TRITON_INTERPRET")
     for dtype in (torch.bfloat16, torch.float32):
         assert explain("auto", dtype) == explain("auto", dtype, "cuda") == ("triton", "the default on CUDA")
-    assert explain("auto", device="cpu") == ("runs", "the default on a CPU")
+    assert explain("auto", device="cpu") == ("torch", "the default on a CPU")
     assert explain("reference") == ("reference", "named by the config")
-    monkeypatch.setenv("SGTM_KERNELS", "runs")
-    assert explain("auto") == ("runs", "named by SGTM_KERNELS")
+    monkeypatch.setenv("SGTM_KERNELS", "torch")
+    assert explain("auto") == ("torch", "named by SGTM_KERNELS")
     monkeypatch.delenv("SGTM_KERNELS")
     monkeypatch.setitem(sys.modules, "triton", None)
     assert explain("auto")[1].startswith("the default where Triton is not installed")
 
 
-@pytest.mark.parametrize(("op", "backend"), [("linear", "auto"), ("matmul", "runs"), ("linear", "cuda")])
+@pytest.mark.parametrize(("op", "backend"), [("linear", "auto"), ("matmul", "torch"), ("linear", "cuda")])
 def test_pick_refuses_what_does_not_exist(op, backend):
     with pytest.raises(ValueError, match="no backend"):
         pick(op, backend)
@@ -115,7 +117,7 @@ def test_backends_have_the_functions_of_their_op(op, backend):
 
 @pytest.mark.parametrize("op", CAPTURED)
 def test_a_captured_op_is_called_like_the_others(op):
-    package, runs, module = (import_module(f"sgtm_kernels.{op}{name}") for name in ("", ".runs", ".compiled"))
+    package, runs, module = (import_module(f"sgtm_kernels.{op}{name}") for name in ("", ".pytorch", ".compiled"))
     for name in package.__all__:
         if inspect.isfunction(getattr(package, name)):
             ours, theirs = (list(inspect.signature(getattr(m, name)).parameters) for m in (module, runs))

@@ -1,4 +1,4 @@
-"""What a compiled graph of the `runs` backend is made of: its ops, and the signature that it depends on.
+"""What a compiled graph of the `torch` backend is made of: its ops, and the signature that it depends on.
 
 Faults tried, each seen to fail: a signature without the routes, without the biases, of all labels and not of those in
 the micro-batch; a shape wrong where there are no data; factors that are the plan's own tensor.
@@ -85,7 +85,7 @@ def test_factors_may_be_written_over():
 @pytest.mark.parametrize("name", CALLS)
 def test_one_graph_serves_every_plan(name, documents):
     """Any factors, not 0 and 1 alone; gradients as of the op outside of a graph, but for rounding."""
-    load("runs")
+    load("torch")
     sizes, function = CALLS[name]
     inputs = [draw(*size).requires_grad_() for size in sizes]
     counter = CompileCounterWithBackend("aot_eager")

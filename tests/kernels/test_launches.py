@@ -15,7 +15,6 @@ import triton.language as tl
 from triton.runtime.jit import KernelInterface
 
 from sgtm_kernels.adamw import Update, adamw
-from sgtm_kernels.aot import all_launches
 from sgtm_kernels.attention import HeadLayout, attention
 from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.embedding import embedding
@@ -23,6 +22,7 @@ from sgtm_kernels.linear import linear_in, linear_out, rectangles
 from sgtm_kernels.mlp import gelu, linear_gelu, swiglu
 from sgtm_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from sgtm_kernels.plan import KINDS, MAX_SLICES, PARTS, MaskPlan, Tables, merge_runs
+from sgtm_kernels.tools.aot import all_launches
 
 BATCH, SEQ_LEN, WIDTH, BOUNDS = 2, 20, 16, (0, 24, 32)
 

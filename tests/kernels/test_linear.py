@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from linear_layers import BOUNDS, FAST, KERNELS, SIDES, by_kernel, by_side, gradients, inputs, op, use_way
 
-from sgtm_kernels import strips
 from sgtm_kernels.linear import kernel, linear_in, scaling
 from sgtm_kernels.plan import MaskPlan, merge_runs
 from sgtm_kernels.testing import (
@@ -36,6 +35,7 @@ from sgtm_kernels.testing import (
     random_tables,
     token_mask,
 )
+from sgtm_kernels.triton_common import strips
 
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 

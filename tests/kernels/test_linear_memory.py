@@ -10,7 +10,6 @@ import torch
 from linear_layers import BOUNDS, SIDES, by_kernel, by_side, gradients, inputs, op, use_way
 from torch.utils.checkpoint import checkpoint
 
-from sgtm_kernels import strips
 from sgtm_kernels.linear import scaling
 from sgtm_kernels.mlp import gelu
 from sgtm_kernels.testing import (
@@ -22,6 +21,7 @@ from sgtm_kernels.testing import (
     random_tables,
     token_mask,
 )
+from sgtm_kernels.triton_common import strips
 
 
 @pytest.fixture(autouse=True)

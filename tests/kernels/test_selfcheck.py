@@ -18,8 +18,8 @@ from sgtm_kernels.mlp import linear_gelu
 from sgtm_kernels.norm import layer_norm
 from sgtm_kernels.plan import MaskPlan, Run
 from sgtm_kernels.selfcheck import Passed, check, recorded
-from sgtm_kernels.shapes import FORGET, RETAIN, SGTM, UNLABELED
-from sgtm_kernels.tuning import table_of
+from sgtm_kernels.tools.shapes import FORGET, RETAIN, SGTM, UNLABELED
+from sgtm_kernels.triton_common.tuning import table_of
 
 CPU = torch.device("cpu")
 HEADS = HeadLayout((3, 1), (3, 1), 8)
@@ -66,7 +66,7 @@ def test_every_call_is_kept_once(calls):
     assert len({call.signature for call in calls}) == len(calls)
 
 
-@pytest.mark.parametrize("backend", ["runs", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_right_backend_passes(calls, backend):
     assert check(calls, backend, CPU) == dict.fromkeys(OPS)
 
@@ -75,7 +75,7 @@ class Broken:
     """An op's module with one function replaced."""
 
     def __init__(self, op: str, function: str, change):
-        self.module, self.function = pick(op, "runs"), function
+        self.module, self.function = pick(op, "torch"), function
         self.change = change
 
     def __getattr__(self, name: str):
@@ -159,8 +159,8 @@ FAULTS = [
 
 @pytest.mark.parametrize(("op", "function", "change", "message"), FAULTS)
 def test_a_broken_kernel_is_named(calls, op, function, change, message):
-    with replaced({(op, "runs"): Broken(op, function, change)}):
-        problems = check(calls, "runs", CPU)
+    with replaced({(op, "torch"): Broken(op, function, change)}):
+        problems = check(calls, "torch", CPU)
     assert message in problems.pop(op) and not any(problems.values())
 
 
@@ -172,16 +172,16 @@ def test_memory_that_nobody_writes_is_noticed(calls):
 
         return wrong
 
-    with replaced({("embedding", "runs"): Broken("embedding", "embedding", forgetful)}):
-        assert "not finite" in check(calls, "runs", CPU)["embedding"]
+    with replaced({("embedding", "torch"): Broken("embedding", "embedding", forgetful)}):
+        assert "not finite" in check(calls, "torch", CPU)["embedding"]
 
 
 def test_an_op_falls_back_for_the_process(calls):
     with replaced({("norm", "triton"): Broken("norm", "layer_norm", scaled)}):
         fall_back("norm", "triton")
-        assert pick("norm", "triton") is pick("norm", "runs") and served("triton") == "triton (norm by runs)"
+        assert pick("norm", "triton") is pick("norm", "torch") and served("triton") == "triton (norm by torch)"
         assert check([call for call in calls if call.op == "norm"], "triton", CPU)["norm"] is None
-    assert served("triton") == "triton" and served("runs") == "runs"
+    assert served("triton") == "triton" and served("torch") == "torch"
 
 
 def test_what_has_passed_is_remembered_for_these_calls_alone(calls, tmp_path):
@@ -189,7 +189,7 @@ def test_what_has_passed_is_remembered_for_these_calls_alone(calls, tmp_path):
     assert not passed
     passed.keep()
     assert Passed(tmp_path, calls, "triton", CPU) and Passed(tmp_path, calls[::-1], "triton", CPU)
-    assert not Passed(tmp_path, calls[1:], "triton", CPU) and not Passed(tmp_path, calls, "runs", CPU)
+    assert not Passed(tmp_path, calls[1:], "triton", CPU) and not Passed(tmp_path, calls, "torch", CPU)
     passed.path.write_text("{")
     assert not passed
     passed.path.write_text(json.dumps(selfcheck.facts(CPU)))
@@ -250,8 +250,8 @@ def test_a_few_roundings_pass_and_more_do_not(calls, dtype, allowed, refused):
     calls = [call._replace(arguments=arguments)]
     for share, right in ((allowed, True), (refused, False)):
         change = Broken("norm", "layer_norm", lambda f, share=share: lambda *args: f(*args) * (1 + share))
-        with replaced({("norm", "runs"): change}):
-            assert (check(calls, "runs", CPU)["norm"] is None) == right
+        with replaced({("norm", "torch"): change}):
+            assert (check(calls, "torch", CPU)["norm"] is None) == right
 
 
 def test_adamw_leaves_what_no_slice_covers():
@@ -267,5 +267,5 @@ def test_adamw_leaves_what_no_slice_covers():
 
         return prepared
 
-    with replaced({("adamw", "runs"): Broken("adamw", "prepare", careless)}):
-        assert "not updated has changed" in check([], "runs", CPU)["adamw"]
+    with replaced({("adamw", "torch"): Broken("adamw", "prepare", careless)}):
+        assert "not updated has changed" in check([], "torch", CPU)["adamw"]

@@ -13,11 +13,11 @@ import pytest
 import torch
 from tunables import LONG, SMALL, TUNABLES, in_the_interpreter
 
-from sgtm_kernels import tune
 from sgtm_kernels.linear import kernel as linear_kernel
 from sgtm_kernels.linear import rectangles, scaling
 from sgtm_kernels.mlp import kernel as mlp_kernel
-from sgtm_kernels.shapes import SHAPES
+from sgtm_kernels.tools import tune
+from sgtm_kernels.tools.shapes import SHAPES
 
 
 def test_the_choice_needs_more_than_noise():
@@ -46,6 +46,7 @@ class FakeClock:
 
 
 @in_the_interpreter
+@pytest.mark.slow
 def test_the_tuner_decides_every_choice_once(others):
     tile, way = rectangles.Tile(16, 16, 16, 4, 1), linear_kernel.Way("rectangles")
     clock, found, said = FakeClock({str(tile): 0.5, str(way): 0.9}), {}, []

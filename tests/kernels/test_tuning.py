@@ -14,17 +14,18 @@ import pytest
 import torch
 from tunables import BOUNDS, LONG, PLAN, SHAPE, SMALL, TUNABLES, in_the_interpreter
 
-from sgtm_kernels import tune, tuning
-from sgtm_kernels.aot import all_launches
 from sgtm_kernels.attention import HeadLayout, attention
 from sgtm_kernels.linear import kernel as linear_kernel
 from sgtm_kernels.linear import linear_in, rectangles
 from sgtm_kernels.mlp import gelu
 from sgtm_kernels.mlp import kernel as mlp_kernel
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan, RowWork, Slice, Updaters
-from sgtm_kernels.shapes import NONE, SGTM
 from sgtm_kernels.testing import assert_accurate, forward_backward, random_like
-from sgtm_kernels.tuning import bucket, path_of, table_of, trial
+from sgtm_kernels.tools import tune
+from sgtm_kernels.tools.aot import all_launches
+from sgtm_kernels.tools.shapes import NONE, SGTM
+from sgtm_kernels.triton_common import tuning
+from sgtm_kernels.triton_common.tuning import bucket, path_of, table_of, trial
 
 
 def table(path, name: str, key: str, config: dict):
@@ -109,6 +110,7 @@ def test_a_table_overrides_the_heuristic_in_a_launch(monkeypatch, tmp_path, othe
 
 
 @in_the_interpreter
+@pytest.mark.slow
 @pytest.mark.parametrize("op", tune.CASES)
 def test_every_choice_forced_gives_the_same_result(op, others):
     """Each candidate in turn against the heuristic, in the calls that the tuner times."""

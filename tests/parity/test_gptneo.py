@@ -27,10 +27,10 @@ from families import partition_of
 
 from sgtm.config.schema import ModelConfig
 from sgtm.data.batch import IGNORE
+from sgtm.hf.config import hf_config
+from sgtm.hf.weights import from_hf_state, to_hf_state
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.strategy import build_tables
-from sgtm.model.hf import from_hf_state, to_hf_state
-from sgtm.model.hf_config import hf_config
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import KINDS, MaskPlan, merge_runs
 
@@ -40,7 +40,7 @@ SPACE = LabelSpace(("forget",))
 STRATEGY = {"parameter_masking": "sgtm", "gradient_routing": "gradient_routing"}
 LABEL = {"default": 0, "retain": 1, "forget": 2}
 CASES = [case["name"] for case in META["cases"]]
-BACKENDS = ["reference", "runs"]
+BACKENDS = ["reference", "torch"]
 
 NAMED = ("free", "masked", "strict")
 JOINT = {  # the kinds that forget tokens leave alone; what has no name of its own is given as a list

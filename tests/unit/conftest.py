@@ -16,8 +16,8 @@ def ours(benchmarks):
     """(name, dtype) -> a setting, and its model and optimizer, at a tiny shape on the CPU."""
 
     def build(name: str, dtype: torch.dtype = torch.float32):
-        from sgtm.bench.bare import Ours
-        from sgtm.bench.models import SETTINGS
+        from sgtm.measure.bare import Ours
+        from sgtm.measure.models import SETTINGS
 
         torch.manual_seed(1)
         return SETTINGS[name](), Ours(SETTINGS[name](), torch.device("cpu"), dtype)

@@ -24,14 +24,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sgtm.bench.cases import NONE
-from sgtm.bench.command import rows as rows_of
-from sgtm.bench.engine import engine_steps, label_cases
-from sgtm.bench.peer import Peer
-from sgtm.bench.rounds import LEAST, LocalStep, Rounds, Took, take_rounds
-from sgtm.cli import main
+from sgtm.commands.main import main
 from sgtm.config import load_config
 from sgtm.distributed.testing import run_ranks
+from sgtm.measure.bench import rows as rows_of
+from sgtm.measure.cases import NONE
+from sgtm.measure.engine import engine_steps, label_cases
+from sgtm.measure.peer import Peer
+from sgtm.measure.rounds import LEAST, LocalStep, Rounds, Took, take_rounds
 
 ROOT = Path(__file__).parents[2]
 ROWS = ["none", "nothing masked", "25 % forget sequences", "pure forget", "pure forget, joint masked", "pure retain"]
@@ -50,7 +50,7 @@ def take(file: str) -> dict:
 def compiled(value: str) -> bool:
     """Whether the engine of the steps has compiled blocks; the compiler itself is left out."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sgtm.train.initial_model.check_compiler", lambda *_: None)
+        patch.setattr("sgtm.training.initial_model.check_compiler", lambda *_: None)
         patch.setattr("torch.compile", lambda forward, **_: forward)
         config = load_config("debug", ["--train.compile", value])
         engine = next(iter(engine_steps(config, label_cases(config, 1)).values())).call.args[0]
@@ -146,8 +146,8 @@ def test_one_round_is_said_and_which_domain(taken):
 
 
 def test_a_step_without_a_quarter_is_refused_before_there_is_a_model(capsys, monkeypatch):
-    monkeypatch.setattr("sgtm.bench.command.init_distributed", lambda config: SimpleNamespace(rank=0, world_size=2))
-    monkeypatch.setattr("sgtm.bench.command.engine_steps", lambda *args: pytest.fail("a model was built"))
+    monkeypatch.setattr("sgtm.measure.bench.init_distributed", lambda config: SimpleNamespace(rank=0, world_size=2))
+    monkeypatch.setattr("sgtm.measure.bench.engine_steps", lambda *args: pytest.fail("a model was built"))
     assert main(["bench", "debug", "--train.tokens_per_step=256", "--train.micro_batch=2"]) == 2
     printed = capsys.readouterr()
     assert not printed.out and printed.err.startswith("error: train.tokens_per_step 256 is 2 sequences of 64 for each")
@@ -162,7 +162,7 @@ def test_what_is_broken_off_leaves_no_empty_file(there, tmp_path, monkeypatch):
     file = tmp_path / "rows.jsonl"
     if there:
         file.write_text("rows of before")
-    monkeypatch.setattr("sgtm.bench.command.init_distributed", broken_off)
+    monkeypatch.setattr("sgtm.measure.bench.init_distributed", broken_off)
     assert main(["bench", "debug", "--json", str(file)]) == 130
     assert file.read_text() == "rows of before" if there else not file.exists()
 
@@ -173,13 +173,13 @@ def test_what_is_broken_off_leaves_no_empty_file(there, tmp_path, monkeypatch):
         (["--masking.domains", "[]"], "error: masking.domains is empty, so nothing is masked; name one: --masking"),
         (["--masking.strategy", "none"], "error: masking.strategy none masks nothing; name another: --m"),
         (["--json", "/proc/none/rows.jsonl"], "error: /proc/none: No such file or directory"),
-        (["--json", "/proc"], "error: /proc: Is a directory"),
+        (["--json", "/proc"], "error: --json: /proc is a folder, but it takes a file"),
         (["--tune"], "error: --tune needs a CUDA device and there is none here; without a table the heuristics hold\n"),
         (["--tune", "--kernels.backend", "triton"], "error: --tune needs a CUDA device and there is none here; w"),
     ],
 )
 def test_a_mistake_is_a_message_before_anything_is_measured(overrides, message, capsys, monkeypatch):
-    monkeypatch.setattr("sgtm.bench.command.init_distributed", lambda *args: pytest.fail("began"))
+    monkeypatch.setattr("sgtm.measure.bench.init_distributed", lambda *args: pytest.fail("began"))
     assert main(["bench", "debug", *overrides]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith(message) and not printed.out
@@ -289,12 +289,12 @@ def test_what_a_peer_cannot_do_is_said():
 
 @pytest.mark.parametrize("preset", ["tinystories-18m", "llama-1b"])
 def test_kernels_are_tuned_at_the_shape_of_the_config(preset, monkeypatch):
-    from sgtm_kernels import tune
+    from sgtm_kernels.tools import tune
 
     tuned = []
     monkeypatch.setattr(tune, "tune", lambda shapes: tuned.extend(shapes))
     monkeypatch.setattr(
-        "sgtm.bench.command.init_distributed", lambda *args: (_ for _ in ()).throw(ValueError("enough"))
+        "sgtm.measure.bench.init_distributed", lambda *args: (_ for _ in ()).throw(ValueError("enough"))
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     overrides = ["--masking.domains", "[es]", "--masking.forget_heads", "4", "--masking.forget_neurons", "24"]
@@ -309,13 +309,13 @@ def test_kernels_are_tuned_at_the_shape_of_the_config(preset, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "variables", "message"),
     [
-        ([], {}, "but kernels.backend is 'runs' here: --kernels.backend triton"),
+        ([], {}, "but kernels.backend is 'torch' here: --kernels.backend triton"),
         (["--kernels.backend", "reference"], {}, "but kernels.backend is 'reference' here: --kernels.backend triton"),
         ([], {"SGTM_KERNELS": "triton", "SGTM_TUNED": "off"}, "but SGTM_TUNED='off' is what would be read; unset it"),
     ],
 )
 def test_what_is_tuned_is_what_is_measured(overrides, variables, message, monkeypatch, capsys):
-    from sgtm_kernels import tune
+    from sgtm_kernels.tools import tune
 
     monkeypatch.delenv("SGTM_KERNELS", raising=False)
     for name, value in variables.items():

@@ -40,7 +40,7 @@ def as_plain(model, tensors: dict) -> dict:
 
 def alike(setting, ours):
     """The plain model's steps, with the weights of ours."""
-    from sgtm.bench.bare import PlainSteps
+    from sgtm.measure.bare import PlainSteps
 
     plain = PlainSteps(setting, CPU, torch.float32)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def alike(setting, ours):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_plain_model_is_our_function(name, compiled, ours):
     """Loss and gradients; and it is one graph for torch.compile, through which its hooks gather gradients."""
-    from sgtm.bench.cases import NONE, cases, random_batches
+    from sgtm.measure.cases import NONE, cases, random_batches
 
     setting, trained = ours(name)
     plain = alike(setting, trained)
@@ -86,7 +86,7 @@ def test_both_train_alike(name, ours):
     """Three steps of two micro-batches, AdamW included: the same master weights, and far from where they began."""
     from dataclasses import replace
 
-    from sgtm.bench.cases import NONE, cases, random_batches
+    from sgtm.measure.cases import NONE, cases, random_batches
 
     setting, trained = ours(name)
     setting = replace(setting, micro_batch=2, accumulation=2)
@@ -94,7 +94,7 @@ def test_both_train_alike(name, ours):
     start = {key: master.clone() for key, master in plain.mixed.masters.items()}
     for _ in range(3):
         batches = random_batches(unmasked.batches, setting.model, CPU)
-        trained.step("runs", unmasked.tables, batches)
+        trained.step("torch", unmasked.tables, batches)
         plain.step(batches)
         torch.testing.assert_close(plain.loss, trained.loss, rtol=1e-5, atol=0)
     wanted = as_plain(trained.mixed.model, trained.mixed.masters)

@@ -20,10 +20,10 @@ def test_what_fails_is_a_row_and_the_rest_is_measured(tmp_path, monkeypatch):
     """A model that does not fit, a mask that runs out of memory, and a plain model that does not compile."""
     import steps
 
-    from sgtm.bench import sweep
-    from sgtm.bench.models import SETTINGS
+    from sgtm.measure import mixings
+    from sgtm.measure.models import SETTINGS
 
-    original = sweep.Ours.step
+    original = mixings.Ours.step
 
     def step(self, backend, tables, batches):
         if 2 in batches[0].labels and 0 not in batches[0].labels:
@@ -33,11 +33,11 @@ def test_what_fails_is_a_row_and_the_rest_is_measured(tmp_path, monkeypatch):
     def broken(*args):
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(sweep.Ours, "step", step)
-    monkeypatch.setattr(sweep, "PlainSteps", broken)
+    monkeypatch.setattr(mixings.Ours, "step", step)
+    monkeypatch.setattr(mixings, "PlainSteps", broken)
     monkeypatch.setitem(SETTINGS, "254m", broken)
     to = tmp_path / "new" / "steps.jsonl"
-    options = ["--shape", "254m,tiny", "--device", "cpu", "--rounds", "1", "--backend", "runs", "--json", str(to)]
+    options = ["--shape", "254m,tiny", "--device", "cpu", "--rounds", "1", "--backend", "torch", "--json", str(to)]
     monkeypatch.setattr(sys, "argv", ["steps.py", *options])
     assert steps.main() == 0
     rows = [json.loads(line) for line in to.read_text().splitlines()]
@@ -53,13 +53,13 @@ def test_what_fails_is_a_row_and_the_rest_is_measured(tmp_path, monkeypatch):
                     "none, token", "5 %, token", "25 %, token"}  # fmt: skip
     from report import steps as table
 
-    assert "Not measured: 254m, all: RuntimeError: no compiler; tiny, runs, pure forget: Out" in table(rows)
+    assert "Not measured: 254m, all: RuntimeError: no compiler; tiny, torch, pure forget: Out" in table(rows)
 
 
 def test_rows_are_on_the_disk_when_the_run_is_killed(tmp_path, monkeypatch):
     import steps
 
-    from sgtm.bench.sweep import Sweep
+    from sgtm.measure.mixings import Sweep
 
     def killed(self, rounds, seconds):
         yield [{"row": "none", "error": "one"}]
@@ -67,7 +67,7 @@ def test_rows_are_on_the_disk_when_the_run_is_killed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Sweep, "rows", killed)
     to = tmp_path / "steps.jsonl"
-    monkeypatch.setattr(sys, "argv", ["steps.py", "--device", "cpu", "--backend", "runs", "--json", str(to)])
+    monkeypatch.setattr(sys, "argv", ["steps.py", "--device", "cpu", "--backend", "torch", "--json", str(to)])
     with pytest.raises(KeyboardInterrupt):
         steps.main()
     assert json.loads(to.read_text())["shape"] == "tiny"
@@ -76,25 +76,25 @@ def test_rows_are_on_the_disk_when_the_run_is_killed(tmp_path, monkeypatch):
 @tiny_shapes
 def test_a_row_is_a_step_against_the_unmasked_one_of_the_same_round(name, monkeypatch):
     """Two rounds, the second at half the speed: ratios do not see it. CPU time is a tenth, and half of it for masks."""
-    from sgtm.bench import sweep
-    from sgtm.bench.models import SETTINGS
-    from sgtm.bench.rounds import Rounds, Took
-    from sgtm.bench.targets import GPU
+    from sgtm.measure import mixings
+    from sgtm.measure.models import SETTINGS
+    from sgtm.measure.rounds import Rounds, Took
+    from sgtm.measure.targets import GPU
 
     seconds = {"none": 4.0, "pure forget": 2.0, "nothing masked, micro": 8.0, "25 %, micro": 4.0, "none, micro": 16.0}
 
     def two_rounds(steps, *args, **options):
         found = Rounds()
         for key in steps:
-            wall = {sweep.PLAIN: 2.0, sweep.MATMUL: 1.0}.get(key) or seconds.get(key[1], 4.0)
+            wall = {mixings.PLAIN: 2.0, mixings.MATMUL: 1.0}.get(key) or seconds.get(key[1], 4.0)
             cpu = wall / (20 if isinstance(key, tuple) and not key[1].startswith("none") else 10)
             found.took[key] = [Took(wall, cpu), Took(2 * wall, 3 * cpu)]
             found.peaks[key] = [1.0]
         return found
 
-    monkeypatch.setattr(sweep, "take_rounds", two_rounds)
+    monkeypatch.setattr(mixings, "take_rounds", two_rounds)
     setting = SETTINGS[name]()
-    measured = sweep.Sweep(name, setting, CPU, torch.float32, ["runs"])
+    measured = mixings.Sweep(name, setting, CPU, torch.float32, ["torch"])
     measured.targets = GPU
     rows = {r["row"]: r for group in measured.rows(2, 1) for r in group}
     wanted = {"nothing masked": 1, "pure forget": 0.5, "25 %, step": 0.875, "25 %, micro": 0.25,
@@ -122,8 +122,8 @@ def test_a_row_is_a_step_against_the_unmasked_one_of_the_same_round(name, monkey
 def test_a_missed_target_is_marked():
     import numpy as np
 
-    from sgtm.bench.rounds import Sample
-    from sgtm.bench.rows import Target, as_parent, row, table
+    from sgtm.measure.rounds import Sample
+    from sgtm.measure.rows import Target, as_parent, row, table
 
     base = Sample(np.array([2.0, 2.0]), np.array([1.0, 1.0]), 100, 1.0)
     slow = Sample(np.array([3.0, 3.0]), np.array([1.1, 1.1]), 100, 2.0)
@@ -145,8 +145,8 @@ def test_tokens_per_second_agree_with_the_ratio_whatever_the_machine_did():
     """Steps of 1 and 4 seconds take 0.5 and 1 of the unmasked ones: 3/4 of the time, although their median is 5/6."""
     import numpy as np
 
-    from sgtm.bench.rounds import Sample
-    from sgtm.bench.rows import as_parent, row
+    from sgtm.measure.rounds import Sample
+    from sgtm.measure.rows import as_parent, row
 
     base, other = (Sample(np.array(wall), np.array(wall), 100, 1.0) for wall in ([2.0, 4.0], [1.0, 4.0]))
     none = row("none", base, None)
@@ -155,10 +155,10 @@ def test_tokens_per_second_agree_with_the_ratio_whatever_the_machine_did():
 
 
 def test_steps_that_do_not_train_are_not_reported():
-    from sgtm.bench.models import SETTINGS
-    from sgtm.bench.sweep import Sweep
+    from sgtm.measure.mixings import Sweep
+    from sgtm.measure.models import SETTINGS
 
-    steps = Sweep("tiny-llama", SETTINGS["tiny-llama"](), CPU, torch.float32, ["runs"])
+    steps = Sweep("tiny-llama", SETTINGS["tiny-llama"](), CPU, torch.float32, ["torch"])
     with torch.no_grad():
         steps.ours.mixed.masters["blocks.1.mlp_norm.weight"].fill_(float("nan"))
     rows = next(steps.rows(1, 1))
@@ -180,7 +180,7 @@ def test_rows_of_a_group_are_written_before_the_next_is_measured(tmp_path, monke
                 counts.append(len(to.read_text().splitlines()))
 
     monkeypatch.setattr(steps, "Sweep", Sweep)
-    options = ["--shape", "tiny", "--device", "cpu", "--backend", "runs", "--json", str(to)]
+    options = ["--shape", "tiny", "--device", "cpu", "--backend", "torch", "--json", str(to)]
     monkeypatch.setattr(sys, "argv", ["steps.py", *options])
     steps.main()
     assert counts == [1, 2, 3]

@@ -27,21 +27,21 @@ pytestmark = pytest.mark.usefixtures("benchmarks")
 
 def taken(setting, ours, name: str) -> frozenset[str]:
     """One step of this case; returns the keys that it may update."""
-    from sgtm.bench.cases import cases, random_batches
+    from sgtm.measure.cases import cases, random_batches
 
     case = cases(setting)[name]
     batches = random_batches(case.batches, setting.model, CPU)
-    ours.step("runs", case.tables, batches)
+    ours.step("torch", case.tables, batches)
     return live_keys(case.tables, batches[0].step_labels)
 
 
 def test_every_step_is_timed_on_a_bare_machine(tmp_path):
-    from sgtm.bench.cases import cases
-    from sgtm.bench.models import SETTINGS
+    from sgtm.measure.cases import cases
+    from sgtm.measure.models import SETTINGS
 
     absent, to = set(ABSENT) - {"sgtm"}, tmp_path / "steps.jsonl"
     to.write_text('{"row": "of before"}\n')
-    options = ["--device", "cpu", "--rounds", "3", "--backend", "runs", "--json", str(to)]
+    options = ["--device", "cpu", "--rounds", "3", "--backend", "torch", "--json", str(to)]
     command = [sys.executable, "benchmarks/steps.py", "--shape", "tiny,tiny-llama", *options]
     done = execute(command, environment_without(absent, tmp_path))
     assert done.returncode == 0, done.stderr
@@ -82,7 +82,7 @@ def test_the_default_shapes_are_tiny_on_a_cpu_alone(monkeypatch, capsys):
 
 def test_model_flops():
     """By hand: 6 N + 12 H Q times the keys of two layers, of which the second sees 16."""
-    from sgtm.bench.models import TINY_LLAMA, preset
+    from sgtm.measure.models import TINY_LLAMA, preset
 
     assert preset("debug", 1, 1).model.flops_per_token(1000) == 6000 + 12 * 32 * (64 + 16)
     assert TINY_LLAMA.flops_per_token(10) == 60 + 12 * 24 * 64 * 2
@@ -98,17 +98,17 @@ def test_model_flops():
 )
 def test_the_parameters_that_count(name, parameters):
     """Positions do not, nor an embedding that is not the head."""
-    from sgtm.bench.models import SETTINGS
-    from sgtm.bench.sweep import Sweep
+    from sgtm.measure.mixings import Sweep
+    from sgtm.measure.models import SETTINGS
 
-    steps = Sweep(name, SETTINGS[name](), CPU, torch.float32, ["runs"])
+    steps = Sweep(name, SETTINGS[name](), CPU, torch.float32, ["torch"])
     assert steps.flops == SETTINGS[name]().model.flops_per_token(parameters)
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-llama", "124m", "254m", "llama-1b"])
 def test_every_share_in_every_mixing_mode_once(name):
-    from sgtm.bench.cases import Case, cases, random_batches
-    from sgtm.bench.models import SETTINGS
+    from sgtm.measure.cases import Case, cases, random_batches
+    from sgtm.measure.models import SETTINGS
 
     setting = SETTINGS[name]()
     found = cases(setting)
@@ -145,8 +145,8 @@ def test_every_share_in_every_mixing_mode_once(name):
 
 @tiny_shapes
 def test_labels_change_where_the_mixing_mode_says(name):
-    from sgtm.bench.cases import cases
-    from sgtm.bench.models import SETTINGS
+    from sgtm.measure.cases import cases
+    from sgtm.measure.models import SETTINGS
 
     setting = SETTINGS[name]()
     found = cases(setting)
@@ -164,7 +164,7 @@ def test_labels_change_where_the_mixing_mode_says(name):
 def test_shapes_are_those_of_the_presets():
     from dataclasses import asdict
 
-    from sgtm.bench.models import ModelShape, preset
+    from sgtm.measure.models import ModelShape, preset
 
     fields = {name: field.get_default() for name, field in ModelConfig.model_fields.items() if not field.is_required()}
     assert {f.name: f.default for f in ModelShape.__dataclass_fields__.values() if f.name in fields} == fields
@@ -210,7 +210,7 @@ def test_a_pure_forget_step_touches_forget_rows_alone(name, dtype, ours):
 
 @tiny_shapes
 def test_gradients_of_micro_batches_add_up_in_fp32(name, ours):
-    from sgtm.bench.cases import cases, random_batches
+    from sgtm.measure.cases import cases, random_batches
 
     setting, trained = ours(name, torch.bfloat16)
     case = cases(setting)["25 %, micro"]
@@ -242,7 +242,7 @@ def test_parameters_follow_their_master_weights(name, ours):
 @pytest.mark.parametrize("case", ["25 %, sequence", "pure forget"])
 def test_a_step_in_triton_is_that_of_runs(case, ours):
     """In the interpreter, kernels of the model and of AdamW; fp32."""
-    from sgtm.bench.cases import cases, random_batches
+    from sgtm.measure.cases import cases, random_batches
 
     setting, trained = ours("tiny-llama")
     chosen = cases(setting)[case]
@@ -250,7 +250,7 @@ def test_a_step_in_triton_is_that_of_runs(case, ours):
     _, other = ours("tiny-llama")
     other.step("triton", tables, batches)
     assert other.optimizer.backend == other.mixed.model.blocks[1].mlp.backend == "triton"
-    trained.step("runs", tables, batches)
+    trained.step("torch", tables, batches)
     torch.testing.assert_close(other.loss, trained.loss, rtol=1e-5, atol=0)
     for key, master in trained.mixed.masters.items():
         mean = other.optimizer.state[other.mixed.masters[key]]["exp_avg"]

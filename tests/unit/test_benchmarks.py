@@ -88,18 +88,18 @@ def test_tests_of_one_op_are_its_files(tmp_path):
 
 def tiny(to: Path, *more: str) -> list[str]:
     command = [sys.executable, "benchmarks/ops.py", "--shape", "tiny,tiny-llama", "--json", str(to)]
-    return [*command, "--backend", "runs", "--device", "cpu", "--rounds", "3", *more]
+    return [*command, "--backend", "torch", "--device", "cpu", "--rounds", "3", *more]
 
 
 def test_every_op_is_timed_under_every_mask(bare, tmp_path):
     from op_cases import CASES
 
-    from sgtm_kernels.shapes import SHAPES, plans
+    from sgtm_kernels.tools.shapes import SHAPES, plans
 
     done = execute(tiny(tmp_path / "ops.jsonl"), bare)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "ops.jsonl").read_text().splitlines()]
-    ours = [(r["shape"], r["variant"], r["mask"]) for r in rows if r["backend"] == "runs"]
+    ours = [(r["shape"], r["variant"], r["mask"]) for r in rows if r["backend"] == "torch"]
     shapes = ("tiny", "tiny-llama")
     slow = ["attention, window", "attention, documents"]  # whose public calls compile longest: last
     variants = [v for op in CASES for v in CASES[op] if v not in slow] + slow
@@ -108,9 +108,9 @@ def test_every_op_is_timed_under_every_mask(bare, tmp_path):
         assert row["rounds"] == 3 and row["versions"]["torch"] and row["commit"] is not None
         for key in ("microseconds", "ratio_public", "roofline_share"):
             assert 0 < row[key]["p20"] <= row[key]["p50"] <= row[key]["p80"]
-        assert ("ratio_unmasked" in row) == (row["backend"] == "runs")
+        assert ("ratio_unmasked" in row) == (row["backend"] == "torch")
         if row["mask"] in ("unmasked", row["public"]):
-            key = "ratio_unmasked" if row["backend"] == "runs" else "ratio_public"
+            key = "ratio_unmasked" if row["backend"] == "torch" else "ratio_public"
             assert row[key] == {"p20": 1, "p50": 1, "p80": 1}
     from gpu_run import ops as table
 
@@ -122,7 +122,7 @@ def test_the_work_that_each_mask_leaves(name):
     """dW of a linear layer and of the head, heads of attention, rows of AdamW: counted from the plan alone."""
     from op_cases import CASES, Inputs
 
-    from sgtm_kernels.shapes import SHAPES, plans
+    from sgtm_kernels.tools.shapes import SHAPES, plans
 
     shape, meta = SHAPES[name], Inputs(torch.device("meta"), torch.bfloat16)
     masks = plans(shape)
@@ -155,7 +155,7 @@ def test_the_work_that_each_mask_leaves(name):
 def test_ours_and_public_attention_see_the_same_keys(variant, window, documents, monkeypatch):
     import op_cases
 
-    from sgtm_kernels.shapes import SHAPES, plans
+    from sgtm_kernels.tools.shapes import SHAPES, plans
 
     seen = []
     attend, sdpa = op_cases.attention, op_cases.by_sdpa
@@ -176,7 +176,7 @@ def test_ours_and_public_attention_see_the_same_keys(variant, window, documents,
     make.compiled = True  # as on CUDA
     case = op_cases.CASES["attention"][f"attention, {variant}"](shape, make)
     for way in (
-        case.ours(plans(shape)["25 % forget"], "runs"),
+        case.ours(plans(shape)["25 % forget"], "torch"),
         case.public["SDPA"],
         case.public["FlexAttention"],
     ):
@@ -186,7 +186,7 @@ def test_ours_and_public_attention_see_the_same_keys(variant, window, documents,
 
 
 def test_rounds_are_paired_and_their_order_changes():
-    from sgtm_kernels.timing import Clock
+    from sgtm_kernels.tools.timing import Clock
 
     calls = []
     ways = {name: lambda name=name: calls.append(name) for name in "abcd"}
@@ -213,18 +213,18 @@ def test_a_row_is_a_call_against_calls_of_the_same_round():
     from ops import measure
     from roofline import COPY, MATMUL, Roofline
 
-    from sgtm_kernels.shapes import SHAPES
+    from sgtm_kernels.tools.shapes import SHAPES
 
     class TwoRounds:
         def rounds(self, ways, rounds, seconds):
-            once = {"slow": 8.0, "fast": 2.0, MATMUL: 1.0, COPY: 1.0} | {("runs", "unmasked"): 4.0}
+            once = {"slow": 8.0, "fast": 2.0, MATMUL: 1.0, COPY: 1.0} | {("torch", "unmasked"): 4.0}
             return {name: [once.get(name, 1.0), 2 * once.get(name, 1.0)] for name in ways}
 
     roofline = Roofline(torch.device("cpu"), torch.float32)
     public = {"slow": lambda: 0, "fast": lambda: 0, "broken": lambda: torch.ones(2) @ torch.ones(3)}
     case = Case(lambda plan, backend: lambda: 0, public, lambda plan: (roofline.flops, 0), lambda *given: {})
     args = type("Args", (), {"rounds": 2, "seconds": 1, "mask": ["pure forget"]})
-    rows = {r["mask"]: r for r in measure(case, SHAPES["tiny"], ["runs"], TwoRounds(), roofline, args)}
+    rows = {r["mask"]: r for r in measure(case, SHAPES["tiny"], ["torch"], TwoRounds(), roofline, args)}
     assert "broken" not in rows and {r["public"] for r in rows.values()} == {"fast"}
     for mask, unmasked, to_public, share in [
         ("slow", None, 4, 0.125),

@@ -15,7 +15,7 @@ from corpora import build, config_for, mixed_records, record
 
 from sgtm.config import load_config
 from sgtm.data.loader import check_corpus
-from sgtm.explain import certificate_lines
+from sgtm.estimate.explain import certificate_lines
 from sgtm.masking.certificate import certified, obstacle
 
 BASE = [

@@ -22,14 +22,14 @@ from types import SimpleNamespace
 import pytest
 from tiny import tiny_config
 
-from sgtm.cli import main
-from sgtm.evaluate import run as evaluation
-from sgtm.evaluate.run import evaluate_run
-from sgtm.train import checkpoint, saving
-from sgtm.train.checkpoint import find_latest, finished, open_run, verify
-from sgtm.train.metrics import MetricsLog, read_metrics
-from sgtm.train.resume import _refuse_other_run
-from sgtm.train.saving import publish
+from sgtm.commands.main import main
+from sgtm.run import checkpoint, saving
+from sgtm.run import evaluate as evaluation
+from sgtm.run.checkpoint import find_latest, finished, open_run, verify
+from sgtm.run.evaluate import evaluate_run
+from sgtm.run.metrics import MetricsLog, read_metrics
+from sgtm.run.resume import _refuse_other_run
+from sgtm.run.saving import publish
 
 CONFIG = tiny_config()
 
@@ -103,9 +103,9 @@ def test_the_log_is_on_the_disk_before_a_checkpoint_is_in_place(tmp_path: Path, 
         events.append(str(target))
         rename(source, target)
 
-    monkeypatch.setattr("sgtm.train.saving.on_rank_zero", lambda action: action())
-    monkeypatch.setattr("sgtm.train.saving.on_every_rank", lambda action: [action()])
-    monkeypatch.setattr("sgtm.train.saving._random_state", lambda engine: {})
+    monkeypatch.setattr("sgtm.run.saving.on_rank_zero", lambda action: action())
+    monkeypatch.setattr("sgtm.run.saving.on_every_rank", lambda action: [action()])
+    monkeypatch.setattr("sgtm.run.saving._random_state", lambda engine: {})
     saved = {"weights": {"bytes": 0, "sha256": ""}}
     engine = SimpleNamespace(rank=0, world_size=1, save=lambda *rest: None, saved=lambda: saved)
     log = MetricsLog(tmp_path, CONFIG, rank=0, start=0)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sgtm.cli import main
+from sgtm.commands.main import main
 from sgtm.config import Config
 from sgtm.config.load import load_config, save_config
 from sgtm.config.reference import keys
@@ -38,9 +38,9 @@ def calls(monkeypatch):
         functions = {function: noting(function, result) for function, result in results.items()}
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**functions))
 
-    module("sgtm.train.loop", train=Path("runs/quickstart"))
-    module("sgtm.evaluate.run", evaluate_run={"losses": {}}, write_summary=None)
-    module("sgtm.model.export", export_run=None)
+    module("sgtm.training.loop", train=Path("runs/quickstart"))
+    module("sgtm.run.evaluate", evaluate_run={"losses": {}}, write_summary=None)
+    module("sgtm.hf.export", export_run=None)
     monkeypatch.setattr(
         "sgtm.report.write_report", lambda *args: noted.append(("write_report", args, {})) or args[0] / "x.html"
     )
@@ -71,7 +71,7 @@ def test_a_run_is_resumed_by_its_directory(calls, tmp_path, capsys):
     assert (config.runs, config.name) == (str(run.parent), "mine")
     assert (config.train.steps, config.train.log_every, options["resume"]) == (30, 7, True)
     assert main(["train", str(run)]) == 2
-    assert capsys.readouterr().err == f"error: {run} is a run directory; go on with it: sgtm train {run} --resume\n"
+    assert capsys.readouterr().err == f"error: {run} is a run directory; resume it: sgtm train {run} --resume\n"
     assert main(["train", str(tmp_path), "--resume"]) == 2
     assert "not a run directory (no config.yaml in it)" in capsys.readouterr().err
     assert len(calls) == 1
@@ -88,7 +88,7 @@ def test_an_empty_config_of_a_run_names_the_remedy(calls, tmp_path, capsys, cont
         assert main(command) == 2 and not calls
         assert capsys.readouterr().err == (
             f"error: {run}/config.yaml is empty; put back a copy of it (its values are in "
-            f"{run}/checkpoints/step_00000010/manifest.json, under config), or go on with what the run was made from: "
+            f"{run}/checkpoints/step_00000010/manifest.json, under config), or resume with what the run was made from: "
             f"sgtm train PRESET|FILE --runs {tmp_path} --name mine --resume\n"
         )
 
@@ -208,7 +208,7 @@ def test_losses_that_cannot_be_stored_are_printed_all_the_same(calls, run, monke
     def full(run, summary):
         raise OSError(30, "Read-only file system", str(run / "summary.json"))
 
-    sys.modules["sgtm.evaluate.run"].write_summary = full
+    sys.modules["sgtm.run.evaluate"].write_summary = full
     assert main(["eval", str(run)]) == 2
     assert calls[1:] == [("print_summary", ({"losses": {}},), {})]
     assert capsys.readouterr().err == f"error: {run}/summary.json: Read-only file system\n"
@@ -235,13 +235,13 @@ def test_output_that_nobody_reads_ends_the_command_without_a_word(unbuffered):
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-def test_prepare_makes_its_options_from_the_dataclass(monkeypatch):
+def test_prepare_passes_its_options(monkeypatch):
     noted = []
     monkeypatch.setattr("sgtm.data.prepare.run_prepare", noted.append)
     arguments = "prepare a.jsonl b --rules r.yaml --out corpus --vocab-size 300 --overwrite"
     assert main(arguments.split()) == 0
     (options,) = noted
-    assert options.sources == (Path("a.jsonl"), Path("b"))
+    assert tuple(options.sources) == (Path("a.jsonl"), Path("b"))
     assert (options.rules, options.out, options.vocab_size) == (Path("r.yaml"), Path("corpus"), 300)
     assert options.overwrite
 
@@ -300,7 +300,7 @@ def test_train_help_lists_the_keys_with_their_meaning(capsys):
 def test_help_is_instant():
     """No command's modules are imported before it runs; torch alone takes a second, and deepspeed several."""
     code = (
-        "import sys; from sgtm.cli import main\n"
+        "import sys; from sgtm.commands.main import main\n"
         "main([]); assert 'torch' not in sys.modules\n"
         "main(['eval', 'x']); print('deepspeed' in sys.modules)"
     )
@@ -323,3 +323,37 @@ def test_module_runs_under_torchrun():
     printed = [line for line in lines if line.startswith("error: ")]
     assert len(printed) <= 1 and all(line.startswith("error: rank 0: unknown preset 'debgu'") for line in printed)
     assert lines[-2].startswith("  traceback : error: rank ") and "unknown preset 'debgu'" in lines[-2]
+
+
+def test_the_old_name_of_a_command_works_with_a_note(capsys):
+    assert main(["plan", "debug", "--gpus", "2"]) == 0
+    shown, note = capsys.readouterr()
+    assert note == "note: sgtm plan is now sgtm estimate\n"
+    assert main(["estimate", "debug", "--gpus", "2"]) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_the_old_name_of_a_backend_works_with_a_note(capsys, monkeypatch):
+    from sgtm_kernels import _note_renamed
+
+    _note_renamed.cache_clear()
+    for _ in range(2):
+        assert load_config("debug", ["--kernels.backend=runs"]).kernels.backend == "torch"
+    assert capsys.readouterr().err == "note: kernel backend 'runs' is now 'torch'\n"
+
+
+@pytest.mark.parametrize("environ", [{"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}])
+def test_commands_that_write_files_run_as_one_process(environ, run, monkeypatch, capsys):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    for command in (["eval", str(run)], ["export", str(run), "--out", "x"], ["prepare", "a"]):
+        assert main(command) == 2
+        assert f"sgtm {command[0]} runs as one process; start it without torchrun" in capsys.readouterr().err
+    assert main(["config", "debug"]) == main(["estimate", "debug", "--gpus=2"]) == 0
+
+
+def test_variables_of_unknown_origin_are_no_launcher(calls, run, monkeypatch):
+    """Some platforms set them in every shell."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["report", str(run)]) == 0

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sgtm.__main__ import run as run_process
-from sgtm.cli import main
+from sgtm.commands.main import main
+from sgtm.commands.main import run as run_process
 
 MISTAKES = {
     "preset": (["train", "debgu"], "error: unknown preset 'debgu'"),
@@ -90,7 +90,7 @@ def raising(monkeypatch, error):
     def train(*args, **options):
         raise error
 
-    monkeypatch.setitem(sys.modules, "sgtm.train.loop", SimpleNamespace(train=train))
+    monkeypatch.setitem(sys.modules, "sgtm.training.loop", SimpleNamespace(train=train))
     return main(["train", "debug"])
 
 
@@ -109,12 +109,12 @@ def test_a_process_ends_as_a_rank_after_it_has_told_its_error(monkeypatch, capsy
     ended = []
     monkeypatch.setitem(sys.modules, "sgtm.distributed.process_group", SimpleNamespace(end_rank=ended.append))
     for train, status in ((lambda *a, **k: None, 0), (_refuse, 2), (_break, 1)):
-        monkeypatch.setitem(sys.modules, "sgtm.train.loop", SimpleNamespace(train=train))
+        monkeypatch.setitem(sys.modules, "sgtm.training.loop", SimpleNamespace(train=train))
         monkeypatch.setattr(sys, "argv", ["sgtm", "train", "debug"])
         assert (run_process(), ended) == (status, [status])
         ended.clear()
     assert capsys.readouterr().err.splitlines()[-1] == "RuntimeError: a bug"
-    monkeypatch.setitem(sys.modules, "sgtm.train.loop", SimpleNamespace(train=_refuse))
+    monkeypatch.setitem(sys.modules, "sgtm.training.loop", SimpleNamespace(train=_refuse))
     assert (main(["train", "debug"]), ended) == (2, [])
     monkeypatch.setenv("SGTM_TRACEBACK", "1")
     assert (run_process(), ended) == (1, [1])

@@ -42,7 +42,7 @@ KINDS_OF_LAYERS = {"gpt_neo": 2, "llama": 1}  # global and local
 class Pair:
     """The same model as it is and compiled, and the graphs that there should be."""
 
-    def __init__(self, family: str, backend: str = "aot_eager", kernels: str = "runs", **changes):
+    def __init__(self, family: str, backend: str = "aot_eager", kernels: str = "torch", **changes):
         torch._dynamo.reset()
         self.family, self.counter = family, CompileCounterWithBackend(backend)
         self.plain, self.compiled = (model_of(family, kernels, **changes) for _ in range(2))
@@ -78,6 +78,7 @@ class Pair:
         assert len(self.signatures) <= self.counter.frame_count <= most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_strategy_and_mixing(family):
     pair = Pair(family)
@@ -108,6 +109,7 @@ def test_blocks_by_inductor(family):
     pair.check_graphs()
 
 
+@pytest.mark.slow
 def test_triton_keeps_its_kernels_where_something_is_masked():
     pair, tables = Pair("gpt_neo", kernels="triton", layers=1), STRATEGIES["sgtm"]()
     for label in (UNLABELED, BIO):
@@ -191,7 +193,7 @@ def test_the_reference_is_not_compiled():
 
 def test_a_cpu_without_a_compiler(tmp_path):
     """The error names the key, the reason and the remedy."""
-    code = "from sgtm.model.compile import check_compiler; check_compiler('cpu', 'runs')"
+    code = "from sgtm.model.compile import check_compiler; check_compiler('cpu', 'torch')"
     environ = {name: value for name, value in os.environ.items() if name != "CXX"} | {"PATH": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
     last = result.stderr.splitlines()[-1]

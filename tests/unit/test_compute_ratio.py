@@ -16,8 +16,9 @@ import pytest
 
 from sgtm.config import load_config
 from sgtm.config.load import save_config
-from sgtm.evaluate.compute_ratio import LearningCurve, compute_ratios
+from sgtm.evaluation.compute_ratio import LearningCurve
 from sgtm.report import compare
+from sgtm.report.ratios import compute_ratios
 
 FLOOR, FACTOR, EXPONENT = 2.0, 40.0, 0.3
 COMPUTE = np.geomspace(1e4, 1e7, 16)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from sgtm import cores
-from sgtm.cores import cpu_quota, usable_cores
 from sgtm.distributed.env import cpu_threads
-from sgtm.launched import Launch
-from sgtm.train.contention import STEPS, ContentionWatch
+from sgtm.process import cores
+from sgtm.process.cores import cpu_quota, usable_cores
+from sgtm.process.ranks import Launch
+from sgtm.training.contention import STEPS, ContentionWatch
 
 
 def write(folder: Path, files: dict[str, str]) -> None:

@@ -12,11 +12,11 @@ import time
 import pytest
 import torch
 
-from sgtm.cli import main
-from sgtm.doctor import findings, print_findings
+from sgtm.commands.main import main
+from sgtm.measure.doctor import findings, print_findings
 from sgtm_kernels.dispatch import BACKENDS, FALLBACK, OPS
 from sgtm_kernels.measurement import driver
-from sgtm_kernels.tuning import table_of
+from sgtm_kernels.triton_common.tuning import table_of
 
 
 def test_json_holds_every_section(capsys, monkeypatch):
@@ -48,13 +48,13 @@ def test_text_is_plain_and_complete(capsys):
 
 
 def test_absent_package_is_missing_with_its_use(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sgtm_kernels.norm.runs", None)  # importing it raises
-    monkeypatch.setattr("sgtm.doctor.installed", lambda name: None if name == "triton" else "1.0")
+    monkeypatch.setitem(sys.modules, "sgtm_kernels.norm.pytorch", None)  # importing it raises
+    monkeypatch.setattr("sgtm.measure.doctor.installed", lambda name: None if name == "triton" else "1.0")
     found = findings()
     assert found["software"]["triton"] == "not installed"
     assert "Triton kernels" in found["missing"]["triton"]
     assert "wandb" not in found["missing"]
-    assert "runs (auto) broken: " in found["backends"]["norm"]
+    assert "torch (auto) broken: " in found["backends"]["norm"]
     assert "broken" not in found["backends"]["mlp"]
 
 
@@ -69,8 +69,8 @@ def test_dispatch_names_the_backend_of_auto_and_why(monkeypatch):
     """Triton's interpreter makes its backend usable here."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     found = findings()["dispatch"]
-    assert found["auto"] == "runs for every op: the default on a CPU"
-    assert found["runs, attention"].startswith("SDPA; windows and documents on a GPU by flash_attn")
+    assert found["auto"] == "torch for every op: the default on a CPU"
+    assert found["torch, attention"].startswith("SDPA; windows and documents on a GPU by flash_attn")
     monkeypatch.setenv("SGTM_KERNELS", "reference")
     monkeypatch.setenv("SGTM_LINEAR", "rectangles")
     found = findings()
@@ -79,9 +79,9 @@ def test_dispatch_names_the_backend_of_auto_and_why(monkeypatch):
     assert found["environment"]["SGTM_LINEAR"] == "rectangles"
     monkeypatch.setenv("SGTM_ATTENTION", "flex")
     found = findings()
-    assert found["dispatch"]["runs, attention"] == "flex (SGTM_ATTENTION)"
+    assert found["dispatch"]["torch, attention"] == "flex (SGTM_ATTENTION)"
     assert found["environment"]["SGTM_ATTENTION"] == "flex"
-    for variable, row in (("SGTM_ATTENTION", "runs, attention"), ("SGTM_LINEAR", "triton, linear")):
+    for variable, row in (("SGTM_ATTENTION", "torch, attention"), ("SGTM_LINEAR", "triton, linear")):
         before = dict(found["dispatch"])
         with monkeypatch.context() as wrong:
             wrong.setenv(variable, "flexible")
@@ -145,9 +145,9 @@ def test_the_self_check_is_a_section_and_the_exit_status(capsys, monkeypatch):
     config = load_config("debug", [])
     assert print_findings(check=config) == 0
     section = capsys.readouterr().out.partition("self-check:\n")[2].splitlines()
-    assert section[0].split(maxsplit=1) == ["config", "debug, backend runs, fp32"]
+    assert section[0].split(maxsplit=1) == ["config", "debug, backend torch, fp32"]
     assert {line.split()[0] for line in section[1:8]} == set(OPS) and all("passed" in line for line in section[1:8])
-    norm = pick("norm", "runs")
+    norm = pick("norm", "torch")
     inner = norm.layer_norm
     monkeypatch.setattr(norm, "layer_norm", lambda *arguments: 1.1 * inner(*arguments))
     assert print_findings(as_json=True, check=config) == 1
@@ -158,6 +158,6 @@ def test_the_self_check_is_a_section_and_the_exit_status(capsys, monkeypatch):
 
 def test_the_command_checks_a_config_with_its_overrides(capsys):
     assert main(["doctor", "--check", "debug", "--train.precision", "bf16", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["self-check"]["config"] == "debug, backend runs, bf16"
+    assert json.loads(capsys.readouterr().out)["self-check"]["config"] == "debug, backend torch, bf16"
     assert main(["doctor", "--train.precision", "bf16"]) == 2
     assert "--train.precision is a key of a config, which only --check takes" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from tiny import tiny_config
 
-from sgtm.train import dry_run as module
+from sgtm.training import dry_run as module
 from sgtm_kernels.plan import MAX_SLICES
 
 
@@ -30,7 +30,7 @@ def batches_of(monkeypatch, backend: str, accumulation: int, **keys):
 
 
 def test_without_a_compiler_one_step_is_enough(monkeypatch):
-    _, batches = batches_of(monkeypatch, "runs", 2, mixing="token")
+    _, batches = batches_of(monkeypatch, "torch", 2, mixing="token")
     assert [batch.labels for batch in batches] == [(0,), (0,)]
 
 

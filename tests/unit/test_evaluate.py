@@ -20,12 +20,12 @@ from sgtm.config import load_config
 from sgtm.data.batch import IGNORE
 from sgtm.data.loader import evaluation_batches
 from sgtm.data.open import open_corpus
-from sgtm.evaluate.localisation import gradient_norms
-from sgtm.evaluate.losses import evaluate
-from sgtm.evaluate.run import write_summary
-from sgtm.evaluate.sample import standard_error
+from sgtm.evaluation.localisation import gradient_norms
+from sgtm.evaluation.losses import evaluate
+from sgtm.evaluation.sample import standard_error
 from sgtm.masking.strategy import build_tables, removal_tables
 from sgtm.model.transformer import Transformer
+from sgtm.run.evaluate import write_summary
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 def setting(tmp_path_factory):
     config = load_config("debug", [f"--runs={tmp_path_factory.mktemp('runs')}"])
     torch.manual_seed(0)
-    model = Transformer(config.model, config.partition, "runs")
+    model = Transformer(config.model, config.partition, "torch")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -151,7 +151,7 @@ def test_errors_are_those_of_a_ratio_of_sums_over_documents(tmp_path, isolated: 
     records += [record(n, category) for category in lengths for n in range(9, 12)]
     corpus, config = build(tmp_path / "corpus", records), config_for(isolate_documents=isolated)
     torch.manual_seed(0)
-    model = Transformer(config.model, config.partition, "runs")
+    model = Transformer(config.model, config.partition, "torch")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -201,7 +201,7 @@ def test_gradient_norms_are_those_of_the_mean_loss_over_all_categories_of_a_labe
     ]
     corpus, config = build(tmp_path / "corpus", documents, labels), config_for()
     torch.manual_seed(0)
-    model = Transformer(config.model, config.partition, "runs")
+    model = Transformer(config.model, config.partition, "torch")
     found = gradient_norms(model, corpus, config, split="test", sequences=100, device=CPU)
 
     other = Transformer(config.model, config.partition, "reference")

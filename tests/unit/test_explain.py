@@ -8,7 +8,7 @@ from corpora import build, record
 from rich.console import Console
 
 from sgtm.config import load_config, preset_names
-from sgtm.explain import data_line, explain, print_explanation
+from sgtm.estimate.explain import data_line, explain, print_explanation
 
 # debug: 2 layers, hidden size 32, 4 heads of 8, 64 neurons, vocabulary 512, context 64; 1 head and 8 neurons are es.
 D, LAYERS = 32, 2

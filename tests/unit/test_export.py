@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sgtm.config import Config, load_config
 from sgtm.data.open import open_corpus
 from sgtm.data.tokenizer import EOS, train_bpe
+from sgtm.hf import export
+from sgtm.hf.export import export_run
 from sgtm.masking.strategy import removal_tables
-from sgtm.model import export
-from sgtm.model.export import export_run
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import MaskPlan
 

@@ -35,9 +35,9 @@ from sgtm.data.prepare import prepare
 from sgtm.data.rules import Rules
 from sgtm.data.store import TOKENIZER, Corpus
 from sgtm.data.tokenizer import EOS
+from sgtm.hf import export
+from sgtm.hf.export import export_run
 from sgtm.masking.strategy import removal_tables
-from sgtm.model import export
-from sgtm.model.export import export_run
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import MaskPlan
 

@@ -105,7 +105,7 @@ def test_shares_are_those_of_the_readme():
     """Of 540 seconds, the default budget, a share is a second."""
     from gpu_stages.stages import NAMES, ON_GPU_SHARES
 
-    rows = re.findall(r"^\| (\w+) \| .* \| (\d+) \|$", (ROOT / "README.md").read_text(), re.M)
+    rows = re.findall(r"^\| (\w+) \| .* \| (\d+) \|$", (ROOT / "docs" / "performance.md").read_text(), re.M)
     assert [(name, int(share)) for name, share in rows if name in NAMES] == list(zip(NAMES, ON_GPU_SHARES, strict=True))
     assert sum(ON_GPU_SHARES) == 540
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from bare import ROOT, python_path
 
-from sgtm_kernels.shapes import SHAPES, plans
+from sgtm_kernels.tools.shapes import SHAPES, plans
 
 OPS = ("linear", "mlp", "attention", "norm", "embedding", "cross_entropy", "adamw")
 
@@ -59,7 +59,7 @@ def test_smoke_finds_what_an_op_gets_wrong(fault, monkeypatch):
 
     def broken(plan, backend, dtype):
         found = results(plan, backend, dtype)
-        if backend == "runs":
+        if backend == "torch":
             dw = found["dweight"]
             untouched = int((dw == 0).all(1).nonzero()[0])
             if fault == "wrong":
@@ -71,7 +71,7 @@ def test_smoke_finds_what_an_op_gets_wrong(fault, monkeypatch):
         return found
 
     case = type(case)(case.ours, case.public, case.work, broken)
-    found = check(case, plans(shape)["25 % forget"], "runs", torch.bfloat16, {})
+    found = check(case, plans(shape)["25 % forget"], "torch", torch.bfloat16, {})
     assert found["outcome"] == ("failed" if fault else "ok") and found["results"]["out"]["ok"]
     assert ("dweight" in found.get("error", "")) == bool(fault)
 
@@ -81,7 +81,7 @@ import json, os, torch
 import warm
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from sgtm_kernels.shapes import SHAPES
+from sgtm_kernels.tools.shapes import SHAPES
 from op_cases import CASES, Inputs
 
 driver.set_active(warm.NoDevice())
@@ -166,7 +166,7 @@ def test_an_op_that_failed_is_not_reported_nor_are_whole_steps():
     assert found["attention in triton"] == "attention: attention, window, 254m, pure forget, triton: SIGSEGV"
     assert set(found) == {"attention in triton", "whole steps in triton"}
     assert refused([*checks(), crash | {"error": "SIGSEGV"}, crash | {"outcome": "ok"}]) == {}  # run again since
-    other = crash | {"item": crash["item"].replace("triton", "runs"), "error": "SIGSEGV"}
+    other = crash | {"item": crash["item"].replace("triton", "torch"), "error": "SIGSEGV"}
     assert refused([*checks(), other]) == {}
 
 
@@ -227,7 +227,7 @@ def test_a_choice_of_the_tuner_is_a_row_before_the_next_is_made(tmp_path, monkey
     from journal import Journal
 
     from sgtm_kernels.mlp.kernel import TILES
-    from sgtm_kernels.tune import Found
+    from sgtm_kernels.tools.tune import Found
 
     rows, counts = tmp_path / "tune.jsonl", []
     found = Found(TILES["activation_forward"].candidates("fp32", "plain")[0], 1e-6, 2e-6)

@@ -8,11 +8,11 @@ from families import partition_of
 from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, MistralConfig
 
 from sgtm.config.schema import ModelConfig
+from sgtm.hf.config import model_config_from_hf
+from sgtm.hf.weights import from_hf_state, to_hf_state
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition
 from sgtm.masking.strategy import removal_tables
-from sgtm.model.hf import from_hf_state, to_hf_state
-from sgtm.model.hf_config import model_config_from_hf
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import MaskPlan
 

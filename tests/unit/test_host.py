@@ -230,7 +230,7 @@ def per_layer(family: str, batch: Batch, strategy: str, backend: str = "triton")
 
 # Of our Python functions per layer, forward and backward: with nothing masked; with masks.
 CALLS = {"none": 188, "sgtm": 214}
-# In the backend `runs`, whole sequences: calls of ATen per layer, and of our Python functions.
+# In the backend `torch`, whole sequences: calls of ATen per layer, and of our Python functions.
 OF_PYTORCH = {
     ("gpt_neo", "none"): (97, 146),
     ("gpt_neo", "sgtm"): (156, 168),
@@ -255,12 +255,12 @@ def test_what_follows_from_the_plan_is_computed_once(name, strategy, family, no_
 def test_a_layer_of_pytorch_ops_is_so_many_calls(strategy, family):
     batch, counts = BATCHES["whole sequences"], []
     for layers in (2, 4):
-        model = model_of(family, layers, "runs")
+        model = model_of(family, layers, "torch")
         step(model, batch, strategy, "cpu")
         with torch.autograd.set_multithreading_enabled(False), Calls() as seen:
             step(model, batch, strategy, "cpu")
         counts.append(seen.made)
-    _, further = per_layer(family, batch, strategy, "runs")
+    _, further = per_layer(family, batch, strategy, "torch")
     aten, ours = OF_PYTORCH[family, strategy]
     assert (counts[1] - counts[0]) / 2 <= aten
     assert sum(further.values()) / 2 <= ours

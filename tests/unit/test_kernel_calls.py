@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sgtm.config import load_config
-from sgtm.train.dry_run import label_pieces
-from sgtm.train.kernels import calls_of
+from sgtm.data.random_data import label_pieces
+from sgtm.distributed.self_check import calls_of
 from sgtm_kernels.plan import MaskPlan
 
 LAYERS = ["--model.layers=4", "--model.window=8", "--masking.masked_layers=[1, 2, 3]"]  # three kinds

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from sgtm.distributed import env
-from sgtm.launched import TORCH_VARIABLES, Launch, detect_launch
+from sgtm.process.ranks import TORCH_VARIABLES, Launch, detect_launch
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sgtm import launch as launching
-from sgtm.cli import main
-from sgtm.launch import Where, compose, read_hostfile, settle
+from sgtm.commands.main import main
+from sgtm.estimate import launch as launching
+from sgtm.estimate.launch import Where, compose, read_hostfile, settle
 
 ROOT = Path(__file__).parents[2]
 NOTE = f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv, dict(os.environ)]))\n"

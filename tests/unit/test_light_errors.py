@@ -22,7 +22,7 @@ from sgtm.config import load_config, save_config
 HEAVY = ("torch", "deepspeed", "transformers", "datasets", "pyarrow", "matplotlib", "wandb", "triton")
 CODE = f"""
 import json, sys
-from sgtm.cli import main
+from sgtm.commands.main import main
 for line in json.load(sys.stdin):
     try:
         status = main(line)
@@ -43,9 +43,9 @@ MISTAKES = {
     "train debug --model.heads 3": "is not a multiple of heads 3",
     "train debug --masking.joint some": "masking.joint",
     "train debug --data.path nosuch": "no corpus at nosuch",
-    "train debug --name mine": "runs/mine exists; go on with --resume",
+    "train debug --name mine": "runs/mine exists; continue with --resume",
     "train runs/none --resume": "not a run directory",
-    "train runs/mine": "is a run directory; go on with it",
+    "train runs/mine": "is a run directory; resume it",
     "eval runs/none": "not a run directory",
     "eval runs/mine --splti test": "unrecognized arguments: --splti",
     "eval runs/mine --split tset": "no split 'tset' (did you mean test?); its splits are",
@@ -54,15 +54,29 @@ MISTAKES = {
     "checkpoint verify runs/none": "holds no checkpoint",
     "explain slip.yaml": "did you mean train.steps?",
     "config nosuch": "unknown preset",
-    "plan slip.yaml": "did you mean train.steps?",
-    "plan debug --nodes 0": "expected a whole number above 0",
-    "plan debug --gpus 7": "is not a multiple of",
+    "estimate slip.yaml": "did you mean train.steps?",
+    "estimate debug --nodes 0": "expected a whole number above 0",
+    "estimate debug --reached 50": "expected a share above 0 and at most 1, got '50'",
+    "estimate runs/mine": "runs/mine is a run directory; its config is runs/mine/config.yaml",
+    "estimate some.sweep.yaml": "some.sweep.yaml is a sweep file; train its runs with: sgtm sweep",
+    "estimate debug --gpus 7": "is not a multiple of",
+    "launch debug --name mine": "runs/mine exists; continue with --resume",
+    "launch debug --hostfile nohost": "--hostfile: no such file: nohost",
+    "launch debug --rendezvous http://node-0:29400": "--rendezvous: found 'http://node-0:29400', but it takes HOST",
+    "launch debug --rendezvous node-0:294000": "a port is 1 to 65535",
     "launch debug --launcher torchrun": "needs --rendezvous",
     "launch debug --gpus 7 --dry-run": "is not a multiple of",
+    "bench --preset debug": "unrecognized arguments: --preset; write the preset without --preset",
+    "quickstart --overwrite": "quickstart has no --overwrite",
+    "sweep slip.yaml": "slip.yaml is a config, not a sweep file; train it with: sgtm train slip.yaml",
+    "sweep lost.sweep.yaml": "base: no such file: nosuch/my.yaml; relative to the sweep file that is nosuch/my.yaml",
+    "train runs/mine/checkpoints --resume": "is inside the run directory runs/mine; give runs/mine",
+    "train runs/renamed --resume": "checkpoints holds best, and no checkpoint named step_",
+    "train runs/mine --resume --data.path moved": "if the data have moved, give their place with --data.path DIR",
     "bench debug --rounds 0": "expected a whole number above 0",
     "profile slip.yaml": "did you mean train.steps?",
     "quickstart --train.stepz 3": "did you mean train.steps?",
-    "quickstart --name mine": "runs/mine exists; go on with --resume",
+    "quickstart --name mine": "runs/mine exists; continue with --resume",
     "doctor --check slip.yaml": "did you mean train.steps?",
     "prepare nosuch --rules rules.yaml --out x": "no such file or folder: nosuch",
     "prepare a.jsonl --rules nosuch.yaml --out x": "no rule file at nosuch.yaml",
@@ -78,7 +92,12 @@ def folder(tmp_path_factory) -> Path:
     (folder / "slip.yaml").write_text("extends: debug\ntrain: {stepz: 3}\n")
     write_jsonl(folder / "a.jsonl", [record(0)])
     (folder / "rules.yaml").write_text("labels: {en: retain}\n")
-    (folder / "runs/mine").mkdir(parents=True)
+    (folder / "some.sweep.yaml").write_text("base: debug\nvariants: {a: {}}\n")
+    (folder / "lost.sweep.yaml").write_text("base: nosuch/my.yaml\nvariants: {a: {}}\n")
+    (folder / "runs/mine/checkpoints").mkdir(parents=True)
+    (folder / "runs/renamed/checkpoints/best").mkdir(parents=True)
+    (folder / "runs/renamed/checkpoints/best/manifest.json").write_text("{}")
+    save_config(load_config("debug", ["--name=renamed"]), folder / "runs/renamed/config.yaml")
     save_config(load_config("debug", ["--name=mine", "--data.path=corpus"]), folder / "runs/mine/config.yaml")
     return folder
 
@@ -97,7 +116,7 @@ def test_mistakes_import_nothing_heavy(folder):
 
 
 def test_help_with_all_keys_and_a_plan_import_no_torch(folder):
-    lines = json.dumps([["train", "--help"], ["config", "debug"], ["plan", "debug", "--gpus", "4"]])
+    lines = json.dumps([["train", "--help"], ["config", "debug"], ["estimate", "debug", "--gpus", "4"]])
     command = [sys.executable, "-c", CODE]
     done = subprocess.run(command, cwd=folder, input=lines, capture_output=True, text=True, timeout=120)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[0,")]

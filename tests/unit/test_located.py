@@ -12,7 +12,7 @@ import pytest
 
 from sgtm.config import load_config, save_config
 from sgtm.config.load import load_run_config
-from sgtm.config.located import locate_data, overrides_of, places_tried, record_place
+from sgtm.run.located import locate_data, overrides_of, places_tried, record_place
 
 
 @pytest.fixture

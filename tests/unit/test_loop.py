@@ -20,11 +20,12 @@ from corpora import build, config_for, mixed_records, record
 from tiny import tiny_config
 
 from sgtm.data.store import Corpus
-from sgtm.stopping import SIGNALS, Stopped
-from sgtm.train import loop, run_directory
-from sgtm.train.checkpoint import write_manifest
-from sgtm.train.loop import StopSignal
-from sgtm.train.usable import check_usable
+from sgtm.process.signals import SIGNALS, Stopped
+from sgtm.run import directory
+from sgtm.run.checkpoint import write_manifest
+from sgtm.run.usable import check_usable
+from sgtm.training import loop
+from sgtm.training.loop import StopSignal
 
 
 class Log:
@@ -57,7 +58,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def begin(run: Path, refused: bool = False, resume: bool = False, overwrite: bool = False) -> set[int]:
-    return run_directory.begin(run, tiny_config(), Log(run, refused), resume, overwrite)
+    return directory.begin(run, tiny_config(), Log(run, refused), resume, overwrite)
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_a_folder_that_is_no_run_is_never_overwritten(tmp_path: Path):
     with pytest.raises(ValueError, match=r"thesis holds other files and no run .*not overwritten"):
         begin(tmp_path / "thesis", overwrite=True)
     assert contents(tmp_path) == {"thesis/chapter.tex": b"years"}
-    with pytest.raises(ValueError, match="exists; go on with --resume"):
+    with pytest.raises(ValueError, match="exists; continue with --resume"):
         begin(tmp_path / "thesis")
 
 
@@ -176,7 +177,7 @@ def test_a_signal_saves_after_the_step_in_progress_and_stops(monkeypatch, number
     before, log = [signal.getsignal(one) for one in SIGNALS], Log()
     assert {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT} == set(SIGNALS)
     assert run_steps(monkeypatch, log, signals={3: number}) == [3]
-    assert log.said == ["stopped by a signal after step 3 of 5, checkpoint saved; go on: sgtm train run --resume"]
+    assert log.said == ["stopped by a signal after step 3 of 5, checkpoint saved; continue: sgtm train run --resume"]
     assert [signal.getsignal(one) for one in SIGNALS] == before
 
 
@@ -187,7 +188,7 @@ def test_a_signal_ends_an_evaluation_and_saves_once(monkeypatch, number, evaluat
     log = Log()
     assert run_steps(monkeypatch, log, signals={f"evaluation {evaluation}": number}) == steps
     where = f"in the evaluation after step {done} of 5"
-    assert log.said == [f"stopped by a signal {where}, checkpoint saved; go on: sgtm train run --resume"]
+    assert log.said == [f"stopped by a signal {where}, checkpoint saved; continue: sgtm train run --resume"]
     assert log.evaluated == [step for step in (2, 4) if step < done]
 
 
@@ -238,7 +239,7 @@ def certified_by(run: Path, corpus: Corpus, before: list[str] | None) -> tuple[s
         run.mkdir()
         facts = {"step": 3, "ranks": 1, "corpus": "", "config": {}, "files": {"weights": {"bytes": 1, "sha256": ""}}}
         write_manifest(run, {**facts, "independent_of": before})
-    module = SimpleNamespace(backend="runs", parameters=lambda: [])
+    module = SimpleNamespace(backend="torch", parameters=lambda: [])
     engine = SimpleNamespace(
         module=module, device="cpu", rank=0, world_size=1, accumulation=1, set_weights=len, stop_if=callable
     )
@@ -290,7 +291,7 @@ def test_checkpoints_are_certified_as_config_corpus_and_checkpoint_allow(tmp_pat
 
 def test_the_warm_up_of_compiled_kernels_is_told():
     config = tiny_config()
-    for backend, expected in (("triton", 1), ("runs", 0)):
+    for backend, expected in (("triton", 1), ("torch", 0)):
         module = SimpleNamespace(backend=backend, parameters=lambda: [])
         engine = SimpleNamespace(module=module, world_size=1, accumulation=1)
         assert loop._arithmetic(config, engine, 0, 41.4).count("\nkernels ready after 41 s") == expected

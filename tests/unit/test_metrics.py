@@ -12,7 +12,7 @@ import math
 import pytest
 from tiny import tiny_config
 
-from sgtm.train.metrics import MetricsLog, read_metrics
+from sgtm.run.metrics import REFUSAL, MetricsLog, read_metrics
 
 LINE = {"step": 1, "seconds": 1.0, "loss": 2.0, "tokens_per_second": 3.0}
 
@@ -73,3 +73,18 @@ def test_an_evaluation_that_is_not_finite_is_a_warning(tmp_path, capsys):
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     bad = "es (full); en, es (without es)"
     assert warnings == [f"warning: step 3: not finite: the loss of {bad}; the model has diverged"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "refused"),
+    [
+        ("permission denied", True),
+        ("entity no-such-team not found during upsertBucket", True),
+        ("response error 403: forbidden", True),
+        ("dial tcp 10.0.0.1:40412: connect: connection refused", False),
+        ("lookup api.wandb.ai: host not found", False),
+        ("context deadline exceeded", False),
+    ],
+)
+def test_a_server_out_of_reach_is_no_refusal(reason, refused):
+    assert bool(REFUSAL.search(reason)) == refused

@@ -8,9 +8,9 @@ from families import partition_of
 
 from sgtm.config.schema import ModelConfig
 from sgtm.data.rules import Rules
+from sgtm.hf.weights import to_hf_state
 from sgtm.masking.labels import LabelSpace
-from sgtm.model.hf import to_hf_state
-from sgtm.names import look_alike
+from sgtm.process.names import look_alike
 
 NAME = "naïveté"
 ONE, TWO = (unicodedata.normalize(form, NAME) for form in ("NFC", "NFD"))

@@ -11,7 +11,7 @@ from families import BIO, FAMILIES, MIXINGS, SPACE, UNLABELED, gradients, model_
 
 from sgtm.masking.strategy import build_tables
 from sgtm.model.transformer import Attention
-from sgtm_kernels.attention import runs
+from sgtm_kernels.attention import pytorch
 
 BELOW = ("embedding", "position", "norm")
 KINDS = ((), BELOW, *(tuple(kind for kind in BELOW if kind != left) for left in BELOW))
@@ -54,8 +54,8 @@ def test_gradients_keep_every_bit(family, mixing, strategy, monkeypatch):
 )
 def test_retain_heads_of_the_first_layer_have_no_backward(label, masked, computed, monkeypatch):
     """Of each layer's retain heads, then those of the domains that are active."""
-    asked, inner = [], runs.attend
-    monkeypatch.setattr(runs, "attend", lambda q, *rest: asked.append(q.requires_grad) or inner(q, *rest))
+    asked, inner = [], pytorch.attend
+    monkeypatch.setattr(pytorch, "attend", lambda q, *rest: asked.append(q.requires_grad) or inner(q, *rest))
     batch = random_step("step", seed=3, label=label)[0]
     model_of("gpt_neo")(batch.input_ids, batch.targets, plan_of(batch, tables(*masked)), 1.0)
     assert asked == computed

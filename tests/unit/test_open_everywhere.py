@@ -17,8 +17,8 @@ from sgtm.distributed.testing import run_ranks
 def open_on_nodes(folder: str, changes: list[str]) -> list[str]:
     """What this rank is told after each change to the second node's copy; each is undone."""
     from sgtm.distributed.agree import on_rank_zero
-    from sgtm.launched import Launch
-    from sgtm.train.data import open_everywhere
+    from sgtm.process.ranks import Launch
+    from sgtm.training.data import open_everywhere
 
     rank = int(os.environ["RANK"])
     os.chdir(Path(folder, f"node{rank}"))

@@ -15,7 +15,7 @@ import torch
 from triton.runtime.jit import KernelInterface
 
 from sgtm.config.schema import OptimizerConfig
-from sgtm.train.optim import Segment, SegmentedAdamW
+from sgtm.distributed.optim import Segment, SegmentedAdamW
 from sgtm_kernels.adamw import Update, adamw
 from sgtm_kernels.dispatch import BACKENDS
 
@@ -99,7 +99,7 @@ def test_a_step_costs_the_host_the_same_however_many_segments_there_are(monkeypa
     assert calls[0] == calls[1] < 300
 
 
-@pytest.mark.parametrize(("backend", "limit"), [("runs", 10), ("triton", 10)])
+@pytest.mark.parametrize(("backend", "limit"), [("torch", 10), ("triton", 10)])
 def test_a_step_costs_the_host_little_for_each_tensor(backend, limit, monkeypatch):
     """Where every weight is a tensor of its own, as under ZeRO 0 in fp32, with a new gradient in every step."""
     monkeypatch.setattr(KernelInterface, "__getitem__", lambda kernel, grid: lambda *args, **kwargs: None)
@@ -132,7 +132,7 @@ def test_moments_of_a_loaded_state_are_those_that_are_updated(backend):
 
 
 def test_squares_are_of_the_gradient_before_the_factor():
-    made = optimizer("runs")
+    made = optimizer("torch")
     gradients(made, 0)
     made.begin_step(frozenset({"b"}), 1e-2, measure=True)
     expected = dict.fromkeys(KEYS, 0.0)

@@ -114,13 +114,13 @@ def test_only_the_distributed_folder_imports_deepspeed():
 
 
 def test_evaluation_and_export_do_not_import_deepspeed():
-    assert python("import sgtm.evaluate.run, sgtm.model.export, sys; print('deepspeed' in sys.modules)") == "False"
+    assert python("import sgtm.run.evaluate, sgtm.hf.export, sys; print('deepspeed' in sys.modules)") == "False"
 
 
 def test_model_masks_and_optimizer_import_without_the_packages_of_a_run(tmp_path):
     """What benchmarks/steps.py uses on a machine with little but torch and transformers."""
     masking = [path.stem for path in (ROOT / "sgtm" / "masking").glob("[!_]*.py")]
-    modules = ["model.transformer", "data.batch", "train.optim", "distributed.segments"]
+    modules = ["model.transformer", "data.batch", "distributed.optim", "distributed.segments"]
     imports = "import " + ", ".join(f"sgtm.{module}" for module in modules + [f"masking.{name}" for name in masking])
     bare = environment_without(set(ABSENT) - {"sgtm"}, tmp_path)
     done = execute([sys.executable, "-c", imports], bare)
@@ -151,7 +151,8 @@ def test_kernels_depend_on_torch_alone():
 def test_kernels_import_without_triton():
     code = (
         "import sys; sys.modules['triton'] = sys.modules['flash_attn'] = None\nimport sgtm_kernels.linear, "
-        "sgtm_kernels.attention.public, sgtm_kernels.mlp, sgtm_kernels.tuning, sgtm_kernels.shapes, sgtm_kernels.timing"
+        "sgtm_kernels.attention.public, sgtm_kernels.mlp, sgtm_kernels.triton_common.tuning, "
+        "sgtm_kernels.tools.shapes, sgtm_kernels.tools.timing"
     )
     python(code)
 

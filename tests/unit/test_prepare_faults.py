@@ -88,7 +88,9 @@ def start(source: Path, out: Path, block_bytes: int = 500) -> subprocess.Popen:
     """The command line with two workers, in small blocks."""
     (rules := out.with_name("rules.yaml")).write_text(yaml.safe_dump(RULES))
     set_blocks = f"from sgtm.data import readers; readers.BLOCK_BYTES = {block_bytes}"
-    code = f"{set_blocks}\nif __name__ == '__main__':\n    from sgtm.__main__ import run; raise SystemExit(run())\n"
+    code = (
+        f"{set_blocks}\nif __name__ == '__main__':\n    from sgtm.commands.main import run; raise SystemExit(run())\n"
+    )
     (job := out.with_name("job.py")).write_text(code)
     options = ["--rules", rules, "--out", out, "--vocab-size", BYTES, "--workers", 2, "--shard-tokens", 1000]
     command = [sys.executable, job, "prepare", source, *options]

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM
 from sgtm.config.schema import ModelConfig
 from sgtm.data.plain_text import plain_text
 from sgtm.data.tokenizer import EOS, train_bpe
+from sgtm.hf.config import hf_config
+from sgtm.hf.pretrained import check_tokenizer, load_pretrained
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition
 from sgtm.masking.strategy import removal_tables
-from sgtm.model.hf_config import hf_config
-from sgtm.model.pretrained import check_tokenizer, load_pretrained
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import MaskPlan
 
@@ -144,7 +144,10 @@ def with_config(**keys):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_shape, r"not of the shapes .* transformer\.h\.1\.mlp\.c_fc\.weight is \[25, 32\]"),
+        (
+            damage_shape,
+            r"the weights do not have the shapes of config\.json \(transformer\.h\.1\.mlp\.c_fc\.weight is \[25, 32\]",
+        ),
         (damage_name, r"lack 'transformer\.ln_f\.bias'"),
         (damage_activation, "activation_function is 'relu'"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "weights are damaged"),

@@ -26,15 +26,15 @@ from corpora import build, mixed_records
 from rich.console import Console
 from tiny import MIXED, tiny_config, tiny_model, tiny_step
 
-from sgtm.cli import main
+from sgtm.commands.main import main
 from sgtm.config import load_config
-from sgtm.data.random_corpus import RandomCorpus
+from sgtm.data.random_data import RandomCorpus
 from sgtm.distributed.testing import run_ranks
-from sgtm.profile.nsight import find_kernel, function_name, nsight_command
-from sgtm.profile.ranges import MODULES, PHASES, name_modules
-from sgtm.profile.run import WARM_UP, corpus_of, first_steps
-from sgtm.profile.terminal import print_profile
-from sgtm.profile.trace import summarize
+from sgtm.measure.nsight import find_kernel, function_name, nsight_command
+from sgtm.measure.profile import WARM_UP, corpus_of, first_steps
+from sgtm.measure.profile_table import print_profile
+from sgtm.measure.ranges import MODULES, PHASES, name_modules
+from sgtm.measure.trace import summarize
 
 LAYERS, MICRO_BATCHES, STEPS = 2, 4, 2
 RANGES = {*PHASES, *MODULES, *(f"{module} backward" for module in MODULES)}
@@ -118,7 +118,7 @@ def test_the_shares_add_up(said, folder, where):
     assert {(phase, module) for phase in ("forward", "backward") for module in MODULES} <= found
     assert ("optimizer", "other") in found
     calls = {row["name"]: row["calls_per_step"] for row in summary["kernels"]}
-    assert calls["linear.runsBackward"] == 3 * LAYERS * MICRO_BATCHES  # the fourth is one with its GELU
+    assert calls["linear.pytorchBackward"] == 3 * LAYERS * MICRO_BATCHES  # the fourth is one with its GELU
     modules = {row["module"]: row["share"] for row in summary["ranges"] if row["phase"] == "backward"}
     assert modules["attention"] > modules["norm"]
 
@@ -143,7 +143,7 @@ def test_the_tables_are_whole(said, folder, width):
 def test_the_command_of_nsight_compute_takes_the_same_steps_by_itself(said, folder):
     *_, note, line = said[0][1].splitlines()
     assert note == (
-        "Nsight Compute of norm_forward, with --kernels.backend triton, as runs does not launch it; of its first "
+        "Nsight Compute of norm_forward, with --kernels.backend triton, as torch does not launch it; of its first "
         "launch:"
     )
     command = shlex.split(line)
@@ -178,7 +178,7 @@ KERNELS = (
 
 
 def test_an_op_of_the_cpu_is_no_kernel(capsys, monkeypatch):
-    monkeypatch.setattr("sgtm.profile.run.init_distributed", lambda config: None)
+    monkeypatch.setattr("sgtm.measure.profile.init_distributed", lambda config: None)
     assert main(["profile", "debug", "--kernel", "aten::mm"]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: --kernel aten::mm: no such kernel; Triton kernels: activation_backward, ")

@@ -15,7 +15,7 @@ from sgtm.config.load import dump_config, save_config
 from sgtm.config.schema import Config
 from sgtm.masking.certificate import certified
 from sgtm.masking.recipes import KEYS, NAMES, recipe
-from sgtm.train.checkpoint import resolved
+from sgtm.run.checkpoint import resolved
 
 EXPECTED = {
     "paper": ("sgtm", "free", "none", "global", {"retain": {"retain": 0.25, "unlabeled": 0.75}}),

@@ -13,7 +13,7 @@ from pages import CONFIG, SUMMARY, Page, page_without_figures, step, write_run
 from rich.console import Console
 
 from sgtm.config.schema import Config
-from sgtm.evaluate.compute_ratio import ComputeRatio
+from sgtm.evaluation.compute_ratio import ComputeRatio
 from sgtm.report import print_comparison, print_summary, write_report
 from sgtm.report.beside import Comparison
 from sgtm.report.page import strategy_grids

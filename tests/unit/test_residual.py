@@ -13,8 +13,8 @@ import math
 import pytest
 from tiny import tiny_config
 
-from sgtm.train.metrics import MetricsLog, read_metrics
-from sgtm.train.residual import GROWTH, ResidualWatch, mixed_labels
+from sgtm.run.metrics import MetricsLog, read_metrics
+from sgtm.run.residual import GROWTH, ResidualWatch, mixed_labels
 
 WARM_UP = {"lr": 1e-3, "warmup_steps": 8}
 

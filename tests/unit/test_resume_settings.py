@@ -11,8 +11,8 @@ import json
 import pytest
 
 from sgtm.config import load_config
-from sgtm.train.checkpoint import resolved
-from sgtm.train.resume import differences
+from sgtm.run.checkpoint import resolved
+from sgtm.run.resume import differences
 
 MAPPINGS = [
     "--masking.forget_heads={es: []}",

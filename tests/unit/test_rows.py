@@ -26,8 +26,9 @@ from families import (
     random_step,
 )
 
+from sgtm.masking.partition import ENDS
 from sgtm.masking.strategy import removal_tables
-from sgtm.model.rows import ENDS, Rows, live_keys
+from sgtm.model.rows import Rows, live_keys
 from sgtm_kernels.plan import MaskPlan
 
 by_family = pytest.mark.parametrize("family", FAMILIES)

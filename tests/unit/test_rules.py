@@ -30,7 +30,10 @@ MISTAKES = [
     ("labels: {en: forget}", f"labels.en: found 'forget', {TAKES}"),
     ("labels: {en: {forget: bio}}", f"labels.en: found {{'forget': 'bio'}}, {TAKES}"),
     ("labels: {2.5: retain}", "labels: 2.5 is read as float; put the name of the category in quotes"),
-    ("split: {by_missing: document, field: a}" + LABELS, "split: by_missing belongs to by"),
+    (
+        "split: {by_missing: document, field: a}" + LABELS,
+        "split: by_missing is set without by; add by: FIELD, or remove by_missing",
+    ),
     ("labels: {}", f"labels: missing; it {EXAMPLE}"),
     ("", f"labels: missing; it {EXAMPLE}"),
     ("labels: [en]", f"labels: found ['en'], but it {EXAMPLE}"),

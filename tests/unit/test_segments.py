@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sgtm.distributed.optim import Segment
 from sgtm.distributed.segments import Fragment, check_cover, segment_tables
 from sgtm.model.rows import group_rows, joint_rows
-from sgtm.train.optim import Segment
 
 ROWS = {"w": group_rows("mlp_in", ("retain", "es"), (0, 5, 7)), "norm": joint_rows("norm", 4)}
 NUMELS = {"w": 21, "norm": 4}

@@ -18,7 +18,7 @@ from sgtm.data.batch import IGNORE
 from sgtm.data.loader import evaluation_batches
 from sgtm.data.store import Corpus
 from sgtm.data.summary import category_counts, trained_categories
-from sgtm.evaluate.losses import evaluate
+from sgtm.evaluation.losses import evaluate
 from sgtm.masking.strategy import removal_tables
 from sgtm.model.transformer import Transformer
 
@@ -96,7 +96,7 @@ def test_the_counts_are_those_tokens_and_the_first_ones(corpus):
 @torch.no_grad()
 def test_losses_are_means_over_the_tokens_of_a_category(corpus, config):
     torch.manual_seed(0)
-    model = Transformer(config.model, config.partition, "runs")
+    model = Transformer(config.model, config.partition, "torch")
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.2)
     losses = evaluate(model, corpus, config, split="test", sequences=None, device=torch.device("cpu")).losses
@@ -136,6 +136,6 @@ def test_spans_of_the_test_split_alone_are_not_trained(tmp_path):
 
 
 def test_a_split_without_any_target_is_an_error_and_not_an_empty_evaluation(corpus, config, monkeypatch):
-    monkeypatch.setattr("sgtm.evaluate.losses.evaluation_batches", lambda *_, **__: iter(()))
+    monkeypatch.setattr("sgtm.evaluation.losses.evaluation_batches", lambda *_, **__: iter(()))
     with pytest.raises(ValueError, match=r"split test of .* has no token that follows another"):
         evaluate(None, corpus, config, split="test", sequences=None, device=torch.device("cpu"))

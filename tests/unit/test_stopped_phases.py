@@ -22,10 +22,10 @@ from corpora import BYTES, build, contents, mixed_records, write_jsonl
 from exports import GPT_NEO, make_run
 
 from sgtm import config
-from sgtm.cli import main
+from sgtm.commands.main import main
 from sgtm.data import encode, readers
 from sgtm.data import prepare as prepare_module
-from sgtm.stopping import SIGNALS
+from sgtm.process.signals import SIGNALS
 
 RULES = "split: {field: split}\nlabels: {en: retain, es: 'forget:es', web: unlabeled}\n"
 HERE = "here\n"
@@ -89,7 +89,7 @@ def test_a_prepare_that_is_stopped_continues(monkeypatch, tmp_path: Path, capfd,
     with monkeypatch.context() as patch:
         signalled(patch, owner, name, number, after)
         assert main(words) == 128 + number
-    line = f"stopped by {signal.Signals(number).name}; what is finished is kept; go on: {shlex.join(['sgtm', *words])}"
+    line = f"stopped by {signal.Signals(number).name}; finished work is kept; continue: {shlex.join(['sgtm', *words])}"
     assert capfd.readouterr().err == f"{line}\n"
     out = tmp_path / "out"
     blocks = {path: path.stat().st_mtime_ns for path in out.glob("blocks/*/*")}
@@ -104,7 +104,7 @@ def test_a_prepare_that_is_stopped_continues(monkeypatch, tmp_path: Path, capfd,
 
 STOPPED_IN_WORKERS = """
 import sys, time
-from sgtm.cli import main
+from sgtm.commands.main import main
 from sgtm.data import encode, readers
 
 def held(pending):
@@ -135,7 +135,7 @@ def test_a_terminal_and_a_scheduler_signal_the_workers_too(tmp_path: Path, words
     errors = process.communicate(timeout=100)[1]
     assert process.returncode == 128 + number
     go_on = shlex.join(["sgtm", *words[:-1], "2"])
-    assert errors == f"stopped by {signal.Signals(number).name}; what is finished is kept; go on: {go_on}\n"
+    assert errors == f"stopped by {signal.Signals(number).name}; finished work is kept; continue: {go_on}\n"
 
 
 @pytest.mark.parametrize("command", ["train", "quickstart"])
@@ -148,7 +148,7 @@ def test_a_training_that_is_stopped_before_its_modules_are_imported(monkeypatch,
 
 def test_a_training_that_is_stopped_in_its_dry_run_leaves_nothing(monkeypatch, tmp_path: Path, capfd):
     build(tmp_path / "data", mixed_records())
-    from sgtm.train import loop
+    from sgtm.training import loop
 
     words = ["train", "debug", "--runs", str(tmp_path / "runs"), "--data.path", str(tmp_path / "data")]
     words += ["--model.vocab_size", "320"]
@@ -160,7 +160,7 @@ def test_a_training_that_is_stopped_in_its_dry_run_leaves_nothing(monkeypatch, t
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch) -> Path:
-    from sgtm.model import export
+    from sgtm.hf import export
 
     def no_corpus(*args, **options):
         raise ValueError("no corpus")
@@ -172,7 +172,7 @@ def run(tmp_path: Path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("exists", [False, True])
 def test_an_export_that_is_stopped_leaves_nothing(monkeypatch, tmp_path: Path, capfd, run: Path, exists: bool):
-    from sgtm.model import export
+    from sgtm.hf import export
 
     out, words = tmp_path / "out", ["export", str(run), "--out", str(tmp_path / "out")]
     if exists:
@@ -225,5 +225,5 @@ def test_a_sweep_that_is_stopped_outside_its_runs(monkeypatch, tmp_path: Path, c
         monkeypatch.setattr(sweep, "train_all", lambda *args: SimpleNamespace(failed=[], stopped=None))
     signalled(monkeypatch, sweep, phase, signal.SIGUSR1)
     assert main(["sweep", str(file), "--jobs", "1"]) == 128 + signal.SIGUSR1
-    line = f"stopped by SIGUSR1; what is finished is kept; go on: sgtm sweep {file} --jobs 1\n"
+    line = f"stopped by SIGUSR1; finished work is kept; continue: sgtm sweep {file} --jobs 1\n"
     assert capfd.readouterr().err == line

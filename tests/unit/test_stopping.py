@@ -15,8 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sgtm.cli import main
-from sgtm.stopping import SIGNALS, Stopped, stoppable
+from sgtm.commands.main import main
+from sgtm.process.signals import SIGNALS, Stopped, stoppable
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +44,8 @@ def raises(number: int):
 @pytest.mark.parametrize("command", ["eval", "export", "report"])
 def test_a_command_that_is_stopped_prints_how_to_run_it_again(monkeypatch, capfd, run: Path, command: str, number):
     later: list = []
-    stub(monkeypatch, "sgtm.evaluate.run", evaluate_run=raises(number), write_summary=lambda *args: later.append(args))
-    stub(monkeypatch, "sgtm.model.export", export_run=raises(number))
+    stub(monkeypatch, "sgtm.run.evaluate", evaluate_run=raises(number), write_summary=lambda *args: later.append(args))
+    stub(monkeypatch, "sgtm.hf.export", export_run=raises(number))
     monkeypatch.setattr("sgtm.report.write_report", raises(number))
     words = [command, str(run), *(["--remove", "es", "--out", "a b"] if command == "export" else [])]
     assert main(words) == 128 + number and not later
@@ -57,8 +57,8 @@ def test_a_quickstart_that_is_stopped_in_training_goes_no_further(monkeypatch, t
     def stopped(*args, **options):
         raise Stopped(signal.SIGTERM)
 
-    stub(monkeypatch, "sgtm.train.loop", train=stopped)
-    stub(monkeypatch, "sgtm.evaluate.run", evaluate_run=lambda run: pytest.fail("evaluated"), write_summary=None)
+    stub(monkeypatch, "sgtm.training.loop", train=stopped)
+    stub(monkeypatch, "sgtm.run.evaluate", evaluate_run=lambda run: pytest.fail("evaluated"), write_summary=None)
     assert main(["quickstart", "--runs", str(tmp_path)]) == 128 + signal.SIGTERM
     assert main(["train", "debug", "--runs", str(tmp_path)]) == 128 + signal.SIGTERM
     assert "stopped" not in capfd.readouterr().err, "the training itself prints it"
@@ -67,16 +67,16 @@ def test_a_quickstart_that_is_stopped_in_training_goes_no_further(monkeypatch, t
 
 
 def test_a_quickstart_that_is_stopped_after_training_prints_what_is_left(monkeypatch, tmp_path: Path, capfd):
-    stub(monkeypatch, "sgtm.train.loop", train=lambda config, **options: Path(config.runs) / config.name)
-    stub(monkeypatch, "sgtm.evaluate.run", evaluate_run=raises(signal.SIGTERM), write_summary=None)
+    stub(monkeypatch, "sgtm.training.loop", train=lambda config, **options: Path(config.runs) / config.name)
+    stub(monkeypatch, "sgtm.run.evaluate", evaluate_run=raises(signal.SIGTERM), write_summary=None)
     assert main(["quickstart", "--runs", str(tmp_path)]) == 128 + signal.SIGTERM
     run = tmp_path / "quickstart"
-    expected = f"stopped by SIGTERM; {run} is trained; go on: sgtm eval {run}; sgtm report {run}\n"
+    expected = f"stopped by SIGTERM; {run} is trained; continue: sgtm eval {run}; sgtm report {run}\n"
     assert capfd.readouterr().err == expected
 
 
 def test_a_training_that_is_stopped_before_its_first_step(monkeypatch, tmp_path: Path, capfd):
-    stub(monkeypatch, "sgtm.train.loop", train=raises(signal.SIGTERM))
+    stub(monkeypatch, "sgtm.training.loop", train=raises(signal.SIGTERM))
     assert main(["train", "debug", "--runs", str(tmp_path), "--overwrite"]) == 128 + signal.SIGTERM
     again = f"again: sgtm train debug --overwrite --runs {tmp_path}"
     assert capfd.readouterr().err == f"stopped by SIGTERM; {again}\n"
@@ -109,8 +109,8 @@ NOT_OVER = {
 
 def in_block(code: str) -> tuple[int, str]:
     """Exit status and stderr of code in a block whose grace is short."""
-    before = "import hashlib, os, signal, threading, time\nfrom sgtm import stopping\nstopping.GRACE = 0.2\n"
-    script = f"{before}with stopping.stoppable('again: it'):{code}"
+    before = "import hashlib, os, signal, threading, time\nfrom sgtm.process import signals\nsignals.GRACE = 0.2\n"
+    script = f"{before}with signals.stoppable('again: it'):{code}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
     return done.returncode, done.stderr
 

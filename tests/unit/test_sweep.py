@@ -21,18 +21,18 @@ from pathlib import Path
 import pytest
 from corpora import LABELS, Records, build, mixed_records, record
 
-from sgtm.cli import main
+from sgtm.commands.main import main
 from sgtm.config.load import save_config
 from sgtm.data.prepare import prepare
 from sgtm.data.rules import Rules
 from sgtm.data.store import Corpus
+from sgtm.run.checkpoint import write_manifest
 from sgtm.sweep import progress, room
 from sgtm.sweep.file import read_sweep
 from sgtm.sweep.run import run_sweep
 from sgtm.sweep.schedule import _fits
 from sgtm.sweep.state import FINISHED, state_of, steps_done
 from sgtm.sweep.table import four_losses, read_rows
-from sgtm.train.checkpoint import write_manifest
 
 BASE = """
 extends: debug
@@ -67,7 +67,7 @@ def sweep_file(tmp_path, corpora):
     def write(text: str) -> Path:
         (tmp_path / "base.yaml").write_text(BASE.replace("DATA", str(corpora / "data")))
         file = tmp_path / "mine.yaml"
-        file.write_text(f"base: ./base.yaml\nruns: {tmp_path / 'runs'}\n{text.replace('CORPORA', str(corpora))}\n")
+        file.write_text(f"base: ./base.yaml\nruns: {tmp_path / 'torch'}\n{text.replace('CORPORA', str(corpora))}\n")
         return file
 
     return write

@@ -60,7 +60,7 @@ def test_runs_are_the_reference_in_fp64(strategy, mixing, family):
     tables, batches = STRATEGIES[strategy](), random_step(mixing, seed=2)
     theirs = gradients(model_of(family, "reference").double(), batches, tables)
     with poisoned_memory():
-        ours = gradients(model_of(family, "runs").double(), batches, tables)
+        ours = gradients(model_of(family, "torch").double(), batches, tables)
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -72,7 +72,7 @@ def test_runs_are_as_accurate_as_torch(family, dtype):
     tables, batches = STRATEGIES["sgtm"](), random_step("sequence", seed=3)
     exact = gradients(model_of(family, "reference").double(), batches, tables)
     theirs, ours = (
-        gradients(model_of(family, backend).to(dtype), batches, tables) for backend in ("reference", "runs")
+        gradients(model_of(family, backend).to(dtype), batches, tables) for backend in ("reference", "torch")
     )
     for name in exact:
         assert_accurate(ours[name], theirs[name], exact[name], name, factor=4)
@@ -191,7 +191,7 @@ def test_initial_weights(family):
             assert bool((parameter == float(name.endswith("norm.weight"))).all()), name
 
 
-@pytest.mark.parametrize("backend", ["runs", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 @by_family
 def test_an_isolated_document_is_computed_as_if_it_were_alone(family, backend):
     """Wherever it lies in its sequence: learned positions restart, rotary ones are relative."""

@@ -22,6 +22,7 @@ from families import (
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 
+pytestmark = pytest.mark.slow
 by_family = pytest.mark.parametrize("family", FAMILIES)
 
 

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 from tiny import tiny_config
 
-from sgtm.train.metrics import MetricsLog
-from sgtm.train.wandb_id import claim
+from sgtm.run.metrics import MetricsLog
+from sgtm.run.wandb_id import claim
 
 STEP = {"seconds": 1.0, "loss": 2.0, "tokens_per_second": 3.0}
 

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sgtm_kernels.launch import Launch
+from sgtm_kernels.triton_common.launch import Launch
 
 BLOCK = 1024  # elements
 BORDER = tl.constexpr(4)  # elements of fp32 between 16-byte borders

@@ -63,14 +63,14 @@ class Update(NamedTuple):
 Step = Callable[[Sequence[Tensors], Sequence[int], float, float], None]
 
 
-def prepare(slices: Sequence[Slice], betas: tuple[float, float], eps: float, backend: str = "runs") -> Step:
+def prepare(slices: Sequence[Slice], betas: tuple[float, float], eps: float, backend: str = "torch") -> Step:
     """A function `(tensors, counts, lr, factor)` that updates these slices, in place, with `grad * factor`.
 
     slices   those of one tensor in order, without overlap
     tensors  at any addresses; a step may come with others than the last
     counts   number of this update by counter, from 1 (bias correction)
     factor   an fp32 number, 1.0 where gradients are not clipped. The product is rounded to fp32 before it is used, as
-             if the gradient had been multiplied in place; `runs` does multiply the slices of the gradient in place.
+             if the gradient had been multiplied in place; `torch` does multiply the slices of the gradient in place.
     """
     return pick("adamw", backend).prepare(slices, betas, eps)
 
@@ -81,7 +81,7 @@ def adamw(
     lr: float,
     betas: tuple[float, float],
     eps: float,
-    backend: str = "runs",
+    backend: str = "torch",
     factor: float = 1.0,
 ) -> None:
     """AdamW with decoupled weight decay (Loshchilov and Hutter, 2019, algorithm 2 with the schedule inside `lr`).

@@ -24,9 +24,9 @@ from sgtm_kernels.attention.flash import (
 )
 from sgtm_kernels.attention.op import HeadLayout
 from sgtm_kernels.autograd import captured, eager, existing, register
-from sgtm_kernels.launch import Launch
 from sgtm_kernels.plan import MaskPlan, plan_of
-from sgtm_kernels.tuning import DTYPES, Tunable, bucket
+from sgtm_kernels.triton_common.launch import Launch
+from sgtm_kernels.triton_common.tuning import DTYPES, Tunable, bucket
 
 ROTATED = 64  # tokens of a tile that is turned
 # Triton before 3.7 copies a query's numbers once for every thread that needs them (128 copies of 32 bits instead of 8

@@ -47,7 +47,7 @@ def attention(
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     overwrite: bool = False,
     below: bool = True,
-    backend: str = "runs",
+    backend: str = "torch",
 ) -> torch.Tensor:
     """qkv [B, S, columns of `layout`] -> [B, S, sum(heads) * head_dim], group-major.
 

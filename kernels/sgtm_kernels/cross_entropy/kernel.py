@@ -19,11 +19,11 @@ import triton.language as tl
 from torch.library import custom_op
 
 from sgtm_kernels.autograd import captured, eager, existing, register
+from sgtm_kernels.cross_entropy.pytorch import IGNORE, ChunkOps, in_chunks
 from sgtm_kernels.cross_entropy.reference import label_sums
-from sgtm_kernels.cross_entropy.runs import IGNORE, ChunkOps, in_chunks
-from sgtm_kernels.launch import Launch
 from sgtm_kernels.plan import MaskPlan, plan_of
-from sgtm_kernels.tuning import DTYPES, Tunable, bucket
+from sgtm_kernels.triton_common.launch import Launch
+from sgtm_kernels.triton_common.tuning import DTYPES, Tunable, bucket
 
 # A chunk's logits: 10,682 tokens of 50,257 in bf16. Every further chunk reads and writes the head's gradient in fp32.
 CHUNK_BYTES = 2**30

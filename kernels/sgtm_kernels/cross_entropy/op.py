@@ -19,7 +19,7 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     plan: MaskPlan,
     scale: float,
-    backend: str = "runs",
+    backend: str = "torch",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of logits x [B, S, D] @ weight [V, D]^T + bias [V] against targets int64 [B, S] (-100: none).
 

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch.library import custom_op
 
 from sgtm_kernels.autograd import captured, eager, register
-from sgtm_kernels.launch import Launch
 from sgtm_kernels.plan import MaskPlan, plan_of
+from sgtm_kernels.triton_common.launch import Launch
 
 SEGMENT = 32  # sorted tokens
 PARTIAL_COLUMNS = 128  # of a tile of `embedding_partials`, SEGMENT tokens high

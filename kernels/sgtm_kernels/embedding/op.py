@@ -13,7 +13,7 @@ from sgtm_kernels.plan import MaskPlan, known
 
 
 def embedding(
-    ids: torch.Tensor, weight: torch.Tensor, plan: MaskPlan, kind: str, backend: str = "runs"
+    ids: torch.Tensor, weight: torch.Tensor, plan: MaskPlan, kind: str, backend: str = "torch"
 ) -> torch.Tensor:
     """weight [V, D] looked up at ids int64 [B, S] -> [B, S, D]. `kind` of the table: `embedding` or `position`."""
     known("kind of table", kind, ("embedding", "position"))

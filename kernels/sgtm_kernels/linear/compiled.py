@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from sgtm_kernels.graph import define
-from sgtm_kernels.linear.runs import token_sum, weight_gradient
+from sgtm_kernels.linear.pytorch import token_sum, weight_gradient
 from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.signature import masked
 

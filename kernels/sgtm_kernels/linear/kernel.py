@@ -1,7 +1,7 @@
 """Masked linear layers on cuBLAS, with Triton where a mask or a masked sum would cost a pass of its own.
 
-Forward, dX, and dW where nothing is masked or the tokens form few slices, are the matmuls of runs.py. The bias sums of
-a layer are one launch over all row ranges, which does not read what is masked, and a small one that adds the partial
+Forward, dX, and dW where nothing is masked or the tokens form few slices, are the matmuls of pytorch.py. The bias sums
+of a layer are one launch over all row ranges, which does not read what is masked, and a small one that adds the partial
 sums. For labels that change from token to token there are two candidates for dW, chosen by SGTM_LINEAR, else by what
 has been tuned:
 
@@ -22,12 +22,12 @@ from torch.library import custom_op
 
 from sgtm_kernels.autograd import captured, eager, existing, register
 from sgtm_kernels.dispatch import way
-from sgtm_kernels.launch import Launch
 from sgtm_kernels.linear import rectangles, scaling
-from sgtm_kernels.linear.runs import JOINT, weight_gradient
+from sgtm_kernels.linear.pytorch import JOINT, weight_gradient
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan, RowWork, plan_of
-from sgtm_kernels.strips import total_of
-from sgtm_kernels.tuning import DTYPES, Tunable
+from sgtm_kernels.triton_common.launch import Launch
+from sgtm_kernels.triton_common.strips import total_of
+from sgtm_kernels.triton_common.tuning import DTYPES, Tunable
 
 
 class Way(NamedTuple):

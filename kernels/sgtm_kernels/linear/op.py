@@ -22,7 +22,7 @@ def linear_in(
     plan: MaskPlan,
     part: str,
     bounds: tuple[int, ...],
-    backend: str = "runs",
+    backend: str = "torch",
     *,
     overwrite: bool = False,
 ) -> torch.Tensor:
@@ -48,7 +48,7 @@ def linear_out(
     plan: MaskPlan,
     part: str,
     bounds: tuple[int, ...],
-    backend: str = "runs",
+    backend: str = "torch",
 ) -> torch.Tensor:
     """x [B, S, rows] @ weight [rows, out] + bias [out] -> [B, S, out].
 

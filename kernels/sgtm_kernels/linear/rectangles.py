@@ -21,9 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from sgtm_kernels.launch import Launch
 from sgtm_kernels.plan import MaskPlan, RowWork
-from sgtm_kernels.tuning import DTYPES, Tunable
+from sgtm_kernels.triton_common.launch import Launch
+from sgtm_kernels.triton_common.tuning import DTYPES, Tunable
 
 
 class Tile(NamedTuple):

@@ -15,11 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
-from sgtm_kernels import strips
-from sgtm_kernels.launch import Launch
-from sgtm_kernels.strips import partial_sums, total_of
-from sgtm_kernels.tiles import any_factor_but, factor_of, place
-from sgtm_kernels.tuning import DTYPES, Tunable
+from sgtm_kernels.triton_common import strips
+from sgtm_kernels.triton_common.launch import Launch
+from sgtm_kernels.triton_common.strips import partial_sums, total_of
+from sgtm_kernels.triton_common.tiles import any_factor_but, factor_of, place
+from sgtm_kernels.triton_common.tuning import DTYPES, Tunable
 
 
 class Tile(NamedTuple):

@@ -17,12 +17,12 @@ import triton.language as tl
 from torch.library import custom_op
 
 from sgtm_kernels.autograd import captured, eager, existing, register
-from sgtm_kernels.launch import Launch
 from sgtm_kernels.linear.kernel import in_backward, linear_in
 from sgtm_kernels.plan import MaskPlan, plan_of
-from sgtm_kernels.strips import partial_sums, total_of
-from sgtm_kernels.tiles import factor_of, place
-from sgtm_kernels.tuning import DTYPES, Tunable
+from sgtm_kernels.triton_common.launch import Launch
+from sgtm_kernels.triton_common.strips import partial_sums, total_of
+from sgtm_kernels.triton_common.tiles import factor_of, place
+from sgtm_kernels.triton_common.tuning import DTYPES, Tunable
 
 
 class Tile(NamedTuple):

@@ -13,14 +13,14 @@ from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.signature import backend_of
 
 
-def gelu(x: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...], backend: str = "runs") -> torch.Tensor:
+def gelu(x: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...], backend: str = "torch") -> torch.Tensor:
     """tanh-GELU (Hendrycks and Gimpel, 2016), x [B, S, F] -> [B, S, F]; `bounds`: group boundaries in the neurons."""
     plan.check(x)
     plan.check_bounds(bounds, x.shape[-1])
     return pick("mlp", backend_of(backend, plan, *_masks(bounds, "outputs"))).gelu(x, plan, bounds)
 
 
-def swiglu(x: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...], backend: str = "runs") -> torch.Tensor:
+def swiglu(x: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...], backend: str = "torch") -> torch.Tensor:
     """SwiGLU (Shazeer, 2020): silu(gate) * up, x [B, S, 2F] -> [B, S, F].
 
     The 2F columns hold, for each group, its gates and then its ups; `bounds`: group boundaries in the F neurons.
@@ -36,7 +36,7 @@ def linear_gelu(
     bias: torch.Tensor,
     plan: MaskPlan,
     bounds: tuple[int, ...],
-    backend: str = "runs",
+    backend: str = "torch",
 ) -> torch.Tensor:
     """`gelu` of `linear_in(x, weight, bias)`, part `mlp_in`: x [B, S, in], weight [F, in], bias [F] -> [B, S, F].
 

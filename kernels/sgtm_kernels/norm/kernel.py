@@ -21,8 +21,8 @@ import triton.language as tl
 from torch.library import custom_op
 
 from sgtm_kernels.autograd import captured, eager, existing, register
-from sgtm_kernels.launch import Launch
 from sgtm_kernels.plan import MaskPlan, plan_of
+from sgtm_kernels.triton_common.launch import Launch
 
 TILE = 2048  # elements of a tile of tokens x columns; a wider row is a tile of its own
 STRIPS = 512  # at most; more occupy more of the device and write more partial sums

@@ -23,7 +23,7 @@ def layer_norm(
     eps: float,
     plan: MaskPlan,
     kind: str | None,
-    backend: str = "runs",
+    backend: str = "torch",
 ) -> torch.Tensor:
     """LayerNorm (Ba et al., 2016) of x [B, S, D], weight and bias [D]. `kind`: `norm`, `final_norm`; None: no mask."""
     _check(x, weight, bias, plan, kind)
@@ -31,7 +31,7 @@ def layer_norm(
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, plan: MaskPlan, kind: str | None, backend: str = "runs"
+    x: torch.Tensor, weight: torch.Tensor, eps: float, plan: MaskPlan, kind: str | None, backend: str = "torch"
 ) -> torch.Tensor:
     """RMSNorm (Zhang and Sennrich, 2019) of x [B, S, D] with weight [D], computed in at least fp32."""
     _check(x, weight, None, plan, kind)
@@ -46,7 +46,7 @@ def add_layer_norm(
     eps: float,
     plan: MaskPlan,
     kind: str | None,
-    backend: str = "runs",
+    backend: str = "torch",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + residual, both [B, S, D] of one dtype, rounded to it, and `layer_norm` of the sum."""
     _check(x, weight, bias, plan, kind, residual)
@@ -60,7 +60,7 @@ def add_rms_norm(
     eps: float,
     plan: MaskPlan,
     kind: str | None,
-    backend: str = "runs",
+    backend: str = "torch",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + residual, both [B, S, D] of one dtype, rounded to it, and `rms_norm` of the sum."""
     _check(x, weight, None, plan, kind, residual)

@@ -1,0 +1,200 @@
+"""Compile every Triton kernel ahead of time, without a GPU, and look at what came out.
+
+    python -m sgtm_kernels.tools.aot [--op linear,mlp] [--arch 80,90,100] [--jobs 2]
+
+Every kernel, with every block size and combination of flags that its op can launch (tests/kernels/test_launches.py), at
+some widths, for sm_80, sm_90 and sm_100: it must compile, fit into the shared memory of the architecture, spill no
+register (stack of 0; an exception is listed with its reason beside the kernel), have tensor-core instructions where it
+is meant to, of the shape that it is meant to have, read and write global memory in words as wide as its rows allow, and
+leave registers and shared memory for as many programs as should run at once. What is meant stands in each `Launch`.
+Every kernel is compiled once for an architecture and its machine code (SASS) read once. Prints a table and exits 1
+where something does not hold.
+Source of the limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+from sgtm_kernels.dispatch import OPS, module_name
+from sgtm_kernels.triton_common.launch import Launch
+
+SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a thread block
+SHARED_OF_ALL, RESERVED = {80: 167_936, 90: 233_472, 100: 233_472}, 1024  # of a multiprocessor; beside each block's own
+REGISTERS, REGISTER_UNIT, WARPS = 65_536, 256, 64  # of a multiprocessor; a warp's registers are a multiple of the unit
+TENSOR_CORES = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b")
+HGMMA = re.compile(r"\bHGMMA\.\d+x(\d+)x")
+# Loads and stores of global memory with their modifiers; copies to shared memory among them. No modifier: 32 bits.
+ACCESS = re.compile(r"\b(?:LDG|STG|LDGSTS)\b([.\w]*)")
+WIDTH = re.compile(r"\.(?:[US](8|16)|(64|128|256))\b")
+BULK = re.compile(r"\b(?:UTMALDG|UBLKCP)\b")  # tiles fetched by the copy engine: as wide as can be
+
+
+@dataclass
+class Outcome:
+    """What the compiler made of one launch on one architecture; `problems` is empty where all is well."""
+
+    name: str
+    arch: int
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    tensor_cores: bool = False
+    columns: list[int] = field(default_factory=list)  # of its HGMMA instructions
+    widths: dict[int, int] = field(default_factory=dict)  # bits of an access to global memory: number of instructions
+    problems: list[str] = field(default_factory=list)
+
+
+def all_launches(ops: tuple[str, ...] = OPS) -> list[tuple[str, int, Launch]]:
+    """(op, index, launch) of every op that has kernels."""
+    return [(op, i, launch) for op in ops for i, launch in enumerate(_of(op))]
+
+
+def _of(op: str) -> list[Launch]:
+    module = import_module(module_name(op, "triton"))
+    return module.launches() if hasattr(module, "launches") else []
+
+
+def examine(launch: Launch, arch: int) -> Outcome:
+    """Compile one launch for one architecture and check it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    outcome = Outcome(launch.name, arch)
+    names = launch.kernel.arg_names
+    aligned = [n for n, kind in launch.signature.items() if n not in launch.unaligned and kind[0] in "*iu"]
+    source = ASTSource(
+        launch.kernel,
+        {n: launch.signature.get(n, "constexpr") for n in names},
+        {(names.index(n),): value for n, value in launch.constants.items()},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options["enable_fp_fusion"] = launch.fp_fusion
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    except Exception as error:  # whatever the compiler raises is the finding
+        outcome.problems.append(f"does not compile: {type(error).__name__}: {str(error)[:500]}")
+        return outcome
+    outcome.shared = compiled.metadata.shared
+    code = disassemble(compiled.asm["cubin"])
+    outcome.registers, outcome.stack = (int(re.search(rf"{key}:(\d+)", code).group(1)) for key in ("REG", "STACK"))
+    outcome.tensor_cores = TENSOR_CORES.search(code) is not None
+    outcome.columns = sorted({int(columns) for columns in HGMMA.findall(code)})
+    outcome.widths = access_widths(code)
+    outcome.problems += _problems(outcome, launch)
+    return outcome
+
+
+def access_widths(code: str) -> dict[int, int]:
+    """How many instructions of this SASS access global memory in words of so many bits."""
+    found = Counter()
+    for modifiers in ACCESS.findall(code):
+        width = WIDTH.search(modifiers)
+        found[int(width.group(1) or width.group(2)) if width else 32] += 1
+    if bulk := len(BULK.findall(code)):
+        found[128] += bulk
+    return dict(sorted(found.items()))
+
+
+def _problems(o: Outcome, launch: Launch) -> Iterator[str]:
+    if o.shared > SHARED_BYTES[o.arch]:
+        yield f"{o.shared} bytes of shared memory, {SHARED_BYTES[o.arch]} there are"
+    if o.stack and (launch.spill is None or o.arch not in launch.spill_on):
+        yield f"spills: {o.stack} bytes of stack"
+    if launch.tensor_cores and not o.tensor_cores:
+        yield "no tensor-core instruction"
+    if o.arch == 90 and launch.columns is not None and tuple(o.columns) != launch.columns:
+        yield f"HGMMA of {o.columns} columns, {list(launch.columns)} wanted"
+    if max(o.widths) < launch.width:
+        yield f"widest access of {max(o.widths)} bits, {launch.width} wanted"
+    wide = sum(n * (width // launch.width) for width, n in o.widths.items())
+    if wide < launch.wide:
+        yield f"{wide} accesses of {launch.width} bits, {launch.wide} wanted"
+    narrow = sum(n for width, n in o.widths.items() if width < 32)
+    if narrow > launch.narrow:
+        yield f"{narrow} narrow accesses of 8 or 16 bits, {launch.narrow} allowed"
+    narrower = sum(n for width, n in o.widths.items() if width < launch.width)
+    if launch.narrower is not None and narrower > launch.narrower:
+        yield f"{narrower} accesses narrower than {launch.width} bits, {launch.narrower} allowed"
+    of_warp = -(-32 * o.registers // REGISTER_UNIT) * REGISTER_UNIT
+    warps = min(WARPS, REGISTERS // of_warp)
+    room = min(warps // launch.num_warps, SHARED_OF_ALL[o.arch] // (o.shared + RESERVED))
+    if o.arch == 90 and room < launch.programs:
+        yield f"registers and shared memory for {room} programs at once, {launch.programs} wanted"
+
+
+def disassemble(cubin: bytes) -> str:
+    """Resource usage and SASS of a cubin, by the cuobjdump and nvdisasm that come with Triton."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        environ = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+        command = [tools / "cuobjdump", "-res-usage", "-sass", path]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environ).stdout
+
+
+def _examine(job: tuple[str, int, int]) -> Outcome:
+    op, index, arch = job
+    return examine(_of(op)[index], arch)
+
+
+def _of_known(known: Collection) -> Callable[[str], list]:
+    """Values with commas between them, each as one of `known` is written."""
+    by_name = {str(value): value for value in known}
+
+    def parse(text: str) -> list:
+        if unknown := [name for name in text.split(",") if name not in by_name]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(by_name)}")
+        return [by_name[name] for name in text.split(",")]
+
+    return parse
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ops, arches = ",".join(OPS), ",".join(map(str, SHARED_BYTES))
+    parser.add_argument("--op", type=_of_known(OPS), default=ops, help=f"ops, of {ops} (default: all)")
+    parser.add_argument(
+        "--arch", type=_of_known(SHARED_BYTES), default=arches, help=f"architectures, of {arches} (default: all)"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time (default: one a core)")
+    args = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
+    found = all_launches(tuple(args.op))
+    jobs = [(op, i, arch) for op, i, launch in found for arch in args.arch if arch in launch.arches]
+    failed = 0
+    write = partial(print, flush=True)
+    write(f"{'arch':>5} {'regs':>4} {'stack':>5} {'shared':>7} {'tensor cores':12} {'accesses':28} kernel")
+    with ProcessPoolExecutor(args.jobs) as pool:
+        for o in pool.map(_examine, jobs):
+            shapes = ",".join(f"n{columns}" for columns in o.columns)
+            cores = shapes or ("yes" if o.tensor_cores else "-")
+            widths = " ".join(f"{n}x{width}" for width, n in o.widths.items())
+            write(f"{o.arch:5} {o.registers:4} {o.stack:5} {o.shared:7} {cores:12} {widths:28} {o.name}")
+            for problem in o.problems:
+                write(f"      PROBLEM: {problem}")
+            failed += bool(o.problems)
+    write(f"{len(jobs)} compiled, {failed} with problems")
+    return int(failed > 0 or not jobs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""How commands and their options are declared."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --masking.strategy none"
+SOURCE = "PRESET|FILE.yaml"
+MEANING = "preset (see sgtm config) or file"
+DATA = "data of the run, where they are not in their old place (default: data.path of the run)"
+
+
+class Subcommands:
+    """The subcommands of a parser. Names of those that take a config, and its keys as options, are in `configured`."""
+
+    def __init__(self, parser: argparse.ArgumentParser):
+        self._commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+        self.configured: set[str] = set()
+
+    def add(self, name: str, run: Callable, about: str, **options) -> argparse.ArgumentParser:
+        """A command; `run` takes the parsed options and returns the exit status, or None for 0."""
+        parser = self._commands.add_parser(name, help=about, description=about, allow_abbrev=False, **options)
+        parser.set_defaults(run=run, error=parser.error)
+        return parser
+
+    def add_configured(
+        self,
+        name: str,
+        run: Callable,
+        about: str,
+        source: str = SOURCE,
+        meaning: str = MEANING,
+        nargs: str | None = None,
+    ) -> argparse.ArgumentParser:
+        """A command on a config: `options.config` is its source, `options.overrides` the keys on the command line."""
+        parser = self.add(name, run, about, epilog=OVERRIDES)
+        parser.add_argument("config", nargs=nargs, metavar=source, help=meaning)
+        self.configured.add(name)
+        return parser
+
+
+def _above_zero(kind: type, name: str, most: float = float("inf")) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value <= most or value == float("inf"):
+            limit = "" if most == float("inf") else f" and at most {most:g}"
+            raise argparse.ArgumentTypeError(f"expected a {name} above 0{limit}, got {text!r}")
+        return value
+
+    return number
+
+
+COUNT, AMOUNT, SHARE = _above_zero(int, "whole number"), _above_zero(float, "number"), _above_zero(float, "share", 1.0)

@@ -1,0 +1,264 @@
+"""`sgtm explain`: what a config does, as tables to read before a run is paid for.
+
+The counts come from the model itself, built on the meta device: rows and their keys from `parameter_rows()`, what a
+label may update from `live_keys`, the same two that the optimizer freezes by. `tests/unit/test_explain.py` counts a
+small model by hand.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sgtm.config.schema import Config
+from sgtm.data.loader import check_corpus
+from sgtm.data.open import open_corpus
+from sgtm.data.summary import trained_categories
+from sgtm.masking.certificate import obstacle
+from sgtm.masking.channel import LabelChannel
+from sgtm.masking.channel_rows import row_lines
+from sgtm.masking.labels import OPEN
+from sgtm.masking.partition import ENDS
+from sgtm.model.rows import ALWAYS, live_keys
+from sgtm.model.transformer import Transformer
+from sgtm.training.initial_model import export_record
+from sgtm_kernels.tables import PARTS
+
+LEGEND = "attn_in: Wq Wk Wv; attn_out: Wo; mlp_in: W1, or gate and up; mlp_out: W2, or down; in-side biases with them"
+NOTHING = "-"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Parameters by row key, and which of them each label may update.
+
+    counts   number of parameters of each key, in the order of the model
+    updates  by label, the keys that a token of it may update
+    """
+
+    config: Config
+    counts: dict[str, int]
+    updates: dict[str, frozenset[str]]
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def updated(self, label: str) -> int:
+        """Number of parameters that tokens of this label may update."""
+        return sum(count for key, count in self.counts.items() if key in self.updates[label])
+
+    def owned(self, group: str) -> int:
+        """Number of parameters that belong to the group: what removing it takes out of the model."""
+        return sum(count for key, count in self.counts.items() if key.partition(".")[2] == group)
+
+
+def explain(config: Config) -> Explanation:
+    """Count the model of `config` without allocating it."""
+    with torch.device("meta"):
+        model = Transformer(config.model, config.partition, "reference")
+    counts: Counter[str] = Counter()
+    rows = model.parameter_rows()
+    for name, parameter in model.named_parameters():
+        for start, end, key in rows[name].segments(parameter.numel() // parameter.shape[0]):
+            counts[key] += end - start
+    order = sorted(counts, key=lambda key: _place(key, config.partition.groups))
+    updates = {label: live_keys(config.tables, [i]) for i, label in enumerate(config.space.labels)}
+    return Explanation(config, {key: counts[key] for key in order}, updates)
+
+
+def _place(key: str, groups: tuple[str, ...]) -> tuple:
+    """Groups in their order with their parts, then the joint parameters, then what has no groups."""
+    part, _, group = key.partition(".")
+    if group:
+        return (0, groups.index(group), (*PARTS, *ENDS).index(part))
+    return (2,) if key == ALWAYS else (1, key)
+
+
+def print_explanation(config: Config, console: Console | None = None) -> None:
+    """Model and arithmetic, partition, forward pass, updates and label channel, each as a table; what each row of the
+    channel buys and costs, and a line on the data. Raises ValueError after all this for data that do not fit."""
+    console = console or Console()
+    found = explain(config)
+    for table in (_model_table(found), _partition_table(found), _forward_table(config), _updates_table(found)):
+        console.print(table)
+    for start, channel in config.channels:
+        shown = config.data.channel or start
+        if shown:
+            console.print(_channel_table(config, start, channel))
+        for line in row_lines(config, channel) if shown or config.masking.strategy != "none" else ():
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+    for line in certificate_lines(config):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(data_line(config), highlight=False, soft_wrap=True, markup=False)
+
+
+def certificate_lines(config: Config) -> list[str]:
+    """Of which domains the safe model is independent, and for each other one the first reason why not.
+
+    By the labels of the corpus, or where it cannot be read by those that the config names.
+    """
+    initial = export_record(config)
+    try:
+        corpus = open_corpus(config, "sizes", write=False)
+        known = trained_categories(corpus), bool(len(corpus.spans)), initial
+        reasons = {domain: obstacle(config, domain, *known) for domain in config.space.domains}
+    except (ValueError, OSError):
+        reasons = {domain: obstacle(config, domain, initial=initial) for domain in config.space.domains}
+    independent = [domain for domain, reason in reasons.items() if reason is None]
+    lines = [f"safe model independent of: {', '.join(independent)}"] if independent else []
+    return lines + [f"safe model depends on {domain}: {reason}" for domain, reason in reasons.items() if reason]
+
+
+def data_line(config: Config) -> str:
+    """Whether the corpus is there, and how often the run goes through it; file sizes alone are checked.
+
+    Raises ValueError for one that does not fit the config, with which `sgtm train` would refuse it.
+    """
+    try:
+        corpus = open_corpus(config, "sizes", write=False)
+    except (ValueError, OSError) as error:
+        written = config.data.path == "synthetic"
+        return "data: synthetic, which `sgtm train` writes" if written else f"data: {error}"
+    try:
+        check_corpus(corpus, config)
+    except ValueError as error:
+        raise ValueError(f"data do not fit: {error}") from None
+    passes = dict(zip(config.space.labels, config.channels[0][1].matrix.sum(1), strict=True))
+    counts, labels = corpus.manifest.counts["train"], corpus.manifest.categories
+    there = round(sum(count.tokens * passes[labels[category]] for category, count in counts.items()))
+    taken = config.train.steps * config.train.tokens_per_step
+    return f"data: {corpus.path} has {there:,} tokens in split train; the run takes {taken:,}, {taken / there:.2f} x"
+
+
+def _model_table(found: Explanation) -> Table:
+    config, model, train = found.config, found.config.model, found.config.train
+    table = Table(title=f"{config.name}: model and step", show_header=False, title_justify="left")
+    kv = f", {model.kv_heads} KV heads" if model.kv_heads else ""
+    shape = f"{model.layers} layers x {model.hidden_size}, {model.heads} heads{kv}, {model.intermediate_size} neurons"
+    table.add_row("model", f"{model.family}, {shape}")
+    table.add_row("parameters", f"{found.total:,} ({_embedding_share(found):.0%} token embedding and head)")
+    sequences = config.sequences_per_step
+    table.add_row("step", f"{train.tokens_per_step:,} tokens = {sequences:,} sequences of {model.context:,}")
+    table.add_row("accumulation", _accumulation(config))
+    total = train.steps * train.tokens_per_step
+    table.add_row("training", f"{train.steps:,} steps = {total:,} tokens, {total / found.total:.1f} per parameter")
+    masking = config.masking
+    joint = config.joint if isinstance(config.joint, str) else ", ".join(config.joint)
+    table.add_row("recipe", config.recipe or NOTHING)
+    table.add_row("masking", f"strategy {masking.strategy}, joint {joint}, mixing {config.data.mixing}")
+    table.add_row("embedding", f"of a domain's own: {masking.domain_embedding}")
+    table.add_row("clipping", f"norm {config.optimizer.grad_clip:g}, {config.optimizer.grad_clip_scope}")
+    return table
+
+
+def _embedding_share(found: Explanation) -> float:
+    return (
+        sum(count for key, count in found.counts.items() if {"embedding", "head"} & set(key.split("+"))) / found.total
+    )
+
+
+def _accumulation(config: Config) -> str:
+    """Micro-batches per rank for the world sizes up to 64 that divide the step."""
+    fits, derived = [], config.train.micro_batch is None
+    for ranks in (1, 2, 4, 8, 16, 32, 64):
+        try:
+            size = f" of {config.for_ranks(ranks).train.micro_batch}" if derived else ""
+            fits.append(f"{config.accumulation(ranks)}{size} on {ranks}")
+        except ValueError:
+            continue
+    micro = "micro-batches" if derived else f"micro-batches of {config.train.micro_batch} sequences"
+    return f"{micro}: {', '.join(fits)} ranks" if fits else f"{micro} divide the step on no power of 2 of ranks"
+
+
+def _partition_table(found: Explanation) -> Table:
+    config = found.config
+    masked = [i for i in range(config.model.layers) if config.partition.masked(i)]
+    table = Table(title=f"groups, in {len(masked)} of {config.model.layers} layers", title_justify="left")
+    for column in ("group", "heads", "KV heads", "neurons", "parameters", "share"):
+        table.add_column(column, justify="left" if column == "group" else "right")
+    layer = config.partition.layers[masked[0]] if masked else None
+    for g, group in enumerate(config.partition.groups):
+        sizes = (layer.heads[g], layer.kv_heads[g], layer.neurons[g]) if layer else ("all", "all", "all")
+        owned = found.owned(group)
+        table.add_row(group, *map(str, sizes), f"{owned:,}", f"{owned / found.total:.1%}")
+    joint = found.total - sum(found.owned(group) for group in config.partition.groups)
+    table.add_row("joint, nobody's", "", "", "", f"{joint:,}", f"{joint / found.total:.1%}")
+    return table
+
+
+def _forward_table(config: Config) -> Table:
+    """`active` and `route`: which groups run for the tokens of a label, and whether gradients pass through them."""
+    table = Table(title="forward pass: does the group run, do gradients flow through it", title_justify="left")
+    table.add_column("group")
+    for label in config.space.labels:
+        table.add_column(label)
+    for g, group in enumerate(config.space.groups):
+        cells = []
+        for label in range(len(config.space.labels)):
+            active, route = config.tables.active[label][g], config.tables.route[label][g]
+            gradients = {0.0: ", gradients stop", 1.0: ""}.get(route, f", gradients x {route:g}")
+            runs = "runs" if active == 1 else f"runs x {active:g}"
+            cells.append(runs + gradients if active else "off")
+        table.add_row(group, *cells)
+    return table
+
+
+def _updates_table(found: Explanation) -> Table:
+    """Rows of the model by key; a cell is the weight of a token's contribution, or nothing."""
+    config, labels = found.config, found.config.space.labels
+    table = Table(
+        title="updates: which parameters a token of each label may change", title_justify="left", caption=LEGEND
+    )
+    table.add_column("parameters")
+    table.add_column("number", justify="right")
+    for label in labels:
+        table.add_column(label, justify="center")
+    previous = None
+    for key, count in found.counts.items():
+        part, _, group = key.partition(".")
+        if previous is not None and group != previous:
+            table.add_section()
+        previous = group
+        name = f"{group} {part}" if group else _joint_name(key)
+        table.add_row(name, f"{count:,}", *(_weight(config, key, label) for label in range(len(labels))))
+    table.add_section()
+    table.add_row("may update", "", *(f"{found.updated(label):,}" for label in labels))
+    table.add_row("share of the model", "", *(f"{found.updated(label) / found.total:.1%}" for label in labels))
+    return table
+
+
+def _joint_name(key: str) -> str:
+    return "layers without groups" if key == ALWAYS else f"joint {key}"
+
+
+def _weight(config: Config, key: str, label: int) -> str:
+    """`yes`, the weight where it is not 1, or nothing; both for a tied matrix that is updated at one end only."""
+    tables = config.tables
+    if key == ALWAYS:
+        return "yes"
+    part, _, group = key.partition(".")
+    if group:
+        weights = {tables.contribution(part, label, tables.groups.index(group))}
+    else:
+        weights = {tables.update_joint[kind][label] for kind in key.split("+")}
+    texts = [{0.0: NOTHING, 1.0: "yes"}.get(weight, f"x {weight:g}") for weight in sorted(weights)]
+    return " / ".join(texts)
+
+
+def _channel_table(config: Config, start: int, channel: LabelChannel) -> Table:
+    since = f" from step {start} on" if len(config.channels) > 1 else ""
+    title = f"label channel{since}: what documents of a true label are trained as"
+    table = Table(title=title, title_justify="left")
+    table.add_column("true label")
+    labels = config.space.labels
+    for label in labels:
+        table.add_column(label, justify="right")
+    for label, row in zip(labels, channel.matrix, strict=True):
+        if not label.startswith(OPEN):  # no corpus has it as a true label
+            table.add_row(label, *(f"{share:.0%}" if share else NOTHING for share in row))
+    return table

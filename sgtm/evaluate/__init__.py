@@ -1,1 +1,0 @@
-"""What a trained model knows, with and without its forget groups."""

@@ -1,0 +1,1 @@
+"""Losses by category and removed set, gradient norms, learning curves."""

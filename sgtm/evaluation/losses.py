@@ -1,0 +1,119 @@
+"""Loss of every category, for the full model and for every set of removed domains, and the norms of what layers add.
+
+An ablated loss is a forward pass with those groups inactive: no weight is edited, so it works on a sharded model in
+training as on a loaded one. Losses are nats per target token, a mean over all tokens of the category; in a document
+with labelled spans each token is of its own category, and is read after those of others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from sgtm.config.schema import Config
+from sgtm.data.batch import IGNORE
+from sgtm.data.loader import evaluation_batches
+from sgtm.data.store import Corpus
+from sgtm.evaluation.sample import DocumentLosses, standard_error
+from sgtm.masking.labels import FULL, removal_name
+from sgtm.masking.strategy import removal_tables
+from sgtm.model.output_norms import Norms, OutputNorms
+from sgtm_kernels.cross_entropy import kept_losses
+
+Losses = dict[str, dict[str, float]]
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation finds.
+
+    losses  by removed set (`removal_name`) and category, nats per target token
+    norms   by the same, those of sgtm/model/output_norms.py
+    sample  what the losses rest on, as JSON: `true_labels` of the categories; `measured`, by category, numbers of
+            `documents` and `tokens` (targets); `errors`, standard errors of the losses, by removed set and category;
+            `difference_errors`, those of the difference to the full model. A single document has no error
+    """
+
+    losses: Losses
+    norms: dict[str, Norms]
+    sample: dict[str, Any]
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Callable,
+    corpus: Corpus,
+    config: Config,
+    *,
+    split: str,
+    sequences: int | None,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    all_reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda t: t,
+    check: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Losses of every category for every removed set, and what they rest on.
+
+    forward    `Transformer.forward` or an engine around it
+    split      of the corpus; sequences: at most this many of each category, None: all
+    check      is called before every batch, on all ranks, and may raise to end the evaluation
+    Every rank takes its share of the sequences, with the same number of forward passes.
+
+    Raises ValueError where the split has no target at all.
+    """
+    subsets = config.space.subsets()
+    tables = [removal_tables(config.space, removed) for removed in subsets]
+    losses: Losses = {removal_name(removed): {} for removed in subsets}
+    norms: dict[str, Norms] = {name: {} for name in losses}
+    sample = {
+        "true_labels": dict(corpus.categories),
+        "measured": {},
+        "errors": {name: {} for name in losses},
+        "difference_errors": {name: {} for name in losses if name != FULL},
+    }
+    for category in corpus.categories:
+        sums, by_document = torch.zeros(len(losses) + 1, dtype=torch.float64, device=device), None
+        found = [OutputNorms(table) for table in tables]
+        for batch in evaluation_batches(
+            corpus, config, split, category, max_sequences=sequences, rank=rank, world_size=world_size
+        ):
+            check()
+            ids, targets = batch.input_ids.to(device), batch.targets.to(device)
+            sums[-1] += (targets != IGNORE).sum()
+            by_document = by_document or DocumentLosses(len(losses), batch.owners.count, device)
+            by_document.count(batch)
+            for i, table in enumerate(tables):
+                plan = batch.plan(table)
+                kept = kept_losses(plan, keep=True)
+                sums[i] += forward(ids, targets, plan, 1.0, found[i])[1].sum()
+                by_document.add(i, kept[0])  # of one label, so the head is called once
+        *totals, count = all_reduce_sum(sums).tolist()
+        if count:
+            for name, total, of_category in zip(losses, totals, found, strict=True):
+                losses[name][category] = total / count
+                norms[name][category] = of_category.take(all_reduce_sum)[corpus.categories[category]]
+            _add_errors(sample, category, all_reduce_sum(by_document.sums).cpu())
+    if not any(losses.values()):
+        raise ValueError(f"split {split} of {corpus.path} has no token that follows another: there is no loss")
+    return Evaluation(losses, norms, sample)
+
+
+def _add_errors(sample: dict[str, Any], category: str, by_document: torch.Tensor) -> None:
+    """by_document  float64 [conditions + 1, documents]: sums of losses, and last the numbers of targets"""
+    *sums, counts = by_document
+    sample["measured"][category] = {"documents": int((counts > 0).sum()), "tokens": int(counts.sum())}
+    of_full = sums[list(sample["errors"]).index(FULL)]
+    for name, mine in zip(sample["errors"], sums, strict=True):
+        pairs = [("errors", mine)] + [("difference_errors", mine - of_full)] * (name != FULL)
+        for key, values in pairs:
+            if (error := standard_error(values, counts)) is not None:
+                sample[key][name][category] = error
+
+
+def not_finite(losses: Losses) -> str:
+    """Which losses are NaN or infinite: `en, es (full); es (without es)`; empty where none is."""
+    bad = {name: [c for c, loss in by.items() if not math.isfinite(loss)] for name, by in losses.items()}
+    return "; ".join(f"{', '.join(categories)} ({name})" for name, categories in bad.items() if categories)

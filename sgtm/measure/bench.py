@@ -1,0 +1,154 @@
+"""`sgtm bench`: what masks cost in a training step of one configuration, on this machine.
+
+One model, one engine: in every round each row takes one full training step (forward, backward, AdamW) on random tokens,
+in turn, so that a row is compared with `none` in the same round while the machine's speed drifts. Peak memory is the
+growth of the process (or of the CUDA allocator) during a step, in turn as well.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from sgtm.config import Config
+from sgtm.distributed.process_group import init_distributed
+from sgtm.distributed.self_check import check_kernels
+from sgtm.measure.cases import NONE
+from sgtm.measure.engine import engine_steps, label_cases
+from sgtm.measure.peer import NAME, peers
+from sgtm.measure.rounds import Rounds, take_rounds
+from sgtm.measure.rows import as_parent, failure, row, table
+from sgtm.measure.targets import CPU, PEER
+from sgtm_kernels.dispatch import resolve
+from sgtm_kernels.measurement import write_rows
+from sgtm_kernels.tools.shapes import Shape
+
+ROUNDS = 15
+FEW = 5  # rounds; with fewer, percentiles mean little
+
+
+def bench(
+    config: Config, rounds: int = ROUNDS, to: Path | None = None, tune: bool = False, with_peers: bool = False
+) -> None:
+    """Measure, print a table, and write one JSON object per row to `to`. With several ranks, rank 0 prints and writes.
+
+    tune        before that, time the candidates of the Triton kernels at this config's shape and write this device's
+                table (`sgtm_kernels.tools.tune`)
+    with_peers  Hugging Face's model of this shape takes its steps in the same rounds, in processes of its own
+
+    Raises ValueError for a config that masks nothing, for fewer than 4 sequences a step and rank, where a step does not
+    fit into memory, for peers of several ranks, and for `tune` without a CUDA device, on several ranks, with another
+    backend than triton or where SGTM_TUNED names another table; OSError where `to`, or the table, cannot be written.
+    """
+    check(config)
+    if tune:
+        _tune(config)
+    if to is not None:
+        _check_writable(to)
+    launch = init_distributed(config)
+    config = config.for_ranks(launch.world_size)
+    if with_peers and launch.world_size > 1:
+        raise ValueError("--peers compares one process with one process: run it without a launcher")
+    cases = label_cases(config, launch.world_size)
+    if launch.rank == 0:
+        few = "; so few compare nothing: --rounds 15" if rounds < FEW else ""
+        print(f"{setting(config)}: measuring {len(cases)} rows in {_rounds(rounds)}{few}", flush=True)
+    for warning in check_kernels(config):
+        print(warning, file=sys.stderr)
+    others = peers(config) if with_peers else {}
+    took = take_rounds(engine_steps(config, cases) | others, rounds, may_fail=others)
+    found = [about | {"setting": setting(config)} for about in rows(config, took)]
+    for name, peer in others.items():
+        if name not in took.failed:
+            next(about for about in found if about["row"] == name)["attention"] = peer.attention()
+    if launch.rank == 0:
+        print(f"{setting(config)}: {_rounds(rounds)}; time and memory relative to {NONE}\n\n{table(found)}\n")
+        print("ratios compare steps of the same round; tokens/s are those of none over the ratio")
+        if to is not None:
+            write_rows(to, found)
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for a config in which there is no mask to measure."""
+    if not config.masking.domains:
+        raise ValueError("masking.domains is empty, so nothing is masked; name one: --masking.domains '[forget]'")
+    if config.masking.strategy == NONE:
+        raise ValueError("masking.strategy none masks nothing; name another: --masking.strategy sgtm")
+
+
+def rows(config: Config, took: Rounds) -> list[dict]:
+    """A result row for each step, relative to `none`. Of the peers, the fastest has a target."""
+    tokens = config.train.tokens_per_step
+    base = took.sample(NONE, tokens)
+    parent = as_parent(row(NONE, base, None), base)
+    targets = dict(CPU.get(config.name, {})) if not torch.cuda.is_available() else {}
+    foreign = {name: sum(one.wall for one in steps) for name, steps in took.took.items()
+               if name.startswith(NAME) and name not in took.failed}  # fmt: skip
+    if foreign and config.name in PEER:
+        targets[min(foreign, key=foreign.get)] = PEER[config.name]
+    found = []
+    for name in took.took:
+        if name in took.failed:
+            found.append(failure(name, took.failed[name]))
+        else:
+            found.append(row(name, took.sample(name, tokens), parent if name != NONE else None, targets.get(name)))
+    return found
+
+
+def _check_writable(to: Path) -> None:
+    """Raises ValueError or OSError before the measurement; leaves no empty file if that is interrupted."""
+    if to.is_dir():
+        raise ValueError(f"--json: {to} is a folder, but it takes a file")
+    to.parent.mkdir(parents=True, exist_ok=True)
+    there = to.exists()
+    to.open("a").close()
+    if not there:
+        to.unlink(missing_ok=True)  # another rank may have
+
+
+def _tune(config: Config) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--tune is for one process: run it without a launcher, once on each kind of device")
+    if not torch.cuda.is_available():
+        raise ValueError("--tune needs a CUDA device and there is none here; without a table the heuristics hold")
+    if (backend := resolve(config.kernels.backend)) != "triton":
+        raise ValueError(
+            f"--tune tunes the Triton kernels, but kernels.backend is {backend!r} here: --kernels.backend triton"
+        )
+    if named := os.environ.get("SGTM_TUNED"):
+        raise ValueError(f"--tune writes this device's table, but SGTM_TUNED={named!r} is what would be read; unset it")
+    from sgtm_kernels.tools.tune import tune
+
+    tune(shapes=[shape_of(config.for_ranks(1))])
+
+
+def shape_of(config: Config) -> Shape:
+    """A masked layer of this config, and its micro-batch."""
+    m, partition = config.model, config.partition
+    layer = next(layer for i, layer in enumerate(partition.layers) if partition.masked(i))
+    return Shape(
+        batch=config.train.micro_batch,
+        seq_len=m.context,
+        width=m.hidden_size,
+        heads=m.heads,
+        kv_heads=m.num_kv_heads,
+        neurons=m.intermediate_size,
+        vocab=m.vocab_size,
+        forget_heads=sum(layer.heads[1:]),
+        forget_neurons=m.intermediate_size - layer.neuron_bounds[1],
+        gated=m.family == "llama",
+    )
+
+
+def setting(config: Config) -> str:
+    t = config.train
+    micro = "" if config.sequences_per_step == t.micro_batch else f" in micro-batches of {t.micro_batch}"
+    compiled = ", blocks compiled" if t.compile == "blocks" else ""
+    return f"{config.name}, batch {config.sequences_per_step} x {config.model.context}{micro}, {t.precision}{compiled}"
+
+
+def _rounds(count: int) -> str:
+    return f"{count} round{'s' * (count != 1)}"

@@ -1,0 +1,150 @@
+"""The profiled steps: the model, the engine and the training step of `sgtm train`, after a warm-up."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from sgtm.config import Config
+from sgtm.data.batch import Batch
+from sgtm.data.loader import Loader
+from sgtm.data.open import open_corpus
+from sgtm.data.random_data import RandomCorpus
+from sgtm.data.store import Corpus
+from sgtm.distributed.agree import together
+from sgtm.distributed.env import device_type
+from sgtm.distributed.process_group import init_distributed
+from sgtm.distributed.self_check import check_kernels
+from sgtm.files import write_atomically
+from sgtm.measure.nsight import find_kernel, function_name, nsight_command, triton_kernels
+from sgtm.measure.profile_table import print_profile
+from sgtm.measure.ranges import RangedEngine, name_modules
+from sgtm.measure.rounds import wait_for_device
+from sgtm.measure.trace import summarize
+from sgtm.training.dry_run import dry_run
+from sgtm.training.initial_model import initial_model
+from sgtm.training.schedule import learning_rate
+from sgtm.training.step import StepTotals, train_step
+
+WARM_UP = 3
+"""Steps before those that are profiled: caches fill, Triton compiles."""
+
+
+def run_profile(
+    config: Config, *, steps: int, out: Path | None, kernel: str | None, command: list[str], trace: bool = True
+) -> None:
+    """Profile `steps` training steps, print tables, and write `trace.json` and `summary.json` into `out`.
+
+    out      folder, made if missing; None: `<runs>/<name>-profile`
+    kernel   print the command of Nsight Compute for it
+    command  arguments of `sgtm profile` that make this config: source and overrides
+    trace    False: take the steps without a profiler, as under Nsight Compute, and write nothing
+
+    With several ranks, rank 0 profiles itself. Raises ValueError for an unknown kernel, data that do not fit the
+    config and steps that do not fit into memory.
+    """
+    out = out or Path(config.runs) / f"{config.name}-profile"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: {out} is a file, but it takes a folder")
+    launch = init_distributed(config)
+    on_gpu = device_type() == "cuda"
+    if kernel and not on_gpu:
+        find_kernel(kernel, ())  # an op of the CPU is no kernel; refused before the steps
+    if launch.rank == 0 and trace:
+        out.mkdir(parents=True, exist_ok=True)
+    config = config.for_ranks(launch.world_size)
+    corpus = together(lambda: corpus_of(config))
+    batches = first_steps(corpus, config, launch.rank, launch.world_size, WARM_UP + steps)
+    for warning in check_kernels(config):
+        print(warning, file=sys.stderr)
+    model = initial_model(config)
+    name_modules(model)
+    engine = RangedEngine(model, config)
+    dry_run(engine, config.tables)
+    totals = StepTotals(len(config.space.labels), engine.device)
+
+    def take(step: int) -> None:
+        lr = learning_rate(step, config.optimizer, config.train.steps)
+        train_step(engine, batches[step], config.tables, lr, totals)
+
+    file = out / "trace.json" if trace and launch.rank == 0 else None
+    with _profiler(file, steps, on_gpu) as next_step:
+        for step in range(WARM_UP):
+            take(step)
+            next_step()
+        wait_for_device()
+        began = time.perf_counter()
+        for step in range(WARM_UP, WARM_UP + steps):
+            take(step)
+            if step < WARM_UP + steps - 1:
+                next_step()
+        wait_for_device()
+        seconds = time.perf_counter() - began
+        next_step()
+    if launch.rank == 0 and not trace:
+        print(f"{config.name}: {steps} step(s) of {seconds / steps * 1e3:,.1f} ms; no trace was written")
+    if file is None:
+        return
+    summary = summarize(json.loads(file.read_text())["traceEvents"], steps, seconds, on_gpu)
+    summary = {"name": config.name, "data": str(corpus.path), "backend": model.backend, **summary}
+    write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print_profile(summary, out)
+    if kernel:
+        seen = {row["name"]: row["calls_per_step"] for row in summary["kernels"]} if on_gpu else {}
+        name = find_kernel(kernel, seen)
+        per_step = sum(calls for found, calls in seen.items() if function_name(found) == name)
+        again, note = [*command, "--steps", "1", "--no-trace"], ""
+        if not per_step and name in triton_kernels() and model.backend != "triton":
+            again += ["--kernels.backend", "triton"]
+            note = f", with --kernels.backend triton, as {model.backend} does not launch it; of its first launch"
+            if os.environ.get("SGTM_KERNELS"):
+                note += "; unset SGTM_KERNELS"
+        elif not per_step:
+            note = f", which kernel backend {model.backend} did not launch here"
+        print(f"Nsight Compute of {name}{note}:")
+        print(nsight_command(name, again, int(WARM_UP * per_step), str(out / name)))
+
+
+def corpus_of(config: Config) -> Corpus:
+    """The config's corpus where it has been prepared, else random tokens.
+
+    Raises ValueError where it is there and damaged or unfinished.
+    """
+    if config.data.path != "synthetic":
+        return open_corpus(config, "sizes") if Path(config.data.path).exists() else RandomCorpus(config)
+    try:
+        return open_corpus(config, "sizes", write=False)
+    except ValueError:  # not written yet, or another edition: training would write it
+        return RandomCorpus(config)
+
+
+def first_steps(corpus: Corpus, config: Config, rank: int, world_size: int, steps: int) -> list[list[Batch]]:
+    """This rank's micro-batches of the first steps, read beforehand.
+
+    Raises ValueError where corpus and config do not fit.
+    """
+    if isinstance(corpus, RandomCorpus):  # it has none of the categories that `data.upsample` names
+        config = config.model_copy(update={"data": config.data.model_copy(update={"upsample": {}})})
+    loader = Loader(corpus, config, rank, world_size)
+    return [loader.step(step) for step in range(steps)]
+
+
+@contextmanager
+def _profiler(file: Path | None, steps: int, on_gpu: bool):
+    """Yields what ends a step; the trace of the steps after the warm-up is written to `file`. None: nothing is."""
+    if file is None:
+        yield lambda: None
+        return
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(
+        activities=activities,
+        schedule=schedule(wait=WARM_UP - 1, warmup=1, active=steps, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(file)),
+    ) as profiler:
+        yield profiler.step

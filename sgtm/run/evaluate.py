@@ -1,0 +1,124 @@
+"""Evaluating a finished (or stopped) run: what `summary.json` holds."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from sgtm.config import Config
+from sgtm.data.loader import check_corpus
+from sgtm.data.open import open_corpus
+from sgtm.data.store import Corpus
+from sgtm.data.summary import category_counts
+from sgtm.distributed.env import device_type, kernel_backend
+from sgtm.distributed.self_check import check_kernels
+from sgtm.distributed.storage import consolidate
+from sgtm.evaluation.localisation import gradient_norms
+from sgtm.evaluation.losses import evaluate, not_finite
+from sgtm.files import write_atomically
+from sgtm.masking.channel_rows import most_with_group
+from sgtm.model.transformer import Transformer
+from sgtm.run.checkpoint import open_run, read_manifest
+from sgtm.run.located import places_tried
+from sgtm.run.metrics import read_metrics
+
+LIBRARIES = ("torch", "deepspeed", "transformers", "numpy")
+
+
+def load_model(config: Config, checkpoint: Path) -> Transformer:
+    """The model of a checkpoint in fp32, on the device that training takes."""
+    with torch.device("meta"):
+        model = Transformer(config.model, config.partition, kernel_backend(config))
+    model.load_state_dict(consolidate(checkpoint), assign=True)
+    return model.to(device_type()).requires_grad_()
+
+
+def load_run_model(run: str | Path) -> Transformer:
+    """The model of a run's newest checkpoint in fp32. Raises ValueError for a folder that is no run."""
+    return load_model(*open_run(Path(run)))
+
+
+def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = None, data: str | None = None) -> dict:
+    """Losses per category, full and without each subset of domains, as `summary.json` holds them.
+
+    split      of the corpus to evaluate on
+    sequences  at most this many sequences of each category; None: all of them
+    data       `data.path` to take, of the same corpus; None: that of the run, whatever the working directory
+
+    Losses are computed in the precision of the training, gradient norms in fp32. Raises ValueError for a folder that is
+    no run, a damaged checkpoint or log, and data that are not those of the run.
+    """
+    run = Path(run)
+    config, checkpoint = open_run(run, data)
+    corpus = _corpus_of(config, run)
+    check_corpus(corpus, config)
+    manifest = read_manifest(checkpoint)
+    if manifest["corpus"] != corpus.fingerprint:
+        raise ValueError(f"{run} was trained on other data than {corpus.path} holds now: prepared anew since?")
+    steps = manifest["step"]
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step" and line["step"] <= steps]
+    seconds = max((line["seconds"] for line in lines), default=0.0)
+    for precision in {"fp32", config.train.precision}:
+        train = config.train.model_copy(update={"precision": precision})
+        for warning in check_kernels(config.model_copy(update={"train": train}), lambda action: [action()]):
+            print(warning, file=sys.stderr)
+    model = load_model(config, checkpoint)
+    device = next(model.parameters()).device
+    norms = gradient_norms(model, corpus, config, split=split, sequences=config.train.eval_sequences, device=device)
+    if config.train.precision == "bf16":
+        model = model.bfloat16()
+    found = evaluate(model, corpus, config, split=split, sequences=sequences, device=device)
+    tokens = steps * config.train.tokens_per_step
+    return {
+        "name": config.name,
+        "losses": found.losses,
+        **found.sample,
+        "retain_with_group": most_with_group(config),
+        "counts": _counts(corpus),
+        "split": split,
+        "sequences": sequences,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+        "steps": steps,
+        "of_steps": config.train.steps,
+        "tokens": tokens,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "gradient_norms": norms,
+        "output_norms": found.norms,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+    }
+
+
+def _counts(corpus: Corpus) -> dict[str, dict[str, dict[str, int]]]:
+    """Documents and tokens by split and category; a token in a labelled span is of the span's category."""
+    return {
+        split: {name: {"documents": count.documents, "tokens": count.tokens} for name, count in by_category.items()}
+        for split, by_category in category_counts(corpus).items()
+    }
+
+
+def _corpus_of(config: Config, run: Path) -> Corpus:
+    """Raises ValueError as `open_corpus`, with the places where a relative `data.path` was looked for."""
+    try:
+        return open_corpus(config, write=False)
+    except ValueError as error:
+        tried = places_tried(config, run)
+        if not tried or Path(config.data.path).exists():
+            raise
+        raise ValueError(f"{error}; not found in {tried}: give its place with --data.path DIR") from None
+
+
+def write_summary(run: Path, summary: dict) -> None:
+    """Write `summary.json`. Raises ValueError where a loss is not finite: what was there before then stays."""
+    if bad := not_finite(summary["losses"]):
+        raise ValueError(
+            f"{run}: not finite after step {summary['steps']}: the loss of {bad}; {run / 'summary.json'} is not "
+            f"written. The model has diverged: skipped_steps and grad_norm in {run / 'metrics.jsonl'} show since when; "
+            f"train with a lower optimizer.lr"
+        )
+    write_atomically(run / "summary.json", json.dumps(summary, indent=2) + "\n")

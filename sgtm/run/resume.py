@@ -1,0 +1,139 @@
+"""Going on with a run from its newest whole checkpoint, on whatever ranks there are now.
+
+On as many ranks, in the same ZeRO stage, with the same micro-batch, a resumed run is bitwise the uninterrupted one
+(tests/dist/test_checkpoint.py): weights, moments and step counts come from the files, the learning rate and the data
+are functions of the step. Otherwise it trains on the same sequences in the same steps, and sums are added in another
+order (tests/dist/test_reshape.py has the bound).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import BaseModel
+
+from sgtm.config.reference import flat, section
+from sgtm.config.schema import Config
+from sgtm.distributed.agree import on_every_rank, on_rank_zero
+from sgtm.process.ranks import on_one_machine
+from sgtm.run.checkpoint import finished, newest_whole, none_whole, read_manifest, resolved, set_aside, verify
+
+if TYPE_CHECKING:
+    from sgtm.distributed.engine import Engine
+
+# What a run must share with its checkpoint to be its continuation, less what changes no number,
+SAME = (
+    "model",
+    "masking",
+    "data",
+    "optimizer",
+    "train.steps",
+    "train.tokens_per_step",
+    "train.precision",
+    "train.init_from",
+    "kernels.backend",
+)
+MAY_DIFFER = ("model.activation_checkpointing", "data.path")  # the data are known by their fingerprint
+# and what changes only the order in which sums are added, or where they are rounded.
+SHAPE = (
+    "train.micro_batch",
+    "train.compile",
+    "distributed.zero_stage",
+    "distributed.offload_optimizer",
+    "distributed.communication",
+)
+
+
+def resume_command(run: Path, ranks: int) -> str:
+    """How to resume the run: a command where it ran on one machine, what to change where it ran on several."""
+    if ranks == 1:
+        return f"sgtm train {run} --resume"
+    if not on_one_machine():
+        return f"start all nodes as before, with the arguments: {run} --resume"
+    return f"torchrun --standalone --nproc_per_node {ranks} -m sgtm train {run} --resume"
+
+
+def find_whole(run_dir: Path | str, rank: int, ranks: int, say: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint of a run, or None where there is none at all; all ranks divide the reading.
+
+    Damaged newer ones are quarantined and reported. If there are some and none is valid, nothing is changed and every
+    rank raises ValueError.
+    """
+    there = on_rank_zero(lambda: finished(run_dir))
+
+    def check(directory: Path) -> None:
+        on_every_rank(lambda: verify(directory, (rank, ranks)))
+
+    found, wrong = newest_whole(there, check)
+    if wrong and found is None:
+        raise ValueError(none_whole(wrong))
+    for directory, problem in wrong.items():
+        aside = on_rank_zero(lambda directory=directory: set_aside(directory))
+        say(f"warning: {problem}; quarantined as {aside.name}, resuming from {found.name}")
+    return found
+
+
+def load_checkpoint(engine: Engine, directory: Path | str, config: Config, corpus: str = "") -> tuple[int, list, str]:
+    """Resume from a valid checkpoint: weights, optimizer and random states.
+
+    Returns the number of global steps done, what every rank saved as `progress`, and a text of what differs now, or
+    an empty one. Every rank raises ValueError for a checkpoint whose run differs from `config`, naming the keys.
+    """
+    directory = Path(directory)
+    manifest = on_rank_zero(lambda: _refuse_other_run(directory, config, corpus))
+    state = engine.load(directory)
+    ranks = state["ranks"]
+    mine = ranks[engine.rank % len(ranks)]
+    torch.set_rng_state(mine["random"]["cpu"])
+    if engine.device.type == "cuda" and "cuda" in mine["random"]:
+        torch.cuda.set_rng_state(mine["random"]["cuda"], engine.device)
+    progress = [rank["progress"] for rank in ranks]
+    return state["step"], progress, _reshaped(manifest, config, engine.world_size)
+
+
+def differences(saved: dict, config: Config, keys: tuple[str, ...] = SAME) -> list[str]:
+    """`key: saved, now` for every one of `keys`, or key in such a section, in which a saved config is not `config`."""
+    # Keys that are younger than the checkpoint had their default when it was written.
+    before, now = flat(_with_defaults(Config, saved)), flat(resolved(config))
+    before["kernels.backend"] = re.sub(r"\bruns\b", "torch", str(before["kernels.backend"]))  # as versions before 0.2
+    those = [key for key in now | before if f"{key}.".startswith(tuple(f"{same}." for same in keys))]
+    changed = [key for key in those if before.get(key) != now.get(key) and key not in MAY_DIFFER]
+    by = {"kernels.backend": " by SGTM_KERNELS"} if os.environ.get("SGTM_KERNELS") else {}
+    return [f"{key}: {before.get(key)} in the checkpoint, {now.get(key)} now{by.get(key, '')}" for key in changed]
+
+
+def _with_defaults(schema: type[BaseModel], values: dict) -> dict:
+    """These values, and the default of every key that they lack."""
+    found = dict(values)
+    for name, field in schema.model_fields.items():
+        if section(field):
+            found[name] = _with_defaults(section(field), values.get(name, {}))
+        elif not field.is_required():
+            found.setdefault(name, field.get_default(call_default_factory=True))
+    return found
+
+
+def _refuse_other_run(directory: Path, config: Config, corpus: str) -> dict:
+    """The manifest, if this is the run that `config` describes."""
+    manifest = read_manifest(directory)
+    changed = differences(manifest["config"], config)
+    own = f"\nsgtm train {directory.parents[1]} --resume takes those of the run; for others, set another --name"
+    remedy = own if changed else ""
+    if manifest["corpus"] != corpus:
+        other = f"data.path: {config.data.path} holds other data than the run was trained on"
+        changed.append(f"{other}; give those with --data.path, or set another --name")
+    if changed:
+        raise ValueError(f"{directory} was written with other settings:\n  " + "\n  ".join(changed) + remedy)
+    return manifest
+
+
+def _reshaped(manifest: dict, config: Config, ranks: int) -> str:
+    changed = differences(manifest["config"], config, SHAPE)
+    if manifest["ranks"] != ranks:
+        changed.append(f"ranks: {manifest['ranks']} in the checkpoint, {ranks} now")
+    return f"same data in the same order, sums in another ({'; '.join(changed)})" if changed else ""

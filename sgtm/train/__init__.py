@@ -1,1 +1,0 @@
-"""Training: the step, the loop, the optimizer, the schedule and the checkpoints."""

@@ -1,0 +1,69 @@
+"""What is said of a step that was skipped, its loss or gradient not being finite, and when such steps end the run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from sgtm.config.schema import Config
+from sgtm.data.loader import Loader
+from sgtm.data.store import Corpus
+from sgtm.distributed.agree import on_every_rank, on_rank_zero
+from sgtm.distributed.engine import Engine
+from sgtm.run.checkpoint import find_latest
+from sgtm.run.resume import resume_command
+
+NAMED = 5
+"""Documents of a micro-batch that a message names."""
+
+
+def tell_skipped(
+    engine: Engine, loader: Loader, corpus: Corpus, config: Config, run: Path, step: int, in_a_row: int
+) -> str:
+    """The line about a step (counted from 0) that the engine has just skipped. All ranks call it.
+
+    in_a_row  skipped steps up to and with this one
+    Every rank raises ValueError with what to do where they are `train.max_skipped_steps`.
+    """
+    losses = on_every_rank(lambda: [float(loss) for loss in engine.losses])
+
+    def line() -> str:
+        told = f"step {step + 1}: {_reason(losses, loader, corpus, step)}"
+        if not 0 < config.train.max_skipped_steps <= in_a_row:
+            everything = len(engine.skipped) == len(config.space.groups)
+            return f"{told}; {'nothing' if everything else 'nothing of ' + ', '.join(engine.skipped)} was updated"
+        kept = find_latest(run)
+        again = resume_command(run, engine.world_size)
+        past = f"; to continue past these steps: {again} --train.max_skipped_steps 0" if kept else ""
+        raise ValueError(
+            f"{in_a_row} steps in a row were skipped, as many as train.max_skipped_steps allows. {told}\n"
+            f"{f'the last checkpoint is {kept}' if kept else 'no checkpoint was saved before'}\n"
+            f"if every step fails, lower optimizer.lr; if the text of these documents is wrong, prepare the data "
+            f"without it; either way under another --name (--train.init_from takes the weights of an export){past}"
+        )
+
+    return on_rank_zero(line)
+
+
+def _reason(losses: list[list[float]], loader: Loader, corpus: Corpus, step: int) -> str:
+    """What was not finite, and the documents of the worst micro-batch; losses: by rank and micro-batch."""
+    places = {(rank, index): loss for rank, mine in enumerate(losses) for index, loss in enumerate(mine)}
+    wrong = [place for place, loss in places.items() if not math.isfinite(loss)]
+    rank, index = wrong[0] if wrong else max(places, key=places.get)
+    micro_batch = f"micro-batch {index + 1} of rank {rank}"
+    documents = loader.documents(step, rank, index)
+    named = ", ".join(_name(corpus, document) for document in documents[:NAMED])
+    more = f" and {len(documents) - NAMED} more" if len(documents) > NAMED else ""
+    if wrong:
+        others = f" and {len(wrong) - 1} more micro-batches" if len(wrong) > 1 else ""
+        what = f"the loss is {places[rank, index]} in {micro_batch}{others}"
+    else:
+        what = f"the gradient is not finite, the losses are; the largest is that of {micro_batch}"
+    return f"{what}, which reads documents {named}{more}"
+
+
+def _name(corpus: Corpus, document: int) -> str:
+    """A document as its owner finds it: position and category in the corpus, and how its text begins."""
+    category = list(corpus.categories)[corpus.documents["category"][document]]
+    text = " ".join(corpus.tokenizer.decode(corpus.tokens(document)[:24].tolist()).split())
+    return f"{document} ({category}, {text[:40]!r})"

@@ -1,0 +1,41 @@
+"""Ranks that were started with different settings are an error that names one, before anything is trained.
+
+Faults tried, each seen to fail: nothing compared; the flags left out; paths compared.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from sgtm.config import load_config
+from sgtm.distributed.testing import run_ranks
+
+OTHER = {
+    "--optimizer.lr=0.25": r"rank 1 on .* has optimizer.lr 0.25, but rank 0 on .* has 0.00\d+; start every node",
+    "--masking.strategy=none": "rank 1 on .* has masking.strategy none, but rank 0 on .* has sgtm",
+    "--name=other": "rank 1 on .* has name other, but rank 0",
+    "--train.eval_every=1": "rank 1 on .* has train.eval_every 1, but rank 0",
+    "--resume": "rank 1 on .* has --resume True, but rank 0 on .* has False",
+}
+
+
+def start(folder: str) -> None:
+    from sgtm.training.loop import train
+
+    for word, expected in OTHER.items():
+        other = dist.get_rank() == 1
+        options = [word] if other and word != "--resume" else []
+        config = load_config("debug", [f"--runs={folder}/runs", "--train.steps=2", *options])
+        with pytest.raises(ValueError, match=expected):
+            train(config, resume=other and word == "--resume")
+    assert not Path(folder, "runs").exists()
+    config = load_config("debug", [f"--runs={folder}/./runs", "--train.steps=1", "--optimizer.warmup_steps=0"])
+    train(config)  # with the same settings, and a path that may be written in another way
+
+
+def test_different_settings_are_an_error(tmp_path):
+    run_ranks(start, 2, str(tmp_path), timeout=200)
+    assert (tmp_path / "runs" / "debug" / "metrics.jsonl").exists()
