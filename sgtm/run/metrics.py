@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sgtm.config.schema import Config
+from sgtm.config.sections import WandbConfig
 from sgtm.evaluation.losses import Losses, not_finite
 from sgtm.files import sync_directory, write_atomically
 from sgtm.model.output_norms import Norms
@@ -238,6 +239,8 @@ def _start_wandb(run: Path, config: Config, lines: list[dict], say: Callable[[st
     lines  of the log so far
     """
     if config.wandb.mode == "off":
+        if config.wandb != WandbConfig():
+            say("warning: keys of wandb are set, but wandb.mode is off: nothing is logged there")
         return None, {}
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb

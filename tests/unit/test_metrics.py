@@ -12,7 +12,8 @@ import math
 import pytest
 from tiny import tiny_config
 
-from sgtm.run.metrics import REFUSAL, MetricsLog, read_metrics
+from sgtm.config.sections import WandbConfig
+from sgtm.run.metrics import REFUSAL, MetricsLog, _start_wandb, read_metrics
 
 LINE = {"step": 1, "seconds": 1.0, "loss": 2.0, "tokens_per_second": 3.0}
 
@@ -88,3 +89,11 @@ def test_an_evaluation_that_is_not_finite_is_a_warning(tmp_path, capsys):
 )
 def test_a_server_out_of_reach_is_no_refusal(reason, refused):
     assert bool(REFUSAL.search(reason)) == refused
+
+
+@pytest.mark.parametrize(("keys", "warned"), [({}, False), ({"project": "mine"}, True), ({"entity": "team"}, True)])
+def test_keys_of_wandb_without_a_mode_are_warned_of(tmp_path, keys, warned):
+    said = []
+    config = tiny_config().model_copy(update={"wandb": WandbConfig(**keys)})
+    assert _start_wandb(tmp_path, config, [], said.append) == (None, {})
+    assert ["wandb.mode is off" in line for line in said] == [True] * warned
