@@ -23,8 +23,9 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[dev]'
 	touch $@
 
+# With one thread, which loses little on so small a model, and nothing where other programs keep the cores busy.
 quickstart: install
-	$(BIN)/sgtm quickstart
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/sgtm quickstart
 
 # For the tests of exports: transformers 4 in a folder of its own, with what it needs of another version than the newest.
 FOUR := .venv/transformers-4

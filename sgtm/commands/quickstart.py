@@ -22,6 +22,8 @@ def run(options) -> None:
     folder = Path(config.runs) / config.name
     overwrite = _is_quickstart(folder)
     check_usable(folder, resume=False, overwrite=overwrite)
+    if overwrite:
+        print(f"{folder} is replaced; to resume it instead: sgtm train {folder} --resume")
 
     from sgtm.report import print_summary, write_report
     from sgtm.report.baselines import with_shipped
