@@ -53,10 +53,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels in fp32 and fp16; bf16 would be wrong there
 
 
-QUICK_CASES = 2
-"""Cases of a parametrised test that `--quick` keeps, the first and the last among them."""
-
-
 def pytest_addoption(parser):
     parser.addoption(
         "--quick", action="store_true", help="no test that starts a process, few cases of each: make quick"
@@ -76,15 +72,12 @@ def pytest_collection_modifyitems(config, items):
 
 
 def _few_of_each(items) -> set:
+    """The first and the last case of every test that is not slow."""
     by_function: dict[str, list] = {}
     for item in items:
         if not item.get_closest_marker("slow"):
             by_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = set()
-    for cases in by_function.values():
-        step = max(1, (len(cases) - 1) // max(1, QUICK_CASES - 1))
-        kept.update([*cases[::step][: QUICK_CASES - 1], cases[-1]])
-    return kept
+    return {case for cases in by_function.values() for case in (cases[0], cases[-1])}
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,7 +3,7 @@
 Thin: every command (a file of this folder) declares its options, calls one function elsewhere and prints where the
 result is. What is heavy is imported when a command runs, so `sgtm --help` and most mistakes are answered at once. A
 user's mistake (ValueError, OSError) is one message on stderr and exit status 2; `SGTM_TRACEBACK=1` shows where it came
-from. Output that nobody reads any more (`sgtm explain debug | head`) ends the command without a word.
+from. If the reader of a pipe ends (`sgtm explain debug | head`), the command ends too and prints nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ONE_PROCESS = ("prepare", "quickstart", "eval", "export", "report", "checkpoint"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Exit status: 0, 1 if nobody reads stdout, 2 for a mistake, 128 + a signal that ended it."""
+    """Run one command. Exit status: 0; 1 if stdout is a closed pipe; 2 for a mistake; 128 plus a signal's number."""
     try:
         arguments = _without_local_rank(sys.argv[1:] if argv is None else argv)
         status = _dispatch(arguments)

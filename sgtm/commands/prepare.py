@@ -19,18 +19,20 @@ TOKENIZER = (
 
 
 def add(commands: Subcommands) -> None:
-    parser = commands.add("prepare", run, "turn labelled text into a corpus that sgtm train reads")
+    about = "turn labelled text into a corpus that sgtm train reads"
+    # The defaults are those of PrepareOptions, which is not imported before the command runs.
+    parser = commands.add("prepare", run, about, argument_default=argparse.SUPPRESS)
     # Not required by argparse, so that one message lists all that is missing and what it takes.
     data = parser.add_argument("sources", nargs="+", type=Path, metavar="DATA", help=SOURCES, default=())
     data.required = False
     parser.add_argument("--rules", type=Path, metavar="FILE", help=f"{RULES} (required)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"{OUT} (required)")
-    parser.add_argument("--tokenizer", default="train", metavar="FOLDER", help=TOKENIZER)
+    parser.add_argument("--tokenizer", metavar="FOLDER", help=TOKENIZER)
     vocab_size = "entries of a trained tokenizer (default: 4096)"
-    parser.add_argument("--vocab-size", "--vocab_size", type=COUNT, default=4096, metavar="N", help=vocab_size)
-    parser.add_argument("--workers", type=_workers, default=0, metavar="N", help="processes (default: 0, one per core)")
+    parser.add_argument("--vocab-size", "--vocab_size", type=COUNT, metavar="N", help=vocab_size)
+    parser.add_argument("--workers", type=_workers, metavar="N", help="processes (default: 0, one per core)")
     shard_tokens = "tokens of a shard file, and of the longest document (default: 2**26)"
-    parser.add_argument("--shard-tokens", "--shard_tokens", type=COUNT, default=2**26, metavar="N", help=shard_tokens)
+    parser.add_argument("--shard-tokens", "--shard_tokens", type=COUNT, metavar="N", help=shard_tokens)
     overwrite = "replace a finished corpus made from something else; it stays until the new one is complete"
     parser.add_argument("--overwrite", action="store_true", help=overwrite)
 
@@ -38,8 +40,8 @@ def add(commands: Subcommands) -> None:
 def run(options) -> None:
     from sgtm.data.prepare import PrepareOptions, run_prepare
 
-    fields = PrepareOptions.__dataclass_fields__
-    run_prepare(PrepareOptions(**{name: getattr(options, name) for name in fields}))
+    given = {name: getattr(options, name) for name in PrepareOptions.__dataclass_fields__ if hasattr(options, name)}
+    run_prepare(PrepareOptions(**given))
 
 
 def _workers(text: str) -> int:

@@ -56,18 +56,18 @@ def train_on_a_broken_kernel(folder: str) -> dict:
     from contextlib import redirect_stderr, redirect_stdout
     from io import StringIO
 
-    from sgtm.distributed import self_check as kernels
+    from sgtm.distributed import self_check
     from sgtm.training.loop import train
     from sgtm_kernels import dispatch
 
     stand_ins(f"{folder}/cache")
-    checks, check = [], kernels.check
+    checks, check = [], self_check.check
 
     def counted(*arguments):
         checks.append(1)
         return check(*arguments)
 
-    kernels.check, found = counted, {}
+    self_check.check, found = counted, {}
     break_kernel("mlp", "linear_gelu")
     named = load_config("debug", [*SMALL, f"--runs={folder}", "--name=named", "--kernels.backend=triton"])
     try:
@@ -84,11 +84,11 @@ def train_on_a_broken_kernel(folder: str) -> dict:
         train(automatic, resume=True)
     found["resumed"] = printed.getvalue()
     found["lines"] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found["kept"] = kernels.self_check(automatic, "triton"), len(checks)  # passes now, with the op of PyTorch
-    found["again"] = kernels.self_check(automatic, "triton"), len(checks)
+    found["kept"] = self_check.self_check(automatic, "triton"), len(checks)  # passes now, with the op of PyTorch
+    found["again"] = self_check.self_check(automatic, "triton"), len(checks)
     other = automatic.model_copy(update={"masking": automatic.masking.model_copy(update={"strategy": "none"})})
     other.__dict__.pop("tables")
-    found["other masks"] = kernels.self_check(other, "triton"), len(checks)
+    found["other masks"] = self_check.self_check(other, "triton"), len(checks)
     return found
 
 

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sgtm.commands.main import main
+from sgtm.commands.argument_meant import OPTIONS
+from sgtm.commands.main import _parser, main
 from sgtm.commands.main import run as run_process
 
 MISTAKES = {
@@ -169,3 +170,11 @@ def test_torchrun_ends_its_output_with_our_error(tmp_path, monkeypatch, capfd):
     ended, failed = ProcessFailure(0, 100, -15, "<N/A>"), ProcessFailure(1, 101, 2, str(file))
     *_, last, border = str(ChildFailedError("sgtm", {0: ended, 1: failed})).splitlines()
     assert last.startswith("  traceback : error: rank 1: debug: train.steps: found -1") and set(border) == {"="}
+
+
+def test_the_options_that_hints_know_are_those_of_the_parsers():
+    parser, _ = _parser()
+    commands = next(action for action in parser._actions if action.dest == "run" or action.choices).choices
+    for command, options in OPTIONS.items():
+        takes = {flag[2:] for flag in commands[command]._option_string_actions if flag.startswith("--")}
+        assert takes - {"help", "preset"} == set(options), command
