@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ from sgtm.training.step import StepTotals, train_step
 from sgtm_kernels.dispatch import served
 
 OWN = ("data.path", "runs", "train.init_from")
-"""Paths, which may differ between nodes."""
+"""Paths, which may differ between nodes; what they hold is compared."""
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -90,7 +91,7 @@ def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: b
     enter("checking the kernels", 0)
     notes += check_kernels(config)
     enter("compiling" if config.train.compile == "blocks" else "making the model")
-    model, weights = _initial_model(config, load=latest is None)
+    model, weights = _initial_model(config, launch, load=latest is None)
     engine = Engine(model, config)
     engine.set_weights(weights)
     del weights
@@ -274,7 +275,17 @@ def _evaluate(engine: Engine, corpus: Corpus, config: Config, log: MetricsLog, s
     return True
 
 
-def _initial_model(config: Config, load: bool) -> tuple[Transformer, dict[str, torch.Tensor]]:
+def _checksum(weights: dict[str, torch.Tensor]) -> int:
+    """CRC-32 of all bytes, by name."""
+    found = 0
+    for name in sorted(weights):
+        found = zlib.crc32(
+            weights[name].detach().contiguous().view(torch.uint8).numpy(), zlib.crc32(name.encode(), found)
+        )
+    return found
+
+
+def _initial_model(config: Config, launch: Launch, load: bool) -> tuple[Transformer, dict[str, torch.Tensor]]:
     """The model before the first step, and its weights that are not random: those of `train.init_from`, if `load`."""
     model = initial_model(config)
     folder, theirs = config.train.init_from, {}
@@ -282,6 +293,8 @@ def _initial_model(config: Config, load: bool) -> tuple[Transformer, dict[str, t
         from sgtm.hf.pretrained import load_pretrained  # transformers takes seconds to import
 
         theirs = together(lambda: load_pretrained(folder, config.model, config.partition))
+        if launch.world_size > 1:
+            check_same(lambda: {"weights in train.init_from, as a checksum,": _checksum(theirs)})
         model.load_state_dict({p.name: getattr(model, p.name) for p in model.domain_parts} | theirs)
     return model, theirs
 

@@ -5,6 +5,7 @@ Faults tried, each seen to fail: nothing compared; the flags left out; paths com
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ OTHER = {
 
 
 def start(folder: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from sgtm.hf.export import export_run
     from sgtm.training.loop import train
 
     for word, expected in OTHER.items():
@@ -33,7 +37,24 @@ def start(folder: str) -> None:
             train(config, resume=other and word == "--resume")
     assert not Path(folder, "runs").exists()
     config = load_config("debug", [f"--runs={folder}/./runs", "--train.steps=1", "--optimizer.warmup_steps=0"])
-    train(config)  # with the same settings, and a path that may be written in another way
+    run = train(config)  # with the same settings, and a path that may be written in another way
+    exports = Path(folder, "a"), Path(folder, "b")
+    if dist.get_rank() == 0:
+        export_run(run, [], exports[0])
+        shutil.copytree(*exports)
+        weights = load_file(exports[1] / "model.safetensors")
+        next(iter(weights.values())).view(-1)[0] += 1
+        save_file(weights, exports[1] / "model.safetensors", {"format": "pt"})
+    dist.barrier()
+    corpus = f"--data.path={folder}/runs/synthetic-512"
+    for name, start in (("alike", exports[0]), ("unlike", exports[dist.get_rank()])):
+        options = [f"--name={name}", "--train.steps=1", "--optimizer.warmup_steps=0", f"--train.init_from={start}"]
+        config = load_config("debug", [f"--runs={folder}/runs", corpus, *options])
+        if name == "alike":
+            train(config)
+            continue
+        with pytest.raises(ValueError, match=r"rank 1 on .* has weights in train.init_from, as a checksum, \d+, but"):
+            train(config)
 
 
 def test_different_settings_are_an_error(tmp_path):
