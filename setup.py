@@ -59,6 +59,9 @@ setup(
             "hypothesis>=6",
             "ruff>=0.12",
             "codespell>=2.3",
+            "mypy>=2",
+            "types-psutil",
+            "types-PyYAML",
             "setuptools>=77",
             'triton>=3.6; platform_system == "Linux"',  # its interpreter and its compiler, which need no GPU
         ],

@@ -24,9 +24,10 @@ import torch
 from arguments import FAST, one_of, positive
 from environment import percentiles, write_rows
 
+from sgtm.config.shape import ModelShape
 from sgtm.masking.labels import UNLABELED
 from sgtm.masking.strategy import build_tables
-from sgtm.measure.models import LABELS, ModelShape, Setting
+from sgtm.measure.models import LABELS, Setting
 from sgtm.measure.plain import Plain
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import MaskPlan, Run
@@ -35,11 +36,10 @@ TARGET = 1.2  # times the plain eager model's host time per layer
 SHALLOW, DEEP, STEPS = 2, 10, 3  # layers; steps of a turn, of which the fastest counts
 SEQUENCES, SEQ_LEN = 2, 16
 FORGET = len(LABELS.labels) - 1
+SHAPE = {"layers": DEEP, "hidden_size": 64, "heads": 8, "intermediate_size": 64, "vocab_size": 64, "context": SEQ_LEN}
 FAMILIES = {
-    "gpt_neo": Setting(ModelShape(DEEP, 64, 8, 64, 64, SEQ_LEN), 1, 16, "masked", SEQUENCES, 1),
-    "llama": Setting(
-        ModelShape(DEEP, 64, 8, 64, 64, SEQ_LEN, family="llama", kv_heads=2), 4, 16, "masked", SEQUENCES, 1
-    ),
+    "gpt_neo": Setting(ModelShape(**SHAPE), 1, 16, "masked", SEQUENCES, 1),
+    "llama": Setting(ModelShape(**SHAPE, family="llama", kv_heads=2), 4, 16, "masked", SEQUENCES, 1),
 }
 MASKS = ("unmasked", "masked")  # masked: a sequence of forget tokens and one without a label, joint parameters masked
 

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from sgtm.config.shape import ModelShape
 from sgtm.masking.strategy import JOINT, PRESETS
 from sgtm_kernels import current_name
 from sgtm_kernels.tables import KINDS
@@ -33,7 +34,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, ModelShape):
     """Shape of the transformer."""
 
     family: Literal["gpt_neo", "llama"] = "gpt_neo"
@@ -88,18 +89,6 @@ class ModelConfig(Section):
         elif self.window is not None or self.head_bias:
             raise ValueError("window and head_bias belong to family gpt_neo, not to llama")
         return self
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.kv_heads or self.heads
-
-    @property
-    def size_per_head(self) -> int:
-        return self.head_dim or self.hidden_size // self.heads
-
-    def window_of(self, layer: int) -> int | None:
-        """Local window of a layer, or None where it is global: GPT-Neo alternates, global first."""
-        return self.window if layer % 2 else None
 
 
 class MaskingConfig(Section):

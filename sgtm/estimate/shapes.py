@@ -48,12 +48,8 @@ def parameter_sizes(config: Config) -> dict[str, int]:
 
 
 def model_flops(model: ModelConfig) -> float:
-    """Of forward and backward for one token of an unmasked step: 6 N + 12 L H Q T (Chowdhery et al., "PaLM", 2022).
-
-    N counts the head and not what is only looked up, nor a domain's own part of these; L layers of H heads of size Q; T
-    is the context, causal or not, or the window of a local layer.
-    """
-    return 6 * _multiplied(model) + 12 * _keys(model) * model.heads * model.size_per_head
+    """Of forward and backward for one token of an unmasked step, without a domain's own part of the embedding."""
+    return model.flops_per_token(_multiplied(model))
 
 
 def recomputed_flops(model: ModelConfig) -> float:
@@ -61,14 +57,10 @@ def recomputed_flops(model: ModelConfig) -> float:
     if not model.activation_checkpointing:
         return 0.0
     head = model.vocab_size * model.hidden_size
-    return 2 * (_multiplied(model) - head) + 4 * _keys(model) * model.heads * model.size_per_head
+    return 2 * (_multiplied(model) - head) + model.attention_flops()
 
 
 def _multiplied(model: ModelConfig) -> int:
     sizes = {name: prod(shape) for name, shape in _shapes(model, {}).items()}
     looked_up = ("position",) if model.tie_embeddings else ("position", "embedding")
     return sum(size for name, size in sizes.items() if name not in looked_up)
-
-
-def _keys(model: ModelConfig) -> int:
-    return sum(min(model.window_of(i) or model.context, model.context) for i in range(model.layers))

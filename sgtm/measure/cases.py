@@ -7,10 +7,11 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from sgtm.config.shape import ModelShape
 from sgtm.data.batch import Batch
 from sgtm.masking.labels import FIRST_FORGET, UNLABELED
 from sgtm.masking.strategy import build_tables
-from sgtm.measure.models import LABELS, ModelShape, Setting
+from sgtm.measure.models import LABELS, Setting
 from sgtm_kernels.plan import Tables
 
 MICRO_BLOCKS = 4  # default of data.micro_blocks

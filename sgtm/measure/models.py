@@ -6,53 +6,12 @@ import ast
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sgtm.config.shape import ModelShape
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition, build_partition
 
 PRESETS = Path(__file__).parents[1] / "config" / "presets"
 LABELS = LabelSpace(("forget",))
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Section `model` of a preset; fields, defaults and properties of `sgtm.config.schema.ModelConfig`."""
-
-    layers: int
-    hidden_size: int
-    heads: int
-    intermediate_size: int
-    vocab_size: int
-    context: int
-    family: str = "gpt_neo"
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    window: int | None = None
-    tie_embeddings: bool = True
-    head_bias: bool = False
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    init_std: float = 0.02
-    activation_checkpointing: bool = False
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.kv_heads or self.heads
-
-    @property
-    def size_per_head(self) -> int:
-        return self.head_dim or self.hidden_size // self.heads
-
-    def window_of(self, layer: int) -> int | None:
-        return self.window if layer % 2 else None
-
-    def flops_per_token(self, parameters: int) -> float:
-        """Of forward and backward of an unmasked step: 6 N + 12 L H Q T (Chowdhery et al., 2022, appendix B).
-
-        N is `parameters`, without what is only looked up, so with the head; L layers of H heads of size Q. T is the
-        context, causal or not, or the window of a local layer.
-        """
-        keys = sum(min(self.window_of(i) or self.context, self.context) for i in range(self.layers))
-        return 6 * parameters + 12 * keys * self.heads * self.size_per_head
 
 
 @dataclass(frozen=True)
@@ -120,7 +79,17 @@ def preset(name: str, micro_batch: int, accumulation: int) -> Setting:
 
 
 TINY_LLAMA = ModelShape(
-    2, 24, 6, 40, 97, 64, family="llama", kv_heads=3, head_dim=4, tie_embeddings=False, init_std=0.2
+    family="llama",
+    layers=2,
+    hidden_size=24,
+    heads=6,
+    kv_heads=3,
+    head_dim=4,
+    intermediate_size=40,
+    vocab_size=97,
+    context=64,
+    tie_embeddings=False,
+    init_std=0.2,
 )
 # Twenty sequences: one is 5 %. Sixteen of Llama's context would not fit, and AdamW is too much of a step of two.
 SETTINGS = {

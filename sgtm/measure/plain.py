@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sgtm.measure.models import ModelShape
+from sgtm.config.shape import ModelShape
 
 
 def norm(shape: ModelShape) -> nn.Module:

@@ -30,14 +30,14 @@ from sgtm_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from sgtm_kernels.plan import MaskPlan
 
 if TYPE_CHECKING:  # benchmarks/steps.py runs where there is no pydantic
-    from sgtm.config.schema import ModelConfig
+    from sgtm.config.shape import ModelShape
     from sgtm.model.output_norms import OutputNorms
 
 
 class Norm(nn.Module):
     """LayerNorm (gpt_neo) or RMSNorm (llama). `kind`: who may update it, or None in a layer without groups."""
 
-    def __init__(self, config: ModelConfig, kind: str | None, backend: str):
+    def __init__(self, config: ModelShape, kind: str | None, backend: str):
         super().__init__()
         self.eps, self.kind, self.backend = config.norm_eps, kind, backend
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
@@ -55,7 +55,7 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """`first`: in the first layer, if that has groups and only joint parameters are below it."""
 
-    def __init__(self, config: ModelConfig, layer: LayerPartition, window: int | None, backend: str, first: bool):
+    def __init__(self, config: ModelShape, layer: LayerPartition, window: int | None, backend: str, first: bool):
         super().__init__()
         head_dim, self.first = config.size_per_head, first
         self.layout = HeadLayout(layer.heads, layer.kv_heads, head_dim)
@@ -84,7 +84,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig, layer: LayerPartition, backend: str):
+    def __init__(self, config: ModelShape, layer: LayerPartition, backend: str):
         super().__init__()
         self.gated = config.family == "llama"
         self.in_bounds, self.bounds, self.backend = mlp_in_bounds(layer, self.gated), layer.neuron_bounds, backend
@@ -106,7 +106,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, partition: Partition, index: int, backend: str):
+    def __init__(self, config: ModelShape, partition: Partition, index: int, backend: str):
         super().__init__()
         layer = partition.layers[index]
         kind = "norm" if partition.masked(index) else None
@@ -128,7 +128,7 @@ class Transformer(nn.Module):
     its forward.
     """
 
-    def __init__(self, config: ModelConfig, partition: Partition, backend: str = "torch"):
+    def __init__(self, config: ModelShape, partition: Partition, backend: str = "torch"):
         super().__init__()
         load(backend)
         self.compiled = False

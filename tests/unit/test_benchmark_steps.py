@@ -164,7 +164,8 @@ def test_labels_change_where_the_mixing_mode_says(name):
 def test_shapes_are_those_of_the_presets():
     from dataclasses import asdict
 
-    from sgtm.measure.models import ModelShape, preset
+    from sgtm.config.shape import ModelShape
+    from sgtm.measure.models import preset
 
     fields = {name: field.get_default() for name, field in ModelConfig.model_fields.items() if not field.is_required()}
     assert {f.name: f.default for f in ModelShape.__dataclass_fields__.values() if f.name in fields} == fields
@@ -172,8 +173,6 @@ def test_shapes_are_those_of_the_presets():
         config = load_config(name, [])
         got, want = preset(name, 3, 2), config.model
         assert asdict(got.model) == want.model_dump() | {"activation_checkpointing": False}
-        assert (got.model.num_kv_heads, got.model.size_per_head) == (want.num_kv_heads, want.size_per_head)
-        assert [got.model.window_of(i) for i in range(9)] == [want.window_of(i) for i in range(9)]
         assert got.partition.layers == config.partition.layers
         assert got.joint == (config.masking.joint or "free") or config.recipe  # a recipe's masks are not timed there
         assert (got.sequences, got.model.flops_per_token(0) > 0) == (6, True)
