@@ -26,11 +26,12 @@ setup(
     ],
     package_dir={"sgtm": "sgtm", "sgtm_kernels": "kernels/sgtm_kernels"},
     package_data={
+        "sgtm": ["py.typed"],
         "sgtm.config": ["presets/*.yaml"],
         "sgtm.data.stories": ["*.yaml"],
         "sgtm.report": ["*.j2"],
         "sgtm.report.baselines": ["*.json"],
-        "sgtm_kernels": ["tuned/*"],
+        "sgtm_kernels": ["py.typed", "tuned/*"],
     },
     entry_points={"console_scripts": ["sgtm = sgtm.__main__:run"]},
     install_requires=[

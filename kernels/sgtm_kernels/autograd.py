@@ -35,8 +35,8 @@ def eager(forward: Callable, keep: Callable, backward: Callable, outputs: tuple[
         wanted = ctx.needs_input_grad
         if torch.is_grad_enabled():
             raise RuntimeError("the masked ops have no second derivative: call backward without create_graph")
-        found = backward(*dys[:differentiable], *ctx.saved_tensors, ctx.plan, *ctx.numbers, wanted)
-        return found + (None,) * (len(wanted) - len(found))
+        dxs = backward(*dys[:differentiable], *ctx.saved_tensors, ctx.plan, *ctx.numbers, wanted)
+        return dxs + (None,) * (len(wanted) - len(dxs))
 
     def run(ctx, *inputs):
         result = forward(*inputs)
@@ -52,7 +52,9 @@ def eager(forward: Callable, keep: Callable, backward: Callable, outputs: tuple[
     name = forward.__module__.removeprefix("sgtm_kernels.")
     members = {"forward": staticmethod(run), "backward": staticmethod(gradients)}
     Eager = type(name, (torch.autograd.Function,), members)  # a node of the graph has its op's name
-    apply = super(torch.autograd.Function, Eager).apply  # without a third of its cost, which is for functorch
+    assert issubclass(Eager, torch.autograd.Function)
+    # Without a third of its cost, which is for functorch. torch's stub of the base class lacks it.
+    apply = super(torch.autograd.Function, Eager).apply  # type: ignore[misc]
 
     def call(*inputs):
         if torch.is_grad_enabled():
@@ -80,13 +82,13 @@ def register(op, keep: Callable, backward: Callable, differentiable: int = 1) ->
 
     def gradients(ctx, *dys):
         wanted = ctx.needs_input_grad
-        found = backward(*dys[:differentiable], *ctx.saved_tensors, *ctx.numbers, wanted)
-        found = tuple(gradient if want else None for gradient, want in zip(found, wanted, strict=False))
-        return *found, *(None,) * (len(wanted) - len(found))
+        dxs = backward(*dys[:differentiable], *ctx.saved_tensors, *ctx.numbers, wanted)
+        dxs = tuple(dx if want else None for dx, want in zip(dxs, wanted, strict=False))
+        return *dxs, *(None,) * (len(wanted) - len(dxs))
 
     op.register_autograd(gradients, setup_context=setup_context)
 
 
-def existing(like: torch.Tensor, *found: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+def existing(like: torch.Tensor, *results: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """The results of an op of the dispatcher, which returns tensors only: an empty one for each None."""
-    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in found)
+    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in results)

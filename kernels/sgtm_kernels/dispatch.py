@@ -126,8 +126,10 @@ def replaced(modules: dict[tuple[str, str], ModuleType]) -> Iterator[None]:
     try:
         yield
     finally:
-        _LOADED.clear(), _FALLEN.clear()
-        _LOADED.update(before), _FALLEN.update(fallen)
+        _LOADED.clear()
+        _LOADED.update(before)
+        _FALLEN.clear()
+        _FALLEN.update(fallen)
 
 
 def load(backend: str) -> None:

@@ -33,9 +33,9 @@ def define(schema: str, function: Callable, fake: Callable) -> Callable:
 
 
 def _factors(like: torch.Tensor, plan: torch.Tensor, groups: int) -> torch.Tensor:
-    plan = plan_of(plan)
-    active, route = ([plan.column(table, g) for g in range(groups)] for table in ("active", "route"))
-    both = plan.factors((*active, *map(products, active, route)), like.device)
+    masks = plan_of(plan)
+    active, route = ([masks.column(table, g) for g in range(groups)] for table in ("active", "route"))
+    both = masks.factors((*active, *map(products, active, route)), like.device)
     # A copy: the compiler may overwrite the result of an op.
     return both.to(like.dtype, copy=True).view(2, groups, *like.shape[:2], 1)
 

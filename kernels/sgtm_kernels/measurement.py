@@ -9,7 +9,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -33,8 +33,8 @@ def environment() -> dict:
 
 def driver() -> str | None:
     """Version of the NVIDIA driver; None where nvidia-smi is missing, fails or is slower than 20 s."""
-    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found.splitlines()[0].strip() if found else None
+    versions = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return versions.splitlines()[0].strip() if versions else None
 
 
 def cpu_model() -> str:
@@ -59,10 +59,10 @@ def installed(package: str) -> str | None:
         return None
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float]:
+def percentiles(values: Collection[float]) -> dict[str, float]:
     """p20, p50 and p80 of a list or array, to 5 digits."""
-    found = torch.quantile(torch.as_tensor(values, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8]).double())
-    return {f"p{p}": float(f"{value:.5g}") for p, value in zip((20, 50, 80), found.tolist(), strict=True)}
+    quantiles = torch.quantile(torch.as_tensor(values, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8]).double())
+    return {f"p{p}": float(f"{value:.5g}") for p, value in zip((20, 50, 80), quantiles.tolist(), strict=True)}
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -81,14 +81,14 @@ def peak_growth(step: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
         step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return (torch.cuda.max_memory_allocated() - allocated) / 2**20
     ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, or the step would grow into it unseen
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark VmHWM
-    before = _status_mib("VmRSS")
+    resident = _status_mib("VmRSS")
     step()
-    return _status_mib("VmHWM") - before
+    return _status_mib("VmHWM") - resident
 
 
 def _status_mib(key: str) -> float:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count, pairwise
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import finalize
 
 import torch
@@ -101,7 +101,7 @@ class MaskPlan:
     documents: tuple[tuple[int, int], ...] | None = None
     signature: Signature = field(init=False, repr=False)
     handle: torch.Tensor = field(init=False, repr=False)
-    _cache: dict = field(default_factory=dict, repr=False)
+    _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         edges = [0, *(run.end for run in self.runs)]
@@ -262,6 +262,7 @@ class MaskPlan:
 
     def _mask(self, table: str, groups: int, device: torch.device) -> torch.Tensor | None:
         tables = self.tables
+        by_group: tuple[tuple[float, ...], ...]
         if table in KINDS:
             by_group = (tables.update_joint[table],)
         elif groups == 1:
@@ -315,8 +316,8 @@ class MaskPlan:
         try:
             return self._cache[key]
         except KeyError:
-            found = self._cache[key] = make()
-            return found
+            value = self._cache[key] = make()
+            return value
 
 
 _TABLES: dict[tuple, torch.Tensor] = {}
@@ -340,4 +341,4 @@ _PLANS: dict[int, MaskPlan] = {}
 
 def plan_of(handle: torch.Tensor) -> MaskPlan:
     """The plan with this `handle`."""
-    return _PLANS[handle.item()]
+    return _PLANS[int(handle.item())]

@@ -22,9 +22,10 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, is_dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import NamedTuple, TypeGuard
 
 import torch
 
@@ -61,23 +62,24 @@ def recorded() -> Iterator[list[Call]]:
     """The calls of all ops that the backend `reference` serves inside, in order; of equal signatures the first."""
     calls: dict[str, Call] = {}
 
-    class Recorder:
+    class Recorder(ModuleType):
         def __init__(self, op: str):
+            super().__init__(f"recorder of {op}")
             self.op, self.module = op, pick(op, "reference")
 
         def __getattr__(self, function: str):
-            def recording(*arguments, **options):
-                known = tuple(_detached(a) for a in arguments)
-                call = Call(self.op, function, known, options, torch.is_grad_enabled())
+            def record(*arguments, **options):
+                copies = tuple(_detached(a) for a in arguments)
+                call = Call(self.op, function, copies, options, torch.is_grad_enabled())
                 calls.setdefault(call.signature, call)
                 return getattr(self.module, function)(*arguments, **options)
 
-            return recording
+            return record
 
-    found: list[Call] = []
+    recording: list[Call] = []
     with replaced({(op, "reference"): Recorder(op) for op in OPS}):
-        yield found
-    found += calls.values()
+        yield recording
+    recording += calls.values()
 
 
 def check(calls: Sequence[Call], backend: str, device: torch.device) -> dict[str, str | None]:
@@ -87,7 +89,7 @@ def check(calls: Sequence[Call], backend: str, device: torch.device) -> dict[str
     """
     problems: dict[str, str | None] = {}
     checks: list[tuple[str, str, Callable[[], None]]] = [
-        (call.op, call.function, lambda call=call: _check_call(call, backend)) for call in calls
+        (call.op, call.function, partial(_check_call, call, backend)) for call in calls
     ]
     checks.append(("adamw", "adamw", lambda: _check_adamw(backend, device)))
     for op, function, action in checks:
@@ -199,7 +201,7 @@ def _may_poison(device: torch.device) -> bool:
     return device.type != "cuda" or torch.are_deterministic_algorithms_enabled()
 
 
-def _floating(value: object) -> bool:
+def _floating(value: object) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
@@ -212,7 +214,7 @@ def _describe(value: object) -> object:
         return str(value.dtype), tuple(value.shape), value.requires_grad
     if isinstance(value, MaskPlan):
         return _describe(value.tables), value.runs, value.batch, value.seq_len, value.documents
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return type(value).__name__, astuple(value)
     return tuple(map(_describe, value)) if isinstance(value, tuple) else value
 

@@ -43,10 +43,13 @@ def signature_of(tables: Tables, labels: tuple[int, ...], documents: bool) -> Si
 
     both = (tables.active, tables.route)
     return Signature(
-        any(table[label][group] != 1 for table in both for label in labels for group in groups),
-        *(contributes(part) for part in ("attn_in", "attn_out", "mlp_in", "mlp_out")),
-        any(joint["norm"][label] != 1 for label in labels),
-        documents,
+        outputs=any(table[label][group] != 1 for table in both for label in labels for group in groups),
+        attn_in=contributes("attn_in"),
+        attn_out=contributes("attn_out"),
+        mlp_in=contributes("mlp_in"),
+        mlp_out=contributes("mlp_out"),
+        norm=any(joint["norm"][label] != 1 for label in labels),
+        documents=documents,
     )
 
 

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any, TypeGuard
 
 import torch
 
@@ -41,17 +42,15 @@ def low_precision(backend: str) -> torch.dtype:
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory (torch.empty and its kin) is NaN, or the largest integer: an output row nobody wrote shows."""
+    deterministic: Any = torch.utils.deterministic  # a class of module with this property, which mypy does not see
     before = torch.get_deterministic_debug_mode()
-    filled, torch.utils.deterministic.fill_uninitialized_memory = (
-        torch.utils.deterministic.fill_uninitialized_memory,
-        True,
-    )
+    filled, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, True
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(before)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        deterministic.fill_uninitialized_memory = filled
 
 
 def random_tables(seed: int, values: Sequence[float] = FLOATS, labels: int = 4, groups: int = 3) -> Tables:
@@ -126,7 +125,7 @@ def forward_backward(
     return [out.detach(), *(x.grad if _floating(x) else None for x in leaves)]
 
 
-def _floating(x: torch.Tensor | None) -> bool:
+def _floating(x: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
     return x is not None and x.is_floating_point()
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import wrap
 
 from sgtm.commands.options import MEANING, SOURCE, Subcommands
 
-WRAPPED = {"initial_indent": " " * 6, "subsequent_indent": " " * 6, "break_on_hyphens": False}
+MARGIN = " " * 6
 
 
 def add(commands: Subcommands) -> None:
@@ -19,7 +20,7 @@ def add(commands: Subcommands) -> None:
     resume = "resume from the newest valid checkpoint, on any ranks and in any ZeRO stage (--resume auto is the same)"
     parser.add_argument("--resume", action="store_true", help=resume)
     parser.add_argument("--overwrite", action="store_true", help="delete the run directory if it exists")
-    parser.format_help = _with_keys(parser.format_help)
+    parser.format_help = _with_keys(parser.format_help)  # type: ignore[method-assign]  # of this command alone
 
 
 def run(options) -> None:
@@ -72,7 +73,7 @@ def run(options) -> None:
     train(config, resume=options.resume, overwrite=options.overwrite)
 
 
-def _with_keys(format_help):
+def _with_keys(format_help: Callable[[], str]) -> Callable[[], str]:
     """`sgtm train --help` ends with every key of the configuration and its meaning, in the words of docs/config.md."""
 
     def text() -> str:
@@ -82,7 +83,8 @@ def _with_keys(format_help):
         lines = []
         for key in keys(Config):
             lines.append(f"  --{key.name}  {key.takes}" + (f" [{key.default}]" if key.default else ""))
-            lines += wrap(key.doc, max(40, get_terminal_size().columns - 2), **WRAPPED)
+            width = max(40, get_terminal_size().columns - 2)
+            lines += wrap(key.doc, width, initial_indent=MARGIN, subsequent_indent=MARGIN, break_on_hyphens=False)
         return "\n".join(
             [format_help(), "keys, what they take [default], and what they mean (also docs/config.md):", *lines, ""]
         )

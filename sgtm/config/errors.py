@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from sgtm.config.reference import describe_field, field_at, keys, section, yaml_text
 from sgtm.process.names import nearest
@@ -36,7 +37,7 @@ def explain_errors(
     return f"{source}: {len(lines)} problems\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def _line(problem: dict, schema: type[BaseModel], values: dict, given: set[Path]) -> str:
+def _line(problem: ErrorDetails, schema: type[BaseModel], values: dict, given: set[Path]) -> str:
     path = tuple(str(part) for part in problem["loc"])
     if problem["type"] == "value_error":  # a rule of ours, in its own words
         return ": ".join(filter(None, [".".join(path), problem["msg"].removeprefix("Value error, ")]))
@@ -82,7 +83,9 @@ def _takes(schema: type[BaseModel], path: Path) -> str:
 
 def _section_at(schema: type[BaseModel], path: Path) -> type[BaseModel]:
     for name in path:
-        schema = section(schema.model_fields[name])
+        inner = section(schema.model_fields[name])
+        assert inner is not None, f"{name} is no section"
+        schema = inner
     return schema
 
 

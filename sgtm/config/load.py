@@ -123,7 +123,8 @@ def _spell_out_channel(values: dict, given: dict[tuple[str, ...], Any]) -> None:
     name = given.get(("recipe",), values.get("recipe"))
     inside = any(path[:2] == ("data", "channel") and len(path) > 2 for path in given)
     if inside and name in recipes.NAMES and isinstance(values.setdefault("data", {}), dict):
-        below = values.get("masking") if isinstance(values.get("masking"), dict) else {}
+        masking = values.get("masking")
+        below = masking if isinstance(masking, dict) else {}
         domains = given.get(("masking", "domains"), below.get("domains", MaskingConfig().domains))
         unmasked = given.get(("masking", "strategy"), below.get("strategy")) == "none"
         if isinstance(domains, list):

@@ -37,8 +37,8 @@ class Key:
 def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[Key]:
     """Every key below `schema`, in the order of the schema."""
     for name, field in schema.model_fields.items():
-        if section(field):
-            yield from keys(section(field), f"{prefix}{name}.")
+        if inner := section(field):
+            yield from keys(inner, f"{prefix}{name}.")
         else:
             doc = " ".join((field.description or "").split())
             yield Key(prefix + name, describe_field(field), _default(field), doc)
@@ -52,10 +52,10 @@ def section(field: FieldInfo | Any) -> type[BaseModel] | None:
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values of nested mappings by dotted key. An empty mapping has none."""
-    found = {}
+    by_key: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        by_key |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return by_key
 
 
 def field_at(schema: type[BaseModel], path: tuple[str, ...]) -> tuple[FieldInfo | None, tuple[str, ...]]:
@@ -67,9 +67,10 @@ def field_at(schema: type[BaseModel], path: tuple[str, ...]) -> tuple[FieldInfo 
         field = schema.model_fields.get(name)
         if field is None:
             return None, path[depth:]
-        if not section(field):
+        inner = section(field)
+        if inner is None:
             return field, path[depth + 1 :]
-        schema = section(field)
+        schema = inner
     return None, ()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -38,7 +38,7 @@ class Config(Section):
     """Name of the run; its directory is `<runs>/<name>`."""
     runs: str = "runs"
     """Folder of all run directories."""
-    recipe: Literal[recipes.NAMES] | None = None
+    recipe: recipes.Name | None = None
     """Settings that belong together (`paper`, `gram`, `dual`, `certified`): strategy, joint, domain_embedding and
     certify of `masking`, grad_clip_scope of `optimizer`, channel, both_ways and schedule of `data`. Keys that are set
     beside it or above it win; those of a preset or file that is extended give way. With masking.strategy none it sets
@@ -172,6 +172,13 @@ class Config(Section):
     def sequences_per_step(self) -> int:
         return self.train.tokens_per_step // self.model.context
 
+    @property
+    def micro_batch(self) -> int:
+        """`train.micro_batch` where it is a number: where it is set, and after `for_ranks`; else raises ValueError."""
+        if self.train.micro_batch is None:
+            raise ValueError("train.micro_batch is derived from the number of ranks: call for_ranks first")
+        return self.train.micro_batch
+
     def for_ranks(self, world_size: int) -> Config:
         """This config with `train.micro_batch` as a number. Raises ValueError where none divides a step."""
         if self.train.micro_batch is not None:
@@ -187,7 +194,7 @@ class Config(Section):
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches of one rank in a global step; raises ValueError when the arithmetic does not divide."""
-        micro_batch = self.for_ranks(world_size).train.micro_batch
+        micro_batch = self.for_ranks(world_size).micro_batch
         if self.sequences_per_step % (micro_batch * world_size):
             raise ValueError(
                 f"{self._sequences} is not a multiple of train.micro_batch {micro_batch} x {world_size} ranks"

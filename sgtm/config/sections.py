@@ -6,7 +6,7 @@ in the report.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from sgtm.config.shape import ModelShape
+from sgtm.masking.shape import ModelShape
 from sgtm.masking.strategy import JOINT, PRESETS
 from sgtm_kernels import current_name
 from sgtm_kernels.tables import KINDS
@@ -29,12 +29,19 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Members = PositiveInt | dict[str, PositiveInt | list[NonNegativeInt]]
 
+if TYPE_CHECKING:  # a type checker reads no names out of a table
+    Strategy = str
+    Joint = str
+    Kind = str
+else:
+    Strategy, Joint, Kind = Literal[tuple(PRESETS)], Literal[tuple(JOINT)], Literal[KINDS]
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class ModelConfig(Section, ModelShape):
+class ModelConfig(Section, ModelShape):  # type: ignore[misc] # frozen, but mypy reads no model_config
     """Shape of the transformer."""
 
     family: Literal["gpt_neo", "llama"] = "gpt_neo"
@@ -96,12 +103,12 @@ class MaskingConfig(Section):
 
     domains: list[str] = ["forget"]
     """Names of the dangerous domains; each gets a group of heads and neurons."""
-    strategy: Literal[tuple(PRESETS)] = "sgtm"
+    strategy: Strategy = "sgtm"
     """What forget tokens may update. `sgtm`: the weights of their domain's group alone; `no_mlp_out`, `no_attn_out`,
     `no_out`: also the retain group's output weights, of that part or both; `gradient_routing`: no gradient flows back
     through the retain group; `activation_masking`: the retain group is off; `gram`: as `sgtm`, with joint `strict`;
     `none`: everything, the unmasked baseline."""
-    joint: Literal[tuple(JOINT)] | list[Literal[KINDS]] | None = None
+    joint: Joint | list[Kind] | None = None
     """Joint parameters that forget tokens leave alone besides what the strategy says itself: `free` (none), `masked`
     (embedding, position, head weight and the blocks' norms, as in the paper's Wikipedia models), `strict` (all), or a
     list of kinds. None: `strict` for gram, `free` for all others."""

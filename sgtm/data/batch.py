@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -13,7 +12,8 @@ from sgtm_kernels.plan import MaskPlan, Tables, merge_runs
 __all__ = ["IGNORE", "Batch", "Owners"]
 
 
-class Owners(NamedTuple):
+@dataclass(frozen=True)
+class Owners:
     """Whose the targets of a micro-batch of an evaluation are.
 
     index  int64 [B, S]: the document that each target belongs to, by its place in the order of the evaluation; any
@@ -53,7 +53,8 @@ class Batch:
     def plan(self, tables: Tables) -> MaskPlan:
         """The masks of this micro-batch under a strategy."""
         runs = merge_runs(list(self.labels), list(self.lengths))
-        return MaskPlan(tables, runs, *self.input_ids.shape, documents=self.documents)
+        batch, seq_len = self.input_ids.shape
+        return MaskPlan(tables, runs, batch, seq_len, documents=self.documents)
 
     def on(self, device: torch.device, tables: Tables) -> tuple[torch.Tensor, torch.Tensor, MaskPlan]:
         """`input_ids` and `targets` on a device, and the plan, with the tensors that its ops need there.

@@ -7,9 +7,9 @@ import gzip
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "Zstandard", ".zstd": "Zstandard"}
 _SUFFIX_OF = {name: suffix for suffix, name in reversed(COMPRESSIONS.items())}
@@ -21,6 +21,11 @@ _BEGINNINGS = {
     "Parquet": rb"PAR1",
     "a zip archive": rb"PK\x03\x04",
     "UTF-16 text": rb"\xff\xfe|\xfe\xff",
+}
+_DECOMPRESSED: dict[str, Callable[[BufferedReader], BufferedIOBase]] = {
+    "gzip": gzip.open,
+    "bzip2": bz2.open,
+    "xz": lzma.open,
 }
 _REMEDY = {"a zip archive": "unpack it", "UTF-16 text": "save it as UTF-8", "Parquet": "rename it to end in .parquet"}
 _HEAD = 64
@@ -63,18 +68,19 @@ def chunks(file: Path) -> Iterator[tuple[bytes, int]]:
 def check_beginning(file: Path, head: bytes) -> None:
     """Raises ValueError, with a remedy, where the first bytes are of another kind than the name states."""
     stated = compression_of(file.name)
-    found = next((kind for kind, beginning in _BEGINNINGS.items() if re.match(beginning, head)), None)
-    if found == stated or (not head and stated):
+    kind = next((kind for kind, beginning in _BEGINNINGS.items() if re.match(beginning, head)), None)
+    if kind == stated or (not head and stated):
         if not head and stated:
             raise ValueError(f"{file} is empty, but its name states {stated}; download it again")
         return
     bare = file.name if stated is None else file.name[: -len(file.suffix)]
-    remedy = _REMEDY.get(found, f"rename it to {bare}{_SUFFIX_OF.get(found, '')}")
+    content = kind or "plain text"
+    remedy = _REMEDY.get(content, f"rename it to {bare}{_SUFFIX_OF.get(content, '')}")
     if stated is None:
-        raise ValueError(f"{file} is {found}, which its name does not state; {remedy}")
-    if found is None and not _is_text(head):
+        raise ValueError(f"{file} is {content}, which its name does not state; {remedy}")
+    if kind is None and not _is_text(head):
         raise ValueError(f"{file} is damaged: it does not begin as {stated} does; fetch it again")
-    raise ValueError(f"{file} is not {stated}, as its name states, but {found or 'plain text'}; {remedy}")
+    raise ValueError(f"{file} is not {stated}, as its name states, but {content}; {remedy}")
 
 
 def _is_text(head: bytes) -> bool:
@@ -88,13 +94,13 @@ def _is_text(head: bytes) -> bool:
     return not re.search(r"[\x00-\x08\x0e-\x1f]", text)
 
 
-def _read(handle: BinaryIO, compression: str | None) -> Iterator[bytes]:
-    opened = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open, None: lambda plain: plain}[compression](handle)
-    while data := opened.read(2**20):
+def _read(handle: BufferedReader, compression: str | None) -> Iterator[bytes]:
+    content = handle if compression is None else _DECOMPRESSED[compression](handle)
+    while data := content.read(2**20):
         yield data
 
 
-def _zstandard(handle: BinaryIO) -> Iterator[bytes]:
+def _zstandard(handle: BufferedReader) -> Iterator[bytes]:
     """Every frame of the file; unlike the library's stream reader, it notices a last frame that is cut short."""
     import zstandard
 

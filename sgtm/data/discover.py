@@ -84,22 +84,23 @@ def find_sources(paths: Iterable[str | Path]) -> Found:
     Raises ValueError for a path that does not exist, a file of unknown format or of another than its name states, or a
     folder with nothing readable.
     """
-    paths = list(paths)
-    if remote := next((path for path in map(str, paths) if re.match(r"\w+://", path)), None):
+    arguments = [str(path) for path in paths]
+    if remote := next((argument for argument in arguments if re.match(r"\w+://", argument)), None):
         raise ValueError(f"{remote} is a URL, but DATA takes local files and folders; download it")
-    paths = [Path(path) for path in paths]
-    for path in paths:
+    inputs = [Path(argument) for argument in arguments]
+    for path in inputs:
         if not path.exists():
             raise ValueError(f"no such file or folder: {shown(path)}")
         if not path.is_dir() and not path.is_file():
             raise ValueError(f"{shown(path)} is neither file nor folder; input is read twice, so write it to a file")
-        if path.is_file() and _kind(path) is None:
+        if path.is_file() and not _kind(path):
             raise ValueError(f"cannot read {shown(path)}: expected {READABLE}")
-    names, account, sources = _Names(paths), Account(), []
-    for path in paths:
+    names, account = _Names(inputs), Account()
+    sources: list[Source] = []
+    for path in inputs:
         own = Account()
-        sources += (found := list(_Search(names, own).sources(path)))
-        if not sources or not (found or own.passed.get(AGAIN)):
+        sources += (new := list(_Search(names, own).sources(path)))
+        if not sources or not (new or own.passed.get(AGAIN)):
             passed = "".join(f"\n  {line}" for line in own.lines()[1:])
             raise ValueError(f"nothing to read in {shown(path)}: expected {READABLE}{passed}")
         account.add(own)
@@ -168,7 +169,8 @@ class _Search:
                     self.account.read["saved dataset"] += 1
                     yield SavedDataset(folder, split)
             return
-        texts, others = [], []
+        texts: list[Path] = []
+        others: list[Path] = []
         for child in sorted(path.iterdir()):
             if child.name.startswith("."):
                 self.account.pass_over(HIDDEN, child)
@@ -225,12 +227,12 @@ def _saved_parts(folder: Path) -> dict[str | None, Path] | None:
     return None
 
 
-def _kind(path: Path) -> str | None:
-    """Format and compression of a file that is read, such as `.jsonl.gz`; None of any other."""
+def _kind(path: Path) -> str:
+    """Format and compression of a file that is read, such as `.jsonl.gz`; empty of any other."""
     form, compression = format_of(path.name), compression_of(path.name)
     if form in FORMATS or (form == ".parquet" and not compression):
         return form + (path.suffix.lower() if compression else "")
-    return None
+    return ""
 
 
 def _identity(path: Path) -> Identity:

@@ -28,6 +28,9 @@ from sgtm.data.store import DOCUMENT, SPAN, token_dtype
 from sgtm.data.tokenizer import PIECE_CHARACTERS, can_be_cut, cut
 from sgtm.files import replacing
 
+Offsets = list[tuple[int, int]]
+"""(start, end) of each token in characters of its document."""
+
 
 class EncodedBlock(NamedTuple):
     """Tokens end to end; `DOCUMENT`, its split a position in `splits`; `SPAN`, its documents counted in the block.
@@ -121,14 +124,16 @@ class Encoder:
         tokens = np.concatenate(pieces) if pieces else np.empty(0, token_dtype(self.vocab_size))
         return EncodedBlock(tokens, index, np.array(spans, SPAN), np.array(splits, dtype=np.str_), 0, 0)
 
-    def _encoded(self, documents: list[Document]) -> Iterator[tuple[np.ndarray, list[tuple[int, int]]]]:
+    def _encoded(self, documents: list[Document]) -> Iterator[tuple[np.ndarray, Offsets]]:
         """Token ids of each document, and their offsets in characters where it has spans.
 
         Some documents at a time, and a long one in pieces where that is the same, for the sake of memory.
         """
         tokenizer, dtype = self._loaded(), token_dtype(self.vocab_size)
         size = PIECE_CHARACTERS if can_be_cut(tokenizer) else None
-        parts, batch, characters = [], [], 0
+        parts: list[str] = []
+        batch: list[tuple[np.ndarray | int, Offsets]] = []
+        characters = 0
         for document in documents:
             if document.spans:  # offsets cost time, so they are asked for only where a span needs them
                 encoding = tokenizer.encode(document.text, add_special_tokens=False)
@@ -163,22 +168,26 @@ class Encoder:
         )
 
 
-def _joined(tokenizer: Tokenizer, parts: list[str], batch: list[tuple], dtype: np.dtype) -> Iterator[tuple]:
+def _joined(
+    tokenizer: Tokenizer, parts: list[str], batch: list[tuple[np.ndarray | int, Offsets]], dtype: np.dtype
+) -> Iterator[tuple[np.ndarray, Offsets]]:
     """Encodes the parts of the documents of a batch; of each the ids, or how many parts it has, and its offsets."""
-    ids = []
+    ids: list[np.ndarray] = []
     long = sum(map(len, parts)) > 2 * PIECE_CHARACTERS  # then one by one
     for some in [[part] for part in parts] if long else [parts]:
         encodings = tokenizer.encode_batch_fast(some, add_special_tokens=False)
         ids += [np.array(encoding.ids, dtype) for encoding in encodings]
     used = 0
-    for found, offsets in batch:
-        if isinstance(found, int):
-            found, used = np.concatenate(ids[used : used + found]), used + found
-        yield found, offsets
+    for content, offsets in batch:
+        if isinstance(content, int):
+            yield np.concatenate(ids[used : used + content]), offsets
+            used += content
+        else:
+            yield content, offsets
 
 
 def token_spans(
-    spans: tuple[tuple[int, int, str], ...], offsets: list[tuple[int, int]], categories: list[str]
+    spans: tuple[tuple[int, int, str], ...], offsets: Offsets, categories: list[str]
 ) -> list[tuple[int, int, int]]:
     """(token start, token end, category) of spans given in characters: every token that overlaps a span is in it.
 
@@ -238,7 +247,8 @@ class _Workers:
     """A pool of fresh interpreters, started on demand; forks would copy the tokenizer's threads in an unknown state."""
 
     def __init__(self, workers: int):
-        self.workers, self._pool = workers, None
+        self.workers = workers
+        self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> _Workers:
         return self
@@ -262,6 +272,10 @@ class _Workers:
             raise OSError(message) from None
 
 
+_encoder: Encoder
+"""Of a worker process, whose first call is `_start_worker`."""
+
+
 def _start_worker(encoder: Encoder) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core is parallel enough
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -272,7 +286,9 @@ def _start_worker(encoder: Encoder) -> None:
 
 
 def _exit_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a worker has one
+    parent.join()
     os._exit(1)
 
 

@@ -20,7 +20,7 @@ from sgtm.data.compression import chunks, format_of
 from sgtm.data.readers import Block, File, Record, in_blocks, shown
 
 SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json")
-_BLANK = re.compile(r"[ \t\r\n]*")
+_NOT_BLANK = re.compile(r"[^ \t\r\n]")
 _FIRST = 2**16  # bytes in which a .json file's first line must end for its objects to be read over several lines
 _LONGEST_WORD = 16  # characters: an error this near the end of what has been read may be a word that is cut
 
@@ -59,7 +59,8 @@ def _is_cut_by_line_end(first: bytes) -> bool:
 
 def _lines(file: Path, content: Iterable[Chunk]) -> Iterator[Block]:
     """Blocks of lines: each ends with the first line end at or after `BLOCK_BYTES`."""
-    pending, size, line, before, read = [], 0, 1, 0, 0
+    pending: list[bytes] = []
+    size, line, before, read = 0, 1, 0, 0
     for data, read in content:
         start = 0
         while end := data.find(b"\n", max(start, start + readers.BLOCK_BYTES - 1 - size)) + 1:
@@ -141,9 +142,10 @@ class _Text:
     def peek(self) -> str:
         """The next character that is not blank, to which `at` moves; none at the end of the file."""
         while True:
-            self.at = _BLANK.match(self._text, self.at).end()
-            if self.at < len(self._text):
-                return self._text[self.at]
+            match = _NOT_BLANK.search(self._text, self.at)
+            self.at = match.start() if match else len(self._text)
+            if match:
+                return match[0]
             if not self._more():
                 return ""
 

@@ -90,7 +90,7 @@ class Order:
 
     def find_labels(self, places: list[Place]) -> frozenset[int]:
         if None not in self.streams:
-            return frozenset(place.stream for place in places)
+            return frozenset(place.stream for place in places if place.stream is not None)
         return frozenset(piece.label for place in places for piece in self.pieces(place))
 
     def pieces(self, place: Place) -> list[Piece]:
@@ -155,7 +155,7 @@ class Loader:
         config = config.for_ranks(world_size)
         config.accumulation(world_size)  # raises where it does not divide
         self.rank, self.world_size = rank, world_size
-        self.per_step, self.micro_batch = config.sequences_per_step, config.train.micro_batch
+        self.per_step, self.micro_batch = config.sequences_per_step, config.micro_batch
         self.micro_blocks = config.data.micro_blocks if config.data.mixing == "micro" else 1
         self.isolated = isolates_documents(config)
         self.forget_labels = config.space.forget_labels
@@ -268,7 +268,7 @@ def evaluation_batches(
     read = sequences_of(corpus, split, category, config.model.context, isolates_documents(config), max_sequences)
     if not read.numbers:
         return
-    micro_batch, label = config.for_ranks(1).train.micro_batch, config.space.label(corpus.categories[category])
+    micro_batch, label = config.for_ranks(1).micro_batch, config.space.label(corpus.categories[category])
     count, stride = len(read.numbers), micro_batch * world_size
     owned = int(read.stream.owners([read.numbers[-1]])[0, -1]) + 1
     for first in range(rank * micro_batch, -(-count // stride) * stride, stride):

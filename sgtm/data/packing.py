@@ -105,7 +105,9 @@ class Stream:
         """Reads a sequence; past the end of the stream it is padded with EOS and has no targets."""
         input_ids = np.full(self.context, self.corpus.eos_id, np.int64)
         targets = np.full(self.context, IGNORE, np.int64)
-        labels, lengths, documents = [], [], []
+        labels: list[int] = []
+        lengths: list[int] = []
+        documents: list[tuple[int, int, int]] = []  # number, start and end in the sequence
         position = 0
         for piece in self.pieces(sequence):
             end = position + piece.end - piece.start

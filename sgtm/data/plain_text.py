@@ -27,21 +27,21 @@ def plain_text(tokenizer: Tokenizer, controls: Iterable[str]) -> Tokenizer:
     Set `encode_special_tokens` where the result is loaded again: no file holds it.
     """
     state = json.loads(tokenizer.to_str())
-    names = _known(tokenizer, state, controls)
+    ids = _known(tokenizer, state, controls)
     state |= {"truncation": None, "padding": None, "post_processor": _without_templates(state["post_processor"])}
     if "dropout" in state["model"]:
         state["model"]["dropout"] = None
-    _declare(state, {name: tokenizer.token_to_id(name) for name in names})
-    state["pre_tokenizer"] = _spelling_out(state["pre_tokenizer"], _pieces(state["model"], names))
+    _declare(state, ids)
+    state["pre_tokenizer"] = _spelling_out(state["pre_tokenizer"], _pieces(state["model"], ids))
     return as_text(Tokenizer.from_str(json.dumps(state)))
 
 
 def reachable(tokenizer: Tokenizer, controls: Iterable[str]) -> list[str]:
     """The control tokens that a text could have before `plain_text`, special tokens being spelled out."""
     state = json.loads(tokenizer.to_str())
-    names = _known(tokenizer, state, controls)
-    undeclared = {token["content"] for token in state["added_tokens"] if not token["special"]} & names
-    return sorted(undeclared.union(_pieces(state["model"], names)))
+    ids = _known(tokenizer, state, controls)
+    undeclared = {token["content"] for token in state["added_tokens"] if not token["special"]} & ids.keys()
+    return sorted(undeclared.union(_pieces(state["model"], ids)))
 
 
 def as_text(tokenizer: Tokenizer) -> Tokenizer:
@@ -70,12 +70,13 @@ def _unknown(model: dict) -> str | None:
     return model.get("unk_token") or None
 
 
-def _known(tokenizer: Tokenizer, state: dict, controls: Iterable[str]) -> set[str]:
-    """The control tokens that the vocabulary has."""
+def _known(tokenizer: Tokenizer, state: dict, controls: Iterable[str]) -> dict[str, int]:
+    """Ids of the control tokens that the vocabulary has."""
     controls = set(controls)
     names = {name for name in controls if len(name) > 1} | _declared(state)
     names |= {token["content"] for token in state["added_tokens"]} & controls
-    return {name for name in names if tokenizer.token_to_id(name) is not None}
+    ids = {name: tokenizer.token_to_id(name) for name in names}
+    return {name: i for name, i in ids.items() if i is not None}
 
 
 def _declared(state: dict) -> set[str]:
@@ -111,15 +112,15 @@ def _without_templates(processor: dict | None) -> dict | None:
     return _sequence(kept, "processors")
 
 
-def _pieces(model: dict, names: set[str]) -> list[str]:
+def _pieces(model: dict, names: Iterable[str]) -> list[str]:
     """Those that the model may make of a text and that can be cut in two."""
+    vocabulary = model["vocab"]
     if model["type"] == "BPE":
         made = {"".join(merge) for merge in model["merges"]}
         if model["ignore_merges"] or model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
-            made |= model["vocab"].keys()
+            made |= vocabulary.keys()
     else:
-        made = model["vocab"]
-        made = made.keys() if isinstance(made, dict) else {piece for piece, _ in made}
+        made = set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
     return sorted(name for name in names if len(name) > 1 and name in made)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,9 @@ TRAIN = "train"
 SAMPLE_BYTES = 32 * 2**20
 SHARD_TOKENS = 2**26
 
+Advance = Callable[[int], None]
+"""Takes the bytes of input that are done."""
+
 
 @dataclass
 class PrepareOptions:
@@ -71,21 +74,23 @@ class PrepareOptions:
 
 def run_prepare(options: PrepareOptions) -> None:
     """The command: prepares, and prints what was found. Raises ValueError or OSError for mistakes of the user."""
-    missing = [name for name, (given, _) in _required(options).items() if not given]
-    if missing:
-        described = "\n".join(f"  {name:8}{about}" for name, (_, about) in _required(options).items())
+    rules_file, out = options.rules, options.out
+    if not options.sources or rules_file is None or out is None:
+        required = _required(options)
+        missing = [name for name, (value, _) in required.items() if not value]
+        described = "\n".join(f"  {name:8}{about}" for name, (_, about) in required.items())
         raise ValueError(
             f"sgtm prepare: no {', no '.join(missing)}; write: sgtm prepare DATA... --rules FILE --out FOLDER\n"
             f"{described}"
         )
-    (sources, account), rules = find_sources(options.sources), load_rules(options.rules)
+    (sources, account), rules = find_sources(options.sources), load_rules(rules_file)
     for line in account.lines():
         Console().print(line, markup=False, highlight=False, soft_wrap=True)
     corpus = prepare(
         sources,
         rules,
         options.tokenizer,
-        options.out,
+        out,
         vocab_size=options.vocab_size,
         workers=options.workers,
         shard_tokens=options.shard_tokens,
@@ -155,7 +160,9 @@ def prepare(
         place = place_to_build(out, job, shard_tokens, overwrite)
         if place is not None:
             loaded, eos = _tokenizer(sources, rules, tokenizer, vocab_size, place, progress)
-            encoder = Encoder(rules, place / TOKENIZER, loaded.token_to_id(eos), vocabulary_size(loaded), shard_tokens)
+            eos_id = loaded.token_to_id(eos)
+            assert eos_id is not None, f"{eos} is not in the vocabulary"
+            encoder = Encoder(rules, place / TOKENIZER, eos_id, vocabulary_size(loaded), shard_tokens)
             blocks = blocks_of(place, job)
             with _bar(sources, "tokenizing", progress) as advance:
                 count = encode_blocks(encoder, _all_blocks(sources, rules), blocks, workers, advance)
@@ -192,7 +199,7 @@ def open_prepared(
 def _job(sources: Sequence[Source], rules: Rules, tokenizer: str | Path, vocab_size: int) -> dict:
     """What the blocks depend on; two runs with the same job may share them."""
     if str(tokenizer) == TRAIN:
-        made = {"train": vocab_size, "sample_bytes": SAMPLE_BYTES}
+        made: dict[str, object] = {"train": vocab_size, "sample_bytes": SAMPLE_BYTES}
     else:
         loaded, names = load_tokenizer(tokenizer), named_tokens(tokenizer)  # their errors come first
         made = {file.name: sha256_of(file) for file in tokenizer_files(tokenizer)}
@@ -211,7 +218,9 @@ def _as_stored(job: dict, stored: object) -> dict:
 
     Earlier versions also listed what else lay in the tokenizer's folder; their corpora stay finished.
     """
-    made = stored.get("tokenizer") if isinstance(stored, dict) else None
+    if not isinstance(stored, dict):
+        return job
+    made = stored.get("tokenizer")
     if not isinstance(made, dict) or stored | {"tokenizer": job["tokenizer"]} != job:
         return job
     read = {name: made[name] for name in read_from(made)}
@@ -245,7 +254,7 @@ def _tokenizer(
     return loaded, eos_token(loaded)
 
 
-def _training_texts(sources: Sequence[Source], rules: Rules, advance, splits: Counter[str]) -> Iterator[str]:
+def _training_texts(sources: Sequence[Source], rules: Rules, advance: Advance, splits: Counter[str]) -> Iterator[str]:
     """Texts of split `train`; counts the documents of every split in `splits`."""
     for block in _all_blocks(sources, rules):
         for path, where, fields in block.records():
@@ -296,7 +305,7 @@ def _merge(out: Path, encoder: Encoder, blocks: Path, count: int) -> None:
 
 
 @contextmanager
-def _bar(sources: Sequence[Source], what: str, progress: bool):
+def _bar(sources: Sequence[Source], what: str, progress: bool) -> Iterator[Advance]:
     """A progress bar over the input's bytes; yields the function that moves it."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not progress) as bar:

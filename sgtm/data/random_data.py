@@ -50,26 +50,27 @@ class RandomCorpus(Corpus):
     def tokens(self, document: int, start: int = 0, end: int | None = None) -> np.ndarray:
         """Token ids `start:end` of a document, the same at every call."""
         length = int(self.documents[document]["length"])
-        found = np.random.default_rng(document).integers(1, self.vocab_size, length, dtype=np.uint32)
-        found[-1] = self.eos_id
-        return found[start : length if end is None else end]
+        ids = np.random.default_rng(document).integers(1, self.vocab_size, length, dtype=np.uint32)
+        ids[-1] = self.eos_id
+        return ids[start : length if end is None else end]
 
 
 def label_pieces(config: Config, labels: int) -> list[tuple[int, ...]]:
     """Labels of the pieces of micro-batches: each label alone, and all of them as the mixing lets them meet."""
-    found = [(label,) for label in range(labels)]
-    sequences, everything = config.train.micro_batch, cycle(range(labels))
-    if config.data.mixing == "sequence" and sequences > 1:
-        found.append(tuple(islice(everything, sequences)))
-    elif config.data.mixing == "token":
+    pieces: list[tuple[int, ...]] = [(label,) for label in range(labels)]
+    mixing, everything = config.data.mixing, cycle(range(labels))
+    if mixing == "sequence" and config.micro_batch > 1:
+        pieces.append(tuple(islice(everything, config.micro_batch)))
+    elif mixing == "token":
+        sequences = config.micro_batch
         many = -(-labels * (MAX_SLICES + 1) // sequences)  # of a sequence: more runs of each label than slices are for
-        found.append(tuple(islice(everything, sequences * min(many, config.model.context))))
-    return found
+        pieces.append(tuple(islice(everything, sequences * min(many, config.model.context))))
+    return pieces
 
 
 def random_batch(config: Config, labels: tuple[int, ...], seed: int = 0) -> Batch:
     """Random tokens with these labels, in pieces of equal length, which are the documents where training has such."""
-    size = config.train.micro_batch, config.model.context
+    size = config.micro_batch, config.model.context
     ids = torch.randint(config.model.vocab_size, size, generator=torch.Generator().manual_seed(seed))
     ends = [ids.numel() * (i + 1) // len(labels) for i in range(len(labels))]
     bounds, documents = list(pairwise((0, *ends))), None

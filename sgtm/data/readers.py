@@ -31,9 +31,11 @@ class Record(NamedTuple):
 
 
 class Block(Protocol):
-    """A piece of a source: picklable, a few megabytes. progress: what it stands for, in the unit of `Source.size`."""
+    """A piece of a source: picklable, a few megabytes."""
 
-    progress: int
+    @property
+    def progress(self) -> int:
+        """What it stands for, in the unit of `Source.size`."""
 
     def records(self) -> Iterator[Record]:
         """The records in order. Raises ValueError naming the place of one that cannot be read."""
@@ -87,16 +89,16 @@ class RecordBlock:
         yield from self.read
 
 
-def in_blocks(file: Path, found: Iterable[tuple[int, Any, int, int]]) -> Iterator[Block]:
+def in_blocks(file: Path, values: Iterable[tuple[int, Any, int, int]]) -> Iterator[Block]:
     """Blocks of the records of a file.
 
-    found  line, fields, size in characters, and bytes of the file read so far, of each record
+    values  line, fields, size in characters, and bytes of the file read so far, of each record
 
     Raises ValueError for one that is not an object.
     """
     path, name = file.as_posix(), shown(file)
     records, size, before, read = [], 0, 0, 0
-    for line, fields, characters, read in found:
+    for line, fields, characters, read in values:
         if not isinstance(fields, dict):
             raise ValueError(f"{name}:{line}: expected a JSON object, got {type(fields).__name__}")
         records.append(Record(path, f"{name}:{line}", fields))

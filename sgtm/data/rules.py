@@ -77,16 +77,15 @@ class Selector(Section):
         return self
 
     def value(self, record: dict, path: str, where: str) -> str:
+        if self.field is not None:
+            return as_text(lookup(record, self.field, where), self.field, where)
         if self.constant is not None:
             return self.constant
-        if self.path is not None:
-            found = re.findall(self.path, path)
-            if not found:
-                raise ValueError(
-                    f"{where}: the rules look for {self.path!r} in the path {path!r}, which does not match"
-                )
-            return checked(found[-1], f"what {self.path!r} finds in the path", where)
-        return as_text(lookup(record, self.field, where), self.field, where)
+        assert self.path is not None  # the last of the keys, of which one is set
+        matches = re.findall(self.path, path)
+        if not matches:
+            raise ValueError(f"{where}: the rules look for {self.path!r} in the path {path!r}, which does not match")
+        return checked(matches[-1], f"what {self.path!r} finds in the path", where)
 
 
 class CategorySelector(Selector):
@@ -136,7 +135,7 @@ class SplitSelector(Selector):
     def split(self, record: dict, path: str, where: str, document_id: int) -> str:
         if self.hash is None:
             return _checked_split(self.value(record, path, where), where)
-        key = document_id if self.by is None else self._key(record, where, document_id)
+        key = document_id if self.by is None else self._key(self.by, record, where, document_id)
         draw, edge = float(uniform_hash(np.array([key], np.uint64), _SPLIT_SEED)[0]), 0.0
         for name, share in self.hash.items():
             edge += share
@@ -144,9 +143,9 @@ class SplitSelector(Selector):
                 return name
         return "train"
 
-    def _key(self, record: dict, where: str, document_id: int) -> int:
+    def _key(self, by: str, record: dict, where: str, document_id: int) -> int:
         try:
-            value = lookup(record, self.by, where)
+            value = lookup(record, by, where)
         except ValueError:
             if self.by_missing != "document":
                 raise
@@ -154,14 +153,14 @@ class SplitSelector(Selector):
         if is_missing(value):
             if self.by_missing == "document":
                 return document_id
-            found = "null" if value is None else repr(value)
+            content = "null" if value is None else repr(value)
             raise ValueError(
-                f"{where}: field {self.by!r} of split.by holds {found}, and all documents like it would be one group; "
+                f"{where}: field {by!r} of split.by holds {content}, and all documents like it would be one group; "
                 f"give it a value, or write by_missing: document to draw each by its own text"
             )
         if isinstance(value, bool):
             return stable_id(str(value).encode())
-        return stable_id(as_text(value, self.by, where).encode())
+        return stable_id(as_text(value, by, where).encode())
 
 
 class Document(NamedTuple):
@@ -184,8 +183,8 @@ def _known_label(label: Any) -> str:
         if (domain := label.removeprefix("forget:")) != label and domain in RESERVED:
             raise ValueError(f"found {label!r}, but a domain is named none of {', '.join(RESERVED)}")
         return label
-    domain = re.fullmatch(r"(?i)forget[\s:_-]+([^:,]+?)\s*", str(label))
-    slip = f" (did you mean forget:{domain[1]}?)" if domain else did_you_mean(str(label), LABELS)
+    near = re.fullmatch(r"(?i)forget[\s:_-]+([^:,]+?)\s*", str(label))
+    slip = f" (did you mean forget:{near[1]}?)" if near else did_you_mean(str(label), LABELS)
     raise ValueError(f"found {label!r:.80}, but it takes: retain, unlabeled, forget:<domain> or drop{slip}")
 
 
@@ -252,10 +251,11 @@ class Rules(Section):
 
         Raises ValueError that begins with `where` for a missing field, an unknown category, or spans that do not fit.
         """
-        if self.category.any_of is None:
+        any_of = self.category.any_of
+        if any_of is None:
             category = self.category.value(record, path, where)
         else:
-            category = self._first(lookup(record, self.category.any_of, where), where)
+            category = self._first(lookup(record, any_of, where), any_of, where)
         if self._label(category, where) == DROP:
             return None
         text = lookup(record, self.text, where)
@@ -268,14 +268,14 @@ class Rules(Section):
         name = None if self.id is None else as_text(lookup(record, self.id, where), self.id, where)
         return Document(text, document_id, category, split, self._spans(record, text, where), name)
 
-    def _first(self, value: Any, where: str) -> str:
-        """The category that comes first in `labels`."""
-        found = [as_text(one, self.category.any_of, where) for one in (value if isinstance(value, list) else [value])]
-        if not found:
-            raise ValueError(f"{where}: field {self.category.any_of!r} holds an empty list, expected categories")
-        for category in found:
+    def _first(self, value: Any, field: str, where: str) -> str:
+        """Of the categories in a field, the one that comes first in `labels`."""
+        categories = [as_text(one, field, where) for one in (value if isinstance(value, list) else [value])]
+        if not categories:
+            raise ValueError(f"{where}: field {field!r} holds an empty list, expected categories")
+        for category in categories:
             self._label(category, where)
-        return min(found, key=list(self.labels).index)
+        return min(categories, key=list(self.labels).index)
 
     def _label(self, category: str, where: str) -> str:
         if category not in self.labels:

@@ -20,7 +20,8 @@ from sgtm.data.stories.languages import language
 
 EDITION = 1
 """Counts changes of the grammar: a corpus of another edition is written anew."""
-LANGUAGES = ("en", "es")
+Code = Literal["en", "es"]
+LANGUAGES: tuple[Code, ...] = ("en", "es")
 RULES = Rules.model_validate({"split": {"field": "split"}, "labels": {"en": "retain", "es": "forget:es"}})
 STORIES = 6000, 300
 """Of each language, in train and test: about 6 MB of text in each."""
@@ -29,17 +30,16 @@ STORY_BYTES = 1000
 _SPLITS = {"train": 0, "test": 1}
 
 
-@dataclass(frozen=True)
+@dataclass
 class StorySource(Source):
     """`count` stories of one language and split. Train and test are told from different dice."""
 
-    code: str
+    code: Code
     split: str
     count: int
 
-    @property
-    def size(self) -> int:
-        return self.count * STORY_BYTES
+    def __post_init__(self):
+        self.size = self.count * STORY_BYTES
 
     def fingerprint(self) -> Any:
         return ["stories", EDITION, self.code, self.split, self.count]
@@ -51,7 +51,7 @@ class StorySource(Source):
 
 @dataclass(frozen=True)
 class StoryBlock:
-    code: str
+    code: Code
     split: str
     first: int
     last: int
@@ -66,7 +66,7 @@ class StoryBlock:
             yield Record(path, f"{path} {number}", {"text": text, "category": self.code, "split": self.split})
 
 
-def tell_stories(code: Literal["en", "es"], split: str, first: int, last: int) -> list[str]:
+def tell_stories(code: Code, split: str, first: int, last: int) -> list[str]:
     """Stories number `first:last` of a language, about 1,000 characters each."""
     seed = LANGUAGES.index(code), _SPLITS[split]
     return [Teller(language(code), Dice(*seed, number)).tell() for number in range(first, last)]

@@ -33,16 +33,18 @@ class Delimited(File):
         csv.field_size_limit(sys.maxsize)  # of the process; 131,072 characters by default
         name, lines = shown(self.file), _Lines(self.file)
         rows = csv.reader(lines, delimiter=self.delimiter, strict=True)
-        names, wanted, line, size = None, None, 1, 0
+        line = 1
         try:
+            names = next(rows, None)
+            if names is None:
+                return
+            if repeated := next((field for field in names if names.count(field) > 1), None):
+                raise ValueError(f"{name}:{line}: two columns are called {repeated!r}")
+            self._check_delimiter(names, columns, f"{name}:{line}")
+            wanted = columns if set(columns) <= set(names) else names  # all, so that an error can list them
+            line, size = rows.line_num + 1, lines.characters
             for row in rows:
-                if names is None:
-                    names = row
-                    if repeated := next((field for field in names if names.count(field) > 1), None):
-                        raise ValueError(f"{name}:{line}: two columns are called {repeated!r}")
-                    self._check_delimiter(names, columns, f"{name}:{line}")
-                    wanted = columns if set(columns) <= set(names) else names  # all, so that an error can list them
-                elif row:
+                if row:
                     if len(row) != len(names):
                         raise ValueError(f"{name}:{line}: {len(row)} fields, but the first row has {len(names)}")
                     fields = dict(zip(names, row, strict=True))
@@ -71,7 +73,8 @@ class _Lines:
         self.file, self.read, self.characters = file, 0, 0
 
     def __iter__(self) -> Iterator[str]:
-        number, pending = 0, []
+        number = 0
+        pending: list[bytes] = []
         for data, read in chunks(self.file):
             self.read = read
             *whole, rest = data.split(b"\n")

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -134,11 +135,11 @@ def _save(path: Path, array: np.ndarray) -> None:
     """As `np.save`, whose error on a full disk has no reason."""
     with naming(path), path.open("wb") as handle:
         np.lib.format.write_array_header_1_0(handle, np.lib.format.header_data_from_array_1_0(array))
-        handle.write(array.view(np.uint8))
+        handle.write(array.view(np.uint8).data)
         _flush(handle)
 
 
-def _flush(handle) -> None:
+def _flush(handle: BinaryIO) -> None:
     handle.flush()
     os.fsync(handle.fileno())
 

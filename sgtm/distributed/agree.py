@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+Result = TypeVar("Result")
+UserError = TypeVar("UserError", bound=Exception)
 
-def on_rank_zero(action: Callable[[], Any]) -> Any:
+
+def on_rank_zero(action: Callable[[], Result]) -> Result:
     """Run `action` on rank 0 while the others wait; every rank returns its result.
 
     What it raises for the user (ValueError, OSError) every rank raises: no rank is left waiting in a collective.
@@ -24,33 +27,32 @@ def on_rank_zero(action: Callable[[], Any]) -> Any:
         try:
             outcome[0] = action()
         except (ValueError, OSError) as error:
-            error.rank = 0
-            outcome[1] = error
+            outcome[1] = _from_rank(0, error)
     dist.broadcast_object_list(outcome)
-    result, error = outcome
-    if error is not None:
-        raise error
+    result, problem = outcome
+    if problem is not None:
+        raise problem
     return result
 
 
-def together(action: Callable[[], Any]) -> Any:
+def together(action: Callable[[], Result]) -> Result:
     """Run `action` on every rank; each returns its own result, which stays where it is. Errors as `on_every_rank`."""
-    results: list[Any] = []
+    results: list[Result] = []
     on_every_rank(lambda: results.append(action()))
     return results[0]
 
 
-def on_every_rank(action: Callable[[], Any]) -> list[Any]:
+def on_every_rank(action: Callable[[], Result]) -> list[Result]:
     """Run `action` on every rank; every rank returns the results of all, in order of rank.
 
     What any of them raises for the user (ValueError, OSError) every rank raises, the lowest rank's first.
     """
+    mine: tuple[Any, Exception | None]
     try:
         mine = (action(), None)
     except (ValueError, OSError) as error:
-        error.rank = dist.get_rank()
-        mine = (None, error)
-    everyone: list[Any] = [mine] * dist.get_world_size()
+        mine = (None, _from_rank(dist.get_rank(), error))
+    everyone: list[tuple[Any, Exception | None]] = [mine] * dist.get_world_size()
     if dist.get_world_size() > 1:
         dist.all_gather_object(everyone, mine)
     errors = [error for _, error in everyone if error is not None]
@@ -70,5 +72,9 @@ def check_same(settings: Callable[[], Mapping[str, Any]]) -> None:
                     f"rank {rank} on {their_host} has {key} {theirs.get(key)}, but rank 0 on {first_host} has "
                     f"{first.get(key)}; start every node with the same command, config and SGTM_ variables"
                 )
-                error.rank = 0
-                raise error
+                raise _from_rank(0, error)
+
+
+def _from_rank(rank: int, error: UserError) -> UserError:
+    error.rank = rank  # type: ignore[attr-defined]  # an attribute of its own, which travels with the pickle
+    return error

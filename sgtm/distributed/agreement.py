@@ -59,14 +59,15 @@ class Agreement:
         flags      sum of `flag` over the ranks, where it is reduced already and `gradients` are all of them
         owners     of each piece; None: one owns all
         """
+        pieces = list(gradients)
         if self.device.type == "cpu":
-            parts = [gradient.reshape(-1).split(PIECE) for gradient in gradients]
+            splits = [gradient.reshape(-1).split(PIECE) for gradient in gradients]
             if owners is not None:
-                owners = [owner for owner, pieces in zip(owners, parts, strict=True) for _ in pieces]
-            gradients = [piece for pieces in parts for piece in pieces]
-        if not gradients:  # a rank without a share
-            gradients, owners = [torch.zeros(1, device=self.device)], None if owners is None else [0]
-        return self.reach_by(torch.stack(torch._foreach_norm(gradients)), flags, owners)
+                owners = [owner for owner, split in zip(owners, splits, strict=True) for _ in split]
+            pieces = [piece for split in splits for piece in split]
+        if not pieces:  # a rank without a share
+            pieces, owners = [torch.zeros(1, device=self.device)], None if owners is None else [0]
+        return self.reach_by(torch.stack(torch._foreach_norm(pieces)), flags, owners)
 
     def reach_by(
         self, norms: torch.Tensor, flags: torch.Tensor | None = None, owners: Sequence[int] | None = None
@@ -81,7 +82,7 @@ class Agreement:
         numbers = torch.cat([squares, self.flag() if flags is None else flags])
         if self.ranks > 1 and flags is None:
             dist.all_reduce(numbers)
-        *squares, stopping = numbers.tolist()
-        self.norms = [math.sqrt(square) if math.isfinite(square) else math.inf for square in squares]
+        *by_owner, stopping = numbers.tolist()
+        self.norms = [math.sqrt(square) if math.isfinite(square) else math.inf for square in by_owner]
         self.stopping = stopping > 0
         return self.norm

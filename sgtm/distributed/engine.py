@@ -45,9 +45,10 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import deepspeed
 import numpy as np
@@ -69,6 +70,9 @@ from sgtm.distributed.universal import universal_info
 from sgtm.distributed.watchdog import enter
 from sgtm.distributed.writer import BackgroundWriter
 from sgtm.model.rows import owner_of
+
+if TYPE_CHECKING:
+    from sgtm.model.transformer import Transformer
 
 if device_type() == "cpu":  # it would compile a shared-memory collective at the first start (35 s, with a compiler)
     replace(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
@@ -123,15 +127,15 @@ def _zero_options(config: DistributedConfig, world_size: int, numel: int) -> dic
 class Engine:
     """One model under DeepSpeed.
 
-    module  an nn.Module with `parameter_rows()`; it is changed in place (bf16, partitioned). Its forward passes, in
-            training and evaluation, go through the engine: `engine(...)`.
+    module  changed in place (bf16, partitioned). Its forward passes, in training and evaluation, go through the engine:
+            `engine(...)`.
     config  the run; all ranks the same
 
     A global step is `accumulation` times `backward(engine(...))`, then one `step(live, lr)`.
     Needs `init_distributed`. Raises ValueError where tokens per step, micro-batch and ranks do not divide.
     """
 
-    def __init__(self, module: torch.nn.Module, config: Config):
+    def __init__(self, module: Transformer, config: Config):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.config = config = config.for_ranks(self.world_size)
         self.accumulation = config.accumulation(self.world_size)
@@ -174,7 +178,7 @@ class Engine:
         self.optimizer.set_segments(segment_tables(self._fragments, numels, rows), keys, owners)
 
     @property
-    def module(self) -> torch.nn.Module:
+    def module(self) -> Transformer:
         return self._deepspeed.module
 
     @property
@@ -205,7 +209,8 @@ class Engine:
         """Whether the client optimizer works on the parameters themselves: ZeRO 0 in fp32."""
         return self._deepspeed.optimizer is self.optimizer
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `Transformer.forward` returns."""
         enter("forward" if self.module.training else "evaluation")
         return self._deepspeed(*args, **kwargs)
 
@@ -219,11 +224,11 @@ class Engine:
         if self.is_boundary:
             raise RuntimeError(f"backward called more than {self.accumulation} times without step")
         enter("backward")
-        factor = self.world_size if self.config.distributed.zero_stage == 3 else 1
+        divisor = self.world_size if self.config.distributed.zero_stage == 3 else 1
         # Multiplied by 1 too: a hook of DeepSpeed on the forward's own output divides by the accumulation whatever
         # `scale_wrt_gas` says, unless the loss is a tensor computed from it (0.19.8).
         finite = loss.detach().isfinite()
-        factor = torch.where(finite if len(self._agreement.norms) == 1 else torch.ones_like(finite), factor, math.nan)
+        factor = torch.where(finite if len(self._agreement.norms) == 1 else torch.ones_like(finite), divisor, math.nan)
         self._deepspeed.backward(loss * factor, scale_wrt_gas=False)
         self.losses = [*(self.losses if self._micro_batches else []), loss.detach()]
         self._micro_batches += 1
@@ -377,7 +382,7 @@ class Engine:
 
 
 @contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """DeepSpeed without what it prints, and without the warning that it does not know our optimizer."""
     logger = logging.getLogger("DeepSpeed")
 

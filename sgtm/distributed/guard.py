@@ -27,15 +27,17 @@ class Guard:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
         )
-        os.set_blocking(self.process.stdin.fileno(), False)
+        assert self.process.stdin is not None  # it is a pipe
+        self.pipe = self.process.stdin
+        os.set_blocking(self.pipe.fileno(), False)
 
     def beat(self) -> None:
         with suppress(OSError, ValueError):  # it does not read, has been killed, or is left
-            os.write(self.process.stdin.fileno(), b".")
+            os.write(self.pipe.fileno(), b".")
 
     def leave(self) -> None:
         """It ends; the rank may hold its interpreter now."""
-        self.process.stdin.close()
+        self.pipe.close()
         with suppress(subprocess.TimeoutExpired):  # it is stopped
             self.process.wait(BEAT)
 

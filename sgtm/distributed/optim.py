@@ -11,15 +11,13 @@ tests/dist/test_freeze.py holds this in every ZeRO stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
 from sgtm_kernels.adamw import Slice, Tensors, prepare
-
-if TYPE_CHECKING:  # benchmarks/steps.py runs where there is no pydantic
-    from sgtm.config.schema import OptimizerConfig
+from sgtm_kernels.adamw.op import Step
 
 PREPARED = 64  # launches kept; a run has as many live sets as its steps have mixtures of labels
 
@@ -31,6 +29,33 @@ class Segment(NamedTuple):
     end: int
     key: str
     decay: bool
+
+
+class Settings(Protocol):
+    """What is read of the `optimizer` section; sgtm/measure/bare.py has no pydantic and brings its own."""
+
+    @property
+    def lr(self) -> float: ...
+
+    @property
+    def betas(self) -> tuple[float, float]: ...
+
+    @property
+    def eps(self) -> float: ...
+
+    @property
+    def weight_decay(self) -> float: ...
+
+    @property
+    def masked_update(self) -> str: ...
+
+
+class Prepared(NamedTuple):
+    """The update of an owner's live segments: the call, the keys whose counts it takes, and each tensor's state."""
+
+    update: Step
+    keys: list[str]
+    states: list[dict[str, torch.Tensor]]
 
 
 class SegmentedAdamW(torch.optim.Optimizer):
@@ -50,7 +75,7 @@ class SegmentedAdamW(torch.optim.Optimizer):
     State of a tensor: `exp_avg` and `exp_avg_sq`, fp32, of its shape (names known to DeepSpeed's universal checkpoint).
     """
 
-    def __init__(self, params: Iterable[torch.nn.Parameter], config: OptimizerConfig, backend: str):
+    def __init__(self, params: Iterable[torch.Tensor], config: Settings, backend: str):
         super().__init__(params, {"lr": config.lr, "betas": config.betas, "eps": config.eps})
         self.config = config
         self.backend = backend
@@ -61,7 +86,7 @@ class SegmentedAdamW(torch.optim.Optimizer):
         self.squares: torch.Tensor | None = None
         self._live: frozenset[str] = frozenset()
         self._counted = True
-        self._prepared: dict[tuple, tuple] = {}
+        self._prepared: dict[tuple, Prepared] = {}
         self._known = self.state  # that `_prepared` holds entries of
 
     def set_segments(
@@ -96,7 +121,7 @@ class SegmentedAdamW(torch.optim.Optimizer):
             group["lr"] = lr
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # DeepSpeed computes the gradient
         """Update the live segments of the tensors now in `param_groups` (ZeRO-3 puts one in at a time)."""
         if not self._counted:
             self._counted = True
@@ -104,12 +129,11 @@ class SegmentedAdamW(torch.optim.Optimizer):
             for key in self._live:
                 self.steps[key] += 1
         for group in self.param_groups:
-            params = group["params"]
-            grads = [tensor.grad for tensor in params]
-            tensors = [tensor for tensor, grad in zip(params, grads, strict=True) if grad is not None]
+            params = [(tensor, tensor.grad) for tensor in group["params"]]
+            tensors = [tensor for tensor, grad in params if grad is not None]
+            grads = [grad for _, grad in params if grad is not None]
             if self.squares is not None:
-                self._measure(tensors)
-            grads = [grad for grad in grads if grad is not None]
+                self._measure(self.squares, tensors, grads)
             for owner, factor in enumerate(self.factors):
                 if factor is None:
                     continue
@@ -118,10 +142,8 @@ class SegmentedAdamW(torch.optim.Optimizer):
                 parts = list(map(Tensors._make, zip(tensors, grads, *moments, strict=True)))
                 update(parts, [self.steps[key] for key in keys], group["lr"], factor)
 
-    def _update_of(self, tensors: list[torch.Tensor], owner: int) -> tuple:
-        """The update of an owner's live segments of these tensors, the keys whose counts it takes, and each tensor's
-        state. Made once: finding the states alone costs the host more than the rest of a step.
-        """
+    def _update_of(self, tensors: list[torch.Tensor], owner: int) -> Prepared:
+        """Made once: finding the states alone costs the host more than the rest of a step."""
         if self._known is not self.state:  # it is another one after `load_state_dict`
             self._known = self.state
             self._prepared.clear()
@@ -140,34 +162,35 @@ class SegmentedAdamW(torch.optim.Optimizer):
                 if key in counters
             ]
             update = prepare(slices, self.config.betas, self.config.eps, self.backend)
-            self._prepared[name] = update, keys, [self.state[tensor] for tensor in tensors]
+            self._prepared[name] = Prepared(update, keys, [self.state[tensor] for tensor in tensors])
             return self._prepared[name]
 
     def cut(self, tensor: torch.Tensor, gradients: list[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
         """The gradient of a tensor, given in consecutive pieces, as pieces of one owner each; padding is left out."""
-        table, found, offset, place = self.tables[tensor], [], 0, 0
+        table, offset, place = self.tables[tensor], 0, 0
+        pieces: list[tuple[torch.Tensor, int]] = []
         for gradient in gradients:
             flat = gradient.reshape(-1)
             end = offset + flat.numel()
             while place < len(table) and table[place].start < end:
                 low, high = max(table[place].start, offset), min(table[place].end, end)
-                found.append((flat[low - offset : high - offset], self.owners[table[place].key]))
+                pieces.append((flat[low - offset : high - offset], self.owners[table[place].key]))
                 if table[place].end > end:
                     break
                 place += 1
             offset = end
-        return found
+        return pieces
 
     def changed(self, tensor: torch.Tensor) -> list[tuple[int, int]]:
         """Elements `start:end` of a tensor that the last step has updated, in pieces."""
         return [(start, end) for start, end, key, _ in self.tables.get(tensor, ()) if key in self._live]
 
-    def _measure(self, tensors: Iterable[torch.Tensor]) -> None:
+    def _measure(self, squares: torch.Tensor, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:
         places = {key: place for place, key in enumerate(self.steps)}
-        for tensor in tensors:
+        for tensor, grad in zip(tensors, grads, strict=True):
             table = self.tables[tensor]
             borders = [border for start, end, _, _ in table for border in (start, end)]
-            pieces = tensor.grad.reshape(-1).tensor_split(borders)[1::2]
+            pieces = grad.reshape(-1).tensor_split(borders)[1::2]
             norms = torch.stack(torch._foreach_norm(pieces)).double()
             index = torch.tensor([places[segment.key] for segment in table], device=norms.device)
-            self.squares.index_add_(0, index, norms.square())
+            squares.index_add_(0, index, norms.square())

@@ -18,6 +18,7 @@ from sgtm.config import Config
 from sgtm.data.random_data import label_pieces, random_batch
 from sgtm.distributed.agree import on_every_rank
 from sgtm.distributed.env import DTYPES, device_type, kernel_backend
+from sgtm.masking.partition import LayerPartition
 from sgtm.masking.strategy import removal_tables
 from sgtm.model.transformer import Block, Transformer
 from sgtm_kernels import dispatch
@@ -37,8 +38,8 @@ def check_kernels(config: Config, run: Callable[[Callable], list] = on_every_ran
     if backend != "triton":
         return []
     problems: dict[str, str] = {}
-    for found in run(lambda: self_check(config, backend)):
-        problems |= {op: problem for op, problem in found.items() if problem is not None}
+    for of_rank in run(lambda: self_check(config, backend)):
+        problems |= {op: problem for op, problem in of_rank.items() if problem is not None}
     if problems and dispatch.named(config.kernels.backend):
         raise ValueError(
             f"kernel backend {backend!r} was asked for, but on this device it fails its self-check:\n  "
@@ -107,7 +108,7 @@ def _small(config: Config) -> Config:
     config = config.for_ranks(1)
     windows = [window for i in range(config.model.layers) if (window := config.model.window_of(i)) is not None]
     longest = max([TOKENS, *(window + TOKENS // 2 for window in windows if window <= WIDEST)])
-    context, sequences = min(config.model.context, longest), min(config.train.micro_batch, SEQUENCES)
+    context, sequences = min(config.model.context, longest), min(config.micro_batch, SEQUENCES)
     tokens = {"micro_batch": sequences, "tokens_per_step": sequences * context}
     model = config.model.model_copy(update={"context": context, "activation_checkpointing": False})
     return config.model_copy(update={"model": model, "train": config.train.model_copy(update=tokens)})
@@ -115,7 +116,7 @@ def _small(config: Config) -> Config:
 
 def _kinds(config: Config) -> list[int]:
     """The first layer of every kind: partition and window."""
-    partition, kinds = config.partition, {}
+    kinds: dict[tuple[LayerPartition, int | None], int] = {}
     for i in range(config.model.layers):
-        kinds.setdefault((partition.layers[i], config.model.window_of(i)), i)
+        kinds.setdefault((config.partition.layers[i], config.model.window_of(i)), i)
     return list(kinds.values())

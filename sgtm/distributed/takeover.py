@@ -85,8 +85,8 @@ class Takeover:
         if self.cut is None:
             self.agreement.reach([piece for _, pieces in gradients for piece in pieces], flags)
             return
-        found = [pair for tensor, pieces in gradients for pair in self.cut(tensor, pieces)]
-        self.agreement.reach([piece for piece, _ in found], flags, [owner for _, owner in found])
+        cut = [pair for tensor, pieces in gradients for pair in self.cut(tensor, pieces)]
+        self.agreement.reach([piece for piece, _ in cut], flags, [owner for _, owner in cut])
 
     def gradients(self) -> Callable:
         """What plain data parallelism reduces, and the stop flag."""
@@ -128,7 +128,8 @@ class Takeover:
             total.add_(gradient.to(total.dtype))
         else:
             total.copy_(gradient)
-        parameter._hp_grad, summed[group][number] = total, True
+        parameter._hp_grad = total  # type: ignore[attr-defined]  # DeepSpeed's own
+        summed[group][number] = True
         if clear_lp_grads:
             parameter.grad.zero_()
 

@@ -23,6 +23,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, TypedDict
 
 import torch.distributed as dist
 
@@ -35,6 +37,31 @@ NO_STORE = "the store of the run does not answer: rank 0 or its launcher has end
 PATIENCE = 10 * LISTEN  # with a call to the store that does not return, beyond the limit
 
 _watchdog: Watchdog | None = None
+
+
+class Process(TypedDict):
+    """Where a rank runs. machine: as of `_machine`."""
+
+    host: str
+    pid: int
+    machine: str
+
+
+class State(Process):
+    """A beat of a rank, as JSON in the store. waited: seconds in this phase of this step."""
+
+    beats: int
+    phase: str | None
+    step: int
+    waited: float
+
+
+class Note(TypedDict):
+    """Why the run ends, as JSON in the store. kind: GONE or END. rank: whose fault it is, where that is known."""
+
+    kind: str
+    rank: int | None
+    text: str
 
 
 def enter(phase: str | None, step: int | None = None) -> None:
@@ -68,10 +95,10 @@ class Watchdog:
         self.waited = self.deaf = 0.0
         self.beats = 0
         self.speaking, self.stopped = threading.Lock(), threading.Event()
-        self.me = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
+        self.me: Process = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
         self.previous, sys.excepthook = sys.excepthook, self._excepthook
         faulthandler.enable()  # a crash in C shows its stack
-        self.neighbours: dict[int, dict] | None = None
+        self.neighbours: dict[int, State] | None = None
         self.silence = 0.0  # seconds since the store last answered, or refused to
         self.outside = Guard(limit + 60)  # should all threads be held up, by C code that keeps the interpreter
         self.thread = threading.Thread(target=self._watch, name="sgtm-watchdog", daemon=True)
@@ -91,8 +118,9 @@ class Watchdog:
         self.outside.leave()
 
     def _watch(self) -> None:
-        seen, last, before, listened = self.place, time.monotonic(), {}, 0.0
-        note: dict | None = None
+        seen, last, listened = self.place, time.monotonic(), 0.0
+        note: Note | None = None
+        before: dict[int, State | None] = {}
         while not self.stopped.wait(BEAT):
             now, place, self.silence = time.monotonic(), self.place, 0.0
             passed, last = min(now - last, 5 * BEAT), now
@@ -118,7 +146,7 @@ class Watchdog:
                     if note or self.deaf > PATIENCE:
                         self._end(note or {"kind": GONE, "rank": None, "text": NO_STORE}, None)
                 with suppress(RuntimeError):
-                    self.store = self.store.clone()
+                    self.store = _clone(self.store)
 
     def _guard(self) -> None:
         """Where the network is cut, a call to the store may not return for minutes, and this thread makes none."""
@@ -133,38 +161,38 @@ class Watchdog:
     def _beat(self) -> None:
         self.beats += 1
         phase, step = self.place
-        state = {"beats": self.beats, "phase": phase, "step": step, "waited": self.waited}
-        self.store.set(str(self.rank), json.dumps(self.me | state))
+        state: State = {**self.me, "beats": self.beats, "phase": phase, "step": step, "waited": self.waited}
+        self.store.set(str(self.rank), json.dumps(state))
 
-    def _note(self) -> dict | None:
+    def _note(self) -> Note | None:
         """Why the run ends, once any rank knows."""
         return json.loads(self.store.get(END)) if self.store.check([END]) else None
 
-    def _end_run(self, kind: str, rank: int | None, text: str) -> dict:
+    def _end_run(self, kind: str, rank: int | None, text: str) -> Note:
         """Tell all ranks why the run ends; the first word stands."""
         note = json.dumps({"kind": kind, "rank": rank, "text": text})
         return json.loads(self.store.compare_set(END, "", note))
 
-    def _stuck(self) -> dict | None:
+    def _stuck(self) -> Note | None:
         return self._end_run(END, self.rank, "the run hangs") if self.waited > self.limit else None
 
-    def _heard(self) -> dict[int, dict | None]:
-        """What the ranks have last said, by rank; without those that have ended well. None: nothing yet."""
-        said = {r: self.store.get(str(r)) if self.store.check([str(r)]) else b"null" for r in range(self.world_size)}
-        return {rank: json.loads(text) for rank, text in said.items() if text != LEFT.encode()}
+    def _heard(self) -> dict[int, State | None]:
+        """The last beat of each rank; without those that have ended well. None: no beat yet."""
+        texts = {r: self.store.get(str(r)) if self.store.check([str(r)]) else b"null" for r in range(self.world_size)}
+        return {rank: json.loads(text) for rank, text in texts.items() if text != LEFT.encode()}
 
-    def _dead_neighbour(self) -> dict | None:
+    def _dead_neighbour(self) -> Note | None:
         """A rank of this machine whose process is gone though it has not left."""
         if self.neighbours is None:
             if not self.store.check([str(rank) for rank in range(self.world_size)]):
                 return None
-            heard = {rank: said for rank, said in self._heard().items() if said and rank != self.rank}
-            self.neighbours = {r: said for r, said in heard.items() if said["machine"] == self.me["machine"]}
+            others = {rank: state for rank, state in self._heard().items() if state and rank != self.rank}
+            self.neighbours = {r: state for r, state in others.items() if state["machine"] == self.me["machine"]}
             return None
-        for rank, said in self.neighbours.items():
-            how = _death(said["pid"])
+        for rank, state in self.neighbours.items():
+            how = _death(state["pid"])
             if how:
-                text = f"{how} (pid {said['pid']} on {said['host']})"
+                text = f"{how} (pid {state['pid']} on {state['host']})"
                 try:
                     if self.store.get(str(rank)) != LEFT.encode():
                         return self._note() or self._end_run(GONE, rank, text)
@@ -172,7 +200,7 @@ class Watchdog:
                     return {"kind": GONE, "rank": rank, "text": text}
         return None
 
-    def _excepthook(self, kind, error, trace) -> None:
+    def _excepthook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """Of a rank that has lost another, one line; of any other error, its traceback, before the others learn it."""
         if not _connection_lost(error):
             self.previous(kind, error, trace)
@@ -181,7 +209,8 @@ class Watchdog:
                 self._end_run(GONE, self.rank, f"{kind.__name__}: {first}")
             return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of the launcher, which has noticed too
-        note, until = None, time.monotonic() + LISTEN
+        note: Note | None = None
+        until = time.monotonic() + LISTEN
         try:
             before = self._heard()
             while note is None and time.monotonic() < until:
@@ -198,42 +227,45 @@ class Watchdog:
             time.sleep(4 * LISTEN)  # the diagnosis is being made, and ends this process
         self._say(self._lost(note))
 
-    def _end(self, note: dict, before: dict[int, dict | None] | None) -> None:
+    def _end(self, note: Note, before: dict[int, State | None] | None) -> NoReturn:
         """The end of this rank where its main thread does not come to it; before: what was heard some beats ago."""
         if note["kind"] == GONE or before is None:
             self._say(self._lost(note))
         silent = self._silent(before)
         self._say(self._diagnosis(silent), silent)
 
-    def _lost(self, note: dict) -> str:
+    def _lost(self, note: Note) -> str:
         who = "another rank" if note["rank"] is None else f"rank {note['rank']}"
         return f"error: rank {self.rank}: lost {who}: {note['text']}"
 
-    def _silent(self, before: dict[int, dict | None]) -> list[int]:
-        return [rank for rank, said in self._heard().items() if said == before.get(rank) and rank != self.rank]
+    def _silent(self, before: dict[int, State | None]) -> list[int]:
+        return [rank for rank, state in self._heard().items() if state == before.get(rank) and rank != self.rank]
 
     def _wake(self, silent: list[int]) -> None:
         """End the silent ranks of this machine, each with its stack: a launcher waits long for one that is stopped."""
-        here = {self.rank, *(self.neighbours or ())}
+        neighbours = self.neighbours or {}
+        here = {self.rank, *neighbours}
         if self.rank == min(here - set(silent)):
             for rank in here & set(silent):
                 with suppress(ProcessLookupError):
                     os.write(2, f"rank {self.rank} ends rank {rank}, which was here:\n".encode())
-                    os.kill(self.neighbours[rank]["pid"], signal.SIGABRT)
-                    os.kill(self.neighbours[rank]["pid"], signal.SIGCONT)
+                    os.kill(neighbours[rank]["pid"], signal.SIGABRT)
+                    os.kill(neighbours[rank]["pid"], signal.SIGCONT)
                     time.sleep(BEAT / 4)  # one stack after the other
 
     def _diagnosis(self, silent: list[int]) -> str:
         """What every rank says of a run that hangs."""
         where: dict[str, list[int]] = {}
-        for rank, said in self._heard().items():
+        for rank, state in self._heard().items():
             if rank != self.rank:
-                text = f"step {said['step']}, {said['phase']}" if said else "not started"
-                if said and rank in silent:
-                    text = f"last heard of in {text}; no sign of life (pid {said['pid']} on {said['host']})"
+                text = f"step {state['step']}, {state['phase']}" if state else "not started"
+                if state and rank in silent:
+                    text = f"last heard of in {text}; no sign of life (pid {state['pid']} on {state['host']})"
                 where.setdefault(text, []).append(rank)
         phase, step = self.place
-        stack = traceback.format_stack(sys._current_frames()[threading.main_thread().ident])
+        main = threading.main_thread().ident
+        assert main is not None  # it has begun
+        stack = traceback.format_stack(sys._current_frames()[main])
         return "".join(
             [
                 f"error: rank {self.rank}: the run hangs: {self.waited / 60:.1f} minutes in step {step}, {phase} "
@@ -244,7 +276,7 @@ class Watchdog:
             ]
         ).rstrip("\n")
 
-    def _say(self, text: str, silent: list[int] | None = None) -> None:
+    def _say(self, text: str, silent: list[int] | None = None) -> NoReturn:
         """The last words of this rank, said by whichever thread comes first; then it ends, where the run hangs after
         the others have said theirs, which would be another thing once it has ended.
         """
@@ -267,9 +299,13 @@ def _ranks(ranks: Iterable[int]) -> str:
 
 def _connect() -> dist.Store:
     """The store of the process group by a connection of its own: the main thread may block the other."""
-    store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store().clone())
+    store = dist.PrefixStore("watchdog", _clone(dist.distributed_c10d._get_default_store()))
     store.set_timeout(timedelta(seconds=LISTEN))  # a clone tries to connect for so long, or twice that
     return store
+
+
+def _clone(store: dist.Store) -> dist.Store:
+    return store.clone()  # type: ignore[attr-defined]  # missing in torch's stub
 
 
 def _machine() -> str:

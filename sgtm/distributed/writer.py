@@ -68,7 +68,7 @@ class BackgroundWriter(TorchCheckpointEngine):
             try:
                 with open(path, "wb") as file:
                     hashed = HashedFile(file)
-                    torch.save(state, hashed)
+                    torch.save(state, hashed)  # type: ignore[arg-type]  # it writes and flushes, no more
                     hashed.sync()
             except Exception as error:  # torch wraps an error of the file in a RuntimeError
                 cause = error if isinstance(error, OSError) else error.__context__ or error
@@ -107,8 +107,8 @@ class Copies:
         number, self._used = self._used, self._used + 1
         if number == len(self._buffers):
             self._buffers.append(torch.empty(0))
-        kept = self._buffers[number]
-        if kept.shape != shape or kept.dtype != dtype:
-            kept = torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
-            self._buffers[number] = kept
-        return kept
+        buffer = self._buffers[number]
+        if buffer.shape != shape or buffer.dtype != dtype:
+            buffer = torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+            self._buffers[number] = buffer
+        return buffer

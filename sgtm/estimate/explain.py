@@ -195,8 +195,8 @@ def _forward_table(config: Config) -> Table:
     """`active` and `route`: which groups run for the tokens of a label, and whether gradients pass through them."""
     table = Table(title="forward pass: does the group run, do gradients flow through it", title_justify="left")
     table.add_column("group")
-    for label in config.space.labels:
-        table.add_column(label)
+    for name in config.space.labels:
+        table.add_column(name)
     for g, group in enumerate(config.space.groups):
         cells = []
         for label in range(len(config.space.labels)):

@@ -27,13 +27,13 @@ def check_divides(config: Config, ranks: int) -> int:
 def _other_steps(config: Config, ranks: int) -> str:
     """Tokens per step and numbers of ranks that divide, with the micro-batch as it is where a step has one of each
     rank, else with 1."""
-    sequences, kept = config.sequences_per_step, config.train.micro_batch or 1
+    sequences, size = config.sequences_per_step, config.train.micro_batch or 1
     blocks = config.data.micro_blocks if config.data.mixing == "micro" else 1
-    micro_batch = kept if sequences >= kept * blocks * ranks else 1
+    micro_batch = size if sequences >= size * blocks * ranks else 1
     least = micro_batch * blocks * ranks
     near = [n * least * config.model.context for n in (sequences // least, sequences // least + 1) if n]
     counts = [n for n in range(1, ranks) if _divides(config, n, micro_batch)][-3:]
-    changed = "" if micro_batch == kept else f"with train.micro_batch {micro_batch} "
+    changed = "" if micro_batch == size else f"with train.micro_batch {micro_batch} "
     others = f", and so would {listed(counts)} rank{'' if counts == [1] else 's'}" if counts else ""
     return f"{changed}train.tokens_per_step {listed(near)} would{others}"
 
@@ -50,7 +50,7 @@ def check_fits(config: Config, ranks: int, limit: float, whose: str) -> None:
     tried = []
     stages = [s for s in STAGES if s > stage and memory(config, s, ranks).peak <= limit]
     tried += [f"distributed.zero_stage {listed(stages)}"] if stages else []
-    smaller = [n for n in range(1, config.train.micro_batch) if _divides(config, ranks, n)]
+    smaller = [n for n in range(1, config.micro_batch) if _divides(config, ranks, n)]
     batches = [n for n in smaller if memory(with_micro_batch(config, n), stage, ranks).peak <= limit]
     tried += [f"train.micro_batch {listed(batches)}"] if batches else []
     single = _changed(config, "distributed", zero_hpz_partition_size=1)
@@ -60,14 +60,14 @@ def check_fits(config: Config, ranks: int, limit: float, whose: str) -> None:
         tried.append("model.activation_checkpointing true")
     if not tried:
         least = _changed(single, "model", activation_checkpointing=True)
-        least = with_micro_batch(least, n := min(smaller, default=config.train.micro_batch))
+        least = with_micro_batch(least, n := min(smaller, default=config.micro_batch))
         if memory(least, 3, ranks).peak <= limit:
             hpz = " distributed.zero_hpz_partition_size 1," if config.distributed != single.distributed else ""
             together = f"train.micro_batch {n} and model.activation_checkpointing true"
             tried.append(f"distributed.zero_stage 3,{hpz} {together} together")
     advice = f"what fits: {'; or '.join(tried)}" if tried else "no stage and no micro-batch fits: take more ranks"
     raise ValueError(
-        f"distributed.zero_stage {stage} with train.micro_batch {config.train.micro_batch} on "
+        f"distributed.zero_stage {stage} with train.micro_batch {config.micro_batch} on "
         f"{counted(ranks, 'rank')} needs about {amount(needed)} on each, more than the {amount(limit)} of {whose}; "
         f"{advice}"
     )

@@ -10,8 +10,8 @@ import re
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 from rich.console import Console
@@ -29,8 +29,7 @@ LAUNCHERS = ("local", "torchrun", "deepspeed", "slurm")
 ANOTHER = "(for another: --memory GB)"
 
 
-@dataclass(frozen=True)
-class Where:
+class Where(NamedTuple):
     """Where a run goes; what is None is found out by `settle`.
 
     launcher    one of LAUNCHERS
@@ -47,8 +46,18 @@ class Where:
     hostfile: Path | None = None
 
 
-def settle(where: Where) -> Where:
-    """`where` with nothing left open. Raises ValueError for options that do not go together, naming them."""
+class Settled(NamedTuple):
+    """`Where` with nothing left open."""
+
+    launcher: str
+    nodes: int
+    gpus: int
+    rendezvous: str | None
+    hostfile: Path | None
+
+
+def settle(where: Where) -> Settled:
+    """Decide what is left open. Raises ValueError for options that do not go together, naming them."""
     launcher, nodes, gpus = where.launcher, where.nodes, where.gpus
     if launcher is None:
         several = "torchrun" if where.rendezvous or (nodes or 1) > 1 else "local"
@@ -83,7 +92,7 @@ def settle(where: Where) -> Where:
         if launcher == "slurm":
             raise ValueError("--launcher slurm needs --gpus N: the GPUs of each node, which are not seen from here")
         gpus = max(1, _gpus_here())
-    return Where(launcher, nodes, gpus, where.rendezvous, where.hostfile)
+    return Settled(launcher, nodes, gpus, where.rendezvous, where.hostfile)
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -106,8 +115,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return slots
 
 
-def compose(where: Where, arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """(environment, command) that start `sgtm train ARGUMENTS`; `where` is settled.
+def compose(where: Settled, arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """(environment, command) that start `sgtm train ARGUMENTS`.
 
     Raises ValueError where launch/ is not beside the package, or Slurm would not find it.
     """
@@ -127,7 +136,7 @@ def compose(where: Where, arguments: list[str]) -> tuple[dict[str, str], list[st
     return environment, [str(SCRIPTS / f"{where.launcher}.sh"), *arguments]
 
 
-def memory_limit(where: Where, given: float | None) -> tuple[float, str] | None:
+def memory_limit(where: Settled, given: float | None) -> tuple[float, str] | None:
     """(bytes for one rank, whose they are): as `given` in GB, else of the GPU here, else a share of this machine's.
 
     None where nothing was given and nothing here says what the ranks will have: under Slurm, and on several nodes where
@@ -154,22 +163,22 @@ def launch(config: Config, where: Where, arguments: list[str], memory: float | N
     memory     of a device, GB; None: as `memory_limit` finds
     Raises ValueError for what does not divide or fit, naming what would.
     """
-    where = settle(where)
-    machine = Machine(where.nodes, where.gpus)
+    settled = settle(where)
+    machine = Machine(settled.nodes, settled.gpus)
     check_divides(config, machine.ranks)
-    limit = memory_limit(where, memory)
+    limit = memory_limit(settled, memory)
     if limit is not None:
         check_fits(config, machine.ranks, *limit)
-    environment, command = compose(where, arguments)
+    environment, command = compose(settled, arguments)
     if config.data.path != "synthetic" and not Path(config.data.path).exists():
         print(f"warning: data.path {config.data.path} does not exist here; every node needs it", file=sys.stderr)
     _print(config, machine, limit, environment, command)
-    if where.launcher == "torchrun" and where.nodes > 1:
-        print(f"the same command on each of the {where.nodes} nodes")
+    if settled.launcher == "torchrun" and settled.nodes > 1:
+        print(f"the same command on each of the {settled.nodes} nodes")
     if not dry_run:
         if shutil.which(command[0]) is None:
             raise ValueError(
-                f"--launcher {where.launcher} needs {command[0]}, which is not on the PATH of this machine"
+                f"--launcher {settled.launcher} needs {command[0]}, which is not on the PATH of this machine"
             )
         os.execvpe(command[0], command, os.environ | environment)
 

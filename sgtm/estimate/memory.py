@@ -141,7 +141,7 @@ def _buffers(
 def activations(config: Config) -> int:
     """Bytes that autograd keeps from the forward pass of a micro-batch: the blocks', and the last hidden states'."""
     model, width = config.model, width_of(config)
-    tokens = config.train.micro_batch * model.context
+    tokens = config.micro_batch * model.context
     last = 2 * width * model.hidden_size * tokens  # the final norm's input, and the gradient of its output
     if model.activation_checkpointing:
         inputs = (model.layers - 1) * width * model.hidden_size * tokens  # of the blocks that wait
@@ -158,14 +158,14 @@ def block_activations(config: Config) -> int:
     attention = 2 * model.hidden_size + (q + 2 * kv) + rotated + q
     mlp = 2 * model.hidden_size + (2 if model.family == "gpt_neo" else 3) * model.intermediate_size
     statistics = 4 * (model.heads + 2)
-    return config.train.micro_batch * model.context * (width * (attention + mlp) + statistics)
+    return config.micro_batch * model.context * (width * (attention + mlp) + statistics)
 
 
 def _head(config: Config) -> int:
     """A chunk of logits, its rows in fp32, and the head's gradient, which the loss computes in the forward pass."""
     model, width = config.model, width_of(config)
     rows = max(LOGITS_ROWS, LOGITS_CHUNK // (model.vocab_size * width))
-    tokens = min(rows, config.train.micro_batch * model.context)
+    tokens = min(rows, config.micro_batch * model.context)
     return model.vocab_size * (width * (tokens + model.hidden_size) + 8 * min(FP32_ROWS, tokens))
 
 
@@ -173,4 +173,4 @@ def _block(config: Config) -> int:
     """Gradients inside one block: of the MLP before and after its non-linearity, and of the hidden states."""
     model, gated = config.model, config.model.family == "llama"
     columns = (3 if gated else 2) * model.intermediate_size + 2 * model.hidden_size
-    return ceil(config.train.micro_batch * model.context * width_of(config) * columns)
+    return ceil(config.micro_batch * model.context * width_of(config) * columns)

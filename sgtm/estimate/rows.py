@@ -40,10 +40,10 @@ def estimate(config: Config, machine: Machine) -> list[Row]:
     rows = []
     for stage in STAGES[1:] if config.distributed.offload_optimizer else STAGES:
         moved = collectives(config, stage, machine.ranks)
-        found = speed(config, machine, moved)
-        whole, best = (duration(config, machine, step) for step in (found.step, found.best_step))
+        pace = speed(config, machine, moved)
+        whole, best = (duration(config, machine, step) for step in (pace.step, pace.best_step))
         held = memory(config, stage, machine.ranks)
-        rows.append(Row(stage, held, moved, found, whole, best, checkpoint_bytes(config, stage)))
+        rows.append(Row(stage, held, moved, pace, whole, best, checkpoint_bytes(config, stage)))
     return rows
 
 
@@ -91,12 +91,13 @@ def as_json(config: Config, machine: Machine, rows: list[Row]) -> str:
 
 def arithmetic(config: Config, machine: Machine) -> str:
     """Parameters, ranks, and how a step's tokens are divided."""
-    train, parameters = config.for_ranks(machine.ranks).train, sum(parameter_sizes(config).values())
+    train, parameters = config.train, sum(parameter_sizes(config).values())
+    micro_batch = config.for_ranks(machine.ranks).micro_batch
     ranks = counted(machine.ranks, "rank")
     return (
         f"{config.name}: {parameters:,} parameters, {train.precision}\n"
         f"{ranks} = {counted(machine.nodes, 'node')} x {machine.gpus}\n"
         f"{train.tokens_per_step:,} tokens per step = {ranks} x {config.accumulation(machine.ranks)} accumulation x "
-        f"{counted(train.micro_batch, 'sequence')} x "
+        f"{counted(micro_batch, 'sequence')} x "
         f"{config.model.context} tokens"
     )

@@ -154,6 +154,7 @@ def _recommendation(config: Config, machine: Machine, rows: list[Row]) -> str:
             check_fits(config, machine.ranks, machine.memory * GB, "a GPU")
         except ValueError as error:
             return f"Recommended: no stage as it is. {error}"
+    assert choice is not None  # else the config's own stage does not fit
     asked = config.distributed.zero_stage == choice.stage
     how = "the config has it" if asked else f"--distributed.zero_stage {choice.stage}"
     take = f"Recommended: ZeRO {choice.stage} ({how})"

@@ -53,10 +53,10 @@ def persistent(sizes: dict[str, int], limits: Limits) -> set[str]:
 
 def gathered_times(config: Config, limits: Limits | None = None) -> dict[int, int]:
     """By number of gathers in a micro-batch, how many elements have it: of all parameters that are not persistent."""
-    sizes, found = parameter_sizes(config), Counter()
+    sizes, elements = parameter_sizes(config), Counter[int]()
     for name, times in Counter(gathers(config, limits or Limits()).names).items():
-        found[times] += sizes[name]
-    return dict(sorted(found.items()))
+        elements[times] += sizes[name]
+    return dict(sorted(elements.items()))
 
 
 def gathers(config: Config, limits: Limits) -> Gathers:

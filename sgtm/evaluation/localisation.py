@@ -53,6 +53,7 @@ def _relative_norms(model: Transformer, factor: float) -> dict[str, float]:
             group = key.rpartition(".")[2]
             if group in squares:
                 parameter = parameters[name]
+                assert parameter.grad is not None  # every group takes part in every loss
                 squares[group][0] += float(parameter.grad[start:end].double().square().sum())
                 squares[group][1] += float(parameter.detach()[start:end].double().square().sum())
     return {group: factor * math.sqrt(g / w) if w else 0.0 for group, (g, w) in squares.items()}

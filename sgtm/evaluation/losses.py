@@ -68,31 +68,35 @@ def evaluate(
     tables = [removal_tables(config.space, removed) for removed in subsets]
     losses: Losses = {removal_name(removed): {} for removed in subsets}
     norms: dict[str, Norms] = {name: {} for name in losses}
-    sample = {
+    sample: dict[str, Any] = {
         "true_labels": dict(corpus.categories),
         "measured": {},
         "errors": {name: {} for name in losses},
         "difference_errors": {name: {} for name in losses if name != FULL},
     }
     for category in corpus.categories:
-        sums, by_document = torch.zeros(len(losses) + 1, dtype=torch.float64, device=device), None
-        found = [OutputNorms(table) for table in tables]
+        sums = torch.zeros(len(losses) + 1, dtype=torch.float64, device=device)
+        by_document: DocumentLosses | None = None
+        by_table = [OutputNorms(table) for table in tables]
         for batch in evaluation_batches(
             corpus, config, split, category, max_sequences=sequences, rank=rank, world_size=world_size
         ):
             check()
             ids, targets = batch.input_ids.to(device), batch.targets.to(device)
             sums[-1] += (targets != IGNORE).sum()
+            assert batch.owners is not None  # it is of an evaluation
             by_document = by_document or DocumentLosses(len(losses), batch.owners.count, device)
-            by_document.count(batch)
+            by_document.count(batch.targets, batch.owners)
             for i, table in enumerate(tables):
                 plan = batch.plan(table)
                 kept = kept_losses(plan, keep=True)
-                sums[i] += forward(ids, targets, plan, 1.0, found[i])[1].sum()
+                sums[i] += forward(ids, targets, plan, 1.0, by_table[i])[1].sum()
+                assert kept is not None  # they are to be kept
                 by_document.add(i, kept[0])  # of one label, so the head is called once
         *totals, count = all_reduce_sum(sums).tolist()
         if count:
-            for name, total, of_category in zip(losses, totals, found, strict=True):
+            assert by_document is not None  # there was a batch
+            for name, total, of_category in zip(losses, totals, by_table, strict=True):
                 losses[name][category] = total / count
                 norms[name][category] = of_category.take(all_reduce_sum)[corpus.categories[category]]
             _add_errors(sample, category, all_reduce_sum(by_document.sums).cpu())

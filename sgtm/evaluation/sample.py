@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from sgtm.data.batch import IGNORE, Batch
+from sgtm.data.batch import IGNORE, Owners
 
 
 class DocumentLosses:
@@ -28,10 +28,10 @@ class DocumentLosses:
     def __init__(self, conditions: int, documents: int, device: torch.device):
         self.sums = torch.zeros(conditions + 1, documents, dtype=torch.float64, device=device)
 
-    def count(self, batch: Batch) -> None:
-        """The targets of a micro-batch."""
-        self.index = batch.owners.index.flatten().to(self.sums.device)
-        self.sums[-1].index_add_(0, self.index, (batch.targets.flatten() != IGNORE).double().to(self.sums.device))
+    def count(self, targets: torch.Tensor, owners: Owners) -> None:
+        """The targets of a micro-batch, int64 [B, S], and whose they are."""
+        self.index = owners.index.flatten().to(self.sums.device)
+        self.sums[-1].index_add_(0, self.index, (targets.flatten() != IGNORE).double().to(self.sums.device))
 
     def add(self, condition: int, losses: torch.Tensor) -> None:
         """Token losses [tokens] of the micro-batch that was counted last, 0 where there is no target."""

@@ -8,6 +8,8 @@ have (attention biases, scaled rotary embeddings, other activations) is refused 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from transformers import GPTNeoConfig, LlamaConfig, MistralConfig, PretrainedConfig
 
@@ -40,7 +42,7 @@ def hf_config(config: ModelConfig, *, heads: int, kv_heads: int, neurons: int) -
 
     Raises ValueError for a head bias, which Hugging Face's GPT-Neo does not have.
     """
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": neurons,
@@ -64,7 +66,7 @@ def hf_config(config: ModelConfig, *, heads: int, kv_heads: int, neurons: int) -
             layer_norm_epsilon=config.norm_eps,
             **common,
         )
-    llama = {
+    llama: dict[str, Any] = {
         "num_hidden_layers": config.layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
@@ -123,7 +125,7 @@ def _from_llama(config: LlamaConfig | MistralConfig) -> ModelConfig:
     for key in ("attention_bias", "mlp_bias"):
         _require(config, key, not getattr(config, key, False), "false")
     _require(config, "sliding_window", getattr(config, "sliding_window", None) is None, "null")
-    rope = config.rope_parameters
+    rope: Mapping[str, Any] = config.rope_parameters or {}
     plain = rope.get("rope_type", "default") == "default" and rope.get("partial_rotary_factor", 1.0) == 1.0
     _require(config, "rope_parameters", plain, "rope_type default over the whole head (no scaling)")
     _warn_dropout(config, "attention_dropout")

@@ -158,11 +158,13 @@ def _save_tokenizer(run: Path, config: Config, trained_on: str, hf_config: Pretr
             f"another one; put the data back, or move them away to export without a tokenizer"
         )
     end = tokenizer.id_to_token(corpus.eos_id)
+    assert end is not None  # the corpus took the id from this tokenizer
     tokenizer = plain_text(tokenizer, {end, *names.values()})
     special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    named = {"eos_token": end, "pad_token": names.get("pad_token"), "unk_token": unknown_token(tokenizer)}
-    named = {role: name for role, name in named.items() if name in special}
-    hf_config.eos_token_id, hf_config.pad_token_id = corpus.eos_id, special.get(named.get("pad_token"))
+    roles = {"eos_token": end, "pad_token": names.get("pad_token"), "unk_token": unknown_token(tokenizer)}
+    named = {role: name for role, name in roles.items() if name is not None and name in special}
+    pad_id = special[named["pad_token"]] if "pad_token" in named else None
+    hf_config.eos_token_id, hf_config.pad_token_id = corpus.eos_id, pad_id
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the name that transformers 4 and 5 both have
         "model_max_length": config.model.context,

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, TypeVar
 
 from sgtm.masking.labels import LabelSpace
 
+T = TypeVar("T")
 ENDS = ("embedding", "head")
 """Matrices of which a domain may have a part of its own."""
 
@@ -120,7 +121,7 @@ def build_partition(
     return Partition(space.groups, tuple(masked if i in chosen else plain for i in range(layers)), embedding)
 
 
-def _by_domain(space: LabelSpace, value, key: str) -> dict:
+def _by_domain(space: LabelSpace, value: T | dict[str, T], key: str) -> dict[str, T]:
     if not isinstance(value, dict):
         return dict.fromkeys(space.domains, value)
     if set(value) != set(space.domains):
@@ -128,7 +129,7 @@ def _by_domain(space: LabelSpace, value, key: str) -> dict:
     return value
 
 
-def _members(space: LabelSpace, wanted: dict, total: int, key: str) -> list[list[int]]:
+def _members(space: LabelSpace, wanted: dict[str, int | list[int]], total: int, key: str) -> list[list[int]]:
     """Original indices of each group, retain first; counts take from the end, the last domain last."""
     explicit = [i for value in wanted.values() if not isinstance(value, int) for i in value]
     if len(set(explicit)) != len(explicit) or any(not 0 <= i < total for i in explicit):

@@ -18,9 +18,10 @@ docs/recipes.md compares `dual`, `certified` and `paper` in variants; `gram` has
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-NAMES = ("paper", "gram", "dual", "certified")
+Name = Literal["paper", "gram", "dual", "certified"]
+NAMES: tuple[Name, ...] = get_args(Name)
 KEYS = {
     "masking": ("strategy", "joint", "domain_embedding", "certify"),
     "optimizer": ("grad_clip_scope",),

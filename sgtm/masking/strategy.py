@@ -112,8 +112,10 @@ def joint_kinds(strategy: str, joint: str | Sequence[str] | None) -> tuple[str, 
     Raises ValueError for unknown kinds, and where the strategy is `none`, which masks nothing.
     """
     joint = own_joint(strategy) if joint is None else joint
-    kinds = JOINT.get(joint) if isinstance(joint, str) else tuple(joint)
-    unknown = [joint] if kinds is None else [kind for kind in kinds if kind not in KINDS]
+    if isinstance(joint, str):
+        kinds, unknown = JOINT.get(joint, ()), [] if joint in JOINT else [joint]
+    else:
+        kinds, unknown = tuple(joint), [kind for kind in joint if kind not in KINDS]
     if unknown:
         raise ValueError(
             f"joint: {', '.join(map(str, unknown))} is neither {', '.join(JOINT)} nor a list of {', '.join(KINDS)}"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 
@@ -23,6 +24,8 @@ from sgtm.model.rows import live_keys
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import Tables
 
+Model = TypeVar("Model", bound=torch.nn.Module)
+
 
 @dataclass(frozen=True)
 class AdamW:
@@ -35,10 +38,10 @@ class AdamW:
     masked_update: str = "exact"
 
 
-class Mixed:
+class Mixed(Generic[Model]):
     """Parameters of a model in `dtype`, and by name their fp32 master weights, in whose `.grad` gradients add up."""
 
-    def __init__(self, model: torch.nn.Module, dtype: torch.dtype):
+    def __init__(self, model: Model, dtype: torch.dtype):
         self.masters = {name: p.detach().clone() for name, p in model.named_parameters()}
         self.model = model.to(dtype)
         self.parameters = dict(model.named_parameters())
@@ -57,10 +60,12 @@ class Mixed:
 
 
 def _gather(master: torch.Tensor, parameter: torch.Tensor) -> None:
+    grad = parameter.grad
+    assert grad is not None  # autograd has just added to it
     if master.grad is None:
-        master.grad = parameter.grad.float()
+        master.grad = grad.float()
     else:
-        master.grad.add_(parameter.grad)
+        master.grad.add_(grad)
     parameter.grad = None
 
 
@@ -84,7 +89,8 @@ class Ours:
         with device:
             self.mixed = Mixed(Transformer(setting.model, setting.partition), dtype)
         rows, masters = self.mixed.model.parameter_rows(), self.mixed.masters
-        self.config, self.loss = AdamW(), None
+        self.config = AdamW()
+        self.loss: torch.Tensor | None = None
         self.optimizer = SegmentedAdamW(masters.values(), self.config, "torch")
         numels = {name: master.numel() for name, master in masters.items()}
         fragments = [Fragment(master, 0, name, 0, master.numel()) for name, master in masters.items()]
@@ -97,12 +103,14 @@ class Ours:
         with _deterministic(self.device):
             for batch in batches:
                 ids, targets, plan = batch.on(self.device, tables)
-                self.loss, _ = self.mixed.model(ids, targets, plan, 1 / batch.step_targets)
-                self.loss.backward()
+                loss, _ = self.mixed.model(ids, targets, plan, 1 / batch.step_targets)
+                self.loss = loss
+                loss.backward()
         live = live_keys(tables, batches[0].step_labels)
         self.optimizer.begin_step(live, self.config.lr)
         self.optimizer.step()
-        torch._foreach_copy_(*zip(*self._slices(live), strict=True))
+        parameters, updated = zip(*self._slices(live), strict=True)
+        torch._foreach_copy_(parameters, updated)
         self.mixed.zero_grad()
 
     def _use(self, backend: str) -> None:
@@ -110,7 +118,7 @@ class Ours:
             if hasattr(owner, "backend"):
                 owner.backend = backend
 
-    def _slices(self, live: frozenset[str]):
+    def _slices(self, live: frozenset[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(parameter, master) where the master weights have changed."""
         for name, master in self.mixed.masters.items():
             for start, end, key, _ in self.optimizer.tables[master]:
@@ -137,13 +145,13 @@ class PlainSteps:
             {"params": [m for m in masters if m.dim() < 2], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-        self.loss = None
+        self.loss: torch.Tensor | None = None
 
     def step(self, batches: list[Batch]) -> None:
         self.mixed.zero_grad()
         for batch in batches:
-            self.loss = self.model(batch.input_ids, batch.targets, 1 / batch.step_targets)
-            self.loss.backward()
+            self.loss = loss = self.model(batch.input_ids, batch.targets, 1 / batch.step_targets)
+            loss.backward()
         self.optimizer.step()
         torch._foreach_copy_([p.detach() for p in self.mixed.parameters.values()], list(self.mixed.masters.values()))
         self.mixed.zero_grad()

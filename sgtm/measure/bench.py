@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from sgtm.distributed.self_check import check_kernels
 from sgtm.measure.cases import NONE
 from sgtm.measure.engine import engine_steps, label_cases
 from sgtm.measure.peer import NAME, peers
-from sgtm.measure.rounds import Rounds, take_rounds
+from sgtm.measure.rounds import Rounds, TimedStep, take_rounds
 from sgtm.measure.rows import as_parent, failure, row, table
 from sgtm.measure.targets import CPU, PEER
 from sgtm_kernels.dispatch import resolve
@@ -59,16 +60,17 @@ def bench(
     for warning in check_kernels(config):
         print(warning, file=sys.stderr)
     others = peers(config) if with_peers else {}
-    took = take_rounds(engine_steps(config, cases) | others, rounds, may_fail=others)
-    found = [about | {"setting": setting(config)} for about in rows(config, took)]
+    steps: dict[str, TimedStep] = {**engine_steps(config, cases), **others}
+    took = take_rounds(steps, rounds, may_fail=others)
+    results = [about | {"setting": setting(config)} for about in rows(config, took)]
     for name, peer in others.items():
         if name not in took.failed:
-            next(about for about in found if about["row"] == name)["attention"] = peer.attention()
+            next(about for about in results if about["row"] == name)["attention"] = peer.attention()
     if launch.rank == 0:
-        print(f"{setting(config)}: {_rounds(rounds)}; time and memory relative to {NONE}\n\n{table(found)}\n")
+        print(f"{setting(config)}: {_rounds(rounds)}; time and memory relative to {NONE}\n\n{table(results)}\n")
         print("ratios compare steps of the same round; tokens/s are those of none over the ratio")
         if to is not None:
-            write_rows(to, found)
+            write_rows(to, results)
 
 
 def check(config: Config) -> None:
@@ -79,7 +81,7 @@ def check(config: Config) -> None:
         raise ValueError("masking.strategy none masks nothing; name another: --masking.strategy sgtm")
 
 
-def rows(config: Config, took: Rounds) -> list[dict]:
+def rows(config: Config, took: Rounds[str]) -> list[dict[str, Any]]:
     """A result row for each step, relative to `none`. Of the peers, the fastest has a target."""
     tokens = config.train.tokens_per_step
     base = took.sample(NONE, tokens)
@@ -88,14 +90,14 @@ def rows(config: Config, took: Rounds) -> list[dict]:
     foreign = {name: sum(one.wall for one in steps) for name, steps in took.took.items()
                if name.startswith(NAME) and name not in took.failed}  # fmt: skip
     if foreign and config.name in PEER:
-        targets[min(foreign, key=foreign.get)] = PEER[config.name]
-    found = []
+        targets[min(foreign, key=foreign.__getitem__)] = PEER[config.name]
+    results = []
     for name in took.took:
         if name in took.failed:
-            found.append(failure(name, took.failed[name]))
+            results.append(failure(name, took.failed[name]))
         else:
-            found.append(row(name, took.sample(name, tokens), parent if name != NONE else None, targets.get(name)))
-    return found
+            results.append(row(name, took.sample(name, tokens), parent if name != NONE else None, targets.get(name)))
+    return results
 
 
 def _check_writable(to: Path) -> None:
@@ -103,9 +105,9 @@ def _check_writable(to: Path) -> None:
     if to.is_dir():
         raise ValueError(f"--json: {to} is a folder, but it takes a file")
     to.parent.mkdir(parents=True, exist_ok=True)
-    there = to.exists()
+    existed = to.exists()
     to.open("a").close()
-    if not there:
+    if not existed:
         to.unlink(missing_ok=True)  # another rank may have
 
 
@@ -130,7 +132,7 @@ def shape_of(config: Config) -> Shape:
     m, partition = config.model, config.partition
     layer = next(layer for i, layer in enumerate(partition.layers) if partition.masked(i))
     return Shape(
-        batch=config.train.micro_batch,
+        batch=config.micro_batch,
         seq_len=m.context,
         width=m.hidden_size,
         heads=m.heads,

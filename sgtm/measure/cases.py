@@ -7,9 +7,9 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from sgtm.config.shape import ModelShape
 from sgtm.data.batch import Batch
 from sgtm.masking.labels import FIRST_FORGET, UNLABELED
+from sgtm.masking.shape import ModelShape
 from sgtm.masking.strategy import build_tables
 from sgtm.measure.models import LABELS, Setting
 from sgtm_kernels.plan import Tables

@@ -19,6 +19,7 @@ from sgtm.measure.rounds import LocalStep
 from sgtm.training.dry_run import dry_run
 from sgtm.training.initial_model import initial_model
 from sgtm.training.step import StepTotals, train_step
+from sgtm_kernels.plan import Tables
 
 
 def label_cases(config: Config, world_size: int) -> dict[str, Case]:
@@ -27,7 +28,7 @@ def label_cases(config: Config, world_size: int) -> dict[str, Case]:
     Raises ValueError for fewer than 4 sequences, and where the ranks cannot share a step.
     """
     m, space, micro_batches = config.masking, config.space, config.accumulation(world_size)
-    n = micro_batches * config.train.micro_batch
+    n = micro_batches * config.micro_batch
     if n < 4:
         raise ValueError(
             f"train.tokens_per_step {config.train.tokens_per_step} is {n} sequences of {config.model.context} for each "
@@ -38,10 +39,10 @@ def label_cases(config: Config, world_size: int) -> dict[str, Case]:
     forget = sorted((FIRST_FORGET + i % len(space.domains) for i in range(some)), reverse=True)
     pure = PURE if len(space.domains) == 1 else f"{PURE} ({space.domains[0]})"
 
-    def case(tables, labels: list[int], percent: int = 0) -> Case:
+    def case(tables: Tables, labels: list[int], percent: int = 0) -> Case:
         return Case(tables, dealt(labels, micro_batches, config.model.context), percent, ("sequence",))
 
-    found = {
+    cases = {
         NONE: case(none, [UNLABELED] * n),
         NOTHING: case(config.tables, [UNLABELED] * n),
         f"{some / n:.0%} forget sequences".replace("%", " %"): case(
@@ -51,8 +52,8 @@ def label_cases(config: Config, world_size: int) -> dict[str, Case]:
     }
     if set(joint_kinds(m.strategy, m.joint)) < set(JOINT["masked"]):
         joint = build_tables(space, m.strategy, "masked", m.cross_domain, m.overrides)
-        found[f"{pure}, joint masked"] = case(joint, [FIRST_FORGET] * n, 100)
-    return found | {"pure retain": case(config.tables, [RETAIN] * n)}
+        cases[f"{pure}, joint masked"] = case(joint, [FIRST_FORGET] * n, 100)
+    return cases | {"pure retain": case(config.tables, [RETAIN] * n)}
 
 
 def engine_steps(config: Config, cases: dict[str, Case]) -> dict[str, LocalStep]:
@@ -63,9 +64,9 @@ def engine_steps(config: Config, cases: dict[str, Case]) -> dict[str, LocalStep]
     engine = Engine(initial_model(config), config)
     dry_run(engine, config.tables)
     tokens = config.train.tokens_per_step
-    found = {}
+    steps = {}
     for name, case in cases.items():
         batches = random_batches(case.batches, config.model, torch.device("cpu"), step_targets=tokens)
         totals = StepTotals(len(case.tables.labels), engine.device)
-        found[name] = LocalStep(partial(train_step, engine, batches, case.tables, config.optimizer.lr, totals))
-    return found
+        steps[name] = LocalStep(partial(train_step, engine, batches, case.tables, config.optimizer.lr, totals))
+    return steps

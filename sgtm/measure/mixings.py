@@ -7,11 +7,13 @@ all rows are relative. The plain model exists only during its own group: a large
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
+from sgtm.data.batch import Batch
 from sgtm.measure.bare import Ours, PlainSteps
 from sgtm.measure.cases import NONE, Case, Mean, cases, random_batches
 from sgtm.measure.models import Setting
@@ -32,6 +34,7 @@ DATASHEET = {
     "NVIDIA A100 80GB PCIe": 312.0,
 }
 Key = tuple[str, str]  # backend, name of the case
+Step = Key | str  # of ours; `PLAIN` or `MATMUL`
 
 
 class Sweep:
@@ -40,6 +43,7 @@ class Sweep:
     def __init__(self, name: str, setting: Setting, device: torch.device, dtype: torch.dtype, backends: list[str]):
         self.setting, self.device, self.dtype, self.backends = setting, device, dtype, backends
         self.cases = cases(setting)
+        self.taken = {name: case for name, case in self.cases.items() if isinstance(case, Case)}  # others are means
         self.ours = Ours(setting, device, dtype)
         self.root: Key = (backends[0], NONE)
         self.anchor: Parent | None = None  # `root`, once it has a row
@@ -60,43 +64,45 @@ class Sweep:
             if base == NONE:
                 yield [self._plain(rounds, share)]
 
-    def _batches(self, case: Case, device: torch.device) -> list:
+    def _batches(self, case: Case, device: torch.device) -> list[Batch]:
         return random_batches(case.batches, self.setting.model, device)
 
     def _tokens(self, name: str) -> int:
-        return sum(sum(pieces.lengths) for pieces in self.cases[name].batches)
+        return sum(sum(pieces.lengths) for pieces in self.taken[name].batches)
 
-    def _steps(self, keys: list[Key]) -> dict[Key, LocalStep]:
-        found = {}
+    def _steps(self, keys: list[Key]) -> dict[Step, LocalStep]:
+        steps: dict[Step, LocalStep] = {}
         for backend, name in keys:
-            case = self.cases[name]
+            case = self.taken[name]
             batches = self._batches(case, torch.device("cpu"))  # each step copies them, as in training
-            found[backend, name] = LocalStep(partial(self.ours.step, backend, case.tables, batches))
-        return found
+            steps[backend, name] = LocalStep(partial(self.ours.step, backend, case.tables, batches))
+        return steps
 
-    def _take(self, steps: dict, rounds: int, seconds: float) -> Rounds:
+    def _take(self, steps: dict[Step, LocalStep], rounds: int, seconds: float) -> Rounds[Step]:
         steps = steps | {MATMUL: LocalStep(self.matmul)}
         return take_rounds(steps, rounds, seconds, may_fail=list(steps), warm_up=2)
 
     def _of_one_base(self, names: list[str], rounds: int, seconds: float) -> list[dict]:
-        keys = [(backend, name) for backend in self.backends for name in names if isinstance(self.cases[name], Case)]
+        keys = [(backend, name) for backend in self.backends for name in names if name in self.taken]
         took = self._take(self._steps(list(dict.fromkeys([self.root, *keys]))), rounds, seconds)
         _must_train(took, self.ours, [key for key in took.took if key != MATMUL])
         rows = []
         for backend in self.backends:
             parents: dict[str, Parent] = {}
-            if self.root not in took.failed and self.anchor:
-                parents[NONE] = self._anchor_of(took)
+            if anchor := self._anchor_of(took):
+                parents[NONE] = anchor
             for name in names:
                 rows.append(self._row(backend, name, took, parents))
         return rows
 
-    def _anchor_of(self, took: Rounds) -> Parent:
-        """The unmasked step of the first backend, in these rounds."""
+    def _anchor_of(self, took: Rounds[Step]) -> Parent | None:
+        """The unmasked step of the first backend, in these rounds; None where it failed or has no row yet."""
+        if self.anchor is None or self.root in took.failed:
+            return None
         sample = took.sample(self.root, self._tokens(NONE))
         return Parent(NONE, sample, self.anchor.tokens_per_second, self.anchor.peak)
 
-    def _row(self, backend: str, name: str, took: Rounds, parents: dict[str, Parent]) -> dict:
+    def _row(self, backend: str, name: str, took: Rounds[Step], parents: dict[str, Parent]) -> dict[str, Any]:
         case, about = self.cases[name], {"backend": backend, "percent": self.cases[name].percent}
         about |= {"mixing": list(case.mixing), "mean_of": case.weights if isinstance(case, Mean) else None}
         parts = case.weights if isinstance(case, Mean) else {name: 1.0}
@@ -106,37 +112,38 @@ class Sweep:
         base = name == case.of
         parent = parents.get(NONE if base else case.of)
         target = (self.speed if name == NONE else None) if base else self.targets.get(case.percent)
-        found = row(name, sample, parent, target, self.ours.bytes() / 2**20)
+        result = row(name, sample, parent, target, self.ours.bytes() / 2**20)
         if base:
-            parents[name] = as_parent(found, sample)
+            parents[name] = as_parent(result, sample)
             if (backend, name) == self.root:
                 self.anchor = parents[name]
-        return found | about | self._utilisation(sample, found["tokens_per_second"], took)
+        return result | about | self._utilisation(sample, result["tokens_per_second"], took)
 
-    def _plain(self, rounds: int, seconds: float) -> dict:
+    def _plain(self, rounds: int, seconds: float) -> dict[str, Any]:
         """The row of the plain model, which is freed afterwards."""
         about = {"backend": "public", "percent": 0, "mixing": [], "mean_of": None}
         try:
-            plain = PlainSteps(self.setting, self.device, self.dtype)
-            batches = self._batches(self.cases[NONE], self.device)
-            steps = self._steps([self.root]) | {PLAIN: LocalStep(partial(plain.step, batches))}
-            took = self._take(steps, rounds, seconds)
-            _must_train(took, plain, [PLAIN])
-            if PLAIN in took.failed:
-                return failure(PLAIN, took.failed[PLAIN]) | about
-            parent = self._anchor_of(took) if self.anchor and self.root not in took.failed else None
-            sample = took.sample(PLAIN, self._tokens(NONE))
-            found = row(PLAIN, sample, parent, None, plain.bytes() / 2**20)
-            return found | about | self._utilisation(sample, found["tokens_per_second"], took)
+            return self._plain_row(rounds, seconds, about)  # the model is a local there, gone when it returns
         except Exception as error:
             return failure(PLAIN, described(error)) | about
         finally:
-            plain = batches = steps = None
             if self.device.type == "cuda":
                 torch.compiler.reset()
             release_memory()
 
-    def _utilisation(self, sample: Sample, speed: float, took: Rounds) -> dict:
+    def _plain_row(self, rounds: int, seconds: float, about: dict[str, Any]) -> dict[str, Any]:
+        plain = PlainSteps(self.setting, self.device, self.dtype)
+        batches = self._batches(self.taken[NONE], self.device)
+        steps = self._steps([self.root]) | {PLAIN: LocalStep(partial(plain.step, batches))}
+        took = self._take(steps, rounds, seconds)
+        _must_train(took, plain, [PLAIN])
+        if PLAIN in took.failed:
+            return failure(PLAIN, took.failed[PLAIN]) | about
+        sample = took.sample(PLAIN, self._tokens(NONE))
+        result = row(PLAIN, sample, self._anchor_of(took), None, plain.bytes() / 2**20)
+        return result | about | self._utilisation(sample, result["tokens_per_second"], took)
+
+    def _utilisation(self, sample: Sample, speed: float, took: Rounds[Step]) -> dict[str, float]:
         """Share of a matmul's rate in the same rounds, and of the data sheet's, that the model FLOPs come to."""
         shares = {}
         if MATMUL not in took.failed:
@@ -148,13 +155,13 @@ class Sweep:
         return shares
 
 
-def _must_train(took: Rounds, model: Ours | PlainSteps, names: list) -> None:
+def _must_train(took: Rounds[Step], model: Ours | PlainSteps, names: list[Step]) -> None:
     if model.loss is not None and not torch.isfinite(model.loss):
         for name in names:
             took.failed.setdefault(name, f"loss {model.loss.item()}: these steps do not train")
 
 
-def _matmul(device: torch.device, dtype: torch.dtype):
+def _matmul(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
     """A big matmul, and its FLOPs."""
     n = 8192 if device.type == "cuda" else 512
     left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))

@@ -6,9 +6,9 @@ import ast
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sgtm.config.shape import ModelShape
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition, build_partition
+from sgtm.masking.shape import ModelShape
 
 PRESETS = Path(__file__).parents[1] / "config" / "presets"
 LABELS = LabelSpace(("forget",))

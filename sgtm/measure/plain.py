@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sgtm.config.shape import ModelShape
+from sgtm.masking.shape import ModelShape
 
 
 def norm(shape: ModelShape) -> nn.Module:
@@ -20,6 +20,8 @@ def norm(shape: ModelShape) -> nn.Module:
 
 
 class Attention(nn.Module):
+    band: torch.Tensor  # only with a window
+
     def __init__(self, shape: ModelShape, window: int | None):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.num_kv_heads, shape.size_per_head
@@ -29,7 +31,7 @@ class Attention(nn.Module):
         self.scale = 1.0 if neo else self.head_dim**-0.5
         self.window = window if window is None or window < shape.context else None
         if self.window is not None:
-            self.register_buffer("band", band(shape.context, window), persistent=False)
+            self.register_buffer("band", band(shape.context, self.window), persistent=False)
 
     def forward(self, x: torch.Tensor, rotary) -> torch.Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -97,6 +99,9 @@ class Block(nn.Module):
 
 class Plain(nn.Module):
     """Sequences have the length of the shape's context. Raises ValueError for a head bias, which no preset has."""
+
+    cos: torch.Tensor  # of Llama's positions, as `sin`
+    sin: torch.Tensor
 
     def __init__(self, shape: ModelShape):
         super().__init__()

@@ -44,7 +44,8 @@ def name_modules(model: Transformer) -> None:
 
     A compiled block has none inside: a range would break its graph.
     """
-    model.embed, model.loss = ranged("embedding", model.embed), ranged("loss", model.loss)
+    for name, method in (("embedding", "embed"), ("loss", "loss")):
+        setattr(model, method, ranged(name, getattr(model, method)))
     if model.compiled:
         return
     for module in model.modules():
@@ -70,7 +71,7 @@ def ranged(name: str, forward: Callable) -> Callable:
 def _nodes(outputs: Iterable, until: Iterable) -> Iterator[torch.autograd.graph.Node]:
     """The autograd nodes between inputs and outputs. Parameters' own are left out: what runs there is the engine's."""
     seen = set(_grad_fns(until))
-    waiting = _grad_fns(outputs)
+    waiting: list[torch.autograd.graph.Node | None] = [*_grad_fns(outputs)]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen or node.name().endswith("AccumulateGrad"):
@@ -81,7 +82,8 @@ def _nodes(outputs: Iterable, until: Iterable) -> Iterator[torch.autograd.graph.
 
 
 def _grad_fns(values: Iterable) -> list[torch.autograd.graph.Node]:
-    return [value.grad_fn for value in values if isinstance(value, torch.Tensor) and value.grad_fn is not None]
+    nodes = (value.grad_fn for value in values if isinstance(value, torch.Tensor))
+    return [node for node in nodes if node is not None]
 
 
 def _name_node(node: torch.autograd.graph.Node, name: str) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from sgtm_kernels.measurement import peak_growth
+
+Name = TypeVar("Name", bound=Hashable)
+Value = TypeVar("Value")
 
 LEAST = 3  # rounds, whatever the time limit
 PEAKS = 5  # rounds of memory on a CPU, where other allocations of the process count too
@@ -75,65 +78,71 @@ class Sample:
         """Steps taken in these proportions; memory is that of the largest."""
         pairs = list(zip(weights, samples, strict=True))
         return Sample(
-            sum(weight * sample.wall for weight, sample in pairs),
-            sum(weight * sample.cpu for weight, sample in pairs),
+            sum((weight * sample.wall for weight, sample in pairs), start=np.zeros_like(samples[0].wall)),
+            sum((weight * sample.cpu for weight, sample in pairs), start=np.zeros_like(samples[0].cpu)),
             sum(weight * sample.tokens for weight, sample in pairs),
             max(sample.peak for sample in samples),
         )
 
 
 @dataclass
-class Rounds:
+class Rounds(Generic[Name]):
     """`took` by name of the step, an item for each round; `failed`: the error of steps that could not be taken."""
 
-    took: dict = field(default_factory=dict)
-    peaks: dict = field(default_factory=dict)
-    failed: dict = field(default_factory=dict)
+    took: dict[Name, list[Took]] = field(default_factory=dict)
+    peaks: dict[Name, list[float]] = field(default_factory=dict)
+    failed: dict[Name, str] = field(default_factory=dict)
 
-    def sample(self, name, tokens: float) -> Sample:
+    def sample(self, name: Name, tokens: float) -> Sample:
         wall, cpu = np.array(self.took[name]).T
         return Sample(wall, cpu, tokens, float(np.median(self.peaks.get(name, [0.0]))))
 
 
 def take_rounds(
-    steps: dict[Hashable, TimedStep],
+    steps: Mapping[Name, TimedStep],
     rounds: int,
     seconds: float = float("inf"),
-    may_fail: Collection = (),
+    may_fail: Collection[Name] = (),
     warm_up: int = 1,
-) -> Rounds:
+) -> Rounds[Name]:
     """Every step once a round, after `warm_up` first ones, in an order that changes from round to round (what ran
     before leaves its traces); fewer rounds, but at least `LEAST`, if `seconds` are over before. Then their memory.
 
     may_fail  names of steps whose exceptions are recorded, and that are not taken again; others raise theirs
     """
-    found = Rounds()
+    measured: Rounds[Name] = Rounds()
     for _ in range(warm_up):
         for name in steps:
-            _attempt(found, name, steps[name].step, may_fail)
+            _attempt(measured, name, steps[name].step, may_fail)
     order, until = random.Random(0), time.monotonic() + seconds
-    found.took = {name: [] for name in steps}
+    measured.took = {name: [] for name in steps}
     for done in range(rounds):
         if done >= LEAST and time.monotonic() > until:
             break
         for name in order.sample(list(steps), len(steps)):
-            _attempt(found, name, steps[name].step, may_fail, found.took[name])
-    found.peaks = {name: [] for name in steps}
+            _attempt(measured, name, steps[name].step, may_fail, measured.took[name])
+    measured.peaks = {name: [] for name in steps}
     for _ in range(1 if torch.cuda.is_available() else min(rounds, PEAKS)):
         for name in steps:
-            _attempt(found, name, steps[name].peak, may_fail, found.peaks[name])
-    return found
+            _attempt(measured, name, steps[name].peak, may_fail, measured.peaks[name])
+    return measured
 
 
-def _attempt(found: Rounds, name, take: Callable, may_fail: Collection, into: list | None = None) -> None:
-    if name in found.failed:
+def _attempt(
+    measured: Rounds[Name],
+    name: Name,
+    take: Callable[[], Value],
+    may_fail: Collection[Name],
+    into: list[Value] | None = None,
+) -> None:
+    if name in measured.failed:
         return
     try:
         value = take()
     except Exception as error:
         if name not in may_fail:
             raise
-        found.failed[name] = described(error)
+        measured.failed[name] = described(error)
         release_memory()  # after an out-of-memory error
     else:
         if into is not None:

@@ -15,6 +15,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,33 +52,35 @@ class Parent:
     peak: float
 
 
-def row(name: str, sample: Sample, parent: Parent | None, target: Target | None = None, held: float = 0.0) -> dict:
+def row(
+    name: str, sample: Sample, parent: Parent | None, target: Target | None = None, held: float = 0.0
+) -> dict[str, Any]:
     """One row. parent None: the step that all others are compared with. held: MiB that stay between steps."""
     peak = held + sample.peak
-    found = {"row": name, "wall": percentiles(sample.wall), "cpu": percentiles(sample.cpu)}
+    result: dict[str, Any] = {"row": name, "wall": percentiles(sample.wall), "cpu": percentiles(sample.cpu)}
     if parent is None:
-        found |= {"of": None, "tokens_per_second": round(sample.tokens / float(np.median(sample.wall)), 1)}
+        result |= {"of": None, "tokens_per_second": round(sample.tokens / float(np.median(sample.wall)), 1)}
     else:
         base, tokens = parent.sample, sample.tokens
         ratio = percentiles(sample.wall / tokens * base.tokens / base.wall)
-        found |= {
+        result |= {
             "of": parent.name,
             "ratio": ratio,
             "cpu_ratio": percentiles(sample.cpu / tokens * base.tokens / base.cpu),
             "tokens_per_second": round(parent.tokens_per_second / ratio["p50"], 1),
             "memory_ratio": round(peak / parent.peak, 4) if parent.peak else None,
         }
-    found |= {"tokens": round(sample.tokens), "peak_mib": round(peak, 1), "rounds": len(sample.wall)}
-    comparable = target is not None and target.what in found
-    return found | {"target": str(target) if target else None, "missed": target.missed(found) if comparable else None}
+    result |= {"tokens": round(sample.tokens), "peak_mib": round(peak, 1), "rounds": len(sample.wall)}
+    missed = target.missed(result) if target is not None and target.what in result else None
+    return result | {"target": str(target) if target else None, "missed": missed}
 
 
-def as_parent(found: dict, sample: Sample) -> Parent:
+def as_parent(result: dict[str, Any], sample: Sample) -> Parent:
     """The step of a row, for others to be compared with."""
-    return Parent(found["row"], sample, found["tokens_per_second"], found["peak_mib"])
+    return Parent(result["row"], sample, result["tokens_per_second"], result["peak_mib"])
 
 
-def failure(name: str, error: str) -> dict:
+def failure(name: str, error: str) -> dict[str, Any]:
     """The row of a step that could not be taken."""
     return {"row": name, "error": error}
 

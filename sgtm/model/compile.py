@@ -35,7 +35,8 @@ def compile_blocks(model: Transformer, backend: str = "inductor") -> None:
 
     limits.recompile_limit = max(limits.recompile_limit, MAX_GRAPHS)
     for block in model.blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
+        compiled = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
+        block.forward = compiled  # type: ignore[method-assign]  # of this block alone
     model.compiled = True
 
 
@@ -62,7 +63,7 @@ def check_compiler(device: str, kernels: str, backend: str = "inductor") -> None
 
 def _reason(error: BaseException) -> str:
     """The first line of the innermost error."""
-    while error.__cause__ is not None or getattr(error, "inner_exception", None) is not None:
-        error = error.__cause__ or error.inner_exception
+    while (inner := error.__cause__ or getattr(error, "inner_exception", None)) is not None:
+        error = inner
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -18,8 +18,7 @@ them in that order, and ranks with other labels would add up the gradients of di
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -28,7 +27,8 @@ from sgtm.model.domain_parts import ends
 from sgtm_kernels.plan import MaskPlan, Tables, merge_runs, table_on
 
 
-class Subset(NamedTuple):
+@dataclass(frozen=True)
+class Subset:
     """Tokens of a micro-batch whose matrices are the same sum.
 
     active  (group, factor) of each domain in the sum

@@ -22,12 +22,14 @@ def ends(tied: bool) -> tuple[str, ...]:
 
 def domain_parts(partition: Partition, vocab: int, width: int, tied: bool) -> list[Part]:
     """Parameters of all domains' parts, in a fixed order."""
-    rank, found = partition.embedding, []
-    for group, name in enumerate(partition.groups[1:] if rank != "none" else (), start=1):
+    rank, parts = partition.embedding, []
+    if rank == "none":
+        return []
+    for group, name in enumerate(partition.groups[1:], start=1):
         for end in ends(tied):
             own, key = f"{end}_{group}", f"{end}.{name}"
             if rank == "full":
-                found.append(Part(own, (vocab, width), key))
+                parts.append(Part(own, (vocab, width), key))
             else:
-                found += [Part(f"{own}_rows", (vocab, rank), key), Part(f"{own}_basis", (rank, width), key)]
-    return found
+                parts += [Part(f"{own}_rows", (vocab, rank), key), Part(f"{own}_basis", (rank, width), key)]
+    return parts

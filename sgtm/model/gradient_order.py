@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch
 
 
-def held(x: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def held(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The same tensors; their gradients are complete at once, when that of the activations x is, and are never None."""
-    found = iter(_Held.apply(x, *(p for p in parameters if p is not None)))
-    return next(found), *(None if p is None else next(found) for p in parameters)
+    return _Held.apply(x, *parameters)
 
 
 def awaited(x: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -15,14 +15,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Literal, TypedDict
 
 import torch
 
 from sgtm.data.batch import IGNORE
 from sgtm_kernels.plan import MaskPlan, Tables
 
-Norms = dict[str, dict[str, list | dict]]
-"""{label: {"residual": by layer, "attention": {group: by layer}, "mlp": {group: by layer}}}"""
+Sublayer = Literal["attention", "mlp"]
+
+
+class LabelNorms(TypedDict, total=False):
+    """Norms of one label: of the stream by layer, and of what the groups add to it by group and layer."""
+
+    residual: list[float]
+    attention: dict[str, list[float]]
+    mlp: dict[str, list[float]]
+
+
+Norms = dict[str, LabelNorms]
 
 
 class OutputNorms:
@@ -33,8 +44,8 @@ class OutputNorms:
 
     def __init__(self, tables: Tables):
         self.tables = tables
-        self._keys: list[tuple[str, int]] = []
-        self._found: list[torch.Tensor] = []
+        self._keys: list[tuple[Literal["residual"] | Sublayer, int]] = []
+        self._by_token: list[torch.Tensor] = []
         self._sums: torch.Tensor | None = None
         self._open = False
 
@@ -44,7 +55,7 @@ class OutputNorms:
         labels = torch.arange(len(self.tables.labels), dtype=torch.int32, device=device)
         counts = plan.labels(device)[:, None] == labels
         self._weights = (counts & (targets.flatten() != IGNORE)[:, None]).double()
-        self._keys, self._found, self._open = [], [], True
+        self._keys, self._by_token, self._open = [], [], True
 
     @torch.no_grad()
     def residual(self, x: torch.Tensor) -> None:
@@ -55,7 +66,7 @@ class OutputNorms:
     @torch.no_grad()
     def outputs(
         self,
-        part: str,
+        part: Sublayer,
         out: torch.Tensor,
         inner: torch.Tensor,
         weight: torch.Tensor,
@@ -64,7 +75,6 @@ class OutputNorms:
     ) -> None:
         """What each group of a layer adds to the stream; called inside the forward pass that owns the weight.
 
-        part    `attention` or `mlp`
         out     [B, S, D] = inner @ weight + bias
         inner   [B, S, rows], weight [rows, D], bias [D]; bounds: the groups' boundaries in the rows
         """
@@ -88,14 +98,14 @@ class OutputNorms:
 
     def end(self) -> None:
         """The forward pass is over."""
-        by_label = torch.stack(self._found).double() @ self._weights
+        by_label = torch.stack(self._by_token).double() @ self._weights
         sums = torch.cat((by_label, self._weights.sum(0)[None]))
         self._sums = sums if self._sums is None else self._sums + sums
-        self._found, self._open = [], False
+        self._by_token, self._open = [], False
 
-    def _add(self, part: str, group: int, x: torch.Tensor) -> None:
+    def _add(self, part: Literal["residual"] | Sublayer, group: int, x: torch.Tensor) -> None:
         self._keys.append((part, group))
-        self._found.append(torch.linalg.vector_norm(x, dim=-1).flatten())
+        self._by_token.append(torch.linalg.vector_norm(x, dim=-1).flatten())
 
     def take(self, all_reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums) -> Norms:
         """Means over the tokens of all ranks, of the labels that occurred; reads the device. A collective call.
@@ -110,11 +120,12 @@ class OutputNorms:
         for label, name in enumerate(self.tables.labels):
             if not counts[label]:
                 continue
-            found = norms[name] = {"residual": []}
+            mine: LabelNorms = {"residual": []}
+            norms[name] = mine
             for (part, group), row in zip(self._keys, rows, strict=True):
                 mean = float(f"{row[label] / counts[label]:.5g}")
                 if part == "residual":
-                    found[part].append(mean)
+                    mine[part].append(mean)
                 elif self.tables.active[label][group] != 0:
-                    found.setdefault(part, {}).setdefault(self.tables.groups[group], []).append(mean)
+                    mine.setdefault(part, {}).setdefault(self.tables.groups[group], []).append(mean)
         return norms

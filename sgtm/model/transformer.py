@@ -7,6 +7,7 @@ masked op inside the `forward` of the module that owns it, which is what ZeRO-3'
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,7 @@ from sgtm_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from sgtm_kernels.plan import MaskPlan
 
 if TYPE_CHECKING:  # benchmarks/steps.py runs where there is no pydantic
-    from sgtm.config.shape import ModelShape
+    from sgtm.masking.shape import ModelShape
     from sgtm.model.output_norms import OutputNorms
 
 
@@ -45,11 +46,13 @@ class Norm(nn.Module):
 
     def forward(self, x: torch.Tensor, plan: MaskPlan, residual: torch.Tensor | None = None):
         """The norm of x [B, S, D]; with a residual: the sum of x and residual, and its norm."""
-        learned = (self.weight,) if self.bias is None else (self.weight, self.bias)
-        masks = self.eps, plan, self.kind, self.backend
+        if self.bias is None:
+            if residual is None:
+                return rms_norm(x, self.weight, self.eps, plan, self.kind, self.backend)
+            return add_rms_norm(x, residual, self.weight, self.eps, plan, self.kind, self.backend)
         if residual is None:
-            return (rms_norm if self.bias is None else layer_norm)(x, *learned, *masks)
-        return (add_rms_norm if self.bias is None else add_layer_norm)(x, residual, *learned, *masks)
+            return layer_norm(x, self.weight, self.bias, self.eps, plan, self.kind, self.backend)
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps, plan, self.kind, self.backend)
 
 
 class Attention(nn.Module):
@@ -94,7 +97,7 @@ class MLP(nn.Module):
         self.b_out = None if self.gated else nn.Parameter(torch.zeros(config.hidden_size))
 
     def forward(self, x: torch.Tensor, plan: MaskPlan, norms: OutputNorms | None = None) -> torch.Tensor:
-        if self.gated:
+        if self.b_in is None:  # gated
             pre = linear_in(x, self.w_in, None, plan, "mlp_in", self.in_bounds, self.backend, overwrite=True)
             hidden = swiglu(pre, plan, self.bounds, self.backend)
         else:
@@ -121,6 +124,14 @@ class Block(nn.Module):
         return x + self.mlp(normed, plan, norms)
 
 
+class Blocks(nn.ModuleList):
+    """A module list that yields blocks to type checkers."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[Block]: ...
+
+
 class Transformer(nn.Module):
     """Decoder-only language model; weights ~ N(0, init_std), biases 0, norms 1.
 
@@ -138,7 +149,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Parameter(torch.empty(size))
         neo = config.family == "gpt_neo"
         self.position = nn.Parameter(torch.empty(config.context, config.hidden_size)) if neo else None
-        self.blocks = nn.ModuleList(Block(config, partition, i, backend) for i in range(config.layers))
+        self.blocks = Blocks(Block(config, partition, i, backend) for i in range(config.layers))
         self.final_norm = Norm(config, "final_norm", backend)
         self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(size))
         self.head_bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
@@ -179,20 +190,26 @@ class Transformer(nn.Module):
             norms.end()
         return self.loss(x, targets, plan, scale)
 
-    def loss(self, x: torch.Tensor, targets: torch.Tensor, plan: MaskPlan, scale: float):
+    def loss(
+        self, x: torch.Tensor, targets: torch.Tensor, plan: MaskPlan, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `forward` returns, from the last hidden states [B, S, D]. Part of it, for ZeRO-3: not to be called."""
         if not self.domain_parts:
             return linear_cross_entropy(x, self._head, self.head_bias, targets, plan, scale, self.backend)
         parts, self._parts = self._parts, {}  # held no longer than the forward pass: ZeRO 3 frees what they view
-        x, head, bias = held(x, self._head, self.head_bias)
-        found = []
+        bias: torch.Tensor | None = None
+        if self.head_bias is None:
+            x, head = held(x, self._head)
+        else:
+            x, head, bias = held(x, self._head, self.head_bias)
+        by_subset = []
         for subset in subsets(plan, x.device):
-            of, goals = x, targets
+            hidden, goals = x, targets
             if subset.index is not None:
-                of, goals = x.flatten(0, 1)[subset.index][None], targets.flatten()[subset.index][None]
+                hidden, goals = x.flatten(0, 1)[subset.index][None], targets.flatten()[subset.index][None]
             weight = head_of(head, parts, self.head is None, subset)
-            found.append(linear_cross_entropy(of, weight, bias, goals, subset.plan, scale, self.backend))
-        losses, sums = zip(*found, strict=True)
+            by_subset.append(linear_cross_entropy(hidden, weight, bias, goals, subset.plan, scale, self.backend))
+        losses, sums = zip(*by_subset, strict=True)
         return sum(losses), sum(sums)
 
     def embed(self, input_ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:

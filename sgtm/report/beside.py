@@ -48,18 +48,18 @@ def compare(run: Path, others: Sequence[Path]) -> Comparison:
     names, compared = _names(others), Comparison({}, {}, {}, [])
     curves: dict[str, list[Path]] = {}
     for other, name in names.items():
-        record = read_record(other)
-        found, differs = _evaluation(mine, record)
-        losses = found.get("losses", {}).get("full")
+        other_config, record = load_run_config(other), read_record(other)
+        evaluation, differs = _evaluation(mine, record)
+        losses = evaluation.get("losses", {}).get("full")
         if not losses:
             raise ValueError(
                 f"{other} was not evaluated in training: no eval lines in {other / 'metrics.jsonl'}, and no "
                 f"{other / 'summary.json'}; sgtm eval {other}"
             )
         compared.losses[name] = {category: loss for category, loss in losses.items() if loss is not None}
-        compared.errors[name] = found.get("errors", {}).get("full", {})
-        compared.notes.append(f"{name}: {_about(record.config, found)}{differs}.")
-        curves.setdefault(_training(record.config), []).append(other)
+        compared.errors[name] = evaluation.get("errors", {}).get("full", {})
+        compared.notes.append(f"{name}: {_about(other_config, evaluation)}{differs}.")
+        curves.setdefault(_training(other_config), []).append(other)
     for of_curve in curves.values():
         title = ", ".join(names[other] for other in of_curve)
         try:

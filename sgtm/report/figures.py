@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib import rc_context
@@ -25,9 +26,13 @@ from sgtm.report.findings import conditions, error_of, loss_rows, signed
 from sgtm.report.palette import GRID, INK, LIGHT, MUTED, PAPER, RETAIN, of_label, of_removal, themed
 from sgtm.report.record import Record, is_forgotten
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 WIDTH = 4.6  # inches
-DASHES = ("-", "--", ":", "-.")
-STYLE = {
+Dashes = Literal["-", "--", ":", "-."]
+DASHES: tuple[Dashes, ...] = ("-", "--", ":", "-.")
+STYLE: dict[RcKeyType, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
     "svg.fonttype": "none",

@@ -48,16 +48,18 @@ def loss_rows(summary: dict) -> list[LossRow]:
     """One row per category: what is to be kept first, what is to be forgotten last."""
 
     def of(key: str, category: str) -> dict[str, float]:
-        found = {name: by[category] for name, by in summary.get(key, {}).items() if category in by}
-        return {name: math.nan if value is None else value for name, value in found.items()}
+        values = {name: by[category] for name, by in summary.get(key, {}).items() if category in by}
+        return {name: math.nan if value is None else value for name, value in values.items()}
 
     true = summary.get("true_labels", {})
     rows = [
         LossRow(
             category,
             true.get(category, ""),
-            *(of(key, category) for key in ("losses", "errors", "difference_errors")),
-            _measured(summary, category),
+            losses=of("losses", category),
+            errors=of("errors", category),
+            difference_errors=of("difference_errors", category),
+            tokens=_measured(summary, category),
         )
         for category in summary.get("losses", {}).get("full", {})
     ]
@@ -108,18 +110,18 @@ def _worse_than_ablated(summary: dict, rows: list[LossRow], condition: str) -> l
 
 def localisation(summary: dict) -> list[str]:
     """How the gradient norms compare, a sentence for each label that has a group of its own."""
-    found = []
+    sentences = []
     for label, norms in summary.get("gradient_norms", {}).items():
         own = label.removeprefix("forget:")
         others = {group: norm for group, norm in norms.items() if group != own}
         if own not in norms or not others:
             continue
-        group = max(others, key=others.get)
+        group = max(others, key=others.__getitem__)
         if others[group] > 0:
             ratio = norms[own] / others[group]
             times = f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
-            found.append(f"{label} data: {times} times as strong on {own} as on {group}.")
-    return found
+            sentences.append(f"{label} data: {times} times as strong on {own} as on {group}.")
+    return sentences
 
 
 def signed(difference: float, digits: int) -> str:

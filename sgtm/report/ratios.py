@@ -34,9 +34,10 @@ def compute_ratios(run: Path, baselines: Sequence[Path]) -> Ratios:
     points = []
     for baseline in baselines:
         check_comparable(run, config, baseline)
-        found = _evaluations(baseline)
-        points += found if len(baselines) == 1 else found[-1:]
-    ratios, problem = {}, None
+        evaluations = _evaluations(baseline)
+        points += evaluations if len(baselines) == 1 else evaluations[-1:]
+    ratios: Ratios = {}
+    problem = None
     for removal, by_category in losses.items():
         for category, loss in by_category.items():
             mine = [(tokens, other["full"].get(category)) for tokens, other in points]
@@ -83,10 +84,10 @@ def check_comparable(run: Path, config: Config, baseline: Path) -> None:
 def _corpora(*runs: tuple[Path, Config]) -> tuple[str, ...]:
     """Each run's corpus: its path, and its fingerprint if all have a checkpoint, which holds it."""
     paths = [config.data.path for _, config in runs]
-    newest = [find_latest(run) for run, _ in runs]
-    if not all(newest):
+    newest = [checkpoint for run, _ in runs if (checkpoint := find_latest(run))]
+    if len(newest) < len(runs):
         return tuple(paths)
-    found = [read_manifest(checkpoint)["corpus"] for checkpoint in newest]
-    if len(set(found)) == 1:  # the same data, wherever they lie
-        return tuple(found)
-    return tuple(f"{path} (fingerprint {one:.8})" for path, one in zip(paths, found, strict=True))
+    fingerprints = [read_manifest(checkpoint)["corpus"] for checkpoint in newest]
+    if len(set(fingerprints)) == 1:  # the same data, wherever they lie
+        return tuple(fingerprints)
+    return tuple(f"{path} (fingerprint {one:.8})" for path, one in zip(paths, fingerprints, strict=True))

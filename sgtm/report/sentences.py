@@ -75,11 +75,12 @@ def _change_of_all(label: str, rows: list[LossRow], condition: str) -> tuple[str
     """The mean over the tokens of a true label's categories, and the smallest and largest change."""
     if len(rows) == 1:
         return _change(rows[0], condition)
-    known = all(row.tokens is not None for row in rows)
-    weights = [row.tokens if known else 1 for row in rows]
+    tokens = [row.tokens for row in rows if row.tokens is not None]
+    known = len(tokens) == len(rows)
+    weights = tokens if known else [1] * len(rows)
     changes = {row.category: row.difference(condition) for row in rows}
     mean = sum(w * change for w, change in zip(weights, changes.values(), strict=True)) / sum(weights)
-    least, most = (choose(changes, key=changes.get) for choose in (min, max))
+    least, most = min(changes, key=changes.__getitem__), max(changes, key=changes.__getitem__)
     spread = f"{signed(changes[least], 2)} on {least} to {signed(changes[most], 2)} on {most}"
     kind = KINDS.get(label, label)
     note = f" ({'' if known else 'a mean that weighs all alike; '}{spread})"

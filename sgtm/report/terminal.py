@@ -29,7 +29,8 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
     partly = f" at step {steps} of {all_steps}" if steps != all_steps and all_steps else ""
     console.print(f"[bold]{summary.get('name', 'run')}[/]: held-out loss{partly}, nats per token", highlight=False)
     rows, baselines = loss_rows(summary), summary.get("baselines") or {}
-    for condition in conditions(summary) or [None]:
+    shown: list[str | None] = [*conditions(summary)]
+    for condition in shown or [None]:
         console.print(_table(rows, condition, baselines), "")
     if any(row.errors for row in rows):
         console.print("±: standard error over documents, seeds of the training not included", highlight=False)
@@ -100,7 +101,11 @@ def _table(rows: list[LossRow], condition: str | None, baselines: dict[str, dict
     for name in baselines:
         table.add_column(name, justify="right", style="dim")
     for row in rows:
-        cells = [row.category, row.true_label, f"{row.losses['full']:.3f}{_error(row.errors.get('full'))}"]
+        cells: list[str | Text] = [
+            row.category,
+            row.true_label,
+            f"{row.losses['full']:.3f}{_error(row.errors.get('full'))}",
+        ]
         if condition:
             measured = condition in row.losses
             cells += [f"{row.losses[condition]:.3f}", _difference(row, condition)] if measured else ["-", ""]

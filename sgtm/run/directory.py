@@ -40,20 +40,21 @@ def held(run: Path, patience: float = 0.0) -> Iterator[None]:
     `.<name>.lock` beside the run directory, held by rank 0 and gone with it. A file system without locks does without.
     Every rank raises ValueError where another process holds it, or a rank sees another directory.
     """
-    file, kept = run.absolute().with_name(f".{run.name}.lock"), []
-    said = on_rank_zero(lambda: _take(file, run, patience, kept))
+    file = run.absolute().with_name(f".{run.name}.lock")
+    locks: list[TextIO] = []
+    holder = on_rank_zero(lambda: _take(file, run, patience, locks))
     try:
-        on_every_rank(lambda: _check_shared(file, said))
+        on_every_rank(lambda: _check_shared(file, holder))
         yield
     finally:
-        for lock in kept:
+        for lock in locks:
             with suppress(OSError):
                 file.unlink()
             lock.close()
 
 
-def _take(file: Path, run: Path, patience: float, kept: list[TextIO]) -> str:
-    """Lock the file and write who has it; returns what it says now. The open file is put into `kept`."""
+def _take(file: Path, run: Path, patience: float, locks: list[TextIO]) -> str:
+    """Lock the file and write who has it; returns what it says now. The open file is put into `locks`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     end, told = time.monotonic() + patience, False
     while True:
@@ -76,24 +77,24 @@ def _take(file: Path, run: Path, patience: float, kept: list[TextIO]) -> str:
             if os.path.samestat(os.fstat(lock.fileno()), file.stat()):
                 break
         lock.close()  # it was deleted by the run that had it, just now
-    kept.append(lock)
-    said = f"{secrets.token_hex(8)} process {os.getpid()} on {socket.gethostname()}"
+    locks.append(lock)
+    holder = f"{secrets.token_hex(8)} process {os.getpid()} on {socket.gethostname()}"
     lock.truncate(0)
-    lock.write(said)
+    lock.write(holder)
     lock.flush()
-    return said
+    return holder
 
 
-def _check_shared(file: Path, said: str) -> None:
+def _check_shared(file: Path, holder: str) -> None:
     end = time.monotonic() + VISIBLE_WITHIN
     while True:
         with suppress(FileNotFoundError):
-            if file.read_text() == said:
+            if file.read_text() == holder:
                 return
         if time.monotonic() > end:
             raise ValueError(
                 f"runs: {file.parent} on {socket.gethostname()} is not the directory that rank 0 has "
-                f"({said.partition(' on ')[2]}): all nodes need the same one, on a shared file system"
+                f"({holder.partition(' on ')[2]}): all nodes need the same one, on a shared file system"
             )
         time.sleep(0.1)
 

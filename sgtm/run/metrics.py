@@ -24,7 +24,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -238,16 +238,17 @@ def _start_wandb(run: Path, config: Config, lines: list[dict], say: Callable[[st
 
     lines  of the log so far
     """
-    if config.wandb.mode == "off":
-        if config.wandb != WandbConfig():
+    w = config.wandb
+    if w.mode == "off":
+        if w != WandbConfig():
             say("warning: keys of wandb are set, but wandb.mode is off: nothing is logged there")
         return None, {}
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    w, (run_id, logged) = config.wandb, claim(run, lines, say)
+    run_id, logged = claim(run, lines, say)
 
-    def start(mode: str):
+    def start(mode: Literal["online", "offline"]):
         return wandb.init(
             project=w.project,
             entity=w.entity,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,18 +65,20 @@ def find_whole(run_dir: Path | str, rank: int, ranks: int, say: Callable[[str], 
     Damaged newer ones are quarantined and reported. If there are some and none is valid, nothing is changed and every
     rank raises ValueError.
     """
-    there = on_rank_zero(lambda: finished(run_dir))
+    checkpoints = on_rank_zero(lambda: finished(run_dir))
 
     def check(directory: Path) -> None:
         on_every_rank(lambda: verify(directory, (rank, ranks)))
 
-    found, wrong = newest_whole(there, check)
-    if wrong and found is None:
-        raise ValueError(none_whole(wrong))
+    newest, wrong = newest_whole(checkpoints, check)
+    if newest is None:
+        if wrong:
+            raise ValueError(none_whole(wrong))
+        return None
     for directory, problem in wrong.items():
-        aside = on_rank_zero(lambda directory=directory: set_aside(directory))
-        say(f"warning: {problem}; quarantined as {aside.name}, resuming from {found.name}")
-    return found
+        aside = on_rank_zero(partial(set_aside, directory))
+        say(f"warning: {problem}; quarantined as {aside.name}, resuming from {newest.name}")
+    return newest
 
 
 def load_checkpoint(engine: Engine, directory: Path | str, config: Config, corpus: str = "") -> tuple[int, list, str]:
@@ -109,13 +112,13 @@ def differences(saved: dict, config: Config, keys: tuple[str, ...] = SAME) -> li
 
 def _with_defaults(schema: type[BaseModel], values: dict) -> dict:
     """These values, and the default of every key that they lack."""
-    found = dict(values)
+    complete = dict(values)
     for name, field in schema.model_fields.items():
-        if section(field):
-            found[name] = _with_defaults(section(field), values.get(name, {}))
+        if inner := section(field):
+            complete[name] = _with_defaults(inner, values.get(name, {}))
         elif not field.is_required():
-            found.setdefault(name, field.get_default(call_default_factory=True))
-    return found
+            complete.setdefault(name, field.get_default(call_default_factory=True))
+    return complete
 
 
 def _refuse_other_run(directory: Path, config: Config, corpus: str) -> dict:

@@ -151,8 +151,8 @@ class CheckpointWriter:
         """The error for the user, after what was written of the checkpoint has been removed."""
         on_rank_zero(lambda: shutil.rmtree(self._temporary, ignore_errors=True))
         final, self._step = self._final, None
-        kept = find_latest(self.root.parent)
-        rest = f"the last one is {kept}" if kept else "there is no earlier one"
+        latest = find_latest(self.root.parent)
+        rest = f"the last one is {latest}" if latest else "there is no earlier one"
         return OSError(f"checkpoint {final} could not be saved: {error}; {rest}. Go on with --resume when it can be")
 
     def _remove(self, retired: list[Path]) -> None:
@@ -161,7 +161,7 @@ class CheckpointWriter:
             return
         if self._removal is not None:
             self._removal.join()
-        self._removal = threading.Thread(target=lambda: [shutil.rmtree(path, ignore_errors=True) for path in retired])
+        self._removal = threading.Thread(target=_delete, args=(retired,))
         self._removal.start()
 
 
@@ -197,6 +197,11 @@ def _retire(path: Path) -> Path:
     aside = path.with_name(f".tmp-retired-{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     return path.rename(aside)
+
+
+def _delete(paths: Sequence[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _fresh(temporary: Path) -> None:

@@ -44,18 +44,19 @@ def open_corpora(sweep: Sweep, write: bool = False) -> dict[str, Corpus | None]:
     write  write synthetic ones first. Raises ConfigError naming the run whose corpus is missing or does not fit.
     """
     opened: dict[tuple, Corpus | None] = {}
-    found = {}
+    corpora: dict[str, Corpus | None] = {}
     for run in sweep.runs:
         source = _source(run.config)
         try:
             if source not in opened:
                 opened[source] = _open(run.config, write)
-            if opened[source] is not None:
-                check_corpus(opened[source], run.config)
+            corpus = opened[source]
+            if corpus is not None:
+                check_corpus(corpus, run.config)
         except ValueError as error:
             raise ConfigError(f"{sweep.file}: run {run.name}: {error}") from None
-        found[run.name] = opened[source]
-    return found
+        corpora[run.name] = corpus
+    return corpora
 
 
 def check_ranks(sweep: Sweep, ranks: int) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 
 from matplotlib import rc_context
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sgtm.files import replacing
-from sgtm.report.figures import DASHES, STYLE, WIDTH
+from sgtm.report.figures import DASHES, STYLE, WIDTH, Dashes
 from sgtm.report.palette import DOMAINS, LIGHT, PAPER, RETAIN, UNLABELED
 from sgtm.run.metrics import read_metrics
 from sgtm.sweep.file import Sweep
@@ -49,20 +52,36 @@ def losses(rows: list[Row]) -> Figure | None:
     figure, axes = _panel("retain loss (nats per token)", "forget loss (nats per token)")
     names = []
     for number, row in enumerate(rows):
-        places = {model: (row.mean(f"{model}_retain"), row.mean(f"{model}_forget")) for model in ("full", "ablated")}
-        if any(value is None or not math.isfinite(value) for place in places.values() for value in place):
+        places = {model: place for model in ("full", "ablated") if (place := _place(row, model))}
+        if len(places) < 2:
             continue
         colour = _colour(number)
         axes.plot(*zip(*places.values(), strict=True), color=colour, linestyle=_dashes(number), linewidth=0.8)
-        for model, place in places.items():
-            spread = [row.spread(f"{model}_{data}") or 0.0 for data in ("retain", "forget")]
-            face = LIGHT[PAPER] if model == "full" else colour
-            axes.errorbar(*place, *spread[::-1], fmt="o", color=colour, markerfacecolor=face, markersize=6, linewidth=1)
+        for model, (retain, forget) in places.items():
+            axes.errorbar(
+                retain,
+                forget,
+                xerr=row.spread(f"{model}_retain") or 0.0,
+                yerr=row.spread(f"{model}_forget") or 0.0,
+                fmt="o",
+                color=colour,
+                markerfacecolor=LIGHT[PAPER] if model == "full" else colour,
+                markersize=6,
+                linewidth=1,
+            )
         names.append((number, row.variant))
     if not names:
         return None
     handles = [Line2D([], [], color=_colour(n), linestyle=_dashes(n), marker="o", label=name) for n, name in names]
     return _finished(figure, axes, handles)
+
+
+def _place(row: Row, model: str) -> tuple[float, float] | None:
+    """(retain, forget) loss of a model; None where one was not measured or is not finite."""
+    retain, forget = row.mean(f"{model}_retain"), row.mean(f"{model}_forget")
+    if retain is None or forget is None or not (math.isfinite(retain) and math.isfinite(forget)):
+        return None
+    return retain, forget
 
 
 def _curve(row: Row) -> list[tuple[int, float]]:
@@ -77,7 +96,7 @@ def _curve(row: Row) -> list[tuple[int, float]]:
     return [(step * size, statistics.fmean(found)) for step, found in by_step.items() if len(found) == len(row.losses)]
 
 
-def _panel(xlabel: str, ylabel: str) -> tuple:
+def _panel(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(1.4 * WIDTH, WIDTH), layout="constrained")
     axes = figure.subplots()
     axes.grid(axis="y")
@@ -86,9 +105,10 @@ def _panel(xlabel: str, ylabel: str) -> tuple:
     return figure, axes
 
 
-def _finished(figure: Figure, axes, handles: list | None = None) -> Figure:
-    found = handles or axes.get_legend_handles_labels()[0]
-    figure.legend(handles=found, loc="outside upper left", ncols=3, handlelength=1.6)
+def _finished(figure: Figure, axes: Axes, handles: Sequence[Artist] = ()) -> Figure:
+    figure.legend(
+        handles=handles or axes.get_legend_handles_labels()[0], loc="outside upper left", ncols=3, handlelength=1.6
+    )
     return figure
 
 
@@ -96,5 +116,5 @@ def _colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-def _dashes(number: int) -> str:
+def _dashes(number: int) -> Dashes:
     return DASHES[number // len(COLOURS) % len(DASHES)]

@@ -29,7 +29,8 @@ class Progress:
         self.unfinished = 0
         self.steps = {run.name: self.closed.get(run.name, steps_done(run.directory)) for run in runs}
         self.work = {run.name: _work_of_step(run) for run in runs}
-        self.before, self.since = self._done(), None
+        self.before = self._done()
+        self.since: float | None = None
         self._looked = self._said = time.monotonic()
         self.bars = _bars(self.console) if self.console.is_terminal else None
 
@@ -98,10 +99,10 @@ class Progress:
     def _finished(self) -> str:
         return f"{len(self.closed) - self.unfinished} of {len(self.runs)}"
 
-    def _done(self) -> float:
+    def _done(self) -> int:
         return sum(self.steps[name] * work for name, work in self.work.items())
 
-    def _total(self) -> float:
+    def _total(self) -> int:
         """Work of all runs; of one that has ended, what it did."""
         return sum(self.closed.get(run.name, run.config.train.steps) * self.work[run.name] for run in self.runs)
 
@@ -113,8 +114,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _work_of_step(run: Run) -> float:
-    return float(run.config.train.tokens_per_step * sum(parameter_sizes(run.config).values()))
+def _work_of_step(run: Run) -> int:
+    return run.config.train.tokens_per_step * sum(parameter_sizes(run.config).values())
 
 
 def _bars(console: Console) -> rich.progress.Progress:

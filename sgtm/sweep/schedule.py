@@ -79,7 +79,8 @@ def train_all(
     them.
     """
     (sweep.folder / "logs").mkdir(parents=True, exist_ok=True)
-    waiting, running, free = list(pending), {}, list(room.devices)
+    waiting, free = list(pending), list(room.devices)
+    running: dict[int, tuple[Run, Process, str | None]] = {}
     outcome = Outcome()
     with Stop() as stop:
         while running or (waiting and not stop.signal):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 
-from sgtm.estimate.launch import Where, compose, settle
+from sgtm.estimate.launch import Settled, Where, compose, settle
 from sgtm.sweep.compare import check_ranks
 from sgtm.sweep.file import Run, Sweep
 from sgtm.sweep.schedule import arguments_of, log_of
 
 
-def check_submission(sweep: Sweep, nodes: int | None, gpus: int | None) -> Where:
+def check_submission(sweep: Sweep, nodes: int | None, gpus: int | None) -> Settled:
     """Where the jobs go. Raises ValueError where the options, launch/ or a run's ranks do not fit."""
     where = settle(Where("slurm", nodes, gpus))
     compose(where, [])
@@ -19,7 +19,7 @@ def check_submission(sweep: Sweep, nodes: int | None, gpus: int | None) -> Where
     return where
 
 
-def submit(sweep: Sweep, run: Run, where: Where) -> str:
+def submit(sweep: Sweep, run: Run, where: Settled) -> str:
     """Submit the run; returns sbatch's reply, or the id of its queued job. Raises ValueError if SLURM refuses."""
     name = f"{sweep.folder.name}.{run.name}"
     queued = _run(["squeue", "--noheader", "--me", "--name", name, "--format", "%i"]).split()

@@ -64,10 +64,13 @@ def read_rows(sweep: Sweep, corpora: dict[str, Corpus | None]) -> list[Row]:
     rows = []
     for variant in sweep.variants:
         runs = tuple(run for run in sweep.runs if run.variant == variant)
-        found = {run.name: (run, final_losses(run.directory, run.config)) for run in runs}
-        done = {name: (run, losses) for name, (run, losses) in found.items() if losses and corpora[name]}
-        four = {name: four_losses(losses, corpora[name].categories, run) for name, (run, losses) in done.items()}
-        rows.append(Row(variant, runs, four, {name: losses for name, (_, losses) in done.items()}))
+        four: dict[str, dict[str, float]] = {}
+        categories: dict[str, dict[str, dict[str, float | None]]] = {}
+        for run in runs:
+            losses, corpus = final_losses(run.directory, run.config), corpora[run.name]
+            if losses and corpus:
+                four[run.name], categories[run.name] = four_losses(losses, corpus.categories, run), losses
+        rows.append(Row(variant, runs, four, categories))
     return rows
 
 

@@ -31,7 +31,7 @@ def dry_run(engine: Engine, tables: Tables) -> None:
     config = engine.config
     graphs = config.train.compile == "blocks"
     compiled = engine.module.backend == "triton" or graphs
-    pieces = label_pieces(config, len(tables.labels)) if compiled else [(UNLABELED,)]
+    pieces: list[tuple[int, ...]] = label_pieces(config, len(tables.labels)) if compiled else [(UNLABELED,)]
     if graphs:
         pieces += more_signatures(config, tables, pieces)
     batches = [random_batch(config, labels, index) for index, labels in enumerate(pieces)]
@@ -52,16 +52,16 @@ def dry_run(engine: Engine, tables: Tables) -> None:
 
 def more_signatures(config: Config, tables: Tables, pieces: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Combinations of labels in a micro-batch whose graph none of `pieces` needs; up to three labels suffice."""
-    largest = {"sequence": min(3, config.train.micro_batch), "token": 3}.get(config.data.mixing, 1)
-    seen, found = {signature_of(tables, labels, False) for labels in pieces}, []
+    largest = {"sequence": min(3, config.micro_batch), "token": 3}.get(config.data.mixing, 1)
+    seen, more = {signature_of(tables, labels, False) for labels in pieces}, []
     for count in range(2, largest + 1):
         for labels in combinations(range(len(tables.labels)), count):
             signature = signature_of(tables, labels, False)
             if signature not in seen:
                 seen.add(signature)
                 # As many pieces as sequences, where they are whole ones.
-                found.append(tuple(islice(cycle(labels), max(count, config.train.micro_batch))))
-    return found
+                more.append(tuple(islice(cycle(labels), max(count, config.micro_batch))))
+    return more
 
 
 @torch.no_grad()

@@ -100,10 +100,11 @@ def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: b
     warm_up = time.perf_counter() - began
     enter("opening the corpus")
     corpus = open_everywhere(config, launch)
-    if latest is None and config.train.init_from:
+    init_from = config.train.init_from
+    if latest is None and init_from:
         from sgtm.hf.pretrained import check_tokenizer
 
-        on_rank_zero(lambda: check_tokenizer(config.train.init_from, corpus))
+        on_rank_zero(lambda: check_tokenizer(init_from, corpus))
     initial = on_rank_zero(lambda: export_record(config)) if latest is None else None
     trained_on = trained_categories(corpus), bool(len(corpus.spans)), initial
     check_certified(config, *trained_on)
@@ -180,7 +181,7 @@ def _steps(
             log.say(tell_skipped(engine, loader, corpus, config, run, step, totals.in_a_row))
         stopping = stop.anywhere(engine) and not last
         seconds += time.perf_counter() - began
-        if log_due:
+        if norms is not None:
             elapsed, tokens = seconds - log.seconds, (done - logged) * every.tokens_per_step
             logged = done
             log.step(
@@ -277,18 +278,18 @@ def _evaluate(engine: Engine, corpus: Corpus, config: Config, log: MetricsLog, s
 
 def _checksum(weights: dict[str, torch.Tensor]) -> int:
     """CRC-32 of all bytes, by name."""
-    found = 0
+    checksum = 0
     for name in sorted(weights):
-        found = zlib.crc32(
-            weights[name].detach().contiguous().view(torch.uint8).numpy(), zlib.crc32(name.encode(), found)
-        )
-    return found
+        array = weights[name].detach().contiguous().view(torch.uint8).numpy()
+        checksum = zlib.crc32(array.data, zlib.crc32(name.encode(), checksum))
+    return checksum
 
 
 def _initial_model(config: Config, launch: Launch, load: bool) -> tuple[Transformer, dict[str, torch.Tensor]]:
     """The model before the first step, and its weights that are not random: those of `train.init_from`, if `load`."""
     model = initial_model(config)
-    folder, theirs = config.train.init_from, {}
+    folder = config.train.init_from
+    theirs: dict[str, torch.Tensor] = {}
     if load and folder:
         from sgtm.hf.pretrained import load_pretrained  # transformers takes seconds to import
 

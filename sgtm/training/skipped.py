@@ -32,12 +32,12 @@ def tell_skipped(
         if not 0 < config.train.max_skipped_steps <= in_a_row:
             everything = len(engine.skipped) == len(config.space.groups)
             return f"{told}; {'nothing' if everything else 'nothing of ' + ', '.join(engine.skipped)} was updated"
-        kept = find_latest(run)
+        latest = find_latest(run)
         again = resume_command(run, engine.world_size)
-        past = f"; to continue past these steps: {again} --train.max_skipped_steps 0" if kept else ""
+        past = f"; to continue past these steps: {again} --train.max_skipped_steps 0" if latest else ""
         raise ValueError(
             f"{in_a_row} steps in a row were skipped, as many as train.max_skipped_steps allows. {told}\n"
-            f"{f'the last checkpoint is {kept}' if kept else 'no checkpoint was saved before'}\n"
+            f"{f'the last checkpoint is {latest}' if latest else 'no checkpoint was saved before'}\n"
             f"if every step fails, lower optimizer.lr; if the text of these documents is wrong, prepare the data "
             f"without it; either way under another --name (--train.init_from takes the weights of an export){past}"
         )
@@ -49,7 +49,7 @@ def _reason(losses: list[list[float]], loader: Loader, corpus: Corpus, step: int
     """What was not finite, and the documents of the worst micro-batch; losses: by rank and micro-batch."""
     places = {(rank, index): loss for rank, mine in enumerate(losses) for index, loss in enumerate(mine)}
     wrong = [place for place, loss in places.items() if not math.isfinite(loss)]
-    rank, index = wrong[0] if wrong else max(places, key=places.get)
+    rank, index = wrong[0] if wrong else max(places, key=lambda place: places[place])
     micro_batch = f"micro-batch {index + 1} of rank {rank}"
     documents = loader.documents(step, rank, index)
     named = ", ".join(_name(corpus, document) for document in documents[:NAMED])

@@ -8,7 +8,7 @@ add up.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
@@ -31,6 +31,16 @@ def target_counts(batch: Batch, labels: int) -> torch.Tensor:
     return torch.from_numpy(counts.astype(np.int64))
 
 
+class Progress(TypedDict):
+    """The state of `StepTotals` in a checkpoint."""
+
+    sums: torch.Tensor
+    counts: torch.Tensor
+    clipping: torch.Tensor
+    skipped: int
+    in_a_row: int
+
+
 class StepTotals:
     """What is gathered over steps without a device sync: token losses and targets by applied label, and clipping.
 
@@ -47,12 +57,17 @@ class StepTotals:
         self.skipped = self.in_a_row = 0
         self._step = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
 
-    def state(self) -> dict[str, torch.Tensor | int]:
+    def state(self) -> Progress:
         """What has been gathered on this rank since it was taken, for a checkpoint."""
-        tensors = {"sums": self.sums.cpu(), "counts": self.counts, "clipping": self.clipping.cpu()}
-        return tensors | {"skipped": self.skipped, "in_a_row": self.in_a_row}
+        return {
+            "sums": self.sums.cpu(),
+            "counts": self.counts,
+            "clipping": self.clipping.cpu(),
+            "skipped": self.skipped,
+            "in_a_row": self.in_a_row,
+        }
 
-    def restore(self, states: list[dict[str, torch.Tensor | int]], rank: int, ranks: int) -> None:
+    def restore(self, states: list[Progress], rank: int, ranks: int) -> None:
         """Go on from what all ranks saved: each from its own, or where there are other ranks now, rank 0 from all."""
         for state in states[rank : rank + 1] if len(states) == ranks else states if rank == 0 else []:
             self.sums += state["sums"].to(self.sums.device)

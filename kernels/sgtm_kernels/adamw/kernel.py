@@ -13,12 +13,17 @@ element depends on nothing but its old values and the slice's numbers, on any de
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
 from sgtm_kernels.triton_common.launch import Launch
+
+if TYPE_CHECKING:
+    from sgtm_kernels.adamw.op import Slice, Step, Tensors
 
 BLOCK = 1024  # elements
 BORDER = tl.constexpr(4)  # elements of fp32 between 16-byte borders
@@ -27,17 +32,19 @@ PLACE = tl.constexpr(6)  # int64 of a tensor: 4 addresses at or before its begin
 GRADS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def prepare(slices, betas, eps):
+def prepare(slices: Sequence[Slice], betas: tuple[float, float], eps: float) -> Step:
     return _Step(slices, betas, eps)
 
 
 class _Step:
     """The launch of these slices: `rows` and `blocks` are made once, `table` is that of a step."""
 
-    def __init__(self, slices, betas, eps):
+    def __init__(self, slices: Sequence[Slice], betas: tuple[float, float], eps: float):
         self.betas, self.eps = betas, eps
         self.pairs: dict[tuple[int, float], int] = {}  # (counter, decay): place of its numbers
-        rows, lengths, first = [], [], 0
+        rows: list[list[int]] = []
+        lengths: list[int] = []
+        first = 0
         for tensor, start, end, counter, decay in slices:
             if start < end:
                 number = self.pairs.setdefault((counter, decay), len(self.pairs))
@@ -50,10 +57,10 @@ class _Step:
         self.rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
         index = torch.arange(len(rows), dtype=torch.int32, device="cpu")
         self.blocks = index.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device="cpu"))
-        self.kept: list[int] = []  # what has been checked
+        self.addresses: list[int] = []  # what has been checked
         self.lengths: list[int] = []
 
-    def __call__(self, tensors, counts, lr, factor):
+    def __call__(self, tensors: Sequence[Tensors], counts: Sequence[int], lr: float, factor: float) -> None:
         if not len(self.rows):
             return
         device, dtype = tensors[0][0].device, tensors[0][1].dtype
@@ -69,26 +76,26 @@ class _Step:
             GRAD=GRADS[dtype], BLOCK=BLOCK, enable_fp_fusion=False,
         )  # fmt: skip
 
-    def table(self, tensors, counts, lr: float) -> tuple[torch.Tensor, int]:
+    def table(self, tensors: Sequence[Tensors], counts: Sequence[int], lr: float) -> tuple[torch.Tensor, int]:
         """Places of the tensors and numbers of the pairs, int64 on the CPU, and the first number in units of fp32.
 
         Raises ValueError for tensors that are not of the documented dtype, not contiguous or of another length.
         """
         weights, grads, *moments = zip(*tensors, strict=True)
         lengths = _lengths(grads)  # gradients are often new in every step, the others seldom
-        kept = [t.data_ptr() for column in (weights, *moments) for t in column]
-        if kept != self.kept or lengths != self.lengths:
+        addresses = [t.data_ptr() for column in (weights, *moments) for t in column]
+        if addresses != self.addresses or lengths != self.lengths:
             _check(tensors, self.ends)
-            self.kept, self.lengths = kept, lengths
+            self.addresses, self.lengths = addresses, lengths
         n = len(grads)
-        addresses = torch.tensor([*kept[:n], *(t.data_ptr() for t in grads), *kept[n:]], device="cpu")
+        columns = torch.tensor([*addresses[:n], *(t.data_ptr() for t in grads), *addresses[n:]], device="cpu")
         beta1, beta2 = self.betas
-        numbers = [
+        rows = [
             (1 - lr * decay, lr / (1 - beta1 ** counts[counter]), math.sqrt(1 - beta2 ** counts[counter]), 0.0)
             for counter, decay in self.pairs
         ]
-        numbers = torch.tensor(numbers, dtype=torch.float32, device="cpu").view(torch.int64)
-        places = _places(addresses.view(4, n), grads[0].element_size())
+        numbers = torch.tensor(rows, dtype=torch.float32, device="cpu").view(torch.int64)
+        places = _places(columns.view(4, n), grads[0].element_size())
         return torch.cat([places.view(-1), numbers.view(-1)]), 2 * places.numel()
 
 
@@ -102,7 +109,7 @@ def _places(addresses: torch.Tensor, grad_size: int) -> torch.Tensor:
     return torch.stack(rows, dim=1)
 
 
-def _lengths(grads) -> list[int]:
+def _lengths(grads: Sequence[torch.Tensor]) -> list[int]:
     """Elements of the gradients. Raises ValueError where one is not contiguous, or they differ in dtype."""
     dtype = grads[0].dtype
     for grad in grads:
@@ -113,12 +120,12 @@ def _lengths(grads) -> list[int]:
     return [grad.numel() for grad in grads]
 
 
-def _check(groups, ends: dict[int, int]) -> None:
-    for number, (weight, grad, *moments) in enumerate(groups):
-        tensors = (weight, grad, *moments)
+def _check(tensors: Sequence[Tensors], ends: dict[int, int]) -> None:
+    for number, (weight, grad, *moments) in enumerate(tensors):
+        parts = (weight, grad, *moments)
         if any(t.dtype != torch.float32 for t in (weight, *moments)) or grad.dtype not in GRADS:
-            raise ValueError(f"AdamW's kernel needs fp32 weights and moments, got {[t.dtype for t in tensors]}")
-        if any(t.numel() != weight.numel() or not t.is_contiguous() or t.device != weight.device for t in tensors):
+            raise ValueError(f"AdamW's kernel needs fp32 weights and moments, got {[t.dtype for t in parts]}")
+        if any(t.numel() != weight.numel() or not t.is_contiguous() or t.device != weight.device for t in parts):
             raise ValueError("the tensors of a slice must be contiguous, of one length and on one device")
         if ends.get(number, 0) > weight.numel():
             raise ValueError(f"a slice ends at {ends[number]}, behind the {weight.numel()} elements of its tensor")
@@ -180,10 +187,11 @@ def launches() -> list[Launch]:
     signature = {"rows": "*i64", "blocks": "*i32", "places": "*i64", "numbers": "*fp32"} | numbers
     threads = 128
     # Aligned: weights and moments are read and written 16 bytes at a time. Slices begin anywhere: gradients one by one.
-    common = {
-        "fp_fusion": False,
-        "programs": 8,
-        "wide": 2 * 3 * BLOCK * 4 // (16 * threads),
-        "narrow": BLOCK // threads,
-    }
-    return [Launch(adamw_update, signature, {"GRAD": grad, "BLOCK": BLOCK}, **common) for grad in GRADS.values()]
+    wide, narrow = 2 * 3 * BLOCK * 4 // (16 * threads), BLOCK // threads
+    return [
+        Launch(
+            adamw_update, signature, {"GRAD": grad, "BLOCK": BLOCK}, fp_fusion=False, programs=8, wide=wide,
+            narrow=narrow,
+        )
+        for grad in GRADS.values()
+    ]  # fmt: skip

@@ -7,17 +7,23 @@ The kernel is called past `torch.optim`, which would sort hundreds of tensors by
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 
+if TYPE_CHECKING:
+    from sgtm_kernels.adamw.op import Slice, Step, Tensors
 
-def prepare(slices, betas, eps):
+
+def prepare(slices: Sequence[Slice], betas: tuple[float, float], eps: float) -> Step:
     return _Step(slices, betas, eps)
 
 
 class _Step:
     """Views of weights and moments are kept while these stay where they are; gradients are often new in every step."""
 
-    def __init__(self, slices, betas, eps):
+    def __init__(self, slices: Sequence[Slice], betas: tuple[float, float], eps: float):
         self.betas, self.eps = betas, eps
         self.borders: dict[int, list[int]] = {}
         for tensor, start, end, _, _ in slices:
@@ -28,29 +34,32 @@ class _Step:
             self.by_decay.setdefault(piece.decay, []).append(place)
         self.counters = [piece.counter for piece in order]
         self.addresses: list[int] = []
-        self.kept: list[list[torch.Tensor]] = []
+        self.views: list[list[torch.Tensor]] = []  # of the weights, of either moment
 
-    def __call__(self, tensors, counts, lr, factor):
+    def __call__(self, tensors: Sequence[Tensors], counts: Sequence[int], lr: float, factor: float) -> None:
         if not self.borders:
             return
         weights, grads, *moments = zip(*tensors, strict=True)
         addresses = [t.data_ptr() for column in (weights, *moments) for t in column]
         if addresses != self.addresses:
-            self.kept = [self._pieces([t.detach() for t in column]) for column in (weights, *moments)]
+            self.views = [self._pieces([t.detach() for t in column]) for column in (weights, *moments)]
             self.addresses = addresses
-        pieces = [self.kept[0], self._pieces(grads), *self.kept[1:]]
+        pieces = self._pieces(grads)
         if factor != 1.0:
-            torch._foreach_mul_(pieces[1], factor)
+            torch._foreach_mul_(pieces, factor)
         # One fp32 scalar for each count, on the device of the weights; the slices with that count share it.
-        steps = torch.tensor(counts, dtype=torch.float32, device="cpu")
-        steps = steps.to(weights[0].device, non_blocking=True).unbind()
-        pieces.append(list(map(steps.__getitem__, self.counters)))
+        numbers = torch.tensor(counts, dtype=torch.float32, device="cpu")
+        scalars = numbers.to(weights[0].device, non_blocking=True).unbind()
+        columns = (*self.views, pieces, list(map(scalars.__getitem__, self.counters)))
         for decay, places in self.by_decay.items():
-            *parts, counted = (list(map(column.__getitem__, places)) for column in pieces)
+            weight, exp_avg, exp_avg_sq, grad, step = (list(map(column.__getitem__, places)) for column in columns)
             torch._fused_adamw_(
-                *parts,
+                weight,
+                grad,
+                exp_avg,
+                exp_avg_sq,
                 [],
-                counted,
+                step,
                 amsgrad=False,
                 beta1=self.betas[0],
                 beta2=self.betas[1],
@@ -60,8 +69,8 @@ class _Step:
                 maximize=False,
             )
 
-    def _pieces(self, tensors) -> list[torch.Tensor]:
-        pieces = []
+    def _pieces(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        pieces: list[torch.Tensor] = []
         for tensor, borders in self.borders.items():
             of = tensors[tensor]
             if borders == [0, of.numel()]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sgtm_kernels.adamw.op import Slice, Step, Tensors
 
 
-def prepare(slices, betas, eps):
+def prepare(slices: Sequence[Slice], betas: tuple[float, float], eps: float) -> Step:
     beta1, beta2 = betas
 
-    def step(tensors, counts, lr, factor):
+    def step(tensors: Sequence[Tensors], counts: Sequence[int], lr: float, factor: float) -> None:
         for tensor, start, end, counter, decay in slices:
             weight, grad, exp_avg, exp_avg_sq = (t.view(-1)[start:end] for t in tensors[tensor])
             grad = grad * factor

@@ -54,9 +54,9 @@ def _forward(q, k, v, plan, scale, window):
 
 def _backward(dy, q, k, v, plan, scale, window):
     with _recording():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = attend(*leaves, scale, Visible(plan_of(plan), window))
-    return tuple(dx.contiguous() for dx in torch.autograd.grad(out, leaves, dy))
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        out = attend(q, k, v, scale, Visible(plan_of(plan), window))
+    return tuple(dx.contiguous() for dx in torch.autograd.grad(out, (q, k, v), dy))
 
 
 @contextmanager

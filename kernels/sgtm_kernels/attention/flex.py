@@ -64,10 +64,11 @@ def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return blocks.sum(-1, dtype=torch.int32)[:, None], which.int()[:, None]
 
 
-def _free(*tensors: torch.Tensor) -> None:
-    """The first size of these changes from call to call: compile for any."""
+def _free(*tensors: torch.Tensor | None) -> None:
+    """The first size of these changes from call to call: compile for any. None: a table that the mask lacks."""
     for tensor in tensors:
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 @cache

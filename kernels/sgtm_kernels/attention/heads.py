@@ -32,12 +32,12 @@ class Cut(NamedTuple):
     order: torch.Tensor | None
     back: torch.Tensor | None
 
-    def by_group(self, pieces: Sequence[torch.Tensor]) -> list[Sequence[torch.Tensor]]:
+    def by_group(self, pieces: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """q, k and v of each group, of pieces that are not of all together."""
+        groups = len(pieces) // 3
         if self.turned:
-            groups = len(pieces) // 3
-            return [pieces[group::groups] for group in range(groups)]
-        return [pieces[i : i + 3] for i in range(0, len(pieces), 3)]
+            return list(zip(pieces[:groups], pieces[groups : 2 * groups], pieces[2 * groups :], strict=True))
+        return list(zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True))
 
 
 def cut(layout: HeadLayout, together: bool, turned: bool, device: torch.device) -> Cut:
@@ -55,10 +55,10 @@ def cut(layout: HeadLayout, together: bool, turned: bool, device: torch.device) 
     if together:
         sizes = sum(layout.heads), sum(layout.kv_heads), sum(layout.kv_heads)
     first = 2 * len(sizes) // 3 if turned else 0
-    tables = (None, None)
-    if order != sorted(order):
-        tables = (table_on(device, torch.int64, (tuple(to),))[0] for to in (order, back))
-    return Cut(layout.head_dim, sizes[:first], sizes[first:], *tables)
+    if order == sorted(order):
+        return Cut(layout.head_dim, sizes[:first], sizes[first:], None, None)
+    places, places_back = (table_on(device, torch.int64, (tuple(numbers),))[0] for numbers in (order, back))
+    return Cut(layout.head_dim, sizes[:first], sizes[first:], places, places_back)
 
 
 def _forward(qkv, cos, sin, plan, cut):
@@ -90,8 +90,7 @@ def _backward(*inputs):
     *pieces, cos, sin, plan, cut, _ = inputs
     pieces = [piece.transpose(1, 2) for piece in pieces]
     if cut.turned:
-        turned, rest = pieces[: len(cut.turned)], pieces[len(cut.turned) :]
-        turned = torch.cat(turned, 2)
+        turned, rest = torch.cat(pieces[: len(cut.turned)], 2), pieces[len(cut.turned) :]
         dx = turned.new_empty(plan.batch, plan.seq_len, sum(cut.turned) + sum(cut.rest), cut.head_dim)
         dturned, drest = dx.split_with_sizes((sum(cut.turned), sum(cut.rest)), 2)
         _turn(turned, dturned, cos, sin, -1)

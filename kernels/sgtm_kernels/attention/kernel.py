@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from itertools import accumulate, pairwise, product
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 import triton
@@ -56,7 +56,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-def _tunable(kernel, half_precision: Callable[[int], Tile], others: dict[int, tuple[Tile, ...]]) -> Tunable:
+def _tunable(kernel, half_precision: Callable[[int], Tile], others: dict[int, tuple[Tile, ...]]) -> Tunable[Tile]:
     """By dtype and width of a head, a power of two. Heuristic: as large as the registers of sm_90 hold, with sums, and
     so that scores are products of 64 columns: of fewer, its tensor cores wait for the shared memory that the other
     operand comes from (64 x 16 halves of it for each 32 columns: 24 cycles of loads, 16 of products)."""
@@ -204,7 +204,8 @@ class _Launcher:
             "spans": plan.spans(device) if plan.documents is not None else nothing,
             "live": plan.live(passes, device) if masked else nothing,
         }
-        self.width, given = fixed["BD"], tables | fixed | {"seq_len": self.seq_len}
+        self.width = fixed["BD"]
+        given: dict[str, object] = {**tables, **fixed, "seq_len": self.seq_len}
         self.arguments = {kernel: {name: given[name] for name in kernel.arg_names if name in given} for kernel in TILES}
 
     def __call__(self, kernel, scale: float, *tensors: torch.Tensor) -> None:
@@ -222,7 +223,26 @@ class _Launcher:
         )
 
 
-def constants(layout: HeadLayout, window: int, documents: bool, values: set[float]) -> dict[str, object]:
+class Columns(TypedDict):
+    """The constexprs of flash.py that say where heads are."""
+
+    GROUPS: tuple[tuple[int, ...], ...]
+    STRIDE: int
+    D: int
+
+
+class Constants(Columns):
+    """All of them but the block sizes."""
+
+    HEADS: int
+    BD: int
+    WINDOW: int
+    DOCUMENTS: bool
+    MASKED: bool
+    WEIGHTED: bool
+
+
+def constants(layout: HeadLayout, window: int, documents: bool, values: set[float]) -> Constants:
     """The constexprs of flash.py but the block sizes; values: the factors that occur."""
     return {
         **_columns(layout),
@@ -236,7 +256,7 @@ def constants(layout: HeadLayout, window: int, documents: bool, values: set[floa
 
 
 @cache
-def _columns(layout: HeadLayout) -> dict[str, object]:
+def _columns(layout: HeadLayout) -> Columns:
     starts = zip(*([0, *accumulate(counts)] for counts in (layout.heads, layout.kv_heads)), strict=True)
     bounds = tuple((q, kv, q + 2 * kv) for q, kv in starts)
     groups = tuple((*at, after[0] - at[0], after[1] - at[1]) for at, after in pairwise(bounds))
@@ -283,7 +303,7 @@ TILES_OF = {
 }
 
 
-def _launches(dtype: str, fixed: dict[str, object], others: bool = False) -> list[Launch]:
+def _launches(dtype: str, fixed: Constants, others: bool = False) -> list[Launch]:
     kinds = dict.fromkeys(("qkv", "out", "dy", "dqkv"), f"*{dtype}") | {"scale": "fp32", "seq_len": "i32"}
     kinds |= dict.fromkeys(("lse", "delta", "factors"), "*fp32") | dict.fromkeys(("spans", "live"), "*i32")
     found = []
@@ -313,6 +333,6 @@ def _launches(dtype: str, fixed: dict[str, object], others: bool = False) -> lis
 
 def _launch_of_rotation(dtype: str, layout: HeadLayout, backward: bool, in_place: bool) -> Launch:
     signature = {"x": f"*{dtype}", "y": f"*{dtype}", "cos": "*fp32", "sin": "*fp32", "seq_len": "i32"}
-    fixed = _columns(layout) | {"BH": _half(layout), "BT": ROTATED}
-    fixed |= {"BACKWARD": backward, "IN_PLACE": in_place}
-    return Launch(attention_rotate, signature, fixed, unaligned=("seq_len",), programs=4 if fixed["BH"] <= 32 else 2)
+    half, flags = _half(layout), {"BACKWARD": backward, "IN_PLACE": in_place}
+    fixed: dict[str, object] = {**_columns(layout), "BH": half, "BT": ROTATED, **flags}
+    return Launch(attention_rotate, signature, fixed, unaligned=("seq_len",), programs=4 if half <= 32 else 2)

@@ -24,14 +24,18 @@ def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=Fals
     cos, sin = (None, None) if rotary is None else _tables(rotary, qkv.dtype, plan)
     pieces = heads(qkv, cos, sin, plan, pieces_of)
     if together:
-        out = attend(*pieces, scale, Visible(plan, window))
+        q, k, v = pieces
+        out = attend(q, k, v, scale, Visible(plan, window))
     else:
         masked = _by_sequences if plan.whole_sequences and len(plan.runs) <= MAX_SLICES else _by_tokens
         groups, learned = pieces_of.by_group(pieces), plan.contributions("attn_in", len(layout.heads))
         if not below:  # no gradient for heads whose projection learns nothing either
-            none = [all(by_label[label] == 0 for label in plan.present) for by_label in learned]
-            groups = [[t.detach() for t in group] if n else group for n, group in zip(none, groups, strict=True)]
-        out = torch.cat([masked(*group, scale, window, plan, i) for i, group in enumerate(groups)], dim=-1)
+            stopped = [all(by_label[label] == 0 for label in plan.present) for by_label in learned]
+            groups = [
+                (q.detach(), k.detach(), v.detach()) if stop else (q, k, v)
+                for stop, (q, k, v) in zip(stopped, groups, strict=True)
+            ]
+        out = torch.cat([masked(q, k, v, scale, window, plan, i) for i, (q, k, v) in enumerate(groups)], dim=-1)
     return out if out.requires_grad or not qkv.requires_grad else _Stopped.apply(out, qkv)
 
 
@@ -61,15 +65,15 @@ def _by_sequences(q, k, v, scale, window, plan: MaskPlan, group: int) -> torch.T
     """[B, S, heads * head_dim] of one group; runs are ranges of sequences."""
     active, route = plan.column("active", group), plan.column("route", group)
     parts = []
-    for (on, passes), runs in groupby(plan.runs, key=lambda run: (active[run.label], route[run.label])):
-        runs = list(runs)
+    for (on, passes), alike in groupby(plan.runs, key=lambda run: (active[run.label], route[run.label])):
+        runs = list(alike)
         first, last = runs[0].start // plan.seq_len, runs[-1].end // plan.seq_len
         if on == 0:
             parts.append(q.new_zeros(last - first, plan.seq_len, q.shape[1] * q.shape[3]))
             continue
         every = last - first == plan.batch  # a slice's gradient would be filled with zeros first
-        some = (q, k, v) if every else (x[first:last] for x in (q, k, v))
-        out = attend(*some, scale, Visible(plan, window, first, last))
+        q_some, k_some, v_some = (q, k, v) if every else (x[first:last] for x in (q, k, v))
+        out = attend(q_some, k_some, v_some, scale, Visible(plan, window, first, last))
         if passes == 0:
             out = out.detach() * on
         elif (on, passes) != (1, 1):

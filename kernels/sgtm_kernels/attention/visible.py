@@ -26,12 +26,12 @@ class Visible:
     def documents(self) -> tuple[tuple[int, int], ...] | None:
         return self.plan.cached(("documents", self.first, self.last), self._documents)
 
-    def _documents(self):
+    def _documents(self) -> tuple[tuple[int, int], ...] | None:
         if self.plan.documents is None:
             return None
         start, end = self.first * self.plan.seq_len, self.last * self.plan.seq_len
-        found = tuple((s - start, e - start) for s, e in self.plan.documents if start <= s < end)
-        return found if len(found) > self.last - self.first else None
+        documents = tuple((s - start, e - start) for s, e in self.plan.documents if start <= s < end)
+        return documents if len(documents) > self.last - self.first else None
 
     @property
     def whole(self) -> bool:
@@ -39,14 +39,19 @@ class Visible:
         return self.window is None and self.documents is None
 
     def edges(self, device: torch.device) -> tuple[torch.Tensor, int]:
-        """int32 [documents + 1]: where the documents begin, and the end of the last; and the longest one's length."""
+        """int32 [documents + 1]: where the documents begin, and the end of the last; and the longest one's length.
+
+        Needs `documents` that are not None.
+        """
 
         def make() -> tuple[torch.Tensor, int]:
+            documents = self.documents
+            assert documents is not None
             start, position = self._starts(device)
             tokens = start.numel()
             first = torch.where(start == position, torch.arange(tokens, device=device).view_as(start), tokens)
-            first = first.flatten().sort().values[: len(self.documents)].int()
-            return F.pad(first, (0, 1), value=tokens), max(end - start for start, end in self.documents)
+            first = first.flatten().sort().values[: len(documents)].int()
+            return F.pad(first, (0, 1), value=tokens), max(end - start for start, end in documents)
 
         return self.plan.cached(("edges", self.first, self.last, device), make)
 

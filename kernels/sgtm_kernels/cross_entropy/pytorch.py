@@ -67,29 +67,31 @@ def in_chunks(x, weight, bias, targets, plan: MaskPlan, wanted: Sequence[bool], 
     wide = torch.promote_types(x.dtype, torch.float32)
     losses = torch.empty(plan.tokens, dtype=wide, device=x.device)
     dx = torch.empty_like(flat) if need_x else None
-    dw, db = _Sum(weight), _Sum(bias)
+    dw, db = (_Sum(parameter) if need else None for parameter, need in ((weight, need_w), (bias, need_b)))
     chunk = max(ROWS, ops.chunk_bytes // (weight.shape[0] * weight.element_size()))
     for start in range(0, plan.tokens, chunk):
         end = min(start + chunk, plan.tokens)
         logits = ops.logits(flat[start:end], weight, bias)
         losses[start:end] = ops.gradient_(logits, targets[start:end], need_x or need_w or need_b)
-        if need_x:
+        if dx is not None:
             torch.mm(logits, weight, out=dx[start:end])
-        if need_w:
+        if dw is not None:
             for s, e, factor in _clipped(plan.joint("head"), start, end):
                 dw.add(logits[s - start : e - start].t() @ flat[s:e], factor)
-        if need_b:
+        if db is not None:
             for s, e, factor in _clipped(plan.joint("head_bias"), start, end):
                 db.add(logits[s - start : e - start].sum(0), factor)
         del logits  # or the next chunk's would be made beside it
-    return losses, dx.view_as(x) if need_x else None, dw.total() if need_w else None, db.total() if need_b else None
+    learned = (None if gradient is None else gradient.total() for gradient in (dw, db))
+    return losses, None if dx is None else dx.view_as(x), *learned
 
 
 class _Sum:
     """Gradient of a parameter, from partial results in its dtype."""
 
-    def __init__(self, like: torch.Tensor | None):
-        self.like, self.value = like, None
+    def __init__(self, like: torch.Tensor):
+        self.like = like
+        self.value: torch.Tensor | None = None
 
     def add(self, partial: torch.Tensor, factor: float) -> None:
         if self.value is None:

@@ -50,11 +50,11 @@ def candidate(x: torch.Tensor, buckets: tuple[int, int]) -> str:
 
 def _share_and_length(work: tuple[RowWork, ...], tokens: int) -> tuple[int, int]:
     """The buckets of `WAY`; slices count where they are too many for matmuls of their own."""
-    kept = [sum(end - start for start, end, _ in rows.tokens.slices) for rows in work]
-    done = sum((rows.end - rows.start) * n for rows, n in zip(work, kept, strict=True))
+    counts = [sum(end - start for start, end, _ in rows.tokens.slices) for rows in work]
+    done = sum((rows.end - rows.start) * n for rows, n in zip(work, counts, strict=True))
     whole = tokens * sum(rows.end - rows.start for rows in work)
-    short = [n // len(rows.tokens.slices) for rows, n in zip(work, kept, strict=True) if _many(rows)]
-    return max(1, -(-4 * done // whole)), next((n for n in LENGTHS if n >= min(short)), LENGTHS[-1])
+    means = [n // len(rows.tokens.slices) for rows, n in zip(work, counts, strict=True) if _many(rows)]
+    return max(1, -(-4 * done // whole)), next((n for n in LENGTHS if n >= min(means)), LENGTHS[-1])
 
 
 def linear_in(x, weight, bias, plan: MaskPlan, part: str, bounds, overwrite: bool):
@@ -119,7 +119,7 @@ def in_backward(dy, x, weight, plan, part, bounds, overwrite, wanted):
             partial = scaling.sums_of(dy2) if wanted[2] else None
             scaling.scale_sum(dy2, out, partial, factors, bounds)
             dw = out.t() @ x2
-            db = total_of(partial, dy.dtype) if wanted[2] else None
+            db = None if partial is None else total_of(partial, dy.dtype)
     if wanted[2] and db is None:
         db = scaling.masked_sum(dy2, factors, bounds)
     return dx, dw, db

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sgtm_kernels.plan import MaskPlan, RowWork
+from sgtm_kernels.plan import MaskPlan, RowWork, Slice
 from sgtm_kernels.triton_common.launch import Launch
 from sgtm_kernels.triton_common.tuning import DTYPES, Tunable
 
@@ -97,10 +97,13 @@ def _loads(left: torch.Tensor, right: torch.Tensor, work: tuple[RowWork, ...]) -
     return "descriptors" if has_descriptors(left.device) else "pointers"
 
 
-def _tables(work: tuple[RowWork, ...], height: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+def _tables(
+    work: tuple[RowWork, ...], height: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Bands of at most `height` rows, int32 [bands, 4]: first row, end, first slice, end; and the slices of all ranges,
     int32 [slices, 2], with their weights, fp32 [slices]."""
-    bands, slices = [], []
+    bands: list[tuple[int, int, int, int]] = []
+    slices: list[Slice] = []
     for start, end, tokens in work:
         first = len(slices)
         slices += tokens.slices
@@ -112,8 +115,8 @@ def _tables(work: tuple[RowWork, ...], height: int, device: torch.device) -> tup
     sizes = 4 * len(bands), 2 * len(spans), len(weights)
     packed = torch.empty(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
     torch.cat((numbers, weights), out=packed)
-    bands, spans, weights = packed.to(device, non_blocking=True).split(sizes)
-    return bands.view(-1, 4), spans.view(-1, 2)[: len(slices)], weights.view(torch.float32)
+    parts = packed.to(device, non_blocking=True).split(sizes)
+    return parts[0].view(-1, 4), parts[1].view(-1, 2)[: len(slices)], parts[2].view(torch.float32)
 
 
 def _programs(device: torch.device) -> int:

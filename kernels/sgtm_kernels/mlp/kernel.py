@@ -22,7 +22,7 @@ from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.triton_common.launch import Launch
 from sgtm_kernels.triton_common.strips import partial_sums, total_of
 from sgtm_kernels.triton_common.tiles import factor_of, place
-from sgtm_kernels.triton_common.tuning import DTYPES, Tunable
+from sgtm_kernels.triton_common.tuning import DTYPES, Key, Tunable
 
 
 class Tile(NamedTuple):
@@ -33,7 +33,7 @@ class Tile(NamedTuple):
 
 # By dtype, and whether the MLP is gated; 16 elements for each thread throughout.
 WIDER = (Tile(16, 128, 4), Tile(32, 128, 8))
-OTHERS = {("bf16", "plain"): WIDER, ("bf16", "gated"): WIDER}
+OTHERS: dict[Key, tuple[Tile, ...]] = {("bf16", "plain"): WIDER, ("bf16", "gated"): WIDER}
 TILES = {
     name: Tunable(name, lambda dtype, gated: Tile(32, 64, 4), OTHERS)
     for name in ("activation_forward", "activation_backward")

@@ -96,7 +96,8 @@ def _swiglu_backward(dh, x, plan, bounds, wanted):
     neurons, columns = _sizes(bounds)
     parts, dparts = x.split_with_sizes(columns, -1), dx.split_with_sizes(columns, -1)
     for i, dh_g in enumerate(dh.split_with_sizes(neurons, -1)):
-        gate, up, dgate, dup = *parts[2 * i : 2 * i + 2], *dparts[2 * i : 2 * i + 2]
+        gate, up = parts[2 * i : 2 * i + 2]
+        dgate, dup = dparts[2 * i : 2 * i + 2]
         torch.mul(F.silu(gate), dh_g, out=dup)
         torch.mul(dh_g, up, out=dgate)
         torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)

@@ -344,12 +344,14 @@ def _launches(dtype: str, width: int, centered: bool, added: bool, summed: bool,
     kinds = dict.fromkeys(("x", "residual", "total", "y", "dtotal", "dy", "dx", "weight", "bias"), f"*{dtype}")
     kinds |= dict.fromkeys(("mean", "rstd", "factors", "sums"), "*fp32")
     kinds |= {"tokens": "i32", "strip": "i32", "eps": "fp32"}
-    (shape, warps), found = _shape(width), []
+    shape, warps = _shape(width)
+    listed = []
     flags = {"CENTERED": centered, "ADDED": added, "SUMMED": summed, "MASKED": masked} | shape
     for kernel in (norm_forward, norm_backward):
         if kernel is norm_forward and (summed, masked) != (True, True):
             continue  # listed already: it has neither flag
-        signature, constants = ({n: of[n] for n in kernel.arg_names if n in of} for of in (kinds, flags))
+        signature = {name: kinds[name] for name in kernel.arg_names if name in kinds}
+        constants = {name: flags[name] for name in kernel.arg_names if name in flags}
         unaligned = tuple(n for n in ("tokens", "strip") if n in signature)
         programs = (32 if kernel is norm_forward else 16) // warps
         forward = kernel is norm_forward
@@ -357,10 +359,10 @@ def _launches(dtype: str, width: int, centered: bool, added: bool, summed: bool,
         # x and y, with the residual and the total; or x, dy and dx, with dtotal. The weight, with the bias; its sums.
         tiles, rows = (2 + 2 * added, 1 + centered) if forward else (3 + added, 1)
         sums = (1 + centered) * Launch.words(shape["BD"], "fp32", warps) if summed and not forward else 0
-        found.append(
+        listed.append(
             Launch(
                 kernel, signature, constants, warps, unaligned=unaligned, fp_fusion=False, programs=programs,
                 wide=tiles * tile + rows * row + sums,
             )
         )  # fmt: skip
-    return found
+    return listed

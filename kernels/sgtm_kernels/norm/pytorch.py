@@ -7,7 +7,7 @@ in bf16 (3 % of the largest over 1,000 tokens), so they are summed in fp32 here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -117,8 +117,8 @@ def _added(forward: Callable, keep: Callable, backward: Callable) -> Callable:
     def keep_sum(inputs, outputs):
         return keep((outputs[0], *inputs[2:]), outputs[1:])
 
-    def gradients(dtotal, dy, *saved):
-        *saved, wanted = saved
+    def gradients(dtotal, dy, *inputs):
+        *saved, wanted = inputs
         dx, *learned = backward(dy, *saved, (wanted[0] or wanted[1], *wanted[2:]))
         if dx is not None:
             dx.add_(dtotal)
@@ -162,16 +162,17 @@ def _over_tokens(
     dy [tokens, columns]; `sums` takes rows of dy and the tokens that they are of. Partial sums are added in at least
     fp32.
     """
+    totals: Sequence[torch.Tensor]
     if len(tokens.slices) > MAX_SLICES:
         weighted = dy * plan.token_weights(tokens.by_label, dy)[:, None]
-        found = sums(weighted, slice(None))
+        totals = sums(weighted, slice(None))
     elif len(tokens.slices) == 1 and tokens.slices[0].weight == 1:
-        at = slice(*tokens.slices[0][:2])
-        found = sums(dy[at], at)
+        span = slice(*tokens.slices[0][:2])
+        totals = sums(dy[span], span)
     else:
-        found = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in like]
+        totals = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in like]
         for start, end, weight in tokens.slices:
-            at = slice(start, end)
-            for total, part in zip(found, sums(dy[at], at), strict=True):
+            span = slice(start, end)
+            for total, part in zip(totals, sums(dy[span], span), strict=True):
                 total.add_(part, alpha=weight)
-    return [total.to(x.dtype) for total, x in zip(found, like, strict=True)]
+    return [total.to(x.dtype) for total, x in zip(totals, like, strict=True)]

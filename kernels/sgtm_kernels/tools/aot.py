@@ -91,7 +91,7 @@ def examine(launch: Launch, arch: int) -> Outcome:
         return outcome
     outcome.shared = compiled.metadata.shared
     code = disassemble(compiled.asm["cubin"])
-    outcome.registers, outcome.stack = (int(re.search(rf"{key}:(\d+)", code).group(1)) for key in ("REG", "STACK"))
+    outcome.registers, outcome.stack = resource(code, "REG"), resource(code, "STACK")
     outcome.tensor_cores = TENSOR_CORES.search(code) is not None
     outcome.columns = sorted({int(columns) for columns in HGMMA.findall(code)})
     outcome.widths = access_widths(code)
@@ -99,15 +99,23 @@ def examine(launch: Launch, arch: int) -> Outcome:
     return outcome
 
 
+def resource(code: str, name: str) -> int:
+    """A number that cuobjdump prints before the SASS. Raises ValueError where it does not."""
+    number = re.search(rf"{name}:(\d+)", code)
+    if number is None:
+        raise ValueError(f"no {name} in the resource usage that cuobjdump prints: {code[:200]!r}")
+    return int(number.group(1))
+
+
 def access_widths(code: str) -> dict[int, int]:
     """How many instructions of this SASS access global memory in words of so many bits."""
-    found = Counter()
+    counts: Counter[int] = Counter()
     for modifiers in ACCESS.findall(code):
         width = WIDTH.search(modifiers)
-        found[int(width.group(1) or width.group(2)) if width else 32] += 1
+        counts[int(width.group(1) or width.group(2)) if width else 32] += 1
     if bulk := len(BULK.findall(code)):
-        found[128] += bulk
-    return dict(sorted(found.items()))
+        counts[128] += bulk
+    return dict(sorted(counts.items()))
 
 
 def _problems(o: Outcome, launch: Launch) -> Iterator[str]:
@@ -146,7 +154,7 @@ def disassemble(cubin: bytes) -> str:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         environ = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
-        command = [tools / "cuobjdump", "-res-usage", "-sass", path]
+        command: list[str | Path] = [tools / "cuobjdump", "-res-usage", "-sass", path]
         return subprocess.run(command, capture_output=True, text=True, check=True, env=environ).stdout
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -34,13 +34,13 @@ class Clock:
         end.synchronize()
         return start.elapsed_time(end) / 1000
 
-    def rounds(self, ways: dict[str, Way], rounds: int, seconds: float) -> dict[str, list[float]]:
+    def rounds(self, ways: Mapping[str, Way], rounds: int, seconds: float) -> dict[str, list[float]]:
         """Times of every way, each once a round, in an order that changes from round to round (what ran before leaves
         its traces); fewer rounds, but at least three, where `seconds` are over before."""
         for way in ways.values():
             for _ in range(2):
                 way()
-        times = {name: [] for name in ways}
+        times: dict[str, list[float]] = {name: [] for name in ways}
         order, until = random.Random(0), time.monotonic() + seconds
         for done in range(rounds):
             if done >= 3 and time.monotonic() > until:

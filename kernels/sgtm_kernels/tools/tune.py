@@ -18,7 +18,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -44,7 +44,7 @@ HEAD_WIDTH = 64  # of the hidden states before the LM head: its matmul is not wh
 
 
 class Rounds(Protocol):
-    def rounds(self, ways: dict[str, Way], rounds: int, seconds: float) -> dict[str, list[float]]: ...
+    def rounds(self, ways: Mapping[str, Way], rounds: int, seconds: float) -> dict[str, list[float]]: ...
 
 
 @dataclass(frozen=True)
@@ -276,15 +276,17 @@ def _linear(s: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Way]
     weight, bias = _random(device, dtype, rows, s.width), _random(device, dtype, rows)
     pure = MaskPlan.uniform(SGTM, FORGET, s.batch, s.seq_len)
     yield _backward(lambda b: linear_in(x, weight, b, pure, "mlp_in", bounds, "triton"), bias)
+
+    def both_sides(plan: MaskPlan) -> Way:
+        dw_in = _backward(lambda w: linear_in(x, w, None, plan, "mlp_in", bounds, "triton"), weight)
+        dw_out = _backward(lambda w: linear_out(h, w, None, plan, "mlp_out", bounds, "triton"), weight)
+        return lambda: [dw_in(), dw_out()]
+
     for quarters in (1, 2, 3):
         for length in SLICES:
             plan = spread(s, quarters, length)
             if len(plan.runs) > 2 * MAX_SLICES:
-                sides = (
-                    _backward(lambda w, p=plan: linear_in(x, w, None, p, "mlp_in", bounds, "triton"), weight),
-                    _backward(lambda w, p=plan: linear_out(h, w, None, p, "mlp_out", bounds, "triton"), weight),
-                )
-                yield lambda sides=sides: [side() for side in sides]
+                yield both_sides(plan)
 
 
 def spread(s: Shape, quarters: int, length: int) -> MaskPlan:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from triton import JITFunction
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,9 @@ class Launch:
     first_arch  the oldest architecture that it is launched on
     """
 
-    kernel: Callable
-    signature: dict[str, str]
-    constants: dict[str, object]
+    kernel: JITFunction
+    signature: Mapping[str, str]
+    constants: Mapping[str, object]
     num_warps: int = 4
     num_stages: int = 3
     unaligned: tuple[str, ...] = ()

@@ -41,11 +41,11 @@ def add_partial_sums(partial, total, strips, columns, BS: tl.constexpr, BC: tl.c
 
 def launches() -> list[Launch]:
     """Part of linear's, for all ops that sum by strips: the only block size, in bf16 and fp32."""
-    found = []
+    listed = []
     for dtype in ("bf16", "fp32"):
         signature = {"partial": "*fp32", "total": f"*{dtype}", "strips": "i32", "columns": "i32"}
         constants = {"BS": PARTIALS, "BC": WIDTH}
-        found.append(
+        listed.append(
             Launch(add_partial_sums, signature, constants, unaligned=("strips", "columns"), width=32, narrow=1)
         )
-    return found
+    return listed

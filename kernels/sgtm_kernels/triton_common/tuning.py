@@ -18,10 +18,10 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -30,12 +30,13 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 Key = tuple[str | int, ...]
 Choice = tuple[str, Key]  # name of a tunable, key
+Config = TypeVar("Config", bound=NamedTuple)
 
 log = logging.getLogger("sgtm_kernels")
 
 
 @dataclass(frozen=True, eq=False)
-class Tunable:
+class Tunable(Generic[Config]):
     """One choice. A configuration is a NamedTuple, of one type for all keys.
 
     heuristic  key -> configuration where nothing has been measured
@@ -43,19 +44,24 @@ class Tunable:
     """
 
     name: str
-    heuristic: Callable[..., NamedTuple]
-    others: dict[Key, tuple[NamedTuple, ...]]
+    heuristic: Callable[..., Config]
+    others: dict[Key, tuple[Config, ...]]
+    _tabled: dict[tuple[Table, Key], Config] = field(default_factory=dict, init=False, repr=False)  # a table's choices
 
-    def candidates(self, *key: str | int) -> tuple[NamedTuple, ...]:
+    def candidates(self, *key: str | int) -> tuple[Config, ...]:
         """All configurations that may be chosen for this key, the heuristic first."""
         return (self.heuristic(*key), *(other for other in self.others.get(key, ()) if other != self.heuristic(*key)))
 
-    def __call__(self, device: torch.device, *key: str | int) -> NamedTuple:
+    def __call__(self, device: torch.device, *key: str | int) -> Config:
         """The configuration for this key on this device. Raises ValueError for a table that cannot be read."""
         if _trial is not None:
             return _trial.choose(self, key)
         table = table_of(device)
-        return self.heuristic(*key) if table is None else table.choose(self, key)
+        if table is None:
+            return self.heuristic(*key)
+        if (table, key) not in self._tabled:
+            self._tabled[table, key] = table.choose(self, key)
+        return self._tabled[table, key]
 
 
 class Table:
@@ -65,8 +71,8 @@ class Table:
         self.path = path
         try:
             content = json.loads(path.read_text("utf-8"))
-            self.device = content["device"]
-            self.entries = {
+            self.device: str = content["device"]
+            self.entries: dict[tuple[str, str], Any] = {
                 (name, key): entry["config"] for name, rows in content["entries"].items() for key, entry in rows.items()
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -74,26 +80,21 @@ class Table:
                 f"no table of kernel configurations: {path} ({type(error).__name__}: {error}); write one with "
                 f"`python -m sgtm_kernels.tools.tune`, or set SGTM_TUNED=off"
             ) from None
-        self._chosen: dict[Choice, NamedTuple] = {}
 
-    def choose(self, tunable: Tunable, key: Key) -> NamedTuple:
-        at = (tunable.name, key)
-        if at not in self._chosen:
-            self._chosen[at] = self._checked(tunable, key)
-        return self._chosen[at]
-
-    def _checked(self, tunable: Tunable, key: Key) -> NamedTuple:
+    def choose(self, tunable: Tunable[Config], key: Key) -> Config:
+        """The candidate that the table names for this key; the heuristic, and a warning, where it names none."""
         candidates = tunable.candidates(*key)
         entry = self.entries.get((tunable.name, written(key)))
         if entry is None:
             return candidates[0]
-        found = [candidate for candidate in candidates if candidate._asdict() == entry]
-        if not found:
+        chosen = next((candidate for candidate in candidates if candidate._asdict() == entry), None)
+        if chosen is None:
             log.warning(
                 "%s: %s %s is none of this version's candidates of %s (%s); its heuristic is used",
                 self.path, tunable.name, entry, written(key), "; ".join(map(str, candidates)),
             )  # fmt: skip
-        return (*found, candidates[0])[0]
+            return candidates[0]
+        return chosen
 
 
 @cache
@@ -125,15 +126,16 @@ def bucket(count: int, least: int, most: int) -> int:
 
 
 class Trial:
-    """What the tuner puts in a table's place: what is asked for, and what it answers."""
+    """What the tuner puts in a table's place: what is asked for, and what it answers, a candidate of the choice."""
 
     def __init__(self, forced: dict[Choice, NamedTuple]):
         self.forced = forced
         self.asked: dict[Choice, Tunable] = {}
 
-    def choose(self, tunable: Tunable, key: Key) -> NamedTuple:
+    def choose(self, tunable: Tunable[Config], key: Key) -> Config:
         self.asked.setdefault((tunable.name, key), tunable)
-        return self.forced.get((tunable.name, key)) or tunable.heuristic(*key)
+        forced, candidates = self.forced.get((tunable.name, key)), tunable.candidates(*key)
+        return candidates[0 if forced is None else candidates.index(forced)]
 
 
 _trial: Trial | None = None  # of the process, not of a thread: autograd has threads of its own

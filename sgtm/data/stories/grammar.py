@@ -7,6 +7,7 @@ chooses by gender, `{thing:a}` puts the article, and `{adjective:{thing:m|f}}` m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -27,10 +28,10 @@ class Dice:
             self._drawn = self._generator.random(256).tolist()
         return self._drawn.pop()
 
-    def pick(self, options: list[T] | tuple[T, ...]) -> T:
+    def pick(self, options: Sequence[T]) -> T:
         return options[int(self.draw() * len(options))]
 
-    def distinct(self, options: list[T], count: int) -> list[T]:
+    def distinct(self, options: Sequence[T], count: int) -> list[T]:
         chosen: list[T] = []
         while len(chosen) < count:
             option = self.pick(options)

@@ -1,4 +1,4 @@
-"""The shape of a model: plain numbers, which a machine without pydantic reads too."""
+"""The shape of the model that groups divide: plain numbers, which a machine without pydantic reads too."""
 
 from __future__ import annotations
 
