@@ -1,6 +1,7 @@
 # make quickstart    train, ablate and show a small bilingual model: under ten minutes on two cores
 # make quick         lint, and two cases of every test that starts no process
 # make test          run all tests
+# make mutants       make every fault of tests/mutations, one at a time, and print those that no test notices
 # make cluster-test  SLURM, torchrun on two hosts and deepspeed over ssh, in namespaces of this machine; as root
 # make fault-campaign  200 faults at random moments of runs; resumed, each must end as if left alone
 # make gpu           checks and timings on a GPU, with PYTHON, within nine minutes; GPU_ARGS="--budget 300"
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install quickstart quick test cluster-test fault-campaign gpu lint clean
+.PHONY: install quickstart quick test mutants cluster-test fault-campaign gpu lint clean
 
 install: $(STAMP)
 
@@ -43,6 +44,9 @@ test: install $(FOUR)/.installed
 quick: lint
 	$(BIN)/python -m pytest --quick -q $(PYTEST_ARGS) tests/unit tests/kernels tests/parity
 
+mutants: install
+	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
+
 cluster-test: install
 	$(BIN)/python -m pytest tests/cluster
 
@@ -56,7 +60,8 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell sgtm kernels benchmarks docs examples launch *.md
+	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -44,4 +44,4 @@ def python_path(*entries: Path | str) -> str:
 
 
 def execute(command: list[str], environ: dict[str, str]) -> subprocess.CompletedProcess:
-    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)

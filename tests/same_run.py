@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import torch
+from waiting import wait_until
 
 from sgtm.distributed.storage import PARTS, Stored
 from sgtm.run.checkpoint import find_latest, read_manifest
 from sgtm.run.metrics import read_metrics
 
 
-def wait_for_step(run: Path, step: int, deadline: float = 200) -> None:
-    end = time.monotonic() + deadline
-    while time.monotonic() < end:
-        if any(line["step"] >= step for line in read_metrics(run / "metrics.jsonl")):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"{run} did not reach step {step} in {deadline} s")
+def wait_for_step(run: Path, step: int) -> None:
+    wait_until(lambda: any(line["step"] >= step for line in read_metrics(run / "metrics.jsonl")))
 
 
 def metrics(run: Path) -> list[dict]:

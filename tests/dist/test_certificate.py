@@ -20,9 +20,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from corpora import BYTES, build, record
+from ranks import run_ranks
 
 from sgtm.config import Config
-from sgtm.distributed.testing import run_ranks
 from sgtm.masking.certificate import certified, obstacle
 
 STEPS = 6
@@ -144,7 +144,7 @@ def safe_models(folder: Path, cases: list[Case], ranks: int, resumed: bool) -> l
             if not (folder / data).exists():
                 labels = {category: LABELS[category] for category in CORPORA[corpus]}
                 build(folder / data, records(corpus, other), labels)
-    run_ranks(train_all, ranks, str(folder), cases, resumed, timeout=280)
+    run_ranks(train_all, ranks, str(folder), cases, resumed)
     found = []
     for number, case in enumerate(cases):
         pair = []

@@ -13,15 +13,14 @@ import os
 import resource
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from engines import new_engine, save, train
+from ranks import run_ranks
 from tiny import MIXED, tiny_config, tiny_model, tiny_step
-
-from sgtm.distributed.testing import run_ranks
+from waiting import wait_until
 
 CASES = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
 
@@ -66,11 +65,9 @@ def hold_back(engine) -> threading.Event:
 
 def written(writer):
     """The checkpoint in the making, as a loop that polls after each step gets it."""
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        if saved := writer.poll():
-            return saved
-    raise AssertionError("not written in a minute")
+    saved = []
+    wait_until(lambda: bool(saved.append(writer.poll()) or saved[-1]))
+    return saved[-1]
 
 
 def continue_everywhere(folder: str) -> None:
@@ -97,7 +94,7 @@ def continue_everywhere(folder: str) -> None:
         assert engine.saving and writer.poll() is None, f"{case}: training has waited for the disk"
         if engine.rank == 0 and engine.world_size > 1:  # the others still write
             hold.set()
-            wait_for(lambda engine=engine: not engine.saving)
+            wait_until(lambda engine=engine: not engine.saving)
         assert engine.world_size == 1 or writer.poll() is None, f"{case}: published before all have written"
         hold.set()
         saved = written(writer)
@@ -255,21 +252,13 @@ def full_disk(stage: int, run: Path) -> None:
     train(engine, (0,))
     for step in (2, 3, 3):  # the disk is free again; the same step twice, over one that was not whole
         save(engine, run, step, config)
-    wait_for(lambda: names(run) == ["latest", "step_00000002", "step_00000003"])
+    wait_until(lambda: names(run) == ["latest", "step_00000002", "step_00000003"])
     again = new_engine(config, seed=3)
     assert load(again, run, config)[0] == 3
 
 
 def names(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
-
-
-def wait_for(condition) -> None:
-    """What is not kept is deleted in a thread."""
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def damage_and_full_disk(folder: str) -> None:

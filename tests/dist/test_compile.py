@@ -9,10 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 from families import MIXINGS, STRATEGIES, model_of, plan_of, random_step, run_config
+from ranks import run_ranks
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sgtm.distributed.testing import run_ranks
 from sgtm.model.rows import live_keys
 
 STEPS, WARM_UP = 3, 1
@@ -82,7 +82,7 @@ def every_way(stage: int, family: str) -> list[tuple]:
 @pytest.mark.parametrize(("stage", "family"), [(1, "gpt_neo"), (2, "llama"), (3, "gpt_neo")])
 def test_compiled_blocks_on_two_ranks(stage, family):
     layers = {"gpt_neo": 2, "llama": 1}[family]
-    for (plain, _, _), *compiled in run_ranks(every_way, 2, stage, family, timeout=200):
+    for (plain, _, _), *compiled in run_ranks(every_way, 2, stage, family):
         assert plain[0] != plain[-1]
         for losses, graphs, held in compiled:
             assert losses == pytest.approx(plain, abs=2e-6)
@@ -117,7 +117,7 @@ def under_every_mask(stage: int) -> tuple[list[float], list[float], int, int]:
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_every_strategy_and_mixing_on_two_ranks(stage):
-    for plain, compiled, graphs, signatures in run_ranks(under_every_mask, 2, stage, timeout=400):
+    for plain, compiled, graphs, signatures in run_ranks(under_every_mask, 2, stage):
         assert len(set(plain)) > len(plain) / 2
         assert compiled == pytest.approx(plain, abs=2e-6)
         assert signatures <= graphs <= 2 * signatures  # global and local layers

@@ -24,10 +24,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgtm.config import load_config
-from sgtm.distributed.testing import run_ranks
 from sgtm.estimate.memory import checkpoint_bytes, memory
 from sgtm.estimate.traffic import ALL_GATHER, ALL_REDUCE, REDUCE, REDUCE_SCATTER, collectives, ring_bytes
 from sgtm.estimate.zero3 import Limits
@@ -184,7 +184,7 @@ def grown(before: dict[int, int], module: torch.nn.Module) -> int:
 @functools.cache
 def results(ranks: int) -> dict[str, list[tuple[float, float]]]:
     """By case, what each rank has measured."""
-    every = run_ranks(measured, ranks, [case for case, number in ALL if number == ranks], timeout=400)
+    every = run_ranks(measured, ranks, [case for case, number in ALL if number == ranks])
     return {case: [rank[case] for rank in every] for case in every[0]}
 
 

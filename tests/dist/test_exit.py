@@ -7,8 +7,7 @@ import atexit
 from pathlib import Path
 
 import torch.distributed as dist
-
-from sgtm.distributed.testing import run_ranks
+from ranks import run_ranks
 
 
 class Witness:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ranks import run_ranks
 from tiny import FORGET, MIXED, tiny_config, tiny_model, tiny_step
 
-from sgtm.distributed.testing import run_ranks
 from sgtm.model.rows import live_keys
 from sgtm_kernels.adamw import Update, adamw
 

@@ -27,9 +27,9 @@ from families import (
     run_config,
     state_of,
 )
+from ranks import run_ranks
 
 from sgtm.config import Config, load_config
-from sgtm.distributed.testing import run_ranks
 from sgtm.masking.labels import JOINT
 from sgtm.run.metrics import read_metrics
 
@@ -121,7 +121,7 @@ def all_cases() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_norms_are_those_of_autograd_and_measuring_changes_nothing(world_size):
-    run_ranks(all_cases, world_size, timeout=280)
+    run_ranks(all_cases, world_size)
 
 
 def train_runs(runs: str) -> None:
@@ -138,7 +138,7 @@ def without_clock(lines: list[dict]) -> str:
 
 
 def test_what_train_logs(tmp_path):
-    run_ranks(train_runs, 2, str(tmp_path), timeout=200)
+    run_ranks(train_runs, 2, str(tmp_path))
     without, probed = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("without", "probed"))
     probes = [line for line in probed if line["kind"] == "probe"]
     assert without_clock([line for line in probed if line not in probes]) == without_clock(without)

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from engines import save, train
+from ranks import run_ranks
 from tiny import tiny_config, tiny_model
-
-from sgtm.distributed.testing import run_ranks
 
 STEPS = 4
 
@@ -68,7 +67,7 @@ def every_case(folder: str) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_same_bits_and_a_checkpoint_that_resumes(tmp_path, world_size):
-    run_ranks(every_case, world_size, str(tmp_path), timeout=200)
+    run_ranks(every_case, world_size, str(tmp_path))
 
 
 def backends() -> list[str]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 from families import model_of, plan_of, random_step, run_config, state_of
+from ranks import run_ranks
 
-from sgtm.distributed.testing import run_ranks
 from sgtm.model.output_norms import OutputNorms
 
 SHARDED = dict.fromkeys(("param_persistence_threshold", "max_reuse_distance", "prefetch_bucket_size"), 0)
@@ -68,7 +68,7 @@ def measure() -> list[dict]:
 
 
 def test_every_stage_measures_what_one_process_does_and_trains_as_without():
-    ranks = run_ranks(measure, 2, timeout=250)
+    ranks = run_ranks(measure, 2)
     assert ranks[0] == ranks[1]
     for (stage, mixing), found in zip(CASES, ranks[0], strict=True):
         precision, bound = (torch.float32, 1e-4) if HOW[mixing] == "fp32" else (torch.bfloat16, 1e-2)

@@ -25,8 +25,8 @@ from families import (
     run_config,
     state_of,
 )
+from ranks import run_ranks
 
-from sgtm.distributed.testing import run_ranks
 from sgtm.model.rows import live_keys, owner_of
 
 LIMIT = 0.05

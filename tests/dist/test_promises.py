@@ -44,9 +44,9 @@ from families import (
     state_of,
     with_content,
 )
+from ranks import run_ranks
 
 from sgtm.config.schema import Config
-from sgtm.distributed.testing import run_ranks
 from sgtm.model.rows import live_keys
 
 
@@ -217,8 +217,8 @@ def check_cases(cases: list[Case], others: bool) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_promises(world_size):
-    run_ranks(all_cases, world_size, timeout=280)
+    run_ranks(all_cases, world_size)
 
 
 def test_promises_of_the_kernels_in_the_interpreter():
-    run_ranks(all_triton_cases, 2, timeout=280)
+    run_ranks(all_triton_cases, 2)

@@ -18,10 +18,10 @@ import torch
 from dist.test_zero import expected_gradient, train_one
 from engines import new_engine, train
 from families import model_of, random_step, run_config
+from ranks import run_ranks
 from tiny import FORGET, MIXED, tiny_config, tiny_model, tiny_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sgtm.distributed.testing import run_ranks
 from sgtm.model.rows import live_keys
 from sgtm_kernels.cross_entropy.pytorch import ROWS
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from engines import assemble, new_engine, save, train
+from ranks import run_ranks
 from tiny import tiny_config, tiny_model
 
 from sgtm.distributed.storage import PARTS, Stored
-from sgtm.distributed.testing import run_ranks
 
 STAGES = (0, 1, 2, 3)
 BOUND = {"fp32": 1e-5, "bf16": 1e-3}
@@ -88,13 +88,13 @@ def check_module(engine, weights: dict[str, torch.Tensor], case: str) -> None:
 @pytest.fixture(scope="module")
 def of_four_ranks(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("four")
-    run_ranks(save_all, 4, str(folder), timeout=240)
+    run_ranks(save_all, 4, str(folder))
     return folder
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_stage_goes_on_in_every_other(of_four_ranks: Path, ranks: int):
-    run_ranks(load_all, ranks, str(of_four_ranks), 4, timeout=240)
+    run_ranks(load_all, ranks, str(of_four_ranks), 4)
 
 
 def convert(source: Path, out: Path) -> None:

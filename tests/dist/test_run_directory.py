@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from sgtm.distributed.testing import run_ranks
+from ranks import run_ranks
 
 HOLDER = """
 import sys, time

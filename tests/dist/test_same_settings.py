@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from ranks import run_ranks
 
 from sgtm.config import load_config
-from sgtm.distributed.testing import run_ranks
 
 OTHER = {
     "--optimizer.lr=0.25": r"rank 1 on .* has optimizer.lr 0.25, but rank 0 on .* has 0.00\d+; start every node",
@@ -58,5 +58,5 @@ def start(folder: str) -> None:
 
 
 def test_different_settings_are_an_error(tmp_path):
-    run_ranks(start, 2, str(tmp_path), timeout=200)
+    run_ranks(start, 2, str(tmp_path))
     assert (tmp_path / "runs" / "debug" / "metrics.jsonl").exists()

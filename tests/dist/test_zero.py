@@ -12,9 +12,9 @@ import functools
 import pytest
 import torch
 from engines import assemble
+from ranks import run_ranks
 from tiny import MIXED, tiny_config, tiny_model, tiny_step
 
-from sgtm.distributed.testing import run_ranks
 from sgtm.model.rows import live_keys
 
 PRECISIONS = ("fp32", "bf16")

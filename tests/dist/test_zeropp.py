@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from engines import new_engine, save
+from ranks import run_ranks
 from tiny import FORGET, MIXED, tiny_config, tiny_step
 
-from sgtm.distributed.testing import run_ranks
 from sgtm.model.rows import live_keys
 from sgtm.run.resume import load_checkpoint
 
@@ -74,7 +74,7 @@ def every_case(folder: str) -> None:
 
 
 def test_a_second_sharding_changes_no_bit(tmp_path: Path):
-    run_ranks(every_case, 4, str(tmp_path), timeout=280)
+    run_ranks(every_case, 4, str(tmp_path))
 
 
 def test_what_deepspeed_is_told():

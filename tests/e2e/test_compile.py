@@ -10,10 +10,10 @@ import json
 from functools import partial
 
 import pytest
+from ranks import run_ranks
 
 from sgtm.config import load_config
 from sgtm.data.open import open_corpus
-from sgtm.distributed.testing import run_ranks
 
 BOUND = 2e-6  # as for other orders of sums: tests/e2e/test_same_losses.py
 OPTIONS = ("--train.tokens_per_step=512", "--train.micro_batch=2", "--train.steps=6", "--optimizer.lr=0.01")
@@ -68,7 +68,7 @@ def compare(tmp_path):
 
     def compare(backend: str, *cases: tuple[str, ...]) -> None:
         cases = [(*case, f"--data.path={corpus}") for case in cases]
-        found = run_ranks(train, 1, str(tmp_path), backend, *cases, timeout=280)[0]
+        found = run_ranks(train, 1, str(tmp_path), backend, *cases)[0]
         for case, plain, compiled in zip(cases, found[::2], found[1::2], strict=True):
             assert compiled["losses"] == pytest.approx(plain["losses"], rel=0, abs=BOUND), case
             before, after = compiled["graphs"]

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from sgtm.config import Config, load_config
-from sgtm.distributed.testing import run_ranks
 
 STILL = ["--optimizer.lr=1e-30", "--optimizer.warmup_steps=0", "--train.steps=1"]
 CERTIFIED = [
@@ -85,7 +85,7 @@ CASES = {1: (0, 1, 2), 2: (3,)}  # ranks: ZeRO stages
 @pytest.fixture(scope="module", params=CASES)
 def found(request, tmp_path_factory) -> dict:
     runs = str(tmp_path_factory.mktemp("runs"))
-    return run_ranks(start_and_resume, request.param, runs, CASES[request.param], timeout=280)[0]
+    return run_ranks(start_and_resume, request.param, runs, CASES[request.param])[0]
 
 
 def test_it_starts_with_the_weights_of_the_folder_in_every_stage(found):

@@ -11,11 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from e2e.test_same_losses import BOUND, OVERRIDES, STEPS, largest_difference
+from ranks import run_ranks
 
 from sgtm.config import load_config
 from sgtm.config.load import load_run_config
 from sgtm.data.open import open_corpus
-from sgtm.distributed.testing import run_ranks
 from sgtm.run.metrics import read_metrics
 
 DERIVED = ["--train.micro_batch=null"]  # another number of sequences on other ranks
@@ -54,10 +54,10 @@ def of_steps(of_ranks: list[dict[int, list[list[int]]]]) -> dict[int, list[list[
 
 def test_four_ranks_then_two_then_one(tmp_path: Path):
     corpus = str(open_corpus(load_config("debug", [f"--runs={tmp_path}"])).path)
-    whole = of_steps(run_ranks(train_until, 1, str(tmp_path / "whole"), corpus, 1, STEPS, timeout=200))
+    whole = of_steps(run_ranks(train_until, 1, str(tmp_path / "whole"), corpus, 1, STEPS))
     read: dict[int, list[list[int]]] = {}
     for ranks, stage, last in PARTS:
-        part = of_steps(run_ranks(train_until, ranks, str(tmp_path / "parts"), corpus, stage, last, timeout=200))
+        part = of_steps(run_ranks(train_until, ranks, str(tmp_path / "parts"), corpus, stage, last))
         assert not part.keys() & read.keys(), "no step is trained twice"
         read |= part
     assert read == whole and len({str(rows) for rows in whole.values()}) == STEPS

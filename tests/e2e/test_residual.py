@@ -8,8 +8,9 @@ Faults tried, each seen to fail: norms not measured in the steps that are logged
 
 from __future__ import annotations
 
+from ranks import run_ranks
+
 from sgtm.config import load_config
-from sgtm.distributed.testing import run_ranks
 from sgtm.run.metrics import read_metrics
 from sgtm.run.residual import DUAL
 
@@ -39,7 +40,7 @@ def test_the_papers_recipe_warns_where_unmasked_and_dual_do_not(tmp_path):
     paper = {"retain": {"retain": 0.25, "unlabeled": 0.75}}
     assert load_config("debug").data.channel == paper
     cases = {"paper": (), "unmasked": ("--masking.strategy=none",), "dual": ("--recipe=dual",)}
-    (lines,) = run_ranks(train, 1, str(tmp_path), cases, timeout=280)
+    (lines,) = run_ranks(train, 1, str(tmp_path), cases)
     for name, of_run in lines.items():
         steps = [line for line in of_run if line["kind"] == "step"]
         assert [line["step"] for line in steps] == list(range(2, STEPS + 1, 2))

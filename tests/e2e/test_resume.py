@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from same_run import assert_same_run, wait_for_step
+from waiting import PATIENCE
 
 from sgtm.run.checkpoint import find_latest
 
@@ -43,7 +44,7 @@ def start(
 
 
 def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=250)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     return output
 
@@ -66,7 +67,7 @@ def test_killed_and_resumed(uninterrupted: Path, number: signal.Signals):
     process = start(runs, name, pause=14)
     wait_for_step(runs / name, 12)
     os.kill(process.pid, number)
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=PATIENCE)
     if number == signal.SIGTERM:
         assert process.returncode == 128 + signal.SIGTERM
         assert f"checkpoint saved; continue: sgtm train {runs / name} --resume" in " ".join(output.split())
@@ -91,7 +92,7 @@ def test_two_ranks_stopped_killed_and_resumed(tmp_path: Path):
     process = launch("killed", pause=10)
     wait_for_step(tmp_path / "killed", 8)
     process.terminate()
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert "checkpoint saved" in output and "terminate called" not in output, output
     assert output.count("Traceback") == 1, "torchrun's own: " + output
     # Ranks hear of one another's signal with the gradient of a step: the one after the wait at the latest.
@@ -102,7 +103,7 @@ def test_two_ranks_stopped_killed_and_resumed(tmp_path: Path):
     for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
         with suppress(psutil.NoSuchProcess):
             one.kill()
-    process.communicate(timeout=200)
+    process.communicate(timeout=PATIENCE)
     assert step_of(tmp_path / "killed") in {9, 10, 11, 15}
 
     assert "resumed after step" in finish(launch("killed", "--resume"))
@@ -113,13 +114,13 @@ def test_two_ranks_stopped_killed_and_resumed(tmp_path: Path):
 
 def test_an_existing_run_directory_is_refused(uninterrupted: Path):
     process = start(uninterrupted.parent, "whole")
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert "--resume" in output and "--overwrite" in output and "Traceback" not in output
 
 
 def test_a_resumed_run_must_have_the_same_config(uninterrupted: Path):
     process = start(uninterrupted.parent, "whole", "--resume", "--optimizer.lr=0.5")
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert "optimizer.lr" in output and "0.5" in output and "Traceback" not in output

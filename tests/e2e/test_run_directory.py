@@ -16,7 +16,7 @@ STEPS = 3
 
 def sgtm(*arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "sgtm", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def train(runs: Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -12,10 +12,10 @@ import json
 from functools import cache
 
 import pytest
+from ranks import run_ranks
 
 from sgtm.config import load_config
 from sgtm.data.open import open_corpus
-from sgtm.distributed.testing import run_ranks
 
 STAGES = (0, 1, 2, 3)
 STEPS = 20
@@ -58,7 +58,7 @@ def losses(tmp_path_factory):
     @cache
     def measure(precision: str, ranks: int, stages: tuple[int, ...] = STAGES, overrides: tuple[str, ...] = ()):
         options = (f"--data.path={corpus}", *overrides)
-        return run_ranks(train_stages, ranks, str(folder), precision, stages, options, timeout=280)[0]
+        return run_ranks(train_stages, ranks, str(folder), precision, stages, options)[0]
 
     return measure
 

@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 
 from sgtm.config import load_config
-from sgtm.distributed.testing import run_ranks
 
 SMALL = [
     "--train.precision=fp32",
@@ -94,7 +94,7 @@ def train_on_a_broken_kernel(folder: str) -> dict:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    (found,) = run_ranks(train_on_a_broken_kernel, 1, str(tmp_path_factory.mktemp("runs")), timeout=300)
+    (found,) = run_ranks(train_on_a_broken_kernel, 1, str(tmp_path_factory.mktemp("runs")))
     return found
 
 
@@ -136,7 +136,7 @@ def check_where_one_rank_is_broken(folder: str) -> tuple[str, list[str], str]:
 
 
 def test_kernels_that_are_broken_on_one_rank_are_replaced_on_all(tmp_path):
-    found = run_ranks(check_where_one_rank_is_broken, 2, str(tmp_path), timeout=300)
+    found = run_ranks(check_where_one_rank_is_broken, 2, str(tmp_path))
     assert found[0] == found[1]
     error, warnings, served = found[0]
     broken = sorted(["mlp.linear_gelu", "embedding.embedding"])

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from sgtm.config import load_config
-from sgtm.distributed.testing import run_ranks
 
 OVERRIDES = [
     "--data.mixing=step",
@@ -54,7 +54,7 @@ def train_and_watch(runs: str) -> dict:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
-    return run_ranks(train_and_watch, 2, str(tmp_path_factory.mktemp("runs")), timeout=250)
+    return run_ranks(train_and_watch, 2, str(tmp_path_factory.mktemp("runs")))
 
 
 def test_what_a_step_may_not_update_is_frozen(watched):

@@ -11,17 +11,17 @@ import signal
 import struct
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from ranks import run_ranks
 from same_run import wait_for_step
+from waiting import PATIENCE, wait_until
 
 from sgtm.config import load_config
-from sgtm.distributed.testing import run_ranks
 from sgtm.process.signals import Stopped
 from sgtm.run.metrics import read_metrics
 
@@ -84,7 +84,7 @@ def records(data: bytes) -> Iterator[bytes]:
 
 
 def test_offline_run(tmp_path: Path):
-    run = Path(run_ranks(train_offline, 1, str(tmp_path), timeout=200, env={"WANDB_MODE": "offline"})[0])
+    run = Path(run_ranks(train_offline, 1, str(tmp_path), env={"WANDB_MODE": "offline"})[0])
     segments = read_segments(run)
     assert [sorted({row["_step"] for row in rows}) for _, rows in segments] == [[1, 2], [2, 3, 4]]
     assert {run_id for run_id, _ in segments} == {json.loads((run / "wandb.id").read_text())["id"]}
@@ -113,7 +113,7 @@ def test_online_without_a_login_is_one_message(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-m", "sgtm", "train", "debug", f"--runs={tmp_path}", "--wandb.mode=online"],
         env={**environ, "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "wandb.mode online: " in done.stderr and "wandb login" in done.stderr and "Traceback" not in done.stderr
@@ -127,7 +127,7 @@ def test_a_server_that_does_not_answer_is_one_warning(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-c", code, "train", "debug", f"--runs={tmp_path}", "--wandb.mode=online", "--train.steps=2"],
         env={**environ, "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("warning: wandb's server does not answer") == 1 and "Traceback" not in done.stderr
@@ -147,7 +147,7 @@ def test_what_wandb_refuses_is_an_error_before_training(tmp_path: Path, words: s
     port_file = tmp_path / "port"
     server = subprocess.Popen([sys.executable, Path(__file__).with_name("wandb_server.py"), port_file, "403"])
     try:
-        until(port_file.exists)
+        wait_until(port_file.exists)
         environ = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
         environ |= {"HOME": str(tmp_path), "WANDB_API_KEY": "0" * 40}
         environ |= {"WANDB_BASE_URL": f"http://127.0.0.1:{port_file.read_text()}"}
@@ -155,7 +155,7 @@ def test_what_wandb_refuses_is_an_error_before_training(tmp_path: Path, words: s
         environ |= dict(word.split("=") for word in words.split() if not word.startswith("--"))
         done = subprocess.run(
             [sys.executable, "-m", "sgtm", "train", "debug", f"--runs={tmp_path}", *options],
-            env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200,
+            env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True,
         )  # fmt: skip
     finally:
         server.kill()
@@ -173,7 +173,7 @@ def test_what_dies_in_the_middle_does_not_stop_the_training(tmp_path: Path, dies
     environ = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     command = [sys.executable, "-c", code, "train", "debug", f"--runs={runs}", f"--train.steps={steps}"]
     try:
-        until(port_file.exists)
+        wait_until(port_file.exists)
         url = f"http://127.0.0.1:{port_file.read_text()}"
         process = subprocess.Popen(
             [*command, "--wandb.mode=online"],
@@ -190,7 +190,7 @@ def test_what_dies_in_the_middle_does_not_stop_the_training(tmp_path: Path, dies
         else:
             core[0].kill()
         rank.resume()
-        printed, _ = process.communicate(timeout=200)
+        printed, _ = process.communicate(timeout=PATIENCE)
     finally:
         server.kill()
         server.wait()
@@ -200,10 +200,3 @@ def test_what_dies_in_the_middle_does_not_stop_the_training(tmp_path: Path, dies
     assert [line["step"] for line in read_metrics(runs / "debug" / "metrics.jsonl") if "loss" in line] == [
         *range(1, steps + 1)
     ]
-
-
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)

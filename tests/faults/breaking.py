@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from waiting import wait_until
+
 from sgtm.commands.main import run as sgtm_process
 from sgtm.run.checkpoint import finished
 from sgtm.training import loop  # noqa: F401 (all that a rank needs is imported before it is forked)
@@ -32,7 +34,6 @@ OPTIONS = [
     "--train.eval_sequences=4",
     "--distributed.timeout_minutes=0.4",
 ]
-PATIENCE = 90  # seconds for an attempt
 
 
 @dataclass
@@ -55,14 +56,12 @@ class Attempt:
                     self._ended[pid] = os.waitstatus_to_exitcode(status)
         return [self._ended.get(pid) for pid in self.ranks]
 
-    def wait(self, patience: float = PATIENCE) -> list[int]:
+    def wait(self) -> list[int]:
         """Exit statuses of all ranks. Raises AssertionError if they do not end by themselves."""
-        end = time.monotonic() + patience
-        while self.alive():
-            if time.monotonic() > end:
-                self.signal(signal.SIGKILL)
-                raise AssertionError(f"ranks {self.statuses()} did not end in {patience} s")
-            time.sleep(0.005)
+        try:
+            wait_until(lambda: not self.alive(), every=0.005)
+        finally:
+            self.signal(signal.SIGKILL)
         return self.statuses()
 
     def signal(self, number: int, ranks: list[int] | None = None) -> None:
@@ -124,13 +123,16 @@ def stop_one(attempt: Attempt, chance: random.Random) -> None:
     hung = chance.choice(attempt.ranks)
     attempt.signal(signal.SIGSTOP, [hung])
     others = [pid for pid in attempt.ranks if pid != hung]
-    end = time.monotonic() + PATIENCE
-    while any(status is None for pid, status in zip(attempt.ranks, attempt.statuses(), strict=True) if pid in others):
-        if time.monotonic() > end:
-            attempt.signal(signal.SIGKILL)
-            raise AssertionError("a rank waits for one that hangs beyond the timeout")
-        time.sleep(0.01)
-    attempt.signal(signal.SIGKILL, [hung])
+    try:
+        wait_until(
+            lambda: all(
+                status is not None
+                for pid, status in zip(attempt.ranks, attempt.statuses(), strict=True)
+                if pid in others
+            )
+        )
+    finally:
+        attempt.signal(signal.SIGKILL)
 
 
 class NoFault(Exception):

@@ -18,18 +18,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+from waiting import PATIENCE, wait_until
 
-SCRIPT = Path(__file__).with_name("ranks.py")
+SCRIPT = Path(__file__).with_name("lost_ranks.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
 
 
 def broken(how: str, rank: int = 1) -> list[str]:
     """Lines of the output of three ranks, one of which breaks, without torchrun's own words."""
-    began = time.monotonic()
     command = [*TORCHRUN, str(SCRIPT), how, str(rank)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=100)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == (0 if how == "finish" else 1), done.stdout
-    assert time.monotonic() - began < 50, done.stdout
     said = re.split(r"^E\d{4} .* failed \(", done.stdout, maxsplit=1, flags=re.MULTILINE)[0]
     return [line for line in said.splitlines() if not re.match(r"W\d{4} ", line)]
 
@@ -121,26 +120,23 @@ def by_hand(*arguments: str, **environment: str) -> list[subprocess.Popen]:
 )
 def test_rank_0_takes_the_store_with_it(others, apart, known):
     ranks = by_hand("exit", "0", *others, APART=apart)
-    output, _ = ranks[1].communicate(timeout=100)
+    output, _ = ranks[1].communicate(timeout=PATIENCE)
     assert ranks[1].returncode == 1
     lines = [line for line in output.splitlines() if line.startswith("error")]
     assert len(lines) == 1 and "Traceback" not in output, output
     assert re.match(f"error: rank 1: lost (rank 0|another rank): {known}", lines[0]), output
-    assert ranks[0].communicate(timeout=20) and ranks[0].returncode == 3
+    assert ranks[0].communicate(timeout=PATIENCE) and ranks[0].returncode == 3
 
 
 def test_a_job_that_was_suspended_resumes_when_it_is_woken():
     """For longer than the limit: both ranks stop themselves in step 40."""
     ranks = by_hand("suspend", "1", "suspend")
     try:
-        end = time.monotonic() + 100
-        while {psutil.Process(rank.pid).status() for rank in ranks} != {psutil.STATUS_STOPPED}:
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        wait_until(lambda: {psutil.Process(rank.pid).status() for rank in ranks} == {psutil.STATUS_STOPPED})
         time.sleep(7)
         for rank in ranks:
             rank.send_signal(signal.SIGCONT)
-        output = "".join(rank.communicate(timeout=100)[0] for rank in ranks)
+        output = "".join(rank.communicate(timeout=PATIENCE)[0] for rank in ranks)
         assert [rank.returncode for rank in ranks] == [0, 0], output
         assert "error:" not in output and "hangs" not in output
     finally:

@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from sgtm.distributed.testing import run_ranks
+from ranks import run_ranks
 
 OPTIONS = ["--train.steps=8", "--train.checkpoint_every=2", "--train.max_skipped_steps=3", "--distributed.zero_stage=2"]
 
@@ -59,7 +58,7 @@ def train_with_infinite_losses(runs: str) -> dict:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("runs")
-    return folder, run_ranks(train_with_infinite_losses, 2, str(folder), timeout=250)
+    return folder, run_ranks(train_with_infinite_losses, 2, str(folder))
 
 
 def lines(run: Path) -> list[dict]:

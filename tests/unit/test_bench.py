@@ -23,10 +23,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from sgtm.commands.main import main
 from sgtm.config import load_config
-from sgtm.distributed.testing import run_ranks
 from sgtm.measure.bench import rows as rows_of
 from sgtm.measure.cases import NONE
 from sgtm.measure.engine import engine_steps, label_cases

@@ -7,7 +7,6 @@ timeout; why Triton is unusable not said.
 
 import json
 import sys
-import time
 
 import pytest
 import torch
@@ -105,7 +104,7 @@ def test_why_triton_is_unusable_is_said_once(monkeypatch):
     [
         ("echo 570.1; echo 570.1", "570.1"),
         ("echo 'NVIDIA-SMI has failed because'; exit 9", None),
-        ("exec sleep 30", None),
+        ("exec sleep 3000", None),
         ("true", None),
         (None, None),
     ],
@@ -116,8 +115,7 @@ def test_the_driver_is_one_version_or_none(script, expected, monkeypatch, tmp_pa
         (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if script else str(tmp_path))
     monkeypatch.setattr("sgtm_kernels.measurement.PATIENCE", 1)
-    began = time.monotonic()
-    assert driver() == expected and time.monotonic() - began < 10
+    assert driver() == expected
 
 
 def test_the_table_of_tuned_kernels_is_told(monkeypatch, tmp_path):

@@ -15,11 +15,11 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 from bare import ABSENT, ROOT, environment_without, python_path
+from waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("benchmarks")
 
@@ -113,14 +113,12 @@ def test_shares_are_those_of_the_readme():
 def test_a_hanging_stage_is_killed_with_all_its_processes_and_recorded(tmp_path):
     code = f"""
         import subprocess, sys, time
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3000)"])
         open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
         print("about to hang", flush=True)
-        time.sleep(100)
+        time.sleep(3000)
     """
-    began = time.monotonic()
     hanging, after = run(tmp_path, [stage("hangs", unit("all", code)), stage("after", unit("all", "pass"))], 4)
-    assert time.monotonic() - began < 30
     assert (hanging["outcome"], hanging["signal"], after["outcome"]) == ("cut", None, "done")
     assert hanging["seconds"] >= hanging["limit"] - 0.01 and "about to hang" in hanging["tail"]
     assert not alive(int((tmp_path / "pid").read_text()))
@@ -153,7 +151,7 @@ def test_a_crash_is_a_row_and_ends_nothing_else(tmp_path):
 def test_items_after_one_that_crashes_hangs_or_breaks_the_device_are_measured(tmp_path):
     body = """
             if name == "b": os.kill(os.getpid(), signal.SIGSEGV)
-            if name == "d": time.sleep(100)
+            if name == "d": time.sleep(3000)
             if name == "e": raise ValueError("wrong")
             """.strip()
     (row,) = run(tmp_path, [stage("s", worker(tmp_path, "abcdefg", body), item=0.15)], 12)
@@ -248,30 +246,23 @@ def test_the_processes_of_a_killed_run_are_gone_before_the_next_one_begins(tmp_p
 
     monkeypatch.setattr(gpu, "LOCK", 0.2)
     (tmp_path / "x.py").write_text(
-        f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(100)"
+        f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(3000)"
     )
     (tmp_path / "run.py").write_text(textwrap.dedent(RUN.format()))
     environ = os.environ | {"PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT / 'kernels'}:{os.environ['PYTHONPATH']}"}
     process = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), str(tmp_path)], env=environ)
-    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     pid = int((tmp_path / "pid").read_text())
     os.killpg(os.getpgid(pid), signal.SIGSTOP)
-    wait_for(lambda: state(pid) == state(os.getpgid(pid)) == "T")
+    wait_until(lambda: state(pid) == state(os.getpgid(pid)) == "T")
     process.kill()
     process.wait()
     with pytest.raises(SystemExit, match="another run is writing to"), gpu.locked(tmp_path):
         pass
     os.killpg(os.getpgid(pid), signal.SIGCONT)
-    wait_for(lambda: not alive(pid))
+    wait_until(lambda: not alive(pid))
     with gpu.locked(tmp_path):
         pass
-
-
-def wait_for(reached, seconds: float = 60) -> None:
-    ends = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < ends
-        time.sleep(0.01)
 
 
 def gpu_run(folder: Path, tmp_path: Path, *options: str, **more) -> subprocess.Popen:
@@ -294,7 +285,7 @@ def test_a_run_on_a_cpu_killed_once_and_continued(tmp_path):
         "first",
     ]
     process = gpu_run(out, tmp_path, *options)
-    wait_for(lambda: len(rows_of(out, "rates.jsonl")) > 0)
+    wait_until(lambda: len(rows_of(out, "rates.jsonl")) > 0)
     process.kill()
     process.communicate()
     before = rows_of(out, "rates.jsonl")

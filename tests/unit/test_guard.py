@@ -9,7 +9,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +17,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch.distributed as dist
+from waiting import wait_until
 
 from sgtm.distributed import process_group, watchdog
 from sgtm.distributed.guard import BEAT, Silence, _is_stopped
@@ -32,13 +32,11 @@ def test_a_gap_counts_as_a_few_beats_and_a_beat_ends_the_silence():
 
 
 def test_a_stopped_process_is_recognized():
-    with subprocess.Popen(["sleep", "100"]) as process:
+    with subprocess.Popen(["sleep", "3000"]) as process:
         try:
             assert not _is_stopped(process.pid)
             process.send_signal(signal.SIGSTOP)
-            end = time.monotonic() + 30
-            while not _is_stopped(process.pid):
-                assert time.monotonic() < end
+            wait_until(lambda: _is_stopped(process.pid))
         finally:
             process.kill()
 
@@ -56,7 +54,7 @@ print(guard.process.pid, flush=True)
 def run(last: str) -> tuple[int, int, str]:
     """Status of a rank with a guard of half a second, the guard's process, and stderr."""
     folder = Path(sys.modules[Silence.__module__].__file__).parent  # without torch, which the package imports
-    done = subprocess.run([sys.executable, "-c", HELD + last], cwd=folder, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", HELD + last], cwd=folder, capture_output=True, text=True)
     return done.returncode, int(done.stdout), done.stderr
 
 
@@ -70,11 +68,8 @@ def test_a_rank_whose_interpreter_is_held_shows_where():
 def test_the_guard_ends_with_its_rank(end: str):
     status, guard, errors = run(end)
     assert (status, errors) == (0, "")
-    deadline = time.monotonic() + 30
     with suppress(psutil.NoSuchProcess):
-        while psutil.Process(guard).status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: psutil.Process(guard).status() == psutil.STATUS_ZOMBIE)
 
 
 def test_collectives_wait_for_the_watchdog_where_there_is_one(monkeypatch):

@@ -35,7 +35,7 @@ def run(folder: Path, *arguments: str, cwd: Path = ROOT) -> subprocess.Completed
     environ = {**os.environ, "PATH": os.pathsep.join(search), "VIRTUAL_ENV": sys.prefix}
     command = [sys.executable, "-m", "sgtm", "launch", "debug", *arguments]
     path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environ.get("PYTHONPATH", "")])}
-    return subprocess.run(command, cwd=cwd, env={**environ, **path}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env={**environ, **path}, capture_output=True, text=True)
 
 
 def composed(folder: Path, *arguments: str) -> list[str]:

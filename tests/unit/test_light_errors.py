@@ -106,7 +106,7 @@ def test_mistakes_import_nothing_heavy(folder):
     """One process for all: what one imports the next would be blamed for, so the first ends it."""
     lines = json.dumps([line.split() for line in MISTAKES])
     command = [sys.executable, "-c", CODE]
-    done = subprocess.run(command, cwd=folder, input=lines, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, input=lines, capture_output=True, text=True)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     messages = done.stderr.split("end of one\n")
     for (line, expected), (status, loaded), message in zip(MISTAKES.items(), found, messages, strict=False):
@@ -118,6 +118,6 @@ def test_mistakes_import_nothing_heavy(folder):
 def test_help_with_all_keys_and_a_plan_import_no_torch(folder):
     lines = json.dumps([["train", "--help"], ["config", "debug"], ["estimate", "debug", "--gpus", "4"]])
     command = [sys.executable, "-c", CODE]
-    done = subprocess.run(command, cwd=folder, input=lines, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, input=lines, capture_output=True, text=True)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[0,")]
     assert found == [[0, []]] * 3, done.stderr

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 from corpora import build, config_for, record
-
-from sgtm.distributed.testing import run_ranks
+from ranks import run_ranks
 
 
 def open_on_nodes(folder: str, changes: list[str]) -> list[str]:

@@ -24,7 +24,6 @@ def python(code: str, **environ: str) -> str:
         env={**os.environ, **environ},
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -51,7 +50,7 @@ def test_the_module_runs_in_the_folder_that_holds_the_clone(tmp_path):
     path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", str(ROOT))]
     environ = os.environ | {"PYTHONPATH": python_path(*path)}
     command = [sys.executable, "-m", "sgtm", "config", "debug"]
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("name: debug"), done.stderr
 
 
@@ -78,7 +77,7 @@ def wheel(tmp_path_factory) -> set[str]:
         shutil.copy(ROOT / name, source)
     out = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out), "."]
-    subprocess.run(pip, cwd=source, check=True, capture_output=True, timeout=120)
+    subprocess.run(pip, cwd=source, check=True, capture_output=True)
     (built,) = out.glob("*.whl")
     return set(zipfile.ZipFile(built).namelist())
 

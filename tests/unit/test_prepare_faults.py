@@ -23,6 +23,7 @@ import pytest
 import yaml
 from bare import python_path
 from corpora import BYTES, contents, mixed_records, write_jsonl
+from waiting import PATIENCE, wait_until
 
 from sgtm.data import readers
 from sgtm.data.discover import open_sources
@@ -103,14 +104,11 @@ def start(source: Path, out: Path, block_bytes: int = 500) -> subprocess.Popen:
 
 def wait_for_blocks(out: Path, count: int, *processes: subprocess.Popen) -> None:
     """Until so many blocks are encoded."""
-    end = time.monotonic() + 60
-    while len(list(out.glob("blocks/*/*.npz"))) < count:
-        assert time.monotonic() < end and all(process.poll() is None for process in processes)
-        time.sleep(0.001)
+    wait_until(lambda: len(list(out.glob("blocks/*/*.npz"))) >= count, *processes, every=0.001)
 
 
 def finish(process: subprocess.Popen) -> None:
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, printed
 
 
@@ -124,7 +122,7 @@ def test_killed_again_and_again(long_source: Path, tmp_path: Path, victim: str):
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         workers = [one for one in family[1:] if "spawn_main" in " ".join(one.cmdline())]
         (family[0] if victim == "main process" else chance.choice(workers)).kill()
-        printed, _ = process.communicate(timeout=120)
+        printed, _ = process.communicate(timeout=PATIENCE)
         if victim == "worker":
             assert process.returncode == 2 and "a worker process died" in printed, printed
         with pytest.raises(ValueError, match="interrupted"):
@@ -140,10 +138,7 @@ def test_twice_at_once_and_one_of_them_killed(long_source: Path, tmp_path: Path)
     wait_for_blocks(out, 5, first)
     psutil.Process(first.pid).suspend()
     second = start(long_source, out)
-    end = time.monotonic() + 60
-    while (out / LOCK) not in [Path(file.path) for file in psutil.Process(second.pid).open_files()]:
-        assert time.monotonic() < end and second.poll() is None
-        time.sleep(0.01)
+    wait_until(lambda: (out / LOCK) in [Path(file.path) for file in psutil.Process(second.pid).open_files()], second)
     time.sleep(1)
     assert second.poll() is None and not psutil.Process(second.pid).children()
     first.kill()

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ import psutil
 import pytest
 from bare import python_path
 from corpora import BYTES, contents, mixed_records, texts, write_jsonl
+from waiting import PATIENCE, wait_until
 
 from sgtm.data import prepare as prepare_module
 from sgtm.data import readers
@@ -244,24 +244,17 @@ def test_sigkill_leaves_no_workers_and_no_corpus(tmp_path):
     command = [sys.executable, str(tmp_path / "job.py"), str(source), str(tmp_path / "out"), RULES.model_dump_json()]
     process = subprocess.Popen(command, env=environment)
     try:
-        wait_for(lambda: len(list((tmp_path / "out").glob("blocks/*/*.npz"))) >= 5, process)
+        wait_until(lambda: len(list((tmp_path / "out").glob("blocks/*/*.npz"))) >= 5, process)
         workers = psutil.Process(process.pid).children(recursive=True)
         assert len(workers) >= 2
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert not psutil.wait_procs(workers, timeout=20)[1]
+    assert not psutil.wait_procs(workers, timeout=PATIENCE)[1]
     with pytest.raises(ValueError, match="interrupted"):
         Corpus.open(tmp_path / "out")
     subprocess.run(command, env=environment, check=True)
     assert sorted(texts(Corpus.open(tmp_path / "out"))) == sorted(r["text"] for r in mixed_records(150))
-
-
-def wait_for(condition, process, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.002)
 
 
 def test_a_finished_corpus_is_only_replaced_when_asked(source, tmp_path):

@@ -23,13 +23,13 @@ import numpy as np
 import pytest
 import torch
 from corpora import build, mixed_records
+from ranks import run_ranks
 from rich.console import Console
 from tiny import MIXED, tiny_config, tiny_model, tiny_step
 
 from sgtm.commands.main import main
 from sgtm.config import load_config
 from sgtm.data.random_data import RandomCorpus
-from sgtm.distributed.testing import run_ranks
 from sgtm.measure.nsight import find_kernel, function_name, nsight_command
 from sgtm.measure.profile import WARM_UP, corpus_of, first_steps
 from sgtm.measure.profile_table import print_profile

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from corpora import BYTES, build, contents, mixed_records, write_jsonl
 from exports import GPT_NEO, make_run
+from waiting import PATIENCE
 
 from sgtm import config
 from sgtm.commands.main import main
@@ -132,7 +133,7 @@ def test_a_terminal_and_a_scheduler_signal_the_workers_too(tmp_path: Path, words
     lines = iter(process.stdout.readline, "")
     assert HERE in lines, process.communicate()
     os.killpg(process.pid, number)
-    errors = process.communicate(timeout=100)[1]
+    errors = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 128 + number
     go_on = shlex.join(["sgtm", *words[:-1], "2"])
     assert errors == f"stopped by {signal.Signals(number).name}; finished work is kept; continue: {go_on}\n"

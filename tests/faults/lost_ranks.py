@@ -1,4 +1,4 @@
-"""Ranks that add up a number in each step as a run does, one of which breaks: python ranks.py HOW RANK [OTHERS].
+"""Ranks that add up a number in each step as a run does, one of which breaks: python lost_ranks.py HOW RANK [OTHERS].
 
 OTHERS: what the other ranks do then. With APART=1 in the environment each rank is on a machine of its own.
 """

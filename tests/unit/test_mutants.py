@@ -1,0 +1,46 @@
+"""The faults of tests/mutations can still be made; `make mutants` makes them."""
+
+import pytest
+from mutants import ROOT, Mutant, load
+
+MUTANTS = load()
+
+
+@pytest.mark.parametrize("file", sorted({mutant.file for mutant in MUTANTS}))
+def test_every_fault_fits_the_code(file):
+    text = (ROOT / file).read_text("utf-8")
+    for mutant in MUTANTS:
+        if mutant.file == file:
+            compile(mutant.applied(text), file, "exec")
+
+
+def test_the_tests_named_exist():
+    for mutant in MUTANTS:
+        for test in mutant.tests:
+            file, _, function = test.partition("::")
+            assert f"def {function.partition('[')[0]}" in (ROOT / file).read_text("utf-8"), test
+
+
+def test_faults_have_names_of_their_own():
+    names = [(mutant.file, mutant.fault) for mutant in MUTANTS]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("b = 1", "b = 2", "a = 1\n    b = 2\n"),
+        ("a = 1\n    b = 1\n", "c = 1\n", "c = 1\n"),
+        (" = 1", " = 2", None),  # no whole line
+        ("a = 1", "a = 1", None),
+        ("d = 1", "d = 2", None),
+    ],
+)
+def test_whole_lines_at_any_indentation(old, new, expected):
+    mutant = Mutant("fault", "file", old, new, "test")
+    text = "a = 1\n    b = 1\n"
+    if expected is None:
+        with pytest.raises(ValueError, match="fault: "):
+            mutant.applied(text)
+    else:
+        assert mutant.applied(text) == expected
