@@ -2,6 +2,7 @@
 # make quick         lint, and two cases of every test that starts no process
 # make test          run all tests
 # make mutants       make every fault of tests/mutations, one at a time, and print those that no test notices
+# make aot           compile every kernel ahead of time for sm_80, sm_90 and sm_100; make test does so for sm_90
 # make cluster-test  SLURM, torchrun on two hosts and deepspeed over ssh, in namespaces of this machine; as root
 # make fault-campaign  200 faults at random moments of runs; resumed, each must end as if left alone
 # make gpu           checks and timings on a GPU, with PYTHON, within nine minutes; GPU_ARGS="--budget 300"
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install quickstart quick test mutants cluster-test fault-campaign gpu lint clean
+.PHONY: install quickstart quick test mutants aot cluster-test fault-campaign gpu lint clean
 
 install: $(STAMP)
 
@@ -43,6 +44,9 @@ test: install $(FOUR)/.installed
 
 quick: lint
 	$(BIN)/python -m pytest --quick -q $(PYTEST_ARGS) tests/unit tests/kernels tests/parity
+
+aot: install
+	$(BIN)/python -m sgtm_kernels.tools.aot $(AOT_ARGS)
 
 mutants: install
 	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)

@@ -13,7 +13,7 @@ Every file of tests/mutations lists faults of one room:
 
 The tests run first on the code as it is. Each fault is then made in a copy of the tree, and its test run there; one
 that still passes is a survivor. Prints every fault, then the survivors, and exits 1 if one is not explained, or if one
-that is said to survive does not. A test that does not end counts as failed. `make quick` checks that every fault can be
+that is said to survive does not. A test that does not end, or crashes, counts as failed. `make quick` checks that every fault can be
 made. Processes are forked from one that has imported torch, so that a fault costs little more than its test.
 """
 
@@ -159,7 +159,8 @@ def run(mutants: list[Mutant | list[str]], trees: list[Tree]) -> Iterator[tuple[
         output = tree.folder / "output"
         text = output.read_text("utf-8") if output.exists() else ""
         output.unlink(missing_ok=True)
-        yield index, os.waitstatus_to_exitcode(status), time.monotonic() - begin, text
+        code = os.waitstatus_to_exitcode(status)
+        yield index, FAILED if code < 0 else code, time.monotonic() - begin, text
 
 
 def shards(mutants: list[Mutant], count: int) -> list[list[str]]:

@@ -10,6 +10,7 @@ parallel test runs cannot collide. A server whose test process has died kills it
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -27,13 +28,14 @@ from typing import Any
 
 from waiting import PATIENCE
 
-PRELOADED = (
-    "torch.distributed",
-    "deepspeed",
+PRELOADED = (  # what a run imports, and what DeepSpeed and torch import in its first step
     "transformers",
     "triton",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "deepspeed.runtime.bf16_optimizer",
+    "deepspeed.runtime.zero.stage3",
     "sgtm.training.loop",
-    "sgtm.distributed.engine",
 )
 _server: subprocess.Popen | None = None
 
@@ -95,6 +97,8 @@ def serve() -> None:
     """Fork ranks until standard input ends."""
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # what is imported lives on: a rank's garbage collector need not go through it
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing else writes among the answers
     while True:

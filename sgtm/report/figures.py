@@ -198,7 +198,7 @@ def ablation(record: Record) -> Figure | None:
     axes.grid(axis="x")
     axes.set_xlabel("held-out loss (nats per token)")
     low, high = axes.get_xlim()
-    axes.set_xlim(low, high + 0.45 * (high - low))  # room for the words at the right
+    axes.set_xlim(low, high + 0.65 * (high - low))  # room for the words at the right
     return figure
 
 

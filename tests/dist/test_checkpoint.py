@@ -1,9 +1,4 @@
-"""Checkpoints: bitwise continuation in every stage, and nothing lost when one is damaged or the disk is full.
-
-Faults tried, each seen to fail: the live tensors written instead of copies; a new copy for every checkpoint; a poll
-that waits, or that polls this rank alone; a damaged checkpoint taken, left in place, or set aside where none is
-intact; a moment, a count, the random state or the progress not restored; an error of one rank raised there alone.
-"""
+"""Checkpoints: bitwise continuation in every stage, and nothing lost when one is damaged or the disk is full."""
 
 from __future__ import annotations
 
@@ -184,6 +179,7 @@ def damage(folder: str) -> None:
         (shard, lambda content: content[:-100], "bytes"),
         (shard, lambda content: bytes(flipped), "SHA-256"),
         (shard, lambda content: None, "is missing"),
+        (shard.replace("rank_1", "rank_0"), lambda content: content[:-1], "bytes"),  # the first of all
         ("mp_rank_00_model_states.pt", lambda content: b"", "has 0 bytes"),
     ]:
         text = spoiled(name, change)

@@ -1,8 +1,6 @@
 """`grad_clip_scope: owner`: gradients are clipped, and skipped, for each owner by itself, in every ZeRO stage.
 
-The retain group and all joint parameters are one owner, each domain's group is one. Faults tried, each seen to fail:
-one norm for all; the pieces of a partition cut in the wrong place; an owner's factor applied to another; a gradient of
-NaN that skips the whole step, or none; counts of a skipped owner advancing.
+The retain group and all joint parameters are one owner, each domain's group is one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Ranks of a test: results in their order, output where one fails, and nothing left behind.
-
-Faults tried, each seen to fail: results by order of arrival; ranks not killed after a failure, after the time is up, by
-a server whose client is gone; a server kept that was interrupted; the environment of the first launch kept.
-"""
+"""Ranks of a test: results in their order, output where one fails, and nothing left behind."""
 
 import os
 import signal

@@ -1,8 +1,4 @@
-"""One process at a time trains a run, and all ranks see the same directory of runs.
-
-Faults tried, each seen to fail: no lock; a lock that outlives the run; the file of a killed run taken for a lock; what
-rank 1 sees not asked; no patience.
-"""
+"""One process at a time trains a run, and all ranks see the same directory of runs."""
 
 from __future__ import annotations
 

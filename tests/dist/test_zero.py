@@ -1,8 +1,6 @@
 """The engine in every ZeRO stage, in fp32 and bf16, on one and two ranks, against plain autograd in one process.
 
-With the optimizer on its device and in the host's memory, which on a CPU are one. Faults tried there, each seen to
-fail: a gradient that is not finite kept for the next step (as DeepSpeed does in bf16); another learning rate with
-offload; losses not checked to be finite.
+With the optimizer on its device and in the host's memory, which on a CPU are one.
 """
 
 from __future__ import annotations

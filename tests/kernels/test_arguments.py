@@ -1,7 +1,4 @@
-"""What does not fit together is an error of the op, whatever the backend: a kernel would read beyond a tensor.
-
-Faults tried, each seen to fail: each of the checks left out.
-"""
+"""What does not fit together is an error of the op, whatever the backend: a kernel would read beyond a tensor."""
 
 from __future__ import annotations
 

@@ -1,19 +1,4 @@
-"""Causal attention by groups of heads: `active` and `route`, documents, windows, grouped queries, rotary positions.
-
-Faults tried, each seen to fail: a window one too wide or too narrow, or ignored where it is more than half the
-sequence; the band shifted by one key; documents ignored, not shifted to their slice of sequences, or all taken from the
-first sequence; query heads sharing the wrong KV head; rotary on k alone, or the other way round; `route` applied
-forward; a stopped slice with a backward; an inactive slice computed; the route factor without `active`, `active`
-without `route`; neighbouring runs swapped, or only the first of them; attention that is not causal; no gradient instead
-of 0; the gradient scaled in place; the scale forgotten. In flash.py and kernel.py: a diagonal, a window or a document
-off by one, forward or backward; unmasked blocks one too many on either side; the last partial block dropped; `active`
-left out, or `route` applied forward; a stopped token left in the backward pass; the factors or the live tokens of
-another group; `active` left in delta; a factor left out of dQ or of dK and dV; the scale or delta left out of dK; only
-the first head of a KV head, or the wrong one; a group edge off by one; a sum overwritten or not rescaled; the live
-range cut short at either end, or ignored; an inactive block computed; columns beyond the head written (a crash); rotary
-not undone backward, turned the other way, or applied to v; documents counted from the first sequence; a layer without
-groups masked; weights taken for binary.
-"""
+"""Causal attention by groups of heads: `active` and `route`, documents, windows, grouped queries, rotary positions."""
 
 import math
 from itertools import accumulate

@@ -1,9 +1,4 @@
-"""Attention of small heads on a CPU, by blocks of queries (attention/blocks.py), and of large ones, which is torch's.
-
-Faults tried, each seen to fail: a window or a diagonal off by one, one of the two masks left out, the keys of another
-block or another sequence, sums of blocks overwritten or begun at 1, the scale left out of one gradient, dk and dv
-swapped, heads in another order, no room for 16 queries, scores or scaled queries in bf16, sums over blocks in bf16.
-"""
+"""Attention of small heads on a CPU, by blocks of queries (attention/blocks.py), and of large ones, which is SDPA's."""
 
 import pytest
 import torch

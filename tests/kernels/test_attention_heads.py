@@ -1,9 +1,4 @@
-"""The heads of the projection as attention takes them in the backend `torch`.
-
-Faults tried, each seen to fail: heads moved back by the order that moved them; an order taken for none because it is
-its own inverse; sine without its sign in the backward pass; groups attended to together where they are masked, or
-where their KV heads have unlike shares of query heads.
-"""
+"""The heads of the projection as attention takes them in the backend `torch`."""
 
 import pytest
 import torch

@@ -2,16 +2,6 @@
 
 flash-attn runs on CUDA alone: here a stand-in of the same signatures takes its place, and refuses what it would.
 FlexAttention runs on the CPU as a traced graph, its check that there is no backward pass there taken out.
-
-Faults tried, each seen to fail: a key of the future seen; first keys off by one, those of another sequence, or of the
-first one's; a block of keys left out, counted twice, or taken for whole where a window, a document or the end of the
-sequence cuts it; block masks, edges or documents of other sequences or another window taken from the plan's cache;
-documents not shifted to their slice; a slice's masks from another slice; documents that cut nothing handed over; sizes
-of the batch not marked dynamic, of heads or masks; the scale left out; a window one too wide; a backward pass that is
-not deterministic, or not causal; k and v swapped; lengths as tensors; a group without heads handed over; whole
-sequences not SDPA's; FlexAttention before flash-attn; fp32 through FlexAttention unasked; limits of head sizes off by
-one or more; a device or a problem ignored; a named way falling back, or unchecked; an unknown name passed; a flash-attn
-that raises at import.
 """
 
 import math
@@ -318,6 +308,14 @@ def test_the_facts_of_this_machine(monkeypatch):
     public._flash_attn_problem.cache_clear()
     assert public._flash_attn_problem().startswith("flash_attn does not import (import of flash_attn halted")
     public._flash_attn_problem.cache_clear()
+    monkeypatch.setitem(sys.modules, "flash_attn", BuiltForAnotherTorch("flash_attn"))
+    assert public._flash_attn_problem().startswith("flash_attn does not import (undefined symbol)")
+    public._flash_attn_problem.cache_clear()
+
+
+class BuiltForAnotherTorch(ModuleType):
+    def __getattr__(self, name: str):
+        raise OSError("undefined symbol")
 
 
 @pytest.mark.gpu

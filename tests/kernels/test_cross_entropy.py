@@ -1,16 +1,6 @@
 """LM head and cross-entropy: loss and dX plain, the head's gradient by label, loss sums by label.
 
 Chunks are made small, so that runs begin and end inside them.
-
-Faults tried, each seen to fail: a chunk skipped; a slice cut short in its chunk; the bias under the head's table;
-ignored targets counted in the loss, or in the gradient; `scale` or the incoming gradient forgotten; a slice's weight
-ignored; partial sums added in bf16; dX without the tokens that may not update the head; sums scaled, or under the
-next label; gradients computed under `no_grad`; the maximum of the logits subtracted too late. In the kernel: the
-padding of the last block counted; the sum not rescaled at a new maximum, or of the last block only, the maximum too;
-the last partial block left without a gradient, or written beyond the row; the stride of packed rows; -1 in every
-block, or one column on; an ignored row left, zeroed short or written beyond its end, its loss not written; a target
-that does not exist looked up; a gradient nobody asked for; the device asked for a value; strided targets
-read as packed ones.
 """
 
 import pytest

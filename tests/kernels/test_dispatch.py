@@ -1,8 +1,4 @@
-"""Which backend runs: named ones never fall back, every op has the same functions in each.
-
-Faults tried, each seen to fail: the environment ignored; a contradiction resolved silently; a typo taken for `auto`;
-one backend served for another, by `pick` or by an op.
-"""
+"""Which backend runs: named ones never fall back, every op has the same functions in each."""
 
 import inspect
 import sys

@@ -1,12 +1,4 @@
-"""Masked table lookup: only tokens that may update the table are scattered into its gradient.
-
-Faults tried, each seen to fail: a slice dropped; a weight ignored; the ids of one slice with the gradients of
-another; no slice at all left unhandled; all tokens scattered; the table of `position`; accumulation in bf16. In the
-kernels: the mask dropped; masked tokens sorted before the others; weights ignored; the part of an id in an earlier or a
-later segment missed, or the two swapped, or the last one; the segment of an id's end off by one; loads beyond an id's
-tokens; an accumulation missed; the last columns, rows or segment lost; tokens not in the order of the sort; rows
-without a token not written; partial sums in the table's dtype; a strided dY; a sort that is not stable.
-"""
+"""Masked table lookup: only tokens that may update the table are scattered into its gradient."""
 
 import pytest
 import torch

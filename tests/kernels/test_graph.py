@@ -1,8 +1,4 @@
-"""What a compiled graph of the `torch` backend is made of: its ops, and the signature that it depends on.
-
-Faults tried, each seen to fail: a signature without the routes, without the biases, of all labels and not of those in
-the micro-batch; a shape wrong where there are no data; factors that are the plan's own tensor.
-"""
+"""What a compiled graph of the `torch` backend is made of: its ops, and the signature that it depends on."""
 
 from __future__ import annotations
 

@@ -1,10 +1,6 @@
 """What the ops launch is what is compiled ahead of time, flag by flag: `launches()` of every op against its calls.
 
 Launches are recorded and not made: what is launched depends on masks and arguments, never on what a kernel computed.
-
-Faults tried, each seen to fail: a combination of flags missing from the launches of mlp, of attention, of its rotation
-(there in one dtype), of linear, of norm, of embedding or of the loss; one listed that no call makes; a kernel not
-listed; a launch of norm or of AdamW that contracts multiplications and additions, or is listed as if it did.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,10 +1,4 @@
-"""The Triton backend's ops in torch's dispatcher: true schemas, shapes without data, gradients; whole compiled graphs.
-
-Faults tried, each seen to fail: the shape or dtype of an output wrong where there are no data; a gradient that is
-written to and not said to be; an op that reads the runs while it is traced; a plan that its
-handle does not hold; a plan that holds itself; a copy with
-the handle of the original.
-"""
+"""The Triton backend's ops in torch's dispatcher: true schemas, shapes without data, gradients; whole graphs."""
 
 from __future__ import annotations
 

@@ -1,16 +1,4 @@
-"""Masked linear layers: dW and db by label and group, everything else the plain layer's.
-
-Faults tried, each seen to fail: a slice dropped from dW; a slice's weight ignored, in dW or db; the first or the last
-token of a slice left out; a group boundary off by one row; rows nobody may update left unwritten; the token-level
-branch without its weights, on either operand, or in the bias; the out side's bias under the rows' table; dX from a
-masked gradient; `contribution` replaced by `update`; the slices of another part; partial sums added in bf16. In the
-kernels: a factor ignored, or only its zeros written in place; a strip one tile short; its sums at a wrong stride; all
-but the last partial sums lost; the last block of the copy, token or column of a tile left out; factors at a wrong
-stride; the unmasked operand multiplied. In the rectangles: a slice one token too long, by mask or by descriptor; a band
-beyond its row range, read or stored; the first slice, or the last tile, missed; the slices of another range; a weight
-ignored; the accumulator not reset, or not used; tiles that overlap; descriptors of unaligned rows; the tables of
-another layer.
-"""
+"""Masked linear layers: dW and db by label and group, everything else the plain layer's."""
 
 from itertools import pairwise
 

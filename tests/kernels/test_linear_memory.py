@@ -1,9 +1,4 @@
-"""What the backward pass of a masked linear layer reads and writes, and in how many passes.
-
-Faults tried, each seen to fail: a factor of 0 that multiplies what is masked; the tail of a slice of rectangles not
-masked in one operand; the bias summed from the overwritten gradient, or by the rows' factors; a gradient overwritten
-without permission.
-"""
+"""What the backward pass of a masked linear layer reads and writes, and in how many passes."""
 
 import pytest
 import torch

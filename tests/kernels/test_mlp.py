@@ -1,11 +1,4 @@
-"""The MLP's non-linearity: `active` in the forward pass, `route` in the backward pass.
-
-Faults tried, each seen to fail: `route` applied forward; `active` or `route` forgotten backward; a group boundary off
-by one column; gate and up swapped, forward or backward; the factor squared, or ignored token by token; a run one
-token short; the copy of a strided input or gradient scaled instead of the result; the bias not added backward, its mask
-dropped, taken from another part, or one column off, its sum not carried from tile to tile, a partial sum never written;
-a strided bias read as a packed one, forward or backward.
-"""
+"""The MLP's non-linearity: `active` in the forward pass, `route` in the backward pass."""
 
 from dataclasses import replace
 from itertools import pairwise

@@ -1,12 +1,4 @@
-"""MaskPlan and Tables against per-token arithmetic.
-
-Faults tried, each seen to fail: slices merged across a gap, or with differing weights; a slice one token short; row
-ranges merged over groups with other tokens; a range one row short; `contribution` without `active`, without `route`,
-or with `route` on the out side; `plain` true for a weight other than 1; token weights cached under another label
-vector; `merge_runs` keeping an empty piece or gluing two labels; `whole_sequences` looking at the first run alone;
-documents not counted from their own sequence; the live token after or before a token one off, of another group, or of
-other factors of the same plan.
-"""
+"""MaskPlan and Tables against per-token arithmetic."""
 
 from itertools import pairwise
 

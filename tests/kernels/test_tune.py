@@ -1,10 +1,4 @@
-"""The tuner: what it tries, how it decides, what it writes.
-
-Faults tried, each seen to fail: a choice by the median alone, by times of different rounds, or of the slowest; a way
-decided before its tile; entries that were not measured lost; a candidate that does not fit an error; tuning without a
-GPU; a table that cannot be written found after the measurement; a table written at the end alone; choices of the table
-measured again, or taken from it though no candidate any more.
-"""
+"""The tuner: what it tries, how it decides, what it writes."""
 
 import json
 from itertools import pairwise

@@ -1,10 +1,4 @@
-"""Which configuration a kernel is launched in: heuristic or table. The tuner that writes it: test_tune.py.
-
-Faults tried, each seen to fail: the table ignored, or read again; a foreign entry used, or warned of at every launch; a
-named table that is missing or damaged passed over; the table before SGTM_LINEAR; candidates that are not compiled ahead
-of time; the table of another device taken; masks in a key; a grid, or the room for partial sums, of another tile; a
-bucket too high; a device's table not found.
-"""
+"""Which configuration a kernel is launched in: heuristic or table. The tuner that writes it: test_tune.py."""
 
 import json
 import logging

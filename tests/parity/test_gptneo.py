@@ -10,10 +10,6 @@ tokens and leaves all others as they are, since no gradient flows back through a
 kinds; the head's part of its gradient is known where a token is not in the batch. `no_mlp_out` and its like differ from
 parameter masking only in weights which then get the gradient of unlabeled tokens. Activation masking has another
 forward pass, so nothing here says what its gradients are.
-
-Faults tried with the joint lists, each seen to fail: a kind left out of `masked` or of `strict`; a list that masks the
-retain label's tokens too; one that is ignored under gradient routing; the bias of an exempt part left masked; the kinds
-of position and embedding exchanged.
 """
 
 import json

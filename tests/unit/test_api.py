@@ -28,3 +28,8 @@ def test_importing_is_light():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'sgtm' has no attribute 'trian'"):
         sgtm.trian  # noqa: B018
+
+
+def test_old_names_are_dropped_in_their_time():
+    version = tuple(map(int, sgtm.__version__.split(".")[:2]))
+    assert version < (0, 3), "drop OLD_NAMES of sgtm/commands/main.py, and RENAMED of sgtm_kernels"

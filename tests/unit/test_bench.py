@@ -1,12 +1,4 @@
-"""`sgtm bench`, run for real on the debug preset: every row is a step under the mask that its name says.
-
-Faults tried, each seen to fail: a row left out; labels of a row not those of its name; forget sequences not dealt over
-the micro-batches; all of one domain; joint masked without the mask; ratios upside down, or to another round; the rows
-one after the other, or in one order in every round; CPU time of one thread; an error of ours taken for a peer's; the
-target on the slower peer; a file that cannot be written found after the measurement; an empty file left behind where it
-is broken off; a column that step_table.py reads renamed; nothing said before the measurement; the tuner started for
-another backend, without a GPU, or past SGTM_TUNED; the sequences counted after the model is built.
-"""
+"""`sgtm bench`, run for real on the debug preset: every row is a step under the mask that its name says."""
 
 from __future__ import annotations
 

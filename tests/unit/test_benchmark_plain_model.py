@@ -1,8 +1,4 @@
-"""The plain model of the benchmarks computes our function, and trains alike, so that their times may be compared.
-
-Faults tried, each seen to fail: in the plain model the scale, the window, its first block, the rotation, the
-activation, the tied head, the decay of norms, a break of the graph.
-"""
+"""The plain model of the benchmarks computes our function, and trains alike, so that their times may be compared."""
 
 from itertools import pairwise
 

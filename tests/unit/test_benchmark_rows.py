@@ -1,9 +1,4 @@
-"""Rows of the benchmark of training steps: ratios of the same round, tokens/s, targets, and what could not be measured.
-
-Faults tried, each seen to fail: a ratio upside down, to another base, or of steps for tokens; tokens/s of a row's own
-median; wall time for CPU time; a bound taken for the other kind; the target of a masked row on `none`; a loss of NaN
-let through; rows written at the end alone; an error of one step that ends the rest.
-"""
+"""Rows of the benchmark of training steps: ratios of the same round, tokens/s, targets, and what was not measured."""
 
 import json
 import sys

@@ -1,11 +1,5 @@
 """The benchmark of whole training steps, on a CPU at tiny shapes: same work on both sides, and no more than the masks
 leave.
-
-Faults tried, each seen to fail: every key live; live rows copied from the master weights in part; gradients of the last
-micro-batch alone, or kept for the next step; the strategy, the backend, the documents or the mixing of another row; the
-weights of a mean exchanged; a share of forget documents for another; a default, the joint setting or the window of a
-shape; positions counted as parameters; an import of rich or pydantic; other tokens under another mask; rows written
-over those of before; full-size shapes on a CPU where none is named.
 """
 
 import json

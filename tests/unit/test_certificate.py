@@ -1,8 +1,6 @@
 """What is certified, and the first reason why a config is not.
 
-tests/dist/test_certificate.py shows on trained bits that the rules are needed and suffice. Faults tried, each seen to
-fail: any rule left out; the labels of the corpus not asked; a label that only a later channel applies overlooked; one
-domain's obstacle given to another; `masking.certify` not heeded by the config, or by the corpus.
+tests/dist/test_certificate.py shows on trained bits that the rules are needed and suffice.
 """
 
 from __future__ import annotations

@@ -2,10 +2,6 @@
 
 The golden numbers are the formula of the module docstring in Python's unbounded integers: a run that is resumed with
 another NumPy must train the same documents under the same labels.
-
-Faults tried, each seen to fail: the seed ignored; ids hashed by their position; another shift in the hash; `>` for
-`>=` at a probability of 0; the matrix transposed; the remainder given to the first label; the last edge left at
-0.999...; rows or matrices that are not shares accepted; a second pass with a draw of its own; one below u + 1 of all.
 """
 
 import numpy as np

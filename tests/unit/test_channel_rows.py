@@ -1,8 +1,4 @@
-"""What a row of a label channel buys and costs, for each recipe and wherever a channel is shown.
-
-Faults tried, each seen to fail: a label with the domain's group running taken for retain mode; one row for all labels;
-a share of one domain counted for another; a sentence that the documentation does not have.
-"""
+"""What a row of a label channel buys and costs, for each recipe and wherever a channel is shown."""
 
 from __future__ import annotations
 

@@ -1,12 +1,6 @@
 """Which checkpoint counts, and when: the order of writing, what is kept, what is taken when one is damaged.
 
 `tests/dist/test_checkpoint.py` saves and loads real ones.
-
-Faults tried, each seen to fail: the pointer followed; `latest` written before the rename; one more or one less kept,
-multiples of `keep_every` dropped; a damaged checkpoint evaluated; damage that `verify` passes over, or of the manifest
-itself; another corpus accepted on resuming and on evaluating; a damaged log found when all losses are computed; a copy
-that somebody made counted, taken or deleted; an error of the disk on reading, or one after the rename, that ends the
-run; a damaged one replaced by another of its step; no remedy where none is whole.
 """
 
 from __future__ import annotations

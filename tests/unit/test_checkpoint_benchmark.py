@@ -1,7 +1,4 @@
-"""benchmarks/checkpoints.py writes what report.py reads.
-
-Faults tried, each seen to fail: a turn that should save does not; shares of half the interval; both rows of one way.
-"""
+"""benchmarks/checkpoints.py writes what report.py reads."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""The command line: what each command calls and prints; mistakes are in test_cli_errors.py.
-
-Faults tried, each seen to fail: losses lost where they cannot be stored; runs looked for in ./runs alone; an empty
-config of a run read as one without keys; a file in the place of a run read as a config; the quickstart's baselines
-left out.
-"""
+"""The command line: what each command calls and prints; mistakes are in test_cli_errors.py."""
 
 import os
 import shutil

@@ -1,8 +1,4 @@
-"""Compressed files: every frame and window is read; what is not what its name states is named for what it is.
-
-Faults tried, each seen to fail: the library's default window; no look at the first bytes; a Zstandard file decompressed
-at once.
-"""
+"""Compressed files: every frame and window is read; what is not what its name states is named for what it is."""
 
 from __future__ import annotations
 

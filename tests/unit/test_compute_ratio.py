@@ -1,10 +1,4 @@
-"""Compute ratios with known answers.
-
-Faults tried, each seen to fail: interpolation in steps instead of log compute; an evaluation that went up taken as it
-is; the first and not the best of the floors; the mean of the slopes; an outside value not marked; the law not moved to
-the end of the curve; the noise of one evaluation left uncorrected for its neighbours'; the last baseline of several
-alone; runs of different models, or one with documents isolated, compared.
-"""
+"""Compute ratios with known answers."""
 
 from __future__ import annotations
 
@@ -52,6 +46,14 @@ def test_the_exponent_is_found_and_outside_the_range_is_marked():
         assert found.value == pytest.approx(share, rel=0.03)
     assert CURVE.ratio(1.9).value == math.inf
     assert not CURVE.ratio(float(CURVE.losses[-1])).extrapolated
+
+
+def test_beyond_its_end_the_curve_continues_from_there():
+    """Where the last evaluation is below the law, as at the end of a cosine."""
+    losses = loss_at(COMPUTE)
+    losses[-1] -= 0.05
+    found = LearningCurve(COMPUTE, losses).ratio(float(losses[-1]) - 1e-6)
+    assert found.value == pytest.approx(1, rel=1e-3) and found.extrapolated
 
 
 def test_a_spoiled_evaluation_changes_neither_law_nor_the_rest():

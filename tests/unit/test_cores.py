@@ -1,8 +1,4 @@
-"""The cores that a container's quota leaves, and the warning where others take them.
-
-Faults tried, each seen to fail: the quota of the group itself alone, not of those above it; version 1 not read; a quota
-below one core rounded to none; a busy run told of nothing, or one whose threads sleep told.
-"""
+"""The cores that a container's quota leaves, and the warning where others take them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""What an epoch holds, and what changes from one to the next.
-
-Faults tried, each seen to fail: the same fraction of upsampled documents in every epoch; the same order of documents,
-whose last ones then always lie in the tail that fills no sequence; draws wrapped round a circle in floats, by which 0.3
-took a document in two epochs running; a new hash in every epoch.
-"""
+"""What an epoch holds, and what changes from one to the next."""
 
 from collections import Counter
 from math import ceil, floor

@@ -1,8 +1,7 @@
 """The label a token is trained under is that of its own document, through packing, loader and channel.
 
 The texts of these corpora begin with their category and number, and a token is a byte, so a batch says itself what it
-is. Faults tried, each seen to fail: the rows of a micro-batch reversed but not its labels; no channel; the channel's
-seed or document id replaced by a constant or a position; the span policy not handed on.
+is.
 """
 
 from __future__ import annotations

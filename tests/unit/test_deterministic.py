@@ -1,9 +1,4 @@
-"""What `kernels.deterministic` promises on a GPU, as far as it can be seen without one.
-
-Faults tried, each seen to fail: `warn_only` in the training path, as an argument and in a dict; the mode left at a
-warning after memory was poisoned; a floating `cumsum` in the loss, which has no
-deterministic algorithm on a GPU; a group without heads handed to SDPA (tests/conftest.py refuses it everywhere).
-"""
+"""What `kernels.deterministic` promises on a GPU, as far as it can be seen without one."""
 
 import io
 import re

@@ -1,8 +1,4 @@
-"""Any tree of files, links, hidden names and compressions: each real record is read once, all else is accounted for.
-
-Faults tried, each seen to fail: files told apart by their path; links followed before the rest of the tree is known;
-hidden names read; a link to a folder above followed; a reason left out of what is printed.
-"""
+"""Any tree of files, links, hidden names and compressions: each real record is read once, all else is accounted for."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""`sgtm doctor` finds what is there, says what is missing, and survives what is broken.
-
-Faults tried at the dispatch, each seen to fail: SGTM_KERNELS taken for the default; SGTM_LINEAR or SGTM_ATTENTION not
-looked at; one of them wrong taken for the backend's. The driver of all GPUs, or what a failing nvidia-smi prints; no
-timeout; why Triton is unusable not said.
-"""
+"""`sgtm doctor` finds what is there, says what is missing, and survives what is broken."""
 
 import json
 import sys

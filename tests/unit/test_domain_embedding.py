@@ -1,10 +1,7 @@
 """A domain's own part of embedding and head: the formula, who learns, and what is left when the domain is removed.
 
 The oracle computes the logits of every token by the shared head and by each domain's, and adds them up with the factors
-of the token's label. Faults tried, each seen to fail: a factor left out at either end; a domain's part read by tokens
-on which its group is inactive; the shared head learning from tokens that may not update it, or not from others; a
-subset's targets or labels in another order; no gradient for a part that no token reads; the untied head taking the
-embedding's part; the basis at 1 in the place of 0; a removed domain's part folded into an export.
+of the token's label.
 """
 
 from __future__ import annotations

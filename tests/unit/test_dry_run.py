@@ -1,8 +1,6 @@
 """The dry run launches the kernels under every mask that training will have, and nothing but time comes of it.
 
-That it changes no bit of the model is in tests/e2e/test_train.py. Faults tried, each seen to fail: a label left out;
-labels that never meet; a backend without a compiler made to wait; pieces that cross sequences, or are too few;
-documents where training isolates none, or none where it isolates them, of one label or of several.
+That it changes no bit of the model is in tests/e2e/test_train.py.
 """
 
 from __future__ import annotations

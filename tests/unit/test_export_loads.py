@@ -1,9 +1,6 @@
 """An export in transformers: the ids of `prepare` and the logits of our model, whatever the tokenizer adds elsewhere.
 
 In the installed version, and in transformers 4.57, which the Makefile installs beside it for `make test`.
-
-Faults tried, each seen to fail: the tokenizer exported as it was loaded; no `rope_theta`; the tokenizer's class of
-transformers 5; token types among its outputs; a BOS that the config lacks.
 """
 
 from __future__ import annotations

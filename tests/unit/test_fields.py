@@ -1,9 +1,4 @@
-"""What a field may hold: text, numbers and booleans as categories, several of them; all else is named by line.
-
-Faults tried, each seen to fail: null, NaN and blank text taken for a value; lists in `split.by` as text; text of one
-field unchecked; the first category of the record instead of the first of the rules; keys of the job that are new and
-not set; NUL and names not counted.
-"""
+"""What a field may hold: text, numbers and booleans as categories, several of them; all else is named by line."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""A file is there whole or as it was, whatever happens while it is written.
-
-Faults tried, each seen to fail: written in place; the temporary file left behind after an error; renamed before it is
-flushed to the disk; flushed while bytes were in Python's own buffer; one temporary name for two processes; only the
-first block hashed.
-"""
+"""A file is there whole or as it was, whatever happens while it is written."""
 
 import hashlib
 import os

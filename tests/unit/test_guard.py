@@ -1,8 +1,4 @@
-"""The process that ends a rank whose interpreter is held, and not one that was suspended.
-
-Faults tried, each seen to fail: a gap counted in full; time counted while the rank is stopped; a guard that outlives
-its rank; collectives with timers of their own.
-"""
+"""The process that ends a rank whose interpreter is held, and not one that was suspended."""
 
 from __future__ import annotations
 

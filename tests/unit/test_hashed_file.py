@@ -1,8 +1,4 @@
-"""Files of a checkpoint are hashed as they are written, and do not fill the page cache.
-
-Faults tried, each seen to fail: a chunk hashed twice; only the first chunk of a large tensor written; no call that
-gives pages back; given back at the end alone.
-"""
+"""Files of a checkpoint are hashed as they are written, and do not fill the page cache."""
 
 from __future__ import annotations
 

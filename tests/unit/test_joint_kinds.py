@@ -3,11 +3,6 @@
 One kind at a time is masked for a domain's tokens, on a step of such tokens alone: the gradient of exactly that kind's
 parameters must be 0, and every other one must keep every bit. A tied matrix is of two kinds, and what each contributes
 is what an untied twin with the same weights gets.
-
-Faults tried, each seen to fail: the kinds of position and embedding, or of head and embedding, exchanged in the model;
-the final norm under the kind of the blocks' norms, and a block's norm under that of the final one; the kinds of the
-two output biases, or of head and head bias, exchanged; the kinds of position and embedding exchanged in the keys of
-the rows; a tied matrix under the key of the embedding alone.
 """
 
 from fnmatch import fnmatch

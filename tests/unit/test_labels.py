@@ -1,8 +1,4 @@
-"""Labels and groups of a list of domains.
-
-Faults tried, each seen to fail: groups offset by one; labels in another order; repeated or reserved names, or a
-comma, accepted; subsets without the empty one, or in the order of their bit masks.
-"""
+"""Labels and groups of a list of domains."""
 
 import pytest
 

@@ -1,10 +1,6 @@
 """A mistake is printed before anything heavy is imported: torch takes a second, deepspeed and transformers several.
 
 Each command runs in a process of its own, whose modules are looked at afterwards; times would depend on the machine.
-
-Faults tried, each seen to fail: `Tables` beside the plan of a micro-batch, which needs torch; the rank of a printed
-error from a module that imports it; `explain` imported before its config is read; a folder of data that is missing
-found when training begins; the split of an evaluation checked after the model is loaded.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""The data of a run are found from any working directory, and where run or project have moved.
-
-Faults tried, each seen to fail: paths relative to the working directory alone; the place that the run has recorded left
-out, or taken before the one that its own place shows; a path that was given looked for elsewhere.
-"""
+"""The data of a run are found from any working directory, and where run or project have moved."""
 
 from __future__ import annotations
 
@@ -56,7 +52,8 @@ def test_what_is_here_by_the_same_name_is_not_taken_for_it(project: Path):
 
 
 def test_a_path_that_is_given_is_relative_to_here(project: Path):
-    Path("copy").mkdir()
+    for folder in (project, Path()):
+        (folder / "copy").mkdir()
     assert found(project / "runs/mine", "copy") == Path("copy")
     assert found(project / "runs/mine", "nowhere") == Path("nowhere")
 

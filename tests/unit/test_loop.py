@@ -1,12 +1,4 @@
-"""What the training loop decides, without training: the run directory, signals, a gradient that is not finite.
-
-Faults tried, each seen to fail: the old run deleted before the log opens, or lost where it is a link; a refused first
-start, or the new config of a refused resume, left behind; a folder that is no run overwritten; a file in the place of
-the run directory or of its checkpoints found when the first is written; SIGUSR1 not handled; a
-second Ctrl-C swallowed; stopped without a checkpoint; the message about the gradient left out; the warm-up not told,
-or told of kernels that are not compiled; a run certified whatever the categories or spans of its corpus, or the
-checkpoint that it resumes.
-"""
+"""What the training loop decides, without training: the run directory, signals, a gradient that is not finite."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""The log of a run on a disk that is full, and with a line that is damaged.
-
-Faults tried, each seen to fail: the file not named; the error of closing it raised in place of the first; text of
-another encoding, or JSON that is no line of a log, not told; a line cut short at the end told; skipped steps left out
-of the line on the terminal, or empty parentheses in it.
-"""
+"""The log of a run on a disk that is full, and with a line that is damaged."""
 
 from __future__ import annotations
 

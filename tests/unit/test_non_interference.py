@@ -6,11 +6,6 @@ that the label contributes nothing, and must change where it contributes: so the
 and its like) are not promised, and seen not to hold. Replacing forget tokens is the promise for the retain group;
 replacing retain tokens, or another domain's, is the promise for a domain's group. That a group gets exactly 0 from a
 step without any token that may update it is checked by mixing `step`.
-
-Faults tried, each seen to fail: the mask dropped from one part, from the output biases, the embedding or the head; a
-group boundary off by one; the retain group's mask given to the first domain; the labels of runs swapped; documents
-not isolated; the blocks' norms unmasked; retain tokens with active forget groups; a slice one token too long; weights
-of 0.001 for 0 in the token-level branch.
 """
 
 import pytest

@@ -1,9 +1,4 @@
-"""What a backward pass leaves out because nothing would read it: every gradient stays what it was, bit for bit.
-
-Faults tried, each seen to fail: the first attention's retain heads left out whatever learns below them, although a norm
-or a table learns, although another label of the micro-batch trains them, or in a first layer without groups; never
-left out; a tied matrix without the gradient of its lookup although that learns.
-"""
+"""What a backward pass leaves out because nothing would read it: every gradient stays what it was, bit for bit."""
 
 import pytest
 import torch

@@ -1,7 +1,4 @@
-"""The corpus of a run on several nodes, each with files of its own: two ranks with a folder each stand for them.
-
-Faults tried, each seen to fail: hashes checked by rank 0 alone; the host not named; fingerprints not compared.
-"""
+"""The corpus of a run on several nodes, each with files of its own: two ranks with a folder each stand for them."""
 
 from __future__ import annotations
 

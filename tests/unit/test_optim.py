@@ -1,9 +1,4 @@
-"""The optimizer over segments: which it updates, with which counts, and what a step costs the host.
-
-Faults tried, each seen to fail: the launch of another live set; the factor of the step before; a slice for every
-segment in every step; counts of the keys in another order; squares after the factor;
-states looked up by tensor; torch's fused AdamW through torch.optim; the moments of before `load_state_dict`.
-"""
+"""The optimizer over segments: which it updates, with which counts, and what a step costs the host."""
 
 from __future__ import annotations
 

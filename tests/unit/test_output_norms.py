@@ -1,10 +1,4 @@
-"""Output norms against each group run alone, and that measuring them changes nothing.
-
-Faults tried, each seen to fail: the bias left in; retain taken for the largest group; the mean of the squares; tokens
-without a target counted; tokens counted for a second label; a group that is inactive shown as 0; blocks computed again
-counted again; the other groups left in the largest one's output; the stream changed; blocks compiled once more; a value
-read from the device.
-"""
+"""Output norms against each group run alone, and that measuring them changes nothing."""
 
 from __future__ import annotations
 

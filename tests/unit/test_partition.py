@@ -1,9 +1,4 @@
-"""Which heads and neurons belong to whom: by count, by list, by percent, in some layers, by whole KV groups.
-
-Faults tried, each seen to fail: members taken from the front; domains in reverse; lists left unsorted; the percentage
-of heads taken for neurons; a domain rounded to no head; a split KV group, a repeated index, a missing domain or a
-layer that is not there accepted; the last retain member given away; one layer too many masked.
-"""
+"""Which heads and neurons belong to whom: by count, by list, by percent, in some layers, by whole KV groups."""
 
 import pytest
 

@@ -1,8 +1,4 @@
-"""No text makes a control id, whatever the tokenizer is, and all other text is encoded as before.
-
-Faults tried, each seen to fail: tokens not declared special; pieces of the model left reachable; templates kept; the
-encoder's check left out; the check blind to an EOS that stands for unknown characters.
-"""
+"""No text makes a control id, whatever the tokenizer is, and all other text is encoded as before."""
 
 from __future__ import annotations
 

@@ -1,9 +1,6 @@
 """`sgtm prepare` on a full disk, killed, and twice at once: a message or the same corpus, never another one that opens.
 
 `test_prepare_resume.py` interrupts it between any two writes; here processes really die, and files do not fit.
-
-Faults tried, each seen to fail: an error of a shard or of the index that names no file; blocks written under their own
-names; a manifest written before the index; no lock.
 """
 
 from __future__ import annotations

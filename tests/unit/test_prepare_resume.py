@@ -1,8 +1,5 @@
 """A corpus depends on its input alone: not on the number of workers, and not on where `prepare` was killed, nor on
 what another job has left in the folder.
-
-Faults tried, each seen to fail: blocks of all jobs in one folder, cleared or not; another job's tokenizer kept, or the
-error of deleting it ignored; a block written under its own name; unfinished files kept.
 """
 
 import os

@@ -1,9 +1,6 @@
 """A Hugging Face folder as the start of a run: the same function, or an error that names what differs.
 
 Which heads and neurons become the domains' is `tests/unit/test_hf.py`'s: the whole model's logits cannot tell.
-
-Faults tried, each seen to fail: only the first file of several read; the context compared for equality; positions not
-cut; a key left out of the comparison; shapes not checked; tokenizers not compared.
 """
 
 from __future__ import annotations

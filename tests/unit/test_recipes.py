@@ -1,8 +1,4 @@
-"""Recipes: what they set, what wins over them, and what they are called.
-
-Faults tried, each seen to fail: a recipe that replaces keys given beside it; one that keeps those of an extended
-preset; a key missing in KEYS; shares that do not add up with several domains; a shipped config of another recipe.
-"""
+"""Recipes: what they set, what wins over them, and what they are called."""
 
 from __future__ import annotations
 

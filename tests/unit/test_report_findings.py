@@ -1,9 +1,4 @@
-"""What page and terminal say of an evaluation: headline, sizes, standard errors, warnings, and which evaluation it is.
-
-Faults tried, each seen to fail: a mean over all kept categories; one that weighs them alike; a small test set in the
-headline; a difference within its error called worse; the evaluation in training left out, or taken in place of a later
-`sgtm eval`.
-"""
+"""What page and terminal say of an evaluation: headline, sizes, standard errors, warnings, and which one it is."""
 
 from __future__ import annotations
 

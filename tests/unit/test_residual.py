@@ -1,10 +1,4 @@
-"""The warning about a residual stream that grows: when, once, with which cause; logged and printed.
-
-Faults tried, each seen to fail: an early norm as small as the embedding's; the first line of all taken for it; another
-layer than the last; every line from then on warned about; said again after a resume; a norm that is not finite written
-as such; unlabeled named where none is trained; the cause of a masked run given for an unmasked one; an infinite norm
-compared; the groups after the first domain's, or `open:` labels, left out of the causes.
-"""
+"""The warning about a residual stream that grows: when, once, with which cause; logged and printed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""No room imports from one listed below it; see tests/rooms.py.
-
-Faults tried, each seen to fail: `sgtm.data` importing `sgtm.training` at the top, and inside a function; a file
-in no room.
-"""
+"""No room imports from one listed below it; see tests/rooms.py."""
 
 from pathlib import Path
 

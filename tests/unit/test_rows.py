@@ -1,10 +1,4 @@
-"""The row layout: every element of every parameter has one key, and a key lives exactly when its rows learn.
-
-Faults tried, each seen to fail: KV rows counted once in `w_qkv`; KV bounds for head bounds; gate and up counted once;
-a boundary off by one, in the layout or in the op; a norm or bias of an unmasked layer under its kind; a bias under
-the wrong kind; the domains' keys swapped; `live_keys` without `always`, without the tied key, from all labels instead
-of any, or from `update` without `active`.
-"""
+"""The row layout: every element of every parameter has one key, and a key lives exactly when its rows learn."""
 
 from itertools import pairwise
 

@@ -1,9 +1,4 @@
-"""Steps that are skipped: what is counted, what is said of them, and when the run ends.
-
-Faults tried, each seen to fail: the losses of skipped steps summed; the count in a row not started over, or neither
-kept by a checkpoint; another micro-batch's documents named; the limit of 0 taken as one; the checkpoint not named;
-a command for one machine given on two.
-"""
+"""Steps that are skipped: what is counted, what is said of them, and when the run ends."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Losses of a corpus with labelled spans: each token counts for its own category, wherever it is.
-
-Faults tried, each seen to fail: documents with spans left out; a span's tokens counted for the document's category; a
-position measured by its own token's category and not its target's; sequences without a target of the category counted
-against the limit; a document's end counted as a target; documents not isolated.
-"""
+"""Losses of a corpus with labelled spans: each token counts for its own category, wherever it is."""
 
 from __future__ import annotations
 

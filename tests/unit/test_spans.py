@@ -4,9 +4,6 @@ Two corpora differ in the forget text alone, byte for byte as long. Under `span_
 gradient keeps every bit where no text follows the document's last forget token. Where some does, it reads the forget
 text, so only the losses of forget tokens are kept away from the retain group, not what they say. Under `position` they
 are not: the loss of a forget token reaches the retain positions before it.
-
-Faults tried, each seen to fail: spans taken as labelled under both policies, or under none; the last span one token
-short; only up to the first span trained as forget; all of the document; documents not isolated within a sequence.
 """
 
 import random

@@ -1,8 +1,5 @@
 """A signal in any phase of the real commands: status and line show it, what was finished is kept, and the line's
 command resumes from it. The signal arrives at a known point, when a function of the phase is called.
-
-Faults tried, each seen to fail: handlers set after the imports alone; `prepare` or `sweep` without them; an export that
-leaves its folder, or refuses what a killed one has left; workers whose imports Ctrl-C interrupts.
 """
 
 from __future__ import annotations
@@ -104,7 +101,7 @@ def test_a_prepare_that_is_stopped_continues(monkeypatch, tmp_path: Path, capfd,
 
 
 STOPPED_IN_WORKERS = """
-import sys, time
+import os, signal, sys, time
 from sgtm.commands.main import main
 from sgtm.data import encode, readers
 
@@ -114,8 +111,10 @@ def held(pending):
     time.sleep(300)
 
 if __name__ == "__mp_main__" and sys.argv[1] == "importing":  # a worker
-    print("here", flush=True)
-    time.sleep(1)
+    os.write(1, b"here\\n")  # at once, as two workers write
+    end = time.monotonic() + 5
+    while signal.SIGINT not in signal.sigpending() and time.monotonic() < end:
+        time.sleep(0.01)
 if __name__ == "__main__":
     readers.BLOCK_BYTES = 500
     finish, encode._finish = encode._finish, held

@@ -1,12 +1,6 @@
 """The presets' tables, spelled out by hand for two domains from the definitions of the methods.
 
 Rows are the labels unlabeled, retain, forget:bio, forget:code; columns the groups retain, bio, code.
-
-Faults tried, each seen to fail: a domain's row masked instead of retain's; one bias forgotten; `joint: masked`
-reaching `final_norm`, or missing the norms; `route` for `active` and the reverse; forget groups inactive under
-`unlabeled` instead of `retain`; `cross_domain` ignored, either way, or by `gram`; a variant exempting the other part,
-or its weight without its bias; an override transposed; `removal_tables` removing the group before; a kind missing in
-`strict`; `joint` of the strategy `sgtm` alone; an open label whose own group does not run, or that runs the others'.
 """
 
 import json

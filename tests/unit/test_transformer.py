@@ -1,10 +1,4 @@
-"""The two model families as a whole.
-
-Faults tried, each seen to fail: checkpointing with another plan; the window on the wrong layers; rotary positions
-left out; positions that run on through isolated documents; the loss divided by the batch; sums under the next label;
-an ablation of the wrong group; logits without their bias, or without the last norm; the wrong norm before the MLP; no
-limit on the length.
-"""
+"""The two model families as a whole."""
 
 import pytest
 import torch

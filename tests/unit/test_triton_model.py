@@ -1,9 +1,6 @@
 """A whole model on the Triton kernels, in the interpreter: gradients of the reference, and non-interference.
 
 Each op's own tests (tests/kernels) are the thorough ones; here is what could go wrong between ops.
-
-Faults tried, each seen to fail: a group edge of the activation one neuron off; `active` ignored by attention; the
-rotation not undone; a masked bias sum of all tokens.
 """
 
 import pytest
