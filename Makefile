@@ -43,7 +43,7 @@ test: install $(FOUR)/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 quick: lint
-	$(BIN)/python -m pytest --quick -q $(PYTEST_ARGS) tests/unit tests/kernels tests/parity
+	$(BIN)/python -m pytest --quick -q $(PYTEST_ARGS) tests/unit tests/processes tests/kernels tests/parity
 
 aot: install
 	$(BIN)/python -m sgtm_kernels.tools.aot $(AOT_ARGS)

@@ -2,7 +2,7 @@
 
 Two package roots, named one by one: `sgtm` at the top and `sgtm_kernels` inside `kernels/`. The folder `kernels/`
 itself must never become a package: Hugging Face publishes one of that name, which `transformers` imports where it is.
-`tests/unit/test_package.py` looks into the built wheel.
+`tests/processes/test_package.py` looks into the built wheel.
 """
 
 import re

@@ -17,8 +17,7 @@ from environment import write_rows
 
 from sgtm.config import load_config
 from sgtm.distributed.process_group import init_distributed
-from sgtm.measure.bench import setting
-from sgtm.measure.engine import engine_steps, label_cases
+from sgtm.measure.bench import engine_steps, label_cases, setting
 from sgtm.measure.rounds import take_rounds
 from sgtm.measure.rows import Target, as_parent, row, table
 

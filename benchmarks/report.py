@@ -3,9 +3,9 @@
     python benchmarks/report.py [--check] [--add DIR]
 
 Every number in them comes from benchmarks/results/<device>/*.jsonl. `--check` writes nothing and exits 1 where a
-file is not what the results say (tests/unit/test_results.py). `--add` takes the rows of a run of gpu.py from DIR into
-benchmarks/results/<device>/<date>_<commit>.jsonl first. Measurements of an op whose checks failed in that run, or were
-not run, are left out of the documents (verdicts.py), which say so.
+file is not what the results say (tests/processes/test_results.py). `--add` takes the rows of a run of gpu.py from DIR
+into benchmarks/results/<device>/<date>_<commit>.jsonl first. Measurements of an op whose checks failed in that run, or
+were not run, are left out of the documents (verdicts.py), which say so.
 """
 
 from __future__ import annotations

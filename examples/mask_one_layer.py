@@ -7,7 +7,7 @@ import torch
 
 from sgtm_kernels.linear import linear_in
 from sgtm_kernels.plan import MaskPlan, merge_runs
-from sgtm_kernels.tables import KINDS, PARTS, Tables
+from sgtm_kernels.tables import JOINT_KINDS, PROJECTIONS, Tables
 
 RETAIN, FORGET = 0, 1  # labels, and groups
 teaches = ((1.0, 0.0), (0.0, 1.0))  # by label and group: each label teaches its own group
@@ -16,8 +16,8 @@ tables = Tables(
     groups=("retain", "bio"),
     active=((1.0, 1.0), (1.0, 1.0)),
     route=((1.0, 1.0), (1.0, 1.0)),
-    update=dict.fromkeys(PARTS, teaches),
-    update_joint=dict.fromkeys(KINDS, (1.0, 1.0)),
+    update=dict.fromkeys(PROJECTIONS, teaches),
+    update_joint=dict.fromkeys(JOINT_KINDS, (1.0, 1.0)),
 )
 weight = torch.randn(12, 8, requires_grad=True)  # rows 0:10 belong to retain, 10:12 to bio
 bounds = (0, 10, 12)

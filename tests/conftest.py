@@ -94,3 +94,23 @@ def _no_processes(request):
         patch.setattr(subprocess.Popen, "__init__", skip)
         patch.setattr(multiprocessing.process.BaseProcess, "start", skip)
         yield
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The scripts of benchmarks/ can be imported."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+
+
+@pytest.fixture
+def ours(benchmarks):
+    """(name, dtype) -> a setting, and its model and optimizer, at a tiny shape on the CPU."""
+
+    def build(name: str, dtype: torch.dtype = torch.float32):
+        from sgtm.measure.bare import Ours
+        from sgtm.measure.models import SETTINGS
+
+        torch.manual_seed(1)
+        return SETTINGS[name](), Ours(SETTINGS[name](), torch.device("cpu"), dtype)
+
+    return build

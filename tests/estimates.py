@@ -5,8 +5,8 @@ import io
 from rich.console import Console
 
 from sgtm.config import Config
-from sgtm.estimate.rows import estimate
 from sgtm.estimate.speed import Machine
+from sgtm.estimate.stages import estimate
 from sgtm.estimate.terminal import print_estimate
 
 

@@ -13,8 +13,9 @@ Every file of tests/mutations lists faults of one room:
 
 The tests run first on the code as it is. Each fault is then made in a copy of the tree, and its test run there; one
 that still passes is a survivor. Prints every fault, then the survivors, and exits 1 if one is not explained, or if one
-that is said to survive does not. A test that does not end, or crashes, counts as failed. `make quick` checks that every fault can be
-made. Processes are forked from one that has imported torch, so that a fault costs little more than its test.
+that is said to survive does not. A test that crashes, or does not end, counts as failed. `make quick` checks that every
+fault can be made. Processes are forked from one that has imported torch, so that a fault costs little more than its
+test.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ For tests of what only happens between processes. Ranks are forked by a server t
 this project once; there is one for each process that runs tests. The ranks meet through a file, not a port, so that
 parallel test runs cannot collide. A server whose test process has died kills its ranks and ends.
 
-    client  -> server   a pickled Launch on its standard input
+    client  -> server   a pickled Request on its standard input
     server  -> client   a pickled str on its standard output: empty, or why the ranks failed
 """
 
@@ -41,7 +41,7 @@ _server: subprocess.Popen | None = None
 
 
 @dataclass(frozen=True)
-class Launch:
+class Request:
     folder: str
     world_size: int
     timeout: float  # seconds
@@ -63,7 +63,7 @@ def run_ranks(
         work = Path(folder)
         (work / "task").write_bytes(pickle.dumps((_file_of(function), function.__name__, args)))
         path = [str(Path(entry).resolve()) for entry in sys.path if entry]
-        failure = _ask(Launch(folder, world_size, timeout, {**os.environ, **(env or {})}, path))
+        failure = _ask(Request(folder, world_size, timeout, {**os.environ, **(env or {})}, path))
         if failure:
             logs = {rank: work / f"log{rank}" for rank in range(world_size)}
             ends = [f"--- rank {rank}\n{log.read_text()[-4000:]}" for rank, log in logs.items() if log.exists()]
@@ -76,14 +76,14 @@ def _file_of(function: Callable) -> str:
     return os.path.abspath(function.__code__.co_filename)
 
 
-def _ask(launch: Launch) -> str:
+def _ask(request: Request) -> str:
     """What the server answers. One that was interrupted is given up, and its ranks with it."""
     global _server
     if _server is None or _server.poll() is not None:
         _server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert _server.stdin and _server.stdout
     try:
-        pickle.dump(launch, _server.stdin)
+        pickle.dump(request, _server.stdin)
         _server.stdin.flush()
         return pickle.load(_server.stdout)
     except BaseException:
@@ -103,17 +103,17 @@ def serve() -> None:
     os.dup2(2, 1)  # nothing else writes among the answers
     while True:
         try:
-            launch = pickle.load(requests)
+            request = pickle.load(requests)
         except EOFError:
             return
-        pickle.dump(_run(launch, requests.fileno()), answers)
+        pickle.dump(_run(request, requests.fileno()), answers)
         answers.flush()
 
 
-def _run(launch: Launch, requests: int) -> str:
+def _run(request: Request, requests: int) -> str:
     """Why the ranks failed, or nothing; returns at the first that fails, as the others would wait for it for ever."""
-    running = {_fork(launch, rank): rank for rank in range(launch.world_size)}
-    deadline = time.monotonic() + launch.timeout
+    running = {_fork(request, rank): rank for rank in range(request.world_size)}
+    deadline = time.monotonic() + request.timeout
     try:
         while running:
             for pid, rank in list(running.items()):
@@ -123,7 +123,7 @@ def _run(launch: Launch, requests: int) -> str:
                     if code := os.waitstatus_to_exitcode(status):
                         return f"rank {rank} ended with status {code}"
             if time.monotonic() > deadline:
-                return f"ranks {sorted(running.values())} still ran after {launch.timeout} s"
+                return f"ranks {sorted(running.values())} still ran after {request.timeout} s"
             if select.select([requests], [], [], 0.02)[0]:  # the client sends nothing here: it has closed its end
                 return "given up"
         return ""
@@ -133,29 +133,29 @@ def _run(launch: Launch, requests: int) -> str:
             os.waitpid(pid, 0)
 
 
-def _fork(launch: Launch, rank: int) -> int:
+def _fork(request: Request, rank: int) -> int:
     """The process id of a rank. The rank itself raises SystemExit, and with it ends as an interpreter does."""
     if pid := os.fork():
         return pid
-    log = os.open(f"{launch.folder}/log{rank}", os.O_CREAT | os.O_WRONLY)
+    log = os.open(f"{request.folder}/log{rank}", os.O_CREAT | os.O_WRONLY)
     for standard in (1, 2):
         os.dup2(log, standard)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.clear()
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": launch.world_size, "OMP_NUM_THREADS": 1}
-    os.environ.update(launch.environ | {name: str(value) for name, value in own.items()})
-    sys.path[:] = launch.path
-    _take_part(launch, rank)
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request.world_size, "OMP_NUM_THREADS": 1}
+    os.environ.update(request.environ | {name: str(value) for name, value in own.items()})
+    sys.path[:] = request.path
+    _take_part(request, rank)
     sys.exit()
 
 
-def _take_part(launch: Launch, rank: int) -> None:
+def _take_part(request: Request, rank: int) -> None:
     import torch.distributed as dist
 
     from sgtm.distributed.process_group import end_rank
 
-    folder = Path(launch.folder)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=launch.world_size)
+    folder = Path(request.folder)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=request.world_size)
     file, name, args = pickle.loads((folder / "task").read_bytes())
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec and spec.loader

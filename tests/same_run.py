@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from waiting import wait_until
 
-from sgtm.distributed.storage import PARTS, Stored
+from sgtm.distributed.storage import STATE_TENSORS, Stored
 from sgtm.run.checkpoint import find_latest, read_manifest
 from sgtm.run.metrics import read_metrics
 
@@ -30,7 +30,7 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert ours.client["optimizer_steps"] == theirs.client["optimizer_steps"], "the optimizer's step counts differ"
     assert ours.shapes == theirs.shapes and ours.buffers.keys() == theirs.buffers.keys(), "another model"
     for name in theirs.shapes:
-        for part in PARTS:
+        for part in STATE_TENSORS:
             assert torch.equal(ours.read(name, part), theirs.read(name, part)), f"{part} of {name} differs"
     for name, buffer in theirs.buffers.items():
         assert torch.equal(ours.buffers[name], buffer), f"{name} differs"

@@ -3,7 +3,7 @@
     warm.py ROWS [--cpu] [--only linear,mlp] [--shape 254m,124m,llama-1b] [--jobs N] [--each N]
 
 First every op is called as smoke.py and ops.py call it, with launches recorded instead of run; then the pool compiles
-the recorded ones, so that later stages find them in the cache. The list of the ahead-of-time suite (`launches()`) does
+the recorded ones, so that later stages find them in the cache. The list of the ahead-of-time suite (`variants()`) does
 not suffice: group boundaries and widths are constants of a kernel, and those of the timed models are
 not in that list. A row is an op: how many launches, seconds of compilation, what did not compile.
 

@@ -21,7 +21,7 @@ from weakref import finalize
 import torch
 
 from sgtm_kernels.signature import Signature, signature_of
-from sgtm_kernels.tables import KINDS, PARTS, Tables
+from sgtm_kernels.tables import JOINT_KINDS, PROJECTIONS, Tables
 
 # Up to this many token ranges, a weight gradient is a sum of matmuls over slices; beyond it, one matmul over a copy of
 # dY (or X) whose rows are scaled by their weight. A slice costs a launch, a copy costs a pass over the activations.
@@ -263,12 +263,12 @@ class MaskPlan:
     def _mask(self, table: str, groups: int, device: torch.device) -> torch.Tensor | None:
         tables = self.tables
         by_group: tuple[tuple[float, ...], ...]
-        if table in KINDS:
+        if table in JOINT_KINDS:
             by_group = (tables.update_joint[table],)
         elif groups == 1:
             return None
         else:
-            by_group = (tables.contributions if table in PARTS else tables.columns)[table][:groups]
+            by_group = (tables.contributions if table in PROJECTIONS else tables.columns)[table][:groups]
         return self.factors(by_group, device) if self.masks(by_group) else None
 
     def spans(self, device: torch.device) -> torch.Tensor:

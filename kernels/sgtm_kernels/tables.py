@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-PARTS = ("attn_in", "attn_out", "mlp_in", "mlp_out")
-KINDS = ("attn_out_bias", "mlp_out_bias", "norm", "final_norm", "embedding", "position", "head", "head_bias")
+PROJECTIONS = ("attn_in", "attn_out", "mlp_in", "mlp_out")
+JOINT_KINDS = ("attn_out_bias", "mlp_out_bias", "norm", "final_norm", "embedding", "position", "head", "head_bias")
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Tables:
         for name, table in [("active", self.active), ("route", self.route), *self.update.items()]:
             if (len(table), *{len(row) for row in table}) != grid:
                 raise ValueError(f"table {name!r} must be {grid[0]} labels x {grid[1]} groups, got {table}")
-        if set(self.update) != set(PARTS) or set(self.update_joint) != set(KINDS):
-            raise ValueError(f"update needs exactly the parts {PARTS} and update_joint exactly the kinds {KINDS}")
+        if set(self.update) != set(PROJECTIONS) or set(self.update_joint) != set(JOINT_KINDS):
+            raise ValueError(f"update needs exactly {PROJECTIONS}, and update_joint exactly {JOINT_KINDS}")
         if any(len(row) != grid[0] for row in self.update_joint.values()):
             raise ValueError(f"update_joint needs one value for each of the {grid[0]} labels")
 
@@ -53,7 +53,7 @@ class Tables:
         labels, groups = range(len(self.labels)), range(len(self.groups))
         return {
             part: tuple(tuple(self.contribution(part, label, group) for label in labels) for group in groups)
-            for part in PARTS
+            for part in PROJECTIONS
         }
 
     @cached_property

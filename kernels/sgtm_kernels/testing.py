@@ -15,7 +15,7 @@ import torch
 
 from sgtm_kernels.accuracy import compare
 from sgtm_kernels.dispatch import BACKENDS
-from sgtm_kernels.plan import KINDS, MAX_SLICES, PARTS, MaskPlan, Tables, merge_runs
+from sgtm_kernels.plan import JOINT_KINDS, MAX_SLICES, PROJECTIONS, MaskPlan, Tables, merge_runs
 
 BINARY = (0.0, 1.0)
 FLOATS = (0.0, 1.0, 0.5, -1.0, 2.0)
@@ -70,8 +70,8 @@ def random_tables(seed: int, values: Sequence[float] = FLOATS, labels: int = 4, 
         tuple(f"group{i}" for i in range(groups)),
         tuple(tuple(row) for row in active),
         grid(),
-        {part: grid() for part in PARTS},
-        {kind: tuple(rng.choice(values) for _ in range(labels)) for kind in KINDS},
+        {part: grid() for part in PROJECTIONS},
+        {kind: tuple(rng.choice(values) for _ in range(labels)) for kind in JOINT_KINDS},
     )
 
 

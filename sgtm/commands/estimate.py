@@ -31,8 +31,8 @@ def run(options) -> None:
 
     config = load_config(named_config(options), options.overrides)
 
-    from sgtm.estimate.rows import as_json, estimate
     from sgtm.estimate.speed import Machine
+    from sgtm.estimate.stages import as_json, estimate
     from sgtm.estimate.terminal import print_estimate
 
     given = {name: getattr(options, name) for name in MACHINE}

@@ -32,9 +32,8 @@ from sgtm.commands import (
     sweep,
     train,
 )
-from sgtm.commands.argument_meant import what_is_meant
+from sgtm.commands.errors import print_error, what_is_meant
 from sgtm.commands.options import Subcommands
-from sgtm.commands.printed_error import print_error
 from sgtm.process.ranks import launcher, rank_and_size
 from sgtm.process.signals import Stopped, stoppable
 

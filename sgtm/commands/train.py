@@ -53,7 +53,7 @@ def run(options) -> None:
     # Errors that need nothing heavy; an environment that makes no sense is refused where the ranks meet.
     ranks = rank_and_size()[1]
     if ranks.isdigit() and int(ranks) > 1:
-        from sgtm.estimate.fit import check_divides
+        from sgtm.estimate.stages import check_divides
 
         check_divides(config, int(ranks))
     if ranks == "1":

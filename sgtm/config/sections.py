@@ -20,10 +20,10 @@ from pydantic import (
     model_validator,
 )
 
-from sgtm.masking.shape import ModelShape
-from sgtm.masking.strategy import JOINT, PRESETS
+from sgtm.masking.partition import ModelShape
+from sgtm.masking.strategy import JOINT_PRESETS, PRESETS
 from sgtm_kernels import current_name
-from sgtm_kernels.tables import KINDS
+from sgtm_kernels.tables import JOINT_KINDS
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # a type checker reads no names out of a table
     Joint = str
     Kind = str
 else:
-    Strategy, Joint, Kind = Literal[tuple(PRESETS)], Literal[tuple(JOINT)], Literal[KINDS]
+    Strategy, Joint, Kind = Literal[tuple(PRESETS)], Literal[tuple(JOINT_PRESETS)], Literal[JOINT_KINDS]
 
 
 class Section(BaseModel):

@@ -4,8 +4,8 @@ The blocks of a job lie in a folder of their own, `blocks/<job>`. So one of anot
 could not be deleted, or that a worker of a killed run puts in place when the next job has begun.
 
 A corpus that replaces another is built in a folder inside it and takes its place when it is complete. So the old one
-opens until then, whatever the new one's input, rules or vocabulary are refused for (`tests/unit/test_prepare_resume.py`
-kills it at every stage).
+opens until then, whatever the new one's input, rules or vocabulary are refused for; a test kills it at every stage
+(`tests/processes/test_prepare_resume.py`).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ run again with the same inputs, rules and tokenizer, the stages that were finish
 
 The promises: the corpus depends on the input's content and order, not on the number of workers or interruptions; a
 folder that was not finished does not open; a finished one is never overwritten unless asked, and then stays until the
-new one is complete (`tests/unit/test_prepare_resume.py`).
+new one is complete (`tests/processes/test_prepare_resume.py`).
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ from sgtm.data.encode import EncodedBlock, Encoder, block_file, encode_blocks
 from sgtm.data.folder import blocks_of, clear, locked, place_to_build, put_in_place, same_job, stored_job
 from sgtm.data.plain_text import plain_text, reachable
 from sgtm.data.readers import Block, Source
-from sgtm.data.repeats import repeated_names
 from sgtm.data.rules import Rules, load_rules, stable_id
 from sgtm.data.store import MANIFEST, TOKEN_NAMES, TOKENIZER, Corpus
-from sgtm.data.summary import summary, warnings
+from sgtm.data.summary import repeated_names, summary, warnings
 from sgtm.data.tokenizer import (
     eos_token,
     load_tokenizer,

@@ -1,7 +1,7 @@
 """Writing a corpus: documents in order into shards, the index, and the manifest last.
 
 The promise: the files depend on the documents and their order alone, and `Corpus.open` refuses the folder until
-`finish` has returned (`tests/unit/test_prepare_resume.py` kills it at every stage).
+`finish` has returned (`tests/processes/test_prepare_resume.py` kills it at every stage).
 """
 
 from __future__ import annotations

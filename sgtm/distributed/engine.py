@@ -61,12 +61,10 @@ from sgtm.distributed.agree import on_every_rank
 from sgtm.distributed.agreement import Agreement
 from sgtm.distributed.env import device_type, kernel_backend
 from sgtm.distributed.optim import SegmentedAdamW
-from sgtm.distributed.private import replace
 from sgtm.distributed.process_group import outlast_watchdog
 from sgtm.distributed.segments import Fragment, check_cover, fragments, full_numel, segment_tables
-from sgtm.distributed.storage import PARTS, Stored
-from sgtm.distributed.takeover import Takeover
-from sgtm.distributed.universal import universal_info
+from sgtm.distributed.storage import STATE_TENSORS, Stored, universal_info
+from sgtm.distributed.takeover import Takeover, replace
 from sgtm.distributed.watchdog import enter
 from sgtm.distributed.writer import BackgroundWriter
 from sgtm.model.rows import owner_of
@@ -362,8 +360,8 @@ class Engine:
         parameters = dict(self.module.named_parameters())
         for f in self._fragments:
             owned = slice(f.offset, f.offset + f.end - f.start)
-            tensors = [f.tensor, *(self.optimizer.state[f.tensor][part] for part in PARTS[1:])]
-            for part, tensor in zip(PARTS, tensors, strict=True):
+            tensors = [f.tensor, *(self.optimizer.state[f.tensor][part] for part in STATE_TENSORS[1:])]
+            for part, tensor in zip(STATE_TENSORS, tensors, strict=True):
                 tensor.reshape(-1)[owned] = stored.read(f.name, part, f.start, f.end).to(tensor.device)
             sharded = getattr(parameters[f.name], "ds_tensor", None)
             if sharded is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sgtm.process.cores import usable_cores
-from sgtm.process.ranks import Launch
+from sgtm.process.ranks import RankInfo
 from sgtm_kernels.dispatch import resolve
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def kernel_backend(config: Config) -> str:
     return resolve(config.kernels.backend, DTYPES[config.train.precision], device_type())
 
 
-def gpu_of(launch: Launch, visible: int) -> int:
+def gpu_of(launch: RankInfo, visible: int) -> int:
     """Index of this rank's GPU among the `visible` ones; 0 where the launcher shows each rank its own alone.
 
     Raises ValueError where the ranks of this node are more than its GPUs.
@@ -63,7 +63,7 @@ def gpu_of(launch: Launch, visible: int) -> int:
     return launch.local_rank
 
 
-def cpu_threads(launch: Launch) -> int | None:
+def cpu_threads(launch: RankInfo) -> int | None:
     """Threads for each rank on a CPU, or None to keep torch's choice.
 
     torchrun sets OMP_NUM_THREADS to 1, and without it every rank takes all cores: both are slow, so the cores that a

@@ -19,13 +19,13 @@ from sgtm.distributed.env import (
     keep_freed_memory,
     use_deterministic_algorithms,
 )
-from sgtm.process.ranks import Launch, detect_launch
+from sgtm.process.ranks import RankInfo, detect_launch
 
 FOREVER = timedelta(days=1000)
-_joined: Launch | None = None
+_joined: RankInfo | None = None
 
 
-def init_distributed(config: Config) -> Launch:
+def init_distributed(config: Config) -> RankInfo:
     """Join the process group: alone, or where a launcher has put this process. Called again it returns the same.
 
     A rank that then does not move for `distributed.timeout_minutes` ends the run (watchdog.py). Raises ValueError for
@@ -36,11 +36,11 @@ def init_distributed(config: Config) -> Launch:
     if not dist.is_initialized():
         _joined = _join(config)
     elif _joined is None:  # the caller has made the group
-        _joined = Launch("env", dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+        _joined = RankInfo("env", dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
     return _joined
 
 
-def _join(config: Config) -> Launch:
+def _join(config: Config) -> RankInfo:
     launch = detect_launch()
     index, on_gpu = launch.local_rank, device_type() == "cuda"
     if on_gpu:
@@ -66,7 +66,7 @@ def _join(config: Config) -> Launch:
     return launch
 
 
-def _meet(launch: Launch, backend: str, timeout: timedelta) -> None:
+def _meet(launch: RankInfo, backend: str, timeout: timedelta) -> None:
     try:
         dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
     except dist.DistError as error:

@@ -3,22 +3,35 @@
 Every stage cuts the flattened parameters differently. What the files hold is found by parameter and element range
 (`Stored.read`), so a run goes on in another stage and on another number of ranks without a conversion: each rank reads
 what it owns now. DeepSpeed's own loaders do not cross from ZeRO 3 to 1 or 2, and know no checkpoint of ZeRO 0.
-`sgtm/distributed/universal.py` writes the same as DeepSpeed's universal checkpoint. Tests: tests/dist/test_reshape.py.
+`sgtm/distributed/storage.py` writes the same as DeepSpeed's universal checkpoint. Tests: tests/dist/test_reshape.py.
+
+A checkpoint as DeepSpeed's universal checkpoint, for programs that read that.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from deepspeed.checkpoint.constants import (
+    BASE_OPTIMIZER_STATE,
+    CAT_DIM,
+    OPTIMIZER_STATE_DICT,
+    PARAM,
+    PARAM_GROUPS,
+    UNIVERSAL_CHECKPOINT_INFO,
+    UNIVERSAL_CHECKPOINT_VERSION_KEY,
+    UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+)
 
-PARTS = ("fp32", "exp_avg", "exp_avg_sq")
+STATE_TENSORS = ("fp32", "exp_avg", "exp_avg_sq")
 
 
-class Piece(NamedTuple):
+class ShardRange(NamedTuple):
     """Elements `start:end` of a flattened parameter are in a shard's tensors of `group`, from `offset`."""
 
     start: int
@@ -56,12 +69,12 @@ class Stored:
             {name: tensor.shape for name, tensor in module.items() if name not in self.buffers}
         ]
         self.shapes: dict[str, torch.Size] = {name: shape for group in groups for name, shape in group.items()}
-        self._pieces: dict[str, list[Piece]] = {name: [] for name in self.shapes}
+        self._pieces: dict[str, list[ShardRange]] = {name: [] for name in self.shapes}
         for name, piece in self._find(groups):
             self._pieces[name].append(piece)
 
     def read(self, name: str, part: str, start: int = 0, end: int | None = None) -> torch.Tensor:
-        """fp32 [end - start]: elements of one of PARTS of a flattened parameter. Raises ValueError for a gap."""
+        """fp32 [end - start]: elements of a state tensor of a flattened parameter. Raises ValueError for a gap."""
         end = self.shapes[name].numel() if end is None else end
         out, filled = torch.empty(end - start), 0
         for piece in self._pieces[name]:
@@ -75,10 +88,10 @@ class Stored:
             raise ValueError(f"the checkpoint holds {filled} of elements {start}:{end} of {part} of {name!r}")
         return out
 
-    def _find(self, groups: list[dict]) -> Iterator[tuple[str, Piece]]:
+    def _find(self, groups: list[dict]) -> Iterator[tuple[str, ShardRange]]:
         if not self._files:  # ZeRO 0: whole tensors, moments by the number of the parameter
             for number, (name, shape) in enumerate(self.shapes.items()):
-                yield name, Piece(0, shape.numel(), 0, number, 0)
+                yield name, ShardRange(0, shape.numel(), 0, number, 0)
             return
         for group, by_name in enumerate(groups):
             size = self._state(0)[group]["exp_avg"].numel()
@@ -86,7 +99,7 @@ class Stored:
             for name, piece in cut(len(self._files), size, by_name):
                 yield name, piece._replace(group=group)
 
-    def _tensor(self, name: str, piece: Piece, part: str) -> torch.Tensor:
+    def _tensor(self, name: str, piece: ShardRange, part: str) -> torch.Tensor:
         """Flattened."""
         if part != "fp32":
             tensor = self._state(piece.shard)[piece.group][part]
@@ -117,7 +130,7 @@ def consolidate(directory: Path | str) -> dict[str, torch.Tensor]:
     return stored.buffers | {name: stored.read(name, "fp32").view(shape) for name, shape in stored.shapes.items()}
 
 
-def _of_partitions(ranks: int, size: int, by_name: dict) -> Iterator[tuple[str, Piece]]:
+def _of_partitions(ranks: int, size: int, by_name: dict) -> Iterator[tuple[str, ShardRange]]:
     """ZeRO 1 and 2: the parameters, one after the other, are cut into one partition of `size` for each rank."""
     before = 0
     for name, shape in by_name.items():
@@ -126,11 +139,11 @@ def _of_partitions(ranks: int, size: int, by_name: dict) -> Iterator[tuple[str, 
             start, end = max(first, 0), min(first + size, shape.numel())
             if start >= end:
                 break
-            yield name, Piece(start, end, rank, 0, start - first)
+            yield name, ShardRange(start, end, rank, 0, start - first)
         before += shape.numel()
 
 
-def _of_parts(ranks: int, size: int, by_name: dict) -> Iterator[tuple[str, Piece]]:
+def _of_parts(ranks: int, size: int, by_name: dict) -> Iterator[tuple[str, ShardRange]]:
     """ZeRO 3: every parameter is cut into as many equal parts as there are ranks, the last ones padded."""
     offset = 0
     for name, shape in by_name.items():
@@ -138,7 +151,7 @@ def _of_parts(ranks: int, size: int, by_name: dict) -> Iterator[tuple[str, Piece
         for rank in range(ranks):
             start, end = rank * part, min((rank + 1) * part, shape.numel())
             if start < end:
-                yield name, Piece(start, end, rank, 0, offset)
+                yield name, ShardRange(start, end, rank, 0, offset)
         offset += part
 
 
@@ -148,3 +161,48 @@ def _read(file: Path) -> dict:
 
 def _rank(file: Path) -> int:
     return int(file.name.partition("zero_pp_rank_")[2].partition("_")[0])
+
+
+# Of a rank's optimizer state what is the same on all ranks, as DeepSpeed's converter keeps it.
+COMMON = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad", "zero_stage")
+
+
+def universal_info() -> dict:
+    """What DeepSpeed looks for in a checkpoint before it converts one: nothing here is split but by ZeRO."""
+    return {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}}
+
+
+def write_universal(directory: Path | str, out: Path) -> None:
+    """Write the checkpoint of any stage and number of ranks into the folder `out`, which is made.
+
+    `zero/<parameter>/{fp32,exp_avg,exp_avg_sq}.pt`, fp32 of the parameter's shape, `zero/optimizer_state.pt` and
+    `mp_rank_00_model_states.pt`, which has the weights once more. The folder is there when it is whole. Raises
+    ValueError where there is no checkpoint, FileExistsError where `out` is there.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists; name a folder that does not")
+    begun = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(begun, ignore_errors=True)
+    try:
+        _write(Stored(directory), begun)
+        begun.rename(out)
+    except BaseException:
+        shutil.rmtree(begun, ignore_errors=True)
+        raise
+
+
+def _write(stored: Stored, out: Path) -> None:
+    out.mkdir(parents=True)
+    for name, shape in stored.shapes.items():
+        folder = out / "zero" / name
+        folder.mkdir(parents=True)
+        for part in STATE_TENSORS:
+            torch.save({PARAM: stored.read(name, part).view(shape), CAT_DIM: 0}, folder / f"{part}.pt")
+    state = stored.optimizer
+    base = state.get(BASE_OPTIMIZER_STATE) or state.get(OPTIMIZER_STATE_DICT) or state
+    common = {key: state[key] for key in COMMON if key in state}
+    common["ds_version"] = stored.model["ds_version"]
+    torch.save({**common, PARAM_GROUPS: base[PARAM_GROUPS]}, out / "zero" / "optimizer_state.pt")
+    weights = {name: stored.read(name, "fp32").view(shape) for name, shape in stored.shapes.items()}
+    model = {**stored.model, **universal_info(), "module": stored.buffers | weights, "optimizer": None}
+    torch.save(model, out / "mp_rank_00_model_states.pt")

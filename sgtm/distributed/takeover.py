@@ -10,6 +10,8 @@ separate pass.
                        `overlap_comm`, DeepSpeed would wait for the device before each of the latter and after every
                        backward pass; streams wait for one another instead
     ZeRO 3             reduce-scatters by itself; it waits for the device once in a backward pass (not replaced)
+
+Private names of DeepSpeed that are set here: each only where it is, so that another version fails at once.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -24,7 +27,6 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import all_gather_dp_groups
 
 from sgtm.distributed.agreement import Agreement
-from sgtm.distributed.private import replace
 
 Cut = Callable[[torch.Tensor, list[torch.Tensor]], Iterable[tuple[torch.Tensor, int]]]
 
@@ -224,3 +226,14 @@ class Takeover:
 
 def nothing(*args, **kwargs) -> None:
     """Replaces a method that is not needed."""
+
+
+def replace(owner: object, name: str, value: object) -> None:
+    """Set a private name of DeepSpeed. Raises RuntimeError where it is not there: setting it would change nothing."""
+    if name not in (owner if isinstance(owner, dict) else dir(owner)):
+        where = "__compatible_ops__" if isinstance(owner, dict) else getattr(owner, "__name__", type(owner).__name__)
+        raise RuntimeError(f"deepspeed {deepspeed.__version__} has no {name} in {where}; SGTM needs 0.19 (setup.py)")
+    if isinstance(owner, dict):
+        owner[name] = value
+    else:
+        setattr(owner, name, value)

@@ -19,14 +19,13 @@ from sgtm.data.loader import check_corpus
 from sgtm.data.open import open_corpus
 from sgtm.data.summary import trained_categories
 from sgtm.masking.certificate import obstacle
-from sgtm.masking.channel import LabelChannel
-from sgtm.masking.channel_rows import row_lines
+from sgtm.masking.channel import LabelChannel, row_lines
 from sgtm.masking.labels import OPEN
 from sgtm.masking.partition import ENDS
 from sgtm.model.rows import ALWAYS, live_keys
 from sgtm.model.transformer import Transformer
-from sgtm.training.initial_model import export_record
-from sgtm_kernels.tables import PARTS
+from sgtm.training.start import export_record
+from sgtm_kernels.tables import PROJECTIONS
 
 LEGEND = "attn_in: Wq Wk Wv; attn_out: Wo; mlp_in: W1, or gate and up; mlp_out: W2, or down; in-side biases with them"
 NOTHING = "-"
@@ -75,7 +74,7 @@ def _place(key: str, groups: tuple[str, ...]) -> tuple:
     """Groups in their order with their parts, then the joint parameters, then what has no groups."""
     part, _, group = key.partition(".")
     if group:
-        return (0, groups.index(group), (*PARTS, *ENDS).index(part))
+        return (0, groups.index(group), (*PROJECTIONS, *ENDS).index(part))
     return (2,) if key == ALWAYS else (1, key)
 
 

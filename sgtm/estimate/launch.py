@@ -18,9 +18,8 @@ from rich.console import Console
 
 import sgtm
 from sgtm.config.schema import Config
-from sgtm.estimate.fit import check_divides, check_fits
-from sgtm.estimate.rows import arithmetic, estimate
 from sgtm.estimate.speed import Machine
+from sgtm.estimate.stages import arithmetic, check_divides, check_fits, estimate
 from sgtm.estimate.terminal import print_memory
 from sgtm.estimate.units import GB, amount, counted
 

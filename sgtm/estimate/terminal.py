@@ -9,11 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from sgtm.config.schema import Config
-from sgtm.estimate.fit import check_fits
-from sgtm.estimate.rows import Row, arithmetic, recommended
 from sgtm.estimate.speed import PEAK, Machine
+from sgtm.estimate.stages import Row, arithmetic, check_fits, recommended
+from sgtm.estimate.traffic import Limits, gathered_times
 from sgtm.estimate.units import GB, amount, listed, unit
-from sgtm.estimate.zero3 import Limits, gathered_times
 
 MEMORY = {
     "weights": ("weights", "hpZ weights", "gathered weights"),

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from sgtm.masking.labels import UNLABELED
 from sgtm.masking.partition import ENDS
-from sgtm_kernels.tables import KINDS, PARTS
+from sgtm_kernels.tables import JOINT_KINDS, PROJECTIONS
 
 if TYPE_CHECKING:
     from sgtm.config.schema import Config
@@ -116,8 +116,8 @@ def _trained_besides(config: Config, label: int, own: int) -> str | None:
     """Weights outside group `own` that tokens of this label train, the first of them; None if there are none."""
     tables, owned = config.tables, ENDS if config.partition.embedding != "none" else ()
     for group, name in enumerate(tables.groups):
-        for part in (*PARTS, *(owned if group else ())):
+        for part in (*PROJECTIONS, *(owned if group else ())):
             if group != own and tables.contribution(part, label, group) != 0:
                 return f"{part} of group {name}"
-    kinds = [kind for kind in KINDS if tables.update_joint[kind][label] != 0]
+    kinds = [kind for kind in JOINT_KINDS if tables.update_joint[kind][label] != 0]
     return f"joint parameters ({', '.join(kinds)})" if kinds else None

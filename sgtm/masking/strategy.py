@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from sgtm.masking.labels import RETAIN, LabelSpace
-from sgtm_kernels.tables import KINDS, PARTS, Tables
+from sgtm_kernels.tables import JOINT_KINDS, PROJECTIONS, Tables
 
 Grid = list[list[float]]
 
@@ -22,8 +22,8 @@ class _Draft:
     def __init__(self, space: LabelSpace):
         self.space = space
         self.active, self.route = self._ones(), self._ones()
-        self.update = {part: self._ones() for part in PARTS}
-        self.update_joint = {kind: [1.0] * len(space.labels) for kind in KINDS}
+        self.update = {part: self._ones() for part in PROJECTIONS}
+        self.update_joint = {kind: [1.0] * len(space.labels) for kind in JOINT_KINDS}
 
     def _ones(self) -> Grid:
         return [[1.0] * len(self.space.groups) for _ in self.space.labels]
@@ -58,7 +58,7 @@ def _frozen(grid: Grid) -> tuple[tuple[float, ...], ...]:
 def _sgtm(draft: _Draft, learning_parts: tuple[str, ...] = ()) -> None:
     """Forget tokens leave retain weights and output biases alone; `learning_parts` are exempt, with their bias."""
     for label, _ in draft.forget:
-        for part in PARTS:
+        for part in PROJECTIONS:
             if part not in learning_parts:
                 draft.update[part][label][0] = 0.0
                 if part.endswith("_out"):
@@ -78,7 +78,7 @@ def _activation_masking(draft: _Draft) -> None:
 def _gram(draft: _Draft) -> None:
     draft.other_domains_inactive(draft.forget)
     for label, _ in draft.forget:
-        for part in PARTS:
+        for part in PROJECTIONS:
             draft.update[part][label][0] = 0.0
 
 
@@ -93,10 +93,10 @@ PRESETS: dict[str, Callable[[_Draft], None]] = {
     "gram": _gram,
 }
 
-JOINT: dict[str, tuple[str, ...]] = {
+JOINT_PRESETS: dict[str, tuple[str, ...]] = {
     "free": (),
     "masked": ("embedding", "position", "head", "norm"),
-    "strict": KINDS,
+    "strict": JOINT_KINDS,
 }
 """Joint kinds that forget tokens leave alone besides what the strategy says itself (the output biases of `sgtm`)."""
 
@@ -113,12 +113,13 @@ def joint_kinds(strategy: str, joint: str | Sequence[str] | None) -> tuple[str, 
     """
     joint = own_joint(strategy) if joint is None else joint
     if isinstance(joint, str):
-        kinds, unknown = JOINT.get(joint, ()), [] if joint in JOINT else [joint]
+        kinds, unknown = JOINT_PRESETS.get(joint, ()), [] if joint in JOINT_PRESETS else [joint]
     else:
-        kinds, unknown = tuple(joint), [kind for kind in joint if kind not in KINDS]
+        kinds, unknown = tuple(joint), [kind for kind in joint if kind not in JOINT_KINDS]
     if unknown:
         raise ValueError(
-            f"joint: {', '.join(map(str, unknown))} is neither {', '.join(JOINT)} nor a list of {', '.join(KINDS)}"
+            f"joint: {', '.join(map(str, unknown))} is neither {', '.join(JOINT_PRESETS)} nor a list of "
+            f"{', '.join(JOINT_KINDS)}"
         )
     if strategy == "none" and kinds:
         raise ValueError("joint: strategy none masks nothing; leave joint out")
@@ -171,7 +172,7 @@ def _override(draft: _Draft, key: str, value: float) -> None:
             getattr(draft, table)[label][space.groups.index(index[1])] = value
         elif table == "update" and len(index) == 3:
             draft.update[index[2]][label][space.groups.index(index[1])] = value
-        elif table == "update_joint" and len(index) == 2 and index[1] in KINDS:
+        elif table == "update_joint" and len(index) == 2 and index[1] in JOINT_KINDS:
             draft.update_joint[index[1]][label] = value
         else:
             raise ValueError(key)
@@ -179,7 +180,7 @@ def _override(draft: _Draft, key: str, value: float) -> None:
         raise ValueError(
             f"override {key!r} names no table entry; write active.LABEL.GROUP, route.LABEL.GROUP, "
             f"update.LABEL.GROUP.PART or update_joint.LABEL.KIND with labels {', '.join(space.labels)}; groups "
-            f"{', '.join(space.groups)}; parts {', '.join(PARTS)}; kinds {', '.join(KINDS)}"
+            f"{', '.join(space.groups)}; parts {', '.join(PROJECTIONS)}; kinds {', '.join(JOINT_KINDS)}"
         ) from None
 
 

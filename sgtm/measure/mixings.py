@@ -15,11 +15,10 @@ import torch
 
 from sgtm.data.batch import Batch
 from sgtm.measure.bare import Ours, PlainSteps
-from sgtm.measure.cases import NONE, Case, Mean, cases, random_batches
+from sgtm.measure.cases import GPU, NONE, SPEEDS, Case, Mean, cases, random_batches
 from sgtm.measure.models import Setting
 from sgtm.measure.rounds import LocalStep, Rounds, Sample, described, release_memory, take_rounds
 from sgtm.measure.rows import Parent, as_parent, failure, row
-from sgtm.measure.targets import GPU, SPEEDS
 from sgtm_kernels.measurement import percentiles
 
 PLAIN, MATMUL = "plain PyTorch", "matmul"

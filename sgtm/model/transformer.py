@@ -3,6 +3,11 @@
 Groups of heads and neurons are row ranges of the weights (see `sgtm.model.rows`); every parameter is used through a
 masked op inside the `forward` of the module that owns it, which is what ZeRO-3's gathering hooks need. Activations are
 [B, S, D] (batch, sequence, hidden size).
+
+The gradients of parameters whose use depends on the labels of a micro-batch are complete at the same moment for all
+labels (`held`). ZeRO 2 and 3 reduce gradients in the order in which they are complete: with another order on another
+rank, the gradients of different parameters would be added up, and no error shows it
+(tests/unit/test_gradient_order.py).
 """
 
 from __future__ import annotations
@@ -17,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 from sgtm.masking.partition import LayerPartition, Partition
 from sgtm.model.domain_embedding import add_domains, head_of, subsets
 from sgtm.model.domain_parts import domain_parts
-from sgtm.model.gradient_order import awaited, held
 from sgtm.model.rows import Rows, group_rows, head_row_bounds, joint_rows, mlp_in_bounds, qkv_bounds
 from sgtm_kernels.attention import HeadLayout, attention
 from sgtm_kernels.autograd import captured
@@ -30,8 +34,8 @@ from sgtm_kernels.mlp import linear_gelu, swiglu
 from sgtm_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from sgtm_kernels.plan import MaskPlan
 
-if TYPE_CHECKING:  # benchmarks/steps.py runs where there is no pydantic
-    from sgtm.masking.shape import ModelShape
+if TYPE_CHECKING:
+    from sgtm.masking.partition import ModelShape
     from sgtm.model.output_norms import OutputNorms
 
 
@@ -303,3 +307,37 @@ def rotary_tables(seq_len: int, head_dim: int, theta: float, device) -> tuple[to
     angles = torch.arange(seq_len, device=device, dtype=torch.float32)[:, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
+
+
+def held(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same tensors; their gradients are complete at once, when that of the activations x is, and are never None."""
+    return _Held.apply(x, *parameters)
+
+
+def awaited(x: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """x, as if it depended on a parameter that gets no gradient by it: the parameter's own is complete after that of x,
+    as it is where x does depend on it.
+    """
+    return _Awaited.apply(x, parameter)
+
+
+class _Held(torch.autograd.Function):
+    """The same tensors. A gradient that does not arrive is one of zeros, as always in a Function."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients
+
+
+class _Awaited(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, parameter):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, None

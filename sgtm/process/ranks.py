@@ -14,7 +14,7 @@ TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PO
 
 
 @dataclass(frozen=True)
-class Launch:
+class RankInfo:
     """Place of this process; `launcher` is `none`, `torchrun`, `deepspeed`, `srun` or `env` (set by hand)."""
 
     launcher: str
@@ -24,7 +24,7 @@ class Launch:
     local_world_size: int = 1
 
 
-def detect_launch(environ: dict[str, str] | None = None) -> Launch:
+def detect_launch(environ: dict[str, str] | None = None) -> RankInfo:
     """Place of this process, from the environment.
 
     Raises ValueError that names the variables where only some of what a launcher sets is there, or one is not a number.
@@ -32,7 +32,7 @@ def detect_launch(environ: dict[str, str] | None = None) -> Launch:
     env = dict(os.environ if environ is None else environ)
     launcher = _launcher(env)
     if launcher == "none":
-        return Launch("none")
+        return RankInfo("none")
     said_by = ("SLURM_STEP_ID",) if launcher == "srun" else (*TORCH_VARIABLES, "TORCHELASTIC_RUN_ID")
     env = _in_torch_names(env)
     missing = [name for name in TORCH_VARIABLES if name not in env]
@@ -49,7 +49,7 @@ def detect_launch(environ: dict[str, str] | None = None) -> Launch:
         raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers, got {seen}") from None
     if not 0 <= rank < size:
         raise ValueError(f"RANK {rank} is none of the ranks 0 to WORLD_SIZE - 1; WORLD_SIZE is {size}")
-    return Launch(launcher, rank, size, local, local_size or _slurm_tasks_here(env))
+    return RankInfo(launcher, rank, size, local, local_size or _slurm_tasks_here(env))
 
 
 def on_one_machine() -> bool:

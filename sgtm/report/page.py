@@ -15,17 +15,16 @@ from markupsafe import Markup, escape
 
 from sgtm.config.schema import Config
 from sgtm.files import write_atomically
-from sgtm.masking.channel_rows import row_lines
+from sgtm.masking.channel import row_lines
 from sgtm.masking.labels import OPEN, removed_domains
 from sgtm.report import figures, palette
 from sgtm.report.beside import Comparison
 from sgtm.report.figures import Drawing, draw
-from sgtm.report.findings import SMALL, cautions, conditions, error_of, localisation, loss_rows, signed
+from sgtm.report.findings import SMALL, cautions, conditions, error_of, localisation, loss_rows, sentences, signed
 from sgtm.report.ratios import categories_of
 from sgtm.report.record import Record, is_forgotten, read_record
-from sgtm.report.sentences import sentences
-from sgtm.run.environment import last_environment
-from sgtm_kernels.plan import KINDS, PARTS
+from sgtm.run.directory import last_environment
+from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS
 
 SHIPPED = "The baselines ship with the preset: full models trained without masks, means over seeds."
 
@@ -160,17 +159,17 @@ def strategy_grids(config: Config) -> list[Grid]:
     """The strategy's tables; parts of `update` that are alike share one."""
     tables = config.tables
     parts_of: dict[tuple, list[str]] = {}
-    for part in PARTS:
+    for part in PROJECTIONS:
         parts_of.setdefault(tables.update[part], []).append(part)
     grids = [
         ("active", "the group's output, forward", tables.groups, tables.active),
         ("route", "the gradient through that output", tables.groups, tables.route),
     ]
     for table, parts in parts_of.items():
-        which = "" if len(parts) == len(PARTS) else f" ({', '.join(parts)})"
+        which = "" if len(parts) == len(PROJECTIONS) else f" ({', '.join(parts)})"
         grids.append((f"update{which}", "the token's share in the group's weight gradient", tables.groups, table))
-    joint = tuple(zip(*(tables.update_joint[kind] for kind in KINDS), strict=True))
-    grids.append(("update_joint", "the same, for parameters that belong to no group", KINDS, joint))
+    joint = tuple(zip(*(tables.update_joint[kind] for kind in JOINT_KINDS), strict=True))
+    grids.append(("update_joint", "the same, for parameters that belong to no group", JOINT_KINDS, joint))
     return [
         Grid(title, meaning, columns, tuple(zip(tables.labels, table, strict=True)))
         for title, meaning, columns, table in grids

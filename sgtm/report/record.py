@@ -15,7 +15,7 @@ from pathlib import Path
 from sgtm.config import load_config
 from sgtm.config.schema import Config
 from sgtm.data.open import open_corpus
-from sgtm.masking.channel_rows import most_with_group
+from sgtm.masking.channel import most_with_group
 from sgtm.report.baselines import with_shipped
 from sgtm.run.located import locate_data
 from sgtm.run.metrics import read_metrics

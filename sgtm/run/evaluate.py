@@ -21,7 +21,7 @@ from sgtm.distributed.storage import consolidate
 from sgtm.evaluation.localisation import gradient_norms
 from sgtm.evaluation.losses import evaluate, not_finite
 from sgtm.files import write_atomically
-from sgtm.masking.channel_rows import most_with_group
+from sgtm.masking.channel import most_with_group
 from sgtm.model.transformer import Transformer
 from sgtm.run.checkpoint import open_run, read_manifest
 from sgtm.run.located import places_tried

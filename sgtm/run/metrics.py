@@ -10,7 +10,7 @@ them), and norms: {label: {"residual": by layer, "attention": {group: by layer},
 sgtm/model/output_norms.py). `kind: eval` lines carry step, losses: {"full": {category: nats}, "without <domain>":
 {...}}, norms: {"full": {category: as above}, ...}, and what the losses rest on (sgtm/evaluation/losses.py):
 true_labels, measured: {category: {documents, tokens}}, errors and difference_errors, as losses; `kind: probe` lines
-carry step and grad_norms: {label: {group: norm}} (sgtm/training/gradients.py), just before that step; `kind: warning`
+carry step and grad_norms: {label: {group: norm}} (sgtm/training/step.py), just before that step; `kind: warning`
 lines carry step and text (sgtm/run/residual.py); `kind: checkpoint` lines carry step, bytes, paused (seconds that
 training stood still for it) and written (seconds until it was in place).
 """

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 from sgtm.config.schema import Config
-from sgtm_kernels.plan import PARTS, Tables
+from sgtm_kernels.plan import PROJECTIONS, Tables
 
 GROWTH = 6.0
 """Multiple of its early norm from which on a residual stream is called growing."""
@@ -72,6 +72,6 @@ def mixed_labels(tables: Tables) -> list[str]:
     return [
         name
         for label, name in enumerate(tables.labels)
-        if any(tables.contribution(part, label, 0) != 0 for part in PARTS)
+        if any(tables.contribution(part, label, 0) != 0 for part in PROJECTIONS)
         and any(active != 0 for active in tables.active[label][1:])
     ]

@@ -11,7 +11,7 @@ from sgtm.config.schema import Config
 from sgtm.data.loader import check_corpus, isolates_documents
 from sgtm.data.open import open_corpus
 from sgtm.data.store import TOKENIZER, Corpus
-from sgtm.estimate.fit import check_divides
+from sgtm.estimate.stages import check_divides
 from sgtm.sweep.file import Run, Sweep
 
 SYNTHETIC = "synthetic"

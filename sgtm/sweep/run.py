@@ -1,9 +1,11 @@
-"""`sgtm sweep`: check everything, train what is not finished, write the table."""
+"""`sgtm sweep`: check everything, train what is not finished here or as a SLURM job each, write the table."""
 
 from __future__ import annotations
 
 import fcntl
+import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,15 +14,24 @@ from pathlib import Path
 from rich.console import Console
 
 from sgtm.data.store import Corpus
+from sgtm.estimate.launch import Settled, Where, compose, settle
 from sgtm.estimate.units import amount, counted
 from sgtm.process.signals import ENDED_EARLY
 from sgtm.sweep.compare import check_comparable, check_ranks, open_corpora
 from sgtm.sweep.file import Run, Sweep, read_sweep
-from sgtm.sweep.progress import Progress
-from sgtm.sweep.room import Room, find_room, keep_threads, need
-from sgtm.sweep.schedule import Outcome, Start, log_of, start_process, train_all
-from sgtm.sweep.state import FINISHED, NEW, state_of
-from sgtm.sweep.submit import check_submission, submit
+from sgtm.sweep.progress import FINISHED, NEW, Progress, state_of
+from sgtm.sweep.schedule import (
+    Outcome,
+    Room,
+    Start,
+    arguments_of,
+    find_room,
+    keep_threads,
+    log_of,
+    need,
+    start_process,
+    train_all,
+)
 from sgtm.sweep.table import print_table, read_rows, write_table
 
 WIDE = 200
@@ -84,7 +95,7 @@ def _train(sweep: Sweep, pending: list[Run], room: Room, console: Console, start
 
 
 def _write(sweep: Sweep, corpora: dict[str, Corpus | None], console: Console) -> None:
-    from sgtm.sweep.figures import write_figures  # matplotlib takes a second to import
+    from sgtm.sweep.table import write_figures  # matplotlib takes a second to import
 
     rows = read_rows(sweep, corpora)
     write_table(sweep, rows)
@@ -130,3 +141,34 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def check_submission(sweep: Sweep, nodes: int | None, gpus: int | None) -> Settled:
+    """Where the jobs go. Raises ValueError where the options, launch/ or a run's ranks do not fit."""
+    where = settle(Where("slurm", nodes, gpus))
+    compose(where, [])
+    check_ranks(sweep, where.nodes * where.gpus)
+    return where
+
+
+def submit(sweep: Sweep, run: Run, where: Settled) -> str:
+    """Submit the run; returns sbatch's reply, or the id of its queued job. Raises ValueError if SLURM refuses."""
+    name = f"{sweep.folder.name}.{run.name}"
+    queued = _run(["squeue", "--noheader", "--me", "--name", name, "--format", "%i"]).split()
+    if queued:
+        return f"{run.name} is in the queue already: job {', '.join(queued)}"
+    log = log_of(sweep, run).absolute()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment, (sbatch, *command) = compose(where, arguments_of(sweep, run)[1:])
+    words = [sbatch, "--job-name", name, "--output", str(log), *command]
+    return f"{run.name}: {_run(words, environment).strip()}"
+
+
+def _run(command: list[str], environment: dict[str, str] | None = None) -> str:
+    try:
+        done = subprocess.run(command, env={**os.environ, **(environment or {})}, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise ValueError(f"{command[0]} is not on the PATH: submit from a machine of the SLURM cluster") from None
+    if done.returncode:
+        raise ValueError(f"{command[0]} ended with status {done.returncode}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout

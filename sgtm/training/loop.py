@@ -31,7 +31,7 @@ from sgtm.evaluation.losses import evaluate
 from sgtm.masking.certificate import certified, check_certified
 from sgtm.model.output_norms import OutputNorms
 from sgtm.model.transformer import Transformer
-from sgtm.process.ranks import Launch
+from sgtm.process.ranks import RankInfo
 from sgtm.process.signals import SIGNALS, Stopped
 from sgtm.run.checkpoint import read_manifest, resolved
 from sgtm.run.directory import LEASE, begin, held
@@ -40,13 +40,9 @@ from sgtm.run.resume import find_whole, load_checkpoint, resume_command
 from sgtm.run.saving import CheckpointWriter
 from sgtm.run.usable import check_usable
 from sgtm.training.contention import ContentionWatch
-from sgtm.training.data import open_everywhere
-from sgtm.training.dry_run import dry_run
-from sgtm.training.gradients import group_norms, probe
-from sgtm.training.initial_model import export_record, initial_model
-from sgtm.training.schedule import learning_rate
 from sgtm.training.skipped import tell_skipped
-from sgtm.training.step import StepTotals, train_step
+from sgtm.training.start import dry_run, export_record, initial_model, open_everywhere
+from sgtm.training.step import StepTotals, group_norms, learning_rate, probe, train_step
 from sgtm_kernels.dispatch import served
 
 OWN = ("data.path", "runs", "train.init_from")
@@ -82,7 +78,7 @@ def _settings(config: Config) -> dict[str, Any]:
     return {key: value for key, value in values if key not in OWN and not key.startswith("wandb.")}
 
 
-def _train(config: Config, launch: Launch, run: Path, resume: bool, overwrite: bool) -> int | None:
+def _train(config: Config, launch: RankInfo, run: Path, resume: bool, overwrite: bool) -> int | None:
     """The signal that has stopped the run, if one has."""
     written, config = config, together(lambda: config.for_ranks(launch.world_size))
     notes: list[str] = []
@@ -285,7 +281,7 @@ def _checksum(weights: dict[str, torch.Tensor]) -> int:
     return checksum
 
 
-def _initial_model(config: Config, launch: Launch, load: bool) -> tuple[Transformer, dict[str, torch.Tensor]]:
+def _initial_model(config: Config, launch: RankInfo, load: bool) -> tuple[Transformer, dict[str, torch.Tensor]]:
     """The model before the first step, and its weights that are not random: those of `train.init_from`, if `load`."""
     model = initial_model(config)
     folder = config.train.init_from

@@ -1,24 +1,29 @@
-"""One global step: what is computed, and what is counted on the way.
+"""One global step: its learning rate, what is computed, and what is counted on the way.
 
 The loss of a step is one mean over the target tokens of the whole global step, whatever the packing, the accumulation
 or the number of ranks: every micro-batch divides the sum of its token losses by the same global count, and gradients
-add up.
+add up. The learning rate is a pure function of the step, so that resuming needs no state of it. Gradient norms, by
+group and by label, come from the shards, without gathering a gradient.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
 
+from sgtm.config.schema import OptimizerConfig
 from sgtm.data.batch import IGNORE, Batch
-from sgtm.masking.labels import RETAIN_GROUP
+from sgtm.distributed.engine import Engine
+from sgtm.masking.labels import NO_GROUP, RETAIN_GROUP
 from sgtm.model.rows import live_keys
 from sgtm_kernels.plan import Tables
 
-if TYPE_CHECKING:  # deepspeed takes seconds to import
+if TYPE_CHECKING:
     from sgtm.distributed.engine import Engine
     from sgtm.model.output_norms import OutputNorms
 
@@ -139,3 +144,46 @@ def train_step(
         totals.end_step(engine.finite, retain)
         if retain:
             totals.add_step(engine.clip_factor())
+
+
+def learning_rate(step: int, optimizer: OptimizerConfig, total_steps: int) -> float:
+    """Learning rate of the global step `step` (from 0).
+
+    Linear from `warmup_start * lr` at step 0 to `lr` at the end of the warm-up, then a half cosine down to
+    `final_lr * lr`, which the step after the last (`total_steps`) would have.
+    """
+    peak, warmup = optimizer.lr, optimizer.warmup(total_steps)
+    if step < warmup:
+        return peak * (optimizer.warmup_start + (1 - optimizer.warmup_start) * step / warmup)
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    return peak * (optimizer.final_lr + (1 - optimizer.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def group_norms(key_norms: Mapping[str, float], groups: Iterable[str]) -> dict[str, float]:
+    """L2 norm by group from norms by key (sgtm/model/rows.py); `joint`: of all weights that no group owns."""
+    norms = dict.fromkeys((*groups, NO_GROUP), 0.0)
+    for key, norm in key_norms.items():
+        _, owned, group = key.partition(".")
+        name = group if owned else NO_GROUP
+        norms[name] = math.hypot(norms[name], norm)
+    return norms
+
+
+def probe(engine: Engine, batches: list[Batch], tables: Tables) -> dict[str, dict[str, float]]:
+    """{label: {group: L2 norm}} of the gradient that each label's targets bring to this step, for labels it has.
+
+    Only the label's targets are counted and the masks stay as they are: where the method keeps a label from a group,
+    the norm is exactly 0. Losses are divided by the targets of the whole step, so that the gradients of all labels add
+    up to the step's. Nothing is updated; it takes the time of one step for each label. A collective call.
+    """
+    norms = {}
+    for label in sorted(batches[0].step_labels):
+        train_step(engine, [only(batch, label) for batch in batches], tables, 0.0, None, measure=True)
+        norms[tables.labels[label]] = group_norms(engine.key_norms(), tables.groups)
+    return norms
+
+
+def only(batch: Batch, label: int) -> Batch:
+    """The batch with the targets of this label alone; the others are `IGNORE`."""
+    labels = torch.repeat_interleave(torch.tensor(batch.labels), torch.tensor(batch.lengths))
+    return replace(batch, targets=batch.targets.masked_fill(labels.view_as(batch.targets) != label, IGNORE))

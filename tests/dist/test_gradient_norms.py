@@ -30,7 +30,7 @@ from families import (
 from ranks import run_ranks
 
 from sgtm.config import Config, load_config
-from sgtm.masking.labels import JOINT
+from sgtm.masking.labels import NO_GROUP
 from sgtm.run.metrics import read_metrics
 
 LIMIT = 0.01
@@ -49,10 +49,10 @@ def expected_norms(config: Config, batches: list) -> dict[str, float]:
     for batch in batches:
         for name, gradient in gradients(model, [batch], config.tables).items():
             total[name] += gradient
-    squares = dict.fromkeys((*SPACE.groups, JOINT), 0.0)
+    squares = dict.fromkeys((*SPACE.groups, NO_GROUP), 0.0)
     for (key, _, _), piece in by_key(model, total).items():
         group = key.rpartition(".")[2]
-        squares[group if group in SPACE.groups else JOINT] += float(piece.double().square().sum())
+        squares[group if group in SPACE.groups else NO_GROUP] += float(piece.double().square().sum())
     return {group: math.sqrt(square) for group, square in squares.items()}
 
 
@@ -64,8 +64,7 @@ def assert_norms(found: dict[str, float], expected: dict[str, float], where: str
 def check_case(stage: int, precision: str, offload: bool) -> None:
     from sgtm.distributed.engine import Engine
     from sgtm.distributed.process_group import init_distributed
-    from sgtm.training.gradients import group_norms, only, probe
-    from sgtm.training.step import StepTotals, train_step
+    from sgtm.training.step import StepTotals, group_norms, only, probe, train_step
 
     config = run_config(stage, "gpt_neo", "torch", "token", precision=precision, offload=offload, grad_clip=LIMIT)
     case = f"ZeRO {stage} {precision}{' offloaded' * offload}"

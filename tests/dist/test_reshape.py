@@ -16,7 +16,7 @@ from engines import assemble, new_engine, save, train
 from ranks import run_ranks
 from tiny import tiny_config, tiny_model
 
-from sgtm.distributed.storage import PARTS, Stored
+from sgtm.distributed.storage import STATE_TENSORS, Stored
 
 STAGES = (0, 1, 2, 3)
 BOUND = {"fp32": 1e-5, "bf16": 1e-3}
@@ -25,7 +25,7 @@ BOUND = {"fp32": 1e-5, "bf16": 1e-3}
 def whole_state(engine) -> dict[str, dict[str, torch.Tensor]]:
     """Weights and both moments of every parameter, flattened, put together from all ranks."""
     found = {"fp32": assemble(engine, lambda f: f.tensor.detach().reshape(-1))}
-    for part in PARTS[1:]:
+    for part in STATE_TENSORS[1:]:
         found[part] = assemble(engine, lambda f, part=part: engine.optimizer.state[f.tensor][part].reshape(-1))
     return found
 
@@ -66,7 +66,7 @@ def load_all(folder: str, saved_by: int) -> None:
                 assert f"ranks: {saved_by} in the checkpoint, {engine.world_size} now" in said
                 assert (f"distributed.zero_stage: {source}" in said) == (stage != source)
                 state = whole_state(engine)
-                for part in PARTS:
+                for part in STATE_TENSORS:
                     for name, values in expected[part].items():
                         assert torch.equal(state[part][name], values), f"{case}: {part} of {name}"
                 check_module(engine, expected["fp32"], case)
@@ -110,14 +110,14 @@ def convert(source: Path, out: Path) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_universal_checkpoint_is_deepspeeds(of_four_ranks: Path, tmp_path: Path, stage: int):
     """Tensor by tensor as DeepSpeed's converter writes it; of ZeRO 3 that one leaves out the shape."""
-    from sgtm.distributed.universal import write_universal
+    from sgtm.distributed.storage import write_universal
 
     source = of_four_ranks / f"fp32-{stage}" / "checkpoints" / "step_00000002"
     convert(source, tmp_path / "theirs")
     write_universal(source, tmp_path / "ours")
     shapes = {name: p.shape for name, p in tiny_model(tiny_config()).named_parameters()}
     for name, shape in shapes.items():
-        for part in PARTS:
+        for part in STATE_TENSORS:
             file = Path("zero", name, f"{part}.pt")
             theirs = torch.load(tmp_path / "theirs" / file)
             theirs = theirs if isinstance(theirs, torch.Tensor) else theirs["param"]
@@ -145,7 +145,7 @@ def load_by_deepspeed(folder: str, expected: str, precision: str) -> None:
 
 @pytest.mark.parametrize("precision", list(BOUND))
 def test_deepspeed_loads_the_universal_checkpoint(of_four_ranks: Path, tmp_path: Path, precision: str):
-    from sgtm.distributed.universal import write_universal
+    from sgtm.distributed.storage import write_universal
 
     run = of_four_ranks / f"{precision}-3"
     write_universal(run / "checkpoints" / "step_00000002", tmp_path / "universal")

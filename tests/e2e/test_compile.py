@@ -25,7 +25,7 @@ def train(runs: str, backend: str, *cases: tuple[str, ...]) -> list[dict]:
     import torch
     from torch._dynamo.utils import counters
 
-    from sgtm.training import initial_model, loop
+    from sgtm.training import loop, start
 
     graphs, steps = [], loop._steps
 
@@ -35,7 +35,7 @@ def train(runs: str, backend: str, *cases: tuple[str, ...]) -> list[dict]:
         graphs.append(counters["stats"]["unique_graphs"])
 
     loop._steps = watched
-    initial_model.compile_blocks = partial(initial_model.compile_blocks, backend=backend)
+    start.compile_blocks = partial(start.compile_blocks, backend=backend)
     found = []
     for options in cases:
         for way in ("off", "blocks"):

@@ -38,7 +38,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from same_run import assert_same_run
 
 STEPS, RUNS = 16, 4
-IMPORTED = ("sgtm.training.loop", "sgtm.sweep.figures", "deepspeed.runtime.zero.muon.original_muon", "torch._dynamo")
+IMPORTED = ("sgtm.training.loop", "sgtm.sweep.table", "deepspeed.runtime.zero.muon.original_muon", "torch._dynamo")
 """What a run or a sweep would import; the third brings most of the compiler, 3.6 s of CPU time in every run."""
 SWEEP = """
 name: {name}

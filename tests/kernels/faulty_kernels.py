@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from sgtm_kernels.tools.aot import examine
-from sgtm_kernels.triton_common.launch import Launch
+from sgtm_kernels.triton_common.variant import KernelVariant
 
 
 @triton.jit
@@ -44,26 +44,26 @@ def sum_of_some(x, y, n, B: tl.constexpr):
 
 TYPES = {"x": "*bf16", "y": "*bf16", "n": "i32"}
 CASES = {
-    "fine": Launch(copy, TYPES, {"B": 1024}),
-    "narrow accesses": Launch(masked_by_content, TYPES, {"B": 1024}),
-    "narrow rows": Launch(masked_by_content, TYPES, {"B": 1024}, narrow=16),
-    "accesses narrower than 128 bits": Launch(sum_of_some, TYPES, {"B": 1024}, narrow=16, narrower=0),
-    "few narrower accesses": Launch(sum_of_some, TYPES, {"B": 1024}, narrow=16, narrower=1),
-    "accesses of 128 bits": Launch(copy, TYPES, {"B": 1024}, wide=8),
-    "widest access": Launch(copy, TYPES, {"B": 128}),
-    "HGMMA of": Launch(product, TYPES, {"B": 64}, tensor_cores=True, columns=(128,)),
-    "columns of HGMMA": Launch(product, TYPES, {"B": 64}, tensor_cores=True, columns=(64,)),
-    "programs at once": Launch(copy, TYPES, {"B": 1024}, programs=32),
-    "some programs": Launch(copy, TYPES, {"B": 1024}, programs=8),
-    "bytes of stack": Launch(
+    "fine": KernelVariant(copy, TYPES, {"B": 1024}),
+    "narrow accesses": KernelVariant(masked_by_content, TYPES, {"B": 1024}),
+    "narrow rows": KernelVariant(masked_by_content, TYPES, {"B": 1024}, narrow=16),
+    "accesses narrower than 128 bits": KernelVariant(sum_of_some, TYPES, {"B": 1024}, narrow=16, narrower=0),
+    "few narrower accesses": KernelVariant(sum_of_some, TYPES, {"B": 1024}, narrow=16, narrower=1),
+    "accesses of 128 bits": KernelVariant(copy, TYPES, {"B": 1024}, wide=8),
+    "widest access": KernelVariant(copy, TYPES, {"B": 128}),
+    "HGMMA of": KernelVariant(product, TYPES, {"B": 64}, tensor_cores=True, columns=(128,)),
+    "columns of HGMMA": KernelVariant(product, TYPES, {"B": 64}, tensor_cores=True, columns=(64,)),
+    "programs at once": KernelVariant(copy, TYPES, {"B": 1024}, programs=32),
+    "some programs": KernelVariant(copy, TYPES, {"B": 1024}, programs=8),
+    "bytes of stack": KernelVariant(
         product, TYPES, {"B": 128}, num_warps=1, num_stages=1, spill="on another architecture", spill_on=(80,)
     ),
-    "does not compile": Launch(unknown_name, TYPES, {"B": 128}),
-    "no tensor-core instruction": Launch(copy, TYPES, {"B": 1024}, tensor_cores=True),
-    "tensor cores": Launch(product, TYPES, {"B": 64}, tensor_cores=True),
-    "spills": Launch(product, TYPES, {"B": 128}, num_warps=1, num_stages=1),
-    "allowed to spill": Launch(product, TYPES, {"B": 128}, num_warps=1, num_stages=1, spill="to see that one may"),
-    "bytes of shared memory": Launch(product, TYPES, {"B": 128}, num_warps=8, num_stages=6),
+    "does not compile": KernelVariant(unknown_name, TYPES, {"B": 128}),
+    "no tensor-core instruction": KernelVariant(copy, TYPES, {"B": 1024}, tensor_cores=True),
+    "tensor cores": KernelVariant(product, TYPES, {"B": 64}, tensor_cores=True),
+    "spills": KernelVariant(product, TYPES, {"B": 128}, num_warps=1, num_stages=1),
+    "allowed to spill": KernelVariant(product, TYPES, {"B": 128}, num_warps=1, num_stages=1, spill="for a test"),
+    "bytes of shared memory": KernelVariant(product, TYPES, {"B": 128}, num_warps=8, num_stages=6),
 }
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from sgtm_kernels.linear import linear_in, linear_out
 from sgtm_kernels.linear.compiled import joint_sum, masked_product, row_sum
 from sgtm_kernels.mlp import gelu, linear_gelu, swiglu
 from sgtm_kernels.norm import layer_norm, rms_norm
-from sgtm_kernels.plan import KINDS, PARTS, MaskPlan, Run, Tables
+from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS, MaskPlan, Run, Tables
 from sgtm_kernels.signature import Signature
 from sgtm_kernels.testing import random_plan, random_tables
 
@@ -105,8 +105,8 @@ ONES = Tables(
     ("a", "b"),
     ("retain", "es"),
     *[((1.0, 1.0),) * 2] * 2,
-    dict.fromkeys(PARTS, ((1.0, 1.0),) * 2),
-    dict.fromkeys(KINDS, (1.0, 1.0)),
+    dict.fromkeys(PROJECTIONS, ((1.0, 1.0),) * 2),
+    dict.fromkeys(JOINT_KINDS, (1.0, 1.0)),
 )
 HALF = ((1.0, 1.0), (0.5, 1.0))  # for label b
 PLAIN = Signature(*[False] * 7)
@@ -121,12 +121,12 @@ IN, OUT = {"attn_in": True, "mlp_in": True}, {"attn_out": True, "mlp_out": True}
         ({"active": ((1.0, 1.0), (0.0, 1.0))}, {"outputs": True, **IN, **OUT}),
         ({"route": HALF}, {"outputs": True}),
         ({"route": ((1.0, 1.0), (0.0, 1.0))}, {"outputs": True, **IN}),
-        *(({"update": {**ONES.update, part: HALF}}, {part: True}) for part in PARTS),
+        *(({"update": {**ONES.update, part: HALF}}, {part: True}) for part in PROJECTIONS),
         *(
             ({"update_joint": {**ONES.update_joint, kind: (1.0, 0.5)}}, {kind.removesuffix("_bias"): True})
             for kind in ("attn_out_bias", "mlp_out_bias", "norm")
         ),
-        *(({"update_joint": {**ONES.update_joint, kind: (1.0, 0.5)}}, {}) for kind in KINDS[3:]),
+        *(({"update_joint": {**ONES.update_joint, kind: (1.0, 0.5)}}, {}) for kind in JOINT_KINDS[3:]),
     ],
 )
 def test_signature(changes, masked):

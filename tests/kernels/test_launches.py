@@ -1,4 +1,4 @@
-"""What the ops launch is what is compiled ahead of time, flag by flag: `launches()` of every op against its calls.
+"""What the ops launch is what is compiled ahead of time, flag by flag: `variants()` of every op against its calls.
 
 Launches are recorded and not made: what is launched depends on masks and arguments, never on what a kernel computed.
 """
@@ -17,8 +17,8 @@ from sgtm_kernels.embedding import embedding
 from sgtm_kernels.linear import linear_in, linear_out, rectangles
 from sgtm_kernels.mlp import gelu, linear_gelu, swiglu
 from sgtm_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from sgtm_kernels.plan import KINDS, MAX_SLICES, PARTS, MaskPlan, Tables, merge_runs
-from sgtm_kernels.tools.aot import all_launches
+from sgtm_kernels.plan import JOINT_KINDS, MAX_SLICES, PROJECTIONS, MaskPlan, Tables, merge_runs
+from sgtm_kernels.tools.aot import all_variants
 
 BATCH, SEQ_LEN, WIDTH, BOUNDS = 2, 20, 16, (0, 24, 32)
 
@@ -26,8 +26,8 @@ BATCH, SEQ_LEN, WIDTH, BOUNDS = 2, 20, 16, (0, 24, 32)
 def tables(active: float, route: float, update: float) -> Tables:
     """Two labels and groups: these are the second label's factors, `update` for the first group and what is joint."""
     forget, retain = ((1.0, 1.0), (update, 1.0)), [((1.0, 1.0), (1.0, value)) for value in (active, route)]
-    joint = dict.fromkeys(KINDS, (1.0, update))
-    return Tables(("a", "b"), ("retain", "b"), *retain, dict.fromkeys(PARTS, forget), joint)
+    joint = dict.fromkeys(JOINT_KINDS, (1.0, update))
+    return Tables(("a", "b"), ("retain", "b"), *retain, dict.fromkeys(PROJECTIONS, forget), joint)
 
 
 def plans() -> Iterator[MaskPlan]:
@@ -117,7 +117,7 @@ def launched(name: str, constants: dict[str, object], fp_fusion: bool) -> tuple:
 def listed(dtype: str) -> set[tuple]:
     """What is compiled ahead of time for a dtype; what has no half precision among its arguments is of fp32."""
     found = set()
-    for _, _, launch in all_launches():
+    for _, _, launch in all_variants():
         kinds = {*launch.signature.values(), *(f"*{v}" for v in launch.constants.values() if isinstance(v, tl.dtype))}
         if dtype == next((half for half in ("bf16", "fp16") if f"*{half}" in kinds), "fp32"):
             found.add(launched(launch.kernel.__name__, launch.constants, launch.fp_fusion))

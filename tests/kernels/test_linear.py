@@ -23,7 +23,7 @@ from sgtm_kernels.testing import (
     random_tables,
     token_mask,
 )
-from sgtm_kernels.triton_common import strips
+from sgtm_kernels.triton_common import tiles
 
 by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
@@ -263,7 +263,7 @@ def test_layers_that_share_a_plan_share_no_rectangles():
 
 
 def test_a_bias_of_more_partial_sums_than_a_tile_has():
-    tokens = 2 * scaling.TILE.heuristic("fp32").strip * strips.PARTIALS + 9
+    tokens = 2 * scaling.TILE.heuristic("fp32").strip * tiles.PARTIALS + 9
     plan = random_plan(23, random_tables(24), "tokens", 1, tokens)
     by_group = ((1.0, 0.0, 0.5, -1.0), (0.0, 2.0, 1.0, 1.0))
     x = random_like(torch.empty(tokens, 5), 0)

@@ -16,7 +16,7 @@ from sgtm_kernels.testing import (
     random_tables,
     token_mask,
 )
-from sgtm_kernels.triton_common import strips
+from sgtm_kernels.triton_common import tiles
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +116,7 @@ def test_one_pass_and_one_sum_for_a_layer(layout, side, monkeypatch):
     """Whatever the row ranges: one kernel for scaling and bias sums, one that adds the partial sums."""
     launched = []
     monkeypatch.setenv("SGTM_LINEAR", "masked")
-    for module, name in ((scaling, "scale_and_sum"), (scaling, "scale_input_and_sum"), (strips, "add_partial_sums")):
+    for module, name in ((scaling, "scale_and_sum"), (scaling, "scale_input_and_sum"), (tiles, "add_partial_sums")):
         monkeypatch.setattr(module, name, Counted(getattr(module, name), launched))
     plan = random_plan(11, random_tables(12), layout, 6, 9)
     forward_backward(op(side, plan, "triton"), *inputs(side, 6, 9, torch.float32))

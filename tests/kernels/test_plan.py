@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgtm_kernels.plan import KINDS, PARTS, MaskPlan, Run, Slice, Tables, merge_runs
+from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS, MaskPlan, Run, Slice, Tables, merge_runs
 from sgtm_kernels.testing import BINARY, FLOATS, LAYOUTS, random_plan, random_tables
 
 BOUNDS = (0, 5, 6, 9)
@@ -50,7 +50,7 @@ def test_updaters_are_the_tokens_with_a_weight(plan, by_label):
         assert weights.dtype == dtype and weights.tolist() == want
 
 
-@given(plans, st.sampled_from(PARTS))
+@given(plans, st.sampled_from(PROJECTIONS))
 @settings(max_examples=100, deadline=None)
 def test_rows_give_every_group_its_tokens(plan, part):
     tables, work = plan.tables, plan.rows(part, BOUNDS)
@@ -71,10 +71,10 @@ def test_rows_give_every_group_its_tokens(plan, part):
 def test_nothing_masked_is_one_piece_of_work():
     tables = random_tables(0, (1.0,))
     plan = random_plan(0, tables, "tokens", 4, 20)
-    for part in PARTS:
+    for part in PROJECTIONS:
         (work,) = plan.rows(part, BOUNDS)
         assert (work.start, work.end) == (0, BOUNDS[-1]) and plan.plain(work.tokens)
-    assert all(plan.plain(plan.joint(kind)) for kind in KINDS)
+    assert all(plan.plain(plan.joint(kind)) for kind in JOINT_KINDS)
 
 
 def test_sorted_sgtm_batch_is_two_pieces_of_work():
@@ -86,8 +86,8 @@ def test_sorted_sgtm_batch_is_two_pieces_of_work():
         ("retain", "a"),
         active,
         ones,
-        dict.fromkeys(PARTS, update),
-        dict.fromkeys(KINDS, (1.0,) * 3),
+        dict.fromkeys(PROJECTIONS, update),
+        dict.fromkeys(JOINT_KINDS, (1.0,) * 3),
     )
     plan = MaskPlan(tables, merge_runs([2, 2, 0, 1], [10] * 4), 4, 10)
     retain, forget = plan.rows("mlp_in", (0, 6, 8))
@@ -160,8 +160,8 @@ def test_unknown_label():
         {"active": ((1.0,),)},
         {"route": ((1.0, 1.0), (1.0,))},
         {"update": {"attn_in": ((1.0, 1.0),) * 2}},
-        {"update_joint": dict.fromkeys(KINDS[1:], (1.0, 1.0))},
-        {"update_joint": dict.fromkeys(KINDS, (1.0,))},
+        {"update_joint": dict.fromkeys(JOINT_KINDS[1:], (1.0, 1.0))},
+        {"update_joint": dict.fromkeys(JOINT_KINDS, (1.0,))},
     ],
 )
 def test_tables_of_a_wrong_shape(change):
@@ -171,8 +171,8 @@ def test_tables_of_a_wrong_shape(change):
         "groups": ("retain", "x"),
         "active": ones,
         "route": ones,
-        "update": dict.fromkeys(PARTS, ones),
-        "update_joint": dict.fromkeys(KINDS, (1.0, 1.0)),
+        "update": dict.fromkeys(PROJECTIONS, ones),
+        "update_joint": dict.fromkeys(JOINT_KINDS, (1.0, 1.0)),
     }
     Tables(**fine)
     with pytest.raises(ValueError):

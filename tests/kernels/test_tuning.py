@@ -16,7 +16,7 @@ from sgtm_kernels.mlp import kernel as mlp_kernel
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan, RowWork, Slice, Updaters
 from sgtm_kernels.testing import assert_accurate, forward_backward, random_like
 from sgtm_kernels.tools import tune
-from sgtm_kernels.tools.aot import all_launches
+from sgtm_kernels.tools.aot import all_variants
 from sgtm_kernels.tools.shapes import NONE, SGTM
 from sgtm_kernels.triton_common import tuning
 from sgtm_kernels.triton_common.tuning import bucket, path_of, table_of, trial
@@ -226,7 +226,7 @@ def constants(name: str, key: tuple, c) -> list[tuple[str, dict]]:
 
 
 def test_every_candidate_is_compiled_ahead_of_time():
-    found = [(launch.kernel.__name__, launch) for _, _, launch in all_launches()]
+    found = [(launch.kernel.__name__, launch) for _, _, launch in all_variants()]
     count = 0
     for name, tunable in TUNABLES.items():
         for key in tunable.others if name != "linear_dw" else ():

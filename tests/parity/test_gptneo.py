@@ -28,7 +28,7 @@ from sgtm.hf.weights import from_hf_state, to_hf_state
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.strategy import build_tables
 from sgtm.model.transformer import Transformer
-from sgtm_kernels.plan import KINDS, MaskPlan, merge_runs
+from sgtm_kernels.plan import JOINT_KINDS, MaskPlan, merge_runs
 
 GOLDEN = np.load(Path(__file__).parent / "gptneo_small.npz")
 META = json.loads(str(GOLDEN["meta"]))
@@ -42,7 +42,7 @@ NAMED = ("free", "masked", "strict")
 JOINT = {  # the kinds that forget tokens leave alone; what has no name of its own is given as a list
     "free": [],
     "masked": ["embedding", "position", "head", "norm"],
-    "strict": [*KINDS],
+    "strict": [*JOINT_KINDS],
     "listed": ["embedding", "position", "head"],
     "embedding": ["embedding"],
     "head": ["head"],

@@ -1,25 +1,17 @@
-"""Steps as the benchmarks take them, for the tests of both models that they time."""
+"""Tests in this folder start no process; those that do are in tests/processes."""
+
+import multiprocessing.process
+import subprocess
 
 import pytest
-import torch
-from bare import ROOT
 
 
-@pytest.fixture
-def benchmarks(monkeypatch):
-    """The scripts of benchmarks/ can be imported."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+@pytest.fixture(autouse=True, scope="module")
+def _no_process():
+    def refuse(*args, **kwargs):
+        raise AssertionError("a test of tests/unit starts a process; move its file to tests/processes")
 
-
-@pytest.fixture
-def ours(benchmarks):
-    """(name, dtype) -> a setting, and its model and optimizer, at a tiny shape on the CPU."""
-
-    def build(name: str, dtype: torch.dtype = torch.float32):
-        from sgtm.measure.bare import Ours
-        from sgtm.measure.models import SETTINGS
-
-        torch.manual_seed(1)
-        return SETTINGS[name](), Ours(SETTINGS[name](), torch.device("cpu"), dtype)
-
-    return build
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess.Popen, "__init__", refuse)
+        patch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+        yield

@@ -11,8 +11,8 @@ from rich.console import Console
 from sgtm.config import load_config
 from sgtm.config.schema import Config
 from sgtm.estimate.explain import print_explanation
-from sgtm.masking import channel_rows as rows
-from sgtm.masking.channel_rows import most_with_group, row_lines
+from sgtm.masking import channel as rows
+from sgtm.masking.channel import most_with_group, row_lines
 from sgtm.masking.recipes import NAMES
 from sgtm.report.page import channel_grids
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sgtm.commands.argument_meant import OPTIONS
+from sgtm.commands.errors import OPTIONS
 from sgtm.commands.main import _parser, main
 from sgtm.commands.main import run as run_process
 

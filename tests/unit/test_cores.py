@@ -11,7 +11,7 @@ import pytest
 from sgtm.distributed.env import cpu_threads
 from sgtm.process import cores
 from sgtm.process.cores import cpu_quota, usable_cores
-from sgtm.process.ranks import Launch
+from sgtm.process.ranks import RankInfo
 from sgtm.training.contention import STEPS, ContentionWatch
 
 
@@ -60,12 +60,12 @@ def test_threads_follow_the_quota(monkeypatch):
     monkeypatch.setattr(cores, "cpu_quota", lambda: 6.0)
     monkeypatch.setattr("torch.get_num_threads", lambda: 16)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert cpu_threads(Launch("none")) == 6
-    assert cpu_threads(Launch("torchrun", 0, 3, 0, 3)) == 2
+    assert cpu_threads(RankInfo("none")) == 6
+    assert cpu_threads(RankInfo("torchrun", 0, 3, 0, 3)) == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert cpu_threads(Launch("none")) is None and cpu_threads(Launch("torchrun", 0, 3, 0, 3)) == 2
+    assert cpu_threads(RankInfo("none")) is None and cpu_threads(RankInfo("torchrun", 0, 3, 0, 3)) == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert cpu_threads(Launch("torchrun", 0, 3, 0, 3)) is None
+    assert cpu_threads(RankInfo("torchrun", 0, 3, 0, 3)) is None
 
 
 def warnings(monkeypatch, share: float, threads: int = 2, policy: str = "") -> list[str]:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from tiny import tiny_config
 
-from sgtm.training import dry_run as module
+from sgtm.training import start as module
 from sgtm_kernels.plan import MAX_SLICES
 
 

@@ -18,13 +18,12 @@ from rich.console import Console
 
 from sgtm.commands.main import main
 from sgtm.config import load_config, preset_names
-from sgtm.estimate.fit import check_divides, check_fits
 from sgtm.estimate.memory import activations, memory
-from sgtm.estimate.rows import arithmetic, estimate
 from sgtm.estimate.shapes import model_flops, parameter_shapes, parameter_sizes, recomputed_flops
 from sgtm.estimate.speed import Machine
+from sgtm.estimate.stages import arithmetic, check_divides, check_fits, estimate
 from sgtm.estimate.terminal import print_estimate, print_memory
-from sgtm.estimate.zero3 import Limits, gathers
+from sgtm.estimate.traffic import Limits, gathers
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import MaskPlan, Run
 

@@ -13,9 +13,9 @@ import pytest
 from estimates import printed_estimate
 
 from sgtm.config import load_config
-from sgtm.estimate.rows import estimate, recommended
 from sgtm.estimate.shapes import model_flops
 from sgtm.estimate.speed import Machine
+from sgtm.estimate.stages import estimate, recommended
 from sgtm.estimate.traffic import ALL_GATHER, ALL_REDUCE, REDUCE, REDUCE_SCATTER, collectives, ring_bytes
 
 

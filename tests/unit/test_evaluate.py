@@ -16,8 +16,7 @@ from sgtm.data.batch import IGNORE
 from sgtm.data.loader import evaluation_batches
 from sgtm.data.open import open_corpus
 from sgtm.evaluation.localisation import gradient_norms
-from sgtm.evaluation.losses import evaluate
-from sgtm.evaluation.sample import standard_error
+from sgtm.evaluation.losses import evaluate, standard_error
 from sgtm.masking.strategy import build_tables, removal_tables
 from sgtm.model.transformer import Transformer
 from sgtm.run.evaluate import write_summary

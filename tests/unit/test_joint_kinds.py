@@ -13,7 +13,7 @@ from families import BIO, FAMILIES, SPACE, gradients, model_of, random_step
 
 from sgtm.masking.strategy import build_tables
 from sgtm.model.rows import live_keys
-from sgtm_kernels.plan import KINDS
+from sgtm_kernels.plan import JOINT_KINDS
 from sgtm_kernels.testing import EXACT
 
 PARAMETERS = {
@@ -51,12 +51,12 @@ def assert_frozen_rows_are_those_without_gradient(model, found: dict[str, torch.
 
 
 def test_every_kind_is_here():
-    assert set(PARAMETERS) == set(KINDS)
+    assert set(PARAMETERS) == set(JOINT_KINDS)
 
 
 @by_backend
 @by_family
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", JOINT_KINDS)
 def test_a_kind_masks_its_parameters_and_no_others(kind, family, backend):
     _, model = twins(family, backend)
     before, after = (gradients(model, BATCHES, tables(*masked)) for masked in ((), (kind,)))

@@ -13,9 +13,8 @@ from pages import CONFIG, SUMMARY, Page, page_without_figures, write_run
 from rich.console import Console
 
 from sgtm.report import print_summary, write_report
-from sgtm.report.findings import localisation, loss_rows
+from sgtm.report.findings import localisation, loss_rows, sentences
 from sgtm.report.record import read_record
-from sgtm.report.sentences import sentences
 
 
 @pytest.fixture

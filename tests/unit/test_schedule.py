@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from sgtm.config.schema import OptimizerConfig
-from sgtm.training.schedule import learning_rate
+from sgtm.training.step import learning_rate
 
 CONFIG = OptimizerConfig(lr=2e-3, warmup_steps=10, warmup_start=0.1, final_lr=0.05)
 TOTAL = 110

@@ -13,7 +13,7 @@ from corpora import build, config_for, mixed_records
 from sgtm.data.loader import Loader
 from sgtm.data.store import Corpus
 from sgtm.process import ranks
-from sgtm.process.ranks import Launch
+from sgtm.process.ranks import RankInfo
 from sgtm.training import skipped
 from sgtm.training.loop import _losses
 from sgtm.training.step import StepTotals
@@ -76,7 +76,7 @@ def test_so_many_in_a_row_end_the_run_with_what_to_do(monkeypatch, corpus, tmp_p
     (tmp_path / "checkpoints" / "step_00000002").mkdir(parents=True)
     (tmp_path / "checkpoints" / "latest").write_text("step_00000002")
     for here, start in ((2, f"--nproc_per_node 2 -m sgtm train {tmp_path}"), (1, f"with the arguments: {tmp_path}")):
-        monkeypatch.setattr(ranks, "detect_launch", lambda here=here: Launch("torchrun", 0, 2, 0, here))
+        monkeypatch.setattr(ranks, "detect_launch", lambda here=here: RankInfo("torchrun", 0, 2, 0, here))
         with pytest.raises(ValueError) as stopped:
             tell(monkeypatch, corpus, [[math.nan]] * 2, in_a_row=4, run=str(tmp_path))
         assert f"the last checkpoint is {tmp_path / 'checkpoints' / 'step_00000002'}" in str(stopped.value)

@@ -10,7 +10,7 @@ import pytest
 from sgtm.config import load_config
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.strategy import PRESETS, build_tables, removal_tables
-from sgtm_kernels.plan import KINDS, PARTS
+from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS
 
 SPACE = LabelSpace(("bio", "code"))
 ONES = ((1, 1, 1),) * 4
@@ -41,25 +41,25 @@ OWN_ONLY = (
     (0, 0, 1),
 )
 NOT_FORGET = (1, 1, 0, 0)
-FREE = dict.fromkeys(KINDS, ALL)
+FREE = dict.fromkeys(JOINT_KINDS, ALL)
 MASKED = dict.fromkeys(("embedding", "position", "head", "norm"), NOT_FORGET)
 BOTH_BIASES = {"attn_out_bias": NOT_FORGET, "mlp_out_bias": NOT_FORGET}
 
 
 def update(*exempt: str) -> dict:
-    return {part: ONES if part in exempt else NOT_RETAIN for part in PARTS}
+    return {part: ONES if part in exempt else NOT_RETAIN for part in PROJECTIONS}
 
 
 # name: active, route, update, update_joint where it is not 1
 EXPECTED = {
-    "none": (ONES, ONES, update(*PARTS), {}),
+    "none": (ONES, ONES, update(*PROJECTIONS), {}),
     "sgtm": (ACTIVE, ONES, update(), BOTH_BIASES),
     "no_mlp_out": (ACTIVE, ONES, update("mlp_out"), {"attn_out_bias": NOT_FORGET}),
     "no_attn_out": (ACTIVE, ONES, update("attn_out"), {"mlp_out_bias": NOT_FORGET}),
     "no_out": (ACTIVE, ONES, update("mlp_out", "attn_out"), {}),
-    "gradient_routing": (ACTIVE, NOT_RETAIN, update(*PARTS), {}),
-    "activation_masking": (OWN_ONLY, ONES, update(*PARTS), {}),
-    "gram": (ACTIVE, ONES, update(), dict.fromkeys(KINDS, NOT_FORGET)),
+    "gradient_routing": (ACTIVE, NOT_RETAIN, update(*PROJECTIONS), {}),
+    "activation_masking": (OWN_ONLY, ONES, update(*PROJECTIONS), {}),
+    "gram": (ACTIVE, ONES, update(), dict.fromkeys(JOINT_KINDS, NOT_FORGET)),
 }
 
 
@@ -85,7 +85,8 @@ LISTED = ("embedding", "position", "head")
 
 
 @pytest.mark.parametrize(
-    ("joint", "kinds"), [("free", {}), ("masked", MASKED), ("strict", dict.fromkeys(KINDS, NOT_FORGET)), (LISTED, None)]
+    ("joint", "kinds"),
+    [("free", {}), ("masked", MASKED), ("strict", dict.fromkeys(JOINT_KINDS, NOT_FORGET)), (LISTED, None)],
 )
 @pytest.mark.parametrize("name", [name for name in EXPECTED if name != "none"])
 def test_joint(name, joint, kinds):
@@ -186,7 +187,7 @@ def test_errors():
     ("removed", "row"), [((), (1, 1, 1)), (("bio",), (1, 0, 1)), (("code",), (1, 1, 0)), (("code", "bio"), (1, 0, 0))]
 )
 def test_removal(removed, row):
-    assert_tables(removal_tables(SPACE, removed), (row,) * 4, ONES, update(*PARTS), {})
+    assert_tables(removal_tables(SPACE, removed), (row,) * 4, ONES, update(*PROJECTIONS), {})
 
 
 def test_removing_what_does_not_exist():

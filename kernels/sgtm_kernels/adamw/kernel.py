@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sgtm_kernels.triton_common.launch import Launch
+from sgtm_kernels.triton_common.variant import KernelVariant
 
 if TYPE_CHECKING:
     from sgtm_kernels.adamw.op import Slice, Step, Tensors
@@ -181,7 +181,7 @@ def adamw_update(
         )  # fmt: skip
 
 
-def launches() -> list[Launch]:
+def variants() -> list[KernelVariant]:
     """Every dtype of a gradient, for the ahead-of-time suite."""
     numbers = dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps", "factor"), "fp32")
     signature = {"rows": "*i64", "blocks": "*i32", "places": "*i64", "numbers": "*fp32"} | numbers
@@ -189,7 +189,7 @@ def launches() -> list[Launch]:
     # Aligned: weights and moments are read and written 16 bytes at a time. Slices begin anywhere: gradients one by one.
     wide, narrow = 2 * 3 * BLOCK * 4 // (16 * threads), BLOCK // threads
     return [
-        Launch(
+        KernelVariant(
             adamw_update, signature, {"GRAD": grad, "BLOCK": BLOCK}, fp_fusion=False, programs=8, wide=wide,
             narrow=narrow,
         )

@@ -25,8 +25,8 @@ from sgtm_kernels.attention.flash import (
 from sgtm_kernels.attention.op import HeadLayout
 from sgtm_kernels.autograd import captured, eager, existing, register
 from sgtm_kernels.plan import MaskPlan, plan_of
-from sgtm_kernels.triton_common.launch import Launch
 from sgtm_kernels.triton_common.tuning import DTYPES, Tunable, bucket
+from sgtm_kernels.triton_common.variant import KernelVariant
 
 ROTATED = 64  # tokens of a tile that is turned
 # Triton before 3.7 copies a query's numbers once for every thread that needs them (128 copies of 32 bits instead of 8
@@ -277,7 +277,7 @@ def _half(layout: HeadLayout) -> int:
     return 1 << (layout.head_dim // 2 - 1).bit_length()
 
 
-def launches() -> list[Launch]:
+def variants() -> list[KernelVariant]:
     """Every block size at some widths of a head, bare and with all masks, and in the common one every flag, in bf16 and
     fp32, for the ahead-of-time suite. Candidates besides the heuristic in the head sizes that fill their width."""
     found = []
@@ -303,7 +303,7 @@ TILES_OF = {
 }
 
 
-def _launches(dtype: str, fixed: Constants, others: bool = False) -> list[Launch]:
+def _launches(dtype: str, fixed: Constants, others: bool = False) -> list[KernelVariant]:
     kinds = dict.fromkeys(("qkv", "out", "dy", "dqkv"), f"*{dtype}") | {"scale": "fp32", "seq_len": "i32"}
     kinds |= dict.fromkeys(("lse", "delta", "factors"), "*fp32") | dict.fromkeys(("spans", "live"), "*i32")
     found = []
@@ -319,9 +319,9 @@ def _launches(dtype: str, fixed: Constants, others: bool = False) -> list[Launch
             columns = tuple(sorted({scores, width})) if half and heuristic and ONE_COPY else None
             of_thread = min(size.queries, size.keys) * width // (32 * size.warps)
             queries, keys = TILES_OF[kernel]
-            words = Launch.words((queries * size.queries + keys * size.keys) * width, dtype, size.warps)
+            words = KernelVariant.words((queries * size.queries + keys * size.keys) * width, dtype, size.warps)
             found.append(
-                Launch(
+                KernelVariant(
                     kernel, signature, values | blocks, size.warps, size.stages, ("seq_len",),
                     tensor_cores=half, columns=columns,
                     width=min(128, of_thread * (16 if half else 32)), wide=words,
@@ -331,8 +331,8 @@ def _launches(dtype: str, fixed: Constants, others: bool = False) -> list[Launch
     return found
 
 
-def _launch_of_rotation(dtype: str, layout: HeadLayout, backward: bool, in_place: bool) -> Launch:
+def _launch_of_rotation(dtype: str, layout: HeadLayout, backward: bool, in_place: bool) -> KernelVariant:
     signature = {"x": f"*{dtype}", "y": f"*{dtype}", "cos": "*fp32", "sin": "*fp32", "seq_len": "i32"}
     half, flags = _half(layout), {"BACKWARD": backward, "IN_PLACE": in_place}
     fixed: dict[str, object] = {**_columns(layout), "BH": half, "BT": ROTATED, **flags}
-    return Launch(attention_rotate, signature, fixed, unaligned=("seq_len",), programs=4 if half <= 32 else 2)
+    return KernelVariant(attention_rotate, signature, fixed, unaligned=("seq_len",), programs=4 if half <= 32 else 2)

@@ -22,8 +22,8 @@ from sgtm_kernels.autograd import captured, eager, existing, register
 from sgtm_kernels.cross_entropy.pytorch import IGNORE, ChunkOps, in_chunks
 from sgtm_kernels.cross_entropy.reference import label_sums
 from sgtm_kernels.plan import MaskPlan, plan_of
-from sgtm_kernels.triton_common.launch import Launch
 from sgtm_kernels.triton_common.tuning import DTYPES, Tunable, bucket
+from sgtm_kernels.triton_common.variant import KernelVariant
 
 # A chunk's logits: 10,682 tokens of 50,257 in bf16. Every further chunk reads and writes the head's gradient in fp32.
 CHUNK_BYTES = 2**30
@@ -177,7 +177,7 @@ def _block(z_at, at, row, vocab):
     return tl.where(at < vocab, z, float("-inf"))
 
 
-def launches() -> list[Launch]:
+def variants() -> list[KernelVariant]:
     """Every block size and flag, at some vocabularies, in bf16, fp16 and fp32, for the ahead-of-time suite."""
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
@@ -188,7 +188,7 @@ def launches() -> list[Launch]:
                 constants = {"IGNORE": IGNORE, "GRADIENT": gradient, "BLOCK": block}
                 of_thread = block // (32 * warps)
                 found.append(
-                    Launch(
+                    KernelVariant(
                         token_losses, signature, constants, warps, unaligned=unaligned, narrow=1,  # the target's logit
                         width=min(128, of_thread * (32 if dtype == "fp32" else 16)),
                         narrower=4,  # the target, its logit, the loss or 0

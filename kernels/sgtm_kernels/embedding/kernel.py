@@ -17,13 +17,13 @@ from torch.library import custom_op
 
 from sgtm_kernels.autograd import captured, eager, register
 from sgtm_kernels.plan import MaskPlan, plan_of
-from sgtm_kernels.triton_common.launch import Launch
+from sgtm_kernels.triton_common.variant import KernelVariant
 
 SEGMENT = 32  # sorted tokens
 PARTIAL_COLUMNS = 128  # of a tile of `embedding_partials`, SEGMENT tokens high
 TILE, MAX_COLUMNS = 2048, 1024  # elements and widest row of a tile of `embedding_backward`
 UNROLL = 4  # loads under way at once in its sums
-WIDTHS = (256, 768, 1024, 2048, 4096)  # of `launches`: of the models that are timed, and a wide one
+WIDTHS = (256, 768, 1024, 2048, 4096)  # of `variants`: of the models that are timed, and a wide one
 SPILL = "on sm_90 ptxas keeps 8 bytes in memory to stay at 72 registers"
 
 
@@ -180,7 +180,7 @@ def embedding_backward(
     tl.store(dw + at, total.to(dw.dtype.element_ty), mask=inside)
 
 
-def launches() -> list[Launch]:
+def variants() -> list[KernelVariant]:
     """Every block size and flag, at some widths, in bf16 and fp32, for the ahead-of-time suite."""
     found = []
     for dtype in ("bf16", "fp32"):
@@ -191,11 +191,11 @@ def launches() -> list[Launch]:
                 constants = {"WEIGHTED": weighted, "WIDTH": width, "SEGMENT": SEGMENT}
                 spill = SPILL if (dtype, width, weighted) == ("bf16", 256, True) else None
                 found += [
-                    Launch(
+                    KernelVariant(
                         embedding_partials, partials | {"tokens": "i32"}, constants | {"BD": PARTIAL_COLUMNS},
                         unaligned=("tokens",), programs=8,
                     ),
-                    Launch(
+                    KernelVariant(
                         embedding_backward, backward | {"dw": f"*{dtype}", "rows": "i32"}, constants | _tile(width),
                         unaligned=("rows",), programs=4, spill=spill,
                     ),

@@ -23,11 +23,11 @@ from torch.library import custom_op
 from sgtm_kernels.autograd import captured, eager, existing, register
 from sgtm_kernels.dispatch import way
 from sgtm_kernels.linear import rectangles, scaling
-from sgtm_kernels.linear.pytorch import JOINT, weight_gradient
+from sgtm_kernels.linear.pytorch import BIAS_KIND, weight_gradient
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan, RowWork, plan_of
-from sgtm_kernels.triton_common.launch import Launch
-from sgtm_kernels.triton_common.strips import total_of
+from sgtm_kernels.triton_common.tiles import total_of
 from sgtm_kernels.triton_common.tuning import DTYPES, Tunable
+from sgtm_kernels.triton_common.variant import KernelVariant
 
 
 class Way(NamedTuple):
@@ -129,7 +129,7 @@ def _out_backward(dy, x, weight, plan, part, bounds, wanted):
     dx = dy @ weight.t() if wanted[0] else None
     x2, dy2 = x.flatten(0, 1).contiguous(), dy.flatten(0, 1).contiguous()
     rows, buckets = _work(plan, part, bounds)
-    of_bias = plan.mask(JOINT[part], 1, dy.device) if wanted[2] else None
+    of_bias = plan.mask(BIAS_KIND[part], 1, dy.device) if wanted[2] else None
     dw = db = None
     if wanted[1]:
         if buckets is None:
@@ -147,7 +147,7 @@ def _out_backward(dy, x, weight, plan, part, bounds, wanted):
                 scaling.scale_sum(x2, out, None, factors, bounds)
             dw = out.t() @ dy2
     if wanted[2] and db is None:
-        slices = plan.joint(JOINT[part]).slices
+        slices = plan.joint(BIAS_KIND[part]).slices
         if len(slices) == 1 and slices[0].weight == 1:  # one launch, where scaling would take two
             db = dy2[slices[0].start : slices[0].end].sum(0)
         else:
@@ -228,6 +228,6 @@ register(masked_linear_in, _keep, _captured_in)
 register(masked_linear_out, _keep, _captured_out)
 
 
-def launches() -> list[Launch]:
+def variants() -> list[KernelVariant]:
     """Every block size and flag, at some widths and bounds, in bf16 and fp32, for the ahead-of-time suite."""
-    return scaling.launches() + rectangles.launches()
+    return scaling.variants() + rectangles.variants()

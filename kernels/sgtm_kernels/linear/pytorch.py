@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from sgtm_kernels.autograd import eager
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan, RowWork, Updaters
 
-JOINT = {part: f"{part}_bias" for part in ("attn_out", "mlp_out")}
+BIAS_KIND = {part: f"{part}_bias" for part in ("attn_out", "mlp_out")}
 
 
 def linear_in(x, weight, bias, plan: MaskPlan, part: str, bounds, overwrite: bool):
@@ -25,7 +25,7 @@ def linear_in(x, weight, bias, plan: MaskPlan, part: str, bounds, overwrite: boo
 def linear_out(x, weight, bias, plan: MaskPlan, part: str, bounds):
     if len(bounds) == 2:
         return F.linear(x, weight.t(), bias)
-    return _linear_out(x, weight, bias, plan, plan.rows(part, bounds), plan.joint(JOINT[part]))
+    return _linear_out(x, weight, bias, plan, plan.rows(part, bounds), plan.joint(BIAS_KIND[part]))
 
 
 def _in_forward(x, weight, bias, plan, work):

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 
 from sgtm_kernels.plan import MaskPlan, RowWork, Slice
-from sgtm_kernels.triton_common.launch import Launch
 from sgtm_kernels.triton_common.tuning import DTYPES, Tunable
+from sgtm_kernels.triton_common.variant import KernelVariant
 
 
 class Tile(NamedTuple):
@@ -185,7 +185,7 @@ def dw_rectangles(
         tl.store(out + at, part.to(out.dtype.element_ty), mask=(row < row_end)[:, None] & (column < columns)[None, :])
 
 
-def launches() -> list[Launch]:
+def variants() -> list[KernelVariant]:
     """Every block size and flag, in bf16 and fp32, for the ahead-of-time suite."""
     found = []
     for dtype in ("bf16", "fp32"):
@@ -198,7 +198,7 @@ def launches() -> list[Launch]:
             first_arch = 90 if loads == "descriptors" else 80
             for rows, columns, tokens, warps, stages in TILE.candidates(*_key(dtype, weighted, loads)):
                 found.append(
-                    Launch(
+                    KernelVariant(
                         dw_rectangles, signature, flags | {"BR": rows, "BC": columns, "BT": tokens}, warps, stages,
                         unaligned, first_arch=first_arch, tensor_cores=dtype == "bf16",
                         columns=(columns // max(1, 16 * warps // rows),) if dtype == "bf16" else None,

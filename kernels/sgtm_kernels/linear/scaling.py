@@ -3,7 +3,7 @@
 What is masked cannot change a bit of the results, whatever it is, NaN included: it is replaced by 0 once it is in
 registers. Reading it or not is decided for all of a token's entries in a block of columns, so that loads and stores
 stay 128 bits wide: a token that no group of the block wants is not read, and one that keeps all its entries is not
-written in place. Sums are by strips of tokens (strips.py).
+written in place. Sums are by strips of tokens (tiles.py).
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from sgtm_kernels.triton_common import strips
-from sgtm_kernels.triton_common.launch import Launch
-from sgtm_kernels.triton_common.strips import partial_sums, total_of
-from sgtm_kernels.triton_common.tiles import any_factor_but, factor_of, place
+from sgtm_kernels.triton_common import tiles
+from sgtm_kernels.triton_common.tiles import any_factor_but, factor_of, partial_sums, place, total_of
 from sgtm_kernels.triton_common.tuning import DTYPES, Tunable
+from sgtm_kernels.triton_common.variant import KernelVariant
 
 
 class Tile(NamedTuple):
@@ -134,7 +133,7 @@ def scale_input_and_sum(
         _strip(dy, dy, partial, dy_factors, tokens, block - blocks, strip, WIDTH, False, False, True, BT, BC, STRIP)
 
 
-def launches() -> list[Launch]:
+def variants() -> list[KernelVariant]:
     """Every block size and flag, at some bounds, in bf16 and fp32, for the ahead-of-time suite."""
     found = []
     ways = [flags for flags in product((False, True), repeat=3) if flags[0] >= flags[1] and flags[0] | flags[2]]
@@ -144,12 +143,12 @@ def launches() -> list[Launch]:
         both |= dict.fromkeys(("partial", "x_factors", "dy_factors"), "*fp32") | {"tokens": "i32"}
         for bounds, tile in product(((0, 4096), (0, 960, 1024), (0, 24, 48, 771, 3000)), TILE.candidates(dtype)):
             blocks, warps = _blocks(tile), tile.warps
-            words = Launch.words(tile.tokens * tile.columns, dtype, warps)
+            words = KernelVariant.words(tile.tokens * tile.columns, dtype, warps)
             for scale, in_place, add in ways if len(bounds) > 2 else [(False, False, True)]:
                 constants = {"BOUNDS": bounds, "SCALE": scale, "IN_PLACE": in_place, "SUM": add, **blocks}
                 spill = SPILL if tile.tokens == 16 and in_place and add else None
                 found.append(
-                    Launch(
+                    KernelVariant(
                         scale_and_sum, pointers, constants, warps, unaligned=("tokens",), programs=4, spill=spill,
                         wide=(1 + scale) * words,  # a load, and a store
                     )
@@ -157,8 +156,8 @@ def launches() -> list[Launch]:
             if len(bounds) > 2:
                 constants = {"BOUNDS": bounds, "WIDTH": (0, 1024), **blocks}
                 found.append(
-                    Launch(
+                    KernelVariant(
                         scale_input_and_sum, both, constants, warps, unaligned=("tokens",), programs=4, wide=3 * words
                     )
                 )
-    return found + strips.launches()
+    return found + tiles.variants()

@@ -19,10 +19,9 @@ from torch.library import custom_op
 from sgtm_kernels.autograd import captured, eager, existing, register
 from sgtm_kernels.linear.kernel import in_backward, linear_in
 from sgtm_kernels.plan import MaskPlan, plan_of
-from sgtm_kernels.triton_common.launch import Launch
-from sgtm_kernels.triton_common.strips import partial_sums, total_of
-from sgtm_kernels.triton_common.tiles import factor_of, place
+from sgtm_kernels.triton_common.tiles import factor_of, partial_sums, place, total_of
 from sgtm_kernels.triton_common.tuning import DTYPES, Key, Tunable
+from sgtm_kernels.triton_common.variant import KernelVariant
 
 
 class Tile(NamedTuple):
@@ -239,7 +238,7 @@ def activation_backward(
         tl.store(partial + strip * neurons + neuron, total, mask=neuron < neurons)
 
 
-def launches() -> list[Launch]:
+def variants() -> list[KernelVariant]:
     """Every block size and flag, at some bounds, in bf16 and fp32, for the ahead-of-time suite; candidates besides the
     heuristic bare and with the most groups, all ways to sum the bias with few groups."""
     found = []
@@ -263,9 +262,9 @@ def launches() -> list[Launch]:
                 forward = kernel is activation_forward
                 tiles = 1 if split else (2 if forward else 3) + gated * (1 if forward else 2)
                 found.append(
-                    Launch(
+                    KernelVariant(
                         kernel, signature, constants, tile.warps, unaligned=("tokens",), narrow=int(biased),
-                        wide=max(1, tiles * Launch.words(tile.tokens * tile.neurons, dtype, tile.warps)),
+                        wide=max(1, tiles * KernelVariant.words(tile.tokens * tile.neurons, dtype, tile.warps)),
                         programs=(32 if kernel is activation_forward else 20) // tile.warps,
                     )  # narrow: a thread's bias
                 )  # fmt: skip

@@ -22,12 +22,12 @@ from torch.library import custom_op
 
 from sgtm_kernels.autograd import captured, eager, existing, register
 from sgtm_kernels.plan import MaskPlan, plan_of
-from sgtm_kernels.triton_common.launch import Launch
+from sgtm_kernels.triton_common.variant import KernelVariant
 
 TILE = 2048  # elements of a tile of tokens x columns; a wider row is a tile of its own
 STRIPS = 512  # at most; more occupy more of the device and write more partial sums
 SUM_STRIPS, SUM_COLUMNS = 32, 64  # of a tile of the second pass
-WIDTHS = (1024, 256, 768, 2048, 8192)  # of `launches`: of the models that are timed, the common one first
+WIDTHS = (1024, 256, 768, 2048, 8192)  # of `variants`: of the models that are timed, the common one first
 FUSION = {"enable_fp_fusion": False}
 
 
@@ -320,7 +320,7 @@ def norm_sums(sums, dw, db, strips, WIDTH: tl.constexpr, BS: tl.constexpr, BD: t
         tl.store(db + column, total.to(db.dtype.element_ty), mask=column < WIDTH)
 
 
-def launches() -> list[Launch]:
+def variants() -> list[KernelVariant]:
     """Every block size, and in the common one every flag, in bf16 and fp32, for the ahead-of-time suite; at other
     widths those flags that need the most registers."""
     found = []
@@ -333,14 +333,14 @@ def launches() -> list[Launch]:
             sums = dict.fromkeys(("dw", "db"), f"*{dtype}") | {"sums": "*fp32", "strips": "i32"}
             constants = {"WIDTH": width, "BS": SUM_STRIPS, "BD": SUM_COLUMNS}
             # A thread stores one entry.
-            wide = Launch.words(SUM_STRIPS * SUM_COLUMNS, "fp32", Launch.num_warps)
+            wide = KernelVariant.words(SUM_STRIPS * SUM_COLUMNS, "fp32", KernelVariant.num_warps)
             found.append(
-                Launch(norm_sums, sums, constants, unaligned=("strips",), fp_fusion=False, wide=wide, narrow=1)
+                KernelVariant(norm_sums, sums, constants, unaligned=("strips",), fp_fusion=False, wide=wide, narrow=1)
             )
     return found
 
 
-def _launches(dtype: str, width: int, centered: bool, added: bool, summed: bool, masked: bool) -> list[Launch]:
+def _launches(dtype: str, width: int, centered: bool, added: bool, summed: bool, masked: bool) -> list[KernelVariant]:
     kinds = dict.fromkeys(("x", "residual", "total", "y", "dtotal", "dy", "dx", "weight", "bias"), f"*{dtype}")
     kinds |= dict.fromkeys(("mean", "rstd", "factors", "sums"), "*fp32")
     kinds |= {"tokens": "i32", "strip": "i32", "eps": "fp32"}
@@ -355,12 +355,12 @@ def _launches(dtype: str, width: int, centered: bool, added: bool, summed: bool,
         unaligned = tuple(n for n in ("tokens", "strip") if n in signature)
         programs = (32 if kernel is norm_forward else 16) // warps
         forward = kernel is norm_forward
-        tile, row = (Launch.words(n * shape["BD"], dtype, warps) for n in (shape["BT"], 1))
+        tile, row = (KernelVariant.words(n * shape["BD"], dtype, warps) for n in (shape["BT"], 1))
         # x and y, with the residual and the total; or x, dy and dx, with dtotal. The weight, with the bias; its sums.
         tiles, rows = (2 + 2 * added, 1 + centered) if forward else (3 + added, 1)
-        sums = (1 + centered) * Launch.words(shape["BD"], "fp32", warps) if summed and not forward else 0
+        sums = (1 + centered) * KernelVariant.words(shape["BD"], "fp32", warps) if summed and not forward else 0
         listed.append(
-            Launch(
+            KernelVariant(
                 kernel, signature, constants, warps, unaligned=unaligned, fp_fusion=False, programs=programs,
                 wide=tiles * tile + rows * row + sums,
             )

@@ -6,7 +6,7 @@ Every kernel, with every block size and combination of flags that its op can lau
 some widths, for sm_80, sm_90 and sm_100: it must compile, fit into the shared memory of the architecture, spill no
 register (stack of 0; an exception is listed with its reason beside the kernel), have tensor-core instructions where it
 is meant to, of the shape that it is meant to have, read and write global memory in words as wide as its rows allow, and
-leave registers and shared memory for as many programs as should run at once. What is meant stands in each `Launch`.
+leave registers and shared memory for as many programs as should run at once. Each `KernelVariant` says what is meant.
 Every kernel is compiled once for an architecture and its machine code (SASS) read once. Prints a table and exits 1
 where something does not hold.
 Source of the limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -29,7 +29,7 @@ from importlib import import_module
 from pathlib import Path
 
 from sgtm_kernels.dispatch import OPS, module_name
-from sgtm_kernels.triton_common.launch import Launch
+from sgtm_kernels.triton_common.variant import KernelVariant
 
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a thread block
 SHARED_OF_ALL, RESERVED = {80: 167_936, 90: 233_472, 100: 233_472}, 1024  # of a multiprocessor; beside each block's own
@@ -57,17 +57,17 @@ class Outcome:
     problems: list[str] = field(default_factory=list)
 
 
-def all_launches(ops: tuple[str, ...] = OPS) -> list[tuple[str, int, Launch]]:
+def all_variants(ops: tuple[str, ...] = OPS) -> list[tuple[str, int, KernelVariant]]:
     """(op, index, launch) of every op that has kernels."""
     return [(op, i, launch) for op in ops for i, launch in enumerate(_of(op))]
 
 
-def _of(op: str) -> list[Launch]:
+def _of(op: str) -> list[KernelVariant]:
     module = import_module(module_name(op, "triton"))
-    return module.launches() if hasattr(module, "launches") else []
+    return module.variants() if hasattr(module, "variants") else []
 
 
-def examine(launch: Launch, arch: int) -> Outcome:
+def examine(launch: KernelVariant, arch: int) -> Outcome:
     """Compile one launch for one architecture and check it."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -118,7 +118,7 @@ def access_widths(code: str) -> dict[int, int]:
     return dict(sorted(counts.items()))
 
 
-def _problems(o: Outcome, launch: Launch) -> Iterator[str]:
+def _problems(o: Outcome, launch: KernelVariant) -> Iterator[str]:
     if o.shared > SHARED_BYTES[o.arch]:
         yield f"{o.shared} bytes of shared memory, {SHARED_BYTES[o.arch]} there are"
     if o.stack and (launch.spill is None or o.arch not in launch.spill_on):
@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
-    found = all_launches(tuple(args.op))
+    found = all_variants(tuple(args.op))
     jobs = [(op, i, arch) for op, i, launch in found for arch in args.arch if arch in launch.arches]
     failed = 0
     write = partial(print, flush=True)

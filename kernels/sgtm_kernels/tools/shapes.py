@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sgtm_kernels.attention import HeadLayout
-from sgtm_kernels.plan import KINDS, PARTS, MaskPlan, Run, Tables, merge_runs
+from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS, MaskPlan, Run, Tables, merge_runs
 
 UNLABELED, RETAIN, FORGET = 0, 1, 2
 ONES = ((1.0, 1.0),) * 3
@@ -18,8 +18,8 @@ NONE = Tables(
     ("retain", "forget"),
     ONES,
     ONES,
-    dict.fromkeys(PARTS, ONES),
-    dict.fromkeys(KINDS, (1.0,) * 3),
+    dict.fromkeys(PROJECTIONS, ONES),
+    dict.fromkeys(JOINT_KINDS, (1.0,) * 3),
 )
 FREE = ("final_norm", "head_bias")  # joint parameters that forget tokens always update
 SGTM = Tables(
@@ -27,8 +27,8 @@ SGTM = Tables(
     NONE.groups,
     ((1.0, 1.0), (1.0, 0.0), (1.0, 1.0)),
     ONES,
-    dict.fromkeys(PARTS, ((1.0, 1.0), (1.0, 1.0), (0.0, 1.0))),
-    {kind: (1.0, 1.0, float(kind in FREE)) for kind in KINDS},
+    dict.fromkeys(PROJECTIONS, ((1.0, 1.0), (1.0, 1.0), (0.0, 1.0))),
+    {kind: (1.0, 1.0, float(kind in FREE)) for kind in JOINT_KINDS},
 )
 
 

@@ -1,1 +1,1 @@
-"""What the Triton kernels share: tiles, strips, block sizes, and launches to compile ahead of time."""
+"""What the Triton kernels share: tiles, sums over strips, block sizes, and the variants to compile ahead of time."""

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One kernel in one configuration. An op's kernel.py lists its own in `launches() -> list[Launch]`.
+class KernelVariant:
+    """One kernel in one configuration. An op's kernel.py lists its own in `variants() -> list[KernelVariant]`.
 
     kernel     the `@triton.jit` function
     signature  type of every argument that is not a constexpr: `*bf16`, `*fp32`, `i32`, `fp32`, ...

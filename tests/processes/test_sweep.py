@@ -27,11 +27,11 @@ from sgtm.data.prepare import prepare
 from sgtm.data.rules import Rules
 from sgtm.data.store import Corpus
 from sgtm.run.checkpoint import write_manifest
-from sgtm.sweep import progress, room
+from sgtm.sweep import progress, schedule
 from sgtm.sweep.file import read_sweep
+from sgtm.sweep.progress import FINISHED, state_of, steps_done
 from sgtm.sweep.run import run_sweep
 from sgtm.sweep.schedule import _fits
-from sgtm.sweep.state import FINISHED, state_of, steps_done
 from sgtm.sweep.table import four_losses, read_rows
 
 BASE = """
@@ -212,14 +212,14 @@ def test_figures_need_no_finished_run(sweep_file):
 
 def test_threads_and_memory_are_divided(sweep_file, monkeypatch):
     sweep = read_sweep(sweep_file("variants: {a: , b: , c: }"))
-    need = room.need(sweep.runs[0])
+    need = schedule.need(sweep.runs[0])
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
 
     def found(memory: float, **options) -> tuple[int, int]:
-        monkeypatch.setattr(room.psutil, "virtual_memory", lambda: type("Memory", (), {"available": memory}))
-        here = room.find_room(sweep, **options)
+        monkeypatch.setattr(schedule.psutil, "virtual_memory", lambda: type("Memory", (), {"available": memory}))
+        here = schedule.find_room(sweep, **options)
         return here.jobs, here.threads
 
     assert found(100 * need) == (3, 5)
@@ -228,22 +228,22 @@ def test_threads_and_memory_are_divided(sweep_file, monkeypatch):
     assert found(100 * need, jobs=1) == (1, 16)
     assert found(100 * need, threads=8) == (2, 8)
     sweep.folder.mkdir(parents=True)
-    room.keep_threads(sweep, room.Room(3, 5, 0.0))
+    schedule.keep_threads(sweep, schedule.Room(3, 5, 0.0))
     assert found(1.5 * need) == (1, 5), "a sweep that is continued has the threads of its first call"
 
 
 def test_runs_share_the_memory(sweep_file):
     runs = read_sweep(sweep_file("variants: {a: , b: }")).runs
-    here = room.Room(2, 1, 1.5 * room.need(runs[0]))
+    here = schedule.Room(2, 1, 1.5 * schedule.need(runs[0]))
     assert _fits(runs[0], [], here) and not _fits(runs[1], [runs[0]], here)
-    assert _fits(runs[1], [runs[0]], room.Room(2, 1, 2.5 * room.need(runs[0])))
+    assert _fits(runs[1], [runs[0]], schedule.Room(2, 1, 2.5 * schedule.need(runs[0])))
 
 
 def test_gpus_are_given_out_one_by_one(sweep_file, monkeypatch):
     sweep = read_sweep(sweep_file("variants: {a: , b: , c: }"))
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    here = room.find_room(sweep)
+    here = schedule.find_room(sweep)
     assert (here.jobs, here.devices) == (2, ("4", "6"))
     assert here.environment("6") == {"CUDA_VISIBLE_DEVICES": "6"}
 

@@ -16,7 +16,7 @@ import torch
 from waiting import PATIENCE, wait_until
 
 from sgtm.distributed import env
-from sgtm.process.ranks import TORCH_VARIABLES, Launch, detect_launch
+from sgtm.process.ranks import TORCH_VARIABLES, RankInfo, detect_launch
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
@@ -26,16 +26,16 @@ PLACE = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, Launch("none")),
-        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, Launch("none")),  # a batch script's own shell
-        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, Launch("none")),  # interactive step
-        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, Launch("none")),  # srun of one: alone
+        ({}, RankInfo("none")),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, RankInfo("none")),  # a batch script's own shell
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, RankInfo("none")),  # interactive
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, RankInfo("none")),  # srun of one: alone
         (
             {**PLACE, **ADDRESS, "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"},
-            Launch("torchrun", 5, 8, 1, 4),
+            RankInfo("torchrun", 5, 8, 1, 4),
         ),
-        ({**PLACE, **ADDRESS, "LOCAL_SIZE": "4", "CROSS_RANK": "1"}, Launch("deepspeed", 5, 8, 1, 4)),
-        ({**PLACE, **ADDRESS}, Launch("env", 5, 8, 1, 1)),
+        ({**PLACE, **ADDRESS, "LOCAL_SIZE": "4", "CROSS_RANK": "1"}, RankInfo("deepspeed", 5, 8, 1, 4)),
+        ({**PLACE, **ADDRESS}, RankInfo("env", 5, 8, 1, 1)),
         (
             {
                 **ADDRESS,
@@ -45,7 +45,7 @@ PLACE = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
                 "SLURM_LOCALID": "1",
                 "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
             },
-            Launch("srun", 5, 8, 1, 4),
+            RankInfo("srun", 5, 8, 1, 4),
         ),
     ],
 )
@@ -99,7 +99,7 @@ def test_ranks_that_do_not_meet_are_one_message(rank, tmp_path):
 
 
 def test_a_rank_takes_a_gpu_that_is_there():
-    ranks = [Launch("torchrun", rank, 4, rank, 4) for rank in range(4)]
+    ranks = [RankInfo("torchrun", rank, 4, rank, 4) for rank in range(4)]
     assert [env.gpu_of(rank, 4) for rank in ranks] == [0, 1, 2, 3]
     assert [env.gpu_of(rank, 1) for rank in ranks] == [0, 0, 0, 0]
     with pytest.raises(ValueError, match="4 ranks on this node, but 2 GPUs are visible to rank 3"):
@@ -140,11 +140,11 @@ def test_one_place_says_which_device(monkeypatch):
 def test_cores_are_divided_between_ranks_unless_the_user_has_said(monkeypatch):
     monkeypatch.setattr(env.os, "sched_getaffinity", lambda pid: range(12))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert env.cpu_threads(Launch("torchrun", 0, 4, 0, 4)) == 3
-    assert env.cpu_threads(Launch("torchrun", 0, 64, 0, 64)) == 1
-    assert env.cpu_threads(Launch("none")) is None
+    assert env.cpu_threads(RankInfo("torchrun", 0, 4, 0, 4)) == 3
+    assert env.cpu_threads(RankInfo("torchrun", 0, 64, 0, 64)) == 1
+    assert env.cpu_threads(RankInfo("none")) is None
     monkeypatch.setenv("OMP_NUM_THREADS", "6")
-    assert env.cpu_threads(Launch("torchrun", 0, 4, 0, 4)) is None
+    assert env.cpu_threads(RankInfo("torchrun", 0, 4, 0, 4)) is None
 
 
 def test_defaults_do_not_override(monkeypatch):
@@ -194,7 +194,7 @@ def test_slurm_starts_the_ranks_themselves(tmp_path):
     assert arguments[len(options) :] == ["python", "-m", "sgtm", "train", "my.yaml", "--resume"]
     assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("node-3", "29523")
     step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
-    assert detect_launch({**found, **step, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}) == Launch("srun", 5, 8, 1, 4)
+    assert detect_launch({**found, **step, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}) == RankInfo("srun", 5, 8, 1, 4)
 
 
 @pytest.mark.parametrize("given", [[], ["--overwrite"], ["--resume"], ["--resume", "auto"]])

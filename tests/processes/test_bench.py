@@ -19,9 +19,9 @@ from ranks import run_ranks
 
 from sgtm.commands.main import main
 from sgtm.config import load_config
+from sgtm.measure.bench import engine_steps, label_cases
 from sgtm.measure.bench import rows as rows_of
 from sgtm.measure.cases import NONE
-from sgtm.measure.engine import engine_steps, label_cases
 from sgtm.measure.peer import Peer
 from sgtm.measure.rounds import LEAST, LocalStep, Rounds, Took, take_rounds
 
@@ -42,7 +42,7 @@ def take(file: str) -> dict:
 def compiled(value: str) -> bool:
     """Whether the engine of the steps has compiled blocks; the compiler itself is left out."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sgtm.training.initial_model.check_compiler", lambda *_: None)
+        patch.setattr("sgtm.training.start.check_compiler", lambda *_: None)
         patch.setattr("torch.compile", lambda forward, **_: forward)
         config = load_config("debug", ["--train.compile", value])
         engine = next(iter(engine_steps(config, label_cases(config, 1)).values())).call.args[0]

@@ -129,7 +129,7 @@ def test_model_masks_and_optimizer_import_without_the_packages_of_a_run(tmp_path
 
 def test_a_version_of_deepspeed_without_a_name_that_we_replace_is_refused():
     code = (
-        "from types import SimpleNamespace as N\nfrom sgtm.distributed.private import replace\n"
+        "from types import SimpleNamespace as N\nfrom sgtm.distributed.takeover import replace\n"
         "there = N(a=1); replace(there, 'a', 2); ops = {'a': 1}; replace(ops, 'a', 2); print(there.a, ops['a'])\n"
         "for owner in (N(), {}):\n"
         "    try: replace(owner, 'a', 2)\n"

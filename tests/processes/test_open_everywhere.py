@@ -13,12 +13,12 @@ from ranks import run_ranks
 def open_on_nodes(folder: str, changes: list[str]) -> list[str]:
     """What this rank is told after each change to the second node's copy; each is undone."""
     from sgtm.distributed.agree import on_rank_zero
-    from sgtm.process.ranks import Launch
-    from sgtm.training.data import open_everywhere
+    from sgtm.process.ranks import RankInfo
+    from sgtm.training.start import open_everywhere
 
     rank = int(os.environ["RANK"])
     os.chdir(Path(folder, f"node{rank}"))
-    config, launch = config_for(path="corpus"), Launch("env", rank, 2, 0)
+    config, launch = config_for(path="corpus"), RankInfo("env", rank, 2, 0)
     said = []
     for change in changes:
         shard = Path("corpus/shards/00000.bin")

@@ -27,7 +27,7 @@ from sgtm.model.transformer import Transformer
 from sgtm_kernels.attention.flex import block_mask
 from sgtm_kernels.attention.visible import Visible
 from sgtm_kernels.mlp.kernel import activation_forward
-from sgtm_kernels.plan import _TABLES, PARTS
+from sgtm_kernels.plan import _TABLES, PROJECTIONS
 
 SPACE = LabelSpace(("forget",))
 TABLES = {"none": build_tables(SPACE, "none", "free"), "sgtm": build_tables(SPACE, "sgtm", "masked")}
@@ -143,7 +143,7 @@ def test_a_micro_batch_is_one_copy_and_no_wait(name, strategy, embedding, family
 def test_rectangles_take_one_copy_more_for_each_part(family, no_kernels, monkeypatch):
     monkeypatch.setenv("SGTM_LINEAR", "rectangles")
     model = model_of(family, 2).to("meta")
-    parts = [part for part in PARTS if len(set(TABLES["sgtm"].update[part])) > 1]
+    parts = [part for part in PROJECTIONS if len(set(TABLES["sgtm"].update[part])) > 1]
     found = copies_of(model, BATCHES["many slices, documents"], "sgtm", monkeypatch)
     assert 1 < found <= 1 + len(parts)
     assert copies_of(model, BATCHES["whole sequences"], "sgtm", monkeypatch) == 1

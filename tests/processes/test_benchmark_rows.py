@@ -72,9 +72,9 @@ def test_rows_are_on_the_disk_when_the_run_is_killed(tmp_path, monkeypatch):
 def test_a_row_is_a_step_against_the_unmasked_one_of_the_same_round(name, monkeypatch):
     """Two rounds, the second at half the speed: ratios do not see it. CPU time is a tenth, and half of it for masks."""
     from sgtm.measure import mixings
+    from sgtm.measure.cases import GPU
     from sgtm.measure.models import SETTINGS
     from sgtm.measure.rounds import Rounds, Took
-    from sgtm.measure.targets import GPU
 
     seconds = {"none": 4.0, "pure forget": 2.0, "nothing masked, micro": 8.0, "25 %, micro": 4.0, "none, micro": 16.0}
 
