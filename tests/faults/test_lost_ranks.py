@@ -37,7 +37,8 @@ def broken(how: str, rank: int = 1) -> list[str]:
     ("how", "first", "known"),
     [
         ("refuse", "error: rank 1: the disk of this rank is full", "ended with exit status 2"),
-        ("kill", None, r"killed by SIGKILL \(pid \d+ on \S+\)"),
+        # torchrun may have reaped it before a neighbour looks.
+        ("kill", None, r"(killed by SIGKILL|died without a word) \(pid \d+ on \S+\)"),
     ],
 )
 def test_others_say_in_one_line_whom_they_lost(how, first, known):
@@ -59,7 +60,10 @@ def test_others_say_in_one_line_whom_they_lost(how, first, known):
 def test_the_stack_of_the_broken_rank_comes_first_and_is_the_only_one(how, first, known):
     lines = broken(how)
     assert lines[0].removeprefix("[rank1]: ") == first, lines
-    assert all(f"error: rank {rank}: lost rank 1: {known}" in "\n".join(lines[-2:]) for rank in (0, 2)), lines
+    for rank in (0, 2):
+        assert re.search(f"error: rank {rank}: lost rank 1: ({known}|died without a word)", "\n".join(lines[-2:])), (
+            lines
+        )
     assert "\n".join(lines).count(first) == 1
 
 

@@ -1,4 +1,4 @@
-"""The last word of a rank that ends well.
+"""The last word of a rank that ends well, and what can be seen of one that ends otherwise.
 
 tests/faults/test_lost_ranks.py has ranks that die and hang. Fault tried, seen to fail: the word said before the beat in
 progress has ended, which takes it back.
@@ -6,14 +6,18 @@ progress has ended, which takes it back.
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
 from datetime import timedelta
 
+import pytest
 import torch.distributed as dist
+from waiting import wait_until
 
 from sgtm.distributed import watchdog
-from sgtm.distributed.watchdog import LEFT, Watchdog
+from sgtm.distributed.watchdog import LEFT, Watchdog, _death
 
 
 class SlowStore:
@@ -46,3 +50,16 @@ def test_the_last_beat_does_not_take_back_that_a_rank_has_left(monkeypatch):
         assert store.inner.get("0") == LEFT.encode()
     finally:
         rank.leave(0)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [("os.kill(os.getpid(), 9)", "killed by SIGKILL"), ("os._exit(3)", "ended with exit status 3")],
+)
+def test_how_a_process_has_ended_can_be_seen_until_it_is_reaped(code, expected):
+    process = subprocess.Popen([sys.executable, "-c", f"import os; {code}"])
+    wait_until(lambda: _death(process.pid) != "")
+    assert _death(process.pid) == expected
+    process.wait()
+    assert _death(process.pid) == "died without a word"
+    assert _death(os.getpid()) == ""
