@@ -25,7 +25,7 @@ from arguments import FAST, one_of, positive
 from environment import percentiles, write_rows
 
 from sgtm.masking.labels import UNLABELED
-from sgtm.masking.partition import ModelShape
+from sgtm.masking.shape import ModelShape
 from sgtm.masking.strategy import build_tables
 from sgtm.measure.models import LABELS, Setting
 from sgtm.measure.plain import Plain

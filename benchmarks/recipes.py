@@ -30,7 +30,7 @@ from environment import read_rows
 
 from sgtm.evaluation.compute_ratio import LEAST, LearningCurve
 from sgtm.report.baselines import FOLDER, basis
-from sgtm.run.directory import last_environment
+from sgtm.run.environment import last_environment
 from sgtm.sweep.file import read_sweep
 from sgtm.sweep.table import LOSSES
 

@@ -1,6 +1,6 @@
 """Break the code on purpose, one fault at a time, and see a test fail.
 
-    python tests/mutants.py [--only WORDS] [--jobs 2]
+    python tests/mutants.py [--only WORDS] [--jobs N]
 
 Every file of tests/mutations lists faults of one room:
 
@@ -9,7 +9,7 @@ Every file of tests/mutations lists faults of one room:
       old: |      whole lines that occur in it once, at any indentation
       new: |      what they become
       test: the test that must fail, as pytest takes it; several with spaces between them
-      survives: |      only where no test can fail: why
+      survives: |      only where no test can fail (there is none so far): why
 
 The tests run first on the code as it is. Each fault is then made in a copy of the tree, and its test run there; one
 that still passes is a survivor. Prints every fault, then the survivors, and exits 1 if one is not explained, or if one
@@ -125,7 +125,11 @@ class Tree:
             paths = [str(self.folder / name) for name in PATHS]
             sys.path[:0] = paths
             sys.dont_write_bytecode = True
-            environ = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+            environ = {
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "OMP_NUM_THREADS": "1",
+            }
             os.environ.update(environ)
             import pytest
 

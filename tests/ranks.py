@@ -168,6 +168,6 @@ def _take_part(request: Request, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    from ranks import serve
+    from ranks import serve  # so that requests unpickle as ranks.Request
 
     serve()

@@ -37,7 +37,7 @@ def run(options) -> int:
     for problem in wrong.values():
         print(f"warning: {problem}; taking {found}", file=sys.stderr)
 
-    from sgtm.distributed.storage import write_universal
+    from sgtm.distributed.universal import write_universal
 
     write_universal(found, options.out)
     print(options.out)

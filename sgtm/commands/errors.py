@@ -59,8 +59,10 @@ def what_is_meant(command: str, arguments: list[str], otherwise: str = "") -> st
 
 
 def print_error(error: ValueError | OSError) -> None:
-    """One message. What every rank finds alike (a config) only rank 0 says, what all raise together (`error.rank`, see
-    sgtm/distributed/agree.py) the rank that it comes from; anything else each rank says for itself.
+    """Print one message.
+
+    Rank 0 prints what every rank finds alike, such as an error in a config. What all raise together is printed by the
+    rank that it comes from (`error.rank`, see sgtm/distributed/agree.py). Every rank prints anything else.
     """
     from sgtm.process.ranks import rank_and_size
 

@@ -174,9 +174,8 @@ class Config(Section):
 
     @property
     def micro_batch(self) -> int:
-        """`train.micro_batch` where it is a number: where it is set, and after `for_ranks`; else raises ValueError."""
-        if self.train.micro_batch is None:
-            raise ValueError("train.micro_batch is derived from the number of ranks: call for_ranks first")
+        """`train.micro_batch` where it is a number: where it is set, and after `for_ranks`."""
+        assert self.train.micro_batch is not None, "it follows from the number of ranks: call for_ranks first"
         return self.train.micro_batch
 
     def for_ranks(self, world_size: int) -> Config:

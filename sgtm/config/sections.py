@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from sgtm.masking.partition import ModelShape
+from sgtm.masking.shape import ModelShape
 from sgtm.masking.strategy import JOINT_PRESETS, PRESETS
 from sgtm_kernels import current_name
 from sgtm_kernels.tables import JOINT_KINDS

@@ -22,7 +22,7 @@ _BEGINNINGS = {
     "a zip archive": rb"PK\x03\x04",
     "UTF-16 text": rb"\xff\xfe|\xfe\xff",
 }
-_DECOMPRESSED: dict[str, Callable[[BufferedReader], BufferedIOBase]] = {
+_OPENERS: dict[str, Callable[[BufferedReader], BufferedIOBase]] = {
     "gzip": gzip.open,
     "bzip2": bz2.open,
     "xz": lzma.open,
@@ -95,7 +95,7 @@ def _is_text(head: bytes) -> bool:
 
 
 def _read(handle: BufferedReader, compression: str | None) -> Iterator[bytes]:
-    content = handle if compression is None else _DECOMPRESSED[compression](handle)
+    content = handle if compression is None else _OPENERS[compression](handle)
     while data := content.read(2**20):
         yield data
 

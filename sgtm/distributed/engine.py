@@ -63,8 +63,9 @@ from sgtm.distributed.env import device_type, kernel_backend
 from sgtm.distributed.optim import SegmentedAdamW
 from sgtm.distributed.process_group import outlast_watchdog
 from sgtm.distributed.segments import Fragment, check_cover, fragments, full_numel, segment_tables
-from sgtm.distributed.storage import STATE_TENSORS, Stored, universal_info
+from sgtm.distributed.storage import STATE_TENSORS, Stored
 from sgtm.distributed.takeover import Takeover, replace
+from sgtm.distributed.universal import universal_info
 from sgtm.distributed.watchdog import enter
 from sgtm.distributed.writer import BackgroundWriter
 from sgtm.model.rows import owner_of

@@ -19,7 +19,8 @@ from math import ceil
 
 from sgtm.config.schema import Config
 from sgtm.estimate.shapes import parameter_sizes
-from sgtm.estimate.traffic import Limits, gathers, is_bf16_optimizer, padded, persistent, sent_width, split, width_of
+from sgtm.estimate.traffic import is_bf16_optimizer, padded, sent_width, split, width_of
+from sgtm.estimate.zero3 import Limits, gathers, persistent
 
 FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed flattens at a time where it reduces without ZeRO
 LOGITS_CHUNK, LOGITS_ROWS, FP32_ROWS = 2**28, 64, 1024  # of the fused head and loss (cross_entropy/pytorch.py)

@@ -11,8 +11,8 @@ from rich.table import Table
 from sgtm.config.schema import Config
 from sgtm.estimate.speed import PEAK, Machine
 from sgtm.estimate.stages import Row, arithmetic, check_fits, recommended
-from sgtm.estimate.traffic import Limits, gathered_times
 from sgtm.estimate.units import GB, amount, listed, unit
+from sgtm.estimate.zero3 import Limits, gathered_times
 
 MEMORY = {
     "weights": ("weights", "hpZ weights", "gathered weights"),

@@ -16,8 +16,8 @@ UNLABELED, RETAIN, FIRST_FORGET = 0, 1, 2
 OPEN = "open:"
 RETAIN_GROUP = "retain"
 FULL, WITHOUT = "full", "without "
-NO_GROUP = "joint"  # in the place of a group: all weights that no group owns
-RESERVED = ("retain", "unlabeled", FULL, NO_GROUP)
+JOINT_GROUP = "joint"  # in the place of a group: all weights that no group owns
+RESERVED = ("retain", "unlabeled", FULL, JOINT_GROUP)
 
 
 def removal_name(removed: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from sgtm.data.batch import Batch
 from sgtm.masking.labels import FIRST_FORGET, UNLABELED
-from sgtm.masking.partition import ModelShape
+from sgtm.masking.shape import ModelShape
 from sgtm.masking.strategy import build_tables
 from sgtm.measure.models import LABELS, Setting
 from sgtm.measure.rows import Target

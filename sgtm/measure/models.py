@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sgtm.masking.labels import LabelSpace
-from sgtm.masking.partition import ModelShape, Partition, build_partition
+from sgtm.masking.partition import Partition, build_partition
+from sgtm.masking.shape import ModelShape
 
 PRESETS = Path(__file__).parents[1] / "config" / "presets"
 LABELS = LabelSpace(("forget",))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sgtm.masking.partition import ModelShape
+from sgtm.masking.shape import ModelShape
 
 
 def norm(shape: ModelShape) -> nn.Module:

@@ -25,16 +25,8 @@ from sgtm.distributed.env import device_type
 from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.self_check import check_kernels
 from sgtm.files import write_atomically
-from sgtm.measure.ranges import (
-    MODULES,
-    PHASES,
-    RangedEngine,
-    find_kernel,
-    function_name,
-    name_modules,
-    nsight_command,
-    triton_kernels,
-)
+from sgtm.measure.nsight import find_kernel, function_name, nsight_command, triton_kernels
+from sgtm.measure.ranges import MODULES, PHASES, RangedEngine, name_modules
 from sgtm.measure.rounds import wait_for_device
 from sgtm.measure.trace import OTHER, summarize
 from sgtm.training.start import dry_run, initial_model

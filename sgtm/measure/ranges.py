@@ -2,18 +2,13 @@
 
 Nothing of this is in the code that trains: an engine of its own names the phases, and the modules of one model are
 wrapped. In the backward pass every autograd node that a module's forward has made is a range of its own, called
-`<module> backward`. What a checkpointed block recomputes there keeps the module's own name. Nsight Compute finds the
-kernels of a step by these names; `nsight_command` composes its command line.
+`<module> backward`. What a checkpointed block recomputes there keeps the module's own name.
 """
 
 from __future__ import annotations
 
-import re
-import shlex
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
-from importlib.util import find_spec
 
 import torch
 from torch.profiler import record_function
@@ -95,46 +90,3 @@ def _name_node(node: torch.autograd.graph.Node, name: str) -> None:
     opened = record_function(name)
     node.register_prehook(lambda grad_outputs: opened.__enter__() and None)
     node.register_hook(lambda grad_inputs, grad_outputs: opened.__exit__(None, None, None))
-
-
-def triton_kernels() -> list[str]:
-    """Names of this project's Triton kernels, as a profiler shows them; none without Triton."""
-    if find_spec("triton") is None:
-        return []
-    from sgtm_kernels.tools.aot import all_variants
-
-    return sorted({launch.kernel.__name__ for _, _, launch in all_variants()})
-
-
-def function_name(kernel: str) -> str:
-    """What Nsight Compute filters by: `void at::native::f<float>(int)` without result type, namespaces, templates and
-    parameters, `f`."""
-    kernel = kernel.replace("(anonymous namespace)::", "")
-    return re.split(r"[<(]", kernel.removeprefix("void "), maxsplit=1)[0].rpartition("::")[2].strip()
-
-
-def find_kernel(name: str, seen: Iterable[str]) -> str:
-    """The function name that `name` means: a Triton kernel of this project, or a kernel of the trace.
-
-    Raises ValueError that lists both.
-    """
-    known, found = triton_kernels(), sorted({function_name(kernel) for kernel in seen})
-    wanted = function_name(name)
-    if wanted not in (*known, *found):
-        raise ValueError(
-            f"--kernel {name}: no such kernel; Triton kernels: {', '.join(known) or 'none, Triton is not installed'}; "
-            f"kernels of this trace: {', '.join(found) or 'none, there is no GPU'}"
-        )
-    return wanted
-
-
-def nsight_command(kernel: str, profile: list[str], skip: int, to: str) -> str:
-    """Shell command that profiles one launch of `kernel` (a function name).
-
-    profile  arguments of `sgtm profile` that take the same steps, without a profiler of their own
-    skip     launches of this kernel to pass over before: those of the warm-up
-    to       report to write, without its suffix
-    """
-    options = ["--kernel-name", f"regex:^{re.escape(kernel)}$", "--launch-skip", str(skip), "--launch-count", "1"]
-    options += ["--set", "full", "--force-overwrite", "-o", to]
-    return shlex.join(["ncu", *options, sys.executable, "-m", "sgtm", "profile", *profile])

@@ -35,7 +35,7 @@ from sgtm_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from sgtm_kernels.plan import MaskPlan
 
 if TYPE_CHECKING:
-    from sgtm.masking.partition import ModelShape
+    from sgtm.masking.shape import ModelShape
     from sgtm.model.output_norms import OutputNorms
 
 

@@ -23,7 +23,7 @@ from sgtm.report.figures import Drawing, draw
 from sgtm.report.findings import SMALL, cautions, conditions, error_of, localisation, loss_rows, sentences, signed
 from sgtm.report.ratios import categories_of
 from sgtm.report.record import Record, is_forgotten, read_record
-from sgtm.run.directory import last_environment
+from sgtm.run.environment import last_environment
 from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS
 
 SHIPPED = "The baselines ship with the preset: full models trained without masks, means over seeds."

@@ -1,13 +1,9 @@
-"""The directory of a run: one process uses it, on all nodes, and `environment.jsonl` in it describes every start.
-
-A start is described by device, threads, commit, versions and time.
-"""
+"""The directory of a run: that one process uses it, on all nodes, and how it begins."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import secrets
 import shutil
@@ -24,6 +20,7 @@ from sgtm.config.load import save_config
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.files import sync_directory, write_atomically
 from sgtm.run.checkpoint import remove_unfinished
+from sgtm.run.environment import record_environment
 from sgtm.run.located import record_place
 from sgtm.run.metrics import MetricsLog
 from sgtm.run.usable import check_usable
@@ -133,22 +130,3 @@ def begin(run: Path, config: Config, log: MetricsLog, resume: bool, overwrite: b
     if aside:
         shutil.rmtree(aside)
     return evaluated
-
-
-FILE = "environment.jsonl"
-
-
-def record_environment(run: Path) -> None:
-    """Append a line for this start."""
-    from sgtm_kernels.measurement import environment  # torch, which a reader does without
-
-    with (run / FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(environment()) + "\n")
-
-
-def last_environment(run: Path) -> dict | None:
-    """The last line, of the newest start. None for a run of an older version."""
-    try:
-        return json.loads((run / FILE).read_text("utf-8").splitlines()[-1])
-    except (OSError, ValueError, IndexError):
-        return None

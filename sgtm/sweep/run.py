@@ -95,7 +95,7 @@ def _train(sweep: Sweep, pending: list[Run], room: Room, console: Console, start
 
 
 def _write(sweep: Sweep, corpora: dict[str, Corpus | None], console: Console) -> None:
-    from sgtm.sweep.table import write_figures  # matplotlib takes a second to import
+    from sgtm.sweep.figures import write_figures  # matplotlib takes a second to import
 
     rows = read_rows(sweep, corpora)
     write_table(sweep, rows)
@@ -154,17 +154,17 @@ def check_submission(sweep: Sweep, nodes: int | None, gpus: int | None) -> Settl
 def submit(sweep: Sweep, run: Run, where: Settled) -> str:
     """Submit the run; returns sbatch's reply, or the id of its queued job. Raises ValueError if SLURM refuses."""
     name = f"{sweep.folder.name}.{run.name}"
-    queued = _run(["squeue", "--noheader", "--me", "--name", name, "--format", "%i"]).split()
+    queued = _output(["squeue", "--noheader", "--me", "--name", name, "--format", "%i"]).split()
     if queued:
         return f"{run.name} is in the queue already: job {', '.join(queued)}"
     log = log_of(sweep, run).absolute()
     log.parent.mkdir(parents=True, exist_ok=True)
     environment, (sbatch, *command) = compose(where, arguments_of(sweep, run)[1:])
     words = [sbatch, "--job-name", name, "--output", str(log), *command]
-    return f"{run.name}: {_run(words, environment).strip()}"
+    return f"{run.name}: {_output(words, environment).strip()}"
 
 
-def _run(command: list[str], environment: dict[str, str] | None = None) -> str:
+def _output(command: list[str], environment: dict[str, str] | None = None) -> str:
     try:
         done = subprocess.run(command, env={**os.environ, **(environment or {})}, capture_output=True, text=True)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The result of a sweep: a row for each variant, mean and spread over the seeds of four losses; and its figures.
+"""The result of a sweep: a row for each variant, mean and spread over the seeds of four losses.
 
 Losses are those of the evaluation after a run's last step (`train.eval_sequences` of each category of split test), in
 nats per token. `retain` is the mean over the categories that no domain owns, `forget` over those of the domains, each
@@ -12,24 +12,15 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from matplotlib import rc_context
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from sgtm.data.store import Corpus
-from sgtm.files import replacing, write_atomically
+from sgtm.files import write_atomically
 from sgtm.masking.labels import FULL, removal_name
-from sgtm.report.figures import DASHES, STYLE, WIDTH, Dashes
-from sgtm.report.palette import DOMAINS, LIGHT, PAPER, RETAIN, UNLABELED
-from sgtm.run.metrics import read_metrics
 from sgtm.sweep.file import Run, Sweep
 from sgtm.sweep.progress import final_losses
 
@@ -153,104 +144,3 @@ def _record(row: Row) -> dict:
 
 def _json(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else value
-
-
-COLOURS = [LIGHT[name] for name in (RETAIN, *(f"domain-{i}" for i in range(DOMAINS)), UNLABELED)]
-
-
-def write_figures(sweep: Sweep, rows: list[Row]) -> None:
-    """`training.png` and `losses.png` in `<folder>/figures`, each only where there is something to show."""
-    folder = sweep.folder / "figures"
-    folder.mkdir(exist_ok=True)
-    for paint in (training, losses):
-        file = folder / f"{paint.__name__}.png"
-        with rc_context(STYLE):
-            figure = paint(rows)
-            if figure is None:
-                file.unlink(missing_ok=True)
-                continue
-            with replacing(file) as out:
-                figure.savefig(out, format="png", dpi=200)
-
-
-def training(rows: list[Row]) -> Figure | None:
-    """Training loss against tokens, a line for each variant: the mean over its finished seeds."""
-    figure, axes = _panel("tokens", "training loss (nats per token)")
-    for number, row in enumerate(rows):
-        points = _curve(row)
-        if points:
-            axes.plot(*zip(*points, strict=True), color=_colour(number), linestyle=_dashes(number), label=row.variant)
-    return _finished(figure, axes) if axes.lines else None
-
-
-def losses(rows: list[Row]) -> Figure | None:
-    """Forget loss against retain loss: the full model (ring) and the ablated one (dot), with the spread over seeds."""
-    figure, axes = _panel("retain loss (nats per token)", "forget loss (nats per token)")
-    names = []
-    for number, row in enumerate(rows):
-        places = {model: place for model in ("full", "ablated") if (place := _place(row, model))}
-        if len(places) < 2:
-            continue
-        colour = _colour(number)
-        axes.plot(*zip(*places.values(), strict=True), color=colour, linestyle=_dashes(number), linewidth=0.8)
-        for model, (retain, forget) in places.items():
-            axes.errorbar(
-                retain,
-                forget,
-                xerr=row.spread(f"{model}_retain") or 0.0,
-                yerr=row.spread(f"{model}_forget") or 0.0,
-                fmt="o",
-                color=colour,
-                markerfacecolor=LIGHT[PAPER] if model == "full" else colour,
-                markersize=6,
-                linewidth=1,
-            )
-        names.append((number, row.variant))
-    if not names:
-        return None
-    handles = [Line2D([], [], color=_colour(n), linestyle=_dashes(n), marker="o", label=name) for n, name in names]
-    return _finished(figure, axes, handles)
-
-
-def _place(row: Row, model: str) -> tuple[float, float] | None:
-    """(retain, forget) loss of a model; None where one was not measured or is not finite."""
-    retain, forget = row.mean(f"{model}_retain"), row.mean(f"{model}_forget")
-    if retain is None or forget is None or not (math.isfinite(retain) and math.isfinite(forget)):
-        return None
-    return retain, forget
-
-
-def _curve(row: Row) -> list[tuple[int, float]]:
-    """(tokens, mean loss) at the steps that all finished seeds have logged with a finite loss."""
-    by_step: dict[int, list[float]] = {}
-    for run in row.runs:
-        if run.name in row.losses:
-            for line in read_metrics(run.directory / "metrics.jsonl"):
-                if line["kind"] == "step" and line["loss"] is not None:
-                    by_step.setdefault(line["step"], []).append(line["loss"])
-    size = row.runs[0].config.train.tokens_per_step
-    return [(step * size, statistics.fmean(found)) for step, found in by_step.items() if len(found) == len(row.losses)]
-
-
-def _panel(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(1.4 * WIDTH, WIDTH), layout="constrained")
-    axes = figure.subplots()
-    axes.grid(axis="y")
-    axes.set_axisbelow(True)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    return figure, axes
-
-
-def _finished(figure: Figure, axes: Axes, handles: Sequence[Artist] = ()) -> Figure:
-    figure.legend(
-        handles=handles or axes.get_legend_handles_labels()[0], loc="outside upper left", ncols=3, handlelength=1.6
-    )
-    return figure
-
-
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
-
-
-def _dashes(number: int) -> Dashes:
-    return DASHES[number // len(COLOURS) % len(DASHES)]

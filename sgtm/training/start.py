@@ -34,7 +34,7 @@ from sgtm.training.step import train_step
 from sgtm_kernels.plan import Tables
 from sgtm_kernels.signature import signature_of
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # deepspeed takes seconds to import
     from sgtm.distributed.engine import Engine
 
 

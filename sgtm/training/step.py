@@ -18,12 +18,11 @@ import torch
 
 from sgtm.config.schema import OptimizerConfig
 from sgtm.data.batch import IGNORE, Batch
-from sgtm.distributed.engine import Engine
-from sgtm.masking.labels import NO_GROUP, RETAIN_GROUP
+from sgtm.masking.labels import JOINT_GROUP, RETAIN_GROUP
 from sgtm.model.rows import live_keys
 from sgtm_kernels.plan import Tables
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # deepspeed takes seconds to import
     from sgtm.distributed.engine import Engine
     from sgtm.model.output_norms import OutputNorms
 
@@ -36,7 +35,7 @@ def target_counts(batch: Batch, labels: int) -> torch.Tensor:
     return torch.from_numpy(counts.astype(np.int64))
 
 
-class Progress(TypedDict):
+class TotalsState(TypedDict):
     """The state of `StepTotals` in a checkpoint."""
 
     sums: torch.Tensor
@@ -62,7 +61,7 @@ class StepTotals:
         self.skipped = self.in_a_row = 0
         self._step = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
 
-    def state(self) -> Progress:
+    def state(self) -> TotalsState:
         """What has been gathered on this rank since it was taken, for a checkpoint."""
         return {
             "sums": self.sums.cpu(),
@@ -72,7 +71,7 @@ class StepTotals:
             "in_a_row": self.in_a_row,
         }
 
-    def restore(self, states: list[Progress], rank: int, ranks: int) -> None:
+    def restore(self, states: list[TotalsState], rank: int, ranks: int) -> None:
         """Go on from what all ranks saved: each from its own, or where there are other ranks now, rank 0 from all."""
         for state in states[rank : rank + 1] if len(states) == ranks else states if rank == 0 else []:
             self.sums += state["sums"].to(self.sums.device)
@@ -161,10 +160,10 @@ def learning_rate(step: int, optimizer: OptimizerConfig, total_steps: int) -> fl
 
 def group_norms(key_norms: Mapping[str, float], groups: Iterable[str]) -> dict[str, float]:
     """L2 norm by group from norms by key (sgtm/model/rows.py); `joint`: of all weights that no group owns."""
-    norms = dict.fromkeys((*groups, NO_GROUP), 0.0)
+    norms = dict.fromkeys((*groups, JOINT_GROUP), 0.0)
     for key, norm in key_norms.items():
         _, owned, group = key.partition(".")
-        name = group if owned else NO_GROUP
+        name = group if owned else JOINT_GROUP
         norms[name] = math.hypot(norms[name], norm)
     return norms
 

@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgtm.config import load_config
 from sgtm.estimate.memory import checkpoint_bytes, memory
-from sgtm.estimate.traffic import ALL_GATHER, ALL_REDUCE, REDUCE, REDUCE_SCATTER, Limits, collectives, ring_bytes
+from sgtm.estimate.traffic import ALL_GATHER, ALL_REDUCE, REDUCE, REDUCE_SCATTER, collectives, ring_bytes
+from sgtm.estimate.zero3 import Limits
 
 SHAPE = (
     "--model.hidden_size=256", "--model.intermediate_size=1024", "--model.layers=2", "--model.vocab_size=512",

@@ -30,7 +30,7 @@ from families import (
 from ranks import run_ranks
 
 from sgtm.config import Config, load_config
-from sgtm.masking.labels import NO_GROUP
+from sgtm.masking.labels import JOINT_GROUP
 from sgtm.run.metrics import read_metrics
 
 LIMIT = 0.01
@@ -49,10 +49,10 @@ def expected_norms(config: Config, batches: list) -> dict[str, float]:
     for batch in batches:
         for name, gradient in gradients(model, [batch], config.tables).items():
             total[name] += gradient
-    squares = dict.fromkeys((*SPACE.groups, NO_GROUP), 0.0)
+    squares = dict.fromkeys((*SPACE.groups, JOINT_GROUP), 0.0)
     for (key, _, _), piece in by_key(model, total).items():
         group = key.rpartition(".")[2]
-        squares[group if group in SPACE.groups else NO_GROUP] += float(piece.double().square().sum())
+        squares[group if group in SPACE.groups else JOINT_GROUP] += float(piece.double().square().sum())
     return {group: math.sqrt(square) for group, square in squares.items()}
 
 

@@ -110,7 +110,7 @@ def convert(source: Path, out: Path) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_universal_checkpoint_is_deepspeeds(of_four_ranks: Path, tmp_path: Path, stage: int):
     """Tensor by tensor as DeepSpeed's converter writes it; of ZeRO 3 that one leaves out the shape."""
-    from sgtm.distributed.storage import write_universal
+    from sgtm.distributed.universal import write_universal
 
     source = of_four_ranks / f"fp32-{stage}" / "checkpoints" / "step_00000002"
     convert(source, tmp_path / "theirs")
@@ -145,7 +145,7 @@ def load_by_deepspeed(folder: str, expected: str, precision: str) -> None:
 
 @pytest.mark.parametrize("precision", list(BOUND))
 def test_deepspeed_loads_the_universal_checkpoint(of_four_ranks: Path, tmp_path: Path, precision: str):
-    from sgtm.distributed.storage import write_universal
+    from sgtm.distributed.universal import write_universal
 
     run = of_four_ranks / f"{precision}-3"
     write_universal(run / "checkpoints" / "step_00000002", tmp_path / "universal")

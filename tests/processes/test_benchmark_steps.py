@@ -158,7 +158,7 @@ def test_labels_change_where_the_mixing_mode_says(name):
 def test_shapes_are_those_of_the_presets():
     from dataclasses import asdict
 
-    from sgtm.masking.partition import ModelShape
+    from sgtm.masking.shape import ModelShape
     from sgtm.measure.models import preset
 
     fields = {name: field.get_default() for name, field in ModelConfig.model_fields.items() if not field.is_required()}

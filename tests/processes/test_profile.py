@@ -30,8 +30,9 @@ from tiny import MIXED, tiny_config, tiny_model, tiny_step
 from sgtm.commands.main import main
 from sgtm.config import load_config
 from sgtm.data.random_data import RandomCorpus
+from sgtm.measure.nsight import find_kernel, function_name, nsight_command
 from sgtm.measure.profile import WARM_UP, corpus_of, first_steps, print_profile
-from sgtm.measure.ranges import MODULES, PHASES, find_kernel, function_name, name_modules, nsight_command
+from sgtm.measure.ranges import MODULES, PHASES, name_modules
 from sgtm.measure.trace import summarize
 
 LAYERS, MICRO_BATCHES, STEPS = 2, 4, 2

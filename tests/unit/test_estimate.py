@@ -23,7 +23,7 @@ from sgtm.estimate.shapes import model_flops, parameter_shapes, parameter_sizes,
 from sgtm.estimate.speed import Machine
 from sgtm.estimate.stages import arithmetic, check_divides, check_fits, estimate
 from sgtm.estimate.terminal import print_estimate, print_memory
-from sgtm.estimate.traffic import Limits, gathers
+from sgtm.estimate.zero3 import Limits, gathers
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import MaskPlan, Run
 

@@ -1,5 +1,6 @@
 """No room imports from one listed below it; see tests/rooms.py."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,44 @@ def test_type_checkers_may_look_up(tmp_path):
 def test_a_file_in_no_room_is_an_error():
     with pytest.raises(ValueError, match=r"sgtm\.helpers is in no room"):
         rooms.room_of("sgtm.helpers")
+
+
+def reached(start: str) -> set[str]:
+    """Packages and modules of ours that importing a module imports at once, itself among them."""
+    modules = {rooms.module_of(path): path for path in rooms.sources()}
+    names, waiting = {start}, [start]
+    while waiting:
+        path = modules.get(waiting.pop())
+        for node in ast.parse(path.read_text("utf-8")).body if path else ():
+            if isinstance(node, ast.ImportFrom):
+                imported = {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+            elif isinstance(node, ast.Import):
+                imported = {name.name for name in node.names}
+            else:
+                continue
+            imported |= {name.rpartition(".")[0] for name in imported}
+            new = {name for name in imported if name in modules or name.split(".")[0] not in ("sgtm", "sgtm_kernels")}
+            waiting += new - names
+            names |= new
+    return {name.split(".")[0] for name in names} | names
+
+
+@pytest.mark.parametrize(
+    ("start", "heavy"),
+    [
+        ("sgtm", {"torch", "pydantic"}),
+        ("sgtm.commands.main", {"torch", "pydantic", "deepspeed"}),
+        ("sgtm.estimate.launch", {"torch", "deepspeed"}),
+        ("sgtm.estimate.explain", {"deepspeed", "transformers", "matplotlib"}),
+        ("sgtm.run.evaluate", {"deepspeed", "matplotlib"}),
+        ("sgtm.hf.export", {"deepspeed", "matplotlib"}),
+        ("sgtm.sweep.run", {"deepspeed", "matplotlib"}),
+        ("sgtm.measure.models", {"torch", "pydantic"}),
+    ],
+)
+def test_what_takes_seconds_is_imported_where_it_is_used(start, heavy):
+    assert not reached(start) & heavy
+
+
+def test_what_is_imported_at_once_is_found():
+    assert {"deepspeed", "torch", "sgtm.config.schema", "pydantic"} <= reached("sgtm.training.loop")

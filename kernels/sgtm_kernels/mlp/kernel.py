@@ -2,7 +2,7 @@
 
 A program does tiles of tokens x neurons; the factor of each (token, group) comes from `MaskPlan.factors`. Where no
 factor differs from 1, the kernel is compiled without them. Memory traffic is that of the plain op. The bias of the
-linear layer before it is added here, so that its gradient comes out of the same backward pass (strips.py).
+linear layer before it is added here, so that its gradient comes out of the same backward pass (triton_common/tiles.py).
 """
 
 from __future__ import annotations

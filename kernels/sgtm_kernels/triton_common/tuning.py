@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -46,7 +46,6 @@ class Tunable(Generic[Config]):
     name: str
     heuristic: Callable[..., Config]
     others: dict[Key, tuple[Config, ...]]
-    _tabled: dict[tuple[Table, Key], Config] = field(default_factory=dict, init=False, repr=False)  # a table's choices
 
     def candidates(self, *key: str | int) -> tuple[Config, ...]:
         """All configurations that may be chosen for this key, the heuristic first."""
@@ -57,11 +56,7 @@ class Tunable(Generic[Config]):
         if _trial is not None:
             return _trial.choose(self, key)
         table = table_of(device)
-        if table is None:
-            return self.heuristic(*key)
-        if (table, key) not in self._tabled:
-            self._tabled[table, key] = table.choose(self, key)
-        return self._tabled[table, key]
+        return self.heuristic(*key) if table is None else table.choose(self, key)
 
 
 class Table:
@@ -69,6 +64,7 @@ class Table:
 
     def __init__(self, path: Path):
         self.path = path
+        self._chosen: dict[Choice, Any] = {}  # each of its tunable's own type
         try:
             content = json.loads(path.read_text("utf-8"))
             self.device: str = content["device"]
@@ -82,6 +78,12 @@ class Table:
             ) from None
 
     def choose(self, tunable: Tunable[Config], key: Key) -> Config:
+        choice = (tunable.name, key)
+        if choice not in self._chosen:
+            self._chosen[choice] = self._named(tunable, key)
+        return self._chosen[choice]
+
+    def _named(self, tunable: Tunable[Config], key: Key) -> Config:
         """The candidate that the table names for this key; the heuristic, and a warning, where it names none."""
         candidates = tunable.candidates(*key)
         entry = self.entries.get((tunable.name, written(key)))
@@ -128,21 +130,20 @@ def bucket(count: int, least: int, most: int) -> int:
 class Trial:
     """What the tuner puts in a table's place: what is asked for, and what it answers, a candidate of the choice."""
 
-    def __init__(self, forced: dict[Choice, NamedTuple]):
+    def __init__(self, forced: dict[Choice, Any]):  # each of its tunable's own type
         self.forced = forced
         self.asked: dict[Choice, Tunable] = {}
 
     def choose(self, tunable: Tunable[Config], key: Key) -> Config:
         self.asked.setdefault((tunable.name, key), tunable)
-        forced, candidates = self.forced.get((tunable.name, key)), tunable.candidates(*key)
-        return candidates[0 if forced is None else candidates.index(forced)]
+        return self.forced.get((tunable.name, key)) or tunable.heuristic(*key)
 
 
 _trial: Trial | None = None  # of the process, not of a thread: autograd has threads of its own
 
 
 @contextmanager
-def trial(forced: dict[Choice, NamedTuple] | None = None) -> Iterator[Trial]:
+def trial(forced: dict[Choice, Any] | None = None) -> Iterator[Trial]:
     """Kernels launched inside take these configurations, elsewhere heuristics; no table is looked at."""
     global _trial
     before, _trial = _trial, Trial(forced or {})
