@@ -1,6 +1,7 @@
 """The faults of tests/mutations can still be made; `make mutants` makes them."""
 
 import pytest
+import yaml
 from mutants import ROOT, Mutant, load
 
 MUTANTS = load()
@@ -19,6 +20,15 @@ def test_the_tests_named_exist():
         for test in mutant.tests:
             file, _, function = test.partition("::")
             assert f"def {function.partition('[')[0]}" in (ROOT / file).read_text("utf-8"), test
+
+
+def test_every_file_is_of_one_folder_of_the_source():
+    for path in sorted((ROOT / "tests" / "mutations").glob("*.yaml")):
+        for entry in yaml.safe_load(path.read_text("utf-8")):
+            parts = entry["file"].split("/")
+            of_room = parts[0] == "sgtm" and len(parts) > 2
+            expected = ["kernels", *parts[2:-1]] if parts[0] == "kernels" else [parts[1] if of_room else parts[0]]
+            assert path.stem == "_".join(expected), f"{entry['fault']}: {entry['file']}"
 
 
 def test_faults_have_names_of_their_own():
