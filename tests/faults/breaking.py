@@ -19,11 +19,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from waiting import wait_until
-
 from sgtm.commands.main import run as sgtm_process
 from sgtm.run.checkpoint import finished
 from sgtm.training import loop  # noqa: F401 (all that a rank needs is imported before it is forked)
+
+sys.path.append(str(Path(__file__).parents[1]))
+from waiting import wait_until
 
 STEPS, EVERY = 24, 3
 OPTIONS = [

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from waiting import wait_until
 
 from sgtm.commands.main import run as sgtm_process
 from sgtm.commands.sweep_child import end_with
@@ -36,6 +35,7 @@ from sgtm.sweep.run import run_sweep
 
 sys.path.append(str(Path(__file__).parents[1]))
 from same_run import assert_same_run
+from waiting import wait_until
 
 STEPS, RUNS = 16, 4
 IMPORTED = ("sgtm.training.loop", "sgtm.sweep.table", "deepspeed.runtime.zero.muon.original_muon", "torch._dynamo")
