@@ -108,6 +108,7 @@ def test_another_broken_pipe_is_told(monkeypatch, capfd):
 def test_a_process_ends_as_a_rank_after_it_has_told_its_error(monkeypatch, capsys):
     """Whether the command succeeds, is refused or breaks; `main` itself never ends its caller."""
     ended = []
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # torch's, where a test before has made a process group
     monkeypatch.setitem(sys.modules, "sgtm.distributed.process_group", SimpleNamespace(end_rank=ended.append))
     for train, status in ((lambda *a, **k: None, 0), (_refuse, 2), (_break, 1)):
         monkeypatch.setitem(sys.modules, "sgtm.training.loop", SimpleNamespace(train=train))
