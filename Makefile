@@ -1,5 +1,5 @@
 # make quickstart    train, ablate and show a small bilingual model: under ten minutes on two cores
-# make quick         lint, and two cases of every test that starts no process
+# make quick         lint, and two cases of every test of tests/unit, kernels and parity, which start no process
 # make test          run all tests
 # make mutants       make every fault of tests/mutations, one at a time, and print those that no test notices
 # make aot           compile every kernel ahead of time for sm_80, sm_90 and sm_100; make test does so for sm_90
@@ -43,7 +43,7 @@ test: install $(FOUR)/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 quick: lint
-	$(BIN)/python -m pytest --quick -q $(PYTEST_ARGS) tests/unit tests/processes tests/kernels tests/parity
+	$(BIN)/python -m pytest --quick -q $(PYTEST_ARGS) tests/unit tests/kernels tests/parity
 
 aot: install
 	$(BIN)/python -m sgtm_kernels.tools.aot $(AOT_ARGS)
