@@ -3,9 +3,7 @@
 Set before torch and deepspeed are imported, and inherited by the processes that distributed tests start.
 """
 
-import multiprocessing.process
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -47,6 +45,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([GUARDS, *filter(None, [os.environ.ge
 import pytest  # noqa: E402 (after the environment)
 import sdpa_guard  # noqa: E402, F401
 import torch  # noqa: E402
+from process_starts import process_starts  # noqa: E402
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -90,9 +89,7 @@ def _no_processes(request):
     def skip(*args, **kwargs):
         pytest.skip("starts a process")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess.Popen, "__init__", skip)
-        patch.setattr(multiprocessing.process.BaseProcess, "start", skip)
+    with process_starts(skip):
         yield
 
 

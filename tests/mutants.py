@@ -9,13 +9,13 @@ Every file of tests/mutations lists faults of one room of `sgtm/`, or one folder
       old: |      whole lines that occur in it once, at any indentation
       new: |      what they become
       test: the test that must fail, as pytest takes it; several with spaces between them
-      survives: |      only where no test can fail (there is none so far): why
+      survives: |      only where no test can fail: why
 
 The tests run first on the code as it is. Each fault is then made in a copy of the tree, and its test run there; one
-that still passes is a survivor. Prints every fault, then the survivors, and exits 1 if one is not explained, or if one
-that is said to survive does not. A test that crashes, or does not end, counts as failed. `make quick` checks that every
-fault can be made. Processes are forked from one that has imported torch, so that a fault costs little more than its
-test.
+that still passes is a survivor. Prints every fault, then the survivors. Exits 1 if a survivor is not explained, or if a
+fault that has `survives` is noticed. A test that crashes, or does not end, counts as failed. `make quick` checks that
+every fault can be made. Processes are forked from one that has imported torch, so that a fault costs little more than
+its test.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from sgtm.estimate.speed import Duration, Machine, Speed, duration, speed
 from sgtm.estimate.traffic import Collective, collectives
 from sgtm.estimate.units import GB, amount, counted, listed
 
+STAGES = (0, 1, 2, 3)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -104,9 +106,6 @@ def arithmetic(config: Config, machine: Machine) -> str:
         f"{counted(micro_batch, 'sequence')} x "
         f"{config.model.context} tokens"
     )
-
-
-STAGES = (0, 1, 2, 3)
 
 
 def check_divides(config: Config, ranks: int) -> int:

@@ -125,9 +125,10 @@ def _from_llama(config: LlamaConfig | MistralConfig) -> ModelConfig:
     for key in ("attention_bias", "mlp_bias"):
         _require(config, key, not getattr(config, key, False), "false")
     _require(config, "sliding_window", getattr(config, "sliding_window", None) is None, "null")
-    rope: Mapping[str, Any] = config.rope_parameters or {"rope_type": "none"}
+    rope: Mapping[str, Any] = config.rope_parameters or {}
     plain = rope.get("rope_type", "default") == "default" and rope.get("partial_rotary_factor", 1.0) == 1.0
-    _require(config, "rope_parameters", plain, "rope_type default over the whole head (no scaling)")
+    plain = plain and "rope_theta" in rope
+    _require(config, "rope_parameters", plain, "rope_theta, and rope_type default over the whole head (no scaling)")
     _warn_dropout(config, "attention_dropout")
     return ModelConfig(
         family="llama",

@@ -24,6 +24,26 @@ from sgtm_kernels.tables import JOINT_KINDS, PROJECTIONS
 if TYPE_CHECKING:
     from sgtm.config.schema import Config
 
+ALONE = "the ablated model is as good on retained data as this share lets it be"
+MIXED = (
+    "the full model is as good on retained data as this share lets it be, but the safe model depends on the domain, "
+    "and where this is most of the text the groups out-shout one another and learning stalls"
+)
+LIVED_WITH = (
+    "the domain's group learns to live with retained data, but the retain group learns nothing from these tokens"
+)
+NEVER_SEEN = "the group never runs on retained data, so the full model is worse on them than the ablated one"
+TWICE = "documents trained both ways cost their tokens twice"
+DOMAIN_ALONE = "only the domain's group learns it"
+DOMAIN_AND_MORE = "the domain's group learns it, and what is shared with it keeps a part"
+ABSORBS = (
+    "the group absorbs documents that the labeller missed, where they are trained as unlabeled, but the safe model "
+    "keeps a part of the domain"
+)
+STAYS = "the retain group learns it, and it stays after the removal"
+UNKNOWN = "documents of a domain among them are absorbed by its group, at a price in quality that has to be measured"
+UNMASKED = "nothing is masked: a channel changes nothing but how often a document is trained"
+
 
 @dataclass(frozen=True, eq=False)
 class LabelChannel:
@@ -99,27 +119,6 @@ def uniform_hash(ids: np.ndarray, seed: int) -> np.ndarray:
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-ALONE = "the ablated model is as good on retained data as this share lets it be"
-MIXED = (
-    "the full model is as good on retained data as this share lets it be, but the safe model depends on the domain, "
-    "and where this is most of the text the groups out-shout one another and learning stalls"
-)
-LIVED_WITH = (
-    "the domain's group learns to live with retained data, but the retain group learns nothing from these tokens"
-)
-NEVER_SEEN = "the group never runs on retained data, so the full model is worse on them than the ablated one"
-TWICE = "documents trained both ways cost their tokens twice"
-DOMAIN_ALONE = "only the domain's group learns it"
-DOMAIN_AND_MORE = "the domain's group learns it, and what is shared with it keeps a part"
-ABSORBS = (
-    "the group absorbs documents that the labeller missed, where they are trained as unlabeled, but the safe model "
-    "keeps a part of the domain"
-)
-STAYS = "the retain group learns it, and it stays after the removal"
-UNKNOWN = "documents of a domain among them are absorbed by its group, at a price in quality that has to be measured"
-UNMASKED = "nothing is masked: a channel changes nothing but how often a document is trained"
 
 
 def row_lines(config: Config, channel: LabelChannel) -> list[str]:

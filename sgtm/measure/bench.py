@@ -24,10 +24,10 @@ from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.self_check import check_kernels
 from sgtm.masking.labels import FIRST_FORGET, RETAIN, UNLABELED
 from sgtm.masking.strategy import JOINT_PRESETS, build_tables, joint_kinds
-from sgtm.measure.cases import CPU, NONE, NOTHING, PEER, PURE, Case, dealt, random_batches
+from sgtm.measure.cases import NONE, NOTHING, PURE, Case, dealt, random_batches
 from sgtm.measure.peer import NAME, peers
 from sgtm.measure.rounds import LocalStep, Rounds, TimedStep, take_rounds
-from sgtm.measure.rows import as_parent, failure, row, table
+from sgtm.measure.rows import CPU_TARGETS, PEER_TARGETS, as_parent, failure, row, table
 from sgtm.training.start import dry_run, initial_model
 from sgtm.training.step import StepTotals, train_step
 from sgtm_kernels.dispatch import resolve
@@ -94,11 +94,11 @@ def rows(config: Config, took: Rounds[str]) -> list[dict[str, Any]]:
     tokens = config.train.tokens_per_step
     base = took.sample(NONE, tokens)
     parent = as_parent(row(NONE, base, None), base)
-    targets = dict(CPU.get(config.name, {})) if not torch.cuda.is_available() else {}
+    targets = dict(CPU_TARGETS.get(config.name, {})) if not torch.cuda.is_available() else {}
     foreign = {name: sum(one.wall for one in steps) for name, steps in took.took.items()
                if name.startswith(NAME) and name not in took.failed}  # fmt: skip
-    if foreign and config.name in PEER:
-        targets[min(foreign, key=foreign.__getitem__)] = PEER[config.name]
+    if foreign and config.name in PEER_TARGETS:
+        targets[min(foreign, key=foreign.__getitem__)] = PEER_TARGETS[config.name]
     results = []
     for name in took.took:
         if name in took.failed:

@@ -15,10 +15,10 @@ import torch
 
 from sgtm.data.batch import Batch
 from sgtm.measure.bare import Ours, PlainSteps
-from sgtm.measure.cases import GPU, NONE, SPEEDS, Case, Mean, cases, random_batches
+from sgtm.measure.cases import NONE, Case, Mean, cases, random_batches
 from sgtm.measure.models import Setting
 from sgtm.measure.rounds import LocalStep, Rounds, Sample, described, release_memory, take_rounds
-from sgtm.measure.rows import Parent, as_parent, failure, row
+from sgtm.measure.rows import GPU_TARGETS, SPEED_TARGETS, Parent, as_parent, failure, row
 from sgtm_kernels.measurement import percentiles
 
 PLAIN, MATMUL = "plain PyTorch", "matmul"
@@ -46,7 +46,7 @@ class Sweep:
         self.ours = Ours(setting, device, dtype)
         self.root: Key = (backends[0], NONE)
         self.anchor: Parent | None = None  # `root`, once it has a row
-        self.targets, self.speed = (GPU, SPEEDS.get(name)) if device.type == "cuda" else ({}, None)
+        self.targets, self.speed = (GPU_TARGETS, SPEED_TARGETS.get(name)) if device.type == "cuda" else ({}, None)
         self.matmul, self.matmul_flops = _matmul(device, dtype)
         model = self.ours.mixed.model
         looked_up = [model.position, model.embedding if model.head is not None else None]

@@ -15,7 +15,7 @@ def triton_kernels() -> list[str]:
         return []
     from sgtm_kernels.tools.aot import all_variants
 
-    return sorted({launch.kernel.__name__ for _, _, launch in all_variants()})
+    return sorted({variant.kernel.__name__ for _, _, variant in all_variants()})
 
 
 def function_name(kernel: str) -> str:

@@ -33,6 +33,7 @@ from sgtm.training.start import dry_run, initial_model
 from sgtm.training.step import StepTotals, learning_rate, train_step
 
 WARM_UP = 3
+TOP = 15
 """Steps before those that are profiled: caches fill, Triton compiles."""
 
 
@@ -148,9 +149,6 @@ def _profiler(file: Path | None, steps: int, on_gpu: bool):
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(file)),
     ) as profiler:
         yield profiler.step
-
-
-TOP = 15
 
 
 def print_profile(summary: dict, out: Path, console: Console | None = None) -> None:

@@ -15,6 +15,8 @@ from sgtm.report.record import Record, is_forgotten
 UNCHANGED = 0.005  # nats: below this a difference prints as 0.00
 CERTAIN = 2.0  # standard errors
 SMALL = f"fewer than {FEW_TOKENS:,} tokens were measured"
+NAMED = 3  # so many kept categories are named in a sentence; more are averaged by true label
+KINDS = {"retain": "retain", "unlabeled": "unlabeled", "": "other"}
 
 
 @dataclass(frozen=True)
@@ -141,10 +143,6 @@ def error_of(error: float) -> str:
 def listed(words: list[str]) -> str:
     """'a', 'a and b', 'a, b and c'."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-NAMED = 3  # so many kept categories are named in a sentence; more are averaged by true label
-KINDS = {"retain": "retain", "unlabeled": "unlabeled", "": "other"}
 
 
 def sentences(record: Record) -> list[str]:

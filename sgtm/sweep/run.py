@@ -19,7 +19,7 @@ from sgtm.estimate.units import amount, counted
 from sgtm.process.signals import ENDED_EARLY
 from sgtm.sweep.compare import check_comparable, check_ranks, open_corpora
 from sgtm.sweep.file import Run, Sweep, read_sweep
-from sgtm.sweep.progress import FINISHED, NEW, Progress, state_of
+from sgtm.sweep.progress import Progress
 from sgtm.sweep.schedule import (
     Outcome,
     Room,
@@ -32,6 +32,7 @@ from sgtm.sweep.schedule import (
     start_process,
     train_all,
 )
+from sgtm.sweep.state import FINISHED, NEW, state_of
 from sgtm.sweep.table import print_table, read_rows, write_table
 
 WIDE = 200

@@ -22,7 +22,7 @@ from sgtm.data.store import Corpus
 from sgtm.files import write_atomically
 from sgtm.masking.labels import FULL, removal_name
 from sgtm.sweep.file import Run, Sweep
-from sgtm.sweep.progress import final_losses
+from sgtm.sweep.state import final_losses
 
 LOSSES = ("full_retain", "full_forget", "ablated_retain", "ablated_forget")
 

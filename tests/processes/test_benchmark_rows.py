@@ -72,9 +72,9 @@ def test_rows_are_on_the_disk_when_the_run_is_killed(tmp_path, monkeypatch):
 def test_a_row_is_a_step_against_the_unmasked_one_of_the_same_round(name, monkeypatch):
     """Two rounds, the second at half the speed: ratios do not see it. CPU time is a tenth, and half of it for masks."""
     from sgtm.measure import mixings
-    from sgtm.measure.cases import GPU
     from sgtm.measure.models import SETTINGS
     from sgtm.measure.rounds import Rounds, Took
+    from sgtm.measure.rows import GPU_TARGETS
 
     seconds = {"none": 4.0, "pure forget": 2.0, "nothing masked, micro": 8.0, "25 %, micro": 4.0, "none, micro": 16.0}
 
@@ -90,7 +90,7 @@ def test_a_row_is_a_step_against_the_unmasked_one_of_the_same_round(name, monkey
     monkeypatch.setattr(mixings, "take_rounds", two_rounds)
     setting = SETTINGS[name]()
     measured = mixings.Sweep(name, setting, CPU, torch.float32, ["torch"])
-    measured.targets = GPU
+    measured.targets = GPU_TARGETS
     rows = {r["row"]: r for group in measured.rows(2, 1) for r in group}
     wanted = {"nothing masked": 1, "pure forget": 0.5, "25 %, step": 0.875, "25 %, micro": 0.25,
               "nothing masked, micro": 0.5, "5 %, micro": 0.45, "plain PyTorch": 0.5}  # fmt: skip

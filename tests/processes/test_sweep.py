@@ -29,9 +29,9 @@ from sgtm.data.store import Corpus
 from sgtm.run.checkpoint import write_manifest
 from sgtm.sweep import progress, schedule
 from sgtm.sweep.file import read_sweep
-from sgtm.sweep.progress import FINISHED, state_of, steps_done
 from sgtm.sweep.run import run_sweep
 from sgtm.sweep.schedule import _fits
+from sgtm.sweep.state import FINISHED, state_of, steps_done
 from sgtm.sweep.table import four_losses, read_rows
 
 BASE = """

@@ -1,9 +1,7 @@
 """Tests in this folder start no process; those that do are in tests/processes."""
 
-import multiprocessing.process
-import subprocess
-
 import pytest
+from process_starts import process_starts
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -11,7 +9,5 @@ def _no_process():
     def refuse(*args, **kwargs):
         raise AssertionError("a test of tests/unit starts a process; move its file to tests/processes")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess.Popen, "__init__", refuse)
-        patch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+    with process_starts(refuse):
         yield

@@ -1,4 +1,4 @@
-"""Steps that are skipped: what is counted, what is said of them, and when the run ends."""
+"""Skipped steps: what is counted and printed, and when the run ends."""
 
 from __future__ import annotations
 

@@ -284,14 +284,14 @@ def variants() -> list[KernelVariant]:
     for head_dim in (8, 24, 32, 64, 96, 128):
         plain, grouped = HeadLayout((32,), (32,), head_dim), HeadLayout((24, 0, 8), (6, 0, 2), head_dim)
         others = head_dim in (32, 64)
-        found += _launches("bf16", constants(plain, 0, False, {1.0}), others)
+        found += _variants("bf16", constants(plain, 0, False, {1.0}), others)
         for dtype in ("bf16", "fp32"):
-            found += _launches(dtype, constants(grouped, 256, True, {0.0, 0.5}), others)
+            found += _variants(dtype, constants(grouped, 256, True, {0.0, 0.5}), others)
             ways = ((False, True), (False, False), (True, True)) if head_dim in (24, 64, 128) else ()
-            found += [_launch_of_rotation(dtype, grouped, *way) for way in ways]
+            found += [_variant_of_rotation(dtype, grouped, *way) for way in ways]
     flags = product((0, 256), (False, True), ({1.0}, {0.0, 1.0}, {0.0, 0.5}))
     for dtype, masks in product(("bf16", "fp32"), flags):
-        found += _launches(dtype, constants(HeadLayout((24, 8), (6, 2), 64), *masks))
+        found += _variants(dtype, constants(HeadLayout((24, 8), (6, 2), 64), *masks))
     return found
 
 
@@ -303,7 +303,7 @@ TILES_OF = {
 }
 
 
-def _launches(dtype: str, fixed: Constants, others: bool = False) -> list[KernelVariant]:
+def _variants(dtype: str, fixed: Constants, others: bool = False) -> list[KernelVariant]:
     kinds = dict.fromkeys(("qkv", "out", "dy", "dqkv"), f"*{dtype}") | {"scale": "fp32", "seq_len": "i32"}
     kinds |= dict.fromkeys(("lse", "delta", "factors"), "*fp32") | dict.fromkeys(("spans", "live"), "*i32")
     found = []
@@ -331,7 +331,7 @@ def _launches(dtype: str, fixed: Constants, others: bool = False) -> list[Kernel
     return found
 
 
-def _launch_of_rotation(dtype: str, layout: HeadLayout, backward: bool, in_place: bool) -> KernelVariant:
+def _variant_of_rotation(dtype: str, layout: HeadLayout, backward: bool, in_place: bool) -> KernelVariant:
     signature = {"x": f"*{dtype}", "y": f"*{dtype}", "cos": "*fp32", "sin": "*fp32", "seq_len": "i32"}
     half, flags = _half(layout), {"BACKWARD": backward, "IN_PLACE": in_place}
     fixed: dict[str, object] = {**_columns(layout), "BH": half, "BT": ROTATED, **flags}

@@ -329,7 +329,7 @@ def variants() -> list[KernelVariant]:
             flags = product((False, True), (True, False), ((True, True), (True, False), (False, False)))
             for centered, added, (summed, masked) in flags:
                 if width == WIDTHS[0] or (added and summed and masked):
-                    found += _launches(dtype, width, centered, added, summed, masked)
+                    found += _variants(dtype, width, centered, added, summed, masked)
             sums = dict.fromkeys(("dw", "db"), f"*{dtype}") | {"sums": "*fp32", "strips": "i32"}
             constants = {"WIDTH": width, "BS": SUM_STRIPS, "BD": SUM_COLUMNS}
             # A thread stores one entry.
@@ -340,7 +340,7 @@ def variants() -> list[KernelVariant]:
     return found
 
 
-def _launches(dtype: str, width: int, centered: bool, added: bool, summed: bool, masked: bool) -> list[KernelVariant]:
+def _variants(dtype: str, width: int, centered: bool, added: bool, summed: bool, masked: bool) -> list[KernelVariant]:
     kinds = dict.fromkeys(("x", "residual", "total", "y", "dtotal", "dy", "dx", "weight", "bias"), f"*{dtype}")
     kinds |= dict.fromkeys(("mean", "rstd", "factors", "sums"), "*fp32")
     kinds |= {"tokens": "i32", "strip": "i32", "eps": "fp32"}

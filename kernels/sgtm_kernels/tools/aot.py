@@ -44,7 +44,7 @@ BULK = re.compile(r"\b(?:UTMALDG|UBLKCP)\b")  # tiles fetched by the copy engine
 
 @dataclass
 class Outcome:
-    """What the compiler made of one launch on one architecture; `problems` is empty where all is well."""
+    """What the compiler made of one variant on one architecture; `problems` is empty where all is well."""
 
     name: str
     arch: int
@@ -58,8 +58,8 @@ class Outcome:
 
 
 def all_variants(ops: tuple[str, ...] = OPS) -> list[tuple[str, int, KernelVariant]]:
-    """(op, index, launch) of every op that has kernels."""
-    return [(op, i, launch) for op in ops for i, launch in enumerate(_of(op))]
+    """(op, index, variant) of every op that has kernels."""
+    return [(op, i, variant) for op in ops for i, variant in enumerate(_of(op))]
 
 
 def _of(op: str) -> list[KernelVariant]:
@@ -67,23 +67,23 @@ def _of(op: str) -> list[KernelVariant]:
     return module.variants() if hasattr(module, "variants") else []
 
 
-def examine(launch: KernelVariant, arch: int) -> Outcome:
-    """Compile one launch for one architecture and check it."""
+def examine(variant: KernelVariant, arch: int) -> Outcome:
+    """Compile one variant for one architecture and check it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    outcome = Outcome(launch.name, arch)
-    names = launch.kernel.arg_names
-    aligned = [n for n, kind in launch.signature.items() if n not in launch.unaligned and kind[0] in "*iu"]
+    outcome = Outcome(variant.name, arch)
+    names = variant.kernel.arg_names
+    aligned = [n for n, kind in variant.signature.items() if n not in variant.unaligned and kind[0] in "*iu"]
     source = ASTSource(
-        launch.kernel,
-        {n: launch.signature.get(n, "constexpr") for n in names},
-        {(names.index(n),): value for n, value in launch.constants.items()},
+        variant.kernel,
+        {n: variant.signature.get(n, "constexpr") for n in names},
+        {(names.index(n),): value for n, value in variant.constants.items()},
         {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    options["enable_fp_fusion"] = launch.fp_fusion
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options["enable_fp_fusion"] = variant.fp_fusion
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # whatever the compiler raises is the finding
@@ -95,7 +95,7 @@ def examine(launch: KernelVariant, arch: int) -> Outcome:
     outcome.tensor_cores = TENSOR_CORES.search(code) is not None
     outcome.columns = sorted({int(columns) for columns in HGMMA.findall(code)})
     outcome.widths = access_widths(code)
-    outcome.problems += _problems(outcome, launch)
+    outcome.problems += _problems(outcome, variant)
     return outcome
 
 
@@ -118,31 +118,31 @@ def access_widths(code: str) -> dict[int, int]:
     return dict(sorted(counts.items()))
 
 
-def _problems(o: Outcome, launch: KernelVariant) -> Iterator[str]:
+def _problems(o: Outcome, variant: KernelVariant) -> Iterator[str]:
     if o.shared > SHARED_BYTES[o.arch]:
         yield f"{o.shared} bytes of shared memory, {SHARED_BYTES[o.arch]} there are"
-    if o.stack and (launch.spill is None or o.arch not in launch.spill_on):
+    if o.stack and (variant.spill is None or o.arch not in variant.spill_on):
         yield f"spills: {o.stack} bytes of stack"
-    if launch.tensor_cores and not o.tensor_cores:
+    if variant.tensor_cores and not o.tensor_cores:
         yield "no tensor-core instruction"
-    if o.arch == 90 and launch.columns is not None and tuple(o.columns) != launch.columns:
-        yield f"HGMMA of {o.columns} columns, {list(launch.columns)} wanted"
-    if max(o.widths) < launch.width:
-        yield f"widest access of {max(o.widths)} bits, {launch.width} wanted"
-    wide = sum(n * (width // launch.width) for width, n in o.widths.items())
-    if wide < launch.wide:
-        yield f"{wide} accesses of {launch.width} bits, {launch.wide} wanted"
+    if o.arch == 90 and variant.columns is not None and tuple(o.columns) != variant.columns:
+        yield f"HGMMA of {o.columns} columns, {list(variant.columns)} wanted"
+    if max(o.widths) < variant.width:
+        yield f"widest access of {max(o.widths)} bits, {variant.width} wanted"
+    wide = sum(n * (width // variant.width) for width, n in o.widths.items())
+    if wide < variant.wide:
+        yield f"{wide} accesses of {variant.width} bits, {variant.wide} wanted"
     narrow = sum(n for width, n in o.widths.items() if width < 32)
-    if narrow > launch.narrow:
-        yield f"{narrow} narrow accesses of 8 or 16 bits, {launch.narrow} allowed"
-    narrower = sum(n for width, n in o.widths.items() if width < launch.width)
-    if launch.narrower is not None and narrower > launch.narrower:
-        yield f"{narrower} accesses narrower than {launch.width} bits, {launch.narrower} allowed"
+    if narrow > variant.narrow:
+        yield f"{narrow} narrow accesses of 8 or 16 bits, {variant.narrow} allowed"
+    narrower = sum(n for width, n in o.widths.items() if width < variant.width)
+    if variant.narrower is not None and narrower > variant.narrower:
+        yield f"{narrower} accesses narrower than {variant.width} bits, {variant.narrower} allowed"
     of_warp = -(-32 * o.registers // REGISTER_UNIT) * REGISTER_UNIT
     warps = min(WARPS, REGISTERS // of_warp)
-    room = min(warps // launch.num_warps, SHARED_OF_ALL[o.arch] // (o.shared + RESERVED))
-    if o.arch == 90 and room < launch.programs:
-        yield f"registers and shared memory for {room} programs at once, {launch.programs} wanted"
+    room = min(warps // variant.num_warps, SHARED_OF_ALL[o.arch] // (o.shared + RESERVED))
+    if o.arch == 90 and room < variant.programs:
+        yield f"registers and shared memory for {room} programs at once, {variant.programs} wanted"
 
 
 def disassemble(cubin: bytes) -> str:
@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
     found = all_variants(tuple(args.op))
-    jobs = [(op, i, arch) for op, i, launch in found for arch in args.arch if arch in launch.arches]
+    jobs = [(op, i, arch) for op, i, variant in found for arch in args.arch if arch in variant.arches]
     failed = 0
     write = partial(print, flush=True)
     write(f"{'arch':>5} {'regs':>4} {'stack':>5} {'shared':>7} {'tensor cores':12} {'accesses':28} kernel")

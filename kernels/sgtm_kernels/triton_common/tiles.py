@@ -13,6 +13,8 @@ import triton.language as tl
 
 from sgtm_kernels.triton_common.variant import KernelVariant
 
+WIDTH, PARTIALS = 128, 32  # of a tile of partial sums
+
 
 @triton.jit
 def place(bounds: tl.constexpr, column):
@@ -49,9 +51,6 @@ def any_factor_but(value: tl.constexpr, factors, tokens, token, first, last, bou
         row = tl.load(factors + i * tokens + token, mask=token < tokens, other=value)
         found |= (row != value) & (first < bounds[i + 1]) & (last >= bounds[i])
     return found
-
-
-WIDTH, PARTIALS = 128, 32  # of a tile of partial sums
 
 
 def partial_sums(tokens: int, strip: int, columns: int, device: torch.device) -> torch.Tensor:
