@@ -11,7 +11,7 @@ separate pass.
                        backward pass; streams wait for one another instead
     ZeRO 3             reduce-scatters by itself; it waits for the device once in a backward pass (not replaced)
 
-Private names of DeepSpeed that are set here: each only where it is, so that another version fails at once.
+`replace` sets private names of DeepSpeed only where they exist, so that another version fails at once.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ An ablated loss is a forward pass with those groups inactive: no weight is edite
 training as on a loaded one. Losses are nats per target token, a mean over all tokens of the category; in a document
 with labelled spans each token is of its own category, and is read after those of others.
 
-How far losses would be off with other documents of the same kind: their standard errors.
+Beside every loss stands its standard error: how far it would be off with other documents of the same kind.
 
 Tokens of one document resemble one another, so the documents are what is drawn, and not the tokens. A mean loss over
 tokens is a ratio of two sums over documents, and its error that of the ratio estimator (Cochran, Sampling Techniques,
