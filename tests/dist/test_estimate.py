@@ -19,6 +19,7 @@ import gc
 import re
 import shutil
 import tempfile
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -47,6 +48,7 @@ SENT_IN_BF16 = ("--distributed.communication=bf16",)
 CHECKPOINTED = ("--model.activation_checkpointing=true",)
 SMALL = Limits(persistence=100, reuse=1_000_000, prefetch=50_000, live=1_000_000, bucket=200_000)
 PREFETCHING = Limits(persistence=100, reuse=300_000, prefetch=600_000, live=2_000_000, bucket=1_000_000)
+TABLES = 2e-3  # of the bytes held: some 20 kB of a plan's tables, which are not planned
 NOTHING = Limits(persistence=0, reuse=0, prefetch=0)
 CASES = {
     **{
@@ -101,6 +103,11 @@ def config_of(case: str):
     )
 
 
+def planned_bytes(case: str, ranks: int) -> int:
+    stage, _, _, limits = CASES[case]
+    return sum(memory(config_of(case), stage, ranks, limits=limits).held.values())
+
+
 def measured(cases: list[str]) -> dict[str, tuple[float, float]]:
     """By case, bytes sent in the third step, bytes held in its middle that were not there before the engine, and those
     of the files of a checkpoint."""
@@ -131,7 +138,7 @@ def measured(cases: list[str]) -> dict[str, tuple[float, float]]:
                     engine.backward(loss)
                     del loss
                     if (step, micro_batch) == (1, 0):
-                        held = grown(before, engine.module)
+                        held = settled(before, engine.module, planned_bytes(case, dist.get_world_size()))
                 engine.step(live_keys(config.tables, [0]), 1e-3)
         found[case] = counted.bytes, held, written(engine) if case in SAVED else None
         del engine
@@ -181,6 +188,17 @@ def grown(before: dict[int, int], module: torch.nn.Module) -> int:
     return sum(size for address, size in now.items() if before.get(address) != size)
 
 
+def settled(before: dict[int, int], module: torch.nn.Module, planned: int) -> int:
+    """Bytes held once gloo's thread has dropped the buffers of finished collectives. It does so only after the wait for
+    them has returned, and late where the cores are busy. More than is planned is measured again, for twenty seconds."""
+    for _ in range(200):
+        held = grown(before, module)
+        if held <= planned * (1 + TABLES):
+            break
+        time.sleep(0.1)
+    return held
+
+
 @functools.cache
 def results(ranks: int) -> dict[str, list[tuple[float, float]]]:
     """By case, what each rank has measured."""
@@ -198,10 +216,8 @@ def test_bytes_moved_in_a_step_are_those_planned(case, ranks):
 
 @pytest.mark.parametrize(("case", "ranks"), [(case, ranks) for case, ranks in ALL if "offloaded" not in case])
 def test_bytes_held_by_a_rank_are_those_planned(case, ranks):
-    stage, _, _, limits = CASES[case]
     held = max(held for _, held, _ in results(ranks)[case])
-    planned = sum(memory(config_of(case), stage, ranks, limits=limits).held.values())
-    assert planned == pytest.approx(held, rel=2e-3)  # some 20 kB of tables that a plan keeps are not planned
+    assert planned_bytes(case, ranks) == pytest.approx(held, rel=TABLES)
 
 
 @pytest.mark.parametrize("case", SAVED)
