@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 for name, value in {
     "OMP_NUM_THREADS": "1",
@@ -111,3 +112,36 @@ def ours(benchmarks):
         return SETTINGS[name](), Ours(SETTINGS[name](), torch.device("cpu"), dtype)
 
     return build
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The functions behind the commands, replaced by ones that note their arguments."""
+    noted = []
+
+    def module(name, **results):
+        def noting(function, result):
+            def note(*args, **options):
+                noted.append((function, args, options))
+                return result
+
+            return note
+
+        functions = {function: noting(function, result) for function, result in results.items()}
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**functions))
+
+    module("sgtm.training.loop", train=Path("runs/quickstart"))
+    module("sgtm.run.evaluate", evaluate_run={"losses": {}}, write_summary=None)
+    module("sgtm.hf.export", export_run=None)
+    monkeypatch.setattr(
+        "sgtm.report.write_report", lambda *args: noted.append(("write_report", args, {})) or args[0] / "x.html"
+    )
+    monkeypatch.setattr("sgtm.report.print_summary", lambda summary: noted.append(("print_summary", (summary,), {})))
+    return noted
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory with a config and nothing else."""
+    (tmp_path / "config.yaml").write_text("extends: debug\n")
+    return tmp_path

@@ -7,7 +7,6 @@ import pytest
 
 from sgtm.commands.errors import OPTIONS
 from sgtm.commands.main import _parser, main
-from sgtm.commands.main import run as run_process
 
 MISTAKES = {
     "preset": (["train", "debgu"], "error: unknown preset 'debgu'"),
@@ -81,12 +80,6 @@ def unknown_option(command, argument, hint, capsys):
     assert capsys.readouterr().err.endswith(f"unrecognized arguments: {argument}{hint}\n")
 
 
-def test_traceback_on_demand(monkeypatch):
-    monkeypatch.setenv("SGTM_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="unknown preset"):
-        main(["train", "debgu"])
-
-
 def raising(monkeypatch, error):
     def train(*args, **options):
         raise error
@@ -103,32 +96,6 @@ def test_errors_of_the_system_are_named_by_file(monkeypatch, capsys):
 def test_another_broken_pipe_is_told(monkeypatch, capfd):
     assert raising(monkeypatch, BrokenPipeError(32, "Broken pipe")) == 2
     assert capfd.readouterr().err == "error: Broken pipe\n"
-
-
-def test_a_process_ends_as_a_rank_after_it_has_told_its_error(monkeypatch, capsys):
-    """Whether the command succeeds, is refused or breaks; `main` itself never ends its caller."""
-    ended = []
-    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # torch's, where a test before has made a process group
-    monkeypatch.setitem(sys.modules, "sgtm.distributed.process_group", SimpleNamespace(end_rank=ended.append))
-    for train, status in ((lambda *a, **k: None, 0), (_refuse, 2), (_break, 1)):
-        monkeypatch.setitem(sys.modules, "sgtm.training.loop", SimpleNamespace(train=train))
-        monkeypatch.setattr(sys, "argv", ["sgtm", "train", "debug"])
-        assert (run_process(), ended) == (status, [status])
-        ended.clear()
-    assert capsys.readouterr().err.splitlines()[-1] == "RuntimeError: a bug"
-    monkeypatch.setitem(sys.modules, "sgtm.training.loop", SimpleNamespace(train=_refuse))
-    assert (main(["train", "debug"]), ended) == (2, [])
-    monkeypatch.setenv("SGTM_TRACEBACK", "1")
-    assert (run_process(), ended) == (1, [1])
-    assert capsys.readouterr().err.splitlines()[-1] == "ValueError: a mistake"
-
-
-def _refuse(*args, **options):
-    raise ValueError("a mistake")
-
-
-def _break(*args, **options):
-    raise RuntimeError("a bug")
 
 
 def test_interrupt_and_own_bugs_are_not_dressed_up(monkeypatch, capsys):
