@@ -6,8 +6,6 @@ file may leave open what the command line gives, and a rule across keys sees the
 Keys on the command line are parsed here and not by a library, which would start from a finished default object, that
 is after validation: overrides are dotted keys whose values are YAML, as in a file. This covers unions and mappings such
 as `--data.channel.retain.unlabeled 0.75` without a syntax of their own.
-
-The test is `tests/unit/test_config.py`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,109 @@
+"""What holds across the sections of a config, and what follows from them."""
+
+import pytest
+from configs import message
+
+from sgtm.config import load_config
+from sgtm.config.schema import Config
+from sgtm.masking.labels import RETAIN, UNLABELED
+
+RULES = [
+    (["--model.hidden_size", "33"], "debug: model: hidden_size 33 is not a multiple of heads 4; set head_dim"),
+    (["--masking.forget_heads", "4"], "masking.forget_heads: 4 of 4 would be forget"),
+    (["--data.channel.retain.retain", "0.9"], "data.channel: label channel row 'retain'"),
+    (["--train.steps", "1:30"], "train.steps: found '1:30' on the command line, but it takes: whole number"),
+    (["--name", "../x"], r"name: found '../x' on the command line, but it takes: text that matches ^[\w][\w.+-]*$"),
+    (["--train.tokens_per_step", "100"], "tokens_per_step 100 is not a multiple of model.context 64"),
+    (
+        ["--optimizer.warmup_steps", "9"],
+        "optimizer.warmup_steps 9 is more than train.steps 8; lower it, or give it as a share of the steps, e.g. --opt",
+    ),
+    (
+        ["--optimizer.warmup_steps", "1.5"],
+        "found 1.5 on the command line, but it takes: whole number, 0 or more or number above 0 and below 1",
+    ),
+    (["--masking.overrides.x.y", "1"], "override 'x.y' names no table entry"),
+    (
+        ["--model.family", "llama", "--model.window", "null", "--model.kv_heads", "2"],
+        "forget_heads of 'es' split a KV group: 2 query heads share each KV head",
+    ),
+    (["--masking.domain_embedding=32"], "domain_embedding 32 is not below model.hidden_size 32 and"),
+    (["--masking.strategy=gram", "--masking.cross_domain=active"], "strategy gram has other domains' groups inactive"),
+    (
+        ["--optimizer.grad_clip_scope=owner", "--distributed.offload_optimizer=true", "--distributed.zero_stage=1"],
+        "optimizer.grad_clip_scope owner: with distributed.offload_optimizer DeepSpeed gives norms of whole parameters",
+    ),
+    (["--data.schedule={0.9: {}}"], "data.schedule: 0.9 is step 8; it takes a share below 1 or a whole number"),
+    (["--data.schedule={1.5: {}}"], "data.schedule: 1.5 is step 1.5; it takes a share below 1 or a whole number of"),
+    (["--data.schedule={0.1: {}, 1: {}}"], "data.schedule: 1 is step 1; it takes a share below 1 or a whole number of"),
+    (["--data.schedule={3: {retain: {retain: 0.9}}}"], "data.schedule.3: label channel row 'retain'"),
+]
+
+
+@pytest.mark.parametrize("overrides, expected", RULES)
+def test_a_broken_rule_is_named_with_its_keys(overrides, expected):
+    found = message("debug", *overrides)
+    assert expected in found and "\n" not in found
+
+
+def test_a_warm_up_in_steps_and_its_share_are_the_same_run():
+    share, steps = (load_config("debug", [f"--optimizer.warmup_steps={n}"]) for n in ("0.25", "2"))
+    assert share.spelled_out() == steps.spelled_out() and share != steps
+
+
+def test_a_derived_micro_batch_divides_the_blocks_of_mixing_micro():
+    config = load_config("quickstart", ["--data.mixing=micro"])
+    assert [(config.for_ranks(n).train.micro_batch, config.accumulation(n)) for n in (1, 2, 8)] == [
+        (8, 4),
+        (4, 4),
+        (1, 4),
+    ]
+    assert load_config("quickstart", ["--train.micro_batch=2"]).for_ranks(4).train.micro_batch == 2
+
+
+def test_the_ranks_must_divide_a_step():
+    """debug has 8 sequences of 64 tokens in a step."""
+    config = load_config("debug", ["--train.micro_batch=2"])
+    assert [config.accumulation(ranks) for ranks in (1, 2, 4)] == [4, 2, 1]
+    sequences = "train.tokens_per_step 512 = 8 sequences of 64"
+    with pytest.raises(ValueError, match=f"^{sequences} is not a multiple of train.micro_batch 2 x 8 ranks$"):
+        config.accumulation(8)
+    derived = load_config("debug", ["--train.micro_batch=null"])
+    with pytest.raises(ValueError, match=f"^{sequences} is not a multiple of 3 ranks$"):
+        derived.for_ranks(3)
+    mixed = load_config("debug", ["--train.micro_batch=2", "--data.mixing=micro", "--data.micro_blocks=3"])
+    with pytest.raises(ValueError, match=r"micro: 4 accumulation steps is not a multiple of data\.micro_blocks 3;"):
+        mixed.accumulation(1)
+
+
+def test_a_derived_micro_batch_has_as_many_sequences_as_fit_into_its_tokens():
+    """16,384 tokens are 256 sequences of 64; of 300 sequences a step the largest divisor below is 150."""
+    config = load_config("debug", ["--train.micro_batch=null", f"--train.tokens_per_step={300 * 64}"])
+    assert (config.for_ranks(1).micro_batch, config.for_ranks(3).micro_batch) == (150, 100)
+
+
+def test_the_channels_of_a_schedule_begin_at_whole_steps_in_order():
+    options = ["--train.steps=10", "--data.channel={}", "--optimizer.warmup_steps=0"]
+    schedule = "{8: {retain: {unlabeled: 1}}, 0.25: {retain: {retain: 0.5, unlabeled: 0.5}}}"
+    channels = load_config("debug", [*options, f"--data.schedule={schedule}"]).channels
+    assert [start for start, _ in channels] == [0, 3, 8]
+    shares = [channel.matrix[RETAIN, [RETAIN, UNLABELED]].tolist() for _, channel in channels]
+    assert shares == [[1, 0], [0.5, 0.5], [0, 1]]
+
+
+def test_a_domain_that_a_channel_or_an_override_opens_has_a_label_for_it():
+    def labels(*overrides: str) -> tuple[str, ...]:
+        return load_config("debug", ["--masking.domains=[a, b]", "--data.channel={}", *overrides]).space.labels
+
+    closed = ("unlabeled", "retain", "forget:a", "forget:b")
+    assert labels() == closed
+    assert labels("--data.channel={retain: {retain: 0.9, 'open:b': 0.1}}") == (*closed, "open:b")
+    assert labels("--data.schedule={0.5: {retain: {'open:a': 1}}}") == (*closed, "open:a")
+    assert labels("--masking.overrides.update.open:a.retain.mlp_out=0") == (*closed, "open:a")
+
+
+@pytest.mark.parametrize(("strategy", "joint"), [("sgtm", "free"), ("gram", "strict")])
+def test_the_values_are_spelled_out_with_the_joint_that_the_strategy_chooses(strategy, joint):
+    config = load_config("debug", [f"--masking.strategy={strategy}", "--masking.joint=null"])
+    assert (config.masking.joint, config.joint, config.spelled_out()["masking"]["joint"]) == (None, joint, joint)
+    assert Config.model_validate(config.spelled_out()).tables == config.tables
