@@ -17,6 +17,8 @@ from sgtm.data.store import Corpus
 
 BYTES = 257
 LABELS = {"en": "retain", "es": "forget:es", "web": "unlabeled"}
+SPAN_LABELS = {"web": "retain", "toxin": "forget:es", "rumour": "unlabeled"}
+"""Of the documents of `spanned`."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,15 @@ def mixed_records(per_category: int = 60) -> list[dict]:
         for number in range(per_category)
         for category in LABELS
     ]
+
+
+def spanned(number: int, split: str) -> dict:
+    """A document whose capitals are in spans: `toxin` from the first or a later character on, `rumour` at the end."""
+    before, toxin, rumour = "ab" * (number % 4), "X" * (1 + 5 * number % 23), "Y" * (number % 3)
+    text = f"{before}{toxin}cd{rumour}"
+    spans = [[len(before), len(before) + len(toxin), "toxin"]]
+    spans += [[len(text) - len(rumour), len(text), "rumour"]] if rumour else []
+    return {"text": text, "category": "web", "split": split, "spans": spans}
 
 
 def build(out: Path, records: Sequence[dict], labels: dict[str, str] | None = None, **options) -> Corpus:

@@ -1,7 +1,7 @@
 """Which sequences a category's loss is measured on, and which of their targets are the category's.
 
 A target in a labelled span is of the span's category, any other of its document's: every target of a split is of one
-category (`tests/unit/test_span_losses.py`).
+category (`tests/unit/test_data_evaluation.py`).
 """
 
 from __future__ import annotations

@@ -169,38 +169,6 @@ def test_edges_of_documents():
         assert edges.tolist() == expected and edges.dtype == torch.int32
 
 
-@pytest.mark.parametrize("name", BATCHES)
-def test_what_is_copied_is_the_batch_and_the_plan(name, monkeypatch):
-    """On a CPU that passes for a GPU: every part is where it is looked for, in one pinned copy, without waiting."""
-    batch = BATCHES[name]
-    here = torch.device("cpu")
-
-    class Elsewhere:
-        type = "cuda"
-
-    empty, pinned, waited = torch.empty, [], []
-
-    def unpinned(*size, pin_memory=False, **options):
-        pinned.append(pin_memory)
-        return empty(*size, **options)
-
-    def copied(tensor, to, *_, non_blocking=False, **__):
-        if isinstance(to, Elsewhere):
-            waited.append(not non_blocking)
-        return tensor.clone()
-
-    monkeypatch.setattr(torch, "empty", unpinned)
-    monkeypatch.setattr(torch.Tensor, "to", copied)
-    ids, targets, plan = batch.on(Elsewhere(), TABLES["sgtm"])
-    monkeypatch.undo()
-    assert (pinned, waited) == ([True], [False])
-    wanted = batch.plan(TABLES["sgtm"])
-    assert torch.equal(ids, batch.input_ids) and torch.equal(targets, batch.targets)
-    assert torch.equal(plan.labels(here), wanted.labels(here)) and plan.labels(here).dtype == torch.int32
-    assert torch.equal(plan.spans(here), wanted.spans(here)) and plan.spans(here).dtype == torch.int32
-    assert plan.labels(here).data_ptr() != wanted.labels(here).data_ptr()
-
-
 def calls_of(function: Callable[[], object]) -> Counter[str]:
     """Calls of this project's Python functions, by name."""
     found: Counter[str] = Counter()

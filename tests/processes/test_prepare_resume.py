@@ -254,15 +254,6 @@ def test_sigkill_leaves_no_workers_and_no_corpus(tmp_path):
     assert sorted(texts(Corpus.open(tmp_path / "out"))) == sorted(r["text"] for r in mixed_records(150))
 
 
-def test_a_finished_corpus_is_only_replaced_when_asked(source, tmp_path):
-    before = contents(run(source, tmp_path / "out").path)
-    assert contents(run(source, tmp_path / "out").path) == before
-    with pytest.raises(ValueError, match=r"prepared from other inputs.*--overwrite"):
-        run(source, tmp_path / "out", shard_tokens=999)
-    assert contents(tmp_path / "out") == before
-    assert run(source, tmp_path / "out", shard_tokens=999, overwrite=True).manifest.shard_tokens == 999
-
-
 def test_overwriting_killed_at_any_moment_leaves_the_old_corpus_or_resumes_to_the_new(source, tmp_path):
     """There is a moment in between, while the files are moved, in which neither opens."""
     other = write_jsonl(tmp_path / "b.jsonl", mixed_records(10))
@@ -299,16 +290,3 @@ def test_overwriting_with_what_is_refused_leaves_the_old_corpus(source, tmp_path
     assert contents(tmp_path / "out").items() >= before.items()
     if refused == "vocabulary":
         assert contents(run(source, tmp_path / "out").path) == before
-
-
-def test_a_damaged_corpus_is_prepared_again(source, tmp_path):
-    before = contents(run(source, tmp_path / "out").path)
-    (tmp_path / "out/shards/00001.bin").write_bytes(b"")
-    assert contents(run(source, tmp_path / "out").path) == before
-
-
-def test_a_folder_with_other_things_in_it_is_left_alone(source, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"not empty \(it holds thesis\.tex\)"):
-        run(source, tmp_path / "out")

@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from sgtm.data.discover import ABOVE, AGAIN, BROKEN, HIDDEN, SPECIAL, WRITTEN, find_sources, open_sources
-from sgtm.data.folder import locked
 from sgtm.data.prepare import prepare
 from sgtm.data.readers import Source
 from sgtm.data.rules import Rules
@@ -289,9 +288,3 @@ def test_another_delimiter(tmp_path):
     (source,) = find_sources([tmp_path / "a.csv"]).sources
     with pytest.raises(ValueError, match=r"a\.csv:1: semicolons divide the fields of this row, but it takes commas"):
         list(source.blocks(["category", "text"]))
-
-
-def test_a_file_in_the_place_of_the_corpus(tmp_path):
-    (tmp_path / "out").write_text("")
-    with pytest.raises(ValueError, match=r"--out: .*out is a file, but it takes a folder"), locked(tmp_path / "out"):
-        pass

@@ -1,4 +1,4 @@
-"""Every input format round-trips; every kind of bad input is an error that says where."""
+"""`prepare`: every input format round-trips; every kind of bad input is an error that says where."""
 
 import bz2
 import gzip
@@ -107,7 +107,9 @@ def test_the_match_nearest_to_the_file_name_counts(tmp_path):
     (tmp_path / "for_test").mkdir()
     source = write_jsonl(tmp_path / "for_test/en.train.jsonl", RECORDS[:2])
     rules = {**RULES, "split": {"path": "(train|test)"}}
-    loaded = prepare(open_sources([source]), Rules.model_validate(rules), tokenizer_of(tmp_path), tmp_path / "out")
+    loaded = prepare(
+        open_sources([source]), Rules.model_validate(rules), tokenizer_of(tmp_path), tmp_path / "out", workers=1
+    )
     assert loaded.manifest.splits == ["train"]
 
 
@@ -236,7 +238,7 @@ def test_only_empty_documents_is_an_error(tmp_path):
         prepared(tmp_path, source)
     folder = tokenizer_of(tmp_path)
     with pytest.raises(ValueError, match="no document has any text: 1 are empty, 0 dropped"):
-        prepare(open_sources([source]), Rules.model_validate(RULES), folder, tmp_path / "out")
+        prepare(open_sources([source]), Rules.model_validate(RULES), folder, tmp_path / "out", workers=1)
 
 
 def test_no_training_documents_is_an_error_that_says_where_they_are(tmp_path):

@@ -2,9 +2,10 @@
 
 import pytest
 import yaml
-from corpora import BYTES, record, write_jsonl
+from corpora import BYTES, SPAN_LABELS, build, record, spanned, write_jsonl
 
 from sgtm.data.prepare import PrepareOptions, run_prepare
+from sgtm.data.summary import trained_categories
 
 RULES = {"split": {"field": "split"}, "labels": {"en": "retain", "es": "forget:es"}}
 
@@ -121,3 +122,10 @@ def test_spans_are_counted_by_split_for_their_own_category(printed):
         "category en has only 801 tokens in split test: its loss in an evaluation is not reliable",
         "category venom has no document in split test: it has no loss in an evaluation",
     ]
+
+
+def test_spans_of_the_test_split_alone_are_not_trained(tmp_path):
+    records = [{**spanned(1, "train"), "spans": []}, spanned(1, "test")]
+    corpus = build(tmp_path / "corpus", records, SPAN_LABELS)
+    assert trained_categories(corpus) == {"web": "retain"}
+    assert trained_categories(corpus, "test") == {"web": "retain", "toxin": "forget:es", "rumour": "unlabeled"}

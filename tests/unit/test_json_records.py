@@ -1,46 +1,17 @@
-"""JSON in all its shapes, CSV and TSV: the same records whatever the shape, the size of blocks and chunks; errors name
-the line; time grows with the size alone.
+"""JSON: the same records whatever the shape, the size of blocks and chunks; errors name the line; time grows with the
+size alone.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from record_files import in_chunks, read, times_of_long_records
 
-from sgtm.data import json_records, readers, tables
-from sgtm.data.discover import open_sources
-
-Content = list[dict]
-
-
-def read(file: Path, columns=("text",)) -> list[tuple[str, dict]]:
-    (source,) = open_sources([file])
-    return [
-        (found.where.removeprefix(f"{file}:"), found.fields)
-        for block in source.blocks(columns)
-        for found in block.records()
-    ]
-
-
-def in_chunks(monkeypatch, size: int, blocks: int = 10**6) -> None:
-    """Files are read so many bytes at a time, and cut into blocks of at least `blocks` bytes."""
-
-    def chunks(file):
-        data = file.read_bytes()
-        for start in range(0, len(data), size):
-            yield data[start : start + size], min(start + size, len(data))
-
-    monkeypatch.setattr(json_records, "chunks", chunks)
-    monkeypatch.setattr(tables, "chunks", chunks)
-    monkeypatch.setattr(readers, "BLOCK_BYTES", blocks)
-
+from sgtm.data import json_records
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 VALUES = st.one_of(TEXTS, st.integers(), st.none(), st.booleans(), st.lists(TEXTS, max_size=2))
@@ -75,36 +46,9 @@ def test_json_of_any_shape(tmp_path_factory, records, shape, ascii, beginning, s
         assert [fields for _, fields in read(file)] == records
 
 
-CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=12)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(st.tuples(CELLS.filter(bool), CELLS), max_size=6),
-    st.sampled_from([".csv", ".tsv"]),
-    st.sampled_from(["\n", "\r\n"]),
-    st.sampled_from(["", "\ufeff"]),
-    st.integers(1, 40),
-    st.integers(1, 60),
-)
-def test_tables(tmp_path_factory, rows, suffix, line_end, beginning, size, blocks):
-    writer = csv.writer(buffer := io.StringIO(newline=""), delimiter=tables.DELIMITERS[suffix], lineterminator=line_end)
-    writer.writerows([("text", "category"), *rows])
-    (file := tmp_path_factory.mktemp("table") / f"a{suffix}").write_bytes((beginning + buffer.getvalue()).encode())
-    with pytest.MonkeyPatch.context() as patch:
-        in_chunks(patch, size, blocks)
-        found = read(file, ("category", "text"))
-    assert [(fields["text"], fields["category"]) for _, fields in found] == rows
-    lines = [line for line, _ in found]
-    assert lines == sorted(lines, key=int) and (not rows or lines[0] == "2")
-
-
 def test_where_a_record_begins(tmp_path):
     (tmp_path / "a.json").write_text('\n[\n {"text": "a\\nb"},\n\n {"text":\n "c"}, {"text": "d"}]')
     assert [where for where, _ in read(tmp_path / "a.json")] == ["3", "5", "6"]
-    (tmp_path / "a.csv").write_text('text,n\n"a\nb",1\n\nc,2\n')
-    assert read(tmp_path / "a.csv") == [("2", {"text": "a\nb"}), ("5", {"text": "c"})]
-    assert read(tmp_path / "a.csv", ("text", "none"))[1] == ("5", {"text": "c", "n": "2"}), "for the error's list"
 
 
 BROKEN = [
@@ -121,11 +65,6 @@ BROKEN = [
     (".json", '[\n{"a": ' + "7" * 5000 + "}]", "2: not JSON that can be read: .*4300 digits"),
     (".json", '[\n\n{"text": "\udcff"}]', "3: not UTF-8"),
     (".jsonl", '{"text": "a"}\n{"text":\n "b"}', "2: not JSON: Expecting value at character 8"),
-    (".csv", "text,text\na,b", "1: two columns are called 'text'"),
-    (".csv", "text,category\na,b\nc", "3: 1 fields, but the first row has 2"),
-    (".csv", 'text,category\na,b\n"c,d\ne,f\n', "3: not CSV: unexpected end of data; the record begins in this line"),
-    (".tsv", 'text\n"a" b\tc\n', "2: not TSV: '\t' expected after '\"'"),
-    (".csv", "text\na\n\udcff\n", "3: not UTF-8 at byte 0 of the line"),
 ]
 
 
@@ -155,30 +94,16 @@ def test_an_error_is_found_where_it_is_and_not_at_the_end_of_the_file(tmp_path, 
     assert not taken
 
 
-SIZES = 2 * 2**20, 16 * 2**20
-
-
-def cpu_seconds(file: Path) -> float:
-    start = time.process_time()
-    read(file)
-    return time.process_time() - start
-
-
 @pytest.mark.parametrize(
     ("suffix", "before", "after"),
     [
         (".jsonl", '{"text": "', '"}'),
         (".json", '[{"text": "', '"}]'),
-        (".csv", "text\n", ""),
-        (".csv", 'text\n"\n', '"'),
     ],
-    ids=["line", "array", "csv", "quoted csv"],
+    ids=["line", "array"],
 )
 def test_the_time_of_a_long_record_is_linear(tmp_path, monkeypatch, suffix, before, after):
     """Eight times the size, in small chunks: 64 times the time if it were quadratic."""
-    in_chunks(monkeypatch, 2**14)
-    seconds = []
-    for size in SIZES:
-        (file := tmp_path / f"{size}{suffix}").write_text(before + "x" * size + after)
-        seconds.append(min(cpu_seconds(file) for _ in range(2)))
-    assert seconds[1] < 24 * seconds[0] + 0.2
+    in_chunks(monkeypatch, 2**12)
+    short, long = times_of_long_records(tmp_path, suffix, before, after)
+    assert long < 24 * short + 0.2
