@@ -1,10 +1,13 @@
-"""No room imports from one listed below it; see tests/rooms.py."""
+"""No room imports from one listed below it (see tests/rooms.py), and modules have test files by name."""
 
 import ast
 from pathlib import Path
 
 import pytest
 import rooms
+
+NAMED = {"commands", "config", "data"}
+"""Rooms of sgtm/ whose modules all have a test file by name."""
 
 
 def test_imports_go_downward(capsys):
@@ -72,3 +75,16 @@ def test_what_takes_seconds_is_imported_where_it_is_used(start, heavy):
 
 def test_what_is_imported_at_once_is_found():
     assert {"deepspeed", "torch", "sgtm.config.schema", "pydantic"} <= reached("sgtm.training.loop")
+
+
+def test_every_module_has_its_test_file_by_name():
+    """`test_<module>.py` or `test_<folder>_<module>.py`, anywhere in tests/."""
+    tests = {path.name for path in (rooms.ROOT / "tests").rglob("test_*.py")}
+    modules = [path.relative_to(rooms.ROOT) for path in rooms.sources()]
+    missing = [
+        str(module)
+        for module in modules
+        if module.parts[0] == "sgtm" and module.parts[1] in NAMED and module.stem not in ("__init__", "__main__")
+        if not {f"test_{module.stem}.py", f"test_{module.parent.name}_{module.stem}.py"} & tests
+    ]
+    assert missing == []
