@@ -1,17 +1,21 @@
-"""The learning rate is the warm-up and cosine it says it is, at every step."""
+"""A step: its learning rate at every step of the run, and what it counts."""
 
 from __future__ import annotations
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from sgtm.config.schema import OptimizerConfig
-from sgtm.training.step import learning_rate
+from sgtm.training.loop import _losses
+from sgtm.training.step import StepTotals, learning_rate
 
 CONFIG = OptimizerConfig(lr=2e-3, warmup_steps=10, warmup_start=0.1, final_lr=0.05)
 TOTAL = 110
+NAMES = ("unlabeled", "retain", "forget:es")
 
 
 def test_corners():
@@ -50,3 +54,28 @@ def test_short_runs_divide_by_nothing(total):
     rates = [learning_rate(step, config, total) for step in range(total + 5)]
     assert all(0 < rate <= 2e-3 for rate in rates)
     assert rates[-1] == pytest.approx(1e-4)
+
+
+def test_skipped_steps_are_counted_and_their_losses_are_not():
+    totals, engine = StepTotals(3, torch.device("cpu")), SimpleNamespace(all_reduce_sum=torch.clone)
+
+    def step(*losses: float, finite: bool = True):
+        for loss in losses:
+            totals.add(torch.tensor([loss, 0.0, 0.0]), torch.tensor([1, 0, 0]))
+        totals.end_step(finite)
+
+    step(1.0, 2.0)
+    step(math.nan, 5.0, finite=False)
+    step(7.0, finite=False)
+    assert (totals.skipped, totals.in_a_row) == (2, 2)
+    kept = StepTotals(3, torch.device("cpu"))
+    kept.restore([totals.state()], 0, 1)
+    assert (kept.skipped, kept.in_a_row) == (2, 2)
+    step(3.0)
+    assert (totals.skipped, totals.in_a_row) == (2, 0)
+    assert _losses(totals, engine, NAMES) == {"loss": 2.0, "loss/unlabeled": 2.0}
+    totals.end_step(False, retain=True)  # a domain's update was skipped, the retain group's was not
+    assert (totals.skipped, totals.in_a_row) == (3, 0)
+    totals.skipped = 2
+    step(4.0, finite=False)
+    assert (totals.skipped, totals.in_a_row) == (3, 1) and math.isnan(_losses(totals, engine, NAMES)["loss"])
