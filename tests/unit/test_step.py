@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from sgtm.config.schema import OptimizerConfig
+from sgtm.data.batch import IGNORE, Batch
 from sgtm.training.loop import _losses
-from sgtm.training.step import StepTotals, learning_rate
+from sgtm.training.step import StepTotals, group_norms, learning_rate, only, target_counts
 
 CONFIG = OptimizerConfig(lr=2e-3, warmup_steps=10, warmup_start=0.1, final_lr=0.05)
 TOTAL = 110
@@ -79,3 +80,55 @@ def test_skipped_steps_are_counted_and_their_losses_are_not():
     totals.skipped = 2
     step(4.0, finite=False)
     assert (totals.skipped, totals.in_a_row) == (3, 1) and math.isnan(_losses(totals, engine, NAMES)["loss"])
+
+
+BATCH = Batch(
+    input_ids=torch.arange(8).view(2, 4),
+    targets=torch.tensor([[1, 2, 3, IGNORE], [5, 6, IGNORE, 8]]),
+    labels=(0, 2, 0),
+    lengths=(3, 3, 2),  # a piece may go on in the next row
+    documents=None,
+    step_targets=6,
+    step_labels=frozenset({0, 2}),
+)
+
+
+def test_targets_count_for_the_label_of_their_piece():
+    assert target_counts(BATCH, 4).tolist() == [4, 0, 2, 0]
+
+
+def test_a_batch_of_one_label_alone_has_the_same_tokens_and_its_targets():
+    found = only(BATCH, 2)
+    ignored = [IGNORE] * 4
+    assert found.targets.tolist() == [ignored, [5, 6, IGNORE, IGNORE]]
+    assert found.input_ids is BATCH.input_ids and found.step_targets == 6
+    assert only(BATCH, 1).targets.tolist() == [ignored, ignored]
+
+
+def test_norms_of_keys_add_up_by_group_and_without_one_to_joint():
+    keys = {"attn_out.es": 3.0, "mlp_out.es": 4.0, "mlp_in.retain": 2.0, "norm": 5.0, "head": 12.0}
+    assert group_norms(keys, ("retain", "es", "fr")) == {"retain": 2.0, "es": 5.0, "fr": 0.0, "joint": 13.0}
+
+
+def test_clipping_is_a_share_and_a_mean_since_it_was_taken():
+    totals = StepTotals(1, torch.device("cpu"))
+    assert all(map(math.isnan, totals.take_clipping()))
+    for factor in (1.0, 0.5, 0.25, 1.0):
+        totals.add_step(torch.tensor(factor))
+    assert totals.take_clipping() == (0.5, 0.6875)
+    assert all(map(math.isnan, totals.take_clipping()))
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(2, [[1.0], [2.0]]), (3, [[3.0], [0.0], [0.0]])])
+def test_sums_of_a_checkpoint_go_to_their_ranks_or_all_to_rank_0(ranks, expected):
+    states = []
+    for loss in (1.0, 2.0):
+        saved = StepTotals(1, torch.device("cpu"))
+        saved.add(torch.tensor([loss]), torch.tensor([5]))
+        saved.end_step(True)
+        states.append(saved.state())
+    found = [StepTotals(1, torch.device("cpu")) for _ in range(ranks)]
+    for rank, totals in enumerate(found):
+        totals.restore(states, rank, ranks)
+    assert [totals.sums.tolist() for totals in found] == expected
+    assert sum(int(totals.counts) for totals in found) == 10
