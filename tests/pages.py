@@ -100,3 +100,13 @@ def page_without_figures(run: Path, comparison: Comparison | None = None) -> Pag
     file = run / "page.html"
     file.write_text(render(read_record(run), [], comparison), encoding="utf-8")
     return Page(file)
+
+
+def many_categories(**more) -> dict:
+    """Three retain categories of 1,000, 9,000 and 740 tokens, two unlabeled ones, and Spanish."""
+    changes = {"es": 1.0, "a": 0.30, "b": -0.10, "tiny": 9.0, "u": 0.5, "v": 0.7}
+    tokens = {"es": 5000, "a": 1000, "b": 9000, "tiny": 740, "u": 2000, "v": 2000}
+    true = {"es": "forget:es", "u": "unlabeled", "v": "unlabeled"} | dict.fromkeys(("a", "b", "tiny"), "retain")
+    losses = {"full": dict.fromkeys(changes, 2.0), "without es": {c: 2.0 + by for c, by in changes.items()}}
+    measured = {category: {"documents": 9, "tokens": n} for category, n in tokens.items()}
+    return {"losses": losses, "true_labels": true, "measured": measured, **more}

@@ -1,6 +1,6 @@
 """The engine: DeepSpeed behind the few calls that training needs. Nothing outside this folder imports deepspeed.
 
-Promises (tests/dist/test_zero.py, tests/dist/test_freeze.py), in every ZeRO stage, in fp32 and bf16, on any number of
+Promises (tests/dist/test_engine.py, tests/dist/test_freeze.py), in every ZeRO stage, in fp32 and bf16, on any number of
 ranks:
 
 - the gradient of a global step is the *sum* of the gradients of all losses handed to `backward`, over ranks and

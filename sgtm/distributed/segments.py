@@ -8,7 +8,7 @@ parameter and its place in one such tensor; fragments come from DeepSpeed's own 
     ZeRO 3                          `grad_position`: every parameter is cut into equal, padded parts, one for each rank
 
 From fragments and the model's row layout follow the segment tables of sgtm/distributed/optim.py. Padding is in no
-fragment. `check_cover` proves at every start that each element is owned exactly once; tests/dist/test_zero.py checks
+fragment. `check_cover` proves at every start that each element is owned exactly once; tests/dist/test_engine.py checks
 the places themselves, by writing a pattern through the fragments and reading it back through the model.
 """
 

@@ -2,7 +2,7 @@
 
 Promises that a shape which crosses over computes the same function on the other side: what our transformer does not
 have (attention biases, scaled rotary embeddings, other activations) is refused by name, never dropped.
-`tests/unit/test_hf.py` compares logits across the border and feeds it each refused feature.
+`tests/unit/test_hf_config.py` has each refused feature, and `test_weights.py` compares logits across the border.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Hugging Face keeps heads and neurons in their original order and linear weights 
 group, and out-side weights as [in, out] (see `sgtm.model.rows`). An export puts heads and neurons back at their
 original indices and can leave groups out; an import permutes them into the groups of a partition.
 
-Promises, each with a test in `tests/unit/test_hf.py`: import(export(x)) is x bit for bit; the logits of an export are
-those of our model with the removed groups inactive; and no weight of a removed group is in it.
+Promises, each with a test in `tests/unit/test_weights.py`: import(export(x)) is x bit for bit; the logits of an export
+are those of our model with the removed groups inactive; and no weight of a removed group is in it.
 """
 
 from __future__ import annotations

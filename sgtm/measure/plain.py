@@ -1,8 +1,8 @@
 """An ordinary GPT-Neo or Llama in plain PyTorch, nothing masked: what our unmasked step is compared with.
 
-The same function as sgtm/model/transformer.py (tests/unit/test_benchmark_plain_model.py: loss and gradients on the same
-weights), written as one writes it for `torch.compile`: fused projections, SDPA, F.cross_entropy. A layer with a
-local window attends block by block to its own block of keys and the one before, under a mask.
+The same function as sgtm/model/transformer.py (tests/unit/test_plain.py: loss and gradients on the same weights),
+written as one writes it for `torch.compile`: fused projections, SDPA, F.cross_entropy. A layer with a local window
+attends block by block to its own block of keys and the one before, under a mask.
 """
 
 from __future__ import annotations

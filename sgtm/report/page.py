@@ -1,6 +1,6 @@
 """The page of a run: one HTML file that needs nothing else, and its figures as PNGs beside it.
 
-Promises, each in `tests/unit/test_report.py`: the page asks the network for nothing; its table holds exactly the
+Promises, each in `tests/unit/test_page.py`: the page asks the network for nothing; its table holds exactly the
 figures of `summary.json`; and whatever a run does not have yet is named instead of shown.
 """
 

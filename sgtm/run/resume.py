@@ -3,7 +3,7 @@
 On as many ranks, in the same ZeRO stage, with the same micro-batch, a resumed run is bitwise the uninterrupted one
 (tests/dist/test_checkpoint.py): weights, moments and step counts come from the files, the learning rate and the data
 are functions of the step. Otherwise it trains on the same sequences in the same steps, and sums are added in another
-order (tests/dist/test_reshape.py has the bound).
+order (tests/dist/test_storage.py has the bound).
 """
 
 from __future__ import annotations

@@ -1,18 +1,14 @@
-"""The cores that a container's quota leaves, and the warning where others take them."""
+"""The cores that a container's quota leaves."""
 
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import pytest
 
-from sgtm.distributed.env import cpu_threads
 from sgtm.process import cores
 from sgtm.process.cores import cpu_quota, usable_cores
-from sgtm.process.ranks import RankInfo
-from sgtm.training.contention import STEPS, ContentionWatch
 
 
 def write(folder: Path, files: dict[str, str]) -> None:
@@ -52,46 +48,8 @@ def test_the_quota_of_a_container(tmp_path: Path, case: str):
     assert cpu_quota(tmp_path, tmp_path / "membership") == expected
 
 
-def test_threads_follow_the_quota(monkeypatch):
+def test_usable_cores_follow_the_quota(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     for quota, expected in ((None, 16), (2.5, 2), (0.5, 1), (64.0, 16)):
         monkeypatch.setattr(cores, "cpu_quota", lambda quota=quota: quota)
         assert usable_cores() == expected
-    monkeypatch.setattr(cores, "cpu_quota", lambda: 6.0)
-    monkeypatch.setattr("torch.get_num_threads", lambda: 16)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert cpu_threads(RankInfo("none")) == 6
-    assert cpu_threads(RankInfo("torchrun", 0, 3, 0, 3)) == 2
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert cpu_threads(RankInfo("none")) is None and cpu_threads(RankInfo("torchrun", 0, 3, 0, 3)) == 2
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert cpu_threads(RankInfo("torchrun", 0, 3, 0, 3)) is None
-
-
-def warnings(monkeypatch, share: float, threads: int = 2, policy: str = "") -> list[str]:
-    """What is printed over ten steps of a second in which the main thread has a core for this share."""
-    clock = {"wall": 0.0}
-    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
-    monkeypatch.setattr(time, "perf_counter", lambda: clock["wall"])
-    monkeypatch.setattr(time, "thread_time", lambda: clock["wall"] * share)
-    watch, printed = ContentionWatch(threads), []
-    for step in range(1, 11):
-        with watch.step():
-            clock["wall"] += 1.0
-        if text := watch.warning():
-            printed.append(f"{step}: {text}")
-    return printed
-
-
-def test_a_busy_machine_is_one_warning_with_the_remedy(monkeypatch):
-    (text,) = warnings(monkeypatch, 0.2)
-    assert text.startswith(
-        f"{STEPS}: other programs keep the cores busy: in the first 5 steps the main thread had a core"
-    )
-    assert "for 20% of the time, and 2 threads" in text and "OMP_WAIT_POLICY=passive" in text
-    assert "OMP_NUM_THREADS=1" in text
-
-
-@pytest.mark.parametrize("quiet", [{"share": 0.95}, {"share": 0.2, "threads": 1}, {"share": 0.2, "policy": "passive"}])
-def test_no_warning_where_nothing_is_to_be_gained(monkeypatch, quiet: dict):
-    assert warnings(monkeypatch, **quiet) == []

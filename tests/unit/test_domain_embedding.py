@@ -30,7 +30,6 @@ from families import (
 )
 
 from sgtm.masking.strategy import build_tables, removal_tables
-from sgtm.model.domain_parts import domain_parts
 from sgtm.model.rows import live_keys
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.embedding import embedding
@@ -203,22 +202,6 @@ def test_logits_without_a_domain_are_those_of_zeros(removed, backend, family, ra
             parts = [getattr(model, p.name) for p in model.domain_parts if p.name.startswith(f"{end}_{group}")]
             weight += (parts[0] if len(parts) == 1 else parts[0] @ parts[1]).detach()
     torch.testing.assert_close(logits, torch.nn.functional.linear(x, weight, model.head_bias), rtol=1e-5, atol=1e-5)
-
-
-def test_names_and_keys():
-    config = FAMILIES["llama"]
-    partition = partition_of(SPACE, config, forget_heads=2, forget_neurons=1, embedding=4)
-    tied = domain_parts(partition, 41, 16, True)
-    assert [(p.name, p.shape, p.key) for p in tied] == [
-        ("embedding_1_rows", (41, 4), "embedding.bio"),
-        ("embedding_1_basis", (4, 16), "embedding.bio"),
-        ("embedding_2_rows", (41, 4), "embedding.code"),
-        ("embedding_2_basis", (4, 16), "embedding.code"),
-    ]
-    assert {p.key for p in domain_parts(partition, 41, 16, False)} == {
-        "embedding.bio", "embedding.code", "head.bio", "head.code",
-    }  # fmt: skip
-    assert domain_parts(partition_of(SPACE, config, forget_heads=2, forget_neurons=1), 41, 16, True) == []
 
 
 def test_a_model_holds_nothing_of_its_forward_pass():

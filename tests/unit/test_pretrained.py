@@ -1,6 +1,6 @@
 """A Hugging Face folder as the start of a run: the same function, or an error that names what differs.
 
-Which heads and neurons become the domains' is `tests/unit/test_hf.py`'s: the whole model's logits cannot tell.
+Which heads and neurons become the domains' is `tests/unit/test_weights.py`'s: the whole model's logits cannot tell.
 """
 
 from __future__ import annotations

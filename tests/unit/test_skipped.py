@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from corpora import build, config_for, mixed_records
 
 from sgtm.data.loader import Loader
@@ -15,10 +14,6 @@ from sgtm.data.store import Corpus
 from sgtm.process import ranks
 from sgtm.process.ranks import RankInfo
 from sgtm.training import skipped
-from sgtm.training.loop import _losses
-from sgtm.training.step import StepTotals
-
-NAMES = ("unlabeled", "retain", "forget:es")
 
 
 @pytest.fixture(scope="module")
@@ -82,28 +77,3 @@ def test_so_many_in_a_row_end_the_run_with_what_to_do(monkeypatch, corpus, tmp_p
         assert f"the last checkpoint is {tmp_path / 'checkpoints' / 'step_00000002'}" in str(stopped.value)
         assert f"{start} --resume --train.max_skipped_steps 0" in str(stopped.value)
     assert "nothing was updated" in tell(monkeypatch, corpus, [[math.nan]], in_a_row=9, limit=0)
-
-
-def test_skipped_steps_are_counted_and_their_losses_are_not():
-    totals, engine = StepTotals(3, torch.device("cpu")), SimpleNamespace(all_reduce_sum=torch.clone)
-
-    def step(*losses: float, finite: bool = True):
-        for loss in losses:
-            totals.add(torch.tensor([loss, 0.0, 0.0]), torch.tensor([1, 0, 0]))
-        totals.end_step(finite)
-
-    step(1.0, 2.0)
-    step(math.nan, 5.0, finite=False)
-    step(7.0, finite=False)
-    assert (totals.skipped, totals.in_a_row) == (2, 2)
-    kept = StepTotals(3, torch.device("cpu"))
-    kept.restore([totals.state()], 0, 1)
-    assert (kept.skipped, kept.in_a_row) == (2, 2)
-    step(3.0)
-    assert (totals.skipped, totals.in_a_row) == (2, 0)
-    assert _losses(totals, engine, NAMES) == {"loss": 2.0, "loss/unlabeled": 2.0}
-    totals.end_step(False, retain=True)  # a domain's update was skipped, the retain group's was not
-    assert (totals.skipped, totals.in_a_row) == (3, 0)
-    totals.skipped = 2
-    step(4.0, finite=False)
-    assert (totals.skipped, totals.in_a_row) == (3, 1) and math.isnan(_losses(totals, engine, NAMES)["loss"])

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from dist.test_zero import expected_gradient, train_one
+from dist.test_engine import expected_gradient, train_one
 from engines import new_engine, train
 from families import model_of, random_step, run_config
 from ranks import run_ranks

@@ -1,4 +1,4 @@
-"""The dry run launches the kernels under every mask that training will have, and nothing but time comes of it.
+"""The start of a run: the dry run launches the kernels under every mask that training will have.
 
 That it changes no bit of the model is in tests/e2e/test_train.py.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny import tiny_config
 
 from sgtm.training import start as module
@@ -52,3 +53,31 @@ def test_all_masks_that_the_mixing_makes(monkeypatch, mixing, sequences, isolate
         assert plan.whole_sequences == (mixing == "sequence")
         if mixing == "token":
             assert all(sum(run.label == label for run in plan.runs) > MAX_SLICES for label in labels)
+
+
+def test_out_of_memory_in_the_dry_run_is_an_error_with_the_keys_to_change(monkeypatch):
+    def large(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    config = tiny_config()
+    engine = SimpleNamespace(config=config, module=SimpleNamespace(backend="torch"), accumulation=1)
+    monkeypatch.setattr(module, "train_step", large)
+    with pytest.raises(ValueError) as error:
+        module.dry_run(engine, config.tables)
+    assert str(error.value) == (
+        "a step does not fit into memory (CUDA out of memory); lower train.micro_batch 2, raise "
+        "distributed.zero_stage 1, or set model.activation_checkpointing"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, None), ('{"removed": ["es"]}', {"removed": ["es"]}), ("{", {}), ("[1]", {}), (b"\xff", {})],
+    ids=["none", "whole", "half", "no mapping", "not UTF-8"],
+)
+def test_a_damaged_export_record_certifies_nothing(tmp_path, content, expected):
+    config = tiny_config(train={"init_from": str(tmp_path)})
+    if content is not None:
+        (tmp_path / "sgtm_export.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert module.export_record(config) == expected
+    assert module.export_record(tiny_config()) is None

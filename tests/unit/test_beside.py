@@ -1,0 +1,97 @@
+"""Other runs beside a run: their losses are of the same evaluation, and a note names what each is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from evaluated_runs import evaluations, write_run
+
+from sgtm.config import load_config
+from sgtm.config.load import save_config
+from sgtm.report import compare
+
+NONE, FILTERED = "--masking.strategy=none", "--data.upsample={es: 0}"
+
+
+def test_unmasked_and_filtered_runs_beside_a_run(tmp_path):
+    """A curve for each kind of training; runs of one kind make one by their lengths."""
+    run = write_run(tmp_path, "run", evaluations(40))
+    unmasked = write_run(tmp_path, "unmasked", evaluations(10, 20, 40, 100), NONE)
+    lengths = [
+        write_run(tmp_path, f"f{n}", evaluations(1, n), NONE, FILTERED, f"--train.steps={n}") for n in (20, 40, 80)
+    ]
+    found = compare(run, [unmasked, *lengths])
+    assert found.losses == {
+        "unmasked": {"en": 2.0, "es": 3.0}, "f20": {"en": 6.0, "es": 7.0}, "f40": {"en": 3.5, "es": 4.5},
+        "f80": {"en": 2.25, "es": 3.25},
+    }  # fmt: skip
+    assert list(found.ratios) == ["unmasked", "f20, f40, f80"] and found.notes[0].startswith(
+        "unmasked: trained without m"
+    )
+    assert found.ratios["unmasked"]["full"]["en"].value == pytest.approx(0.4)
+    assert found.ratios["f20, f40, f80"]["full"]["en"].value == pytest.approx(0.5)
+    assert found.notes[1] == f"f20: trained without masks, es left out, {20 * 512:,} tokens."
+
+
+def test_a_run_without_a_curve_stands_beside_another_all_the_same(tmp_path):
+    run = write_run(tmp_path, "run", evaluations(40))
+    found = compare(run, [write_run(tmp_path, "short", evaluations(50), NONE)])
+    assert found.losses == {"short": {"en": 3.0, "es": 4.0}} and not found.ratios
+    about, no_ratio = found.notes
+    assert about == f"short: trained without masks, {50 * 512:,} tokens, at step 50 of 100."
+    assert no_ratio.startswith("No compute ratio to short: ") and "train it with --train.eval_every" in no_ratio
+
+
+def test_losses_beside_a_run_are_of_the_same_evaluation(tmp_path):
+    """`sgtm eval` has measured other sequences than the evaluation in training."""
+    run, other = (write_run(tmp_path, name, evaluations(40, 100)) for name in ("run", "other"))
+    summary = {"losses": {"full": {"en": 1.5}}, "steps": 100, "of_steps": 100, "split": "test", "sequences": None}
+    summary |= {"errors": {"full": {"en": 0.25}}}
+    cases = [
+        ([], 2.0, ""),
+        ([other], 2.0, ""),
+        ([run], 2.0, f"other sequences than the run; for the same ones: sgtm eval {other}"),
+        ([run, other], 1.5, ""),
+    ]
+    for evaluated, loss, note in cases:
+        for folder in (run, other):
+            (folder / "summary.json").unlink(missing_ok=True)
+        for folder in evaluated:
+            (folder / "summary.json").write_text(json.dumps(summary))
+        found = compare(run, [other])
+        assert (found.losses["other"]["en"], found.errors["other"] == {"en": 0.25}) == (loss, loss == 1.5)
+        assert (note in found.notes[0]) and ("other sequences" in found.notes[0]) == bool(note)
+    (other / "summary.json").write_text(json.dumps({**summary, "sequences": 8}))
+    assert "other sequences than the run (--split, --sequences)" in compare(run, [other]).notes[0]
+    measured = {"en": {"documents": 3, "tokens": 99}}  # of a small test split, all of it either way
+    (other / "summary.json").unlink()
+    (run / "summary.json").write_text(json.dumps({**summary, "measured": measured}))
+    lines = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    (other / "metrics.jsonl").write_text("".join(json.dumps(line | {"measured": measured}) + "\n" for line in lines))
+    found = compare(run, [other])
+    assert found.losses["other"]["en"] == 2.0 and "other sequences" not in found.notes[0]
+
+
+def test_two_runs_of_one_name_are_told_apart_by_their_place(tmp_path):
+    run = write_run(tmp_path, "run", evaluations(40))
+    others = []
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        others.append(write_run(tmp_path / place, "same", evaluations(40), f"--data.path={tmp_path}"))
+    save_config(
+        load_config("debug", ["--name=run", "--train.steps=100", f"--data.path={tmp_path}"]), run / "config.yaml"
+    )
+    assert list(compare(run, others).losses) == list(map(str, others))
+
+
+def test_what_has_no_losses_to_show_beside_a_run_is_refused(tmp_path):
+    run = write_run(tmp_path, "run", evaluations(40))
+    wider = write_run(tmp_path, "wider", evaluations(10, 20, 40), "--model.intermediate_size=96")
+    blind, same = write_run(tmp_path, "blind", {}), write_run(tmp_path, "same", evaluations(10, 20, 40))
+    for other, problem in ((wider, "model.intermediate_size is 64 and 96"), (blind, "was not evaluated in training")):
+        with pytest.raises(ValueError, match=problem):
+            compare(run, [other])
+    for others in ([run], [same, same]):
+        with pytest.raises(ValueError, match=rf"--baseline {others[-1]} is the run itself, or is given twice"):
+            compare(run, others)

@@ -1,0 +1,47 @@
+"""The losses of a run in the terminal, in eighty columns."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from pages import SUMMARY
+from rich.console import Console
+
+from sgtm.report import print_summary
+
+
+def test_terminal_table_has_the_tokens_and_names_what_has_no_loss():
+    console = Console(width=80, record=True, file=io.StringIO())
+    tokens = {"train": {"en": 1234567, "es": 40}, "test": {"en": 5}}
+    counts = {split: {c: {"documents": 1, "tokens": n} for c, n in by.items()} for split, by in tokens.items()}
+    losses = {"full": {"en": 3.0}, "without es": {"en": 3.0}}
+    print_summary({**SUMMARY, "losses": losses, "split": "test", "counts": counts}, console)
+    text = console.export_text()
+    assert re.search(r"tokens of +train +test *\n.*\n *en +1,234,567 +5 *\n *es +40 +0 *\n *fr +0 +0", text)
+    assert "no loss of es, fr: no documents to measure in split test" in text
+
+
+@pytest.mark.parametrize("of_steps", [90, 200])
+def test_terminal_headline_says_that_a_run_is_not_finished(of_steps):
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_summary({**SUMMARY, "of_steps": of_steps}, console)
+    partly = "" if of_steps == 90 else " at step 90 of 200"
+    assert console.export_text().startswith(f"trial: held-out loss{partly}, nats per token\n")
+
+
+def test_terminal_table_has_the_figures_in_eighty_columns():
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_summary(SUMMARY, console)
+    text = console.export_text()
+    assert re.search(r"category +true label +full +without es +difference +no filter", text)
+    assert re.search(r"en +retain +3\.123 +3\.141 +.0\.018 +3\.013", text)
+    assert "no filter: full models trained without masks" in text
+    assert re.search(r"es +forget:es +3\.346 +6\.555 +\+3\.209", text)
+    assert "residual stream" not in text
+    norms = {"full": {"en": {"residual": [0.5, 12.34]}, "es": {"residual": [0.5, 9.0]}}}
+    print_summary({**SUMMARY, "output_norms": norms}, console)
+    assert "residual stream after the last layer, mean norm: full en 12.3, es 9" in console.export_text()
+    assert re.search(r"fr +forget:fr +2\.500 +5\.250 +\+2\.750", text)
+    assert "…" not in text

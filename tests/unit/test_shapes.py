@@ -1,0 +1,33 @@
+"""Parameters and FLOPs from a config: against the model, and by hand.
+
+Seen to fail with: a bias too few; the gate of SwiGLU left out.
+"""
+
+import pytest
+import torch
+
+from sgtm.config import load_config, preset_names
+from sgtm.estimate.shapes import model_flops, parameter_shapes, recomputed_flops
+from sgtm.model.transformer import Transformer
+
+UNUSUAL = ("--model.head_bias=true", "--masking.masked_layers=[1]")
+OWN = [("debug", ("--masking.domain_embedding=full",)), ("llama-1b", ("--masking.domain_embedding=64",))]
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, ()) for name in preset_names()), ("debug", UNUSUAL), *OWN])
+def test_parameters_are_those_of_the_model(name, options):
+    config = load_config(name, list(options))
+    with torch.device("meta"):
+        model = Transformer(config.model, config.partition)
+    real = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    assert list(parameter_shapes(config).items()) == real
+
+
+def test_flops_of_a_token_by_hand():
+    """debug: 2 layers of width 32, 4 heads of 8, 64 neurons, vocabulary 512; 64 keys in one layer, 16 in the other."""
+    config = load_config("debug")
+    looked_up = 64 * 32
+    assert model_flops(config.model) == 6 * (35_392 - looked_up) + 12 * (64 + 16) * 32
+    assert recomputed_flops(config.model) == 0
+    again = load_config("debug", ["--model.activation_checkpointing=true"])
+    assert recomputed_flops(again.model) == 2 * (35_392 - looked_up - 512 * 32) + 4 * (64 + 16) * 32
