@@ -113,7 +113,7 @@ def main() -> None:
     tokens = args.sequences * load_config(args.preset, []).model.context
     overrides = [f"--train.tokens_per_step={tokens}", f"--train.micro_batch={args.sequences}"]
     config = load_config(args.preset, overrides)
-    init_distributed(config)
+    init_distributed(config.distributed, config.kernels)
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk of the results, not in memory
         rows = measure(config, args.rounds, Path(folder))
     for row in rows:

@@ -17,7 +17,7 @@ from sgtm.process.ranks import RankInfo
 from sgtm_kernels.dispatch import resolve
 
 if TYPE_CHECKING:
-    from sgtm.config import Config
+    from sgtm.config.sections import KernelsConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by train.precision
 
@@ -42,9 +42,9 @@ def device_type() -> str:
     return os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def kernel_backend(config: Config) -> str:
-    """The kernel backend of a run on its device, in its precision. Raises ValueError as `sgtm_kernels.dispatch`."""
-    return resolve(config.kernels.backend, DTYPES[config.train.precision], device_type())
+def kernel_backend(kernels: KernelsConfig, precision: str) -> str:
+    """The kernel backend of a run on its device, in `train.precision`. Raises ValueError as `sgtm_kernels.dispatch`."""
+    return resolve(kernels.backend, DTYPES[precision], device_type())
 
 
 def gpu_of(launch: RankInfo, visible: int) -> int:

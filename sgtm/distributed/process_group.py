@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from sgtm.config.schema import Config
+from sgtm.config.sections import DistributedConfig, KernelsConfig
 from sgtm.distributed import watchdog
 from sgtm.distributed.env import (
     cpu_threads,
@@ -25,7 +25,7 @@ FOREVER = timedelta(days=1000)
 _joined: RankInfo | None = None
 
 
-def init_distributed(config: Config) -> RankInfo:
+def init_distributed(distributed: DistributedConfig, kernels: KernelsConfig) -> RankInfo:
     """Join the process group: alone, or where a launcher has put this process. Called again it returns the same.
 
     A rank that then does not move for `distributed.timeout_minutes` ends the run (watchdog.py). Raises ValueError for
@@ -34,17 +34,17 @@ def init_distributed(config: Config) -> RankInfo:
     """
     global _joined
     if not dist.is_initialized():
-        _joined = _join(config)
+        _joined = _join(distributed, kernels)
     elif _joined is None:  # the caller has made the group
         _joined = RankInfo("env", dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
     return _joined
 
 
-def _join(config: Config) -> RankInfo:
+def _join(distributed: DistributedConfig, kernels: KernelsConfig) -> RankInfo:
     launch = detect_launch()
     index, on_gpu = launch.local_rank, device_type() == "cuda"
     if on_gpu:
-        if config.kernels.deterministic:
+        if kernels.deterministic:
             use_deterministic_algorithms()
         index = gpu_of(launch, torch.cuda.device_count())
         torch.cuda.set_device(index)
@@ -53,15 +53,15 @@ def _join(config: Config) -> RankInfo:
         if threads := cpu_threads(launch):
             torch.set_num_threads(threads)
     os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed picks its device by it
-    timeout = timedelta(minutes=config.distributed.timeout_minutes)
+    timeout = timedelta(minutes=distributed.timeout_minutes)
     backend = "nccl" if on_gpu else "gloo"
     if launch.launcher == "none":  # a store in memory: no port to be free
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         _meet(launch, backend, timeout)
         if launch.world_size > 1:
-            watchdog.start(launch.rank, launch.world_size, config.distributed.timeout_minutes)
-        outlast_watchdog(config)
+            watchdog.start(launch.rank, launch.world_size, distributed.timeout_minutes)
+        outlast_watchdog(distributed)
     atexit.register(leave_distributed)
     return launch
 
@@ -77,13 +77,13 @@ def _meet(launch: RankInfo, backend: str, timeout: timedelta) -> None:
         ) from None
 
 
-def outlast_watchdog(config: Config) -> None:
+def outlast_watchdog(distributed: DistributedConfig) -> None:
     """Let collectives wait until the watchdog ends the run: it prints more, and does not count a suspension.
 
     Where the caller has made the group there is none, and they wait for `distributed.timeout_minutes` and one more.
     DeepSpeed's groups have torch's own timeouts: 10 minutes with NCCL, whatever the config says.
     """
-    timeout = FOREVER if watchdog.started() else timedelta(minutes=config.distributed.timeout_minutes + 1)
+    timeout = FOREVER if watchdog.started() else timedelta(minutes=distributed.timeout_minutes + 1)
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 

@@ -82,14 +82,15 @@ def print_explanation(config: Config, console: Console | None = None) -> None:
     """Model and arithmetic, partition, forward pass, updates and label channel, each as a table; what each row of the
     channel buys and costs, and a line on the data. Raises ValueError after all this for data that do not fit."""
     console = console or Console()
-    found = explain(config)
+    found, strategy = explain(config), config.masking.strategy
     for table in (_model_table(found), _partition_table(found), _forward_table(config), _updates_table(found)):
         console.print(table)
     for start, channel in config.channels:
         shown = config.data.channel or start
         if shown:
             console.print(_channel_table(config, start, channel))
-        for line in row_lines(config, channel) if shown or config.masking.strategy != "none" else ():
+        lines = row_lines(channel, config.tables, strategy) if shown or strategy != "none" else []
+        for line in lines:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
     for line in certificate_lines(config):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -105,9 +106,9 @@ def certificate_lines(config: Config) -> list[str]:
     try:
         corpus = open_corpus(config, "sizes", write=False)
         known = trained_categories(corpus), bool(len(corpus.spans)), initial
-        reasons = {domain: obstacle(config, domain, *known) for domain in config.space.domains}
+        reasons = {domain: obstacle(config.conditions, domain, *known) for domain in config.space.domains}
     except (ValueError, OSError):
-        reasons = {domain: obstacle(config, domain, initial=initial) for domain in config.space.domains}
+        reasons = {domain: obstacle(config.conditions, domain, initial=initial) for domain in config.space.domains}
     independent = [domain for domain, reason in reasons.items() if reason is None]
     lines = [f"safe model independent of: {', '.join(independent)}"] if independent else []
     return lines + [f"safe model depends on {domain}: {reason}" for domain, reason in reasons.items() if reason]

@@ -57,7 +57,7 @@ def bench(
         _tune(config)
     if to is not None:
         _check_writable(to)
-    launch = init_distributed(config)
+    launch = init_distributed(config.distributed, config.kernels)
     config = config.for_ranks(launch.world_size)
     if with_peers and launch.world_size > 1:
         raise ValueError("--peers compares one process with one process: run it without a launcher")

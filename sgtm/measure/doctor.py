@@ -223,7 +223,7 @@ def _self_check(config: Config) -> dict:
     from sgtm.distributed.self_check import self_check
 
     try:
-        backend = kernel_backend(config)
+        backend = kernel_backend(config.kernels, config.train.precision)
         if config.kernels.deterministic and device_type() == "cuda":
             use_deterministic_algorithms()
         problems = self_check(config, backend, repeat=True)

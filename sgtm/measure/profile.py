@@ -53,7 +53,7 @@ def run_profile(
     out = out or Path(config.runs) / f"{config.name}-profile"
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: {out} is a file, but it takes a folder")
-    launch = init_distributed(config)
+    launch = init_distributed(config.distributed, config.kernels)
     on_gpu = device_type() == "cuda"
     if kernel and not on_gpu:
         find_kernel(kernel, ())  # an op of the CPU is no kernel; refused before the steps

@@ -24,7 +24,7 @@ from sgtm.report.findings import SMALL, cautions, conditions, error_of, localisa
 from sgtm.report.ratios import categories_of
 from sgtm.report.record import Record, is_forgotten, read_record
 from sgtm.run.environment import last_environment
-from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS
+from sgtm_kernels.tables import JOINT_KINDS, PROJECTIONS, Tables
 
 SHIPPED = "The baselines ship with the preset: full models trained without masks, means over seeds."
 
@@ -148,16 +148,15 @@ def render(record: Record, exhibits: list[Exhibit], comparison: Comparison | Non
         is_forgotten=is_forgotten,
         removed_domains=removed_domains,
         exhibits=exhibits,
-        grids=strategy_grids(record.config) if record.config else [],
+        grids=strategy_grids(record.config.tables) if record.config else [],
         channels=channel_grids(record.config) if record.config else [],
         light=palette.css(palette.LIGHT),
         dark=palette.css(palette.DARK),
     )
 
 
-def strategy_grids(config: Config) -> list[Grid]:
+def strategy_grids(tables: Tables) -> list[Grid]:
     """The strategy's tables; parts of `update` that are alike share one."""
-    tables = config.tables
     parts_of: dict[tuple, list[str]] = {}
     for part in PROJECTIONS:
         parts_of.setdefault(tables.update[part], []).append(part)
@@ -183,7 +182,7 @@ def channel_grids(config: Config) -> list[tuple[Grid, list[str]]]:
         since = f"from step {start} on" if len(config.channels) > 1 else "in the whole run"
         rows = zip(labels, map(tuple, channel.matrix.tolist()), strict=True)
         grid = Grid("channel", since, labels, tuple(row for row in rows if not row[0].startswith(OPEN)))
-        found.append((grid, row_lines(config, channel)))
+        found.append((grid, row_lines(channel, config.tables, config.masking.strategy)))
     return found
 
 

@@ -59,7 +59,7 @@ def read_record(run: Path) -> Record:
     if evals and not (summary.get("losses") and summary.get("steps", evals[-1]["step"]) >= evals[-1]["step"]):
         summary = _in_training(run, config, evals[-1], summary)
     if config and summary.get("losses"):
-        summary = {"retain_with_group": most_with_group(config), **summary}
+        summary = {"retain_with_group": most_with_group(config.channels, config.tables), **summary}
     return Record(
         run,
         config,

@@ -197,5 +197,5 @@ def resolved(config: Config) -> dict:
     from sgtm_kernels.dispatch import served
 
     values = config.spelled_out()
-    values["kernels"]["backend"] = served(kernel_backend(config))
+    values["kernels"]["backend"] = served(kernel_backend(config.kernels, config.train.precision))
     return values

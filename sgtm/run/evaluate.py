@@ -33,7 +33,7 @@ LIBRARIES = ("torch", "deepspeed", "transformers", "numpy")
 def load_model(config: Config, checkpoint: Path) -> Transformer:
     """The model of a checkpoint in fp32, on the device that training takes."""
     with torch.device("meta"):
-        model = Transformer(config.model, config.partition, kernel_backend(config))
+        model = Transformer(config.model, config.partition, kernel_backend(config.kernels, config.train.precision))
     model.load_state_dict(consolidate(checkpoint), assign=True)
     return model.to(device_type()).requires_grad_()
 
@@ -78,7 +78,7 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
         "name": config.name,
         "losses": found.losses,
         **found.sample,
-        "retain_with_group": most_with_group(config),
+        "retain_with_group": most_with_group(config.channels, config.tables),
         "counts": _counts(corpus),
         "split": split,
         "sequences": sequences,

@@ -61,7 +61,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     not fit the config, checkpoints of which none is whole, wandb without a login. Then no run directory has been made,
     and none deleted.
     """
-    launch = init_distributed(config)
+    launch = init_distributed(config.distributed, config.kernels)
     check_same(lambda: _settings(config) | {"--resume": resume, "--overwrite": overwrite})
     run = Path(config.runs) / config.name
     on_rank_zero(lambda: check_usable(run, resume, overwrite))
@@ -103,7 +103,7 @@ def _train(config: Config, launch: RankInfo, run: Path, resume: bool, overwrite:
         on_rank_zero(lambda: check_tokenizer(init_from, corpus))
     initial = on_rank_zero(lambda: export_record(config)) if latest is None else None
     trained_on = trained_categories(corpus), bool(len(corpus.spans)), initial
-    check_certified(config, *trained_on)
+    check_certified(config.conditions, *trained_on)
     loader = Loader(corpus, config, launch.rank, launch.world_size)
     totals = StepTotals(len(config.space.labels), engine.device)
     start = 0
@@ -126,7 +126,7 @@ def _train(config: Config, launch: RankInfo, run: Path, resume: bool, overwrite:
             log.say(f"{run} is complete: all of its {start} steps were trained before")
         if resume and not start:
             log.say(f"{run} has no checkpoint: training from the beginning")
-        independent_of = certified(config, *trained_on)
+        independent_of = certified(config.conditions, *trained_on)
         if latest is not None:  # what was trained before may have been another
             before = on_rank_zero(lambda: read_manifest(latest)["independent_of"])
             independent_of = tuple(domain for domain in independent_of if domain in before)

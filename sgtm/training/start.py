@@ -78,9 +78,9 @@ def initial_model(config: Config) -> Transformer:
     """
     compiled = config.train.compile == "blocks"
     if compiled:
-        together(lambda: check_compiler(device_type(), kernel_backend(config)))
+        together(lambda: check_compiler(device_type(), kernel_backend(config.kernels, config.train.precision)))
     torch.manual_seed(config.train.seed)
-    model = Transformer(config.model, config.partition, kernel_backend(config))
+    model = Transformer(config.model, config.partition, kernel_backend(config.kernels, config.train.precision))
     if compiled:
         compile_blocks(model)
     return model
