@@ -78,11 +78,11 @@ class Order:
     def sequences(self, step: int) -> list[Place]:
         """The sequences of a global step, block after block."""
         per_epoch, per_step = self.blocks_per_epoch, self.per_step // self.block
-        found: list[Place] = []
+        places: list[Place] = []
         for number in range(step * per_step, (step + 1) * per_step):
             epoch, place = divmod(number, per_epoch)
-            found += self._block(epoch, place)
-        return found
+            places += self._block(epoch, place)
+        return places
 
     def count_targets(self, places: list[Place]) -> int:
         sequences = defaultdict(list)

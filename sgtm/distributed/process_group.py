@@ -41,39 +41,39 @@ def init_distributed(distributed: DistributedConfig, kernels: KernelsConfig) -> 
 
 
 def _join(distributed: DistributedConfig, kernels: KernelsConfig) -> RankInfo:
-    launch = detect_launch()
-    index, on_gpu = launch.local_rank, device_type() == "cuda"
+    rank_info = detect_launch()
+    index, on_gpu = rank_info.local_rank, device_type() == "cuda"
     if on_gpu:
         if kernels.deterministic:
             use_deterministic_algorithms()
-        index = gpu_of(launch, torch.cuda.device_count())
+        index = gpu_of(rank_info, torch.cuda.device_count())
         torch.cuda.set_device(index)
     else:
         keep_freed_memory()
-        if threads := cpu_threads(launch):
+        if threads := cpu_threads(rank_info):
             torch.set_num_threads(threads)
     os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed picks its device by it
     timeout = timedelta(minutes=distributed.timeout_minutes)
     backend = "nccl" if on_gpu else "gloo"
-    if launch.launcher == "none":  # a store in memory: no port to be free
+    if rank_info.launcher == "none":  # a store in memory: no port to be free
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        _meet(launch, backend, timeout)
-        if launch.world_size > 1:
-            watchdog.start(launch.rank, launch.world_size, distributed.timeout_minutes)
+        _meet(rank_info, backend, timeout)
+        if rank_info.world_size > 1:
+            watchdog.start(rank_info.rank, rank_info.world_size, distributed.timeout_minutes)
         outlast_watchdog(distributed)
     atexit.register(leave_distributed)
-    return launch
+    return rank_info
 
 
-def _meet(launch: RankInfo, backend: str, timeout: timedelta) -> None:
+def _meet(rank_info: RankInfo, backend: str, timeout: timedelta) -> None:
     try:
-        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+        dist.init_process_group(backend, rank=rank_info.rank, world_size=rank_info.world_size, timeout=timeout)
     except dist.DistError as error:
         raise ConnectionError(
             f"the ranks did not meet at MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT "
             f"{os.environ['MASTER_PORT']} within distributed.timeout_minutes {timeout.total_seconds() / 60:g}: rank "
-            f"{launch.rank} of {launch.world_size} says {str(error).splitlines()[0]}"
+            f"{rank_info.rank} of {rank_info.world_size} says {str(error).splitlines()[0]}"
         ) from None
 
 

@@ -157,7 +157,7 @@ def most_with_group(channels: Sequence[tuple[int, LabelChannel]], tables: Tables
 
 def _trade(tables: Tables, true: int, label: int) -> str:
     runs = [group for group, active in enumerate(tables.active[label]) if group and active != 0]
-    learns = any(tables.contribution(part, label, 0) != 0 for part in PROJECTIONS)
+    learns = any(tables.contribution(projection, label, 0) != 0 for projection in PROJECTIONS)
     if true == RETAIN:
         return (MIXED if learns else LIVED_WITH) if runs else ALONE
     if true == UNLABELED:

@@ -72,12 +72,12 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
     norms = gradient_norms(model, corpus, config, split=split, sequences=config.train.eval_sequences, device=device)
     if config.train.precision == "bf16":
         model = model.bfloat16()
-    found = evaluate(model, corpus, config, split=split, sequences=sequences, device=device)
+    evaluation = evaluate(model, corpus, config, split=split, sequences=sequences, device=device)
     tokens = steps * config.train.tokens_per_step
     return {
         "name": config.name,
-        "losses": found.losses,
-        **found.sample,
+        "losses": evaluation.losses,
+        **evaluation.sample,
         "retain_with_group": most_with_group(config.channels, config.tables),
         "counts": _counts(corpus),
         "split": split,
@@ -89,7 +89,7 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
         "tokens": tokens,
         "parameters": sum(p.numel() for p in model.parameters()),
         "gradient_norms": norms,
-        "output_norms": found.norms,
+        "output_norms": evaluation.norms,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
 
