@@ -33,12 +33,12 @@ def positive(text: str) -> int:
 def device(text: str) -> torch.device:
     """A device of torch; of CUDA only where there is one."""
     try:
-        found = torch.device(text)
+        torch_device = torch.device(text)
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"no device {text!r}; cpu or cuda") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
+    if torch_device.type == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError("there is no CUDA device here; cpu is what there is")
-    return found
+    return torch_device
 
 
 def add_measuring(parser: argparse.ArgumentParser, of: str, rounds: int, seconds: float) -> None:

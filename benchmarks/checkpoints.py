@@ -49,20 +49,20 @@ class Trainer:
         """Seconds of a turn, and its checkpoint; kind: `none`, `asynchronous` or `waited for`."""
         waits = self.config.train.model_copy(update={"async_checkpoint": kind == "asynchronous", "keep_last": 1})
         writer = CheckpointWriter(self.engine, self.run, self.config.model_copy(update={"train": waits}))
-        found: list[Saved] = []
+        checkpoints: list[Saved] = []
         began = time.perf_counter()
         for step in range(STEPS):
             train_step(self.engine, [self.batch], self.config.tables, 1e-4, self.totals)
             self.done += 1
             if step == 0 and kind != "none":
-                found += writer.start(self.done)
+                checkpoints += writer.start(self.done)
             elif saved := writer.poll():
-                found.append(saved)
+                checkpoints.append(saved)
         if last := writer.finish():
-            found.append(last)
+            checkpoints.append(last)
         seconds = time.perf_counter() - began
         writer.close()
-        return seconds, found[0] if found else None
+        return seconds, checkpoints[0] if checkpoints else None
 
 
 def measure(config: Config, rounds: int, folder: Path) -> list[dict]:
@@ -113,7 +113,7 @@ def main() -> None:
     tokens = args.sequences * load_config(args.preset, []).model.context
     overrides = [f"--train.tokens_per_step={tokens}", f"--train.micro_batch={args.sequences}"]
     config = load_config(args.preset, overrides)
-    init_distributed(config)
+    init_distributed(config.distributed, config.kernels)
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk of the results, not in memory
         rows = measure(config, args.rounds, Path(folder))
     for row in rows:

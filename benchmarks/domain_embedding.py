@@ -37,7 +37,7 @@ def main() -> None:
     configs = {
         name: load_config(args.preset, [*SIZE, "--masking.domain_embedding", value]) for name, value in parts.items()
     }
-    init_distributed(configs["none"])
+    init_distributed(configs["none"].distributed, configs["none"].kernels)
     steps = {}
     for name, config in configs.items():
         mixed = next((label, case) for label, case in label_cases(config, 1).items() if "forget sequences" in label)

@@ -88,10 +88,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def names(known: tuple[str, ...]):
     def parse(text: str) -> list[str]:
-        found = text.split(",")
-        if unknown := [name for name in found if name not in known]:
+        names = text.split(",")
+        if unknown := [name for name in names if name not in known]:
             raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
-        return found
+        return names
 
     return parse
 

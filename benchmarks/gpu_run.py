@@ -19,10 +19,10 @@ def section(rows: Sequence[dict]) -> str:
     }
     checks = [row for row in rows if row["stage"] in ("smoke", "tests", "train")]
     parts, refused = [checked(checks)], {}
-    for table, found in measured.items():
-        kept, left_out = admitted(found, checks)
+    for table, candidates in measured.items():
+        reported, left_out = admitted(candidates, checks)
         refused |= left_out
-        parts += [table(kept)] if any("error" not in row for row in kept) else []
+        parts += [table(reported)] if any("error" not in row for row in reported) else []
     if refused:
         reasons = "; ".join(f"{what} ({why})" for what, why in refused.items())
         parts.append(f"Not reported, because checks on this device failed or were not run to the end: {reasons}.")
@@ -32,10 +32,10 @@ def section(rows: Sequence[dict]) -> str:
 def checked(checks: Sequence[dict]) -> str:
     """Verdicts of `smoke` and the kernels' tests on each op, and whether the killed run was bit-identical."""
     backends = [b for b in ("triton", "torch") if any(row.get("backend") == b for row in checks)]
-    found = {backend: verdicts(checks, backend) for backend in backends or ["triton"]}
-    table = [["op", *(f"against the reference, {backend}" for backend in found), "tests"]]
+    by_backend = {backend: verdicts(checks, backend) for backend in backends or ["triton"]}
+    table = [["op", *(f"against the reference, {backend}" for backend in by_backend), "tests"]]
     for op in OPS:
-        each = [by_op[op] for by_op in found.values()]
+        each = [by_op[op] for by_op in by_backend.values()]
         table.append([op, *(verdict.smoke for verdict in each), each[0].tests])
     trained = last_by([row for row in checks if "same_bits" in row and row["stage"] == "train"], "zero_stage")
     runs = [

@@ -58,13 +58,13 @@ def without_kernels() -> None:
 
 def timed(step: Callable[[], torch.Tensor], model: torch.nn.Module) -> float:
     """CPU seconds of forward and backward; the fastest of STEPS."""
-    found = []
+    seconds = []
     for _ in range(STEPS):
         start = time.process_time()
         step().backward()
-        found.append(time.process_time() - start)
+        seconds.append(time.process_time() - start)
         model.zero_grad(set_to_none=True)
-    return min(found)
+    return min(seconds)
 
 
 def plain(setting: Setting, ids: torch.Tensor) -> Step:
@@ -85,15 +85,15 @@ def ours(setting: Setting, ids: torch.Tensor, backend: str, masks: str) -> Step:
 
 def layer_times(ways: dict[str, dict[int, Step]], rounds: int) -> dict[str, list[float]]:
     """CPU seconds of a layer, of every way in every round; ways: by depth."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for name in ways:
         for depth in (SHALLOW, DEEP):
             ways[name][depth]()
     for _ in range(rounds):
         for name, depths in ways.items():
             gc.collect()
-            found[name].append((depths[DEEP]() - depths[SHALLOW]()) / (DEEP - SHALLOW))
-    return found
+            seconds[name].append((depths[DEEP]() - depths[SHALLOW]()) / (DEEP - SHALLOW))
+    return seconds
 
 
 def measure(family: str, backends: list[str], rounds: int) -> list[dict]:

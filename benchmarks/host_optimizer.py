@@ -83,9 +83,9 @@ def main() -> None:
         optimizer = optimizer_of(setting, backend, layout)
         segments = sum(map(len, optimizer.tables.values()))
         for name, label in (("nothing masked", UNLABELED), ("pure forget", len(tables.labels) - 1)):
-            found = milliseconds(optimizer, live_keys(tables, {label}), options.rounds)
-            missed = "  MISSED" if options.shape == "254m" and found > TARGET else ""
-            print(f"{options.shape}, {backend}, {layout}, {segments} segments, {name}: {found:.3f} ms{missed}")
+            duration = milliseconds(optimizer, live_keys(tables, {label}), options.rounds)
+            missed = "  MISSED" if options.shape == "254m" and duration > TARGET else ""
+            print(f"{options.shape}, {backend}, {layout}, {segments} segments, {name}: {duration:.3f} ms{missed}")
 
 
 if __name__ == "__main__":

@@ -69,10 +69,10 @@ def last_by(rows: Sequence[dict], *keys: str) -> list[dict]:
 
 def failure(error: BaseException) -> dict:
     """Fields of a row whose measurement raised: the error, and where it was raised."""
-    frames, at = [], error.__traceback__
-    while at is not None:
-        frames.append(f"{Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}")
-        at = at.tb_next
+    frames, traceback = [], error.__traceback__
+    while traceback is not None:
+        frames.append(f"{Path(traceback.tb_frame.f_code.co_filename).name}:{traceback.tb_lineno}")
+        traceback = traceback.tb_next
     return {"outcome": FAILED, "error": f"{type(error).__name__}: {error}"[:1000], "at": frames[-6:]}
 
 

@@ -64,10 +64,10 @@ class Inputs:
         return torch.randint(high, size, device=self.device)
 
     def public(self, name: str, function: Callable, leaves: list[torch.Tensor], dy: torch.Tensor) -> dict[str, Way]:
-        found = {name: both(function, leaves, dy)}
+        ways = {name: both(function, leaves, dy)}
         if self.compiled:
-            found[f"{name}, compiled"] = both(torch.compile(function, fullgraph=True, dynamic=False), leaves, dy)
-        return found
+            ways[f"{name}, compiled"] = both(torch.compile(function, fullgraph=True, dynamic=False), leaves, dy)
+        return ways
 
 
 def both(function: Callable[..., torch.Tensor], leaves: list[torch.Tensor], dy: torch.Tensor) -> Way:
@@ -112,13 +112,13 @@ def linear(s: Shape, make: Inputs, side: str) -> Case:
     if not s.gated:
         leaves["bias"] = make.random(rows if side == "in" else s.width)
     dy = make.random(s.batch, s.seq_len, rows if side == "in" else s.width, learned=False)
-    op, part = (linear_in, "mlp_in") if side == "in" else (linear_out, "mlp_out")
+    op, projection = (linear_in, "mlp_in") if side == "in" else (linear_out, "mlp_out")
 
     def ours(plan, backend):
-        return lambda x, w, b=None: op(x, w, b, plan, part, bounds, backend)
+        return lambda x, w, b=None: op(x, w, b, plan, projection, bounds, backend)
 
     def work(plan):
-        dw = sum((r.end - r.start) * _updating(r.tokens) for r in plan.rows(part, bounds)) / (rows * s.tokens)
+        dw = sum((r.end - r.start) * _updating(r.tokens) for r in plan.rows(projection, bounds)) / (rows * s.tokens)
         each = s.tokens * rows + s.tokens * s.width + rows * s.width  # operands and result of a matmul
         return (2 + dw) * 2 * s.tokens * rows * s.width, (2 + dw) * each * x.element_size()
 

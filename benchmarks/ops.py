@@ -59,7 +59,7 @@ def main() -> int:
     failed = False
     for name in args.shape:
         variants = [(op, variant, build) for op in args.only for variant, build in CASES[op].items()]
-        for op, variant, build in sorted(variants, key=lambda found: found[1] in SLOW):  # stable
+        for op, variant, build in sorted(variants, key=lambda entry: entry[1] in SLOW):  # stable
 
             def rows(op=op, variant=variant, build=build, name=name) -> list[dict]:
                 shape, backends = SHAPES[name], [b for b in args.backend or FAST if not missing(op, b)]
@@ -68,8 +68,8 @@ def main() -> int:
                 head = {"op": op, "variant": variant, "shape": name, "dtype": args.dtype}
                 return [head | row for row in measured]
 
-            found = items.measure(f"{variant}, {name}, {args.dtype}", rows)
-            failed |= any(row["outcome"] == FAILED for row in found)
+            outcomes = items.measure(f"{variant}, {name}, {args.dtype}", rows)
+            failed |= any(row["outcome"] == FAILED for row in outcomes)
             healthy()  # frees
     return int(failed)
 

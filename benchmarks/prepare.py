@@ -161,17 +161,17 @@ def main() -> int:
         print(json.dumps(measure(options.measure[0], int(options.measure[1]))))
         return 0
     print(f"{'case':10}{'size':>6}{'tokens':>14}{'CPU s':>9}{'MiB':>8}{'growth':>8}")
-    found = []
+    measurements = []
     for row in rows(options.case, options.largest):
         growth = "" if row["growth"] is None else f"{row['growth']:.2f}"
         print(
             f"{row['case']:10}{row['size']:6}{row['tokens']:14,}{row['cpu_s']:9.2f}{row['memory_mib']:8.0f}{growth:>8}",
             flush=True,
         )
-        found.append(row)
+        measurements.append(row)
     if options.json:
-        write_rows(options.json, found)
-    return int(any(row["growth"] is not None and row["growth"] > LIMIT for row in found))
+        write_rows(options.json, measurements)
+    return int(any(row["growth"] is not None and row["growth"] > LIMIT for row in measurements))
 
 
 if __name__ == "__main__":

@@ -49,20 +49,20 @@ def main() -> None:
     names = [sweep.folder.name for sweep in sweeps]
     rows = [row for row in read_rows(args.json) if row["sweep"] not in names] if args.json.exists() else []
     for sweep, name in zip(sweeps, names, strict=True):
-        found = finished(sweep.folder, args.partial)
+        variants = finished(sweep.folder, args.partial)
         unmasked = {run.variant for run in sweep.runs if run.config.masking.strategy == "none"}
         rows += [
             {"sweep": name, "masks": row["variant"] not in unmasked, **short(row), **trained(row, sweep.folder)}
-            for row in found
+            for row in variants
         ]
     text = "".join(json.dumps({**row, "ratios": ratios(row, rows)}) + "\n" for row in rows)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(text)
     if args.shipped:
         baselines = [row for row in finished(sweeps[0].folder, args.partial) if row["variant"] in BASELINES]
-        found = {row["variant"]: by_category(row) for row in baselines}
+        losses = {row["variant"]: by_category(row) for row in baselines}
         about = {key: trained(baselines[0], sweeps[0].folder)[key] for key in ("device", "commit", "time")}
-        text = {"sweep": args.sweeps[0].name, **about, "basis": basis(sweeps[0].runs[0].config), "losses": found}
+        text = {"sweep": args.sweeps[0].name, **about, "basis": basis(sweeps[0].runs[0].config), "losses": losses}
         (FOLDER / f"{args.shipped}.json").write_text(json.dumps(text, indent=2) + "\n")
 
 
@@ -78,10 +78,10 @@ def finished(folder: Path, partial: bool) -> list[dict]:
 def trained(row: dict, folder: Path) -> dict:
     """Environment of a variant's runs; where they differ in commit, all commits, and the newest run's other values."""
     starts = (last_environment(folder / seed["run"]) for seed in row["seeds"])
-    found = sorted(filter(None, starts), key=lambda one: one["time"])
-    if not found:
+    environments = sorted(filter(None, starts), key=lambda one: one["time"])
+    if not environments:
         sys.exit(f"variant {row['variant']}: its runs have no environment.jsonl; train them again")
-    return {**found[-1], "commit": ", ".join(dict.fromkeys(str(one["commit"]) for one in found))}
+    return {**environments[-1], "commit": ", ".join(dict.fromkeys(str(one["commit"]) for one in environments))}
 
 
 def short(row: dict) -> dict:
@@ -92,7 +92,7 @@ def short(row: dict) -> dict:
 
 def ratios(row: dict, rows: list[dict]) -> dict[str, dict]:
     """Compute ratios of a row's losses by name: value, and whether it is extrapolated."""
-    found = {}
+    by_loss = {}
     for loss, baseline in RATIOS.items():
         points = [other for other in rows if re.fullmatch(rf"{baseline}(-\d+)?", other["variant"])]
         if len(points) < LEAST or row[loss] is None:
@@ -102,8 +102,8 @@ def ratios(row: dict, rows: list[dict]) -> dict[str, dict]:
         curve = LearningCurve([other["tokens"] / whole for other in points], [other[ends_with] for other in points])
         ratio = curve.ratio(row[loss])
         longest = max(other["tokens"] for other in points) / whole
-        found[loss] = {"value": round(ratio.value * longest, 4), "extrapolated": ratio.extrapolated}
-    return found
+        by_loss[loss] = {"value": round(ratio.value * longest, 4), "extrapolated": ratio.extrapolated}
+    return by_loss
 
 
 def by_category(row: dict) -> dict[str, float]:

@@ -74,11 +74,11 @@ def documents() -> dict[Path, str]:
     by_document: dict[Path, list[Path]] = {}
     for path in paths:
         by_document.setdefault(PLACES.get(path.stem, DOCS / "performance.md"), []).append(path)
-    found = {DOCS / "results.md": results + "\n\n".join(section(path, "../") for path in paths) + "\n"}
+    texts = {DOCS / "results.md": results + "\n\n".join(section(path, "../") for path in paths) + "\n"}
     for document, of in by_document.items():
         up = "../" if document.parent == DOCS else ""
-        found[document] = _filled(document, [section(path, up) for path in of])
-    return found
+        texts[document] = _filled(document, [section(path, up) for path in of])
+    return texts
 
 
 def _filled(document: Path, sections: list[str]) -> str:
@@ -169,9 +169,9 @@ def _variants(rows: list[dict], ratios: bool) -> list[list[str]]:
         cells = [row["variant"], str(row["finished"]), f"{row['tokens']:,}"]
         shown = [model == "full" or row.get("masks", True) for model, _ in LOSSES]
         cells += [_loss(row, f"{model}_{data}") * show for (model, data), show in zip(LOSSES, shown, strict=True)]
-        found = [row["ratios"].get(f"{model}_{data}") for model, data in RATIOS] if ratios else []
-        found = [ratio if show else None for ratio, show in zip(found, shown, strict=False)]
-        cells += [f"{ratio['value']:.2f}{'*' * ratio['extrapolated']}" if ratio else "" for ratio in found]
+        shown_ratios = [row["ratios"].get(f"{model}_{data}") for model, data in RATIOS] if ratios else []
+        shown_ratios = [ratio if show else None for ratio, show in zip(shown_ratios, shown, strict=False)]
+        cells += [f"{ratio['value']:.2f}{'*' * ratio['extrapolated']}" if ratio else "" for ratio in shown_ratios]
         table.append(cells)
     return table
 

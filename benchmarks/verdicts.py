@@ -81,13 +81,13 @@ def _verdict(op: str, smoke: dict[tuple[str, str, str], dict], tests: list[dict]
 
 def _open(tests: list[dict]) -> list[dict]:
     """Failed tests whose file has not passed since."""
-    found: list[dict] = []
+    failures: list[dict] = []
     for row in tests:
         if "test" in row:
-            found.append(row)
+            failures.append(row)
         elif row["outcome"] == "ok":
-            found = [failed for failed in found if failed["file"] != row["item"]]
-    return found
+            failures = [failed for failed in failures if failed["file"] != row["item"]]
+    return failures
 
 
 def _concerns(row: dict, op: str) -> bool:
@@ -107,19 +107,19 @@ def admitted(rows: Sequence[dict], checks: Sequence[dict]) -> tuple[list[dict], 
     checks  rows of `smoke` and `tests` of the same run
     """
     by_backend: dict[str, dict[str, Verdict]] = {}
-    kept, refused = [], {}
+    reported, refused = [], {}
     for row in rows:
         backend = row.get("backend", PUBLIC)
         if backend == PUBLIC:
-            kept.append(row)
+            reported.append(row)
             continue
-        found = by_backend.setdefault(backend, verdicts(checks, backend))
-        needed = {row["op"]: found[row["op"]]} if "op" in row else found
+        by_op = by_backend.setdefault(backend, verdicts(checks, backend))
+        needed = {row["op"]: by_op[row["op"]]} if "op" in row else by_op
         wrong = {op: verdict for op, verdict in needed.items() if not verdict.reported}
         if not wrong:
-            kept.append(row)
+            reported.append(row)
             continue
         what = f"{row['op']} in {backend}" if "op" in row else f"whole steps in {backend}"
         reasons = [f"{op}: {verdict.why or 'smoke ' + verdict.smoke}" for op, verdict in wrong.items()]
         refused[what] = "; ".join(reasons) if len(reasons) < 3 else f"{'; '.join(reasons[:2])}; {len(reasons) - 2} more"
-    return kept, refused
+    return reported, refused

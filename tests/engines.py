@@ -28,7 +28,7 @@ def new_engine(config, seed: int = 0):
     from sgtm.distributed.engine import Engine
     from sgtm.distributed.process_group import init_distributed
 
-    init_distributed(config)
+    init_distributed(config.distributed, config.kernels)
     return Engine(tiny_model(config, seed), config)
 
 

@@ -196,9 +196,9 @@ def _outcome(ended: Ended) -> str:
 
 
 def _where(ended: Ended, outcome: str) -> str:
-    at = f" in {ended.item}" if ended.item and outcome != DONE else ""
+    place = f" in {ended.item}" if ended.item and outcome != DONE else ""
     lines = ended.tail.strip().splitlines()
-    return at + (f": {lines[-1][:160]}" if lines and outcome not in (DONE, CUT) else "")
+    return place + (f": {lines[-1][:160]}" if lines and outcome not in (DONE, CUT) else "")
 
 
 class Processes:
@@ -238,9 +238,9 @@ class Processes:
             now = time.monotonic()
             if now >= ends:
                 return True, False
-            at = _stamp(current)
-            if at != item:
-                item, since = at, now
+            stamp = _stamp(current)
+            if stamp != item:
+                item, since = stamp, now
             elif item and now - since >= patience:
                 return False, True
             time.sleep(POLL)
@@ -249,11 +249,11 @@ class Processes:
 
 def environment() -> dict[str, str]:
     """Environment of a stage: this checkout's code, without the shell's variables that select kernels."""
-    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("SGTM_")}
-    paths = [*map(str, (BENCHMARKS, BENCHMARKS.parent / "kernels", BENCHMARKS.parent)), kept.get("PYTHONPATH", "")]
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("SGTM_")}
+    paths = [*map(str, (BENCHMARKS, BENCHMARKS.parent / "kernels", BENCHMARKS.parent)), variables.get("PYTHONPATH", "")]
     # cuBLAS: as in training, where kernels.deterministic is the default; without it a strictly deterministic op raises.
     added = {"PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    return kept | added | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return variables | added | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _stamp(path: Path) -> int | None:

@@ -72,7 +72,7 @@ def profiled(backend: str, shape: str, on: torch.device) -> dict:
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (on.type == "cuda")
     _wait(on)
     began = time.perf_counter()
-    with profile(activities=activities, acc_events=True) as found:
+    with profile(activities=activities, acc_events=True) as profiler:
         for _ in range(STEPS):
             step()
         _wait(on)
@@ -80,7 +80,7 @@ def profiled(backend: str, shape: str, on: torch.device) -> dict:
     kind = DeviceType.CUDA if on.type == "cuda" else DeviceType.CPU
     spans = [
         Span(e.name, e.time_range.start, e.time_range.end)
-        for e in found.events()
+        for e in profiler.events()
         # A named range, such as that of an optimizer's step, lies on the GPU from its first kernel to its last.
         if e.device_type == kind and not e.is_user_annotation and (on.type == "cuda" or e.cpu_parent is None)
     ]

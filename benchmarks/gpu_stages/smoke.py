@@ -66,8 +66,8 @@ def check_variant(items: Items, op: str, variant: str, name: str, shape: Shape, 
                     torch.manual_seed(0)
                     case = build(shape, Inputs(on, torch.bfloat16))
                 head = {"op": op, "variant": variant, "shape": name, "mask": mask, "backend": backend}
-                found = check(case, plan, backend, dtype, known)
-                return [head | {"dtype": str(dtype).removeprefix("torch.")} | found | _seconds(began)]
+                verdict = check(case, plan, backend, dtype, known)
+                return [head | {"dtype": str(dtype).removeprefix("torch.")} | verdict | _seconds(began)]
 
             items.measure(item, way)
 
@@ -93,13 +93,13 @@ def check(case: Case, plan: MaskPlan, backend: str, dtype: torch.dtype, known: d
         results[name] = compared(actual, known[dtype][name], known[torch.float64][name])
         if not results[name]["ok"]:
             wrong.append(f"{name}: {results[name]}")
-    found = {"outcome": FAILED if wrong else OK, "results": results, "same_bits": same}
-    return found | ({"error": "; ".join(wrong)[:1000]} if wrong else {})
+    verdict = {"outcome": FAILED if wrong else OK, "results": results, "same_bits": same}
+    return verdict | ({"error": "; ".join(wrong)[:1000]} if wrong else {})
 
 
 def compared(actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> dict:
-    found = compare(actual, plain, exact, FACTOR)
-    return {"ok": found.ok, **found._asdict()}
+    comparison = compare(actual, plain, exact, FACTOR)
+    return {"ok": comparison.ok, **comparison._asdict()}
 
 
 if __name__ == "__main__":

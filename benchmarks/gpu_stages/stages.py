@@ -35,15 +35,15 @@ INTERPRET = {"TRITON_INTERPRET": "1"}
 def stages(folder: Path, *, cpu: bool = False, only: Collection[str] = (), ops: Collection[str] = ()) -> list[Stage]:
     """What gpu.py runs into `folder`; `only`: stages by name, `ops`: those that smoke, ops, tests and tune are of."""
     make = _Commands(folder, cpu, [op for op in OPS if op in ops] or list(OPS))
-    found = [
+    all_stages = [
         Stage(name, title, share, units, parallel, item)
         for (name, title, units, parallel, item), share in zip(
             make.all(), CPU_SHARES if cpu else ON_GPU_SHARES, strict=True
         )
     ]
     if any(find_spec(name) is None for name in PACKAGES):
-        found[-1] = replace(found[-1], share=8.0)  # it only reports them, and leaves its time to the others
-    return [stage for stage in found if not only or stage.name in only]
+        all_stages[-1] = replace(all_stages[-1], share=8.0)  # it only reports them, and leaves its time to the others
+    return [stage for stage in all_stages if not only or stage.name in only]
 
 
 class _Commands:
@@ -110,8 +110,8 @@ class _Commands:
         return self._script("train", "all", "train_runs.py", "--folder", str(self.folder / "train"))
 
     def _of_ops(self) -> list[Path]:
-        found = [file for op in self.ops for file in sorted(TESTS.glob(f"test_{op}*.py"))]
-        return [] if self.cpu else found
+        files = [file for op in self.ops for file in sorted(TESTS.glob(f"test_{op}*.py"))]
+        return [] if self.cpu else files
 
     def _rest(self) -> list[Path]:
         if self.cpu:

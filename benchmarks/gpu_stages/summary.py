@@ -15,11 +15,11 @@ from gpu_stages.stages import NAMES
 
 def rows_of(folder: Path) -> list[dict]:
     """All rows of a run, each with the stage that it is of, in the order of the stages."""
-    found = []
+    rows = []
     for stage in NAMES:
         for path in sorted({*folder.glob(f"{stage}.jsonl"), *folder.glob(f"{stage}-*.jsonl")}):
-            found += [{"stage": stage} | row for row in Journal(path).rows()]
-    return found
+            rows += [{"stage": stage} | row for row in Journal(path).rows()]
+    return rows
 
 
 def text(folder: Path) -> str:
@@ -39,10 +39,10 @@ def text(folder: Path) -> str:
         by_backend = {backend: verdicts(rows, backend) for backend in backends}
         table = [["op", *(f"smoke, {backend}" for backend in backends), "tests"]]
         for op in OPS:
-            found = [by_backend[backend][op] for backend in backends]
-            table.append([op, *(verdict.smoke for verdict in found), found[0].tests])
+            row = [by_backend[backend][op] for backend in backends]
+            table.append([op, *(verdict.smoke for verdict in row), row[0].tests])
         parts.append(aligned(table))
-        why = [f"{op} in {b}: {v.why}" for b, found in by_backend.items() for op, v in found.items() if v.why]
+        why = [f"{op} in {b}: {v.why}" for b, by_op in by_backend.items() for op, v in by_op.items() if v.why]
         parts += ["\n".join(line[:300] for line in why)] if why else []
     return "\n\n".join(parts)
 

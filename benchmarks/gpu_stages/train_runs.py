@@ -116,8 +116,8 @@ def speed(run: Path) -> float | None:
     """Median of the second half of the run's logged steps."""
     from sgtm.run.metrics import read_metrics
 
-    found = [line["tokens_per_second"] for line in read_metrics(run / "metrics.jsonl") if "tokens_per_second" in line]
-    return round(statistics.median(found[len(found) // 2 :]), 1) if found else None
+    speeds = [line["tokens_per_second"] for line in read_metrics(run / "metrics.jsonl") if "tokens_per_second" in line]
+    return round(statistics.median(speeds[len(speeds) // 2 :]), 1) if speeds else None
 
 
 if __name__ == "__main__":

@@ -36,10 +36,10 @@ def main() -> int:
     if args.cpu:
         candidates_in_fp32()
 
-    def decided(at: Choice, found: Found) -> None:
-        times = {"microseconds": found.p50 * 1e6, "heuristic_microseconds": found.heuristic_p50 * 1e6}
+    def decided(choice: Choice, result: Found) -> None:
+        times = {"microseconds": result.p50 * 1e6, "heuristic_microseconds": result.heuristic_p50 * 1e6}
         rounded = {name: round(value, 2) for name, value in times.items()}
-        journal.add({"choice": at[0], "key": written(at[1]), "config": found.config._asdict(), **rounded})
+        journal.add({"choice": choice[0], "key": written(choice[1]), "config": result.config._asdict(), **rounded})
 
     def every_choice(op: str, shape: str) -> list[dict]:
         options = {"device": torch.device("cpu"), "dtype": torch.float32, "rounds": 3} if args.cpu else {}

@@ -74,13 +74,13 @@ class NoDevice:
 @contextmanager
 def recording() -> Iterator[list[Recorded]]:
     """Append each distinct launch to the list instead of running it."""
-    found: dict[tuple, Recorded] = {}
+    by_key: dict[tuple, Recorded] = {}
     compiling, running = JITFunction._do_compile, JITFunction.run
 
     def record(kernel, key, signature, device, constants, options, attributes, warmup):
         launch = Recorded(kernel.fn.__module__, kernel.fn.__name__, signature, constants, attributes, options.__dict__)
-        if launch.key() not in found:
-            found[launch.key()] = launch
+        if launch.key() not in by_key:
+            by_key[launch.key()] = launch
             launches.append(launch)
 
     launches: list[Recorded] = []
@@ -94,7 +94,7 @@ def recording() -> Iterator[list[Recorded]]:
 
 def launches_of(op: str, shapes: list[Shape], on: torch.device) -> list[Recorded]:
     """What the calls of an op launch: forward and backward, every variant and mask."""
-    with recording() as found:
+    with recording() as launches:
         for shape in shapes:
             for build in CASES[op].values():
                 case = build(shape, Inputs(on, torch.bfloat16))
@@ -103,7 +103,7 @@ def launches_of(op: str, shapes: list[Shape], on: torch.device) -> list[Recorded
                         case.ours(plan, "triton")()
                 del case
                 healthy()  # frees
-    return found
+    return launches
 
 
 def compile_one(launch: Recorded, target: GPUTarget) -> tuple[float, str | None]:
@@ -116,25 +116,25 @@ def compile_one(launch: Recorded, target: GPUTarget) -> tuple[float, str | None]
     return time.monotonic() - began, problem
 
 
-def warm(items: Items, pool: Executor, found: dict[str, list[Recorded]], target: GPUTarget) -> None:
+def warm(items: Items, pool: Executor, launches_by_op: dict[str, list[Recorded]], target: GPUTarget) -> None:
     """Compile what was recorded, one launch of each op after the other; an op's row is written when all are done."""
-    times: dict[str, list[float]] = {op: [] for op in found}
-    problems: dict[str, list[str]] = {op: [] for op in found}
-    turns = range(max(map(len, found.values()), default=0))
-    jobs = [(op, launches[turn]) for turn in turns for op, launches in found.items() if turn < len(launches)]
+    times: dict[str, list[float]] = {op: [] for op in launches_by_op}
+    problems: dict[str, list[str]] = {op: [] for op in launches_by_op}
+    turns = range(max(map(len, launches_by_op.values()), default=0))
+    jobs = [(op, launches[turn]) for turn in turns for op, launches in launches_by_op.items() if turn < len(launches)]
     futures = {pool.submit(compile_one, launch, target): op for op, launch in jobs}
     for future in as_completed(futures):
         op = futures[future]
         seconds, problem = future.result()
         times[op].append(seconds)
         problems[op] += [problem] if problem else []
-        if len(times[op]) == len(found[op]):
+        if len(times[op]) == len(launches_by_op[op]):
             items.measure(op, lambda op=op: [row(op, target, times[op], problems[op])])
 
 
 def row(op: str, target: GPUTarget, times: list[float], problems: list[str]) -> dict:
-    found = {"op": op, "arch": target.arch, "launches": len(times), "seconds": round(sum(times), 2)}
-    return found | ({"outcome": FAILED, "error": "; ".join(problems)} if problems else {"outcome": OK})
+    fields = {"op": op, "arch": target.arch, "launches": len(times), "seconds": round(sum(times), 2)}
+    return fields | ({"outcome": FAILED, "error": "; ".join(problems)} if problems else {"outcome": OK})
 
 
 def main() -> int:
@@ -153,16 +153,16 @@ def main() -> int:
     # multiple of 16 is, and it decides block sizes.
     shapes = [SHAPES[name] for name in args.shape.split(",")]
     shapes += [replace(s, batch=BATCH, seq_len=min(LENGTH, s.seq_len)) for s in shapes]
-    items, found = Items(Journal(args.rows), healthy), {}
+    items, launches_by_op = Items(Journal(args.rows), healthy), {}
     for op in args.only.split(","):
         if op in items.finished:
             continue
         try:
-            found[op] = launches_of(op, shapes, on)[: args.each]
+            launches_by_op[op] = launches_of(op, shapes, on)[: args.each]
         except Exception as error:
             items.measure(op, lambda error=error: raising(error))
     with ProcessPoolExecutor(args.jobs) as pool:
-        warm(items, pool, found, target)
+        warm(items, pool, launches_by_op, target)
     return 0
 
 

@@ -189,21 +189,21 @@ class MaskPlan:
         except KeyError:
             return self.cached(kind, lambda: self.updaters(self.tables.update_joint[kind]))
 
-    def contributions(self, part: str, groups: int) -> tuple[tuple[float, ...], ...]:
+    def contributions(self, projection: str, groups: int) -> tuple[tuple[float, ...], ...]:
         """For each of the first `groups` groups, what a token contributes to the gradient of its rows, by label."""
-        return self.tables.contributions[part][:groups]
+        return self.tables.contributions[projection][:groups]
 
-    def rows(self, part: str, bounds: tuple[int, ...]) -> tuple[RowWork, ...]:
+    def rows(self, projection: str, bounds: tuple[int, ...]) -> tuple[RowWork, ...]:
         """The work of one weight gradient: row ranges (group boundaries `bounds`), each with the tokens that update it.
 
         Neighbouring groups that the same tokens update become one range, so a plan that masks nothing yields one
         `RowWork` over all rows and all tokens.
         """
-        return self.cached(("rows", part, bounds), lambda: self._rows(part, bounds))
+        return self.cached(("rows", projection, bounds), lambda: self._rows(projection, bounds))
 
-    def _rows(self, part: str, bounds: tuple[int, ...]) -> tuple[RowWork, ...]:
+    def _rows(self, projection: str, bounds: tuple[int, ...]) -> tuple[RowWork, ...]:
         work: list[RowWork] = []
-        by_group = self.contributions(part, len(bounds) - 1)
+        by_group = self.contributions(projection, len(bounds) - 1)
         for by_label, (start, end) in zip(by_group, pairwise(bounds), strict=True):
             tokens = self.updaters(by_label)
             if work and work[-1].tokens.slices == tokens.slices:
@@ -253,8 +253,8 @@ class MaskPlan:
         return self.cached((by_group, device), make)
 
     def mask(self, table: str, groups: int, device: torch.device) -> torch.Tensor | None:
-        """`factors` of the first `groups` groups from `active`, `route`, `passes` or the contributions to a part, or of
-        a joint kind ([1, tokens]); None where all are 1, as in a layer of one group, whatever the tables say."""
+        """`factors` of the first `groups` groups from `active`, `route`, `passes` or the contributions to a projection,
+        or of a joint kind ([1, tokens]); None where all are 1, as in a layer of one group, whatever the tables say."""
         try:  # called by every op, so without the calls of `cached`
             return self._cache[table, groups, device]
         except KeyError:
@@ -329,10 +329,10 @@ def table_on(device: torch.device, dtype: torch.dtype, by_group: tuple[tuple[flo
     if key in _TABLES:
         return _TABLES[key]
     with torch.inference_mode(False):
-        found = torch.tensor(by_group, dtype=dtype, device=device)
-    if type(found) is torch.Tensor:  # not one without data, of a trace
-        _TABLES[key] = found
-    return found
+        table = torch.tensor(by_group, dtype=dtype, device=device)
+    if type(table) is torch.Tensor:  # not one without data, of a trace
+        _TABLES[key] = table
+    return table
 
 
 _NUMBERS = count()

@@ -160,11 +160,11 @@ def _compare(name: str, ours: torch.Tensor, plain: torch.Tensor, exact: torch.Te
         return
     if not bool(ours.isfinite().all()):
         raise Wrong(f"{name} is not finite")
-    found = compare(ours, plain, exact, FACTOR, FLOOR)
-    if found.rows_not_zero:
+    comparison = compare(ours, plain, exact, FACTOR, FLOOR)
+    if comparison.rows_not_zero:
         raise Wrong(f"{name} is not 0 where it is masked")
-    if not found.ok:
-        raise Wrong(f"{name} is off by {found.error:.2e}, where {found.budget:.2e} is allowed")
+    if not comparison.ok:
+        raise Wrong(f"{name} is off by {comparison.error:.2e}, where {comparison.budget:.2e} is allowed")
 
 
 def _check_adamw(backend: str, device: torch.device) -> None:

@@ -37,9 +37,9 @@ def signature_of(tables: Tables, labels: tuple[int, ...], documents: bool) -> Si
     """Of a micro-batch with these labels."""
     groups, joint = range(len(tables.groups)), tables.update_joint
 
-    def contributes(part: str) -> bool:
-        partial = any(tables.contribution(part, label, group) != 1 for label in labels for group in groups)
-        return partial or any(joint.get(f"{part}_bias", {label: 1.0})[label] != 1 for label in labels)
+    def contributes(projection: str) -> bool:
+        partial = any(tables.contribution(projection, label, group) != 1 for label in labels for group in groups)
+        return partial or any(joint.get(f"{projection}_bias", {label: 1.0})[label] != 1 for label in labels)
 
     both = (tables.active, tables.route)
     return Signature(

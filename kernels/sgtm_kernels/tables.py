@@ -16,10 +16,10 @@ JOINT_KINDS = ("attn_out_bias", "mlp_out_bias", "norm", "final_norm", "embedding
 class Tables:
     """A strategy: multipliers by label `l` (first index) and group `g` (second index); group 0 is retain.
 
-    active[l][g]          the group's output in the forward pass (neuron after the non-linearity, head before `Wo`)
-    route[l][g]           the gradient that flows back through that output; the forward value is unchanged
-    update[part][l][g]    the token's contribution to the gradient of the group's weights and in-side biases
-    update_joint[kind][l] the same for parameters that belong to no head or neuron
+    active[l][g]              the group's output in the forward pass (neuron after the non-linearity, head before `Wo`)
+    route[l][g]               the gradient that flows back through that output; the forward value is unchanged
+    update[projection][l][g]  the token's contribution to the gradient of the group's weights and in-side biases
+    update_joint[kind][l]     the same for parameters that belong to no head or neuron
     """
 
     labels: tuple[str, ...]
@@ -49,11 +49,13 @@ class Tables:
 
     @cached_property
     def contributions(self) -> dict[str, tuple[tuple[float, ...], ...]]:
-        """`contribution` of every part: by group and label."""
+        """`contribution` of every projection: by group and label."""
         labels, groups = range(len(self.labels)), range(len(self.groups))
         return {
-            part: tuple(tuple(self.contribution(part, label, group) for label in labels) for group in groups)
-            for part in PROJECTIONS
+            projection: tuple(
+                tuple(self.contribution(projection, label, group) for label in labels) for group in groups
+            )
+            for projection in PROJECTIONS
         }
 
     @cached_property

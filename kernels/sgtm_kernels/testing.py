@@ -70,7 +70,7 @@ def random_tables(seed: int, values: Sequence[float] = FLOATS, labels: int = 4, 
         tuple(f"group{i}" for i in range(groups)),
         tuple(tuple(row) for row in active),
         grid(),
-        {part: grid() for part in PROJECTIONS},
+        {projection: grid() for projection in PROJECTIONS},
         {kind: tuple(rng.choice(values) for _ in range(labels)) for kind in JOINT_KINDS},
     )
 
@@ -140,8 +140,10 @@ def assert_accurate(
 ) -> None:
     """The largest error of `actual` is within the budget of `compare`; masked rows have an assertion of their own."""
     assert actual.shape == exact.shape and actual.dtype == plain.dtype, f"{name}: {actual.shape} {actual.dtype}"
-    found = compare(actual, plain, exact, factor)
-    assert found.error <= found.budget, f"{name}: error {found.error:.3e}, budget {found.budget:.3e}"
+    comparison = compare(actual, plain, exact, factor)
+    assert comparison.error <= comparison.budget, (
+        f"{name}: error {comparison.error:.3e}, budget {comparison.budget:.3e}"
+    )
 
 
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, name: str = "result") -> None:

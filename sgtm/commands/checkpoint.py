@@ -27,19 +27,19 @@ def run(options) -> int:
     """Exit status: 1 where `verify` finds damage."""
     from sgtm.run.checkpoint import checkpoints_at, newest_whole, none_whole, verify
 
-    there = checkpoints_at(options.source)
+    checkpoints = checkpoints_at(options.source)
     if options.task == "verify":
-        whole = [_is_whole(directory, verify) for directory in there]
+        whole = [_is_whole(directory, verify) for directory in checkpoints]
         return int(not all(whole))
-    found, wrong = newest_whole(there)
-    if found is None:
+    newest, wrong = newest_whole(checkpoints)
+    if newest is None:
         raise ValueError(none_whole(wrong))
     for problem in wrong.values():
-        print(f"warning: {problem}; taking {found}", file=sys.stderr)
+        print(f"warning: {problem}; taking {newest}", file=sys.stderr)
 
     from sgtm.distributed.universal import write_universal
 
-    write_universal(found, options.out)
+    write_universal(newest, options.out)
     print(options.out)
     return 0
 

@@ -28,8 +28,8 @@ def run(options) -> None:
     from sgtm.report.baselines import with_shipped
     from sgtm.run.evaluate import evaluate_run, write_summary
 
-    found = evaluate_run(options.run_dir, split=options.split, sequences=options.sequences, data=options.data_path)
-    summary = with_shipped(found, config)
+    evaluation = evaluate_run(options.run_dir, split=options.split, sequences=options.sequences, data=options.data_path)
+    summary = with_shipped(evaluation, config)
     try:
         write_summary(options.run_dir, summary)
     finally:

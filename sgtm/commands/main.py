@@ -155,7 +155,7 @@ def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
 
 def _without_local_rank(argv: list[str]) -> list[str]:
     """The deepspeed launcher adds `--local_rank=N`; the environment says the same."""
-    kept, skip = [], False
+    arguments, skip = [], False
     for argument in argv:
         name, equals, _ = argument.partition("=")
         if skip:
@@ -163,19 +163,19 @@ def _without_local_rank(argv: list[str]) -> list[str]:
         elif name in ("--local_rank", "--local-rank"):
             skip = not equals
         else:
-            kept.append(argument)
-    return kept
+            arguments.append(argument)
+    return arguments
 
 
 def _without_auto(argv: list[str]) -> list[str]:
     """`--resume auto` is `--resume`, which takes a run in whatever state it is."""
-    kept: list[str] = []
+    arguments: list[str] = []
     for argument in argv:
         if argument == "--resume=auto":
-            kept.append("--resume")
-        elif not (argument == "auto" and kept[-1] == "--resume"):
-            kept.append(argument)
-    return kept
+            arguments.append("--resume")
+        elif not (argument == "auto" and arguments[-1] == "--resume"):
+            arguments.append(argument)
+    return arguments
 
 
 def _only_rank() -> bool:

@@ -88,14 +88,14 @@ def load_variant(source: str | os.PathLike, layers: list[dict[str, Any]], origin
 
 def key_paths(keys: dict[str, Any]) -> Pairs:
     """(path, value) of each key: dotted as on the command line, or a section that is a mapping of its keys."""
-    found: Pairs = []
+    pairs: Pairs = []
     for name, value in keys.items():
         field = Config.model_fields.get(str(name))
         if field is not None and section(field) and isinstance(value, dict):
-            found += [(_path(f"{name}.{key}"), item) for key, item in value.items()]
+            pairs += [(_path(f"{name}.{key}"), item) for key, item in value.items()]
         else:
-            found.append((_path(str(name)), value))
-    return found
+            pairs.append((_path(str(name)), value))
+    return pairs
 
 
 def _checked(source: str, layers: list[Pairs], merged: list[str], origin: str, shown: set) -> Config:
@@ -138,14 +138,14 @@ def load_run_config(run: Path) -> Config:
         inside = next(filter(_is_run, run.parents), None)
         if inside and run.exists() and not _runs_in(run):
             raise ConfigError(f"{run} is inside the run directory {inside}; give {inside}")
-        found = (sorted(map(str, _runs_in(folder))) for folder in (run, run.parent, Path("runs")))
-        known = ", ".join(next(filter(None, found), [])) or "none"
+        runs_by_folder = (sorted(map(str, _runs_in(folder))) for folder in (run, run.parent, Path("runs")))
+        known = ", ".join(next(filter(None, runs_by_folder), [])) or "none"
         raise ConfigError(f"{run}: not a run directory (no config.yaml in it); runs here: {known}")
     if not file.read_bytes().strip(b"\0 \r\n"):
         newest = max(run.glob("checkpoints/step_*/manifest.json"), default=None)
-        kept = f" (its values are in {newest}, under config)" if newest else ""
+        hint = f" (its values are in {newest}, under config)" if newest else ""
         raise ConfigError(
-            f"{file} is empty; put back a copy of it{kept}, or resume with what the run was made from: "
+            f"{file} is empty; put back a copy of it{hint}, or resume with what the run was made from: "
             f"sgtm train PRESET|FILE --runs {run.parent} --name {run.name} --resume"
         )
     return load_config(file)

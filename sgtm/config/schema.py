@@ -20,7 +20,7 @@ from sgtm.config.sections import (
     WandbConfig,
 )
 from sgtm.masking import recipes
-from sgtm.masking.certificate import check_certified
+from sgtm.masking.certificate import Conditions, check_certified
 from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import OPEN, LabelSpace
 from sgtm.masking.partition import Partition, build_partition
@@ -98,7 +98,7 @@ class Config(Section):
                 f"lower it, or give it as a share of the steps, e.g. --optimizer.warmup_steps 0.1"
             )
         _ = self.space, self.tables, self.partition, self.channels  # their errors are the user's
-        check_certified(self)
+        check_certified(self.conditions)
         return self
 
     @cached_property
@@ -158,6 +158,20 @@ class Config(Section):
                 )
             phases.append((int(start), rows, f"schedule.{begin:g}"))
         return tuple((start, self._channel(rows, key)) for start, rows, key in phases)
+
+    @property
+    def conditions(self) -> Conditions:
+        """What decides which domains the run is certified for."""
+        return Conditions(
+            self.space,
+            self.tables,
+            self.partition,
+            self.channels,
+            self.data.upsample,
+            clips_by_owner=self.optimizer.grad_clip_scope == "owner",
+            deterministic=self.kernels.deterministic,
+            certify=self.masking.certify,
+        )
 
     def _step_of(self, begin: float) -> float:
         return math.ceil(begin * self.train.steps) if begin < 1 else begin

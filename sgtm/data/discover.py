@@ -64,8 +64,8 @@ class Account:
         return lines
 
 
-def _kinds(found: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {kind}" for kind, count in found.most_common()) or "nothing"
+def _kinds(counts: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common()) or "nothing"
 
 
 class Found(NamedTuple):
@@ -131,8 +131,8 @@ class _Names:
     def leads_above(self, link: Path) -> bool:
         if not link.is_symlink() or not link.is_dir():
             return False
-        found, folder = _identity(link), link.parent.resolve()
-        return found in self._above or any(found == _identity(above) for above in (folder, *folder.parents))
+        identity, folder = _identity(link), link.parent.resolve()
+        return identity in self._above or any(identity == _identity(above) for above in (folder, *folder.parents))
 
     def _visit(self, path: Path) -> None:
         if not path.is_dir():

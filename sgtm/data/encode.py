@@ -194,14 +194,14 @@ def token_spans(
     offsets  (start, end) in characters of each token, ascending. A token on the border of two spans goes to the first.
     """
     starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
-    found, used = [], 0
+    ranges, used = [], 0
     for start, end, category in spans:
         first = max(used, int(np.searchsorted(ends, start, side="right")))
         last = int(np.searchsorted(starts, end, side="left"))
         if last > first:
-            found.append((first, last, categories.index(category)))
+            ranges.append((first, last, categories.index(category)))
             used = last
-    return found
+    return ranges
 
 
 def encode_blocks(

@@ -68,8 +68,8 @@ def sequences_of(
     inside = SpanLabels(spans, spans["category"], "position", range(0))  # the label of a position is its target's
     stream = in_order(corpus, documents, categories, context, True, inside)
     counts = ((i, _targets(stream, i, number)) for i in range(-(-stream.tokens // context)))
-    found = list(islice(((i, targets) for i, targets in counts if targets), limit))
-    return Measured(stream, [i for i, _ in found], sum(targets for _, targets in found), number)
+    target_counts = list(islice(((i, targets) for i, targets in counts if targets), limit))
+    return Measured(stream, [i for i, _ in target_counts], sum(targets for _, targets in target_counts), number)
 
 
 def _targets(stream: Stream, sequence: int, category: int) -> int:

@@ -111,7 +111,7 @@ def _values(file: Path, content: Iterable[Chunk]) -> Iterator[tuple[int, Any, in
     text = _Text(file, content)
     array = text.peek() == "["
     if array:
-        text.at += 1
+        text.position += 1
     first = True
     while (character := text.peek()) and not (array and first and character == "]"):
         yield text.value()
@@ -120,50 +120,50 @@ def _values(file: Path, content: Iterable[Chunk]) -> Iterator[tuple[int, Any, in
             character = text.peek()
             if character != ",":
                 break
-            text.at += 1
+            text.position += 1
     if array:
         if character != "]":
             raise text.error("expected , or ] after a member of the array" if character else "the array does not end")
-        text.at += 1
+        text.position += 1
         if text.peek():
             raise text.error("there is more text after the end of the array")
 
 
 class _Text:
-    """Text of a file from the position `at` on, as far as it has been read."""
+    """Text of a file from `position` on, as far as it has been read."""
 
     def __init__(self, file: Path, content: Iterable[Chunk]):
-        self.file, self.at = file, 0
+        self.file, self.position = file, 0
         self._content, self._decoder = iter(content), codecs.getincrementaldecoder("utf-8")()
         self._text, self._read, self._started = "", 0, False
         self._lines, self._counted = 1, 0
         self._json = json.JSONDecoder()
 
     def peek(self) -> str:
-        """The next character that is not blank, to which `at` moves; none at the end of the file."""
+        """The next character that is not blank, to which `position` moves; none at the end of the file."""
         while True:
-            match = _NOT_BLANK.search(self._text, self.at)
-            self.at = match.start() if match else len(self._text)
+            match = _NOT_BLANK.search(self._text, self.position)
+            self.position = match.start() if match else len(self._text)
             if match:
                 return match[0]
             if not self._more():
                 return ""
 
     def value(self) -> tuple[int, Any, int, int]:
-        """Reads the value at `at`; line in which it begins, value, characters, bytes of the file read so far."""
+        """Reads the value at `position`; line in which it begins, value, characters, bytes of the file read so far."""
         line = self._line()
         while True:
             try:
-                value, end = self._json.raw_decode(self._text, self.at)
-                length = end - self.at
+                value, end = self._json.raw_decode(self._text, self.position)
+                length = end - self.position
                 if end < len(self._text) or not self._more():
-                    self.at += length
+                    self.position += length
                     return line, value, length, self._read
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated string") or not self._text[error.pos + _LONGEST_WORD :].strip()
-                length = error.pos - self.at
+                length = error.pos - self.position
                 if not (cut and self._more()):
-                    self.at += length
+                    self.position += length
                     raise self.error(error.msg) from None
             except (RecursionError, ValueError) as error:
                 raise _unreadable(f"{shown(self.file)}:{line}", error) from None
@@ -172,26 +172,26 @@ class _Text:
         return ValueError(f"{shown(self.file)}:{self._line()}: not JSON: {problem}")
 
     def _line(self) -> int:
-        """The line of `at`, which never moves back."""
-        self._lines += self._text.count("\n", self._counted, self.at)
-        self._counted = self.at
+        """The line of `position`, which never moves back."""
+        self._lines += self._text.count("\n", self._counted, self.position)
+        self._counted = self.position
         return self._lines
 
     def _more(self) -> bool:
         """Reads on, at least as much as is not used up yet: a long value is not parsed too often. False at the end."""
         self._line()
-        self._text, self.at, self._counted = self._text[self.at :], 0, 0
-        found, size = [self._text], 0
+        self._text, self.position, self._counted = self._text[self.position :], 0, 0
+        pieces, size = [self._text], 0
         for data, read in self._content:
             self._read = read
-            found.append(self._decode(data, found))
-            size += len(found[-1])
+            pieces.append(self._decode(data, pieces))
+            size += len(pieces[-1])
             if size and size >= len(self._text):
                 break
         else:
-            found.append(self._decode(b"", found, final=True))
-            size += len(found[-1])
-        self._text = "".join(found)
+            pieces.append(self._decode(b"", pieces, final=True))
+            size += len(pieces[-1])
+        self._text = "".join(pieces)
         return size > 0
 
     def _decode(self, data: bytes, before: list[str], final: bool = False) -> str:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from sgtm.config.schema import Config
+from sgtm.config.sections import DataConfig
 from sgtm.data.batch import Batch, Owners
 from sgtm.data.evaluation import sequences_of
 from sgtm.data.packing import Piece, Sequence, Stream, derived_seed, pack, shuffled
@@ -53,20 +54,21 @@ Streams = dict[int | None, Stream]
 class Order:
     """The sequences of every global step under one label channel, for any number of ranks.
 
-    pack     streams of an epoch, by applied label, or one under None for mixing `token`
-    streams  those of the first epoch
-    block    sequences of a label-pure block
+    pack      streams of an epoch, by applied label, or one under None for mixing `token`
+    per_step  sequences of a global step
+    labels    names of the labels
+    streams   those of the first epoch
+    block     sequences of a label-pure block
 
     Raises ValueError where a label has too few sequences for a block, or all together for a step.
     """
 
-    def __init__(self, pack: Callable[[int], Streams], config: Config):
-        mixing = config.data.mixing
-        self.streams, self.seed = pack(0), config.data.seed
+    def __init__(self, pack: Callable[[int], Streams], data: DataConfig, per_step: int, labels: tuple[str, ...]):
+        self.streams, self.seed = pack(0), data.seed
         self._pack = lru_cache(maxsize=2)(lambda epoch: pack(epoch) if epoch else self.streams)
-        self.per_step = config.sequences_per_step
-        self.block = {"micro": self.per_step // config.data.micro_blocks, "step": self.per_step}.get(mixing, 1)
-        self._check_enough(config)
+        self.per_step = per_step
+        self.block = {"micro": per_step // data.micro_blocks, "step": per_step}.get(data.mixing, 1)
+        self._check_enough(data.mixing, labels)
         self._epoch = lru_cache(maxsize=2)(self._build_epoch)
 
     @property
@@ -76,11 +78,11 @@ class Order:
     def sequences(self, step: int) -> list[Place]:
         """The sequences of a global step, block after block."""
         per_epoch, per_step = self.blocks_per_epoch, self.per_step // self.block
-        found: list[Place] = []
+        places: list[Place] = []
         for number in range(step * per_step, (step + 1) * per_step):
             epoch, place = divmod(number, per_epoch)
-            found += self._block(epoch, place)
-        return found
+            places += self._block(epoch, place)
+        return places
 
     def count_targets(self, places: list[Place]) -> int:
         sequences = defaultdict(list)
@@ -123,20 +125,20 @@ class Order:
             sequences[label] = np.resize(shuffled(self._stream(label, epoch).sequences, seed), first.sequences)
         return shuffled(self.blocks_per_epoch, derived_seed(self.seed, _EPOCH_BLOCKS, epoch)), sequences
 
-    def _check_enough(self, config: Config) -> None:
-        context = config.model.context
+    def _check_enough(self, mixing: str, labels: tuple[str, ...]) -> None:
         for label, stream in self.streams.items():
-            name = "split train" if label is None else f"label {config.space.labels[label]} in split train"
+            name = "split train" if label is None else f"label {labels[label]} in split train"
             if stream.sequences < self.block:
                 raise ValueError(
-                    f"{name} has {stream.tokens} tokens, {stream.sequences} sequences of {context}; a block of "
-                    f"data.mixing: {config.data.mixing} takes {self.block}. Give more data, upsample it, or lower "
+                    f"{name} has {stream.tokens} tokens, {stream.sequences} sequences of {stream.context}; a block "
+                    f"of data.mixing: {mixing} takes {self.block}. Give more data, upsample it, or lower "
                     f"train.tokens_per_step"
                 )
-        found = self.blocks_per_epoch * self.block
-        if found < self.per_step:
+        available = self.blocks_per_epoch * self.block
+        if available < self.per_step:
+            context = next(iter(self.streams.values())).context
             raise ValueError(
-                f"split train has {found} sequences of {context} tokens, fewer than the {self.per_step} of a step; "
+                f"split train has {available} sequences of {context} tokens, fewer than the {self.per_step} of a step; "
                 f"give more data or lower train.tokens_per_step"
             )
 
@@ -157,12 +159,12 @@ class Loader:
         self.rank, self.world_size = rank, world_size
         self.per_step, self.micro_batch = config.sequences_per_step, config.micro_batch
         self.micro_blocks = config.data.micro_blocks if config.data.mixing == "micro" else 1
-        self.isolated = isolates_documents(config)
+        self.isolated = isolates_documents(config.data)
         self.forget_labels = config.space.forget_labels
-        self.orders = [
-            (start, Order(partial(_streams, corpus, config, channel, self.isolated), config))
-            for start, channel in config.channels
-        ]
+        self.orders: list[tuple[int, Order]] = []
+        for start, channel in config.channels:
+            pack = partial(_streams, corpus, config, channel, self.isolated)
+            self.orders.append((start, Order(pack, config.data, self.per_step, config.space.labels)))
         self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="sgtm-loader")
         self._ahead: tuple[int, Future] | None = None
 
@@ -265,7 +267,8 @@ def evaluation_batches(
 
     Raises ValueError for a split or category that the corpus does not have.
     """
-    read = sequences_of(corpus, split, category, config.model.context, isolates_documents(config), max_sequences)
+    isolated = isolates_documents(config.data)
+    read = sequences_of(corpus, split, category, config.model.context, isolated, max_sequences)
     if not read.numbers:
         return
     micro_batch, label = config.for_ranks(1).micro_batch, config.space.label(corpus.categories[category])
@@ -279,8 +282,8 @@ def evaluation_batches(
         yield replace(batch, owners=Owners(torch.from_numpy(owners), owned))
 
 
-def isolates_documents(config: Config) -> bool:
-    return config.data.isolate_documents or config.data.mixing == "token"
+def isolates_documents(data: DataConfig) -> bool:
+    return data.isolate_documents or data.mixing == "token"
 
 
 def check_corpus(corpus: Corpus, config: Config) -> None:
@@ -307,7 +310,7 @@ def check_corpus(corpus: Corpus, config: Config) -> None:
             f"anew with a tokenizer of {wanted} entries: --vocab-size {wanted}"
         )
     corpus.label_of_category(config.space)
-    check_certified(config, trained_categories(corpus), bool(len(corpus.spans)))
+    check_certified(config.conditions, trained_categories(corpus), bool(len(corpus.spans)))
     for domain in config.masking.domains:
         if f"forget:{domain}" not in corpus.categories.values():
             labels = ", ".join(sorted(set(corpus.categories.values())))

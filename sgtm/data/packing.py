@@ -88,7 +88,7 @@ class Stream:
     def pieces(self, sequence: int) -> list[Piece]:
         """What lies in a sequence. One past the last full sequence is shorter."""
         begin, end = sequence * self.context, min((sequence + 1) * self.context, self.tokens)
-        found: list[Piece] = []
+        pieces: list[Piece] = []
         place = int(np.searchsorted(self.starts, begin, side="right")) - 1
         while begin < end:
             start, stop = int(self.starts[place]), int(self.starts[place + 1])
@@ -97,9 +97,9 @@ class Stream:
             for first, last, piece_label in inner:
                 first, last = max(first, begin - start), min(last, until - start)
                 if first < last:
-                    found.append(Piece(document, first, last, piece_label, start + last == stop))
+                    pieces.append(Piece(document, first, last, piece_label, start + last == stop))
             begin, place = until, place + 1
-        return found
+        return pieces
 
     def read(self, sequence: int) -> Sequence:
         """Reads a sequence; past the end of the stream it is padded with EOS and has no targets."""

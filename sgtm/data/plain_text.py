@@ -103,13 +103,13 @@ def _declare(state: dict, ids: dict[str, int]) -> None:
 
 def _without_templates(processor: dict | None) -> dict | None:
     """What is left of a post-processor without the parts that add tokens: the trimming of offsets."""
-    kept = [member for member in _members(processor, "processors") if member["type"] == "ByteLevel"]
-    kept += [
+    members = [member for member in _members(processor, "processors") if member["type"] == "ByteLevel"]
+    members += [
         {"type": "ByteLevel", "add_prefix_space": member["add_prefix_space"], "trim_offsets": True, "use_regex": True}
         for member in _members(processor, "processors")
         if member["type"] == "RobertaProcessing" and member["trim_offsets"]
     ]
-    return _sequence(kept, "processors")
+    return _sequence(members, "processors")
 
 
 def _pieces(model: dict, names: Iterable[str]) -> list[str]:

@@ -244,9 +244,9 @@ def _tokenizer(
         with _bar(sources, "sampling for the tokenizer", progress) as advance:
             texts = sample_texts(_training_texts(sources, rules, advance, splits), SAMPLE_BYTES)
         if not texts:
-            found = ", ".join(f"{count:,} in {split}" for split, count in splits.most_common()) or "none at all"
+            tally = ", ".join(f"{count:,} in {split}" for split, count in splits.most_common()) or "none at all"
             raise ValueError(
-                f"no document with text is in split train, which the tokenizer is made from; found: {found}"
+                f"no document with text is in split train, which the tokenizer is made from; found: {tally}"
             )
         write_atomically(out / TOKENIZER, train_bpe(texts, vocab_size).to_str())
     loaded = Tokenizer.from_file(str(out / TOKENIZER))

@@ -74,7 +74,7 @@ def random_batch(config: Config, labels: tuple[int, ...], seed: int = 0) -> Batc
     ids = torch.randint(config.model.vocab_size, size, generator=torch.Generator().manual_seed(seed))
     ends = [ids.numel() * (i + 1) // len(labels) for i in range(len(labels))]
     bounds, documents = list(pairwise((0, *ends))), None
-    if isolates_documents(config):
+    if isolates_documents(config.data):
         edges = sorted({0, *ends, *range(0, ids.numel(), config.model.context)})
         documents = tuple(pairwise(edges))
     return Batch(

@@ -206,8 +206,8 @@ class Rules(Section):
     @classmethod
     def _named(cls, labels: Any) -> Any:
         if not labels or not isinstance(labels, dict):
-            found = f"found {labels!r:.80}, but it" if labels else "missing; it"
-            raise ValueError(f"{found} takes the true label of each category: {{web: retain, virology: forget:bio}}")
+            problem = f"found {labels!r:.80}, but it" if labels else "missing; it"
+            raise ValueError(f"{problem} takes the true label of each category: {{web: retain, virology: forget:bio}}")
         odd = [category for category in labels if not isinstance(category, str | int)]
         if odd:
             raise ValueError(f"{odd[0]!r} is read as {type(odd[0]).__name__}; put the name of the category in quotes")
@@ -240,11 +240,11 @@ class Rules(Section):
 
     def identity(self) -> dict:
         """What the documents depend on, for JSON; keys that are not set are left out where they are new."""
-        found = self.model_dump()
-        for part, name in ((found, "id"), (found["category"], "any_of"), (found["split"], "by_missing")):
+        values = self.model_dump()
+        for part, name in ((values, "id"), (values["category"], "any_of"), (values["split"], "by_missing")):
             if part[name] is None:
                 del part[name]
-        return found
+        return values
 
     def document(self, record: dict, path: str, where: str) -> Document | None:
         """The document of a record, with empty text where there is none; None where its category is dropped.
@@ -316,8 +316,8 @@ def category_name(value: Any) -> str:
 def as_text(value: Any, field: str, where: str) -> str:
     """A field's value as text. Raises ValueError for null, NaN, blank text, a list or object, and as `checked`."""
     if is_missing(value) or isinstance(value, list | dict):
-        found = "null" if value is None else type(value).__name__ if isinstance(value, list | dict) else repr(value)
-        raise ValueError(f"{where}: field {field!r} holds {found}, expected text")
+        content = "null" if value is None else type(value).__name__ if isinstance(value, list | dict) else repr(value)
+        raise ValueError(f"{where}: field {field!r} holds {content}, expected text")
     return checked(category_name(value), f"field {field!r}", where)
 
 
@@ -332,11 +332,11 @@ def checked(text: str, what: str, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        found, instead = f"half a surrogate pair (\\u{code:04x})", "write both halves or take it out"
+        flaw, instead = f"half a surrogate pair (\\u{code:04x})", "write both halves or take it out"
         if 0xDC80 <= code <= 0xDCFF:  # also how Python reads such a byte of a file's name
-            found = f"the byte 0x{code - 0xDC00:02x}, not UTF-8, or {found}"
+            flaw = f"the byte 0x{code - 0xDC00:02x}, not UTF-8, or {flaw}"
             instead = f"rename the file, or {instead}"
-        raise ValueError(f"{where}: {what} has {found} at character {error.start}; {instead}") from None
+        raise ValueError(f"{where}: {what} has {flaw} at character {error.start}; {instead}") from None
     return text
 
 

@@ -231,9 +231,9 @@ def _check_file(path: Path, stored: StoredFile, verify: str) -> None:
     size = path.stat().st_size
     if size != stored.bytes:
         raise ValueError(f"{path} has {size} bytes, the manifest says {stored.bytes}; copy or prepare the corpus again")
-    if verify == "hashes" and (found := sha256_of(path)) != stored.sha256:
+    if verify == "hashes" and (digest := sha256_of(path)) != stored.sha256:
         raise ValueError(
-            f"{path} was changed: its SHA-256 is {found[:16]}..., the manifest says {stored.sha256[:16]}...; "
+            f"{path} was changed: its SHA-256 is {digest[:16]}..., the manifest says {stored.sha256[:16]}...; "
             f"copy or prepare the corpus again"
         )
 

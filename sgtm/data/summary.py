@@ -46,17 +46,17 @@ def category_counts(corpus: Corpus) -> dict[str, dict[str, CategoryCount]]:
     taken = counted(of["category"], everywhere, lengths)  # from the document's own category
     _, first = np.unique(np.stack([spans["document"], spans["category"]]), axis=1, return_index=True)
     guests = counted(spans["category"], first[of["category"][first] != spans["category"][first]])
-    found: dict[str, dict[str, CategoryCount]] = {}
+    by_split: dict[str, dict[str, CategoryCount]] = {}
     for s, split in enumerate(m.splits):
-        found[split] = {}
+        by_split[split] = {}
         for c, name in enumerate(names):
             whole = m.counts[split].get(name)
             documents, tokens = (whole.documents, whole.tokens) if whole else (0, 0)
             tokens += int(inside[s, c]) - int(taken[s, c])
             if tokens:
                 documents += int(guests[s, c])
-                found[split][name] = CategoryCount(documents, tokens, int(number[s, c]), int(inside[s, c]))
-    return found
+                by_split[split][name] = CategoryCount(documents, tokens, int(number[s, c]), int(inside[s, c]))
+    return by_split
 
 
 def summary(corpus: Corpus) -> Table:
@@ -82,31 +82,31 @@ def warnings(corpus: Corpus, rules: Rules) -> list[str]:
     Of dropped categories only their total is known, so they are named where nothing at all was dropped.
     """
     m = corpus.manifest
-    found = [
+    sentences = [
         f"no document is in split {split}; {reader} needs it (rules: split)"
         for split, reader in (("train", "training"), ("test", "evaluation"))
         if split not in m.splits
     ]
-    found += [
+    sentences += [
         f"split.hash of the rules: no document fell into {split}"
         for split, share in (rules.split.hash or {}).items()
         if share and split not in (*m.splits, "test")
     ]
     trained = labels_of(corpus, "train")
     if trained and trained.isdisjoint(("retain", "unlabeled")):
-        found.append(f"{ONLY_FORGET} (rules: labels)")
-    found += [*m.notes, *repeated_texts(corpus)]
+        sentences.append(f"{ONLY_FORGET} (rules: labels)")
+    sentences += [*m.notes, *repeated_texts(corpus)]
     unmatched = [category for category, label in rules.labels.items() if label == DROP and not m.dropped]
     counts = category_counts(corpus)
     for category in m.categories:
         tokens = {split: by[category].tokens if category in by else 0 for split, by in counts.items()}
         if any(tokens.values()):
-            found += _split_warnings(category, tokens)
+            sentences += _split_warnings(category, tokens)
         else:
             unmatched.append(category)
     if unmatched:
-        found.append(f"labels of the rules: no document is of category {', '.join(unmatched)}")
-    return found
+        sentences.append(f"labels of the rules: no document is of category {', '.join(unmatched)}")
+    return sentences
 
 
 def labels_of(corpus: Corpus, split: str) -> set[str]:
@@ -125,15 +125,15 @@ def trained_categories(corpus: Corpus, split: str = "train") -> dict[str, str]:
 
 
 def _split_warnings(category: str, tokens: dict[str, int]) -> list[str]:
-    found = []
+    sentences = []
     if tokens.get("train") == 0:
-        found.append(f"category {category} has no document in split train: nothing of it is learned")
+        sentences.append(f"category {category} has no document in split train: nothing of it is learned")
     if tokens.get("test") == 0:
-        found.append(f"category {category} has no document in split test: it has no loss in an evaluation")
+        sentences.append(f"category {category} has no document in split test: it has no loss in an evaluation")
     elif tokens.get("test", FEW_TOKENS) < FEW_TOKENS:
         few = f"{tokens['test']:,} tokens"
-        found.append(f"category {category} has only {few} in split test: its loss in an evaluation is not reliable")
-    return found
+        sentences.append(f"category {category} has only {few} in split test: its loss in an evaluation is not reliable")
+    return sentences
 
 
 def repeated_texts(corpus: Corpus) -> list[str]:
@@ -142,23 +142,23 @@ def repeated_texts(corpus: Corpus) -> list[str]:
     ids, text = np.unique(documents["id"], return_inverse=True)
     if len(ids) == len(documents):
         return []
-    found = [f"{len(documents) - len(ids):,} of {len(documents):,} documents repeat the text of another one"]
+    sentences = [f"{len(documents) - len(ids):,} of {len(documents):,} documents repeat the text of another one"]
     if "train" in splits and "test" in splits:
         split = documents["split"]
         trained = text[split == splits.index("train")]
         shared = int(np.isin(text[split == splits.index("test")], trained).sum())
         if shared:
-            found.append(
+            sentences.append(
                 f"{shared:,} documents of split test have the text of one in split train, whose loss is learned"
             )
     names = sorted(set(corpus.categories.values()))
     label = np.array([names.index(name) for name in corpus.categories.values()])[documents["category"]]
     kinds = np.bincount(np.unique(text * len(names) + label) // len(names))
     if several := int((kinds > 1).sum()):
-        found.append(
+        sentences.append(
             f"{several:,} texts occur under more than one true label: what one label holds back another teaches"
         )
-    return found
+    return sentences
 
 
 def repeated_names(names: list[np.ndarray]) -> tuple[int, int, tuple[int, int] | None]:

@@ -57,13 +57,13 @@ class Delimited(File):
     def _check_delimiter(self, names: list[str], columns: Sequence[str], where: str) -> None:
         """Raises ValueError where the first row is one field that another delimiter would divide into the columns."""
         others = [(";", "semicolons"), ("\t", "tabs"), ("|", "bars"), (",", "commas")]
-        for other, found in others if len(names) == 1 and not set(columns) <= set(names) else ():
+        for other, plural in others if len(names) == 1 and not set(columns) <= set(names) else ():
             if len(columns) > 1 and set(columns) <= set(names[0].split(other)):
                 right = "commas" if self.delimiter == "," else "tabs"
                 remedy = (
                     "call it .tsv" if other == "\t" else "call it .csv" if other == "," else f"save it with {right}"
                 )
-                raise ValueError(f"{where}: {found} divide the fields of this row, but it takes {right}; {remedy}")
+                raise ValueError(f"{where}: {plural} divide the fields of this row, but it takes {right}; {remedy}")
 
 
 class _Lines:

@@ -46,11 +46,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator((piece for text in texts for piece in cut(text, PIECE_CHARACTERS)), trainer)
     tokenizer.pre_tokenizer = in_use
-    found = tokenizer.get_vocab_size()
-    if found != vocab_size:
+    entries = tokenizer.get_vocab_size()
+    if entries != vocab_size:
         raise ValueError(
-            f"the text yields a vocabulary of only {found} entries, not vocab_size {vocab_size}; "
-            f"give more text, or lower it: --vocab-size {found} (of the synthetic data: --model.vocab_size {found})"
+            f"the text yields a vocabulary of only {entries} entries, not vocab_size {vocab_size}; "
+            f"give more text, or lower it: --vocab-size {entries} (of the synthetic data: --model.vocab_size {entries})"
         )
     return tokenizer
 
@@ -120,16 +120,16 @@ def named_tokens(folder: str | Path) -> dict[str, str]:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        found = {role: config.get(role) for role in _ROLES}
+        tokens = {role: config.get(role) for role in _ROLES}
         for key in _LISTS:
             listed = config.get(key) or []
             listed = listed.values() if isinstance(listed, dict) else listed
-            found |= {f"{key}.{number}": name for number, name in enumerate(listed)}
+            tokens |= {f"{key}.{number}": name for number, name in enumerate(listed)}
         added = (config.get("added_tokens_decoder") or {}).items()
-        found |= {f"added_tokens_decoder.{number}": token for number, token in added if token.get("special")}
+        tokens |= {f"added_tokens_decoder.{number}": token for number, token in added if token.get("special")}
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f'{path} is damaged ({error}); expected {{"eos_token": "TEXT"}}') from None
-    names = {key: name.get("content") if isinstance(name, dict) else name for key, name in found.items()}
+    names = {key: name.get("content") if isinstance(name, dict) else name for key, name in tokens.items()}
     for key, name in names.items():
         if name is not None and not isinstance(name, str):
             raise ValueError(f'{path} is damaged ({key} is {name!r:.80}); expected {{"{key}": "TEXT"}}')
@@ -153,9 +153,9 @@ def can_be_cut(tokenizer: Tokenizer) -> bool:
 def cut(text: str, size: int | None) -> Iterator[str]:
     """Pieces of a text, of about so many characters; longer where there is no space between two words."""
     start = 0
-    while size is not None and (found := _BETWEEN_WORDS.search(text, start + size)):
-        yield text[start : found.start()]
-        start = found.start()
+    while size is not None and (gap := _BETWEEN_WORDS.search(text, start + size)):
+        yield text[start : gap.start()]
+        start = gap.start()
     yield text[start:]
 
 

@@ -145,7 +145,7 @@ class Engine:
         rows = module.parameter_rows()
         parameters = dict(module.named_parameters())
         numels = {name: full_numel(p) for name, p in parameters.items()}
-        backend = kernel_backend(config)
+        backend = kernel_backend(config.kernels, config.train.precision)
         if config.distributed.offload_optimizer and backend == "triton":
             backend = "torch"  # the optimizer's tensors are the host's
         if config.train.compile == "blocks" and config.distributed.zero_stage == 3:
@@ -159,7 +159,7 @@ class Engine:
                 config=deepspeed_config(config, self.world_size, sum(numels.values())),
                 dist_init_required=False,
             )
-        outlast_watchdog(config)
+        outlast_watchdog(config.distributed)
         # It would put its recovery script beside every checkpoint; ours is sgtm/distributed/storage.py.
         replace(self._deepspeed, "_copy_recovery_script", lambda path: None)
         replace(self._deepspeed, "checkpoint_engine", self._writer)

@@ -17,7 +17,7 @@ from sgtm.process.ranks import RankInfo
 from sgtm_kernels.dispatch import resolve
 
 if TYPE_CHECKING:
-    from sgtm.config import Config
+    from sgtm.config.sections import KernelsConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by train.precision
 
@@ -42,28 +42,28 @@ def device_type() -> str:
     return os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def kernel_backend(config: Config) -> str:
-    """The kernel backend of a run on its device, in its precision. Raises ValueError as `sgtm_kernels.dispatch`."""
-    return resolve(config.kernels.backend, DTYPES[config.train.precision], device_type())
+def kernel_backend(kernels: KernelsConfig, precision: str) -> str:
+    """The kernel backend of a run on its device, in `train.precision`. Raises ValueError as `sgtm_kernels.dispatch`."""
+    return resolve(kernels.backend, DTYPES[precision], device_type())
 
 
-def gpu_of(launch: RankInfo, visible: int) -> int:
+def gpu_of(rank_info: RankInfo, visible: int) -> int:
     """Index of this rank's GPU among the `visible` ones; 0 where the launcher shows each rank its own alone.
 
     Raises ValueError where the ranks of this node are more than its GPUs.
     """
     if visible == 1:
         return 0
-    if launch.local_rank >= visible:
-        ranks = max(launch.local_world_size, launch.local_rank + 1)
+    if rank_info.local_rank >= visible:
+        ranks = max(rank_info.local_world_size, rank_info.local_rank + 1)
         raise ValueError(
-            f"{ranks} ranks on this node, but {visible} GPUs are visible to rank {launch.rank}; start one rank for "
+            f"{ranks} ranks on this node, but {visible} GPUs are visible to rank {rank_info.rank}; start one rank for "
             f"each GPU, or set CUDA_VISIBLE_DEVICES"
         )
-    return launch.local_rank
+    return rank_info.local_rank
 
 
-def cpu_threads(launch: RankInfo) -> int | None:
+def cpu_threads(rank_info: RankInfo) -> int | None:
     """Threads for each rank on a CPU, or None to keep torch's choice.
 
     torchrun sets OMP_NUM_THREADS to 1, and without it every rank takes all cores: both are slow, so the cores that a
@@ -71,10 +71,10 @@ def cpu_threads(launch: RankInfo) -> int | None:
     process, above 1 of several.
     """
     given = os.environ.get("OMP_NUM_THREADS")
-    if given is not None and (launch.local_world_size == 1 or given != "1"):
+    if given is not None and (rank_info.local_world_size == 1 or given != "1"):
         return None
-    threads = max(1, usable_cores() // launch.local_world_size)
-    return threads if launch.local_world_size > 1 or threads < torch.get_num_threads() else None
+    threads = max(1, usable_cores() // rank_info.local_world_size)
+    return threads if rank_info.local_world_size > 1 or threads < torch.get_num_threads() else None
 
 
 def use_deterministic_algorithms() -> None:

@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from sgtm.config.schema import Config
+from sgtm.config.sections import DistributedConfig, KernelsConfig
 from sgtm.distributed import watchdog
 from sgtm.distributed.env import (
     cpu_threads,
@@ -25,7 +25,7 @@ FOREVER = timedelta(days=1000)
 _joined: RankInfo | None = None
 
 
-def init_distributed(config: Config) -> RankInfo:
+def init_distributed(distributed: DistributedConfig, kernels: KernelsConfig) -> RankInfo:
     """Join the process group: alone, or where a launcher has put this process. Called again it returns the same.
 
     A rank that then does not move for `distributed.timeout_minutes` ends the run (watchdog.py). Raises ValueError for
@@ -34,56 +34,56 @@ def init_distributed(config: Config) -> RankInfo:
     """
     global _joined
     if not dist.is_initialized():
-        _joined = _join(config)
+        _joined = _join(distributed, kernels)
     elif _joined is None:  # the caller has made the group
         _joined = RankInfo("env", dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
     return _joined
 
 
-def _join(config: Config) -> RankInfo:
-    launch = detect_launch()
-    index, on_gpu = launch.local_rank, device_type() == "cuda"
+def _join(distributed: DistributedConfig, kernels: KernelsConfig) -> RankInfo:
+    rank_info = detect_launch()
+    index, on_gpu = rank_info.local_rank, device_type() == "cuda"
     if on_gpu:
-        if config.kernels.deterministic:
+        if kernels.deterministic:
             use_deterministic_algorithms()
-        index = gpu_of(launch, torch.cuda.device_count())
+        index = gpu_of(rank_info, torch.cuda.device_count())
         torch.cuda.set_device(index)
     else:
         keep_freed_memory()
-        if threads := cpu_threads(launch):
+        if threads := cpu_threads(rank_info):
             torch.set_num_threads(threads)
     os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed picks its device by it
-    timeout = timedelta(minutes=config.distributed.timeout_minutes)
+    timeout = timedelta(minutes=distributed.timeout_minutes)
     backend = "nccl" if on_gpu else "gloo"
-    if launch.launcher == "none":  # a store in memory: no port to be free
+    if rank_info.launcher == "none":  # a store in memory: no port to be free
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        _meet(launch, backend, timeout)
-        if launch.world_size > 1:
-            watchdog.start(launch.rank, launch.world_size, config.distributed.timeout_minutes)
-        outlast_watchdog(config)
+        _meet(rank_info, backend, timeout)
+        if rank_info.world_size > 1:
+            watchdog.start(rank_info.rank, rank_info.world_size, distributed.timeout_minutes)
+        outlast_watchdog(distributed)
     atexit.register(leave_distributed)
-    return launch
+    return rank_info
 
 
-def _meet(launch: RankInfo, backend: str, timeout: timedelta) -> None:
+def _meet(rank_info: RankInfo, backend: str, timeout: timedelta) -> None:
     try:
-        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+        dist.init_process_group(backend, rank=rank_info.rank, world_size=rank_info.world_size, timeout=timeout)
     except dist.DistError as error:
         raise ConnectionError(
             f"the ranks did not meet at MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT "
             f"{os.environ['MASTER_PORT']} within distributed.timeout_minutes {timeout.total_seconds() / 60:g}: rank "
-            f"{launch.rank} of {launch.world_size} says {str(error).splitlines()[0]}"
+            f"{rank_info.rank} of {rank_info.world_size} says {str(error).splitlines()[0]}"
         ) from None
 
 
-def outlast_watchdog(config: Config) -> None:
+def outlast_watchdog(distributed: DistributedConfig) -> None:
     """Let collectives wait until the watchdog ends the run: it prints more, and does not count a suspension.
 
     Where the caller has made the group there is none, and they wait for `distributed.timeout_minutes` and one more.
     DeepSpeed's groups have torch's own timeouts: 10 minutes with NCCL, whatever the config says.
     """
-    timeout = FOREVER if watchdog.started() else timedelta(minutes=config.distributed.timeout_minutes + 1)
+    timeout = FOREVER if watchdog.started() else timedelta(minutes=distributed.timeout_minutes + 1)
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 

@@ -34,7 +34,7 @@ def check_kernels(config: Config, run: Callable[[Callable], list] = on_every_ran
     run  calls its argument and returns the results of all ranks; the default is collective, after `init_distributed`
     Raises ValueError if the backend was named and one of its ops fails, or if a kernel has broken the device.
     """
-    backend = kernel_backend(config)
+    backend = kernel_backend(config.kernels, config.train.precision)
     if backend != "triton":
         return []
     problems: dict[str, str] = {}

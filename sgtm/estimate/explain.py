@@ -82,14 +82,20 @@ def print_explanation(config: Config, console: Console | None = None) -> None:
     """Model and arithmetic, partition, forward pass, updates and label channel, each as a table; what each row of the
     channel buys and costs, and a line on the data. Raises ValueError after all this for data that do not fit."""
     console = console or Console()
-    found = explain(config)
-    for table in (_model_table(found), _partition_table(found), _forward_table(config), _updates_table(found)):
+    explanation, strategy = explain(config), config.masking.strategy
+    for table in (
+        _model_table(explanation),
+        _partition_table(explanation),
+        _forward_table(config),
+        _updates_table(explanation),
+    ):
         console.print(table)
     for start, channel in config.channels:
         shown = config.data.channel or start
         if shown:
             console.print(_channel_table(config, start, channel))
-        for line in row_lines(config, channel) if shown or config.masking.strategy != "none" else ():
+        lines = row_lines(channel, config.tables, strategy) if shown or strategy != "none" else []
+        for line in lines:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
     for line in certificate_lines(config):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -105,9 +111,9 @@ def certificate_lines(config: Config) -> list[str]:
     try:
         corpus = open_corpus(config, "sizes", write=False)
         known = trained_categories(corpus), bool(len(corpus.spans)), initial
-        reasons = {domain: obstacle(config, domain, *known) for domain in config.space.domains}
+        reasons = {domain: obstacle(config.conditions, domain, *known) for domain in config.space.domains}
     except (ValueError, OSError):
-        reasons = {domain: obstacle(config, domain, initial=initial) for domain in config.space.domains}
+        reasons = {domain: obstacle(config.conditions, domain, initial=initial) for domain in config.space.domains}
     independent = [domain for domain, reason in reasons.items() if reason is None]
     lines = [f"safe model independent of: {', '.join(independent)}"] if independent else []
     return lines + [f"safe model depends on {domain}: {reason}" for domain, reason in reasons.items() if reason]
@@ -129,23 +135,25 @@ def data_line(config: Config) -> str:
         raise ValueError(f"data do not fit: {error}") from None
     passes = dict(zip(config.space.labels, config.channels[0][1].matrix.sum(1), strict=True))
     counts, labels = corpus.manifest.counts["train"], corpus.manifest.categories
-    there = round(sum(count.tokens * passes[labels[category]] for category, count in counts.items()))
+    tokens = round(sum(count.tokens * passes[labels[category]] for category, count in counts.items()))
     taken = config.train.steps * config.train.tokens_per_step
-    return f"data: {corpus.path} has {there:,} tokens in split train; the run takes {taken:,}, {taken / there:.2f} x"
+    return f"data: {corpus.path} has {tokens:,} tokens in split train; the run takes {taken:,}, {taken / tokens:.2f} x"
 
 
-def _model_table(found: Explanation) -> Table:
-    config, model, train = found.config, found.config.model, found.config.train
+def _model_table(explanation: Explanation) -> Table:
+    config, model, train = explanation.config, explanation.config.model, explanation.config.train
     table = Table(title=f"{config.name}: model and step", show_header=False, title_justify="left")
     kv = f", {model.kv_heads} KV heads" if model.kv_heads else ""
     shape = f"{model.layers} layers x {model.hidden_size}, {model.heads} heads{kv}, {model.intermediate_size} neurons"
     table.add_row("model", f"{model.family}, {shape}")
-    table.add_row("parameters", f"{found.total:,} ({_embedding_share(found):.0%} token embedding and head)")
+    table.add_row("parameters", f"{explanation.total:,} ({_embedding_share(explanation):.0%} token embedding and head)")
     sequences = config.sequences_per_step
     table.add_row("step", f"{train.tokens_per_step:,} tokens = {sequences:,} sequences of {model.context:,}")
     table.add_row("accumulation", _accumulation(config))
     total = train.steps * train.tokens_per_step
-    table.add_row("training", f"{train.steps:,} steps = {total:,} tokens, {total / found.total:.1f} per parameter")
+    table.add_row(
+        "training", f"{train.steps:,} steps = {total:,} tokens, {total / explanation.total:.1f} per parameter"
+    )
     masking = config.masking
     joint = config.joint if isinstance(config.joint, str) else ", ".join(config.joint)
     table.add_row("recipe", config.recipe or NOTHING)
@@ -155,9 +163,10 @@ def _model_table(found: Explanation) -> Table:
     return table
 
 
-def _embedding_share(found: Explanation) -> float:
+def _embedding_share(explanation: Explanation) -> float:
     return (
-        sum(count for key, count in found.counts.items() if {"embedding", "head"} & set(key.split("+"))) / found.total
+        sum(count for key, count in explanation.counts.items() if {"embedding", "head"} & set(key.split("+")))
+        / explanation.total
     )
 
 
@@ -174,8 +183,8 @@ def _accumulation(config: Config) -> str:
     return f"{micro}: {', '.join(fits)} ranks" if fits else f"{micro} divide the step on no power of 2 of ranks"
 
 
-def _partition_table(found: Explanation) -> Table:
-    config = found.config
+def _partition_table(explanation: Explanation) -> Table:
+    config = explanation.config
     masked = [i for i in range(config.model.layers) if config.partition.masked(i)]
     table = Table(title=f"groups, in {len(masked)} of {config.model.layers} layers", title_justify="left")
     for column in ("group", "heads", "KV heads", "neurons", "parameters", "share"):
@@ -183,10 +192,10 @@ def _partition_table(found: Explanation) -> Table:
     layer = config.partition.layers[masked[0]] if masked else None
     for g, group in enumerate(config.partition.groups):
         sizes = (layer.heads[g], layer.kv_heads[g], layer.neurons[g]) if layer else ("all", "all", "all")
-        owned = found.owned(group)
-        table.add_row(group, *map(str, sizes), f"{owned:,}", f"{owned / found.total:.1%}")
-    joint = found.total - sum(found.owned(group) for group in config.partition.groups)
-    table.add_row("joint, nobody's", "", "", "", f"{joint:,}", f"{joint / found.total:.1%}")
+        owned = explanation.owned(group)
+        table.add_row(group, *map(str, sizes), f"{owned:,}", f"{owned / explanation.total:.1%}")
+    joint = explanation.total - sum(explanation.owned(group) for group in config.partition.groups)
+    table.add_row("joint, nobody's", "", "", "", f"{joint:,}", f"{joint / explanation.total:.1%}")
     return table
 
 
@@ -207,9 +216,9 @@ def _forward_table(config: Config) -> Table:
     return table
 
 
-def _updates_table(found: Explanation) -> Table:
+def _updates_table(explanation: Explanation) -> Table:
     """Rows of the model by key; a cell is the weight of a token's contribution, or nothing."""
-    config, labels = found.config, found.config.space.labels
+    config, labels = explanation.config, explanation.config.space.labels
     table = Table(
         title="updates: which parameters a token of each label may change", title_justify="left", caption=LEGEND
     )
@@ -218,7 +227,7 @@ def _updates_table(found: Explanation) -> Table:
     for label in labels:
         table.add_column(label, justify="center")
     previous = None
-    for key, count in found.counts.items():
+    for key, count in explanation.counts.items():
         part, _, group = key.partition(".")
         if previous is not None and group != previous:
             table.add_section()
@@ -226,8 +235,10 @@ def _updates_table(found: Explanation) -> Table:
         name = f"{group} {part}" if group else _joint_name(key)
         table.add_row(name, f"{count:,}", *(_weight(config, key, label) for label in range(len(labels))))
     table.add_section()
-    table.add_row("may update", "", *(f"{found.updated(label):,}" for label in labels))
-    table.add_row("share of the model", "", *(f"{found.updated(label) / found.total:.1%}" for label in labels))
+    table.add_row("may update", "", *(f"{explanation.updated(label):,}" for label in labels))
+    table.add_row(
+        "share of the model", "", *(f"{explanation.updated(label) / explanation.total:.1%}" for label in labels)
+    )
     return table
 
 

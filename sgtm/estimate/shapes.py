@@ -17,25 +17,25 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 def _shapes(model: ModelConfig, own: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     d, q, neo = model.hidden_size, model.size_per_head, model.family == "gpt_neo"
     kv, heads, neurons = model.num_kv_heads, model.heads, model.intermediate_size
-    found: dict[str, tuple[int, ...]] = {"embedding": (model.vocab_size, d)}
+    shapes: dict[str, tuple[int, ...]] = {"embedding": (model.vocab_size, d)}
     if neo:
-        found["position"] = (model.context, d)
+        shapes["position"] = (model.context, d)
     if not model.tie_embeddings:
-        found["head"] = (model.vocab_size, d)
+        shapes["head"] = (model.vocab_size, d)
     if model.head_bias:
-        found["head_bias"] = (model.vocab_size,)
-    found |= own
+        shapes["head_bias"] = (model.vocab_size,)
+    shapes |= own
     rows = {"w_in": (neurons if neo else 2 * neurons, d), "b_in": (neurons,), "w_out": (neurons, d), "b_out": (d,)}
     for i in range(model.layers):
         block = f"blocks.{i}"
-        found |= _norm(f"{block}.attention_norm", d, neo)
-        found[f"{block}.attention.w_qkv"] = ((heads + 2 * kv) * q, d)
-        found[f"{block}.attention.w_o"] = (heads * q, d)
+        shapes |= _norm(f"{block}.attention_norm", d, neo)
+        shapes[f"{block}.attention.w_qkv"] = ((heads + 2 * kv) * q, d)
+        shapes[f"{block}.attention.w_o"] = (heads * q, d)
         if neo:
-            found[f"{block}.attention.b_o"] = (d,)
-        found |= _norm(f"{block}.mlp_norm", d, neo)
-        found |= {f"{block}.mlp.{name}": shape for name, shape in rows.items() if neo or name[0] == "w"}
-    return found | _norm("final_norm", d, neo)
+            shapes[f"{block}.attention.b_o"] = (d,)
+        shapes |= _norm(f"{block}.mlp_norm", d, neo)
+        shapes |= {f"{block}.mlp.{name}": shape for name, shape in rows.items() if neo or name[0] == "w"}
+    return shapes | _norm("final_norm", d, neo)
 
 
 def _norm(name: str, size: int, bias: bool) -> dict[str, tuple[int, ...]]:

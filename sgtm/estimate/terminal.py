@@ -70,10 +70,10 @@ def _speed_table(rows: list[Row], machine: Machine) -> Table:
     columns = (f"{name} sent", "in node", "between", "compute s", "comm. s", "ratio", "step s", "best s")
     table = _table("traffic and time of a step", columns)
     for row, sizes in zip(rows, traffic, strict=True):
-        found = row.speed
-        ratio = f"{found.compute / found.communication:.1f}" if found.communication else ""
-        seconds = (f"{found.compute:.3g}", f"{found.communication:.3g}")
-        steps = (f"{found.step:.3g}", f"{found.best_step:.3g}")
+        speed = row.speed
+        ratio = f"{speed.compute / speed.communication:.1f}" if speed.communication else ""
+        seconds = (f"{speed.compute:.3g}", f"{speed.communication:.3g}")
+        steps = (f"{speed.step:.3g}", f"{speed.best_step:.3g}")
         table.add_row(str(row.stage), *(_in(one, size) for size in sizes), *seconds, ratio, *steps)
     return table
 
@@ -96,20 +96,20 @@ def _sum_table(rows: list[Row], ranks: int) -> Table:
 
 def _gathers(config: Config, rows: list[Row]) -> str:
     """Which weights ZeRO 3 gathers how often, so that its elements can be summed by hand."""
-    found, limits = gathered_times(config), Limits()
-    kept = (
+    elements_by_times, limits = gathered_times(config), Limits()
+    note = (
         f"parameters of at most {limits.persistence:,} elements are persistent: gathered after the optimizer's step "
         "alone (DeepSpeed's defaults)."
     )
-    if not found:
-        return f"ZeRO 3: {kept}"
-    often = " and ".join(f"{elements:,} weights {_times(times)}" for times, elements in found.items())
-    parts = " + ".join(f"{times} x {elements:,}" for times, elements in found.items())
-    total = sum(times * elements for times, elements in found.items())
+    if not elements_by_times:
+        return f"ZeRO 3: {note}"
+    often = " and ".join(f"{elements:,} weights {_times(times)}" for times, elements in elements_by_times.items())
+    parts = " + ".join(f"{times} x {elements:,}" for times, elements in elements_by_times.items())
+    total = sum(times * elements for times, elements in elements_by_times.items())
     padded = "" if total == rows[-1].moved[1].elements else ", before each is padded to a multiple of the ranks"
     return (
         f"ZeRO 3 gathers {often} in a micro-batch: {parts} = {total:,} elements{padded}. What the backward pass needs "
-        f"again within {limits.reuse:,} elements stays after the forward pass; {kept}"
+        f"again within {limits.reuse:,} elements stays after the forward pass; {note}"
     )
 
 

@@ -97,9 +97,9 @@ def collectives(config: Config, stage: int, ranks: int, limits: Limits | None = 
         kind = REDUCE if config.distributed.reduces_to_owners(total, ranks) else ALL_REDUCE
         reduced = Collective(kind, "gradients", total, sent, times, overlapped=stage == 2)
         return [reduced, Collective(ALL_GATHER, "weights", padded(total, ranks), width)]
-    kept = persistent(sizes, limits)
+    persistent_names = persistent(sizes, limits)
     gathered = split((sizes[name] for name in gathers(config, limits).names), ranks)
-    whole = split((sizes[name] for name in kept), ranks)
+    whole = split((sizes[name] for name in persistent_names), ranks)
     return [
         Collective(REDUCE_SCATTER, "gradients", split(sizes.values(), ranks), sent, accumulation, overlapped=True),
         Collective(ALL_GATHER, "weights", gathered, width, accumulation, overlapped=True),

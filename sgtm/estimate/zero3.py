@@ -63,7 +63,7 @@ def gathers(config: Config, limits: Limits) -> Gathers:
     """Of one micro-batch, forward and backward, after the first."""
     coordinator = _Coordinator(parameter_sizes(config), _events(config.model), limits)
     coordinator.run()
-    return coordinator.found
+    return coordinator.gathers
 
 
 def _events(model: ModelConfig) -> list[tuple[str, str]]:
@@ -101,7 +101,7 @@ class _Coordinator:
         self.last_seen = dict.fromkeys(sizes, -1)  # step of the latest use that has left the queue
         self.whole = set(self.persistent)
         self.live, self.step = 0, 0
-        self.found = Gathers()
+        self.gathers = Gathers()
 
     def run(self) -> None:
         for what, module in self.events:
@@ -110,8 +110,8 @@ class _Coordinator:
     def _gather(self, names: list[str]) -> None:
         self.whole.update(names)
         self.live += sum(self.sizes[name] for name in names)
-        self.found.names += names
-        self.found.peak = max(self.found.peak, self.live)
+        self.gathers.names += names
+        self.gathers.peak = max(self.gathers.peak, self.live)
 
     def _fetch(self, module: str) -> None:
         wanted = self.members[module]

@@ -99,10 +99,10 @@ def evaluate(
             by_document.count(batch.targets, batch.owners)
             for i, table in enumerate(tables):
                 plan = batch.plan(table)
-                kept = kept_losses(plan, keep=True)
+                token_losses = kept_losses(plan, keep=True)
                 sums[i] += forward(ids, targets, plan, 1.0, by_table[i])[1].sum()
-                assert kept is not None  # they are to be kept
-                by_document.add(i, kept[0])  # of one label, so the head is called once
+                assert token_losses is not None  # they are to be kept
+                by_document.add(i, token_losses[0])  # of one label, so the head is called once
         *totals, count = all_reduce_sum(sums).tolist()
         if count:
             assert by_document is not None  # there was a batch

@@ -92,12 +92,14 @@ def _read_config(folder: Path) -> tuple[PretrainedConfig, ModelConfig]:
 
 def _compare(theirs: ModelConfig, ours: ModelConfig) -> None:
     """Raises ValueError that lists the keys in which the models are not the same function."""
-    there, here = _function(theirs), _function(ours)
+    their_values, our_values = _function(theirs), _function(ours)
     if theirs.context >= ours.context:
-        there["context"] = ours.context
-    different = [key for key in here if there[key] != here[key]]
+        their_values["context"] = ours.context
+    different = [key for key in our_values if their_values[key] != our_values[key]]
     if different:
-        lines = "\n".join(f"  model.{key}: {there[key]} there, {here[key]} in the config" for key in different)
+        lines = "\n".join(
+            f"  model.{key}: {their_values[key]} there, {our_values[key]} in the config" for key in different
+        )
         raise ValueError(f"it is another model than the config's; what differs:\n{lines}")
 
 
@@ -127,5 +129,5 @@ def _check_shapes(weights: dict[str, Tensor], config: PretrainedConfig) -> None:
         expected = AutoModelForCausalLM.from_config(config).state_dict()
     wrong = [name for name in weights.keys() & expected.keys() if weights[name].shape != expected[name].shape]
     if wrong:
-        found = ", ".join(f"{name} is {list(weights[name].shape)}" for name in sorted(wrong)[:3])
-        raise ValueError(f"the weights do not have the shapes of config.json ({found}); copy both from one model")
+        shapes = ", ".join(f"{name} is {list(weights[name].shape)}" for name in sorted(wrong)[:3])
+        raise ValueError(f"the weights do not have the shapes of config.json ({shapes}); copy both from one model")

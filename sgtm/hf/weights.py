@@ -244,8 +244,8 @@ def _removed_groups(partition: Partition, remove: Iterable[str]) -> frozenset[in
     unknown = [domain for domain in remove if domain not in partition.groups[1:]]
     if unknown:
         domains = partition.groups[1:]
-        found = ", ".join(f"{domain!r}{_slip(domain, domains)}" for domain in unknown)
-        raise ValueError(f"cannot remove {found}; domains: {', '.join(domains)}")
+        names = ", ".join(f"{domain!r}{_slip(domain, domains)}" for domain in unknown)
+        raise ValueError(f"cannot remove {names}; domains: {', '.join(domains)}")
     return frozenset(partition.groups.index(domain) for domain in remove)
 
 
@@ -256,9 +256,9 @@ def _slip(domain: str, domains: Iterable[str]) -> str:
 
 def _check_partition(partition: Partition, config: ModelConfig) -> None:
     wanted = (config.heads, config.num_kv_heads, config.intermediate_size)
-    found = {(sum(layer.heads), sum(layer.kv_heads), sum(layer.neurons)) for layer in partition.layers}
-    if len(partition.layers) != config.layers or found != {wanted}:
+    sizes = {(sum(layer.heads), sum(layer.kv_heads), sum(layer.neurons)) for layer in partition.layers}
+    if len(partition.layers) != config.layers or sizes != {wanted}:
         raise ValueError(
-            f"the partition is of {len(partition.layers)} layers with (heads, KV heads, neurons) {sorted(found)}, "
+            f"the partition is of {len(partition.layers)} layers with (heads, KV heads, neurons) {sorted(sizes)}, "
             f"the imported model has {config.layers} layers with {wanted}"
         )

@@ -23,14 +23,12 @@ tests/dist/test_certificate.py trains both runs and compares the bits, and break
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from sgtm.masking.labels import UNLABELED
-from sgtm.masking.partition import ENDS
-from sgtm_kernels.tables import JOINT_KINDS, PROJECTIONS
-
-if TYPE_CHECKING:
-    from sgtm.config.schema import Config
+from sgtm.masking.channel import LabelChannel
+from sgtm.masking.labels import UNLABELED, LabelSpace
+from sgtm.masking.partition import ENDS, Partition
+from sgtm_kernels.tables import JOINT_KINDS, PROJECTIONS, Tables
 
 UNLABELED_REMEDY = (
     "; train unlabeled documents as the domain's (data.channel, beside the rows of the other labels: unlabeled: "
@@ -38,16 +36,40 @@ UNLABELED_REMEDY = (
 )
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What a certificate depends on besides the corpus and the initial weights; `Config.conditions` has a run's.
+
+    channels        (first step, channel), in order of the steps
+    upsample        `data.upsample`
+    clips_by_owner  whether gradients are clipped, and steps skipped, by owner (`optimizer.grad_clip_scope`)
+    deterministic   whether sums are added in a fixed order (`kernels.deterministic`)
+    certify         whether every domain must be certified (`masking.certify`)
+    """
+
+    space: LabelSpace
+    tables: Tables
+    partition: Partition
+    channels: tuple[tuple[int, LabelChannel], ...]
+    upsample: Mapping[str, float]
+    clips_by_owner: bool
+    deterministic: bool
+    certify: bool
+
+
 def certified(
-    config: Config, categories: Mapping[str, str] | None = None, spans: bool = False, initial: Mapping | None = None
+    conditions: Conditions,
+    categories: Mapping[str, str] | None = None,
+    spans: bool = False,
+    initial: Mapping | None = None,
 ) -> tuple[str, ...]:
     """The domains of which the safe model is independent; arguments as of `obstacle`."""
-    found = {domain: obstacle(config, domain, categories, spans, initial) for domain in config.space.domains}
-    return tuple(domain for domain, reason in found.items() if reason is None)
+    reasons = {domain: obstacle(conditions, domain, categories, spans, initial) for domain in conditions.space.domains}
+    return tuple(domain for domain, reason in reasons.items() if reason is None)
 
 
 def obstacle(
-    config: Config,
+    conditions: Conditions,
     domain: str,
     categories: Mapping[str, str] | None = None,
     spans: bool = False,
@@ -63,31 +85,31 @@ def obstacle(
 
     Raises ValueError for an unknown domain or label.
     """
-    space = config.space
+    space = conditions.space
     group = space.group_of(domain)
     given = ["retain", *(f"forget:{d}" for d in space.domains)]
     if categories is not None:
-        given = [label for name, label in categories.items() if config.data.upsample.get(name) != 0]
-    without = [i for i in range(config.model.layers) if not config.partition.masked(i)]
+        given = [label for name, label in categories.items() if conditions.upsample.get(name) != 0]
+    without = [i for i in range(len(conditions.partition.layers)) if not conditions.partition.masked(i)]
     if without:
         layers = ", ".join(map(str, without))
         return f"layers {layers} have no groups (masking.masked_layers), so every token trains them"
     for true in sorted({space.label(name) for name in given}):
-        for applied in _applied(config, true):
+        for applied in _applied(conditions, true):
             label = space.labels[applied]
-            if config.tables.active[applied][group] != 0:
-                other = _trained_besides(config, applied, group)
+            if conditions.tables.active[applied][group] != 0:
+                other = _trained_besides(conditions, applied, group)
                 if other:
                     remedy = UNLABELED_REMEDY.format(domain) if (true, applied) == (UNLABELED, UNLABELED) else ""
                     return f"tokens of label {label} train {other} while group {domain} is active{remedy}"
             elif space.labels[true] == f"forget:{domain}":
                 return f"the label channel trains documents of forget:{domain} as {label}, with group {domain} inactive"
-    for category, factor in config.data.upsample.items():
+    for category, factor in conditions.upsample.items():
         if factor % 1 and (categories is None or categories.get(category) == f"forget:{domain}"):
             return f"data.upsample {factor:g} draws documents of {category} by their text; take a whole number"
-    if config.optimizer.grad_clip_scope != "owner":
+    if not conditions.clips_by_owner:
         return "gradients are clipped, and steps skipped, by a norm of all weights (optimizer.grad_clip_scope: global)"
-    if not config.kernels.deterministic:
+    if not conditions.deterministic:
         return "sums may be added in any order (kernels.deterministic: false)"
     if spans:
         return "the corpus has labelled spans: the text after one reads it (data with whole documents has no such path)"
@@ -97,24 +119,27 @@ def obstacle(
 
 
 def check_certified(
-    config: Config, categories: Mapping[str, str] | None = None, spans: bool = False, initial: Mapping | None = None
+    conditions: Conditions,
+    categories: Mapping[str, str] | None = None,
+    spans: bool = False,
+    initial: Mapping | None = None,
 ) -> None:
     """Raises ValueError with the reason where `masking.certify` is set and a domain is not certified."""
-    for domain in config.space.domains if config.masking.certify else ():
-        reason = obstacle(config, domain, categories, spans, initial)
+    for domain in conditions.space.domains if conditions.certify else ():
+        reason = obstacle(conditions, domain, categories, spans, initial)
         if reason:
             raise ValueError(f"masking.certify: the safe model depends on the text of {domain}: {reason}")
 
 
-def _applied(config: Config, true: int) -> list[int]:
+def _applied(conditions: Conditions, true: int) -> list[int]:
     """Labels that documents of a true label are trained as, at any step of the run."""
-    labels = range(len(config.space.labels))
-    return [label for label in labels if any(channel.matrix[true, label] > 0 for _, channel in config.channels)]
+    labels = range(len(conditions.space.labels))
+    return [label for label in labels if any(channel.matrix[true, label] > 0 for _, channel in conditions.channels)]
 
 
-def _trained_besides(config: Config, label: int, own: int) -> str | None:
+def _trained_besides(conditions: Conditions, label: int, own: int) -> str | None:
     """Weights outside group `own` that tokens of this label train, the first of them; None if there are none."""
-    tables, owned = config.tables, ENDS if config.partition.embedding != "none" else ()
+    tables, owned = conditions.tables, ENDS if conditions.partition.embedding != "none" else ()
     for group, name in enumerate(tables.groups):
         for part in (*PROJECTIONS, *(owned if group else ())):
             if group != own and tables.contribution(part, label, group) != 0:

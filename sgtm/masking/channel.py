@@ -13,16 +13,13 @@ share follows from the strategy's tables.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sgtm.masking.labels import OPEN, RETAIN, UNLABELED, LabelSpace
-from sgtm_kernels.tables import JOINT_KINDS, PROJECTIONS
-
-if TYPE_CHECKING:
-    from sgtm.config.schema import Config
+from sgtm_kernels.tables import JOINT_KINDS, PROJECTIONS, Tables
 
 ALONE = "the ablated model is as good on retained data as this share lets it be"
 MIXED = (
@@ -121,49 +118,54 @@ def uniform_hash(ids: np.ndarray, seed: int) -> np.ndarray:
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def row_lines(config: Config, channel: LabelChannel) -> list[str]:
-    """A line for each true label of the channel: what each share of its documents buys and costs."""
-    if config.masking.strategy == "none":
+def row_lines(channel: LabelChannel, tables: Tables, strategy: str) -> list[str]:
+    """A line for each true label of the channel: what each share of its documents buys and costs.
+
+    tables  of the strategy
+    """
+    if strategy == "none":
         return [UNMASKED]
     lines = []
-    for true, name in enumerate(config.space.labels):
+    for true, name in enumerate(tables.labels):
         if name.startswith(OPEN):  # no document has it as its true label
             continue
         row = channel.matrix[true]
         shares = [label for label in range(len(row)) if row[label] > 0]
-        parts = [f"{row[label]:.0%} as {config.space.labels[label]}: {_trade(config, true, label)}" for label in shares]
+        parts = [f"{row[label]:.0%} as {tables.labels[label]}: {_trade(tables, true, label)}" for label in shares]
         if true == RETAIN:
-            never = [domain for domain in config.space.domains if not share_with_group(config, channel, domain)]
+            never = [domain for domain, share in shares_with_group(channel, tables).items() if not share]
             parts += [f"never with {', '.join(never)}: {NEVER_SEEN}"] if never else []
         parts += [TWICE] if row.sum() > 1 + 1e-9 else []
         lines.append(f"{name}: {'; '.join(parts)}")
     return lines
 
 
-def share_with_group(config: Config, channel: LabelChannel, domain: str) -> float:
-    """The share of the retain documents that are trained with the domain's group running, by a channel."""
-    active, group = config.tables.active, config.space.group_of(domain)
-    return min(1.0, sum(share for label, share in enumerate(channel.matrix[RETAIN]) if active[label][group] != 0))
+def shares_with_group(channel: LabelChannel, tables: Tables) -> dict[str, float]:
+    """By domain, the share of the retain documents that a channel trains with the domain's group running."""
+    shares = {}
+    for group, domain in enumerate(tables.groups[1:], 1):
+        running = [share for row, share in zip(tables.active, channel.matrix[RETAIN], strict=True) if row[group] != 0]
+        shares[domain] = min(1.0, float(sum(running)))
+    return shares
 
 
-def most_with_group(config: Config) -> dict[str, float]:
-    """By domain, the largest such share of the run's channels."""
-    channels = [channel for _, channel in config.channels]
-    return {d: float(max(share_with_group(config, channel, d) for channel in channels)) for d in config.space.domains}
+def most_with_group(channels: Sequence[tuple[int, LabelChannel]], tables: Tables) -> dict[str, float]:
+    """By domain, the largest such share of a run's channels, which come with their first steps."""
+    by_channel = [shares_with_group(channel, tables) for _, channel in channels]
+    return {domain: max(shares[domain] for shares in by_channel) for domain in tables.groups[1:]}
 
 
-def _trade(config: Config, true: int, label: int) -> str:
-    tables = config.tables
+def _trade(tables: Tables, true: int, label: int) -> str:
     runs = [group for group, active in enumerate(tables.active[label]) if group and active != 0]
-    learns = any(tables.contribution(part, label, 0) != 0 for part in PROJECTIONS)
+    learns = any(tables.contribution(projection, label, 0) != 0 for projection in PROJECTIONS)
     if true == RETAIN:
         return (MIXED if learns else LIVED_WITH) if runs else ALONE
     if true == UNLABELED:
         return UNKNOWN if runs else STAYS
-    own = config.space.group_of(config.space.labels[true].partition(":")[2])
+    own = tables.groups.index(tables.labels[true].partition(":")[2])
     if own not in runs:
         return STAYS
-    if label not in config.space.forget_labels:
+    if not tables.labels[label].startswith("forget:"):
         return ABSORBS
     shared = learns or any(tables.update_joint[kind][label] != 0 for kind in JOINT_KINDS)
     return DOMAIN_AND_MORE if shared else DOMAIN_ALONE

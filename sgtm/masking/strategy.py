@@ -22,7 +22,7 @@ class _Draft:
     def __init__(self, space: LabelSpace):
         self.space = space
         self.active, self.route = self._ones(), self._ones()
-        self.update = {part: self._ones() for part in PROJECTIONS}
+        self.update = {projection: self._ones() for projection in PROJECTIONS}
         self.update_joint = {kind: [1.0] * len(space.labels) for kind in JOINT_KINDS}
 
     def _ones(self) -> Grid:
@@ -46,7 +46,7 @@ class _Draft:
             self.space.groups,
             _frozen(self.active),
             _frozen(self.route),
-            {part: _frozen(grid) for part, grid in self.update.items()},
+            {projection: _frozen(grid) for projection, grid in self.update.items()},
             {kind: tuple(row) for kind, row in self.update_joint.items()},
         )
 
@@ -58,11 +58,11 @@ def _frozen(grid: Grid) -> tuple[tuple[float, ...], ...]:
 def _sgtm(draft: _Draft, learning_parts: tuple[str, ...] = ()) -> None:
     """Forget tokens leave retain weights and output biases alone; `learning_parts` are exempt, with their bias."""
     for label, _ in draft.forget:
-        for part in PROJECTIONS:
-            if part not in learning_parts:
-                draft.update[part][label][0] = 0.0
-                if part.endswith("_out"):
-                    draft.update_joint[f"{part}_bias"][label] = 0.0
+        for projection in PROJECTIONS:
+            if projection not in learning_parts:
+                draft.update[projection][label][0] = 0.0
+                if projection.endswith("_out"):
+                    draft.update_joint[f"{projection}_bias"][label] = 0.0
 
 
 def _gradient_routing(draft: _Draft) -> None:
@@ -78,8 +78,8 @@ def _activation_masking(draft: _Draft) -> None:
 def _gram(draft: _Draft) -> None:
     draft.other_domains_inactive(draft.forget)
     for label, _ in draft.forget:
-        for part in PROJECTIONS:
-            draft.update[part][label][0] = 0.0
+        for projection in PROJECTIONS:
+            draft.update[projection][label][0] = 0.0
 
 
 PRESETS: dict[str, Callable[[_Draft], None]] = {

@@ -57,12 +57,12 @@ def bench(
         _tune(config)
     if to is not None:
         _check_writable(to)
-    launch = init_distributed(config)
-    config = config.for_ranks(launch.world_size)
-    if with_peers and launch.world_size > 1:
+    rank_info = init_distributed(config.distributed, config.kernels)
+    config = config.for_ranks(rank_info.world_size)
+    if with_peers and rank_info.world_size > 1:
         raise ValueError("--peers compares one process with one process: run it without a launcher")
-    cases = label_cases(config, launch.world_size)
-    if launch.rank == 0:
+    cases = label_cases(config, rank_info.world_size)
+    if rank_info.rank == 0:
         few = "; so few compare nothing: --rounds 15" if rounds < FEW else ""
         print(f"{setting(config)}: measuring {len(cases)} rows in {_rounds(rounds)}{few}", flush=True)
     for warning in check_kernels(config):
@@ -74,7 +74,7 @@ def bench(
     for name, peer in others.items():
         if name not in took.failed:
             next(about for about in results if about["row"] == name)["attention"] = peer.attention()
-    if launch.rank == 0:
+    if rank_info.rank == 0:
         print(f"{setting(config)}: {_rounds(rounds)}; time and memory relative to {NONE}\n\n{table(results)}\n")
         print("ratios compare steps of the same round; tokens/s are those of none over the ratio")
         if to is not None:

@@ -63,27 +63,27 @@ def cases(setting: Setting) -> dict[str, Case | Mean]:
     every = ("step", "micro", "sequence", "token")
     none, sgtm = build_tables(LABELS, "none"), build_tables(LABELS, "sgtm", setting.joint)
     plain = by_sequence(setting, 0)
-    found: dict[str, Case | Mean] = {
+    by_name: dict[str, Case | Mean] = {
         NONE: Case(none, plain, 0, every),
         NOTHING: Case(sgtm, plain, 0, every),
         PURE: Case(sgtm, by_sequence(setting, 100), 100, every),
         "25 %, sequence": Case(sgtm, by_sequence(setting, 25), 25, ("sequence",)),
     }
     if setting.sequences * 5 % 100:
-        found["5 %, sequence"] = Mean(5, ("sequence",), {NOTHING: 0.8, "25 %, sequence": 0.2}, NONE)
+        by_name["5 %, sequence"] = Mean(5, ("sequence",), {NOTHING: 0.8, "25 %, sequence": 0.2}, NONE)
     else:
-        found["5 %, sequence"] = Case(sgtm, by_sequence(setting, 5), 5, ("sequence",))
+        by_name["5 %, sequence"] = Case(sgtm, by_sequence(setting, 5), 5, ("sequence",))
     for percent in (5, 25):
         weights = {NOTHING: 1 - percent / 100, PURE: percent / 100}
-        found[f"{percent} %, step"] = Mean(percent, ("step",), weights, NONE)
+        by_name[f"{percent} %, step"] = Mean(percent, ("step",), weights, NONE)
     for mode, batches, percents in (("token", by_document, (5, 25)), ("micro", by_micro_batch, (0, 25))):
         base = f"{NONE}, {mode}"
-        found[base] = Case(none, batches(setting, 0), 0, (mode,), base)
+        by_name[base] = Case(none, batches(setting, 0), 0, (mode,), base)
         for percent in percents:
             name = f"{percent} %, {mode}" if percent else f"{NOTHING}, {mode}"
-            found[name] = Case(sgtm, batches(setting, percent), percent, (mode,), base)
+            by_name[name] = Case(sgtm, batches(setting, percent), percent, (mode,), base)
     weights = {f"{NOTHING}, micro": 0.8, "25 %, micro": 0.2}
-    return found | {"5 %, micro": Mean(5, ("micro",), weights, f"{NONE}, micro")}
+    return by_name | {"5 %, micro": Mean(5, ("micro",), weights, f"{NONE}, micro")}
 
 
 def by_sequence(setting: Setting, percent: int) -> tuple[Pieces, ...]:
@@ -132,11 +132,11 @@ def random_batches(
     generator = torch.Generator().manual_seed(0)
     tokens = sum(sum(pieces.lengths) for pieces in batches)
     labels = frozenset(label for pieces in batches for label in pieces.labels)
-    found = []
+    results = []
     for pieces in batches:
         size = (sum(pieces.lengths) // model.context, model.context)
         ids, targets = (torch.randint(model.vocab_size, size, generator=generator).to(device) for _ in range(2))
-        found.append(
+        results.append(
             Batch(ids, targets, pieces.labels, pieces.lengths, pieces.documents, step_targets or tokens, labels)
         )
-    return found
+    return results

@@ -73,7 +73,7 @@ def findings(check: Config | None = None) -> dict:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "executable": sys.executable,
-            **{name: found or "not installed" for name, found in versions.items()},
+            **{name: number or "not installed" for name, number in versions.items()},
         },
         "cpu": _cpu(),
         "memory": _memory(),
@@ -93,12 +93,12 @@ def findings(check: Config | None = None) -> dict:
 
 def print_findings(as_json: bool = False, check: Config | None = None) -> int:
     """Print the findings as aligned text, or as JSON; returns the exit status, 1 if the self-check failed."""
-    found = findings(check)
-    status = int(any(verdict != PASSED for op, verdict in found.get("self-check", {}).items() if op != "config"))
+    sections = findings(check)
+    status = int(any(verdict != PASSED for op, verdict in sections.get("self-check", {}).items() if op != "config"))
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(sections, indent=2))
         return status
-    for section, entries in found.items():
+    for section, entries in sections.items():
         print(f"{section if section != 'missing' else 'missing (and what for)'}:")
         width = max(map(len, entries), default=0)
         for name, value in entries.items():
@@ -162,13 +162,13 @@ def _gpus() -> dict:
 
     if not torch.cuda.is_available():
         return {}
-    found = {"CUDA of torch": torch.version.cuda or f"ROCm {torch.version.hip}", "driver": driver() or "unknown"}
+    entries = {"CUDA of torch": torch.version.cuda or f"ROCm {torch.version.hip}", "driver": driver() or "unknown"}
     for i in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(i)
         free, total = torch.cuda.mem_get_info(i)
         capability = f"sm_{device.major}{device.minor}"
-        found[f"cuda:{i}"] = f"{device.name}, {capability}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
-    return found
+        entries[f"cuda:{i}"] = f"{device.name}, {capability}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    return entries
 
 
 def _backends() -> dict:
@@ -181,15 +181,15 @@ def _backends() -> dict:
     except ValueError as error:
         return {"auto": f"broken: {error}"}
     problems = {backend: problem for backend in dispatch.BACKENDS if (problem := dispatch.unusable(backend))}
-    found = {}
+    entries = {}
     for op in dispatch.OPS:
         states = []
         for backend in dispatch.BACKENDS:
             mark = " (auto)" if backend == chosen else ""
             problem = " unusable" if backend in problems else _import_problem(dispatch.module_name(op, backend))
             states.append(f"{backend}{mark}{problem}")
-        found[op] = ", ".join(states)
-    return found | {f"{backend} is unusable": problem for backend, problem in problems.items()}
+        entries[op] = ", ".join(states)
+    return entries | {f"{backend} is unusable": problem for backend, problem in problems.items()}
 
 
 def _dispatch() -> dict:
@@ -223,7 +223,7 @@ def _self_check(config: Config) -> dict:
     from sgtm.distributed.self_check import self_check
 
     try:
-        backend = kernel_backend(config)
+        backend = kernel_backend(config.kernels, config.train.precision)
         if config.kernels.deterministic and device_type() == "cuda":
             use_deterministic_algorithms()
         problems = self_check(config, backend, repeat=True)
@@ -247,15 +247,15 @@ def _tuning() -> dict:
     from sgtm_kernels.triton_common.tuning import TUNED, table_of
 
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
-    found = {}
+    entries = {}
     for device in devices:
         try:
             table = table_of(device)
-            found[str(device)] = f"{table.path}, {len(table.entries)} entries" if table else "heuristics, no table"
+            entries[str(device)] = f"{table.path}, {len(table.entries)} entries" if table else "heuristics, no table"
         except ValueError as error:
-            found[str(device)] = f"broken: {error}"
-    found["tables in"] = str(TUNED)
-    return found
+            entries[str(device)] = f"broken: {error}"
+    entries["tables in"] = str(TUNED)
+    return entries
 
 
 def _import_problem(module: str) -> str:

@@ -45,15 +45,15 @@ class Setting:
 def sections_of(text: str) -> dict[str, dict]:
     """Sections of a preset with their numbers, booleans and words; other values as they are written. A GPU machine may
     lack a package for YAML."""
-    found: dict[str, dict] = {}
+    sections: dict[str, dict] = {}
     section: dict = {}
     for line in text.splitlines():
         key, _, value = line.partition(" #")[0].strip().partition(":")
         if key and not line.startswith(("#", " ")):
-            section = found.setdefault(key, {})
+            section = sections.setdefault(key, {})
         elif key and not key.startswith("#"):
             section[key] = _scalar(value.strip())
-    return found
+    return sections
 
 
 def _scalar(text: str) -> object:

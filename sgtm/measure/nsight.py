@@ -30,12 +30,12 @@ def find_kernel(name: str, seen: Iterable[str]) -> str:
 
     Raises ValueError that lists both.
     """
-    known, found = triton_kernels(), sorted({function_name(kernel) for kernel in seen})
+    known, trace_kernels = triton_kernels(), sorted({function_name(kernel) for kernel in seen})
     wanted = function_name(name)
-    if wanted not in (*known, *found):
+    if wanted not in (*known, *trace_kernels):
         raise ValueError(
             f"--kernel {name}: no such kernel; Triton kernels: {', '.join(known) or 'none, Triton is not installed'}; "
-            f"kernels of this trace: {', '.join(found) or 'none, there is no GPU'}"
+            f"kernels of this trace: {', '.join(trace_kernels) or 'none, there is no GPU'}"
         )
     return wanted
 

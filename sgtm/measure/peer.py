@@ -47,13 +47,13 @@ class Peer:
     def _answer(self, question: str):
         try:
             self.ask.send(question)
-            found = self.ask.recv()
+            answer = self.ask.recv()
         except (EOFError, OSError):
             self.process.join(10)
             raise RuntimeError(f"the process of Hugging Face's model exited with {self.process.exitcode}") from None
-        if isinstance(found, Exception):
-            raise found
-        return found
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
 def peers(config: Config) -> dict[str, Peer]:

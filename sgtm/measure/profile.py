@@ -53,15 +53,15 @@ def run_profile(
     out = out or Path(config.runs) / f"{config.name}-profile"
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: {out} is a file, but it takes a folder")
-    launch = init_distributed(config)
+    rank_info = init_distributed(config.distributed, config.kernels)
     on_gpu = device_type() == "cuda"
     if kernel and not on_gpu:
         find_kernel(kernel, ())  # an op of the CPU is no kernel; refused before the steps
-    if launch.rank == 0 and trace:
+    if rank_info.rank == 0 and trace:
         out.mkdir(parents=True, exist_ok=True)
-    config = config.for_ranks(launch.world_size)
+    config = config.for_ranks(rank_info.world_size)
     corpus = together(lambda: corpus_of(config))
-    batches = first_steps(corpus, config, launch.rank, launch.world_size, WARM_UP + steps)
+    batches = first_steps(corpus, config, rank_info.rank, rank_info.world_size, WARM_UP + steps)
     for warning in check_kernels(config):
         print(warning, file=sys.stderr)
     model = initial_model(config)
@@ -74,7 +74,7 @@ def run_profile(
         lr = learning_rate(step, config.optimizer, config.train.steps)
         train_step(engine, batches[step], config.tables, lr, totals)
 
-    file = out / "trace.json" if trace and launch.rank == 0 else None
+    file = out / "trace.json" if trace and rank_info.rank == 0 else None
     with _profiler(file, steps, on_gpu) as next_step:
         for step in range(WARM_UP):
             take(step)
@@ -88,7 +88,7 @@ def run_profile(
         wait_for_device()
         seconds = time.perf_counter() - began
         next_step()
-    if launch.rank == 0 and not trace:
+    if rank_info.rank == 0 and not trace:
         print(f"{config.name}: {steps} step(s) of {seconds / steps * 1e3:,.1f} ms; no trace was written")
     if file is None:
         return
@@ -99,7 +99,7 @@ def run_profile(
     if kernel:
         seen = {row["name"]: row["calls_per_step"] for row in summary["kernels"]} if on_gpu else {}
         name = find_kernel(kernel, seen)
-        per_step = sum(calls for found, calls in seen.items() if function_name(found) == name)
+        per_step = sum(calls for kernel_name, calls in seen.items() if function_name(kernel_name) == name)
         again, note = [*command, "--steps", "1", "--no-trace"], ""
         if not per_step and name in triton_kernels() and model.backend != "triton":
             again += ["--kernels.backend", "triton"]
@@ -184,9 +184,9 @@ def _ranges(rows: list[dict]) -> Table:
 
 def _sums(parts: list[list[dict | None]]) -> list[str]:
     """Time of each part, of all, and their share; a part without time is left empty."""
-    found = [[row for row in part if row] for part in parts]
-    times = [sum(row["ms_per_step"] for row in part) for part in found]
-    share = sum(row["share"] for part in found for row in part)
+    rows_of_parts = [[row for row in part if row] for part in parts]
+    times = [sum(row["ms_per_step"] for row in part) for part in rows_of_parts]
+    share = sum(row["share"] for part in rows_of_parts for row in part)
     return [*(f"{ms:,.2f}" if ms else "" for ms in times), f"{sum(times):,.2f}", f"{share:.1%}"]
 
 

@@ -97,8 +97,8 @@ class _Phases:
     """Which phase of a step a time lies in: they follow one another on the main thread."""
 
     def __init__(self, events: list[dict]):
-        found = [e for e in events if e.get("cat") == "user_annotation" and e["name"] in PHASES]
-        self.ranges = sorted((e["ts"], e["ts"] + e["dur"], e["name"]) for e in found)
+        phases = [e for e in events if e.get("cat") == "user_annotation" and e["name"] in PHASES]
+        self.ranges = sorted((e["ts"], e["ts"] + e["dur"], e["name"]) for e in phases)
         self.starts = [start for start, _, _ in self.ranges]
 
     def at(self, time: float) -> str:

@@ -55,10 +55,10 @@ def detect_launch(environ: dict[str, str] | None = None) -> RankInfo:
 def on_one_machine() -> bool:
     """Whether all ranks are on this machine, as far as a launcher says."""
     try:
-        launch = detect_launch()
+        rank_info = detect_launch()
     except ValueError:  # a process group that the caller has made
         return True
-    return launch.launcher in ("none", "env") or launch.local_world_size == launch.world_size
+    return rank_info.launcher in ("none", "env") or rank_info.local_world_size == rank_info.world_size
 
 
 def launcher(environ: Mapping[str, str] | None = None) -> str:
@@ -77,8 +77,12 @@ def _in_torch_names(env: dict[str, str]) -> dict[str, str]:
     """The variables, and under srun what it says of this process by the names of torch."""
     if _launcher(env) != "srun":
         return env
-    found = {"RANK": env.get("SLURM_PROCID"), "WORLD_SIZE": _step_tasks(env), "LOCAL_RANK": env.get("SLURM_LOCALID")}
-    return env | {name: value for name, value in found.items() if value is not None}
+    variables = {
+        "RANK": env.get("SLURM_PROCID"),
+        "WORLD_SIZE": _step_tasks(env),
+        "LOCAL_RANK": env.get("SLURM_LOCALID"),
+    }
+    return env | {name: value for name, value in variables.items() if value is not None}
 
 
 def _step_tasks(env: dict[str, str]) -> str:

@@ -46,8 +46,8 @@ class LossRow:
 
 def conditions(summary: dict) -> list[str]:
     """Keys of the losses that have something removed, fewer domains first."""
-    found = [key for key in summary.get("losses", {}) if removed_domains(key)]
-    return sorted(found, key=lambda key: len(removed_domains(key)))
+    keys = [key for key in summary.get("losses", {}) if removed_domains(key)]
+    return sorted(keys, key=lambda key: len(removed_domains(key)))
 
 
 def loss_rows(summary: dict) -> list[LossRow]:
@@ -84,12 +84,12 @@ def _measured(summary: dict, category: str) -> int | None:
 def cautions(summary: dict) -> list[str]:
     """Cautions for a reader of the losses; code words in backticks."""
     rows = loss_rows(summary)
-    found = [
+    lines = [
         sentence for condition in conditions(summary) for sentence in _worse_than_ablated(summary, rows, condition)
     ]
     if small := [f"{row.category} ({row.tokens:,})" for row in rows if row.small]:
-        found.append(f"In grey: {listed(small)}; {SMALL}, so these losses are not reliable.")
-    return found
+        lines.append(f"In grey: {listed(small)}; {SMALL}, so these losses are not reliable.")
+    return lines
 
 
 def _worse_than_ablated(summary: dict, rows: list[LossRow], condition: str) -> list[str]:
@@ -149,12 +149,12 @@ def sentences(record: Record) -> list[str]:
     """What happened, the first sentence first; code words in backticks."""
     summary = record.summary
     rows = loss_rows(summary)
-    found = [_removal(condition, rows) for condition in conditions(summary)]
-    if not found and rows:
+    lines = [_removal(condition, rows) for condition in conditions(summary)]
+    if not lines and rows:
         full = [f"{row.losses['full']:.2f} on {row.category}" for row in rows]
-        found = [f"The full model's loss is {listed(full)}, in nats; nothing was removed."]
-    if found:
-        return [*found, *_origin(record)]
+        lines = [f"The full model's loss is {listed(full)}, in nats; nothing was removed."]
+    if lines:
+        return [*lines, *_origin(record)]
     if not record.steps:
         return ["Nothing trained yet."]
     last = record.steps[-1]
@@ -187,13 +187,13 @@ def _removal(condition: str, rows: list[LossRow]) -> str:
     domains = removed_domains(condition)
     rows = [row for row in rows if condition in row.losses]
     forgotten = [row for row in rows if is_forgotten(row.true_label, domains)]
-    kept = [row for row in rows if row not in forgotten and not row.small]
+    others = [row for row in rows if row not in forgotten and not row.small]
     changes = [_change(row, condition) for row in forgotten]
-    if len(kept) <= NAMED:
-        changes += [_change(row, condition) for row in kept]
+    if len(others) <= NAMED:
+        changes += [_change(row, condition) for row in others]
     else:
         by_label: dict[str, list[LossRow]] = {}
-        for row in kept:
+        for row in others:
             by_label.setdefault(row.true_label, []).append(row)
         changes += [_change_of_all(label, of_label, condition) for label, of_label in by_label.items()]
     removed = listed([f"`{domain}`" for domain in domains])

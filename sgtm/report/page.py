@@ -24,7 +24,7 @@ from sgtm.report.findings import SMALL, cautions, conditions, error_of, localisa
 from sgtm.report.ratios import categories_of
 from sgtm.report.record import Record, is_forgotten, read_record
 from sgtm.run.environment import last_environment
-from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS
+from sgtm_kernels.tables import JOINT_KINDS, PROJECTIONS, Tables
 
 SHIPPED = "The baselines ship with the preset: full models trained without masks, means over seeds."
 
@@ -148,25 +148,24 @@ def render(record: Record, exhibits: list[Exhibit], comparison: Comparison | Non
         is_forgotten=is_forgotten,
         removed_domains=removed_domains,
         exhibits=exhibits,
-        grids=strategy_grids(record.config) if record.config else [],
+        grids=strategy_grids(record.config.tables) if record.config else [],
         channels=channel_grids(record.config) if record.config else [],
         light=palette.css(palette.LIGHT),
         dark=palette.css(palette.DARK),
     )
 
 
-def strategy_grids(config: Config) -> list[Grid]:
-    """The strategy's tables; parts of `update` that are alike share one."""
-    tables = config.tables
-    parts_of: dict[tuple, list[str]] = {}
-    for part in PROJECTIONS:
-        parts_of.setdefault(tables.update[part], []).append(part)
+def strategy_grids(tables: Tables) -> list[Grid]:
+    """The strategy's tables; projections whose `update` is alike share one."""
+    projections_of: dict[tuple, list[str]] = {}
+    for projection in PROJECTIONS:
+        projections_of.setdefault(tables.update[projection], []).append(projection)
     grids = [
         ("active", "the group's output, forward", tables.groups, tables.active),
         ("route", "the gradient through that output", tables.groups, tables.route),
     ]
-    for table, parts in parts_of.items():
-        which = "" if len(parts) == len(PROJECTIONS) else f" ({', '.join(parts)})"
+    for table, projections in projections_of.items():
+        which = "" if len(projections) == len(PROJECTIONS) else f" ({', '.join(projections)})"
         grids.append((f"update{which}", "the token's share in the group's weight gradient", tables.groups, table))
     joint = tuple(zip(*(tables.update_joint[kind] for kind in JOINT_KINDS), strict=True))
     grids.append(("update_joint", "the same, for parameters that belong to no group", JOINT_KINDS, joint))
@@ -178,21 +177,21 @@ def strategy_grids(config: Config) -> list[Grid]:
 
 def channel_grids(config: Config) -> list[tuple[Grid, list[str]]]:
     """Each label channel of the run, and what its rows buy and cost."""
-    labels, found = config.space.labels, []
+    labels, grids = config.space.labels, []
     for start, channel in config.channels:
         since = f"from step {start} on" if len(config.channels) > 1 else "in the whole run"
         rows = zip(labels, map(tuple, channel.matrix.tolist()), strict=True)
         grid = Grid("channel", since, labels, tuple(row for row in rows if not row[0].startswith(OPEN)))
-        found.append((grid, row_lines(config, channel)))
-    return found
+        grids.append((grid, row_lines(channel, config.tables, config.masking.strategy)))
+    return grids
 
 
 def _provenance(record: Record) -> dict[str, str]:
     """Where the newest start of the training ran, and the versions there; else those of the evaluation."""
     trained = last_environment(record.run) or {}
-    found = {key: trained.get(key) for key in ("device", "threads", "commit", "python", "driver", "time")}
-    found |= trained.get("versions") or record.summary.get("versions") or {}
-    return {name: value for name, value in found.items() if value is not None}
+    values = {key: trained.get(key) for key in ("device", "threads", "commit", "python", "driver", "time")}
+    values |= trained.get("versions") or record.summary.get("versions") or {}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _facts(record: Record) -> list[tuple[str, str]]:

@@ -73,7 +73,7 @@ def check_comparable(run: Path, config: Config, baseline: Path) -> None:
     facts = {
         **{f"model.{key}": (ours, getattr(other.model, key)) for key, ours in config.model},
         "train.eval_sequences": (config.train.eval_sequences, other.train.eval_sequences),
-        "isolation of documents": (isolates_documents(config), isolates_documents(other)),
+        "isolation of documents": (isolates_documents(config.data), isolates_documents(other.data)),
         "corpus": _corpora((run, config), (baseline, other)),
     }
     for what, (ours, theirs) in facts.items():

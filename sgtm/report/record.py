@@ -52,18 +52,18 @@ def read_record(run: Path) -> Record:
     if not run.is_dir():
         raise ValueError(f"{run} is not a run directory; `sgtm train` makes one at <runs>/<name>")
     config_file = run / "config.yaml"
-    found = config_file.is_file()
-    config = load_config(str(config_file), []) if found else None
+    has_config = config_file.is_file()
+    config = load_config(str(config_file), []) if has_config else None
     lines = read_metrics(run / "metrics.jsonl")
     evals, summary = _last_of_each_step(lines, "eval"), _read_summary(run / "summary.json")
     if evals and not (summary.get("losses") and summary.get("steps", evals[-1]["step"]) >= evals[-1]["step"]):
         summary = _in_training(run, config, evals[-1], summary)
     if config and summary.get("losses"):
-        summary = {"retain_with_group": most_with_group(config), **summary}
+        summary = {"retain_with_group": most_with_group(config.channels, config.tables), **summary}
     return Record(
         run,
         config,
-        config_file.read_text(encoding="utf-8") if found else "",
+        config_file.read_text(encoding="utf-8") if has_config else "",
         _last_of_each_step(lines, "step"),
         evals,
         summary,
@@ -77,11 +77,19 @@ def _in_training(run: Path, config: Config | None, line: dict, outdated: dict) -
     line      of `metrics.jsonl`; one of an older version names no true labels, which then come from the corpus
     outdated  an earlier `summary.json`, or {}
     """
-    kept = {key: outdated[key] for key in ("name", "true_labels", "parameters", "versions") if key in outdated}
-    found = {
+    earlier_fields = {
+        key: outdated[key] for key in ("name", "true_labels", "parameters", "versions") if key in outdated
+    }
+    line_fields = {
         key: line[key] for key in ("losses", "true_labels", "measured", "errors", "difference_errors") if key in line
     }
-    summary = {**kept, **found, "output_norms": line.get("norms", {}), "steps": line["step"], "split": "test"}
+    summary = {
+        **earlier_fields,
+        **line_fields,
+        "output_norms": line.get("norms", {}),
+        "steps": line["step"],
+        "split": "test",
+    }
     if "steps" in outdated:
         summary["summary_steps"] = outdated["steps"]
     if config is None:

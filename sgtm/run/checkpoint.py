@@ -46,8 +46,8 @@ def finished(run_dir: Path | str) -> list[Path]:
     `latest` is for people and other programs: a kill between the rename and its writing would make it lie. Folders of
     other names, such as copies, are neither taken nor deleted.
     """
-    there = [path for path in checkpoints_dir(run_dir).glob("step_*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(there, key=step_of, reverse=True)
+    paths = [path for path in checkpoints_dir(run_dir).glob("step_*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(paths, key=step_of, reverse=True)
 
 
 def renamed(run_dir: Path | str) -> list[str]:
@@ -64,10 +64,10 @@ def step_of(checkpoint: Path) -> int:
 def checkpoints_at(path: Path | str) -> list[Path]:
     """Those of a run directory, newest first, or the one that `path` is. Raises ValueError where there is none."""
     path = Path(path)
-    found = finished(path) or ([path] if path.name.startswith(("step_", DAMAGED)) and path.is_dir() else [])
-    if not found:
+    checkpoints = finished(path) or ([path] if path.name.startswith(("step_", DAMAGED)) and path.is_dir() else [])
+    if not checkpoints:
         raise ValueError(f"{path} holds no checkpoint; give a run directory, or <run>/checkpoints/step_...")
-    return found
+    return checkpoints
 
 
 def remove_unfinished(run_dir: Path | str) -> None:
@@ -172,15 +172,15 @@ def open_run(run_dir: Path | str, data: str | None = None) -> tuple[Config, Path
     that is whole.
     """
     config = locate_data(load_run_config(Path(run_dir)), Path(run_dir), data)
-    there = finished(run_dir)
-    if not there:
+    checkpoints = finished(run_dir)
+    if not checkpoints:
         raise ValueError(f"{run_dir} has no checkpoint yet; train first")
-    found, wrong = newest_whole(there)
-    if found is None:
+    newest, wrong = newest_whole(checkpoints)
+    if newest is None:
         raise ValueError(none_whole(wrong))
     for problem in wrong.values():
-        print(f"warning: {problem}; taking {found}", file=sys.stderr)
-    return config, found
+        print(f"warning: {problem}; taking {newest}", file=sys.stderr)
+    return config, newest
 
 
 def none_whole(wrong: dict[Path, str]) -> str:
@@ -197,5 +197,5 @@ def resolved(config: Config) -> dict:
     from sgtm_kernels.dispatch import served
 
     values = config.spelled_out()
-    values["kernels"]["backend"] = served(kernel_backend(config))
+    values["kernels"]["backend"] = served(kernel_backend(config.kernels, config.train.precision))
     return values

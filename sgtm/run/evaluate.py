@@ -33,7 +33,7 @@ LIBRARIES = ("torch", "deepspeed", "transformers", "numpy")
 def load_model(config: Config, checkpoint: Path) -> Transformer:
     """The model of a checkpoint in fp32, on the device that training takes."""
     with torch.device("meta"):
-        model = Transformer(config.model, config.partition, kernel_backend(config))
+        model = Transformer(config.model, config.partition, kernel_backend(config.kernels, config.train.precision))
     model.load_state_dict(consolidate(checkpoint), assign=True)
     return model.to(device_type()).requires_grad_()
 
@@ -72,13 +72,13 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
     norms = gradient_norms(model, corpus, config, split=split, sequences=config.train.eval_sequences, device=device)
     if config.train.precision == "bf16":
         model = model.bfloat16()
-    found = evaluate(model, corpus, config, split=split, sequences=sequences, device=device)
+    evaluation = evaluate(model, corpus, config, split=split, sequences=sequences, device=device)
     tokens = steps * config.train.tokens_per_step
     return {
         "name": config.name,
-        "losses": found.losses,
-        **found.sample,
-        "retain_with_group": most_with_group(config),
+        "losses": evaluation.losses,
+        **evaluation.sample,
+        "retain_with_group": most_with_group(config.channels, config.tables),
         "counts": _counts(corpus),
         "split": split,
         "sequences": sequences,
@@ -89,7 +89,7 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
         "tokens": tokens,
         "parameters": sum(p.numel() for p in model.parameters()),
         "gradient_norms": norms,
-        "output_norms": found.norms,
+        "output_norms": evaluation.norms,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
 

@@ -38,14 +38,15 @@ def locate_data(config: Config, run: Path, data: str | None = None) -> Config:
         return _with(config, data=data)
     places = _places(config, run)
     if config.data.path != SYNTHETIC:
-        found = next((place / config.data.path for place in places if (place / config.data.path).exists()), None)
-        same = found is None or found == Path(config.data.path).absolute()
-        return config if same else _with(config, data=str(found))
+        paths = (place / config.data.path for place in places)
+        path = next((path for path in paths if path.exists()), None)
+        same = path is None or path == Path(config.data.path).absolute()
+        return config if same else _with(config, data=str(path))
     folders = [Path(os.path.abspath(run)).parent, *(place / config.runs for place in places)]
     name = f"{SYNTHETIC}-{config.model.vocab_size}"
-    found = next((folder for folder in folders if (folder / name).exists()), None)
-    same = found is None or found == Path(config.runs).absolute()
-    return config if same else config.model_copy(update={"runs": str(found)})
+    runs = next((folder for folder in folders if (folder / name).exists()), None)
+    same = runs is None or runs == Path(config.runs).absolute()
+    return config if same else config.model_copy(update={"runs": str(runs)})
 
 
 def places_tried(config: Config, run: Path) -> str:
@@ -71,10 +72,10 @@ def _places(config: Config, run: Path) -> list[Path]:
     here = Path(os.path.abspath(run))
     tail = (*Path(config.runs).parts, config.name)
     by_place = [] if Path(config.runs).is_absolute() or ".." in tail or here.parts[-len(tail) :] != tail else [tail]
-    found = [Path(*here.parts[: -len(tail)]) for tail in by_place]
+    places = [Path(*here.parts[: -len(tail)]) for tail in by_place]
     with suppress(OSError, UnicodeDecodeError):
-        found.append(Path((run / FILE).read_text("utf-8").strip()))
-    return [place for place in (*found, Path.cwd()) if place.is_absolute()]
+        places.append(Path((run / FILE).read_text("utf-8").strip()))
+    return [place for place in (*places, Path.cwd()) if place.is_absolute()]
 
 
 def _with(config: Config, data: str) -> Config:

@@ -70,17 +70,17 @@ class MetricsLog:
         self.path = self.run / "metrics.jsonl"
         before = read_metrics(self.path)
         self.wandb, self.in_wandb = _start_wandb(self.run, self.config, before, self.say)
-        kept = [line for line in before if line["step"] <= self.start]
-        self.seconds = max((line["seconds"] for line in kept if line["kind"] == "step"), default=0.0)
-        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        lines = [line for line in before if line["step"] <= self.start]
+        self.seconds = max((line["seconds"] for line in lines if line["kind"] == "step"), default=0.0)
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self.watch = ResidualWatch(self.config)
-        for line in kept:
+        for line in lines:
             self.watch.see(line)
         self.file = self.path.open("a", buffering=1)
         self.progress = _progress(self.console) if self.console.is_terminal else None
         if self.progress:
             self.task = self.progress.add_task("", total=self.config.train.steps, completed=self.start, text="")
-        return {line["step"] for line in kept if line["kind"] == "eval"}
+        return {line["step"] for line in lines if line["kind"] == "eval"}
 
     def __enter__(self) -> MetricsLog:
         if self.active and self.progress:

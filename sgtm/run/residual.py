@@ -72,6 +72,6 @@ def mixed_labels(tables: Tables) -> list[str]:
     return [
         name
         for label, name in enumerate(tables.labels)
-        if any(tables.contribution(part, label, 0) != 0 for part in PROJECTIONS)
+        if any(tables.contribution(projection, label, 0) != 0 for projection in PROJECTIONS)
         and any(active != 0 for active in tables.active[label][1:])
     ]

@@ -31,18 +31,18 @@ def claim(run: Path, lines: list[dict], say: Callable[[str], None]) -> tuple[str
     lines  of the log before those after the checkpoint are dropped: what earlier starts have sent
     say    takes a line for the user where the directory is a copy
     """
-    here, found = str(run.resolve()), _read(run)
-    if found is not None and (original := _copied_from(found, run)):
+    directory, record = str(run.resolve()), _read(run)
+    if record is not None and (original := _copied_from(record, run)):
         say(f"{run} is a copy of {original}: it gets a wandb run of its own")
-        found = None
-    if found is None:
-        found = {"id": secrets.token_hex(4), "logged": {}}
+        record = None
+    if record is None:
+        record = {"id": secrets.token_hex(4), "logged": {}}
     else:
         for line in lines:
             if line["kind"] in KINDS:
-                found["logged"][line["kind"]] = max(line["step"], found["logged"].get(line["kind"], 0))
-    write_atomically(run / FILE, json.dumps({**found, "directory": here}) + "\n")
-    return found["id"], found["logged"]
+                record["logged"][line["kind"]] = max(line["step"], record["logged"].get(line["kind"], 0))
+    write_atomically(run / FILE, json.dumps({**record, "directory": directory}) + "\n")
+    return record["id"], record["logged"]
 
 
 def _read(run: Path) -> dict | None:
@@ -52,20 +52,20 @@ def _read(run: Path) -> dict | None:
         if not text.startswith("{"):
             return {"id": text, "logged": {}} if text else None
         try:
-            found = json.loads(text)
-            return {"id": str(found["id"]), "directory": str(found["directory"]), "logged": dict(found["logged"])}
+            record = json.loads(text)
+            return {"id": str(record["id"]), "directory": str(record["directory"]), "logged": dict(record["logged"])}
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{run / FILE} is damaged; put back a copy, or delete it for a new wandb run") from None
     return None
 
 
-def _copied_from(found: dict, run: Path) -> Path | None:
+def _copied_from(record: dict, run: Path) -> Path | None:
     """The directory that had this id first, if it is another one and still has it."""
-    original = Path(found.get("directory", run))
+    original = Path(record.get("directory", run))
     if not original.is_dir() or original.samefile(run):
         return None
     try:
         theirs = _read(original)
     except ValueError:
         return None
-    return original if theirs is not None and theirs["id"] == found["id"] else None
+    return original if theirs is not None and theirs["id"] == record["id"] else None

@@ -129,7 +129,7 @@ def _basis(config: Config, corpus: Corpus | None, held_out: dict[Path, str]) -> 
         data = (corpus.fingerprint, f"{corpus.path} ({corpus.fingerprint[:12]})")
         tokenizer = (words, f"{words[:12]}, {corpus.vocab_size:,} entries")
         held = (held_out[corpus.path], f"{held_out[corpus.path][:12]} in {corpus.path}")
-    context, isolated = config.model.context, isolates_documents(config)
+    context, isolated = config.model.context, isolates_documents(config.data)
     evaluation = (context, train.eval_sequences, isolated)
     shown = f"{train.eval_sequences} of {context} tokens{', documents isolated' if isolated else ''}"
     arithmetic = f"{train.steps:,} x {train.tokens_per_step:,} = {tokens:,}"

@@ -93,7 +93,9 @@ def _curve(row: Row) -> list[tuple[int, float]]:
                 if line["kind"] == "step" and line["loss"] is not None:
                     by_step.setdefault(line["step"], []).append(line["loss"])
     size = row.runs[0].config.train.tokens_per_step
-    return [(step * size, statistics.fmean(found)) for step, found in by_step.items() if len(found) == len(row.losses)]
+    return [
+        (step * size, statistics.fmean(losses)) for step, losses in by_step.items() if len(losses) == len(row.losses)
+    ]
 
 
 def _panel(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:

@@ -157,12 +157,12 @@ def _axis(file: Path, key: str, values: list | dict, spec: SweepFile) -> list[tu
         return [(name, (key, value)) for name, value in values.items()]
     leaf = key.rpartition(".")[2]
     short = leaf if [other.rpartition(".")[2] for other in spec.grid].count(leaf) == 1 else key
-    found = []
+    entries = []
     for value in values:
         if isinstance(value, list | dict):
             raise ConfigError(f"{file}: grid: {key}: {value} needs a name: {key}: {{NAME: VALUE, ...}}")
-        found.append((f"{short}-{_word(value)}", (key, value)))
-    return found
+        entries.append((f"{short}-{_word(value)}", (key, value)))
+    return entries
 
 
 def _word(value: Any) -> str:

@@ -50,8 +50,8 @@ class Progress:
         if self.bars:
             self.tasks[run.name] = self.bars.add_task(run.name, total=run.config.train.steps, text="")
         else:
-            at = f" from step {self.steps[run.name]}" if self.steps[run.name] else ""
-            self.say(f"started {run.name}{at}")
+            suffix = f" from step {self.steps[run.name]}" if self.steps[run.name] else ""
+            self.say(f"started {run.name}{suffix}")
 
     def ended(self, run: Run, done: bool, status: int) -> None:
         del self.running[run.name]
@@ -60,8 +60,10 @@ class Progress:
         self.unfinished += not done
         if self.bars:
             self.bars.remove_task(self.tasks.pop(run.name))
-        at = self.steps[run.name]
-        what = "finished" if done else f"stopped at step {at}:" if status in ENDED_EARLY else f"failed at step {at}:"
+        step = self.steps[run.name]
+        what = (
+            "finished" if done else f"stopped at step {step}:" if status in ENDED_EARLY else f"failed at step {step}:"
+        )
         self.say(f"{what} {run.name} ({self._finished()} runs finished)")
 
     def update(self) -> None:

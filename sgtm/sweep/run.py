@@ -111,9 +111,9 @@ def _report(sweep: Sweep, outcome: Outcome, console: Console) -> int:
         ended = f"was ended by {signal.Signals(-status).name}" if status < 0 else ended
         _say(console, f"failed: {run.name} {ended}; log: {log_of(sweep, run)}")
     if outcome.stopped:
-        kept = "finished runs and checkpoints are kept"
+        note = "finished runs and checkpoints are kept"
         name = signal.Signals(outcome.stopped).name
-        print(f"stopped by {name}; {kept}; continue: sgtm sweep {sweep.file}", file=sys.stderr)
+        print(f"stopped by {name}; {note}; continue: sgtm sweep {sweep.file}", file=sys.stderr)
         return 128 + outcome.stopped
     return int(bool(outcome.failed))
 

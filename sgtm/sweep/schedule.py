@@ -207,8 +207,8 @@ class Stop:
 
     def news(self) -> list[int]:
         """Signals that the runs are to be sent now."""
-        found, self._news = self._news, []
-        return found
+        signals, self._news = self._news, []
+        return signals
 
     def _receive(self, number: int, frame) -> None:
         self._news.append(signal.SIGKILL if self.signal and number == signal.SIGINT else signal.SIGTERM)

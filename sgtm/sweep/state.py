@@ -52,8 +52,8 @@ def differences(before: Config, now: Config) -> list[str]:
 def final_losses(directory: Path, config: Config) -> dict[str, dict[str, float | None]] | None:
     """Losses of the evaluation after the last step, or None where it has not been made; null for one not finite."""
     lines = read_metrics(directory / "metrics.jsonl")
-    found = [line["losses"] for line in lines if line["kind"] == "eval" and line["step"] == config.train.steps]
-    return found[-1] if found else None
+    evaluations = [line["losses"] for line in lines if line["kind"] == "eval" and line["step"] == config.train.steps]
+    return evaluations[-1] if evaluations else None
 
 
 def steps_done(directory: Path) -> int:

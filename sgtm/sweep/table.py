@@ -77,14 +77,14 @@ def read_rows(sweep: Sweep, corpora: dict[str, Corpus | None]) -> list[Row]:
 def four_losses(losses: dict, true_labels: dict[str, str], run: Run) -> dict[str, float]:
     """The four losses of one run; NaN where no category was measured or one is not finite."""
     forgotten = {category for category, label in true_labels.items() if label.startswith("forget:")}
-    found = {}
+    means = {}
     for model, condition in (("full", FULL), ("ablated", removal_name(run.config.space.domains))):
         by_category = losses[condition]
         for data in ("retain", "forget"):
             mine = [loss for name, loss in by_category.items() if (name in forgotten) == (data == "forget")]
             known = mine and all(loss is not None for loss in mine)
-            found[f"{model}_{data}"] = statistics.fmean(mine) if known else math.nan
-    return found
+            means[f"{model}_{data}"] = statistics.fmean(mine) if known else math.nan
+    return means
 
 
 def write_table(sweep: Sweep, rows: list[Row]) -> None:

@@ -61,12 +61,12 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     not fit the config, checkpoints of which none is whole, wandb without a login. Then no run directory has been made,
     and none deleted.
     """
-    launch = init_distributed(config)
+    rank_info = init_distributed(config.distributed, config.kernels)
     check_same(lambda: _settings(config) | {"--resume": resume, "--overwrite": overwrite})
     run = Path(config.runs) / config.name
     on_rank_zero(lambda: check_usable(run, resume, overwrite))
     with held(run, LEASE if resume else 0.0):
-        stopped_by = _train(config, launch, run, resume, overwrite)
+        stopped_by = _train(config, rank_info, run, resume, overwrite)
     if stopped_by is not None:
         raise Stopped(stopped_by)
     return run
@@ -78,16 +78,16 @@ def _settings(config: Config) -> dict[str, Any]:
     return {key: value for key, value in values if key not in OWN and not key.startswith("wandb.")}
 
 
-def _train(config: Config, launch: RankInfo, run: Path, resume: bool, overwrite: bool) -> int | None:
+def _train(config: Config, rank_info: RankInfo, run: Path, resume: bool, overwrite: bool) -> int | None:
     """The signal that has stopped the run, if one has."""
-    written, config = config, together(lambda: config.for_ranks(launch.world_size))
+    written, config = config, together(lambda: config.for_ranks(rank_info.world_size))
     notes: list[str] = []
     enter("verifying the checkpoint", 0)
-    latest = find_whole(run, launch.rank, launch.world_size, notes.append) if resume else None
+    latest = find_whole(run, rank_info.rank, rank_info.world_size, notes.append) if resume else None
     enter("checking the kernels", 0)
     notes += check_kernels(config)
     enter("compiling" if config.train.compile == "blocks" else "making the model")
-    model, weights = _initial_model(config, launch, load=latest is None)
+    model, weights = _initial_model(config, rank_info, load=latest is None)
     engine = Engine(model, config)
     engine.set_weights(weights)
     del weights
@@ -95,7 +95,7 @@ def _train(config: Config, launch: RankInfo, run: Path, resume: bool, overwrite:
     dry_run(engine, config.tables)
     warm_up = time.perf_counter() - began
     enter("opening the corpus")
-    corpus = open_everywhere(config, launch)
+    corpus = open_everywhere(config, rank_info)
     init_from = config.train.init_from
     if latest is None and init_from:
         from sgtm.hf.pretrained import check_tokenizer
@@ -103,14 +103,14 @@ def _train(config: Config, launch: RankInfo, run: Path, resume: bool, overwrite:
         on_rank_zero(lambda: check_tokenizer(init_from, corpus))
     initial = on_rank_zero(lambda: export_record(config)) if latest is None else None
     trained_on = trained_categories(corpus), bool(len(corpus.spans)), initial
-    check_certified(config, *trained_on)
-    loader = Loader(corpus, config, launch.rank, launch.world_size)
+    check_certified(config.conditions, *trained_on)
+    loader = Loader(corpus, config, rank_info.rank, rank_info.world_size)
     totals = StepTotals(len(config.space.labels), engine.device)
     start = 0
     if latest is not None:
         enter("loading the checkpoint")
         start, progress, reshaped = load_checkpoint(engine, latest, config, corpus.fingerprint)
-        totals.restore(progress, launch.rank, launch.world_size)
+        totals.restore(progress, rank_info.rank, rank_info.world_size)
         notes += [reshaped] if reshaped else []
     enter("opening the run directory")
     log = MetricsLog(run, config, rank=engine.rank, start=start)
@@ -126,7 +126,7 @@ def _train(config: Config, launch: RankInfo, run: Path, resume: bool, overwrite:
             log.say(f"{run} is complete: all of its {start} steps were trained before")
         if resume and not start:
             log.say(f"{run} has no checkpoint: training from the beginning")
-        independent_of = certified(config, *trained_on)
+        independent_of = certified(config.conditions, *trained_on)
         if latest is not None:  # what was trained before may have been another
             before = on_rank_zero(lambda: read_manifest(latest)["independent_of"])
             independent_of = tuple(domain for domain in independent_of if domain in before)
@@ -254,7 +254,7 @@ def _gradients(totals: StepTotals, engine: Engine, groups: tuple[str, ...]) -> d
 def _evaluate(engine: Engine, corpus: Corpus, config: Config, log: MetricsLog, stop: StopSignal, step: int) -> bool:
     """Evaluate and log it; False, and no line, where a signal came before the end."""
     try:
-        found = evaluate(
+        evaluation = evaluate(
             engine,
             corpus,
             config,
@@ -268,7 +268,7 @@ def _evaluate(engine: Engine, corpus: Corpus, config: Config, log: MetricsLog, s
         )
     except Stopped:
         return False
-    log.evaluation(step, *found)
+    log.evaluation(step, *evaluation)
     return True
 
 
@@ -281,7 +281,7 @@ def _checksum(weights: dict[str, torch.Tensor]) -> int:
     return checksum
 
 
-def _initial_model(config: Config, launch: RankInfo, load: bool) -> tuple[Transformer, dict[str, torch.Tensor]]:
+def _initial_model(config: Config, rank_info: RankInfo, load: bool) -> tuple[Transformer, dict[str, torch.Tensor]]:
     """The model before the first step, and its weights that are not random: those of `train.init_from`, if `load`."""
     model = initial_model(config)
     folder = config.train.init_from
@@ -290,7 +290,7 @@ def _initial_model(config: Config, launch: RankInfo, load: bool) -> tuple[Transf
         from sgtm.hf.pretrained import load_pretrained  # transformers takes seconds to import
 
         theirs = together(lambda: load_pretrained(folder, config.model, config.partition))
-        if launch.world_size > 1:
+        if rank_info.world_size > 1:
             check_same(lambda: {"weights in train.init_from, as a checksum,": _checksum(theirs)})
         model.load_state_dict({p.name: getattr(model, p.name) for p in model.domain_parts} | theirs)
     return model, theirs

@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # deepspeed takes seconds to import
     from sgtm.distributed.engine import Engine
 
 
-def open_everywhere(config: Config, launch: RankInfo) -> Corpus:
+def open_everywhere(config: Config, rank_info: RankInfo) -> Corpus:
     """The corpus on every rank, after rank 0 has written it where it is a synthetic one and not there yet.
 
     The first rank of every node reads all files and checks their hashes, as nodes may have copies of their own; the
@@ -46,9 +46,9 @@ def open_everywhere(config: Config, launch: RankInfo) -> Corpus:
     damaged, or has another corpus than rank 0.
     """
     on_rank_zero(lambda: str(open_corpus(config).path))
-    if launch.world_size == 1:
+    if rank_info.world_size == 1:
         return open_corpus(config, "sizes")  # the hashes have just been checked
-    checks = launch.local_rank == 0 and launch.rank != 0
+    checks = rank_info.local_rank == 0 and rank_info.rank != 0
 
     def opened() -> Corpus:
         try:
@@ -57,14 +57,14 @@ def open_everywhere(config: Config, launch: RankInfo) -> Corpus:
             raise ValueError(f"on host {socket.gethostname()}: {error}") from error
 
     corpus = together(opened)
-    found = on_every_rank(lambda: (corpus.fingerprint, socket.gethostname()))
+    copies = on_every_rank(lambda: (corpus.fingerprint, socket.gethostname()))
 
     def compare() -> None:
-        for rank, (fingerprint, host) in enumerate(found):
-            if fingerprint != found[0][0]:
+        for rank, (fingerprint, host) in enumerate(copies):
+            if fingerprint != copies[0][0]:
                 raise ValueError(
                     f"{corpus.path} is another corpus on host {host} (rank {rank}, {fingerprint[:16]}...) than on host "
-                    f"{found[0][1]} (rank 0, {found[0][0][:16]}...); copy the same to every node"
+                    f"{copies[0][1]} (rank 0, {copies[0][0][:16]}...); copy the same to every node"
                 )
 
     on_rank_zero(compare)
@@ -78,9 +78,9 @@ def initial_model(config: Config) -> Transformer:
     """
     compiled = config.train.compile == "blocks"
     if compiled:
-        together(lambda: check_compiler(device_type(), kernel_backend(config)))
+        together(lambda: check_compiler(device_type(), kernel_backend(config.kernels, config.train.precision)))
     torch.manual_seed(config.train.seed)
-    model = Transformer(config.model, config.partition, kernel_backend(config))
+    model = Transformer(config.model, config.partition, kernel_backend(config.kernels, config.train.precision))
     if compiled:
         compile_blocks(model)
     return model

@@ -64,7 +64,9 @@ class Case:
         initial = None
         if self.start:
             initial = json.loads((self.start / self.data[0] / "sgtm_export.json").read_text())
-        return obstacle(self.config("x/runs", "x"), self.domain, spans=self.corpus == "spans", initial=initial)
+        return obstacle(
+            self.config("x/runs", "x").conditions, self.domain, spans=self.corpus == "spans", initial=initial
+        )
 
     def config(self, runs: str, data: str) -> Config:
         values = {
@@ -170,7 +172,7 @@ def test_the_safe_model_is_independent_of_the_forget_text(tmp_path, ranks):
     cases += [Case(2, "fp32", {"masking": {"domain_embedding": 3}, "data": {"mixing": "token"}})]
     cases += [Case(2, "bf16", ONE_OF_TWO, corpus="es-fr")]
     for case, (these, those) in zip(cases, safe_models(tmp_path, cases, ranks, resumed=True), strict=True):
-        assert certified(case.config("x/runs", "x")) == ("es",)
+        assert certified(case.config("x/runs", "x").conditions) == ("es",)
         assert these == those, case
 
 

@@ -75,7 +75,8 @@ def weights(block: torch.nn.Module) -> list[StorageWeakRef]:
 def every_way(stage: int, family: str) -> list[tuple]:
     from sgtm.distributed.process_group import init_distributed
 
-    init_distributed(run_config(stage, family, "torch", "sequence"))
+    config = run_config(stage, family, "torch", "sequence")
+    init_distributed(config.distributed, config.kernels)
     return [train(stage, family, *way) for way in ((False, False), (True, False), (True, True))]
 
 
@@ -97,7 +98,7 @@ def under_every_mask(stage: int) -> tuple[list[float], list[float], int, int]:
     from sgtm.model.compile import compile_blocks
 
     configs = [config_of(stage, "gpt_neo", compiled) for compiled in (False, True)]
-    init_distributed(configs[0])
+    init_distributed(configs[0].distributed, configs[0].kernels)
     torch._dynamo.reset()
     models, counter = [model_of("gpt_neo") for _ in configs], CompileCounterWithBackend("aot_eager")
     compile_blocks(models[1], counter)

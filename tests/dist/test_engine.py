@@ -122,7 +122,8 @@ def every_case() -> tuple[dict[str, Run], dict[str, Run]]:
     from sgtm.distributed.engine import Engine
     from sgtm.distributed.process_group import init_distributed
 
-    init_distributed(tiny_config())
+    any_config = tiny_config()
+    init_distributed(any_config.distributed, any_config.kernels)
     sections.HOP_BYTES = 0  # shares to their owners, as of a large model
     seen, unclipped = {}, {}
     for stage, precision, offload in CASES:
@@ -197,7 +198,7 @@ def three_ranks() -> list:
     losses = []
     for stage in (0, 1, 2, 3):
         config = tiny_config(stage, model={"context": 6}, train={"tokens_per_step": 12 * 6})
-        init_distributed(config)
+        init_distributed(config.distributed, config.kernels)
         engine = Engine(tiny_model(config), config)
         seen = []
         for step in range(2):
@@ -225,7 +226,7 @@ def give_weights() -> None:
 
     for stage, precision, offload in CASES:
         config = tiny_config(stage, precision, distributed={"offload_optimizer": offload})
-        init_distributed(config)
+        init_distributed(config.distributed, config.kernels)
         model = tiny_model(config)
         given = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in given.values())

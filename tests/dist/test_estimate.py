@@ -123,7 +123,7 @@ def measured(cases: list[str]) -> dict[str, tuple[float, float]]:
     gc.freeze()  # what the imports have made need not be looked through every time
     for case in cases:
         config, limits = config_of(case), CASES[case][3]
-        init_distributed(config)
+        init_distributed(config.distributed, config.kernels)
         engine_module.deepspeed_config = lambda *a, limits=limits: limited(configured(*a), limits)
         before = storages()
         engine = engine_module.Engine(Transformer(config.model, config.partition), config)

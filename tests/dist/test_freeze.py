@@ -84,7 +84,7 @@ def check_freeze(stage: int, precision: str, masked_update: str, offload: bool =
     case = f"ZeRO {stage} {precision} {masked_update}{' offloaded' * offload}"
     sections = {"optimizer": {"masked_update": masked_update}, "distributed": {"offload_optimizer": offload}}
     config = tiny_config(stage, precision, **sections)
-    init_distributed(config)
+    init_distributed(config.distributed, config.kernels)
     engine = Engine(tiny_model(config), config)
     live = live_keys(config.tables, PURE_FORGET) & engine.optimizer.steps.keys()
     frozen = engine.optimizer.steps.keys() - live

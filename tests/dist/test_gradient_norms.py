@@ -68,7 +68,7 @@ def check_case(stage: int, precision: str, offload: bool) -> None:
 
     config = run_config(stage, "gpt_neo", "torch", "token", precision=precision, offload=offload, grad_clip=LIMIT)
     case = f"ZeRO {stage} {precision}{' offloaded' * offload}"
-    init_distributed(config)
+    init_distributed(config.distributed, config.kernels)
     engine, other = (Engine(model_of("gpt_neo"), config) for _ in range(2))
     step, labels = random_step("token", 1), config.space.labels
     mine = step[engine.rank :: engine.world_size]

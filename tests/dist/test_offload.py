@@ -40,7 +40,8 @@ def every_case(folder: str) -> None:
     from sgtm.distributed.process_group import init_distributed
     from sgtm.run.resume import load_checkpoint
 
-    init_distributed(tiny_config())
+    any_config = tiny_config()
+    init_distributed(any_config.distributed, any_config.kernels)
     for stage, precision in product((1, 2, 3), ("fp32", "bf16")):
         case, run = f"ZeRO {stage} {precision}", Path(folder, f"{stage}-{precision}")
 
@@ -77,7 +78,7 @@ def backends() -> list[str]:
     found = []
     for backend, offload in product(("reference", "triton"), (False, True)):
         config = tiny_config(2, kernels={"backend": backend}, distributed={"offload_optimizer": offload})
-        init_distributed(config)
+        init_distributed(config.distributed, config.kernels)
         found.append(Engine(tiny_model(config), config).optimizer.backend)
     return found
 

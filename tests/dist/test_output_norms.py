@@ -26,7 +26,7 @@ def train(stage: int, mixing: str, measured: bool) -> tuple:
 
     config = run_config(stage, "gpt_neo", "torch", mixing, precision=HOW[mixing])
     engine_module.deepspeed_config = sharded(engine_module.deepspeed_config)
-    init_distributed(config)
+    init_distributed(config.distributed, config.kernels)
     engine = engine_module.Engine(model_of("gpt_neo", activation_checkpointing=stage == 2), config)
     totals, losses, taken = StepTotals(len(config.space.labels), engine.device), {}, []
     for step in range(2):

@@ -64,7 +64,7 @@ def check(stage: int, precision: str) -> None:
     from sgtm.distributed.process_group import init_distributed
 
     config, where = config_of(stage, precision), f"ZeRO {stage} {precision}"
-    init_distributed(config)
+    init_distributed(config.distributed, config.kernels)
     expected = expected_norms(model_of("gpt_neo"), config)
     assert len({round(norm / LIMIT) for norm in expected}) == 3 and min(expected) > LIMIT, (
         "all clipped, by other factors"

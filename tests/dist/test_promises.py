@@ -208,7 +208,8 @@ def check_cases(cases: list[Case], others: bool) -> None:
     """Every case with its domain, and others: with its open label, or retain where it has none."""
     from sgtm.distributed.process_group import init_distributed
 
-    init_distributed(config_of(cases[0]))
+    any_config = config_of(cases[0])
+    init_distributed(any_config.distributed, any_config.kernels)
     for case in cases:
         check_case(case, case.domain, *([case.rest if case.opened else RETAIN] if others else []))
         if case is cases[0]:

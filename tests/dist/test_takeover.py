@@ -73,7 +73,8 @@ def watch_cases(monkeypatch) -> None:
     from sgtm.distributed.process_group import init_distributed
     from sgtm.training.loop import StopSignal
 
-    init_distributed(tiny_config())
+    any_config = tiny_config()
+    init_distributed(any_config.distributed, any_config.kernels)
     for stage, precision, offload in CASES:
         case = f"ZeRO {stage} {precision}{' offloaded' * offload}"
         sections = {"optimizer": {"grad_clip": 0.1}, "distributed": {"offload_optimizer": offload}}
@@ -111,7 +112,8 @@ def count_reads() -> None:
     from sgtm.distributed.process_group import init_distributed
     from sgtm.training.step import StepTotals, train_step
 
-    init_distributed(run_config(0, "gpt_neo", "torch", "sequence"))
+    any_config = run_config(0, "gpt_neo", "torch", "sequence")
+    init_distributed(any_config.distributed, any_config.kernels)
     for stage in (0, 1, 2, 3):
         config = run_config(stage, "gpt_neo", "torch", "micro")
         engine = Engine(model_of("gpt_neo"), config)
@@ -137,7 +139,8 @@ def send_in_bf16() -> None:
     from sgtm.distributed.engine import Engine
     from sgtm.distributed.process_group import init_distributed
 
-    init_distributed(tiny_config())
+    any_config = tiny_config()
+    init_distributed(any_config.distributed, any_config.kernels)
     for stage, precision, offload in SENT:
         case, errors = f"ZeRO {stage} {precision}{' offloaded' * offload}", {}
         for communication in ("fp32", "bf16"):

@@ -125,7 +125,7 @@ def check_where_one_rank_is_broken(folder: str) -> tuple[str, list[str], str]:
     from sgtm_kernels import dispatch
 
     automatic = load_config("debug", SMALL)
-    rank = init_distributed(automatic).rank
+    rank = init_distributed(automatic.distributed, automatic.kernels).rank
     stand_ins(f"{folder}/{rank}")
     if rank:
         break_kernel("mlp", "linear_gelu")

@@ -56,7 +56,8 @@ BREAK = {
 def train(options) -> int:
     signal.signal(signal.SIGTERM, lambda *args: None)  # as StopSignal does in a run
     minutes = 2 if os.environ.get("APART") else 0.1 if "suspend" in sys.argv else 0.05
-    launch = init_distributed(load_config("debug", [f"--distributed.timeout_minutes={minutes}"]))
+    config = load_config("debug", [f"--distributed.timeout_minutes={minutes}"])
+    launch = init_distributed(config.distributed, config.kernels)
     if "suspend" in sys.argv:
         watchdog.BEAT, watchdog.LISTEN = 0.1, 1.0
     for step in range(1, STEP + 3):

@@ -138,7 +138,7 @@ def test_one_round_is_said_and_which_domain(taken):
 
 
 def test_a_step_without_a_quarter_is_refused_before_there_is_a_model(capsys, monkeypatch):
-    monkeypatch.setattr("sgtm.measure.bench.init_distributed", lambda config: SimpleNamespace(rank=0, world_size=2))
+    monkeypatch.setattr("sgtm.measure.bench.init_distributed", lambda *args: SimpleNamespace(rank=0, world_size=2))
     monkeypatch.setattr("sgtm.measure.bench.engine_steps", lambda *args: pytest.fail("a model was built"))
     assert main(["bench", "debug", "--train.tokens_per_step=256", "--train.micro_batch=2"]) == 2
     printed = capsys.readouterr()

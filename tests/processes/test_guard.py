@@ -15,6 +15,7 @@ import pytest
 import torch.distributed as dist
 from waiting import wait_until
 
+from sgtm.config.sections import DistributedConfig
 from sgtm.distributed import process_group, watchdog
 from sgtm.distributed.guard import BEAT, Silence, _is_stopped
 
@@ -72,9 +73,9 @@ def test_collectives_wait_for_the_watchdog_where_there_is_one(monkeypatch):
     limits = []
     monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", lambda timeout, group: limits.append(timeout))
     monkeypatch.setattr(dist.distributed_c10d, "_world", SimpleNamespace(pg_map={"a group": None}))
-    config = SimpleNamespace(distributed=SimpleNamespace(timeout_minutes=30))
+    distributed = DistributedConfig(timeout_minutes=30)
     monkeypatch.setattr(watchdog, "_watchdog", None)
-    process_group.outlast_watchdog(config)
+    process_group.outlast_watchdog(distributed)
     monkeypatch.setattr(watchdog, "_watchdog", object())
-    process_group.outlast_watchdog(config)
+    process_group.outlast_watchdog(distributed)
     assert limits[0] == timedelta(minutes=31) and limits[1] > timedelta(days=365)

@@ -119,7 +119,8 @@ def test_deterministic_algorithms_on_a_gpu(wanted, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(process_group.dist, "init_process_group", lambda *args, **kwargs: None)
     try:
-        process_group._join(load_config("debug", [f"--kernels.deterministic={wanted}"]))
+        config = load_config("debug", [f"--kernels.deterministic={wanted}"])
+        process_group._join(config.distributed, config.kernels)
         found = torch.are_deterministic_algorithms_enabled(), "CUBLAS_WORKSPACE_CONFIG" in os.environ
         assert found == (wanted, wanted) and torch.utils.deterministic.fill_uninitialized_memory is not wanted
         assert not torch.is_deterministic_algorithms_warn_only_enabled()  # SDPA's backward pass would add in any order
@@ -262,7 +263,8 @@ from sgtm.config import load_config
 from sgtm.distributed import process_group
 if "freed" in sys.argv:
     process_group.keep_freed_memory = lambda: None
-process_group.init_distributed(load_config("debug", []))
+config = load_config("debug", [])
+process_group.init_distributed(config.distributed, config.kernels)
 for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     tensors = [torch.ones(mib * 2**20, dtype=torch.uint8) for mib in (64, 40, 100, 64, 33)]

@@ -177,7 +177,7 @@ KERNELS = (
 
 
 def test_an_op_of_the_cpu_is_no_kernel(capsys, monkeypatch):
-    monkeypatch.setattr("sgtm.measure.profile.init_distributed", lambda config: None)
+    monkeypatch.setattr("sgtm.measure.profile.init_distributed", lambda *args: None)
     assert main(["profile", "debug", "--kernel", "aten::mm"]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: --kernel aten::mm: no such kernel; Triton kernels: activation_backward, ")

@@ -43,7 +43,7 @@ def config(*options: str):
 )
 def test_certified(options):
     found = config(*options)
-    assert certified(found) == found.space.domains
+    assert certified(found.conditions) == found.space.domains
     assert load_config("debug", [*BASE, *options, "--masking.certify=true"]) is not None
 
 
@@ -77,38 +77,38 @@ def test_certified(options):
 )
 def test_the_first_reason_why_not(options, reason):
     found = config(*options)
-    assert re.search(reason, obstacle(found, "es")), obstacle(found, "es")
-    assert "es" not in certified(found)
+    assert re.search(reason, obstacle(found.conditions, "es")), obstacle(found.conditions, "es")
+    assert "es" not in certified(found.conditions)
     with pytest.raises(ValueError, match=f"masking.certify: the safe model depends on the text of es: .*{reason}"):
         config(*options, "--masking.certify=true")
 
 
 def test_one_domain_may_be_certified_and_another_not():
     found = config(BOTH, '--data.channel={"forget:fr": {unlabeled: 0.5}, retain: {"open:fr": 0.5}}')
-    assert certified(found, {"a": "retain", "b": "forget:es"}) == ("es",)
-    assert certified(found) == ()  # unlabeled tokens read es too
-    assert certified(config(BOTH, '--data.channel={retain: {"open:fr": 0.5}}')) == ("es",)
+    assert certified(found.conditions, {"a": "retain", "b": "forget:es"}) == ("es",)
+    assert certified(found.conditions) == ()  # unlabeled tokens read es too
+    assert certified(config(BOTH, '--data.channel={retain: {"open:fr": 0.5}}').conditions) == ("es",)
 
 
 def test_what_upsample_draws_counts_for_the_domain_of_the_category():
     found = config(BOTH, "--data.upsample={a: 1.5, b: 2}")
-    assert certified(found, {"a": "forget:es", "b": "forget:fr", "c": "retain"}) == ("fr",)
-    assert certified(found, {"a": "retain", "b": "forget:fr", "c": "forget:es"}) == ("es", "fr")
+    assert certified(found.conditions, {"a": "forget:es", "b": "forget:fr", "c": "retain"}) == ("fr",)
+    assert certified(found.conditions, {"a": "retain", "b": "forget:fr", "c": "forget:es"}) == ("es", "fr")
 
 
 def test_the_embedding_of_another_domain_counts():
     parts = ("attn_in", "attn_out", "mlp_in", "mlp_out")
     entries = {"active.forget:es.fr": 1, **{f"update.forget:es.fr.{part}": 0 for part in parts}}
     options = (BOTH, f"--masking.overrides={json.dumps(entries)}")
-    assert obstacle(config(*options), "es") is None
-    reason = obstacle(config(*options, "--masking.domain_embedding=4"), "es")
+    assert obstacle(config(*options).conditions, "es") is None
+    reason = obstacle(config(*options, "--masking.domain_embedding=4").conditions, "es")
     assert reason == "tokens of label forget:es train embedding of group fr while group es is active"
 
 
 def test_the_labels_and_spans_of_the_corpus_count(tmp_path):
     masking = {"masking": {"joint": "strict", "certify": True}}
     plain = config_for(channel={}, mixing="token", **masking | {"optimizer": {"grad_clip_scope": "owner"}})
-    assert certified(plain) == ("es",)
+    assert certified(plain.conditions) == ("es",)
     labels = {"en": "retain", "es": "forget:es", "web": "unlabeled"}
     two = [r for r in mixed_records(60) if r["category"] != "web"]
     check_corpus(build(tmp_path / "two", two, {"en": "retain", "es": "forget:es"}), plain)

@@ -20,8 +20,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def lines_of(config: Config) -> dict[str, str]:
-    found = row_lines(config, config.channels[0][1])
-    return {line.partition(": ")[0]: line.partition(": ")[2] for line in found}
+    return {line.partition(": ")[0]: line.partition(": ")[2] for line in rows_of(config)}
+
+
+def rows_of(config: Config) -> list[str]:
+    return row_lines(config.channels[0][1], config.tables, config.masking.strategy)
+
+
+def largest_shares(config: Config) -> dict[str, float]:
+    return most_with_group(config.channels, config.tables)
 
 
 RETAIN = {
@@ -44,7 +51,7 @@ def test_rows_of_every_recipe(name):
     assert lines_of(config) == {
         "unlabeled": f"100% as unlabeled: {rows.UNKNOWN}", "retain": RETAIN[name], "forget:es": FORGET[name],
     }  # fmt: skip
-    assert most_with_group(config) == {"es": pytest.approx({"paper": 0.75, "dual": 0.4}.get(name, 0.2))}
+    assert largest_shares(config) == {"es": pytest.approx({"paper": 0.75, "dual": 0.4}.get(name, 0.2))}
 
 
 def test_what_no_recipe_has():
@@ -54,11 +61,11 @@ def test_what_no_recipe_has():
     found = lines_of(config)
     assert found["retain"].endswith(f"; never with es: {rows.NEVER_SEEN}; {rows.TWICE}")
     assert found["forget:es"] == f"10% as retain: {rows.STAYS}; 90% as forget:es: {rows.DOMAIN_ALONE}"
-    assert most_with_group(config) == {"es": 0.0, "fr": 0.5}
+    assert largest_shares(config) == {"es": 0.0, "fr": 0.5}
     later = load_config("debug", [*two, "--data.channel={}", "--data.schedule={0.5: {retain: {'open:es': 0.3}}}"])
-    assert most_with_group(later) == {"es": pytest.approx(0.3), "fr": 0.0}
+    assert largest_shares(later) == {"es": pytest.approx(0.3), "fr": 0.0}
     unmasked = load_config("debug", ["--masking.strategy=none"])
-    assert row_lines(unmasked, unmasked.channels[0][1]) == [rows.UNMASKED]
+    assert rows_of(unmasked) == [rows.UNMASKED]
 
 
 def test_the_documentation_has_every_sentence():
@@ -76,6 +83,6 @@ def test_explain_and_report_show_them(channel):
     print_explanation(config, console)
     printed = console.export_text().splitlines()
     ((grid, lines),) = channel_grids(config)
-    assert lines == row_lines(config, config.channels[0][1]) and set(lines) <= set(printed)
+    assert lines == rows_of(config) and set(lines) <= set(printed)
     assert [label for label, _ in grid.rows] == ["unlabeled", "retain", "forget:es"]
     assert any(line.startswith("label channel") for line in printed) == (channel != "{}")

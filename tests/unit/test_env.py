@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from sgtm.config import load_config
+from sgtm.config.sections import KernelsConfig
 from sgtm.distributed.env import cpu_threads, kernel_backend
 from sgtm.process import cores
 from sgtm.process.ranks import RankInfo
@@ -31,7 +31,7 @@ def test_threads_follow_the_quota(monkeypatch):
 def test_kernels_follow_the_device_of_the_run_and_its_precision(monkeypatch):
     def backend(device: str, name: str = "auto", precision: str = "fp32") -> str:
         monkeypatch.setenv("DS_ACCELERATOR", device)
-        return kernel_backend(load_config("debug", [f"--kernels.backend={name}", f"--train.precision={precision}"]))
+        return kernel_backend(KernelsConfig(backend=name), precision)
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

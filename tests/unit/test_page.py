@@ -110,10 +110,10 @@ def test_names_from_outside_are_escaped(run):
 
 def test_strategy_grids_hold_the_tables(run):
     config: Config = read_record(run).config
-    grids = {grid.title: dict(grid.rows) for grid in strategy_grids(config)}
+    grids = {grid.title: dict(grid.rows) for grid in strategy_grids(config.tables)}
     assert grids["active"]["retain"] == (1.0, 0.0, 0.0)
     assert grids["update"]["forget:fr"] == (0.0, 1.0, 1.0)
     assert grids["update_joint"]["forget:es"][:3] == (0.0, 0.0, 1.0)
     (run / "config.yaml").write_text(CONFIG.replace("masking: {", "masking: {strategy: no_mlp_out, "))
-    titles = [grid.title for grid in strategy_grids(read_record(run).config)]
+    titles = [grid.title for grid in strategy_grids(read_record(run).config.tables)]
     assert titles == ["active", "route", "update (attn_in, attn_out, mlp_in)", "update (mlp_out)", "update_joint"]

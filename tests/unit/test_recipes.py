@@ -41,7 +41,7 @@ def facts(config: Config) -> tuple:
 def test_what_a_recipe_sets(name, tmp_path):
     config = load_config("debug", ["--recipe", name])
     assert facts(config) == EXPECTED[name]
-    assert certified(config) == (("es",) if name == "certified" else ())
+    assert certified(config.conditions) == (("es",) if name == "certified" else ())
     assert {section: set(keys) for section, keys in KEYS.items()} == {
         s: set(k) for s, k in recipe(name, ["es"]).items()
     }
@@ -58,7 +58,7 @@ def test_any_number_of_domains(name, domains):
     config = load_config("debug", ["--recipe", name, f"--masking.domains={domains}", "--masking.forget_neurons=3",
                                    "--model.heads=8"])  # fmt: skip
     assert config.channels[0][1].matrix.sum(1) == pytest.approx(1)
-    assert certified(config) == (tuple(domains) if name == "certified" else ())
+    assert certified(config.conditions) == (tuple(domains) if name == "certified" else ())
 
 
 def test_what_wins(tmp_path):

@@ -133,15 +133,15 @@ def _check(tensors: Sequence[Tensors], ends: dict[int, int]) -> None:
 
 @triton.jit
 def _update_block(
-    weights, grads, exp_avgs, exp_avg_sqs, at, inside, keep, step_size, root, beta1, rest1, beta2, rest2, eps, factor
+    weights, grads, exp_avgs, exp_avg_sqs, index, inside, keep, step_size, root, beta1, rest1, beta2, rest2, eps, factor
 ):  # fmt: skip
-    grad = tl.load(grads + at, mask=inside).to(tl.float32) * factor
-    m = tl.load(exp_avgs + at, mask=inside) * beta1 + grad * rest1
-    v = tl.load(exp_avg_sqs + at, mask=inside) * beta2 + grad * grad * rest2
+    grad = tl.load(grads + index, mask=inside).to(tl.float32) * factor
+    m = tl.load(exp_avgs + index, mask=inside) * beta1 + grad * rest1
+    v = tl.load(exp_avg_sqs + index, mask=inside) * beta2 + grad * grad * rest2
     step = step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
-    tl.store(weights + at, tl.load(weights + at, mask=inside) * keep - step, mask=inside)
-    tl.store(exp_avgs + at, m, mask=inside)
-    tl.store(exp_avg_sqs + at, v, mask=inside)
+    tl.store(weights + index, tl.load(weights + index, mask=inside) * keep - step, mask=inside)
+    tl.store(exp_avgs + index, m, mask=inside)
+    tl.store(exp_avg_sqs + index, v, mask=inside)
 
 
 @triton.jit
@@ -163,20 +163,20 @@ def adamw_update(
     offset = start // BORDER * BORDER + (block - tl.load(row + 4)) * BLOCK
     number = numbers + tl.load(row + 3) * 4
     keep, step_size, root = tl.load(number), tl.load(number + 1), tl.load(number + 2)
-    at = tl.multiple_of(offset, 4) + tl.arange(0, BLOCK)
+    index = tl.multiple_of(offset, 4) + tl.arange(0, BLOCK)
     if aligned & (offset >= start) & (offset + BLOCK <= end):
         weights = tl.multiple_of(weights, 16)
         grads = tl.multiple_of(grads, 4 * GRAD.primitive_bitwidth // 8)
         exp_avgs = tl.multiple_of(exp_avgs, 16)
         exp_avg_sqs = tl.multiple_of(exp_avg_sqs, 16)
         _update_block(
-            weights, grads, exp_avgs, exp_avg_sqs, at, None,
+            weights, grads, exp_avgs, exp_avg_sqs, index, None,
             keep, step_size, root, beta1, rest1, beta2, rest2, eps, factor,
         )  # fmt: skip
     else:
-        inside = (at >= start) & (at < end)
+        inside = (index >= start) & (index < end)
         _update_block(
-            weights, grads, exp_avgs, exp_avg_sqs, at, inside,
+            weights, grads, exp_avgs, exp_avg_sqs, index, inside,
             keep, step_size, root, beta1, rest1, beta2, rest2, eps, factor,
         )  # fmt: skip
 

@@ -70,21 +70,21 @@ def _load(
 ):  # fmt: skip
     """Rows `start:start + ROWS` of a head, 0 beyond the sequence and beyond column D; FULL: all rows are inside."""
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, BD)[None, :]
-    at = base + tl.cast(start, tl.int64) * STRIDE + (row * STRIDE + column)
+    pointers = base + tl.cast(start, tl.int64) * STRIDE + (row * STRIDE + column)
     if FULL and D == BD:
-        return tl.load(at)
+        return tl.load(pointers)
     elif FULL:
-        return tl.load(at, mask=column < D, other=0.0)
+        return tl.load(pointers, mask=column < D, other=0.0)
     else:
-        return tl.load(at, mask=(start + row < seq_len) & (column < D), other=0.0)
+        return tl.load(pointers, mask=(start + row < seq_len) & (column < D), other=0.0)
 
 
 @triton.jit
-def _first_key(spans, at, query, seq_len, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """First position that a query sees, for one or many; at: the sequence's first token."""
+def _first_key(spans, origin, query, seq_len, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """First position that a query sees, for one or many; origin: the sequence's first token."""
     first = query * 0
     if DOCUMENTS:
-        first = tl.load(spans + at + tl.minimum(query, seq_len - 1))
+        first = tl.load(spans + origin + tl.minimum(query, seq_len - 1))
     if WINDOW > 0:
         first = tl.maximum(first, query - (WINDOW - 1))
     return first
@@ -92,22 +92,22 @@ def _first_key(spans, at, query, seq_len, WINDOW: tl.constexpr, DOCUMENTS: tl.co
 
 @triton.jit
 def _key_range(
-    spans, at, start, seq_len, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr
+    spans, origin, start, seq_len, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr
 ):
     """Keys that some query of the block sees, `lo:hi`; in `free:diagonal`, whole blocks, every query sees every key."""
     hi = tl.minimum(start + BQ, seq_len)
-    lo = _first_key(spans, at, start, seq_len, WINDOW, DOCUMENTS) // BK * BK
+    lo = _first_key(spans, origin, start, seq_len, WINDOW, DOCUMENTS) // BK * BK
     diagonal = (start + 1) // BK * BK
-    free = tl.cdiv(_first_key(spans, at, hi - 1, seq_len, WINDOW, DOCUMENTS), BK) * BK
+    free = tl.cdiv(_first_key(spans, origin, hi - 1, seq_len, WINDOW, DOCUMENTS), BK) * BK
     return lo, tl.minimum(free, diagonal), diagonal, hi
 
 
 @triton.jit
-def _beyond(spans, at, tokens, key, seq_len, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr):
+def _beyond(spans, origin, tokens, key, seq_len, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr):
     """First position after a key that does not see it, for one or many."""
     end = key * 0 + seq_len
     if DOCUMENTS:
-        end = tl.load(spans + tokens + at + tl.minimum(key, seq_len - 1))
+        end = tl.load(spans + tokens + origin + tl.minimum(key, seq_len - 1))
     if WINDOW > 0:
         end = tl.minimum(end, key + WINDOW)
     return end
@@ -146,22 +146,22 @@ def attention_forward(
 ):  # fmt: skip
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BQ  # the blocks with the most keys first
     head = tl.program_id(1)
-    at = tl.program_id(2).to(tl.int64) * seq_len
+    origin = tl.program_id(2).to(tl.int64) * seq_len
     tokens = tl.num_programs(2).to(tl.int64) * seq_len
     group, q_slot, k_slot, v_slot = _slots_of_query_head(head, GROUPS)
     query = start + tl.arange(0, BQ)
     inside = query < seq_len
-    first = _first_key(spans, at, query, seq_len, WINDOW, DOCUMENTS)
-    lo, free, diagonal, hi = _key_range(spans, at, start, seq_len, WINDOW, DOCUMENTS, BQ, BK)
+    first = _first_key(spans, origin, query, seq_len, WINDOW, DOCUMENTS)
+    lo, free, diagonal, hi = _key_range(spans, origin, start, seq_len, WINDOW, DOCUMENTS, BQ, BK)
     computed = inside
     if MASKED:
-        active = tl.load(factors + group * tokens + at + query, mask=inside, other=0.0)
-        route = tl.load(factors + (len(GROUPS) + group) * tokens + at + query, mask=inside, other=0.0)
+        active = tl.load(factors + group * tokens + origin + query, mask=inside, other=0.0)
+        route = tl.load(factors + (len(GROUPS) + group) * tokens + origin + query, mask=inside, other=0.0)
         computed = active != 0.0
         alive = tl.max(computed.to(tl.int32), 0) > 0
         free, diagonal, hi = tl.where(alive, free, lo), tl.where(alive, diagonal, lo), tl.where(alive, hi, lo)
 
-    base = qkv + at * STRIDE
+    base = qkv + origin * STRIDE
     column = tl.arange(0, BD)
     wanted = computed[:, None] & (column < D)[None, :]
     q = tl.load(_rows(base + q_slot * D, start, STRIDE, BQ, BD), mask=wanted, other=0.0)
@@ -188,8 +188,8 @@ def attention_forward(
         acc = acc / total[:, None]
     OUT: tl.constexpr = HEADS * D
     stored = inside[:, None] & (column < D)[None, :]
-    tl.store(_rows(out + at * OUT + head * D, start, OUT, BQ, BD), acc.to(out.dtype.element_ty), mask=stored)
-    tl.store(lse + at * HEADS + head * seq_len + query, peak * scale + tl.log2(total), mask=inside)
+    tl.store(_rows(out + origin * OUT + head * D, start, OUT, BQ, BD), acc.to(out.dtype.element_ty), mask=stored)
+    tl.store(lse + origin * HEADS + head * seq_len + query, peak * scale + tl.log2(total), mask=inside)
 
 
 @triton.jit
@@ -220,14 +220,14 @@ def attention_backward_queries(
     """dQ, and for the other kernel `delta`: the sum of dy * out over a head's columns, before `active` and `route`."""
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * BQ
     head = tl.program_id(1)
-    at = tl.program_id(2).to(tl.int64) * seq_len
+    origin = tl.program_id(2).to(tl.int64) * seq_len
     tokens = tl.num_programs(2).to(tl.int64) * seq_len
     group, q_slot, k_slot, v_slot = _slots_of_query_head(head, GROUPS)
     query = start + tl.arange(0, BQ)
     inside = query < seq_len
-    first = _first_key(spans, at, query, seq_len, WINDOW, DOCUMENTS)
-    lo, free, diagonal, hi = _key_range(spans, at, start, seq_len, WINDOW, DOCUMENTS, BQ, BK)
-    sums = tl.load(lse + at * HEADS + head * seq_len + query, mask=inside, other=float("inf"))
+    first = _first_key(spans, origin, query, seq_len, WINDOW, DOCUMENTS)
+    lo, free, diagonal, hi = _key_range(spans, origin, start, seq_len, WINDOW, DOCUMENTS, BQ, BK)
+    sums = tl.load(lse + origin * HEADS + head * seq_len + query, mask=inside, other=float("inf"))
     computed = inside
     if MASKED:
         computed = sums < float("inf")
@@ -235,20 +235,20 @@ def attention_backward_queries(
         free, diagonal, hi = tl.where(alive, free, lo), tl.where(alive, diagonal, lo), tl.where(alive, hi, lo)
 
     OUT: tl.constexpr = HEADS * D
-    base = qkv + at * STRIDE
+    base = qkv + origin * STRIDE
     column = tl.arange(0, BD)
     wanted = computed[:, None] & (column < D)[None, :]
     q = tl.load(_rows(base + q_slot * D, start, STRIDE, BQ, BD), mask=wanted, other=0.0)
-    grad = tl.load(_rows(dy + at * OUT + head * D, start, OUT, BQ, BD), mask=wanted, other=0.0)
-    value = tl.load(_rows(out + at * OUT + head * D, start, OUT, BQ, BD), mask=wanted, other=0.0)
+    grad = tl.load(_rows(dy + origin * OUT + head * D, start, OUT, BQ, BD), mask=wanted, other=0.0)
+    value = tl.load(_rows(out + origin * OUT + head * D, start, OUT, BQ, BD), mask=wanted, other=0.0)
     inner = tl.sum(grad.to(tl.float32) * value.to(tl.float32), 1)
     factor = scale
     if WEIGHTED:
-        active = tl.load(factors + group * tokens + at + query, mask=computed, other=1.0)
-        route = tl.load(factors + (len(GROUPS) + group) * tokens + at + query, mask=computed, other=1.0)
+        active = tl.load(factors + group * tokens + origin + query, mask=computed, other=1.0)
+        route = tl.load(factors + (len(GROUPS) + group) * tokens + origin + query, mask=computed, other=1.0)
         inner /= active
         factor = (active * route * scale)[:, None]
-    tl.store(delta + at * HEADS + head * seq_len + query, inner, mask=inside)
+    tl.store(delta + origin * HEADS + head * seq_len + query, inner, mask=inside)
 
     keys, values = base + k_slot * D, base + v_slot * D
     dq = tl.zeros([BQ, BD], tl.float32)
@@ -264,7 +264,7 @@ def attention_backward_queries(
         dq, q, grad, sums, inner, keys, values, diagonal, hi, query, first, seq_len, scale, True, STRIDE, D, BK
     )
     stored = inside[:, None] & (column < D)[None, :]
-    dq_at = _rows(dqkv + at * STRIDE + q_slot * D, start, STRIDE, BQ, BD)
+    dq_at = _rows(dqkv + origin * STRIDE + q_slot * D, start, STRIDE, BQ, BD)
     tl.store(dq_at, (dq * factor).to(dqkv.dtype.element_ty), mask=stored)
 
 
@@ -306,21 +306,21 @@ def attention_backward_keys(
     """dK and dV. `live`: for each group and token the first token from it on that gives a gradient, and the end of the
     last one up to it; what lies outside is not read."""
     start = tl.program_id(0) * BK
-    at = tl.program_id(2).to(tl.int64) * seq_len
+    origin = tl.program_id(2).to(tl.int64) * seq_len
     tokens = tl.num_programs(2).to(tl.int64) * seq_len
     group, k_slot, v_slot, q_slot, first_head, share = _slots_of_kv_head(tl.program_id(1), GROUPS)
     key = start + tl.arange(0, BK)
-    beyond = _beyond(spans, at, tokens, key, seq_len, WINDOW, DOCUMENTS)
+    beyond = _beyond(spans, origin, tokens, key, seq_len, WINDOW, DOCUMENTS)
     last = tl.minimum(start + BK, seq_len) - 1
     lo = start
-    hi = _beyond(spans, at, tokens, last, seq_len, WINDOW, DOCUMENTS)
+    hi = _beyond(spans, origin, tokens, last, seq_len, WINDOW, DOCUMENTS)
     diagonal = tl.cdiv(start + BK - 1, BQ) * BQ  # from here to `free`, every query sees every key of the block
     free = hi
     if WINDOW > 0 or DOCUMENTS:
-        free = _beyond(spans, at, tokens, start, seq_len, WINDOW, DOCUMENTS) // BQ * BQ
+        free = _beyond(spans, origin, tokens, start, seq_len, WINDOW, DOCUMENTS) // BQ * BQ
     if MASKED:
-        lo = (tl.load(live + group * tokens + at + start) - at).to(tl.int32)
-        end = (tl.load(live + (len(GROUPS) + group) * tokens + at + hi - 1) - at).to(tl.int32)
+        lo = (tl.load(live + group * tokens + origin + start) - origin).to(tl.int32)
+        end = (tl.load(live + (len(GROUPS) + group) * tokens + origin + hi - 1) - origin).to(tl.int32)
         hi = tl.minimum(hi, end)
         lo = tl.minimum(lo, hi)
     lo = tl.where(lo < hi, lo // BQ * BQ, hi)
@@ -328,17 +328,17 @@ def attention_backward_keys(
     free = tl.minimum(tl.maximum(free, diagonal), hi)
 
     OUT: tl.constexpr = HEADS * D
-    base = qkv + at * STRIDE
+    base = qkv + origin * STRIDE
     k = _load(base + k_slot * D, start, seq_len, False, STRIDE, BK, D, BD)
     v = _load(base + v_slot * D, start, seq_len, False, STRIDE, BK, D, BD)
     dk = tl.zeros([BK, BD], tl.float32)
     dv = tl.zeros([BK, BD], tl.float32)
-    active = factors + group * tokens + at
-    route = factors + (len(GROUPS) + group) * tokens + at
+    active = factors + group * tokens + origin
+    route = factors + (len(GROUPS) + group) * tokens + origin
     for i in tl.range(0, share):
         head = first_head + i
-        queries, grads = base + (q_slot + i) * D, dy + at * OUT + head * D
-        sums, inner = lse + at * HEADS + head * seq_len, delta + at * HEADS + head * seq_len
+        queries, grads = base + (q_slot + i) * D, dy + origin * OUT + head * D
+        sums, inner = lse + origin * HEADS + head * seq_len, delta + origin * HEADS + head * seq_len
         dk, dv = _collect_dk_dv(
             dk, dv, k, v, queries, grads, sums, inner, active, route, lo, diagonal, key, beyond, seq_len,
             scale * LOG2E, True, WEIGHTED, STRIDE, OUT, D, BQ,
@@ -354,7 +354,7 @@ def attention_backward_keys(
             )  # fmt: skip
     column = tl.arange(0, BD)
     stored = (key < seq_len)[:, None] & (column < D)[None, :]
-    to = dqkv + at * STRIDE
+    to = dqkv + origin * STRIDE
     tl.store(_rows(to + k_slot * D, start, STRIDE, BK, BD), (dk * scale).to(dqkv.dtype.element_ty), mask=stored)
     tl.store(_rows(to + v_slot * D, start, STRIDE, BK, BD), dv.to(dqkv.dtype.element_ty), mask=stored)
 
@@ -379,9 +379,9 @@ def attention_rotate(
             else:
                 own = number - GROUPS[i][2]
                 turned = tl.where(own >= 0, own < GROUPS[i][3] + GROUPS[i][4], turned)
-    at = (tl.program_id(2).to(tl.int64) * seq_len + row) * STRIDE + slot * D + column
-    low = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(x + at + D // 2, mask=inside, other=0.0).to(tl.float32)
+    offsets = (tl.program_id(2).to(tl.int64) * seq_len + row) * STRIDE + slot * D + column
+    low = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(x + offsets + D // 2, mask=inside, other=0.0).to(tl.float32)
     angle = row * D + column
     needed = inside & turned
     cos_low = tl.load(cos + angle, mask=needed, other=1.0)
@@ -392,5 +392,5 @@ def attention_rotate(
         new_low, new_high = low * cos_low + high * sin_high, high * cos_high - low * sin_low
     else:
         new_low, new_high = low * cos_low - high * sin_low, high * cos_high + low * sin_high
-    tl.store(y + at, new_low.to(y.dtype.element_ty), mask=inside)
-    tl.store(y + at + D // 2, new_high.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + offsets, new_low.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + offsets + D // 2, new_high.to(y.dtype.element_ty), mask=inside)

@@ -259,7 +259,7 @@ def constants(layout: HeadLayout, window: int, documents: bool, values: set[floa
 def _columns(layout: HeadLayout) -> Columns:
     starts = zip(*([0, *accumulate(counts)] for counts in (layout.heads, layout.kv_heads)), strict=True)
     bounds = tuple((q, kv, q + 2 * kv) for q, kv in starts)
-    groups = tuple((*at, after[0] - at[0], after[1] - at[1]) for at, after in pairwise(bounds))
+    groups = tuple((*start, end[0] - start[0], end[1] - start[1]) for start, end in pairwise(bounds))
     return {"GROUPS": groups, "STRIDE": bounds[-1][2] * layout.head_dim, "D": layout.head_dim}
 
 
@@ -280,19 +280,19 @@ def _half(layout: HeadLayout) -> int:
 def variants() -> list[KernelVariant]:
     """Every block size at some widths of a head, bare and with all masks, and in the common one every flag, in bf16 and
     fp32, for the ahead-of-time suite. Candidates besides the heuristic in the head sizes that fill their width."""
-    found = []
+    variants = []
     for head_dim in (8, 24, 32, 64, 96, 128):
         plain, grouped = HeadLayout((32,), (32,), head_dim), HeadLayout((24, 0, 8), (6, 0, 2), head_dim)
         others = head_dim in (32, 64)
-        found += _variants("bf16", constants(plain, 0, False, {1.0}), others)
+        variants += _variants("bf16", constants(plain, 0, False, {1.0}), others)
         for dtype in ("bf16", "fp32"):
-            found += _variants(dtype, constants(grouped, 256, True, {0.0, 0.5}), others)
+            variants += _variants(dtype, constants(grouped, 256, True, {0.0, 0.5}), others)
             ways = ((False, True), (False, False), (True, True)) if head_dim in (24, 64, 128) else ()
-            found += [_variant_of_rotation(dtype, grouped, *way) for way in ways]
+            variants += [_variant_of_rotation(dtype, grouped, *way) for way in ways]
     flags = product((0, 256), (False, True), ({1.0}, {0.0, 1.0}, {0.0, 0.5}))
     for dtype, masks in product(("bf16", "fp32"), flags):
-        found += _variants(dtype, constants(HeadLayout((24, 8), (6, 2), 64), *masks))
-    return found
+        variants += _variants(dtype, constants(HeadLayout((24, 8), (6, 2), 64), *masks))
+    return variants
 
 
 # Tiles of queries' rows and of keys' rows that a kernel reads and writes, each once at least.
@@ -306,7 +306,7 @@ TILES_OF = {
 def _variants(dtype: str, fixed: Constants, others: bool = False) -> list[KernelVariant]:
     kinds = dict.fromkeys(("qkv", "out", "dy", "dqkv"), f"*{dtype}") | {"scale": "fp32", "seq_len": "i32"}
     kinds |= dict.fromkeys(("lse", "delta", "factors"), "*fp32") | dict.fromkeys(("spans", "live"), "*i32")
-    found = []
+    variants = []
     for kernel, tunable in TILES.items():
         width = fixed["BD"]
         values = {k: v for k, v in fixed.items() if k in kernel.arg_names}
@@ -320,7 +320,7 @@ def _variants(dtype: str, fixed: Constants, others: bool = False) -> list[Kernel
             of_thread = min(size.queries, size.keys) * width // (32 * size.warps)
             queries, keys = TILES_OF[kernel]
             words = KernelVariant.words((queries * size.queries + keys * size.keys) * width, dtype, size.warps)
-            found.append(
+            variants.append(
                 KernelVariant(
                     kernel, signature, values | blocks, size.warps, size.stages, ("seq_len",),
                     tensor_cores=half, columns=columns,
@@ -328,7 +328,7 @@ def _variants(dtype: str, fixed: Constants, others: bool = False) -> list[Kernel
                     programs=2 if half and size.warps == 4 else 1, spill=spill, spill_on=spill_on,
                 )
             )  # fmt: skip
-    return found
+    return variants
 
 
 def _variant_of_rotation(dtype: str, layout: HeadLayout, backward: bool, in_place: bool) -> KernelVariant:

@@ -134,8 +134,8 @@ def by_sdpa(q, k, v, scale: float, visible: Visible) -> torch.Tensor:
     parts, seq_len = [], q.shape[2]
     for start, end in visible.documents:
         row, s = divmod(start, seq_len)
-        at = (slice(row, row + 1), slice(None), slice(s, s + end - start))
-        parts.append(_causal(q[at], k[at], v[at], scale, visible.window)[0])
+        index = (slice(row, row + 1), slice(None), slice(s, s + end - start))
+        parts.append(_causal(q[index], k[index], v[index], scale, visible.window)[0])
     return torch.cat(parts).view(q.shape[0], seq_len, -1)
 
 

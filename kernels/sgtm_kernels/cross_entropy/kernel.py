@@ -84,8 +84,8 @@ eager_head_and_loss = eager(_forward, _keep, _backward, outputs=(1, 2))
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def head_and_loss(x, weight, bias, targets, plan, labels, wanted):
-    found = _forward(x, weight, bias, targets, plan_of(plan), None, wanted)
-    return existing(x, *(None if tensor is None else tensor.contiguous() for tensor in found))
+    results = _forward(x, weight, bias, targets, plan_of(plan), None, wanted)
+    return existing(x, *(None if tensor is None else tensor.contiguous() for tensor in results))
 
 
 @head_and_loss.register_fake
@@ -102,7 +102,7 @@ def _(x, weight, bias, targets, plan, labels, wanted):
 def _captured(dtotal, *saved):
     *gradients, _handle, _scale, computed, _needed = saved
     pairs = zip(gradients, computed, strict=True)
-    return tuple(gradient * dtotal if there else None for gradient, there in pairs)
+    return tuple(gradient * dtotal if is_computed else None for gradient, is_computed in pairs)
 
 
 register(head_and_loss, _keep, _captured)
@@ -162,24 +162,24 @@ def token_losses(
         if GRADIENT:
             scale = 1.0 / total
             for start in range(0, row, BLOCK):
-                at = start + column
-                z = _block(z_at, at, row, vocab)
-                p = tl.exp(z - largest) * scale - tl.where(at == target, 1.0, 0.0)
-                p = tl.where(at < vocab, p, 0.0)  # even where the sum is NaN
-                tl.store(z_at + at, p.to(logits.dtype.element_ty), mask=at < row)
+                entries = start + column
+                z = _block(z_at, entries, row, vocab)
+                p = tl.exp(z - largest) * scale - tl.where(entries == target, 1.0, 0.0)
+                p = tl.where(entries < vocab, p, 0.0)  # even where the sum is NaN
+                tl.store(z_at + entries, p.to(logits.dtype.element_ty), mask=entries < row)
 
 
 @triton.jit
-def _block(z_at, at, row, vocab):
+def _block(z_at, entries, row, vocab):
     """Logits of a row in fp32, -inf beyond the vocabulary. The mask of the load ends with the padding, at a multiple of
     16: one that ended with the vocabulary would make a load of every logit."""
-    z = tl.load(z_at + at, mask=at < row, other=float("-inf")).to(tl.float32)
-    return tl.where(at < vocab, z, float("-inf"))
+    z = tl.load(z_at + entries, mask=entries < row, other=float("-inf")).to(tl.float32)
+    return tl.where(entries < vocab, z, float("-inf"))
 
 
 def variants() -> list[KernelVariant]:
     """Every block size and flag, at some vocabularies, in bf16, fp16 and fp32, for the ahead-of-time suite."""
-    found = []
+    variants = []
     for dtype in ("bf16", "fp16", "fp32"):
         signature = {"logits": f"*{dtype}", "targets": "*i64", "losses": "*fp32", "row": "i32", "vocab": "i32"}
         for vocab in (37, 4096, 50257, 128256):
@@ -187,7 +187,7 @@ def variants() -> list[KernelVariant]:
             for (block, warps), gradient in product(TILE.candidates(dtype, bucket(vocab, 1, BLOCK)), (False, True)):
                 constants = {"IGNORE": IGNORE, "GRADIENT": gradient, "BLOCK": block}
                 of_thread = block // (32 * warps)
-                found.append(
+                variants.append(
                     KernelVariant(
                         token_losses, signature, constants, warps, unaligned=unaligned, narrow=1,  # the target's logit
                         width=min(128, of_thread * (32 if dtype == "fp32" else 16)),
@@ -195,4 +195,4 @@ def variants() -> list[KernelVariant]:
                         programs=max(1, (64 if of_thread <= 8 else 32) // warps),
                     )
                 )  # fmt: skip
-    return found
+    return variants

@@ -132,8 +132,8 @@ def _softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, gradient: bo
 def _losses(logits: torch.Tensor, p: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """[n] negative logarithms of the softmax `p` of logits [n, V] at index [n, 1], to the precision of `p`."""
     if logits.is_cuda:  # a check for small ones would wait for the GPU, so all losses go by the largest logit
-        largest, at = logits.max(-1, keepdim=True)
-        return (largest.to(p.dtype) - logits.gather(1, index).to(p.dtype) - p.gather(1, at).log_()).squeeze(1)
+        largest, argmax = logits.max(-1, keepdim=True)
+        return (largest.to(p.dtype) - logits.gather(1, index).to(p.dtype) - p.gather(1, argmax).log_()).squeeze(1)
     picked = p.gather(1, index).squeeze(1)
     losses, small = -picked.log(), picked < torch.finfo(p.dtype).tiny
     if small.any():

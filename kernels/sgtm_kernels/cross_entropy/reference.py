@@ -27,8 +27,8 @@ def kept_losses(plan: MaskPlan, keep: bool = False) -> list[torch.Tensor] | None
 
 def label_sums(losses: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
     """Sum of token losses [tokens] for each label: [labels]; keeps the losses where they are wanted (`kept_losses`)."""
-    if (kept := kept_losses(plan)) is not None:
-        kept.append(losses)
+    if (record := kept_losses(plan)) is not None:
+        record.append(losses)
 
     def one_hot() -> torch.Tensor:
         each = torch.arange(len(plan.tables.labels), device=losses.device)

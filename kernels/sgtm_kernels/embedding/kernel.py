@@ -108,20 +108,20 @@ def _tile(width: int) -> dict[str, int]:
 
 
 @triton.jit
-def _rows(dy, token, factors, column, there, WEIGHTED: tl.constexpr, WIDTH: tl.constexpr):
-    """fp32 [tokens, columns]: rows of dY times the tokens' factors, 0 where not `there`."""
-    inside = there[:, None] & (column < WIDTH)[None, :]
+def _rows(dy, token, factors, column, valid, WEIGHTED: tl.constexpr, WIDTH: tl.constexpr):
+    """fp32 [tokens, columns]: rows of dY times the tokens' factors, 0 where not `valid`."""
+    inside = valid[:, None] & (column < WIDTH)[None, :]
     value = tl.load(dy + token[:, None] * WIDTH + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if WEIGHTED:
-        value *= tl.load(factors + token, mask=there, other=0.0)[:, None]
+        value *= tl.load(factors + token, mask=valid, other=0.0)[:, None]
     return value
 
 
 @triton.jit
 def _store_sum(
-    dy, order, factors, out, at, column, chosen, WEIGHTED: tl.constexpr, WIDTH: tl.constexpr
+    dy, order, factors, out, positions, column, chosen, WEIGHTED: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    token = tl.load(order + at, mask=chosen, other=0)
+    token = tl.load(order + positions, mask=chosen, other=0)
     total = tl.sum(_rows(dy, token, factors, column, chosen, WEIGHTED, WIDTH), 0)
     tl.store(out + column, total, mask=column < WIDTH)
 
@@ -140,14 +140,14 @@ def embedding_partials(
     first = tl.load(ids + start)
     last = tl.load(ids + end - 1)
     after = tl.load(ids + end, mask=end < tokens, other=-1)
-    at = start + tl.arange(0, SEGMENT)
-    mine = tl.load(ids + at, mask=at < end, other=-1)
+    positions = start + tl.arange(0, SEGMENT)
+    mine = tl.load(ids + positions, mask=positions < end, other=-1)
     column = tl.program_id(1) * BD + tl.arange(0, BD)
     out = partials + 2 * segment * WIDTH
     if before == first:
-        _store_sum(dy, order, factors, out, at, column, mine == first, WEIGHTED, WIDTH)
+        _store_sum(dy, order, factors, out, positions, column, mine == first, WEIGHTED, WIDTH)
     if (after == last) & ((before != last) | (first != last)):
-        _store_sum(dy, order, factors, out + WIDTH, at, column, mine == last, WEIGHTED, WIDTH)
+        _store_sum(dy, order, factors, out + WIDTH, positions, column, mine == last, WEIGHTED, WIDTH)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -165,24 +165,24 @@ def embedding_backward(
     count = tl.where(first == last, end - start, 0)
     for base in range(0, tl.max(count, 0), UNROLL):
         for i in tl.static_range(UNROLL):
-            there = base + i < count
-            token = tl.load(order + start + base + i, mask=there, other=0)
-            total += _rows(dy, token, factors, column, there, WEIGHTED, WIDTH)
+            valid = base + i < count
+            token = tl.load(order + start + base + i, mask=valid, other=0)
+            total += _rows(dy, token, factors, column, valid, WEIGHTED, WIDTH)
     count = tl.where(first == last, 0, last - first + 1)
     for base in range(0, tl.max(count, 0), UNROLL):
         for i in tl.static_range(UNROLL):
             inside = (base + i < count)[:, None] & (column < WIDTH)[None, :]
             place = 2 * (first + base + i) + (base + i == 0)
-            at = place.to(tl.int64)[:, None] * WIDTH + column[None, :]
-            total += tl.load(partials + at, mask=inside, other=0.0)
-    at = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+            offsets = place.to(tl.int64)[:, None] * WIDTH + column[None, :]
+            total += tl.load(partials + offsets, mask=inside, other=0.0)
+    offsets = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    tl.store(dw + at, total.to(dw.dtype.element_ty), mask=inside)
+    tl.store(dw + offsets, total.to(dw.dtype.element_ty), mask=inside)
 
 
 def variants() -> list[KernelVariant]:
     """Every block size and flag, at some widths, in bf16 and fp32, for the ahead-of-time suite."""
-    found = []
+    variants = []
     for dtype in ("bf16", "fp32"):
         partials = {"dy": f"*{dtype}", "ids": "*i32", "order": "*i64", "factors": "*fp32", "partials": "*fp32"}
         backward = {"dy": f"*{dtype}", "starts": "*i32", "order": "*i64", "factors": "*fp32", "partials": "*fp32"}
@@ -190,7 +190,7 @@ def variants() -> list[KernelVariant]:
             for weighted in (False, True):
                 constants = {"WEIGHTED": weighted, "WIDTH": width, "SEGMENT": SEGMENT}
                 spill = SPILL if (dtype, width, weighted) == ("bf16", 256, True) else None
-                found += [
+                variants += [
                     KernelVariant(
                         embedding_partials, partials | {"tokens": "i32"}, constants | {"BD": PARTIAL_COLUMNS},
                         unaligned=("tokens",), programs=8,
@@ -200,4 +200,4 @@ def variants() -> list[KernelVariant]:
                         unaligned=("rows",), programs=4, spill=spill,
                     ),
                 ]  # fmt: skip
-    return found
+    return variants

@@ -11,27 +11,27 @@ from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.signature import masked
 
 
-def linear_in(x, weight, bias, plan: MaskPlan, part: str, bounds, overwrite: bool = False):
-    if len(bounds) == 2 or not masked(plan, part):
+def linear_in(x, weight, bias, plan: MaskPlan, projection: str, bounds, overwrite: bool = False):
+    if len(bounds) == 2 or not masked(plan, projection):
         return F.linear(x, weight, bias)
-    return _LinearIn.apply(x, weight, bias, plan.handle, part, bounds)
+    return _LinearIn.apply(x, weight, bias, plan.handle, projection, bounds)
 
 
-def linear_out(x, weight, bias, plan: MaskPlan, part: str, bounds):
-    if len(bounds) == 2 or not masked(plan, part):
+def linear_out(x, weight, bias, plan: MaskPlan, projection: str, bounds):
+    if len(bounds) == 2 or not masked(plan, projection):
         return F.linear(x, weight.t(), bias)
-    return _LinearOut.apply(x, weight, bias, plan.handle, part, bounds)
+    return _LinearOut.apply(x, weight, bias, plan.handle, projection, bounds)
 
 
-def _weight_gradient(left, right, plan, part, bounds):
+def _weight_gradient(left, right, plan, projection, bounds):
     plan = plan_of(plan)
-    return weight_gradient(left.flatten(0, 1), right.flatten(0, 1), plan, plan.rows(part, tuple(bounds)))
+    return weight_gradient(left.flatten(0, 1), right.flatten(0, 1), plan, plan.rows(projection, tuple(bounds)))
 
 
-def _row_sum(dy, plan, part, bounds):
+def _row_sum(dy, plan, projection, bounds):
     plan, dy = plan_of(plan), dy.flatten(0, 1)
     total = dy.new_empty(dy.shape[1])
-    for start, end, tokens in plan.rows(part, tuple(bounds)):
+    for start, end, tokens in plan.rows(projection, tuple(bounds)):
         total[start:end] = token_sum(dy[:, start:end], plan, tokens)
     return total
 
@@ -42,14 +42,14 @@ def _joint_sum(x, plan, kind):
 
 
 masked_product = define(
-    "masked_product(Tensor left, Tensor right, Tensor plan, str part, int[] bounds) -> Tensor",
+    "masked_product(Tensor left, Tensor right, Tensor plan, str projection, int[] bounds) -> Tensor",
     _weight_gradient,
     lambda left, right, *masks: left.new_empty(left.shape[-1], right.shape[-1]),
 )
 """left [B, S, rows], right [B, S, columns] -> [rows, columns]: the sum over the tokens that may update each row."""
 
 row_sum = define(
-    "row_sum(Tensor dy, Tensor plan, str part, int[] bounds) -> Tensor",
+    "row_sum(Tensor dy, Tensor plan, str projection, int[] bounds) -> Tensor",
     _row_sum,
     lambda dy, *masks: dy.new_empty(dy.shape[-1]),
 )
@@ -63,9 +63,9 @@ joint_sum = define(
 
 class _LinearIn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, plan, part, bounds):
+    def forward(ctx, x, weight, bias, plan, projection, bounds):
         ctx.save_for_backward(x, weight, plan)
-        ctx.masks, ctx.biased = (part, bounds), bias is not None
+        ctx.masks, ctx.biased = (projection, bounds), bias is not None
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -77,9 +77,9 @@ class _LinearIn(torch.autograd.Function):
 
 class _LinearOut(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, plan, part, bounds):
+    def forward(ctx, x, weight, bias, plan, projection, bounds):
         ctx.save_for_backward(x, weight, plan)
-        ctx.masks, ctx.biased = (part, bounds), bias is not None
+        ctx.masks, ctx.biased = (projection, bounds), bias is not None
         return F.linear(x, weight.t(), bias)
 
     @staticmethod

@@ -57,41 +57,43 @@ def _share_and_length(work: tuple[RowWork, ...], tokens: int) -> tuple[int, int]
     return max(1, -(-4 * done // whole)), next((n for n in LENGTHS if n >= min(means)), LENGTHS[-1])
 
 
-def linear_in(x, weight, bias, plan: MaskPlan, part: str, bounds, overwrite: bool):
+def linear_in(x, weight, bias, plan: MaskPlan, projection: str, bounds, overwrite: bool):
     if len(bounds) == 2:
         return F.linear(x, weight, bias)
     if captured():
-        return masked_linear_in(x, weight, bias, plan.handle, part, bounds, overwrite)
-    return eager_linear_in(x, weight, bias, plan, part, bounds, overwrite)
+        return masked_linear_in(x, weight, bias, plan.handle, projection, bounds, overwrite)
+    return eager_linear_in(x, weight, bias, plan, projection, bounds, overwrite)
 
 
-def linear_out(x, weight, bias, plan: MaskPlan, part: str, bounds):
+def linear_out(x, weight, bias, plan: MaskPlan, projection: str, bounds):
     if len(bounds) == 2:
         return F.linear(x, weight.t(), bias)
     if captured():
-        return masked_linear_out(x, weight, bias, plan.handle, part, bounds)
-    return eager_linear_out(x, weight, bias, plan, part, bounds)
+        return masked_linear_out(x, weight, bias, plan.handle, projection, bounds)
+    return eager_linear_out(x, weight, bias, plan, projection, bounds)
 
 
-def _work(plan: MaskPlan, part: str, bounds: tuple[int, ...]) -> tuple[tuple[RowWork, ...], tuple[int, int] | None]:
+def _work(
+    plan: MaskPlan, projection: str, bounds: tuple[int, ...]
+) -> tuple[tuple[RowWork, ...], tuple[int, int] | None]:
     """The work of dW; and the buckets of `WAY` where the tokens of some rows are too many slices for matmuls."""
 
     def make():
-        rows = plan.rows(part, bounds)
+        rows = plan.rows(projection, bounds)
         return rows, _share_and_length(rows, plan.tokens) if any(map(_many, rows)) else None
 
-    return plan.cached(("linear", part, bounds), make)
+    return plan.cached(("linear", projection, bounds), make)
 
 
 def _many(rows: RowWork) -> bool:
     return len(rows.tokens.slices) > MAX_SLICES
 
 
-def _in_forward(x, weight, bias, plan, part, bounds, overwrite):
+def _in_forward(x, weight, bias, plan, projection, bounds, overwrite):
     return F.linear(x, weight, bias)
 
 
-def _out_forward(x, weight, bias, plan, part, bounds):
+def _out_forward(x, weight, bias, plan, projection, bounds):
     return F.linear(x, weight.t(), bias)
 
 
@@ -100,12 +102,12 @@ def _keep(inputs, output):
     return (x, weight), plan, numbers
 
 
-def in_backward(dy, x, weight, plan, part, bounds, overwrite, wanted):
+def in_backward(dy, x, weight, plan, projection, bounds, overwrite, wanted):
     dx = dy @ weight if wanted[0] else None
     packed = dy.contiguous()
     dy2, x2 = packed.flatten(0, 1), x.flatten(0, 1)
-    rows, buckets = _work(plan, part, bounds)
-    factors = plan.mask(part, len(bounds) - 1, dy.device)
+    rows, buckets = _work(plan, projection, bounds)
+    factors = plan.mask(projection, len(bounds) - 1, dy.device)
     dw = db = None
     if wanted[1]:
         if buckets is None:
@@ -125,11 +127,11 @@ def in_backward(dy, x, weight, plan, part, bounds, overwrite, wanted):
     return dx, dw, db
 
 
-def _out_backward(dy, x, weight, plan, part, bounds, wanted):
+def _out_backward(dy, x, weight, plan, projection, bounds, wanted):
     dx = dy @ weight.t() if wanted[0] else None
     x2, dy2 = x.flatten(0, 1).contiguous(), dy.flatten(0, 1).contiguous()
-    rows, buckets = _work(plan, part, bounds)
-    of_bias = plan.mask(BIAS_KIND[part], 1, dy.device) if wanted[2] else None
+    rows, buckets = _work(plan, projection, bounds)
+    of_bias = plan.mask(BIAS_KIND[projection], 1, dy.device) if wanted[2] else None
     dw = db = None
     if wanted[1]:
         if buckets is None:
@@ -138,7 +140,7 @@ def _out_backward(dy, x, weight, plan, part, bounds, wanted):
             dw = rectangles.weight_gradient(x2, dy2, plan, rows)
         else:
             out = torch.empty_like(x2)  # never in place: X belongs to the forward pass
-            factors = plan.mask(part, len(bounds) - 1, dy.device)
+            factors = plan.mask(projection, len(bounds) - 1, dy.device)
             if of_bias is not None:
                 partial = scaling.sums_of(dy2)
                 scaling.scale_input_sum(x2, out, dy2, partial, factors, of_bias, bounds)
@@ -147,7 +149,7 @@ def _out_backward(dy, x, weight, plan, part, bounds, wanted):
                 scaling.scale_sum(x2, out, None, factors, bounds)
             dw = out.t() @ dy2
     if wanted[2] and db is None:
-        slices = plan.joint(BIAS_KIND[part]).slices
+        slices = plan.joint(BIAS_KIND[projection]).slices
         if len(slices) == 1 and slices[0].weight == 1:  # one launch, where scaling would take two
             db = dy2[slices[0].start : slices[0].end].sum(0)
         else:
@@ -159,7 +161,7 @@ eager_linear_in = eager(_in_forward, _keep, in_backward)
 eager_linear_out = eager(_out_forward, _keep, _out_backward)
 
 
-MASKS = "Tensor plan, str part, int[] bounds"
+MASKS = "Tensor plan, str projection, int[] bounds"
 GRADIENTS = f"Tensor x, Tensor weight, {MASKS}, bool[3] wanted) -> (Tensor, Tensor, Tensor)"
 
 
@@ -168,60 +170,60 @@ GRADIENTS = f"Tensor x, Tensor weight, {MASKS}, bool[3] wanted) -> (Tensor, Tens
     mutates_args=(),
     schema=f"(Tensor x, Tensor weight, Tensor? bias, {MASKS}, bool overwrite) -> Tensor",
 )
-def masked_linear_in(x, weight, bias, plan, part, bounds, overwrite):
+def masked_linear_in(x, weight, bias, plan, projection, bounds, overwrite):
     return F.linear(x, weight, bias)
 
 
 @masked_linear_in.register_fake
-def _(x, weight, bias, plan, part, bounds, overwrite):
+def _(x, weight, bias, plan, projection, bounds, overwrite):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @custom_op("sgtm::linear_out", mutates_args=(), schema=f"(Tensor x, Tensor weight, Tensor? bias, {MASKS}) -> Tensor")
-def masked_linear_out(x, weight, bias, plan, part, bounds):
+def masked_linear_out(x, weight, bias, plan, projection, bounds):
     return F.linear(x, weight.t(), bias)
 
 
 @masked_linear_out.register_fake
-def _(x, weight, bias, plan, part, bounds):
+def _(x, weight, bias, plan, projection, bounds):
     return x.new_empty(*x.shape[:-1], weight.shape[1])
 
 
 @custom_op("sgtm::linear_in_backward", mutates_args=(), schema=f"(Tensor dy, {GRADIENTS}")
-def linear_in_backward(dy, x, weight, plan, part, bounds, wanted):
-    return existing(dy, *in_backward(dy, x, weight, plan_of(plan), part, tuple(bounds), False, wanted))
+def linear_in_backward(dy, x, weight, plan, projection, bounds, wanted):
+    return existing(dy, *in_backward(dy, x, weight, plan_of(plan), projection, tuple(bounds), False, wanted))
 
 
 @custom_op("sgtm::linear_in_backward_", mutates_args=("dy",), schema=f"(Tensor(a!) dy, {GRADIENTS}")
-def linear_in_backward_(dy, x, weight, plan, part, bounds, wanted):
-    return existing(dy, *in_backward(dy, x, weight, plan_of(plan), part, tuple(bounds), True, wanted))
+def linear_in_backward_(dy, x, weight, plan, projection, bounds, wanted):
+    return existing(dy, *in_backward(dy, x, weight, plan_of(plan), projection, tuple(bounds), True, wanted))
 
 
 @custom_op("sgtm::linear_out_backward", mutates_args=(), schema=f"(Tensor dy, {GRADIENTS}")
-def linear_out_backward(dy, x, weight, plan, part, bounds, wanted):
-    return existing(dy, *_out_backward(dy, x, weight, plan_of(plan), part, tuple(bounds), wanted))
+def linear_out_backward(dy, x, weight, plan, projection, bounds, wanted):
+    return existing(dy, *_out_backward(dy, x, weight, plan_of(plan), projection, tuple(bounds), wanted))
 
 
 @linear_in_backward.register_fake
 @linear_in_backward_.register_fake
-def _(dy, x, weight, plan, part, bounds, wanted):
+def _(dy, x, weight, plan, projection, bounds, wanted):
     shapes = x.shape, weight.shape, weight.shape[:1]
     return tuple(dy.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
 
 
 @linear_out_backward.register_fake
-def _(dy, x, weight, plan, part, bounds, wanted):
+def _(dy, x, weight, plan, projection, bounds, wanted):
     shapes = x.shape, weight.shape, weight.shape[1:]
     return tuple(dy.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
 
 
-def _captured_in(dy, x, weight, plan, part, bounds, overwrite, wanted):
+def _captured_in(dy, x, weight, plan, projection, bounds, overwrite, wanted):
     backward = linear_in_backward_ if overwrite else linear_in_backward
-    return backward(dy, x, weight, plan, part, bounds, wanted[:3])
+    return backward(dy, x, weight, plan, projection, bounds, wanted[:3])
 
 
-def _captured_out(dy, x, weight, plan, part, bounds, wanted):
-    return linear_out_backward(dy, x, weight, plan, part, bounds, wanted[:3])
+def _captured_out(dy, x, weight, plan, projection, bounds, wanted):
+    return linear_out_backward(dy, x, weight, plan, projection, bounds, wanted[:3])
 
 
 register(masked_linear_in, _keep, _captured_in)

@@ -20,7 +20,7 @@ def linear_in(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     plan: MaskPlan,
-    part: str,
+    projection: str,
     bounds: tuple[int, ...],
     backend: str = "torch",
     *,
@@ -28,17 +28,18 @@ def linear_in(
 ) -> torch.Tensor:
     """x [B, S, in] @ weight [rows, in]^T + bias [rows] -> [B, S, rows].
 
-    bounds     group boundaries in the rows; two entries mean no groups: nothing is masked
-    part       `attn_in` or `mlp_in`: which `update` table holds. The bias belongs to the rows.
-    overwrite  whether the backward pass may write to the gradient of the result: only where a single op uses the
-               result, that op makes a new tensor of its gradient (an activation or attention does; an addition hands
-               on the tensor that its other input gets too), and nothing looks at it later (`retain_grad`, a hook,
-               `autograd.grad` with respect to the result)
+    projection  `attn_in` or `mlp_in`: which `update` table holds. The bias belongs to the rows.
+    bounds      group boundaries in the rows; two entries mean no groups: nothing is masked
+    overwrite   whether the backward pass may write to the gradient of the result: only where a single op uses the
+                result, that op makes a new tensor of its gradient (an activation or attention does; an addition hands
+                on the tensor that its other input gets too), and nothing looks at it later (`retain_grad`, a hook,
+                `autograd.grad` with respect to the result)
     """
-    known("part of linear_in", part, ("attn_in", "mlp_in"))
+    known("part of linear_in", projection, ("attn_in", "mlp_in"))
     plan.check(x)
     plan.check_bounds(bounds, weight.shape[0])
-    return pick("linear", backend_of(backend, plan, part)).linear_in(x, weight, bias, plan, part, bounds, overwrite)
+    op = pick("linear", backend_of(backend, plan, projection))
+    return op.linear_in(x, weight, bias, plan, projection, bounds, overwrite)
 
 
 def linear_out(
@@ -46,16 +47,17 @@ def linear_out(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     plan: MaskPlan,
-    part: str,
+    projection: str,
     bounds: tuple[int, ...],
     backend: str = "torch",
 ) -> torch.Tensor:
     """x [B, S, rows] @ weight [rows, out] + bias [out] -> [B, S, out].
 
-    bounds  group boundaries in the rows; two entries mean no groups: nothing is masked, the bias neither
-    part    `attn_out` or `mlp_out`. The bias is joint, of kind `<part>_bias`.
+    projection  `attn_out` or `mlp_out`. The bias is joint, of kind `<projection>_bias`.
+    bounds      group boundaries in the rows; two entries mean no groups: nothing is masked, the bias neither
     """
-    known("part of linear_out", part, ("attn_out", "mlp_out"))
+    known("part of linear_out", projection, ("attn_out", "mlp_out"))
     plan.check(x)
     plan.check_bounds(bounds, weight.shape[0])
-    return pick("linear", backend_of(backend, plan, part)).linear_out(x, weight, bias, plan, part, bounds)
+    op = pick("linear", backend_of(backend, plan, projection))
+    return op.linear_out(x, weight, bias, plan, projection, bounds)

@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from sgtm_kernels.autograd import eager
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan, RowWork, Updaters
 
-BIAS_KIND = {part: f"{part}_bias" for part in ("attn_out", "mlp_out")}
+BIAS_KIND = {projection: f"{projection}_bias" for projection in ("attn_out", "mlp_out")}
 
 
-def linear_in(x, weight, bias, plan: MaskPlan, part: str, bounds, overwrite: bool):
+def linear_in(x, weight, bias, plan: MaskPlan, projection: str, bounds, overwrite: bool):
     if len(bounds) == 2:
         return F.linear(x, weight, bias)
-    return _linear_in(x, weight, bias, plan, plan.rows(part, bounds))
+    return _linear_in(x, weight, bias, plan, plan.rows(projection, bounds))
 
 
-def linear_out(x, weight, bias, plan: MaskPlan, part: str, bounds):
+def linear_out(x, weight, bias, plan: MaskPlan, projection: str, bounds):
     if len(bounds) == 2:
         return F.linear(x, weight.t(), bias)
-    return _linear_out(x, weight, bias, plan, plan.rows(part, bounds), plan.joint(BIAS_KIND[part]))
+    return _linear_out(x, weight, bias, plan, plan.rows(projection, bounds), plan.joint(BIAS_KIND[projection]))
 
 
 def _in_forward(x, weight, bias, plan, work):

@@ -8,8 +8,8 @@ so that it cannot change a bit, NaN included; what lies beyond a row range gives
 work is not done, and rows that no token may update are written as 0 without reading anything. A tile is summed by one
 program, slice after slice in fp32: deterministic.
 
-The tables of ranges and slices go to the device in a copy of their own, one for each part (`attn_in`, ...) whose labels
-are too many slices in a micro-batch.
+The tables of ranges and slices go to the device in a copy of their own, one for each projection (`attn_in`, ...) whose
+labels are too many slices in a micro-batch.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _loads(left: torch.Tensor, right: torch.Tensor, work: tuple[RowWork, ...]) -
     """How the operands are read: `ragged`, by pointers of which nothing is known, where a row is not a multiple of 16
     elements or a row range does not begin at 16 bytes; else by `descriptors`, where there are such, or `pointers`."""
     starts = [left.data_ptr(), right.data_ptr(), *(rows.start * left.element_size() for rows in work)]
-    if left.shape[1] % 16 or right.shape[1] % 16 or any(at % 16 for at in starts):
+    if left.shape[1] % 16 or right.shape[1] % 16 or any(start % 16 for start in starts):
         return "ragged"
     return "descriptors" if has_descriptors(left.device) else "pointers"
 
@@ -181,13 +181,15 @@ def dw_rectangles(
                 part = tl.zeros([BR, BC], dtype=tl.float32)
         if WEIGHTED:
             part = total
-        at = row.to(tl.int64)[:, None] * columns + column[None, :]
-        tl.store(out + at, part.to(out.dtype.element_ty), mask=(row < row_end)[:, None] & (column < columns)[None, :])
+        offsets = row.to(tl.int64)[:, None] * columns + column[None, :]
+        tl.store(
+            out + offsets, part.to(out.dtype.element_ty), mask=(row < row_end)[:, None] & (column < columns)[None, :]
+        )
 
 
 def variants() -> list[KernelVariant]:
     """Every block size and flag, in bf16 and fp32, for the ahead-of-time suite."""
-    found = []
+    variants = []
     for dtype in ("bf16", "fp32"):
         signature = dict.fromkeys(("left", "right", "out"), f"*{dtype}")
         signature |= {"bands": "*i32", "slices": "*i32", "weights": "*fp32"}
@@ -197,7 +199,7 @@ def variants() -> list[KernelVariant]:
             unaligned = ("tokens", "tiles", *(("rows", "columns") if loads == "ragged" else ()))
             first_arch = 90 if loads == "descriptors" else 80
             for rows, columns, tokens, warps, stages in TILE.candidates(*_key(dtype, weighted, loads)):
-                found.append(
+                variants.append(
                     KernelVariant(
                         dw_rectangles, signature, flags | {"BR": rows, "BC": columns, "BT": tokens}, warps, stages,
                         unaligned, first_arch=first_arch, tensor_cores=dtype == "bf16",
@@ -206,4 +208,4 @@ def variants() -> list[KernelVariant]:
                         narrower=None if loads == "ragged" else 7,  # a band, a slice, its weight
                     )
                 )  # fmt: skip
-    return found
+    return variants

@@ -19,30 +19,30 @@ def update_only(z: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return weights.view(*z.shape[:2], 1) * (z - z.detach())
 
 
-def linear_in(x, weight, bias, plan: MaskPlan, part: str, bounds, overwrite: bool):
+def linear_in(x, weight, bias, plan: MaskPlan, projection: str, bounds, overwrite: bool):
     if len(bounds) == 2:
         return F.linear(x, weight, bias)
     columns = []
     for group, (start, end) in enumerate(pairwise(bounds)):
         b = None if bias is None else bias[start:end]
         z = F.linear(x.detach(), weight[start:end], b)
-        columns.append(update_only(z, plan.token_weights(_contributions(plan, part, group), x)))
+        columns.append(update_only(z, plan.token_weights(_contributions(plan, projection, group), x)))
     value = F.linear(x, weight.detach(), None if bias is None else bias.detach())
     return value + torch.cat(columns, dim=-1)
 
 
-def linear_out(x, weight, bias, plan: MaskPlan, part: str, bounds):
+def linear_out(x, weight, bias, plan: MaskPlan, projection: str, bounds):
     if len(bounds) == 2:
         return F.linear(x, weight.t(), bias)
     y = F.linear(x, weight.detach().t(), None if bias is None else bias.detach())
     for group, (start, end) in enumerate(pairwise(bounds)):
         z = F.linear(x[..., start:end].detach(), weight[start:end].t())
-        y = y + update_only(z, plan.token_weights(_contributions(plan, part, group), x))
+        y = y + update_only(z, plan.token_weights(_contributions(plan, projection, group), x))
     if bias is not None:
         z = bias.expand_as(y)
-        y = y + update_only(z, plan.token_weights(plan.tables.update_joint[f"{part}_bias"], x))
+        y = y + update_only(z, plan.token_weights(plan.tables.update_joint[f"{projection}_bias"], x))
     return y
 
 
-def _contributions(plan: MaskPlan, part: str, group: int) -> tuple[float, ...]:
-    return tuple(plan.tables.contribution(part, label, group) for label in range(len(plan.tables.labels)))
+def _contributions(plan: MaskPlan, projection: str, group: int) -> tuple[float, ...]:
+    return tuple(plan.tables.contribution(projection, label, group) for label in range(len(plan.tables.labels)))

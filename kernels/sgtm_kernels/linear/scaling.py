@@ -95,15 +95,15 @@ def _strip(
         token = strip.to(tl.int64) * STRIP + start + tl.arange(0, BT)
         inside = (token < tokens)[:, None] & (column < columns)[None, :]
         factor = factor_of(factors, tokens, token, group, BOUNDS)
-        at = token[:, None] * columns + column[None, :]
+        offsets = token[:, None] * columns + column[None, :]
         wanted = any_factor_but(0.0, factors, tokens, token, first, last, BOUNDS)
-        value = tl.load(x + at, mask=inside & wanted[:, None], other=0.0).to(tl.float32)
+        value = tl.load(x + offsets, mask=inside & wanted[:, None], other=0.0).to(tl.float32)
         value = tl.where(factor == 0.0, 0.0, value * factor)
         if SCALE:
             written = inside
             if IN_PLACE:
                 written &= any_factor_but(1.0, factors, tokens, token, first, last, BOUNDS)[:, None]
-            tl.store(out + at, value.to(out.dtype.element_ty), mask=written)
+            tl.store(out + offsets, value.to(out.dtype.element_ty), mask=written)
         if SUM:
             total += tl.sum(value, axis=0)
     if SUM:
@@ -135,7 +135,7 @@ def scale_input_and_sum(
 
 def variants() -> list[KernelVariant]:
     """Every block size and flag, at some bounds, in bf16 and fp32, for the ahead-of-time suite."""
-    found = []
+    variants = []
     ways = [flags for flags in product((False, True), repeat=3) if flags[0] >= flags[1] and flags[0] | flags[2]]
     for dtype in ("bf16", "fp32"):
         pointers = {"x": f"*{dtype}", "out": f"*{dtype}", "partial": "*fp32", "factors": "*fp32", "tokens": "i32"}
@@ -147,7 +147,7 @@ def variants() -> list[KernelVariant]:
             for scale, in_place, add in ways if len(bounds) > 2 else [(False, False, True)]:
                 constants = {"BOUNDS": bounds, "SCALE": scale, "IN_PLACE": in_place, "SUM": add, **blocks}
                 spill = SPILL if tile.tokens == 16 and in_place and add else None
-                found.append(
+                variants.append(
                     KernelVariant(
                         scale_and_sum, pointers, constants, warps, unaligned=("tokens",), programs=4, spill=spill,
                         wide=(1 + scale) * words,  # a load, and a store
@@ -155,9 +155,9 @@ def variants() -> list[KernelVariant]:
                 )  # fmt: skip
             if len(bounds) > 2:
                 constants = {"BOUNDS": bounds, "WIDTH": (0, 1024), **blocks}
-                found.append(
+                variants.append(
                     KernelVariant(
                         scale_input_and_sum, both, constants, warps, unaligned=("tokens",), programs=4, wide=3 * words
                     )
                 )
-    return found + tiles.variants()
+    return variants + tiles.variants()

@@ -208,8 +208,8 @@ def activation_backward(
     for first in range(0, STRIP, BT):
         token = strip * STRIP + first + tl.arange(0, BT)
         inside = (token < tokens)[:, None] & (neuron < neurons)[None, :]
-        at = token[:, None] * neurons + neuron[None, :]
-        out = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        offsets = token[:, None] * neurons + neuron[None, :]
+        out = tl.load(dy + offsets, mask=inside, other=0.0).to(tl.float32)
         if MASKED:
             factor = factor_of(factors, tokens, token, group, BOUNDS)
             out = tl.where(factor == 0.0, 0.0, out * factor)
@@ -223,12 +223,12 @@ def activation_backward(
             tl.store(dx + gate_at, d_gate.to(dx.dtype.element_ty), mask=inside)
             tl.store(dx + up_at, (out * gate * s).to(dx.dtype.element_ty), mask=inside)
         else:
-            value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+            value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
             if BIASED:
                 value += shift[None, :]
             _, slope = _gelu(value)
             d = out * slope
-            tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
+            tl.store(dx + offsets, d.to(dx.dtype.element_ty), mask=inside)
             if SUMMED:
                 if WEIGHTED:
                     weight = factor_of(weights, tokens, token, group, BOUNDS)
@@ -241,7 +241,7 @@ def activation_backward(
 def variants() -> list[KernelVariant]:
     """Every block size and flag, at some bounds, in bf16 and fp32, for the ahead-of-time suite; candidates besides the
     heuristic bare and with the most groups, all ways to sum the bias with few groups."""
-    found = []
+    variants = []
     few, many = (0, 960, 1024), (0, 900, 960, 1024)
     forms, more = [((0, 1024), False), (many, True)], [(few, False), (few, True), (many, False)]
     for dtype, gated, kernel in product(("bf16", "fp32"), (False, True), (activation_forward, activation_backward)):
@@ -261,11 +261,11 @@ def variants() -> list[KernelVariant]:
                 split = gated and any(bound * (4 if dtype == "fp32" else 2) % 16 for bound in bounds)
                 forward = kernel is activation_forward
                 tiles = 1 if split else (2 if forward else 3) + gated * (1 if forward else 2)
-                found.append(
+                variants.append(
                     KernelVariant(
                         kernel, signature, constants, tile.warps, unaligned=("tokens",), narrow=int(biased),
                         wide=max(1, tiles * KernelVariant.words(tile.tokens * tile.neurons, dtype, tile.warps)),
                         programs=(32 if kernel is activation_forward else 20) // tile.warps,
                     )  # narrow: a thread's bias
                 )  # fmt: skip
-    return found
+    return variants

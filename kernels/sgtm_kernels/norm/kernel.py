@@ -207,8 +207,8 @@ def _(x, residual, weight, bias, plan, kind, eps):
     "Tensor plan, str? kind, bool wanted) -> (Tensor, Tensor, Tensor)",
 )
 def add_norm_gradients(dtotal, dy, total, weight, bias, mean, rstd, plan, kind, wanted):
-    found = _gradients(dtotal, dy, total, weight, bias, mean, rstd, plan_of(plan), kind, wanted)
-    return existing(weight, *found)
+    gradients = _gradients(dtotal, dy, total, weight, bias, mean, rstd, plan_of(plan), kind, wanted)
+    return existing(weight, *gradients)
 
 
 @add_norm_gradients.register_fake
@@ -238,12 +238,12 @@ def norm_forward(
     token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     column = tl.arange(0, BD)
     inside = (token < tokens)[:, None] & (column < WIDTH)[None, :]
-    at = token[:, None] * WIDTH + column[None, :]
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    offsets = token[:, None] * WIDTH + column[None, :]
+    value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
     if ADDED:
-        value += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        value += tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
         rounded = value.to(total.dtype.element_ty)
-        tl.store(total + at, rounded, mask=inside)
+        tl.store(total + offsets, rounded, mask=inside)
         value = rounded.to(tl.float32)
     if CENTERED:
         center = tl.sum(value, 1) / WIDTH
@@ -255,7 +255,7 @@ def norm_forward(
     out = value * scale[:, None] * w[None, :]
     if CENTERED:
         out += tl.load(bias + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + offsets, out.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "strip"])
@@ -272,9 +272,9 @@ def norm_backward(
     for start in range(0, strip, BT):
         token = tl.program_id(0).to(tl.int64) * strip + start + tl.arange(0, BT)
         inside = (token < tokens)[:, None] & (column < WIDTH)[None, :]
-        at = token[:, None] * WIDTH + column[None, :]
-        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        out = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        offsets = token[:, None] * WIDTH + column[None, :]
+        value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+        out = tl.load(dy + offsets, mask=inside, other=0.0).to(tl.float32)
         scale = tl.load(rstd + token, mask=token < tokens, other=0.0)[:, None]
         if CENTERED:
             value -= tl.load(mean + token, mask=token < tokens, other=0.0)[:, None]
@@ -285,8 +285,8 @@ def norm_backward(
             d -= (tl.sum(dn, 1) / WIDTH)[:, None]
         d *= scale
         if ADDED:
-            d += tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
+            d += tl.load(dtotal + offsets, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + offsets, d.to(dx.dtype.element_ty), mask=inside)
         if SUMMED:
             learned = out * normalized
             if MASKED:
@@ -297,10 +297,10 @@ def norm_backward(
             if CENTERED:
                 db += out
     if SUMMED:
-        at = tl.program_id(0) * WIDTH + column
-        tl.store(sums + at, tl.sum(dw, 0), mask=column < WIDTH)
+        offsets = tl.program_id(0) * WIDTH + column
+        tl.store(sums + offsets, tl.sum(dw, 0), mask=column < WIDTH)
         if CENTERED:
-            tl.store(sums + tl.num_programs(0) * WIDTH + at, tl.sum(db, 0), mask=column < WIDTH)
+            tl.store(sums + tl.num_programs(0) * WIDTH + offsets, tl.sum(db, 0), mask=column < WIDTH)
 
 
 @triton.jit(do_not_specialize=["strips"])
@@ -311,8 +311,8 @@ def norm_sums(sums, dw, db, strips, WIDTH: tl.constexpr, BS: tl.constexpr, BD: t
     for start in range(0, strips, BS):
         strip = start + tl.arange(0, BS)
         inside = (strip < strips)[:, None] & (column < WIDTH)[None, :]
-        at = (tl.program_id(1) * strips + strip)[:, None] * WIDTH + column[None, :]
-        total += tl.load(sums + at, mask=inside, other=0.0)
+        offsets = (tl.program_id(1) * strips + strip)[:, None] * WIDTH + column[None, :]
+        total += tl.load(sums + offsets, mask=inside, other=0.0)
     total = tl.sum(total, 0)
     if tl.program_id(1) == 0:
         tl.store(dw + column, total.to(dw.dtype.element_ty), mask=column < WIDTH)
@@ -323,21 +323,21 @@ def norm_sums(sums, dw, db, strips, WIDTH: tl.constexpr, BS: tl.constexpr, BD: t
 def variants() -> list[KernelVariant]:
     """Every block size, and in the common one every flag, in bf16 and fp32, for the ahead-of-time suite; at other
     widths those flags that need the most registers."""
-    found = []
+    variants = []
     for dtype in ("bf16", "fp32"):
         for width in WIDTHS if dtype == "bf16" else WIDTHS[:1]:
             flags = product((False, True), (True, False), ((True, True), (True, False), (False, False)))
             for centered, added, (summed, masked) in flags:
                 if width == WIDTHS[0] or (added and summed and masked):
-                    found += _variants(dtype, width, centered, added, summed, masked)
+                    variants += _variants(dtype, width, centered, added, summed, masked)
             sums = dict.fromkeys(("dw", "db"), f"*{dtype}") | {"sums": "*fp32", "strips": "i32"}
             constants = {"WIDTH": width, "BS": SUM_STRIPS, "BD": SUM_COLUMNS}
             # A thread stores one entry.
             wide = KernelVariant.words(SUM_STRIPS * SUM_COLUMNS, "fp32", KernelVariant.num_warps)
-            found.append(
+            variants.append(
                 KernelVariant(norm_sums, sums, constants, unaligned=("strips",), fp_fusion=False, wide=wide, narrow=1)
             )
-    return found
+    return variants
 
 
 def _variants(dtype: str, width: int, centered: bool, added: bool, summed: bool, masked: bool) -> list[KernelVariant]:

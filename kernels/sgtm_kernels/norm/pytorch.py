@@ -66,8 +66,8 @@ def _layer_norm_backward(dy, x, weight, bias, mean, rstd, plan, eps, tokens, wan
             if narrow and x.device.type == "cpu":  # where the statistics of a bf16 input are bf16, and no use
                 wide = rows.float()
                 return F.layer_norm(wide, shape, eps=eps).mul_(dy).sum(0), dy.sum(0, dtype=wide.dtype)
-            at = mean.flatten(0, 1)[tokens], rstd.flatten(0, 1)[tokens]
-            return backward(dy, rows, shape, *at, weight, bias, [False, True, True])[1:]
+            statistics = mean.flatten(0, 1)[tokens], rstd.flatten(0, 1)[tokens]
+            return backward(dy, rows, shape, *statistics, weight, bias, [False, True, True])[1:]
 
         dw, db = _over_tokens(dy.flatten(0, 1), plan, tokens, sums, (weight, bias))
     return dx, dw, db

@@ -186,8 +186,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
-    found = all_variants(tuple(args.op))
-    jobs = [(op, i, arch) for op, i, variant in found for arch in args.arch if arch in variant.arches]
+    variants = all_variants(tuple(args.op))
+    jobs = [(op, i, arch) for op, i, variant in variants for arch in args.arch if arch in variant.arches]
     failed = 0
     write = partial(print, flush=True)
     write(f"{'arch':>5} {'regs':>4} {'stack':>5} {'shared':>7} {'tensor cores':12} {'accesses':28} kernel")

@@ -75,7 +75,7 @@ SHAPES = {
 def plans(shape: Shape) -> dict[str, MaskPlan]:
     """The micro-batch under every mask; `unmasked` is what the others are compared with. A share of forget sequences
     that this batch cannot have is left out."""
-    found = {
+    by_name = {
         "unmasked": MaskPlan.uniform(NONE, UNLABELED, shape.batch, shape.seq_len),
         "nothing masked": MaskPlan.uniform(SGTM, UNLABELED, shape.batch, shape.seq_len),
     }
@@ -83,13 +83,13 @@ def plans(shape: Shape) -> dict[str, MaskPlan]:
         n, rest = divmod(shape.batch * percent, 100)
         if not rest:
             labels = [FORGET] * n + [UNLABELED] * (shape.batch - n)
-            found[f"{percent} % forget"] = MaskPlan(
+            by_name[f"{percent} % forget"] = MaskPlan(
                 SGTM, merge_runs(labels, [shape.seq_len] * shape.batch), shape.batch, shape.seq_len
             )
     edges = range(0, shape.tokens, shape.seq_len // 4)
     runs = tuple(Run(UNLABELED if i % 4 else FORGET, t, t + shape.seq_len // 4) for i, t in enumerate(edges))
     merged = merge_runs([run.label for run in runs], [run.end - run.start for run in runs])
-    found["25 % forget in every sequence"] = MaskPlan(SGTM, merged, shape.batch, shape.seq_len)
-    found["pure forget"] = MaskPlan.uniform(SGTM, FORGET, shape.batch, shape.seq_len)
-    found["pure retain"] = MaskPlan.uniform(SGTM, RETAIN, shape.batch, shape.seq_len)
-    return found
+    by_name["25 % forget in every sequence"] = MaskPlan(SGTM, merged, shape.batch, shape.seq_len)
+    by_name["pure forget"] = MaskPlan.uniform(SGTM, FORGET, shape.batch, shape.seq_len)
+    by_name["pure retain"] = MaskPlan.uniform(SGTM, RETAIN, shape.batch, shape.seq_len)
+    return by_name

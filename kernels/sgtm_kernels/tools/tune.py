@@ -67,7 +67,7 @@ def tune(
     resume: bool = False,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    decided: Callable[[Choice, Found], None] = lambda at, found: None,
+    decided: Callable[[Choice, Found], None] = lambda choice, result: None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Tune the ops `only` (default: all that have candidates) on this CUDA device; returns the table that was written.
@@ -91,25 +91,25 @@ def tune(
         device = torch.device("cuda", torch.cuda.current_device())
     name = torch.cuda.get_device_name() if device.type == "cuda" else cpu_model()
     path = table or path_of(name)
-    kept = entries_of(path, name)
+    earlier_entries = entries_of(path, name)
     unfinished_of(path).touch()
     unfinished_of(path).unlink()
-    found: dict[Choice, Found] = {}
+    decisions: dict[Choice, Found] = {}
     measured: dict[Choice, Found] = {}
     source = {**provenance(), **({"commit": commit} if commit else {})}
 
-    def save(at: Choice) -> None:
-        measured[at] = found[at]
-        write(path, name, kept, measured, source)
+    def save(choice: Choice) -> None:
+        measured[choice] = decisions[choice]
+        write(path, name, earlier_entries, measured, source)
         table_of.cache_clear()
-        decided(at, found[at])
+        decided(choice, decisions[choice])
 
     torch.manual_seed(0)
     for shape in shapes:
         for op in only or CASES:
             for way in CASES[op](SHAPES[shape] if isinstance(shape, str) else shape, device, dtype):
-                tune_call(way, Clock(device), found, rounds, seconds, say, kept if resume else {}, save)
-    write(path, name, kept, measured, source)
+                tune_call(way, Clock(device), decisions, rounds, seconds, say, earlier_entries if resume else {}, save)
+    write(path, name, earlier_entries, measured, source)
     table_of.cache_clear()
     say(f"wrote {path}")
     return path
@@ -118,40 +118,40 @@ def tune(
 def tune_call(
     way: Way,
     clock: Rounds,
-    found: dict[Choice, Found],
+    decisions: dict[Choice, Found],
     rounds: int,
     seconds: float,
     say: Callable[[str], None],
     table: dict[str, dict[str, dict]] | None = None,
-    save: Callable[[Choice], None] = lambda at: None,
+    save: Callable[[Choice], None] = lambda choice: None,
 ) -> None:
-    """Decide every choice that a call makes and that is not in `found` yet, and add it there.
+    """Decide every choice that a call makes and that is not in `decisions` yet, and add it there.
 
     table  entries of a table: a choice that it has is taken from there, not measured
     save   called with a choice that was measured
     """
-    for at, candidates, given in choices(way):
-        if at in found or len(candidates) == 1:
+    for choice, candidates, given in choices(way):
+        if choice in decisions or len(candidates) == 1:
             continue
-        if before := recalled(table or {}, at, candidates):
-            found[at] = before
+        if before := recalled(table or {}, choice, candidates):
+            decisions[choice] = before
             continue
-        best = {choice: result.config for choice, result in found.items()}
-        ways = {str(c): partial(_forced, way, {**best, **given, at: c}) for c in candidates}
+        best = {decided: result.config for decided, result in decisions.items()}
+        ways = {str(c): partial(_forced, way, {**best, **given, choice: c}) for c in candidates}
         times = clock.rounds(ways, rounds, seconds)
-        found[at] = result = decide(candidates, [times[str(c)] for c in candidates])
+        decisions[choice] = result = decide(candidates, [times[str(c)] for c in candidates])
         say(
-            f"{at[0]:26} {written(at[1]):22} {result.p50 * 1e6:9.1f} us, heuristic {result.heuristic_p50 * 1e6:9.1f} us"
-            f"  {result.config}"
+            f"{choice[0]:26} {written(choice[1]):22} {result.p50 * 1e6:9.1f} us, "
+            f"heuristic {result.heuristic_p50 * 1e6:9.1f} us  {result.config}"
         )
-        save(at)
+        save(choice)
 
 
 def choices(way: Way) -> list[tuple[Choice, list[NamedTuple], dict[Choice, NamedTuple]]]:
     """Every choice that a call makes: the candidates that this device can launch, and what must be chosen elsewhere for
     it to come up. A choice that comes up under a candidate of another precedes it."""
     seen: set[Choice] = set()
-    found = []
+    options = []
 
     def visit(given: dict[Choice, NamedTuple]) -> bool:
         with trial(given) as asked:
@@ -161,21 +161,21 @@ def choices(way: Way) -> list[tuple[Choice, list[NamedTuple], dict[Choice, Named
                 if not given:
                     raise
                 return False
-        for at, tunable in asked.asked.items():
-            if at not in seen:
-                seen.add(at)
-                heuristic, *others = tunable.candidates(*at[1])
-                works = [other for other in others if visit({**given, at: other})]
-                found.append((at, [heuristic, *works], given))
+        for choice, tunable in asked.asked.items():
+            if choice not in seen:
+                seen.add(choice)
+                heuristic, *others = tunable.candidates(*choice[1])
+                works = [other for other in others if visit({**given, choice: other})]
+                options.append((choice, [heuristic, *works], given))
         return True
 
     visit({})
-    return found
+    return options
 
 
-def recalled(entries: dict[str, dict[str, dict]], at: Choice, candidates: Sequence[NamedTuple]) -> Found | None:
+def recalled(entries: dict[str, dict[str, dict]], choice: Choice, candidates: Sequence[NamedTuple]) -> Found | None:
     """The table's entry for a choice; None if it has none, or if the entry is no longer a candidate."""
-    entry = entries.get(at[0], {}).get(written(at[1]))
+    entry = entries.get(choice[0], {}).get(written(choice[1]))
     for config in candidates:
         if entry and config._asdict() == entry["config"]:
             return Found(config, *(entry[f"{which}p50_microseconds"] / 1e6 for which in ("", "heuristic_")))
@@ -204,10 +204,10 @@ def entries_of(path: Path, device_name: str) -> dict[str, dict[str, dict]]:
     return json.loads(path.read_text("utf-8"))["entries"]
 
 
-def write(path: Path, device_name: str, kept: dict, found: dict[Choice, Found], source: dict) -> None:
+def write(path: Path, device_name: str, earlier_entries: dict, decisions: dict[Choice, Found], source: dict) -> None:
     """The table with what was found, over what it had before."""
-    entries = {name: dict(rows) for name, rows in kept.items()}
-    for (name, key), result in found.items():
+    entries = {name: dict(rows) for name, rows in earlier_entries.items()}
+    for (name, key), result in decisions.items():
         entries.setdefault(name, {})[written(key)] = {
             "config": result.config._asdict(),
             "p50_microseconds": round(result.p50 * 1e6, 2),

@@ -46,11 +46,11 @@ def any_factor_but(value: tl.constexpr, factors, tokens, token, first, last, bou
 
     By token alone: such a mask keeps accesses to whole rows wide, which one by token and column would not.
     """
-    found = token < 0
+    hits = token < 0
     for i in tl.static_range(len(bounds) - 1):
         row = tl.load(factors + i * tokens + token, mask=token < tokens, other=value)
-        found |= (row != value) & (first < bounds[i + 1]) & (last >= bounds[i])
-    return found
+        hits |= (row != value) & (first < bounds[i + 1]) & (last >= bounds[i])
+    return hits
 
 
 def partial_sums(tokens: int, strip: int, columns: int, device: torch.device) -> torch.Tensor:
