@@ -16,7 +16,7 @@ UNCHANGED = 0.005  # nats: below this a difference prints as 0.00
 CERTAIN = 2.0  # standard errors
 SMALL = f"fewer than {FEW_TOKENS:,} tokens were measured"
 NAMED = 3  # so many kept categories are named in a sentence; more are averaged by true label
-KINDS = {"retain": "retain", "unlabeled": "unlabeled", "": "other"}
+ADJECTIVES = {"retain": "retain", "unlabeled": "unlabeled", "": "other"}
 
 
 @dataclass(frozen=True)
@@ -215,9 +215,9 @@ def _change_of_all(label: str, rows: list[LossRow], condition: str) -> tuple[str
     mean = sum(w * change for w, change in zip(weights, changes.values(), strict=True)) / sum(weights)
     least, most = min(changes, key=changes.__getitem__), max(changes, key=changes.__getitem__)
     spread = f"{signed(changes[least], 2)} on {least} to {signed(changes[most], 2)} on {most}"
-    kind = KINDS.get(label, label)
+    adjective = ADJECTIVES.get(label, label)
     note = f" ({'' if known else 'a mean that weighs all alike; '}{spread})"
-    return f"the {len(rows)} {kind} categories", mean, note
+    return f"the {len(rows)} {adjective} categories", mean, note
 
 
 def _phrases(changes: list[tuple[str, float, str]]) -> list[str]:
