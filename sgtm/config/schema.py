@@ -24,8 +24,8 @@ from sgtm.masking.certificate import check_certified
 from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import OPEN, LabelSpace
 from sgtm.masking.partition import Partition, build_partition
-from sgtm.masking.strategy import build_tables, own_joint
-from sgtm_kernels.tables import Tables
+from sgtm.masking.strategy import Joint, build_tables, own_joint
+from sgtm_kernels.tables import JointKind, Tables
 
 RUN_NAME = r"^[\w][\w.+-]*$"
 DERIVED_TOKENS = 16_384  # of a micro-batch whose size is derived, at most
@@ -115,7 +115,7 @@ class Config(Section):
         return build_tables(self.space, m.strategy, m.joint, m.cross_domain, m.overrides)
 
     @property
-    def joint(self) -> str | list[str]:
+    def joint(self) -> Joint | list[JointKind]:
         """`masking.joint`, as the strategy chooses it where it is not set."""
         joint = self.masking.joint
         return own_joint(self.masking.strategy) if joint is None else joint
