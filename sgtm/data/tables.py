@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +139,13 @@ class SavedDataset(Source):
     folder: Path
     split: str | None
 
-    def __post_init__(self):
-        self.files = sorted(self.folder.glob("*.arrow"))
-        self.size = sum(file.stat().st_size for file in self.files)
+    @cached_property
+    def files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.arrow"))
+
+    @cached_property
+    def size(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
 
     def fingerprint(self) -> Any:
         return [file_fingerprint(file) for file in self.files]

@@ -46,13 +46,12 @@ class Where(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """`Where` with nothing left open."""
+    """What was open in `asked`, decided."""
 
     launcher: str
     nodes: int
     gpus: int
-    rendezvous: str | None
-    hostfile: Path | None
+    asked: Where
 
 
 def settle(where: Where) -> Settled:
@@ -91,7 +90,7 @@ def settle(where: Where) -> Settled:
         if launcher == "slurm":
             raise ValueError("--launcher slurm needs --gpus N: the GPUs of each node, which are not seen from here")
         gpus = max(1, _gpus_here())
-    return Settled(launcher, nodes, gpus, where.rendezvous, where.hostfile)
+    return Settled(launcher, nodes, gpus, where)
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -129,9 +128,9 @@ def compose(where: Settled, arguments: list[str]) -> tuple[dict[str, str], list[
         return {}, ["sbatch", *shape, "launch/slurm.sbatch", *arguments]
     environment = {"NPROC": gpus}
     if where.launcher == "torchrun":
-        environment = {"NNODES": nodes, "RDZV": str(where.rendezvous), "NPROC": gpus}
-    elif where.hostfile:
-        environment = {"HOSTFILE": str(where.hostfile)}
+        environment = {"NNODES": nodes, "RDZV": str(where.asked.rendezvous), "NPROC": gpus}
+    elif where.asked.hostfile:
+        environment = {"HOSTFILE": str(where.asked.hostfile)}
     return environment, [str(SCRIPTS / f"{where.launcher}.sh"), *arguments]
 
 
