@@ -25,6 +25,7 @@ from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import OPEN, LabelSpace
 from sgtm.masking.partition import Partition, build_partition
 from sgtm.masking.strategy import Joint, build_tables, own_joint
+from sgtm.words import counted
 from sgtm_kernels.tables import JointKind, Tables
 
 RUN_NAME = r"^[\w][\w.+-]*$"
@@ -186,7 +187,7 @@ class Config(Section):
         share, rest = divmod(self.sequences_per_step, world_size * blocks)
         if rest:
             of_blocks = f" x data.micro_blocks {blocks}" if blocks > 1 else ""
-            raise ValueError(f"{self._sequences} is not a multiple of {world_size} ranks{of_blocks}")
+            raise ValueError(f"{self._sequences} is not a multiple of {counted(world_size, 'rank')}{of_blocks}")
         most = max(1, DERIVED_TOKENS // self.model.context)
         size = next(n for n in range(min(most, share), 0, -1) if share % n == 0)
         return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch": size})})
@@ -196,12 +197,13 @@ class Config(Section):
         micro_batch = self.for_ranks(world_size).micro_batch
         if self.sequences_per_step % (micro_batch * world_size):
             raise ValueError(
-                f"{self._sequences} is not a multiple of train.micro_batch {micro_batch} x {world_size} ranks"
+                f"{self._sequences} is not a multiple of train.micro_batch {micro_batch} x "
+                f"{counted(world_size, 'rank')}"
             )
         steps = self.sequences_per_step // (micro_batch * world_size)
         if self.data.mixing == "micro" and steps % self.data.micro_blocks:
             raise ValueError(
-                f"data.mixing micro: {steps} accumulation steps is not a multiple of data.micro_blocks "
+                f"data.mixing micro: {counted(steps, 'accumulation step')} is not a multiple of data.micro_blocks "
                 f"{self.data.micro_blocks}; lower train.micro_batch or data.micro_blocks"
             )
         return steps
@@ -209,6 +211,6 @@ class Config(Section):
     @property
     def _sequences(self) -> str:
         return (
-            f"train.tokens_per_step {self.train.tokens_per_step} = {self.sequences_per_step} sequences of "
+            f"train.tokens_per_step {self.train.tokens_per_step} = {counted(self.sequences_per_step, 'sequence')} of "
             f"{self.model.context}"
         )

@@ -34,6 +34,7 @@ from sgtm.data.summary import labels_of, trained_categories
 from sgtm.masking.certificate import check_certified
 from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import RETAIN, UNLABELED
+from sgtm.words import counted
 
 _EPOCH_BLOCKS, _EPOCH_SEQUENCES = 3, 8  # + label
 PAD_MULTIPLE = 128
@@ -129,15 +130,15 @@ class Order:
             name = "split train" if label is None else f"label {config.space.labels[label]} in split train"
             if stream.sequences < self.block:
                 raise ValueError(
-                    f"{name} has {stream.tokens} tokens, {stream.sequences} sequences of {context}; a block of "
-                    f"data.mixing: {config.data.mixing} takes {self.block}. Give more data, upsample it, or lower "
-                    f"train.tokens_per_step"
+                    f"{name} has {counted(stream.tokens, 'token')}, {counted(stream.sequences, 'sequence')} of "
+                    f"{context}; a block of data.mixing: {config.data.mixing} takes {self.block}. Give more data, "
+                    f"upsample it, or lower train.tokens_per_step"
                 )
         found = self.blocks_per_epoch * self.block
         if found < self.per_step:
             raise ValueError(
-                f"split train has {found} sequences of {context} tokens, fewer than the {self.per_step} of a step; "
-                f"give more data or lower train.tokens_per_step"
+                f"split train has {counted(found, 'sequence')} of {context} tokens, fewer than the {self.per_step} of "
+                f"a step; give more data or lower train.tokens_per_step"
             )
 
 

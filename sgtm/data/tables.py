@@ -14,6 +14,7 @@ from typing import Any
 from sgtm.data import readers
 from sgtm.data.compression import chunks
 from sgtm.data.readers import Block, File, Record, Source, file_fingerprint, in_blocks, shown
+from sgtm.words import counted
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -47,7 +48,9 @@ class Delimited(File):
             for row in rows:
                 if row:
                     if len(row) != len(names):
-                        raise ValueError(f"{name}:{line}: {len(row)} fields, but the first row has {len(names)}")
+                        raise ValueError(
+                            f"{name}:{line}: {counted(len(row), 'field')}, but the first row has {len(names)}"
+                        )
                     fields = dict(zip(names, row, strict=True))
                     yield line, {field: fields[field] for field in wanted}, lines.characters - size, lines.read
                 line, size = rows.line_num + 1, lines.characters

@@ -25,6 +25,7 @@ from sgtm.masking.partition import ENDS
 from sgtm.model.rows import ALWAYS, live_keys
 from sgtm.model.transformer import Transformer
 from sgtm.training.start import export_record
+from sgtm.words import counted
 from sgtm_kernels.tables import PROJECTIONS
 
 LEGEND = "attn_in: Wq Wk Wv; attn_out: Wo; mlp_in: W1, or gate and up; mlp_out: W2, or down; in-side biases with them"
@@ -131,21 +132,24 @@ def data_line(config: Config) -> str:
     counts, labels = corpus.manifest.counts["train"], corpus.manifest.categories
     there = round(sum(count.tokens * passes[labels[category]] for category, count in counts.items()))
     taken = config.train.steps * config.train.tokens_per_step
-    return f"data: {corpus.path} has {there:,} tokens in split train; the run takes {taken:,}, {taken / there:.2f} x"
+    has = f"{corpus.path} has {counted(there, 'token')} in split train"
+    return f"data: {has}; the run takes {taken:,}, {taken / there:.2f} x"
 
 
 def _model_table(found: Explanation) -> Table:
     config, model, train = found.config, found.config.model, found.config.train
     table = Table(title=f"{config.name}: model and step", show_header=False, title_justify="left")
-    kv = f", {model.kv_heads} KV heads" if model.kv_heads else ""
-    shape = f"{model.layers} layers x {model.hidden_size}, {model.heads} heads{kv}, {model.intermediate_size} neurons"
+    kv = f", {counted(model.kv_heads, 'KV head')}" if model.kv_heads else ""
+    layers, heads = counted(model.layers, "layer"), counted(model.heads, "head")
+    shape = f"{layers} x {model.hidden_size}, {heads}{kv}, {model.intermediate_size} neurons"
     table.add_row("model", f"{model.family}, {shape}")
     table.add_row("parameters", f"{found.total:,} ({_embedding_share(found):.0%} token embedding and head)")
-    sequences = config.sequences_per_step
-    table.add_row("step", f"{train.tokens_per_step:,} tokens = {sequences:,} sequences of {model.context:,}")
+    sequences = counted(config.sequences_per_step, "sequence")
+    table.add_row("step", f"{train.tokens_per_step:,} tokens = {sequences} of {model.context:,}")
     table.add_row("accumulation", _accumulation(config))
     total = train.steps * train.tokens_per_step
-    table.add_row("training", f"{train.steps:,} steps = {total:,} tokens, {total / found.total:.1f} per parameter")
+    steps = counted(train.steps, "step")
+    table.add_row("training", f"{steps} = {total:,} tokens, {total / found.total:.1f} per parameter")
     masking = config.masking
     joint = config.joint if isinstance(config.joint, str) else ", ".join(config.joint)
     table.add_row("recipe", config.recipe or NOTHING)
@@ -163,21 +167,25 @@ def _embedding_share(found: Explanation) -> float:
 
 def _accumulation(config: Config) -> str:
     """Micro-batches per rank for the world sizes up to 64 that divide the step."""
-    fits, derived = [], config.train.micro_batch is None
+    fits, fixed = [], config.train.micro_batch
     for ranks in (1, 2, 4, 8, 16, 32, 64):
         try:
-            size = f" of {config.for_ranks(ranks).train.micro_batch}" if derived else ""
-            fits.append(f"{config.accumulation(ranks)}{size} on {ranks}")
+            size = "" if fixed else f" of {config.for_ranks(ranks).micro_batch}"
+            fits.append((f"{config.accumulation(ranks)}{size}", ranks))
         except ValueError:
             continue
-    micro = "micro-batches" if derived else f"micro-batches of {config.train.micro_batch} sequences"
-    return f"{micro}: {', '.join(fits)} ranks" if fits else f"{micro} divide the step on no power of 2 of ranks"
+    micro = "micro-batches" + (f" of {counted(fixed, 'sequence')}" if fixed else "")
+    if not fits:
+        return f"{micro} divide the step on no power of 2 of ranks"
+    *most, (last, ranks) = fits
+    shown = [f"{number} on {count}" for number, count in most] + [f"{last} on {counted(ranks, 'rank')}"]
+    return f"{micro}: {', '.join(shown)}"
 
 
 def _partition_table(found: Explanation) -> Table:
     config = found.config
     masked = [i for i in range(config.model.layers) if config.partition.masked(i)]
-    table = Table(title=f"groups, in {len(masked)} of {config.model.layers} layers", title_justify="left")
+    table = Table(title=f"groups, in {len(masked)} of {counted(config.model.layers, 'layer')}", title_justify="left")
     for column in ("group", "heads", "KV heads", "neurons", "parameters", "share"):
         table.add_column(column, justify="left" if column == "group" else "right")
     layer = config.partition.layers[masked[0]] if masked else None

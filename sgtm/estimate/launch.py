@@ -21,7 +21,8 @@ from sgtm.config.schema import Config
 from sgtm.estimate.speed import Machine
 from sgtm.estimate.stages import arithmetic, check_divides, check_fits, estimate
 from sgtm.estimate.terminal import print_memory
-from sgtm.estimate.units import GB, amount, counted
+from sgtm.estimate.units import GB, amount
+from sgtm.words import counted
 
 SCRIPTS = Path(sgtm.__file__).parents[1] / "launch"
 LAUNCHERS = ("local", "torchrun", "deepspeed", "slurm")
@@ -71,8 +72,8 @@ def settle(where: Where) -> Settled:
         nodes, gpus = nodes or len(slots), gpus or next(iter(slots.values()))
         if len(slots) != nodes or set(slots.values()) != {gpus}:
             raise ValueError(
-                f"{where.hostfile}: {len(slots)} nodes with {', '.join(map(str, slots.values()))} slots, but the run "
-                f"has --nodes {nodes} --gpus {gpus}; the launcher starts one rank for each slot"
+                f"{where.hostfile}: {counted(len(slots), 'node')} with {', '.join(map(str, slots.values()))} slots, "
+                f"but the run has --nodes {nodes} --gpus {gpus}; the launcher starts one rank for each slot"
             )
     nodes = nodes or 1
     if nodes > 1 and launcher == "local":

@@ -11,6 +11,7 @@ from sgtm.config.load import load_run_config
 from sgtm.config.schema import Config
 from sgtm.report.ratios import Ratios, check_comparable, compute_ratios
 from sgtm.report.record import Record, read_record
+from sgtm.words import counted
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _about(config: Config, evaluation: dict) -> str:
     steps, all_steps = evaluation.get("step", evaluation.get("steps", config.train.steps)), config.train.steps
     words = ["trained without masks" if strategy == "none" else f"trained with strategy {strategy}"]
     words += [f"{', '.join(left_out)} left out"] if left_out else []
-    words.append(f"{steps * config.train.tokens_per_step:,} tokens")
+    words.append(counted(steps * config.train.tokens_per_step, "token"))
     words += [f"at step {steps} of {all_steps}"] if steps != all_steps else []
     return ", ".join(words)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from sgtm.data.summary import FEW_TOKENS
 from sgtm.masking.labels import removed_domains
 from sgtm.report.record import Record, is_forgotten
+from sgtm.words import counted, listed
 
 UNCHANGED = 0.005  # nats: below this a difference prints as 0.00
 CERTAIN = 2.0  # standard errors
@@ -140,11 +141,6 @@ def error_of(error: float) -> str:
     return f"{max(error, 1e-3) if error else 0:.3f}"
 
 
-def listed(words: list[str]) -> str:
-    """'a', 'a and b', 'a, b and c'."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
 def sentences(record: Record) -> list[str]:
     """What happened, the first sentence first; code words in backticks."""
     summary = record.summary
@@ -159,7 +155,8 @@ def sentences(record: Record) -> list[str]:
         return ["Nothing trained yet."]
     last = record.steps[-1]
     of = f" of {record.config.train.steps}" if record.config else ""
-    return [f"Not evaluated yet: {last['step']}{of} steps trained, training loss {last['loss']:.2f} nats."]
+    done = f"{last['step']}{of} steps" if of else counted(last["step"], "step")
+    return [f"Not evaluated yet: {done} trained, training loss {last['loss']:.2f} nats."]
 
 
 def _origin(record: Record) -> list[str]:
@@ -168,7 +165,7 @@ def _origin(record: Record) -> list[str]:
     steps, of_steps = summary.get("steps"), summary.get("of_steps")
     of = f" of {of_steps}" if of_steps and of_steps != steps else ""
     if "in_training" in summary:
-        sample = f", on up to {n:,} sequences of each category" if (n := summary["in_training"]) else ""
+        sample = f", on up to {counted(n, 'sequence')} of each category" if (n := summary["in_training"]) else ""
         outdated = f" `summary.json` is of step {old}." if (old := summary.get("summary_steps")) is not None else ""
         return [
             f"These losses are of the evaluation in training after step {steps}{of}{sample}; `sgtm eval {record.run}` "
@@ -178,7 +175,7 @@ def _origin(record: Record) -> list[str]:
     if summary.get("split", "test") != "test":
         parts.append(f"on split {summary['split']}")
     if summary.get("sequences"):
-        parts.append(f"on up to {summary['sequences']:,} sequences of each category")
+        parts.append(f"on up to {counted(summary['sequences'], 'sequence')} of each category")
     return [f"These losses were measured {', '.join(parts)}."] if parts else []
 
 
@@ -201,7 +198,7 @@ def _removal(condition: str, rows: list[LossRow]) -> str:
 
 
 def _change(row: LossRow, condition: str) -> tuple[str, float, str]:
-    return row.category, row.difference(condition), f" ({row.tokens:,} tokens)" if row.small else ""
+    return row.category, row.difference(condition), f" ({counted(row.tokens or 0, 'token')})" if row.small else ""
 
 
 def _change_of_all(label: str, rows: list[LossRow], condition: str) -> tuple[str, float, str]:

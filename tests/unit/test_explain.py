@@ -102,6 +102,9 @@ def test_tables_say_who_runs_and_who_learns():
     assert "│ es     │ runs      │ off    │ runs      │" in printed
     assert row(printed, "accumulation") == ["micro-batches of 2 sequences: 4 on 1, 2 on 2, 1 on 4 ranks"]
     assert "75%" in printed and "25%" in printed
+    one = text("--train.micro_batch=1", "--train.tokens_per_step=64", "--train.steps=1", "--optimizer.warmup_steps=0")
+    assert row(one, "accumulation") == ["micro-batches of 1 sequence: 1 on 1 rank"]
+    assert row(one, "training")[0].startswith("1 step = 64 tokens") and "64 tokens = 1 sequence of 64" in one
 
 
 def test_weights_and_stopped_gradients_are_shown():
