@@ -121,6 +121,12 @@ class Config(Section):
         joint = self.masking.joint
         return own_joint(self.masking.strategy) if joint is None else joint
 
+    @property
+    def method(self) -> str:
+        """`strategy sgtm`, with `, recipe dual` where one is set; the unmasked baseline has nothing of a recipe."""
+        recipe = f", recipe {self.recipe}" if self.recipe and self.masking.strategy != "none" else ""
+        return f"strategy {self.masking.strategy}{recipe}"
+
     def spelled_out(self) -> dict:
         """The values as JSON has them, with what other keys decide: `masking.joint`, and `warmup_steps` in steps."""
         values = self.model_dump(mode="json")

@@ -81,8 +81,9 @@ def _place(key: str, groups: tuple[str, ...]) -> tuple:
 
 def print_explanation(config: Config, console: Console | None = None) -> None:
     """Model and arithmetic, partition, forward pass, updates and label channel, each as a table; what each row of the
-    channel buys and costs, and a line on the data. Raises ValueError after all this for data that do not fit."""
+    channel buys and costs, and a line on the data. Raises ValueError for data that do not fit, before any of it."""
     console = console or Console()
+    data = data_line(config)
     found = explain(config)
     for table in (_model_table(found), _partition_table(found), _forward_table(config), _updates_table(found)):
         console.print(table)
@@ -94,7 +95,7 @@ def print_explanation(config: Config, console: Console | None = None) -> None:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
     for line in certificate_lines(config):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-    console.print(data_line(config), highlight=False, soft_wrap=True, markup=False)
+    console.print(data, highlight=False, soft_wrap=True, markup=False)
 
 
 def certificate_lines(config: Config) -> list[str]:

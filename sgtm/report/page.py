@@ -204,6 +204,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     if record.config:
         masking = record.config.masking
         facts += [("strategy", masking.strategy), ("domains", ", ".join(masking.domains))]
+        facts += [("recipe", record.config.recipe)] if record.config.recipe and masking.strategy != "none" else []
     written = {
         "parameters": lambda n: f"{n / 1e6:,.2f} M" if n < 1e9 else f"{n / 1e9:,.2f} B",
         "steps": lambda n: f"{n:,}",

@@ -302,7 +302,7 @@ def _arithmetic(config: Config, engine: Engine, start: int, warm_up: float) -> s
     t, ranks = config.train, engine.world_size
     parameters = sum(full_numel(p) for p in engine.module.parameters())
     lines = [
-        f"{config.name}: {parameters:,} parameters, strategy {config.masking.strategy}, "
+        f"{config.name}: {parameters:,} parameters, {config.method}, "
         f"kernels {served(engine.module.backend)}" + (", blocks compiled" if t.compile == "blocks" else ""),
         f"{t.tokens_per_step:,} tokens per step = {counted(ranks, 'rank')} x {engine.accumulation} accumulation "
         f"x {counted(config.micro_batch, 'sequence')} x {config.model.context} tokens",
