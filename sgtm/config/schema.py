@@ -116,6 +116,14 @@ class Config(Section):
         return build_tables(self.space, m.strategy, m.joint, m.cross_domain, m.overrides)
 
     @property
+    def removals(self) -> list[tuple[str, ...]]:
+        """The sets of domains without which a model is evaluated, the empty one first. It is the only one where nothing
+        is masked: no group holds a domain then, unless the weights of `train.init_from` have one.
+        """
+        unmasked = self.tables == build_tables(self.space, "none") and self.train.init_from is None
+        return [()] if unmasked else self.space.subsets()
+
+    @property
     def joint(self) -> Joint | list[JointKind]:
         """`masking.joint`, as the strategy chooses it where it is not set."""
         joint = self.masking.joint

@@ -148,7 +148,9 @@ def sentences(record: Record) -> list[str]:
     found = [_removal(condition, rows) for condition in conditions(summary)]
     if not found and rows:
         full = [f"{row.losses['full']:.2f} on {row.category}" for row in rows]
-        found = [f"The full model's loss is {listed(full)}, in nats; nothing was removed."]
+        unmasked = record.config is not None and not any(record.config.removals)
+        why = ", as no group of a model that was trained without masks holds a domain" if unmasked else ""
+        found = [f"The full model's loss is {listed(full)}, in nats; nothing was removed{why}."]
     if found:
         return [*found, *_origin(record)]
     if not record.steps:

@@ -32,6 +32,8 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
     shown: list[str | None] = [*conditions(summary)]
     for condition in shown or [None]:
         console.print(_table(rows, condition, baselines), "")
+    if rows and not any(shown):
+        console.print("nothing is removed from a model that was trained without masks", highlight=False)
     if any(row.errors for row in rows):
         console.print("±: standard error over documents, seeds of the training not included", highlight=False)
     if baselines:
