@@ -54,8 +54,8 @@ def compare(run: Path, others: Sequence[Path]) -> Comparison:
         losses = evaluation.get("losses", {}).get("full")
         if not losses:
             raise ValueError(
-                f"{other} was not evaluated in training: no eval lines in {other / 'metrics.jsonl'}, and no "
-                f"{other / 'summary.json'}; sgtm eval {other}"
+                f"{other} was not evaluated: its metrics.jsonl has no eval lines, and it has no summary.json; "
+                f"sgtm eval {other}"
             )
         compared.losses[name] = {category: loss for category, loss in losses.items() if loss is not None}
         compared.errors[name] = evaluation.get("errors", {}).get("full", {})

@@ -66,20 +66,23 @@ def loss_rows(summary: dict) -> list[LossRow]:
             losses=of("losses", category),
             errors=of("errors", category),
             difference_errors=of("difference_errors", category),
-            tokens=_measured(summary, category),
+            tokens=measured_tokens(summary, category),
         )
         for category in summary.get("losses", {}).get("full", {})
     ]
     return sorted(rows, key=lambda row: row.true_label.startswith("forget:"))
 
 
-def _measured(summary: dict, category: str) -> int | None:
-    """Tokens that the losses rest on; of an older record those of the split, if all of it was measured."""
+def measured_tokens(summary: dict, category: str) -> int | None:
+    """Tokens that the losses rest on: the targets, fewer than there are in the split, as a token without one before it
+    is none. Of an older record those of the split, if all of it was measured; else None.
+    """
+    nothing = {"tokens": 0}
     if "measured" in summary:
-        return summary["measured"].get(category, {}).get("tokens")
+        return summary["measured"].get(category, nothing)["tokens"]
     everything = summary.get("sequences") is None and "in_training" not in summary
-    of_split = summary.get("counts", {}).get(summary.get("split"), {}) if everything else {}
-    return of_split.get(category, {}).get("tokens")
+    of_split = summary.get("counts", {}).get(summary.get("split"))
+    return of_split.get(category, nothing)["tokens"] if everything and of_split is not None else None
 
 
 def cautions(summary: dict) -> list[str]:
