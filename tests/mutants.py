@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(output[-2000:])
             if (status == PASSED) != bool(mutant.survives) or status not in (PASSED, FAILED):
                 wrong.append(mutant)
-    print(f"{len(mutants)} faults, {len(survivors)} survive")
+    print(f"{len(mutants)} fault{'s' * (len(mutants) != 1)}, {len(survivors)} survive")
     for mutant in survivors:
         print(f"  {mutant.file}: {mutant.fault}\n    {mutant.survives.strip() or 'NOT EXPLAINED: ' + mutant.test}")
     return int(bool(wrong))

@@ -20,6 +20,7 @@ ROOMS = {
     "sgtm": "the version, and names for scripts",
     "sgtm_kernels": "masked ops, each with a reference, a PyTorch and a Triton implementation",
     "sgtm.files": "atomic writes",
+    "sgtm.words": "numbers and lists in sentences",
     "sgtm.process": "rank, cores, signals of this process",
     "sgtm.masking": "labels, groups, strategies, channel, certificate: the method",
     "sgtm.config": "presets and YAML to a checked config",

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, get_args
 
 PROJECTIONS = ("attn_in", "attn_out", "mlp_in", "mlp_out")
-JOINT_KINDS = ("attn_out_bias", "mlp_out_bias", "norm", "final_norm", "embedding", "position", "head", "head_bias")
+JointKind = Literal["attn_out_bias", "mlp_out_bias", "norm", "final_norm", "embedding", "position", "head", "head_bias"]
+JOINT_KINDS: tuple[JointKind, ...] = get_args(JointKind)
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from sgtm.masking.certificate import Conditions, check_certified
 from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import OPEN, LabelSpace
 from sgtm.masking.partition import Partition, build_partition
-from sgtm.masking.strategy import build_tables, own_joint
-from sgtm_kernels.tables import Tables
+from sgtm.masking.strategy import Joint, build_tables, own_joint
+from sgtm.words import counted
+from sgtm_kernels.tables import JointKind, Tables
 
 RUN_NAME = r"^[\w][\w.+-]*$"
 DERIVED_TOKENS = 16_384  # of a micro-batch whose size is derived, at most
@@ -115,10 +116,24 @@ class Config(Section):
         return build_tables(self.space, m.strategy, m.joint, m.cross_domain, m.overrides)
 
     @property
-    def joint(self) -> str | list[str]:
+    def removals(self) -> list[tuple[str, ...]]:
+        """The sets of domains without which a model is evaluated, the empty one first. It is the only one where nothing
+        is masked: no group holds a domain then, unless the weights of `train.init_from` have one.
+        """
+        unmasked = self.tables == build_tables(self.space, "none") and self.train.init_from is None
+        return [()] if unmasked else self.space.subsets()
+
+    @property
+    def joint(self) -> Joint | list[JointKind]:
         """`masking.joint`, as the strategy chooses it where it is not set."""
         joint = self.masking.joint
         return own_joint(self.masking.strategy) if joint is None else joint
+
+    @property
+    def method(self) -> str:
+        """`strategy sgtm`, with `, recipe dual` where one is set; the unmasked baseline has nothing of a recipe."""
+        recipe = f", recipe {self.recipe}" if self.recipe and self.masking.strategy != "none" else ""
+        return f"strategy {self.masking.strategy}{recipe}"
 
     def spelled_out(self) -> dict:
         """The values as JSON has them, with what other keys decide: `masking.joint`, and `warmup_steps` in steps."""
@@ -200,7 +215,7 @@ class Config(Section):
         share, rest = divmod(self.sequences_per_step, world_size * blocks)
         if rest:
             of_blocks = f" x data.micro_blocks {blocks}" if blocks > 1 else ""
-            raise ValueError(f"{self._sequences} is not a multiple of {world_size} ranks{of_blocks}")
+            raise ValueError(f"{self._sequences} is not a multiple of {counted(world_size, 'rank')}{of_blocks}")
         most = max(1, DERIVED_TOKENS // self.model.context)
         size = next(n for n in range(min(most, share), 0, -1) if share % n == 0)
         return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch": size})})
@@ -210,12 +225,13 @@ class Config(Section):
         micro_batch = self.for_ranks(world_size).micro_batch
         if self.sequences_per_step % (micro_batch * world_size):
             raise ValueError(
-                f"{self._sequences} is not a multiple of train.micro_batch {micro_batch} x {world_size} ranks"
+                f"{self._sequences} is not a multiple of train.micro_batch {micro_batch} x "
+                f"{counted(world_size, 'rank')}"
             )
         steps = self.sequences_per_step // (micro_batch * world_size)
         if self.data.mixing == "micro" and steps % self.data.micro_blocks:
             raise ValueError(
-                f"data.mixing micro: {steps} accumulation steps is not a multiple of data.micro_blocks "
+                f"data.mixing micro: {counted(steps, 'accumulation step')} is not a multiple of data.micro_blocks "
                 f"{self.data.micro_blocks}; lower train.micro_batch or data.micro_blocks"
             )
         return steps
@@ -223,6 +239,6 @@ class Config(Section):
     @property
     def _sequences(self) -> str:
         return (
-            f"train.tokens_per_step {self.train.tokens_per_step} = {self.sequences_per_step} sequences of "
+            f"train.tokens_per_step {self.train.tokens_per_step} = {counted(self.sequences_per_step, 'sequence')} of "
             f"{self.model.context}"
         )

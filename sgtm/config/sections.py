@@ -6,7 +6,7 @@ in the report.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -21,20 +21,13 @@ from pydantic import (
 )
 
 from sgtm.masking.shape import ModelShape
-from sgtm.masking.strategy import JOINT_PRESETS, PRESETS
+from sgtm.masking.strategy import Joint, Strategy
 from sgtm_kernels import current_name
-from sgtm_kernels.tables import JOINT_KINDS
+from sgtm_kernels.tables import JointKind
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Members = PositiveInt | dict[str, PositiveInt | list[NonNegativeInt]]
-
-if TYPE_CHECKING:  # a type checker reads no names out of a table
-    Strategy = str
-    Joint = str
-    Kind = str
-else:
-    Strategy, Joint, Kind = Literal[tuple(PRESETS)], Literal[tuple(JOINT_PRESETS)], Literal[JOINT_KINDS]
 
 
 class Section(BaseModel):
@@ -108,7 +101,7 @@ class MaskingConfig(Section):
     `no_out`: also the retain group's output weights, of that part or both; `gradient_routing`: no gradient flows back
     through the retain group; `activation_masking`: the retain group is off; `gram`: as `sgtm`, with joint `strict`;
     `none`: everything, the unmasked baseline."""
-    joint: Joint | list[Kind] | None = None
+    joint: Joint | list[JointKind] | None = None
     """Joint parameters that forget tokens leave alone besides what the strategy says itself: `free` (none), `masked`
     (embedding, position, head weight and the blocks' norms, as in the paper's Wikipedia models), `strict` (all), or a
     list of kinds. None: `strict` for gram, `free` for all others."""

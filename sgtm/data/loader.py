@@ -35,6 +35,7 @@ from sgtm.data.summary import labels_of, trained_categories
 from sgtm.masking.certificate import check_certified
 from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import RETAIN, UNLABELED
+from sgtm.words import counted
 
 _EPOCH_BLOCKS, _EPOCH_SEQUENCES = 3, 8  # + label
 PAD_MULTIPLE = 128
@@ -130,16 +131,16 @@ class Order:
             name = "split train" if label is None else f"label {labels[label]} in split train"
             if stream.sequences < self.block:
                 raise ValueError(
-                    f"{name} has {stream.tokens} tokens, {stream.sequences} sequences of {stream.context}; a block "
-                    f"of data.mixing: {mixing} takes {self.block}. Give more data, upsample it, or lower "
-                    f"train.tokens_per_step"
+                    f"{name} has {counted(stream.tokens, 'token')}, {counted(stream.sequences, 'sequence')} of "
+                    f"{stream.context}; a block of data.mixing: {mixing} takes {self.block}. Give more data, "
+                    f"upsample it, or lower train.tokens_per_step"
                 )
         available = self.blocks_per_epoch * self.block
         if available < self.per_step:
             context = next(iter(self.streams.values())).context
             raise ValueError(
-                f"split train has {available} sequences of {context} tokens, fewer than the {self.per_step} of a step; "
-                f"give more data or lower train.tokens_per_step"
+                f"split train has {counted(available, 'sequence')} of {context} tokens, fewer than the {self.per_step} "
+                f"of a step; give more data or lower train.tokens_per_step"
             )
 
 

@@ -48,6 +48,7 @@ from sgtm.data.tokenizer import (
 from sgtm.data.writer import CorpusWriter
 from sgtm.files import sha256_of, write_atomically
 from sgtm.process.cores import usable_cores
+from sgtm.words import counted
 
 TRAIN = "train"
 SAMPLE_BYTES = 32 * 2**20
@@ -292,14 +293,13 @@ def _merge(out: Path, encoder: Encoder, blocks: Path, count: int) -> None:
             f"no document has any text: {empty:,} are empty, {dropped:,} dropped by the rules; "
             f"look at `text` and at `drop` in the rule file"
         )
-    notes = [f"{nul:,} documents have NUL characters; the first is {first_nul}"] if nul else []
+    have = counted(nul, "document has", "documents have")
+    notes = [f"{have} NUL characters; the first is {first_nul}"] if nul else []
     repeated, documents, place = repeated_names(names)
     if place is not None:
         name = EncodedBlock.load(block_file(blocks, place[0])).names[place[1]]
-        notes.append(
-            f"{repeated:,} values of {encoder.rules.id} occur more than once, in {documents:,} documents; the first is "
-            f"{str(name)!r} (rules: id)"
-        )
+        occur = counted(repeated, f"value of {encoder.rules.id} occurs", f"values of {encoder.rules.id} occur")
+        notes.append(f"{occur} more than once, in {documents:,} documents; the first is {str(name)!r} (rules: id)")
     writer.finish(encoder.eos_id, encoder.rules.categories, splits, empty, dropped, notes)
 
 

@@ -13,6 +13,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -42,9 +43,12 @@ class Block(Protocol):
 
 
 class Source(ABC):
-    """Something that yields blocks. size: in bytes, for the progress bar."""
+    """Something that yields blocks."""
 
-    size: int
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """In bytes, for the progress bar."""
 
     @abstractmethod
     def fingerprint(self) -> Any:
@@ -71,8 +75,9 @@ class File(Source):
 
     file: Path
 
-    def __post_init__(self):
-        self.size = self.file.stat().st_size
+    @cached_property
+    def size(self) -> int:
+        return self.file.stat().st_size
 
     def fingerprint(self) -> Any:
         return file_fingerprint(self.file)
@@ -116,8 +121,9 @@ class TextFiles(Source):
 
     files: list[Path]
 
-    def __post_init__(self):
-        self.size = sum(file.stat().st_size for file in self.files)
+    @cached_property
+    def size(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
 
     def fingerprint(self) -> Any:
         return [file_fingerprint(file) for file in self.files]

@@ -28,6 +28,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from sgtm.masking.channel import uniform_hash
 from sgtm.masking.labels import RESERVED
 from sgtm.process.names import did_you_mean
+from sgtm.words import counted
 
 DROP = "drop"
 LABELS = ("retain", "unlabeled", DROP)
@@ -300,7 +301,7 @@ class Rules(Section):
             if not end_of_last <= start < end <= len(text):
                 raise ValueError(
                     f"{where}: span {[start, end, category]} is empty, overlaps another one or lies outside the text "
-                    f"of {len(text)} characters"
+                    f"of {counted(len(text), 'character')}"
                 )
             if self._label(category, where) == DROP:
                 raise ValueError(f"{where}: span {[start, end, category]}: a span's category cannot be dropped")

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from sgtm.data.rules import DROP, Rules
 from sgtm.data.store import Corpus
+from sgtm.words import counted
 
 FEW_TOKENS = 1000
 """A category's test split with fewer is tiny: where losses of tokens spread by 3 nats, their mean is good to 0.1."""
@@ -37,15 +38,15 @@ def category_counts(corpus: Corpus) -> dict[str, dict[str, CategoryCount]]:
     shape = len(m.splits), len(names)
     of, lengths = corpus.documents[spans["document"]], spans["end"] - spans["start"]
 
-    def counted(category: np.ndarray, chosen: np.ndarray | slice, weights: np.ndarray | None = None) -> np.ndarray:
+    def by_place(category: np.ndarray, chosen: np.ndarray | slice, weights: np.ndarray | None = None) -> np.ndarray:
         place = of["split"][chosen].astype(np.int64) * len(names) + category[chosen]
         return np.bincount(place, None if weights is None else weights[chosen], shape[0] * shape[1]).reshape(shape)
 
     everywhere = slice(None)
-    number, inside = counted(spans["category"], everywhere), counted(spans["category"], everywhere, lengths)
-    taken = counted(of["category"], everywhere, lengths)  # from the document's own category
+    number, inside = by_place(spans["category"], everywhere), by_place(spans["category"], everywhere, lengths)
+    taken = by_place(of["category"], everywhere, lengths)  # from the document's own category
     _, first = np.unique(np.stack([spans["document"], spans["category"]]), axis=1, return_index=True)
-    guests = counted(spans["category"], first[of["category"][first] != spans["category"][first]])
+    guests = by_place(spans["category"], first[of["category"][first] != spans["category"][first]])
     by_split: dict[str, dict[str, CategoryCount]] = {}
     for s, split in enumerate(m.splits):
         by_split[split] = {}
@@ -62,8 +63,9 @@ def category_counts(corpus: Corpus) -> dict[str, dict[str, CategoryCount]]:
 def summary(corpus: Corpus) -> Table:
     """What a corpus holds, as a table; with columns for labelled spans where there are any."""
     m = corpus.manifest
-    skipped = f"; {m.empty} empty and {m.dropped} dropped documents left out" if m.empty or m.dropped else ""
-    table = Table(title=f"{corpus.path}: vocabulary of {m.vocab_size}, {len(m.shards)} shards{skipped}")
+    dropped = counted(m.dropped, "dropped document")
+    skipped = f"; {m.empty:,} empty and {dropped} left out" if m.empty or m.dropped else ""
+    table = Table(title=f"{corpus.path}: vocabulary of {m.vocab_size}, {counted(len(m.shards), 'shard')}{skipped}")
     for column in ("split", "category", "true label"):
         table.add_column(column)
     columns = ("documents", "tokens", "spans", "tokens in spans")[: 4 if len(corpus.spans) else 2]
@@ -131,7 +133,7 @@ def _split_warnings(category: str, tokens: dict[str, int]) -> list[str]:
     if tokens.get("test") == 0:
         sentences.append(f"category {category} has no document in split test: it has no loss in an evaluation")
     elif tokens.get("test", FEW_TOKENS) < FEW_TOKENS:
-        few = f"{tokens['test']:,} tokens"
+        few = counted(tokens["test"], "token")
         sentences.append(f"category {category} has only {few} in split test: its loss in an evaluation is not reliable")
     return sentences
 
@@ -142,22 +144,22 @@ def repeated_texts(corpus: Corpus) -> list[str]:
     ids, text = np.unique(documents["id"], return_inverse=True)
     if len(ids) == len(documents):
         return []
-    sentences = [f"{len(documents) - len(ids):,} of {len(documents):,} documents repeat the text of another one"]
+    repeats = len(documents) - len(ids)
+    verb = "repeats" if repeats == 1 else "repeat"
+    sentences = [f"{repeats:,} of {len(documents):,} documents {verb} the text of another one"]
     if "train" in splits and "test" in splits:
         split = documents["split"]
         trained = text[split == splits.index("train")]
         shared = int(np.isin(text[split == splits.index("test")], trained).sum())
         if shared:
-            sentences.append(
-                f"{shared:,} documents of split test have the text of one in split train, whose loss is learned"
-            )
+            have = counted(shared, "document of split test has", "documents of split test have")
+            sentences.append(f"{have} the text of one in split train, whose loss is learned")
     names = sorted(set(corpus.categories.values()))
     label = np.array([names.index(name) for name in corpus.categories.values()])[documents["category"]]
     kinds = np.bincount(np.unique(text * len(names) + label) // len(names))
     if several := int((kinds > 1).sum()):
-        sentences.append(
-            f"{several:,} texts occur under more than one true label: what one label holds back another teaches"
-        )
+        occur = counted(several, "text occurs", "texts occur")
+        sentences.append(f"{occur} under more than one true label: what one label holds back another teaches")
     return sentences
 
 

@@ -38,8 +38,9 @@ class StorySource(Source):
     split: str
     count: int
 
-    def __post_init__(self):
-        self.size = self.count * STORY_BYTES
+    @property
+    def size(self) -> int:
+        return self.count * STORY_BYTES
 
     def fingerprint(self) -> Any:
         return ["stories", EDITION, self.code, self.split, self.count]

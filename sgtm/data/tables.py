@@ -7,12 +7,14 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sgtm.data import readers
 from sgtm.data.compression import chunks
 from sgtm.data.readers import Block, File, Record, Source, file_fingerprint, in_blocks, shown
+from sgtm.words import counted
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -46,7 +48,9 @@ class Delimited(File):
             for row in rows:
                 if row:
                     if len(row) != len(names):
-                        raise ValueError(f"{name}:{line}: {len(row)} fields, but the first row has {len(names)}")
+                        raise ValueError(
+                            f"{name}:{line}: {counted(len(row), 'field')}, but the first row has {len(names)}"
+                        )
                     fields = dict(zip(names, row, strict=True))
                     yield line, {field: fields[field] for field in wanted}, lines.characters - size, lines.read
                 line, size = rows.line_num + 1, lines.characters
@@ -138,9 +142,13 @@ class SavedDataset(Source):
     folder: Path
     split: str | None
 
-    def __post_init__(self):
-        self.files = sorted(self.folder.glob("*.arrow"))
-        self.size = sum(file.stat().st_size for file in self.files)
+    @cached_property
+    def files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.arrow"))
+
+    @cached_property
+    def size(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
 
     def fingerprint(self) -> Any:
         return [file_fingerprint(file) for file in self.files]

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 Result = TypeVar("Result")
-UserError = TypeVar("UserError", bound=Exception)
+Raised = TypeVar("Raised", bound=Exception)
 
 
 def on_rank_zero(action: Callable[[], Result]) -> Result:
@@ -75,6 +75,6 @@ def check_same(settings: Callable[[], Mapping[str, Any]]) -> None:
                 raise _from_rank(0, error)
 
 
-def _from_rank(rank: int, error: UserError) -> UserError:
+def _from_rank(rank: int, error: Raised) -> Raised:
     error.rank = rank  # type: ignore[attr-defined]  # an attribute of its own, which travels with the pickle
     return error

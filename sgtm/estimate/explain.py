@@ -25,6 +25,7 @@ from sgtm.masking.partition import ENDS
 from sgtm.model.rows import ALWAYS, live_keys
 from sgtm.model.transformer import Transformer
 from sgtm.training.start import export_record
+from sgtm.words import counted
 from sgtm_kernels.tables import PROJECTIONS
 
 LEGEND = "attn_in: Wq Wk Wv; attn_out: Wo; mlp_in: W1, or gate and up; mlp_out: W2, or down; in-side biases with them"
@@ -80,8 +81,9 @@ def _place(key: str, groups: tuple[str, ...]) -> tuple:
 
 def print_explanation(config: Config, console: Console | None = None) -> None:
     """Model and arithmetic, partition, forward pass, updates and label channel, each as a table; what each row of the
-    channel buys and costs, and a line on the data. Raises ValueError after all this for data that do not fit."""
+    channel buys and costs, and a line on the data. Raises ValueError for data that do not fit, before any of it."""
     console = console or Console()
+    data = data_line(config)
     explanation, strategy = explain(config), config.masking.strategy
     for table in (
         _model_table(explanation),
@@ -99,7 +101,7 @@ def print_explanation(config: Config, console: Console | None = None) -> None:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
     for line in certificate_lines(config):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-    console.print(data_line(config), highlight=False, soft_wrap=True, markup=False)
+    console.print(data, highlight=False, soft_wrap=True, markup=False)
 
 
 def certificate_lines(config: Config) -> list[str]:
@@ -137,23 +139,24 @@ def data_line(config: Config) -> str:
     counts, labels = corpus.manifest.counts["train"], corpus.manifest.categories
     tokens = round(sum(count.tokens * passes[labels[category]] for category, count in counts.items()))
     taken = config.train.steps * config.train.tokens_per_step
-    return f"data: {corpus.path} has {tokens:,} tokens in split train; the run takes {taken:,}, {taken / tokens:.2f} x"
+    has = f"{corpus.path} has {counted(tokens, 'token')} in split train"
+    return f"data: {has}; the run takes {taken:,}, {taken / tokens:.2f} x"
 
 
 def _model_table(explanation: Explanation) -> Table:
     config, model, train = explanation.config, explanation.config.model, explanation.config.train
     table = Table(title=f"{config.name}: model and step", show_header=False, title_justify="left")
-    kv = f", {model.kv_heads} KV heads" if model.kv_heads else ""
-    shape = f"{model.layers} layers x {model.hidden_size}, {model.heads} heads{kv}, {model.intermediate_size} neurons"
+    kv = f", {counted(model.kv_heads, 'KV head')}" if model.kv_heads else ""
+    layers, heads = counted(model.layers, "layer"), counted(model.heads, "head")
+    shape = f"{layers} x {model.hidden_size}, {heads}{kv}, {model.intermediate_size} neurons"
     table.add_row("model", f"{model.family}, {shape}")
     table.add_row("parameters", f"{explanation.total:,} ({_embedding_share(explanation):.0%} token embedding and head)")
-    sequences = config.sequences_per_step
-    table.add_row("step", f"{train.tokens_per_step:,} tokens = {sequences:,} sequences of {model.context:,}")
+    sequences = counted(config.sequences_per_step, "sequence")
+    table.add_row("step", f"{train.tokens_per_step:,} tokens = {sequences} of {model.context:,}")
     table.add_row("accumulation", _accumulation(config))
     total = train.steps * train.tokens_per_step
-    table.add_row(
-        "training", f"{train.steps:,} steps = {total:,} tokens, {total / explanation.total:.1f} per parameter"
-    )
+    steps = counted(train.steps, "step")
+    table.add_row("training", f"{steps} = {total:,} tokens, {total / explanation.total:.1f} per parameter")
     masking = config.masking
     joint = config.joint if isinstance(config.joint, str) else ", ".join(config.joint)
     table.add_row("recipe", config.recipe or NOTHING)
@@ -172,21 +175,25 @@ def _embedding_share(explanation: Explanation) -> float:
 
 def _accumulation(config: Config) -> str:
     """Micro-batches per rank for the world sizes up to 64 that divide the step."""
-    fits, derived = [], config.train.micro_batch is None
+    fits, fixed = [], config.train.micro_batch
     for ranks in (1, 2, 4, 8, 16, 32, 64):
         try:
-            size = f" of {config.for_ranks(ranks).train.micro_batch}" if derived else ""
-            fits.append(f"{config.accumulation(ranks)}{size} on {ranks}")
+            size = "" if fixed else f" of {config.for_ranks(ranks).micro_batch}"
+            fits.append((f"{config.accumulation(ranks)}{size}", ranks))
         except ValueError:
             continue
-    micro = "micro-batches" if derived else f"micro-batches of {config.train.micro_batch} sequences"
-    return f"{micro}: {', '.join(fits)} ranks" if fits else f"{micro} divide the step on no power of 2 of ranks"
+    micro = "micro-batches" + (f" of {counted(fixed, 'sequence')}" if fixed else "")
+    if not fits:
+        return f"{micro} divide the step on no power of 2 of ranks"
+    *most, (last, ranks) = fits
+    shown = [f"{number} on {count}" for number, count in most] + [f"{last} on {counted(ranks, 'rank')}"]
+    return f"{micro}: {', '.join(shown)}"
 
 
 def _partition_table(explanation: Explanation) -> Table:
     config = explanation.config
     masked = [i for i in range(config.model.layers) if config.partition.masked(i)]
-    table = Table(title=f"groups, in {len(masked)} of {config.model.layers} layers", title_justify="left")
+    table = Table(title=f"groups, in {len(masked)} of {counted(config.model.layers, 'layer')}", title_justify="left")
     for column in ("group", "heads", "KV heads", "neurons", "parameters", "share"):
         table.add_column(column, justify="left" if column == "group" else "right")
     layer = config.partition.layers[masked[0]] if masked else None

@@ -21,7 +21,8 @@ from sgtm.config.schema import Config
 from sgtm.estimate.speed import Machine
 from sgtm.estimate.stages import arithmetic, check_divides, check_fits, estimate
 from sgtm.estimate.terminal import print_memory
-from sgtm.estimate.units import GB, amount, counted
+from sgtm.estimate.units import GB, amount
+from sgtm.words import counted
 
 SCRIPTS = Path(sgtm.__file__).parents[1] / "launch"
 LAUNCHERS = ("local", "torchrun", "deepspeed", "slurm")
@@ -46,13 +47,12 @@ class Where(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """`Where` with nothing left open."""
+    """What was open in `asked`, decided."""
 
     launcher: str
     nodes: int
     gpus: int
-    rendezvous: str | None
-    hostfile: Path | None
+    asked: Where
 
 
 def settle(where: Where) -> Settled:
@@ -72,8 +72,8 @@ def settle(where: Where) -> Settled:
         nodes, gpus = nodes or len(slots), gpus or next(iter(slots.values()))
         if len(slots) != nodes or set(slots.values()) != {gpus}:
             raise ValueError(
-                f"{where.hostfile}: {len(slots)} nodes with {', '.join(map(str, slots.values()))} slots, but the run "
-                f"has --nodes {nodes} --gpus {gpus}; the launcher starts one rank for each slot"
+                f"{where.hostfile}: {counted(len(slots), 'node')} with {', '.join(map(str, slots.values()))} slots, "
+                f"but the run has --nodes {nodes} --gpus {gpus}; the launcher starts one rank for each slot"
             )
     nodes = nodes or 1
     if nodes > 1 and launcher == "local":
@@ -91,7 +91,7 @@ def settle(where: Where) -> Settled:
         if launcher == "slurm":
             raise ValueError("--launcher slurm needs --gpus N: the GPUs of each node, which are not seen from here")
         gpus = max(1, _gpus_here())
-    return Settled(launcher, nodes, gpus, where.rendezvous, where.hostfile)
+    return Settled(launcher, nodes, gpus, where)
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -129,9 +129,9 @@ def compose(where: Settled, arguments: list[str]) -> tuple[dict[str, str], list[
         return {}, ["sbatch", *shape, "launch/slurm.sbatch", *arguments]
     environment = {"NPROC": gpus}
     if where.launcher == "torchrun":
-        environment = {"NNODES": nodes, "RDZV": str(where.rendezvous), "NPROC": gpus}
-    elif where.hostfile:
-        environment = {"HOSTFILE": str(where.hostfile)}
+        environment = {"NNODES": nodes, "RDZV": str(where.asked.rendezvous), "NPROC": gpus}
+    elif where.asked.hostfile:
+        environment = {"HOSTFILE": str(where.asked.hostfile)}
     return environment, [str(SCRIPTS / f"{where.launcher}.sh"), *arguments]
 
 

@@ -14,7 +14,8 @@ from sgtm.estimate.memory import Memory, checkpoint_bytes, memory
 from sgtm.estimate.shapes import parameter_sizes
 from sgtm.estimate.speed import Duration, Machine, Speed, duration, speed
 from sgtm.estimate.traffic import Collective, collectives
-from sgtm.estimate.units import GB, amount, counted, listed
+from sgtm.estimate.units import GB, amount
+from sgtm.words import counted, listed
 
 STAGES = (0, 1, 2, 3)
 
@@ -118,7 +119,7 @@ def check_divides(config: Config, ranks: int) -> int:
         return config.accumulation(ranks)
     except ValueError as error:
         fits = [n for n in range(1, (config.train.micro_batch or 0) + 1) if _divides(config, ranks, n)]
-        advice = f"train.micro_batch {listed(fits)} would" if fits else _other_steps(config, ranks)
+        advice = f"train.micro_batch {listed(fits, 'or')} would" if fits else _other_steps(config, ranks)
         raise ConfigError(f"{error}; {advice}") from None
 
 
@@ -132,8 +133,8 @@ def _other_steps(config: Config, ranks: int) -> str:
     near = [n * least * config.model.context for n in (sequences // least, sequences // least + 1) if n]
     counts = [n for n in range(1, ranks) if _divides(config, n, micro_batch)][-3:]
     changed = "" if micro_batch == size else f"with train.micro_batch {micro_batch} "
-    others = f", and so would {listed(counts)} rank{'' if counts == [1] else 's'}" if counts else ""
-    return f"{changed}train.tokens_per_step {listed(near)} would{others}"
+    others = f", and so would {listed(counts, 'or')} rank{'' if counts == [1] else 's'}" if counts else ""
+    return f"{changed}train.tokens_per_step {listed(near, 'or')} would{others}"
 
 
 def check_fits(config: Config, ranks: int, limit: float, whose: str) -> None:
@@ -147,10 +148,10 @@ def check_fits(config: Config, ranks: int, limit: float, whose: str) -> None:
         return
     tried = []
     stages = [s for s in STAGES if s > stage and memory(config, s, ranks).peak <= limit]
-    tried += [f"distributed.zero_stage {listed(stages)}"] if stages else []
+    tried += [f"distributed.zero_stage {listed(stages, 'or')}"] if stages else []
     smaller = [n for n in range(1, config.micro_batch) if _divides(config, ranks, n)]
     batches = [n for n in smaller if memory(with_micro_batch(config, n), stage, ranks).peak <= limit]
-    tried += [f"train.micro_batch {listed(batches)}"] if batches else []
+    tried += [f"train.micro_batch {listed(batches, 'or')}"] if batches else []
     single = _changed(config, "distributed", zero_hpz_partition_size=1)
     if memory(single, stage, ranks).peak <= limit:
         tried.append("distributed.zero_hpz_partition_size 1")

@@ -11,8 +11,9 @@ from rich.table import Table
 from sgtm.config.schema import Config
 from sgtm.estimate.speed import PEAK, Machine
 from sgtm.estimate.stages import Row, arithmetic, check_fits, recommended
-from sgtm.estimate.units import GB, amount, listed, unit
+from sgtm.estimate.units import GB, amount, unit
 from sgtm.estimate.zero3 import Limits, gathered_times
+from sgtm.words import counted, listed
 
 MEMORY = {
     "weights": ("weights", "hpZ weights", "gathered weights"),
@@ -119,7 +120,7 @@ def _times(number: int) -> str:
 
 def _run_table(config: Config, rows: list[Row], machine: Machine) -> Table:
     train = config.train
-    title = f"the run: {train.steps:,} steps, {train.steps * train.tokens_per_step:,} tokens"
+    title = f"the run: {counted(train.steps, 'step')}, {train.steps * train.tokens_per_step:,} tokens"
     columns = ("tokens/s", "MFU", "days", "at best", "GPU-hours", "at best", "checkpoint")
     table = _table(title, columns)
     for row in rows:
@@ -160,7 +161,7 @@ def _recommendation(config: Config, machine: Machine, rows: list[Row]) -> str:
     if not choice.moved:
         return f"{take}: one rank sends nothing, so all stages are as fast."
     faster = [row.stage for row in rows if row.speed.best_step < 0.99 * choice.speed.best_step]
-    hope = f"; ZeRO {listed(faster)} would be faster only with what it sends hidden" if faster else ""
+    hope = f"; ZeRO {listed(faster, 'or')} would be faster only with what it sends hidden" if faster else ""
     return f"{take}: of the stages that fit the fastest with nothing hidden, one assumption for all{hope}."
 
 

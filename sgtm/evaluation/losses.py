@@ -1,4 +1,5 @@
 """Loss of every category, for the full model and for every set of removed domains, and the norms of what layers add.
+Of a model that was trained without masks nothing is removed (`Config.removals`).
 
 An ablated loss is a forward pass with those groups inactive: no weight is edited, so it works on a sharded model in
 training as on a loaded one. Losses are nats per target token, a mean over all tokens of the category; in a document
@@ -65,7 +66,7 @@ def evaluate(
     all_reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda t: t,
     check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Losses of every category for every removed set, and what they rest on.
+    """Losses of every category for every removed set of the config, and what they rest on.
 
     forward    `Transformer.forward` or an engine around it
     split      of the corpus; sequences: at most this many of each category, None: all
@@ -74,7 +75,7 @@ def evaluate(
 
     Raises ValueError where the split has no target at all.
     """
-    subsets = config.space.subsets()
+    subsets = config.removals
     tables = [removal_tables(config.space, removed) for removed in subsets]
     losses: Losses = {removal_name(removed): {} for removed in subsets}
     norms: dict[str, Norms] = {name: {} for name in losses}

@@ -9,10 +9,15 @@ Enables Access Control", ICML 2026.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 from sgtm.masking.labels import RETAIN, LabelSpace
-from sgtm_kernels.tables import JOINT_KINDS, PROJECTIONS, Tables
+from sgtm_kernels.tables import JOINT_KINDS, PROJECTIONS, JointKind, Tables
 
+Strategy = Literal[
+    "none", "sgtm", "no_mlp_out", "no_attn_out", "no_out", "gradient_routing", "activation_masking", "gram"
+]
+Joint = Literal["free", "masked", "strict"]
 Grid = list[list[float]]
 
 
@@ -23,7 +28,7 @@ class _Draft:
         self.space = space
         self.active, self.route = self._ones(), self._ones()
         self.update = {projection: self._ones() for projection in PROJECTIONS}
-        self.update_joint = {kind: [1.0] * len(space.labels) for kind in JOINT_KINDS}
+        self.update_joint: dict[str, list[float]] = {kind: [1.0] * len(space.labels) for kind in JOINT_KINDS}
 
     def _ones(self) -> Grid:
         return [[1.0] * len(self.space.groups) for _ in self.space.labels]
@@ -82,7 +87,7 @@ def _gram(draft: _Draft) -> None:
             draft.update[projection][label][0] = 0.0
 
 
-PRESETS: dict[str, Callable[[_Draft], None]] = {
+PRESETS: dict[Strategy, Callable[[_Draft], None]] = {
     "none": lambda draft: None,
     "sgtm": _sgtm,
     "no_mlp_out": lambda draft: _sgtm(draft, ("mlp_out",)),
@@ -93,7 +98,7 @@ PRESETS: dict[str, Callable[[_Draft], None]] = {
     "gram": _gram,
 }
 
-JOINT_PRESETS: dict[str, tuple[str, ...]] = {
+JOINT_PRESETS: dict[Joint, tuple[JointKind, ...]] = {
     "free": (),
     "masked": ("embedding", "position", "head", "norm"),
     "strict": JOINT_KINDS,
@@ -101,17 +106,18 @@ JOINT_PRESETS: dict[str, tuple[str, ...]] = {
 """Joint kinds that forget tokens leave alone besides what the strategy says itself (the output biases of `sgtm`)."""
 
 
-def own_joint(strategy: str) -> str:
+def own_joint(strategy: Strategy) -> Joint:
     """What `joint` is where it is not set: GRAM's code trains no joint parameter on domain data."""
     return "strict" if strategy == "gram" else "free"
 
 
-def joint_kinds(strategy: str, joint: str | Sequence[str] | None) -> tuple[str, ...]:
+def joint_kinds(strategy: Strategy, joint: Joint | Sequence[JointKind] | None) -> tuple[JointKind, ...]:
     """Kinds that `joint` adds to a strategy; None: `own_joint`.
 
     Raises ValueError for unknown kinds, and where the strategy is `none`, which masks nothing.
     """
     joint = own_joint(strategy) if joint is None else joint
+    unknown: list[str]
     if isinstance(joint, str):
         kinds, unknown = JOINT_PRESETS.get(joint, ()), [] if joint in JOINT_PRESETS else [joint]
     else:
@@ -128,8 +134,8 @@ def joint_kinds(strategy: str, joint: str | Sequence[str] | None) -> tuple[str, 
 
 def build_tables(
     space: LabelSpace,
-    strategy: str,
-    joint: str | Sequence[str] | None = None,
+    strategy: Strategy,
+    joint: Joint | Sequence[JointKind] | None = None,
     cross_domain: str = "inactive",
     overrides: dict[str, float] | None = None,
 ) -> Tables:

@@ -30,6 +30,7 @@ from sgtm.measure.rounds import LocalStep, Rounds, TimedStep, take_rounds
 from sgtm.measure.rows import CPU_TARGETS, PEER_TARGETS, as_parent, failure, row, table
 from sgtm.training.start import dry_run, initial_model
 from sgtm.training.step import StepTotals, train_step
+from sgtm.words import counted
 from sgtm_kernels.dispatch import resolve
 from sgtm_kernels.measurement import write_rows
 from sgtm_kernels.plan import Tables
@@ -64,7 +65,7 @@ def bench(
     cases = label_cases(config, rank_info.world_size)
     if rank_info.rank == 0:
         few = "; so few compare nothing: --rounds 15" if rounds < FEW else ""
-        print(f"{setting(config)}: measuring {len(cases)} rows in {_rounds(rounds)}{few}", flush=True)
+        print(f"{setting(config)}: measuring {len(cases)} rows in {counted(rounds, 'round')}{few}", flush=True)
     for warning in check_kernels(config):
         print(warning, file=sys.stderr)
     others = peers(config) if with_peers else {}
@@ -75,7 +76,8 @@ def bench(
         if name not in took.failed:
             next(about for about in results if about["row"] == name)["attention"] = peer.attention()
     if rank_info.rank == 0:
-        print(f"{setting(config)}: {_rounds(rounds)}; time and memory relative to {NONE}\n\n{table(results)}\n")
+        heading = f"{setting(config)}: {counted(rounds, 'round')}; time and memory relative to {NONE}"
+        print(f"{heading}\n\n{table(results)}\n")
         print("ratios compare steps of the same round; tokens/s are those of none over the ratio")
         if to is not None:
             write_rows(to, results)
@@ -160,10 +162,6 @@ def setting(config: Config) -> str:
     return f"{config.name}, batch {config.sequences_per_step} x {config.model.context}{micro}, {t.precision}{compiled}"
 
 
-def _rounds(count: int) -> str:
-    return f"{count} round{'s' * (count != 1)}"
-
-
 def label_cases(config: Config, world_size: int) -> dict[str, Case]:
     """The rows: tables, and the label of each of a rank's sequences in a step.
 
@@ -173,9 +171,9 @@ def label_cases(config: Config, world_size: int) -> dict[str, Case]:
     n = micro_batches * config.micro_batch
     if n < 4:
         raise ValueError(
-            f"train.tokens_per_step {config.train.tokens_per_step} is {n} sequences of {config.model.context} for each "
-            f"rank; a row with a quarter of forget sequences needs 4: --train.tokens_per_step "
-            f"{4 * config.model.context * world_size}"
+            f"train.tokens_per_step {config.train.tokens_per_step} is {counted(n, 'sequence')} of "
+            f"{config.model.context} for each rank; a row with a quarter of forget sequences needs 4: "
+            f"--train.tokens_per_step {4 * config.model.context * world_size}"
         )
     none, some = build_tables(space, NONE), round(n / 4)
     forget = sorted((FIRST_FORGET + i % len(space.domains) for i in range(some)), reverse=True)

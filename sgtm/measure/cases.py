@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Final
 
 import torch
 
@@ -16,7 +17,8 @@ from sgtm_kernels.plan import Tables
 
 MICRO_BLOCKS = 4  # default of data.micro_blocks
 DOCUMENTS = (5, 20, 25, 25, 25)  # percent of a sequence
-NONE, NOTHING, PURE = "none", "nothing masked", "pure forget"
+NONE: Final = "none"
+NOTHING, PURE = "nothing masked", "pure forget"
 
 
 @dataclass(frozen=True)

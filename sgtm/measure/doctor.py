@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from sgtm.process.cores import usable_cores
+from sgtm.words import counted
 from sgtm_kernels.measurement import cpu_model, cpuinfo, driver, installed
 
 if TYPE_CHECKING:
@@ -251,7 +252,9 @@ def _tuning() -> dict:
     for device in devices:
         try:
             table = table_of(device)
-            entries[str(device)] = f"{table.path}, {len(table.entries)} entries" if table else "heuristics, no table"
+            entries[str(device)] = (
+                f"{table.path}, {counted(len(table.entries), 'entry', 'entries')}" if table else "heuristics, no table"
+            )
         except ValueError as error:
             entries[str(device)] = f"broken: {error}"
     entries["tables in"] = str(TUNED)

@@ -9,6 +9,7 @@ from pathlib import Path
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition, build_partition
 from sgtm.masking.shape import ModelShape
+from sgtm.masking.strategy import Joint
 
 PRESETS = Path(__file__).parents[1] / "config" / "presets"
 LABELS = LabelSpace(("forget",))
@@ -21,7 +22,7 @@ class Setting:
     model: ModelShape
     forget_heads: int
     forget_neurons: int
-    joint: str
+    joint: Joint
     micro_batch: int
     accumulation: int
 

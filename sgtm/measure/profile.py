@@ -31,6 +31,7 @@ from sgtm.measure.rounds import wait_for_device
 from sgtm.measure.trace import OTHER, summarize
 from sgtm.training.start import dry_run, initial_model
 from sgtm.training.step import StepTotals, learning_rate, train_step
+from sgtm.words import counted
 
 WARM_UP = 3
 TOP = 15
@@ -89,7 +90,7 @@ def run_profile(
         seconds = time.perf_counter() - began
         next_step()
     if rank_info.rank == 0 and not trace:
-        print(f"{config.name}: {steps} step(s) of {seconds / steps * 1e3:,.1f} ms; no trace was written")
+        print(f"{config.name}: {counted(steps, 'step')} of {seconds / steps * 1e3:,.1f} ms; no trace was written")
     if file is None:
         return
     summary = summarize(json.loads(file.read_text())["traceEvents"], steps, seconds, on_gpu)
@@ -156,8 +157,8 @@ def print_profile(summary: dict, out: Path, console: Console | None = None) -> N
     console = console or Console()
     busy = summary["kernel_ms_per_step"] / summary["ms_per_step"]
     about = (
-        f"{summary['name']}: {summary['steps']} step(s) of {summary['ms_per_step']:,.1f} ms under the profiler, which "
-        f"slows it; {summary['kernel']} {summary['kernel_ms_per_step']:,.1f} ms ({busy:.0%}); kernels "
+        f"{summary['name']}: {counted(summary['steps'], 'step')} of {summary['ms_per_step']:,.1f} ms under the "
+        f"profiler, which slows it; {summary['kernel']} {summary['kernel_ms_per_step']:,.1f} ms ({busy:.0%}); kernels "
         f"{summary['backend']}; data: {summary['data']}"
     )
     console.print(about, highlight=False)
@@ -202,5 +203,5 @@ def _kernels(rows: list[dict], width: int) -> Table:
     if rows[TOP:]:
         calls, ms, share = (sum(row[key] for row in rows[TOP:]) for key in ("calls_per_step", "ms_per_step", "share"))
         table.add_section()
-        table.add_row(f"{len(rows) - TOP} others", f"{calls:,.4g}", f"{ms:,.3f}", f"{share:.1%}")
+        table.add_row(counted(len(rows) - TOP, "other"), f"{calls:,.4g}", f"{ms:,.3f}", f"{share:.1%}")
     return table

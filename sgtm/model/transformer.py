@@ -60,7 +60,8 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """`first`: in the first layer, if that has groups and only joint parameters are below it."""
+    """`first`: in the first layer, if no group's parameters are below it. (In a layer without groups every row of the
+    projection learns, so that nothing is left out either way.)"""
 
     def __init__(self, config: ModelShape, layer: LayerPartition, window: int | None, backend: str, first: bool):
         super().__init__()
@@ -118,7 +119,7 @@ class Block(nn.Module):
         layer = partition.layers[index]
         kind = "norm" if partition.masked(index) else None
         self.attention_norm = Norm(config, kind, backend)
-        first = index == 0 and partition.masked(index) and partition.embedding == "none"
+        first = index == 0 and partition.embedding == "none"
         self.attention = Attention(config, layer, config.window_of(index), backend, first)
         self.mlp_norm = Norm(config, kind, backend)
         self.mlp = MLP(config, layer, backend)
@@ -201,11 +202,10 @@ class Transformer(nn.Module):
         if not self.domain_parts:
             return linear_cross_entropy(x, self._head, self.head_bias, targets, plan, scale, self.backend)
         parts, self._parts = self._parts, {}  # held no longer than the forward pass: ZeRO 3 frees what they view
-        bias: torch.Tensor | None = None
-        if self.head_bias is None:
-            x, head = held(x, self._head)
-        else:
-            x, head, bias = held(x, self._head, self.head_bias)
+        head: torch.Tensor = self._head
+        bias: torch.Tensor | None = self.head_bias
+        if bias is not None:  # or which of the two is complete first would depend on the labels
+            x, head, bias = held(x, head, bias)
         by_subset = []
         for subset in subsets(plan, x.device):
             hidden, goals = x, targets

@@ -11,6 +11,7 @@ from sgtm.config.load import load_run_config
 from sgtm.config.schema import Config
 from sgtm.report.ratios import Ratios, check_comparable, compute_ratios
 from sgtm.report.record import Record, read_record
+from sgtm.words import counted
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ def compare(run: Path, others: Sequence[Path]) -> Comparison:
         losses = evaluation.get("losses", {}).get("full")
         if not losses:
             raise ValueError(
-                f"{other} was not evaluated in training: no eval lines in {other / 'metrics.jsonl'}, and no "
-                f"{other / 'summary.json'}; sgtm eval {other}"
+                f"{other} was not evaluated: its metrics.jsonl has no eval lines, and it has no summary.json; "
+                f"sgtm eval {other}"
             )
         compared.losses[name] = {category: loss for category, loss in losses.items() if loss is not None}
         compared.errors[name] = evaluation.get("errors", {}).get("full", {})
@@ -96,7 +97,7 @@ def _about(config: Config, evaluation: dict) -> str:
     steps, all_steps = evaluation.get("step", evaluation.get("steps", config.train.steps)), config.train.steps
     words = ["trained without masks" if strategy == "none" else f"trained with strategy {strategy}"]
     words += [f"{', '.join(left_out)} left out"] if left_out else []
-    words.append(f"{steps * config.train.tokens_per_step:,} tokens")
+    words.append(counted(steps * config.train.tokens_per_step, "token"))
     words += [f"at step {steps} of {all_steps}"] if steps != all_steps else []
     return ", ".join(words)
 

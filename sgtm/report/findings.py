@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from sgtm.data.summary import FEW_TOKENS
 from sgtm.masking.labels import removed_domains
 from sgtm.report.record import Record, is_forgotten
+from sgtm.words import counted, listed
 
 UNCHANGED = 0.005  # nats: below this a difference prints as 0.00
 CERTAIN = 2.0  # standard errors
 SMALL = f"fewer than {FEW_TOKENS:,} tokens were measured"
 NAMED = 3  # so many kept categories are named in a sentence; more are averaged by true label
-KINDS = {"retain": "retain", "unlabeled": "unlabeled", "": "other"}
+ADJECTIVES = {"retain": "retain", "unlabeled": "unlabeled", "": "other"}
 
 
 @dataclass(frozen=True)
@@ -65,20 +66,23 @@ def loss_rows(summary: dict) -> list[LossRow]:
             losses=of("losses", category),
             errors=of("errors", category),
             difference_errors=of("difference_errors", category),
-            tokens=_measured(summary, category),
+            tokens=measured_tokens(summary, category),
         )
         for category in summary.get("losses", {}).get("full", {})
     ]
     return sorted(rows, key=lambda row: row.true_label.startswith("forget:"))
 
 
-def _measured(summary: dict, category: str) -> int | None:
-    """Tokens that the losses rest on; of an older record those of the split, if all of it was measured."""
+def measured_tokens(summary: dict, category: str) -> int | None:
+    """Tokens that the losses rest on: the targets, fewer than there are in the split, as a token without one before it
+    is none. Of an older record those of the split, if all of it was measured; else None.
+    """
+    nothing = {"tokens": 0}
     if "measured" in summary:
-        return summary["measured"].get(category, {}).get("tokens")
+        return summary["measured"].get(category, nothing)["tokens"]
     everything = summary.get("sequences") is None and "in_training" not in summary
-    of_split = summary.get("counts", {}).get(summary.get("split"), {}) if everything else {}
-    return of_split.get(category, {}).get("tokens")
+    of_split = summary.get("counts", {}).get(summary.get("split"))
+    return of_split.get(category, nothing)["tokens"] if everything and of_split is not None else None
 
 
 def cautions(summary: dict) -> list[str]:
@@ -140,11 +144,6 @@ def error_of(error: float) -> str:
     return f"{max(error, 1e-3) if error else 0:.3f}"
 
 
-def listed(words: list[str]) -> str:
-    """'a', 'a and b', 'a, b and c'."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
 def sentences(record: Record) -> list[str]:
     """What happened, the first sentence first; code words in backticks."""
     summary = record.summary
@@ -152,14 +151,17 @@ def sentences(record: Record) -> list[str]:
     lines = [_removal(condition, rows) for condition in conditions(summary)]
     if not lines and rows:
         full = [f"{row.losses['full']:.2f} on {row.category}" for row in rows]
-        lines = [f"The full model's loss is {listed(full)}, in nats; nothing was removed."]
+        unmasked = record.config is not None and not any(record.config.removals)
+        why = ", as no group of a model that was trained without masks holds a domain" if unmasked else ""
+        lines = [f"The full model's loss is {listed(full)}, in nats; nothing was removed{why}."]
     if lines:
         return [*lines, *_origin(record)]
     if not record.steps:
         return ["Nothing trained yet."]
     last = record.steps[-1]
     of = f" of {record.config.train.steps}" if record.config else ""
-    return [f"Not evaluated yet: {last['step']}{of} steps trained, training loss {last['loss']:.2f} nats."]
+    done = f"{last['step']}{of} steps" if of else counted(last["step"], "step")
+    return [f"Not evaluated yet: {done} trained, training loss {last['loss']:.2f} nats."]
 
 
 def _origin(record: Record) -> list[str]:
@@ -168,7 +170,7 @@ def _origin(record: Record) -> list[str]:
     steps, of_steps = summary.get("steps"), summary.get("of_steps")
     of = f" of {of_steps}" if of_steps and of_steps != steps else ""
     if "in_training" in summary:
-        sample = f", on up to {n:,} sequences of each category" if (n := summary["in_training"]) else ""
+        sample = f", on up to {counted(n, 'sequence')} of each category" if (n := summary["in_training"]) else ""
         outdated = f" `summary.json` is of step {old}." if (old := summary.get("summary_steps")) is not None else ""
         return [
             f"These losses are of the evaluation in training after step {steps}{of}{sample}; `sgtm eval {record.run}` "
@@ -178,7 +180,7 @@ def _origin(record: Record) -> list[str]:
     if summary.get("split", "test") != "test":
         parts.append(f"on split {summary['split']}")
     if summary.get("sequences"):
-        parts.append(f"on up to {summary['sequences']:,} sequences of each category")
+        parts.append(f"on up to {counted(summary['sequences'], 'sequence')} of each category")
     return [f"These losses were measured {', '.join(parts)}."] if parts else []
 
 
@@ -201,7 +203,7 @@ def _removal(condition: str, rows: list[LossRow]) -> str:
 
 
 def _change(row: LossRow, condition: str) -> tuple[str, float, str]:
-    return row.category, row.difference(condition), f" ({row.tokens:,} tokens)" if row.small else ""
+    return row.category, row.difference(condition), f" ({counted(row.tokens or 0, 'token')})" if row.small else ""
 
 
 def _change_of_all(label: str, rows: list[LossRow], condition: str) -> tuple[str, float, str]:
@@ -215,9 +217,9 @@ def _change_of_all(label: str, rows: list[LossRow], condition: str) -> tuple[str
     mean = sum(w * change for w, change in zip(weights, changes.values(), strict=True)) / sum(weights)
     least, most = min(changes, key=changes.__getitem__), max(changes, key=changes.__getitem__)
     spread = f"{signed(changes[least], 2)} on {least} to {signed(changes[most], 2)} on {most}"
-    kind = KINDS.get(label, label)
+    adjective = ADJECTIVES.get(label, label)
     note = f" ({'' if known else 'a mean that weighs all alike; '}{spread})"
-    return f"the {len(rows)} {kind} categories", mean, note
+    return f"the {len(rows)} {adjective} categories", mean, note
 
 
 def _phrases(changes: list[tuple[str, float, str]]) -> list[str]:

@@ -55,7 +55,7 @@ EXHIBITS = (
         "Held-out loss in nats per token. Ring: the full model. Dot: the same weights with the domain's heads and "
         "neurons inactive. The number is the difference and its standard error over documents; bold where it is meant "
         f"to rise, faint where {SMALL}.",
-        "No ablation has been measured yet: sgtm eval writes it to summary.json.",
+        "No ablation has been measured: sgtm eval writes it to summary.json, unless the training masks nothing.",
     ),
     (
         figures.loss_curves,
@@ -75,14 +75,16 @@ EXHIBITS = (
     ),
     (
         figures.gradient_norms,
-        "Gradient norm of each group relative to the norm of its weights (no unit), by what the data truly are, with "
-        "nothing masked: where what is still to be learned would go. Shades span four decades. Good: in each row the "
-        "framed cell, the label's own group, is by far the largest. Rows that are alike: the domain is not localised.",
+        "Rows: true label of the data. Columns: group of heads and neurons. Values: norm of the gradient on the "
+        "group's weights over the norm of these weights (no unit), with nothing masked: where what is still to be "
+        "learned would go. Shades span four decades. Good: in each row the framed cell, the label's own group, is by "
+        "far the largest. Rows that are alike: the domain is not localised.",
         "Gradient norms are not measured in training: sgtm eval writes them to summary.json.",
     ),
     (
         figures.partition,
-        "Who owns what: every layer's query heads and MLP neurons at their original indices, by group.",
+        "Who owns what. Rows: layers. Columns: query heads, and below MLP neurons, at their original indices. Colours: "
+        "the group that owns them.",
         "The partition is unknown: config.yaml is missing.",
     ),
     (
@@ -203,6 +205,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
     if record.config:
         masking = record.config.masking
         facts += [("strategy", masking.strategy), ("domains", ", ".join(masking.domains))]
+        facts += [("recipe", record.config.recipe)] if record.config.recipe and masking.strategy != "none" else []
     written = {
         "parameters": lambda n: f"{n / 1e6:,.2f} M" if n < 1e9 else f"{n / 1e9:,.2f} B",
         "steps": lambda n: f"{n:,}",

@@ -46,9 +46,8 @@ def compute_ratios(run: Path, baselines: Sequence[Path]) -> Ratios:
                 try:
                     curve = LearningCurve(*zip(*mine, strict=True)) if mine else LearningCurve((), ())
                 except ValueError as error:
-                    names = ", ".join(map(str, baselines))
                     few = "train it with --train.eval_every" if len(baselines) == 1 else "give 3 of different lengths"
-                    problem = problem or f"{names}: {category}: {error}" + f"; {few}" * (len(mine) < LEAST)
+                    problem = problem or f"{category}: {error}" + f"; {few}" * (len(mine) < LEAST)
                     continue
                 ratios.setdefault(removal, {})[category] = curve.ratio(loss)
     if not ratios and problem:

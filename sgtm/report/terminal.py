@@ -9,7 +9,7 @@ from rich.text import Text
 
 from sgtm.masking.labels import removed_domains
 from sgtm.report.beside import Comparison
-from sgtm.report.findings import LossRow, cautions, conditions, error_of, loss_rows, signed
+from sgtm.report.findings import LossRow, cautions, conditions, error_of, loss_rows, measured_tokens, signed
 from sgtm.report.ratios import Ratios, categories_of
 from sgtm.report.record import is_forgotten
 
@@ -21,7 +21,7 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
 
     Of the full model and of the difference with their standard errors over documents. A difference that is meant (a
     removed domain's loss rising) is green; any other above 0.1 nat is red; a small test set is dim. Below them, what to
-    beware of, how many tokens of each category the corpus has, the norm of the residual stream, and the categories of
+    beware of, the tokens of each category, the norm of the residual stream, and the categories of
     which there was nothing to measure.
     """
     console = console or Console()
@@ -32,6 +32,8 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
     shown: list[str | None] = [*conditions(summary)]
     for condition in shown or [None]:
         console.print(_table(rows, condition, baselines), "")
+    if rows and not any(shown):
+        console.print("nothing is removed from a model that was trained without masks", highlight=False)
     if any(row.errors for row in rows):
         console.print("±: standard error over documents, seeds of the training not included", highlight=False)
     if baselines:
@@ -80,13 +82,19 @@ def _plain_table() -> Table:
 
 
 def _tokens(summary: dict) -> Table:
+    """Tokens of each category that the corpus has, and of the evaluated split those that were measured."""
     table = _plain_table()
     table.add_column("tokens of")
     for split in summary["counts"]:
-        table.add_column(split, justify="right")
+        table.add_column(f"{split}, measured" if split == summary["split"] else split, justify="right")
     for category in summary["true_labels"]:
-        counts = [by.get(category, {"tokens": 0})["tokens"] for by in summary["counts"].values()]
-        table.add_row(category, *(f"{tokens:,}" for tokens in counts))
+        numbers = [
+            measured_tokens(summary, category)
+            if split == summary["split"]
+            else by_category.get(category, {"tokens": 0})["tokens"]
+            for split, by_category in summary["counts"].items()
+        ]
+        table.add_row(category, *("-" if tokens is None else f"{tokens:,}" for tokens in numbers))
     return table
 
 

@@ -44,7 +44,7 @@ def load_run_model(run: str | Path) -> Transformer:
 
 
 def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = None, data: str | None = None) -> dict:
-    """Losses per category, full and without each subset of domains, as `summary.json` holds them.
+    """Losses per category, full and without each set of domains (`Config.removals`), as `summary.json` holds them.
 
     split      of the corpus to evaluate on
     sequences  at most this many sequences of each category; None: all of them

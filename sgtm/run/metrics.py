@@ -37,7 +37,7 @@ from sgtm.files import sync_directory, write_atomically
 from sgtm.model.output_norms import Norms
 from sgtm.run.residual import ResidualWatch
 from sgtm.run.saving import Saved
-from sgtm.run.wandb_id import KINDS, claim
+from sgtm.run.wandb_id import SENT, claim
 
 WANDB_START, WANDB_FINISH = 30, 60
 """Seconds that wandb's server gets to answer the start of a run, and to take the rest at its end."""
@@ -174,7 +174,7 @@ class MetricsLog:
                 f"{self.path} could not be written: {error.strerror}; the checkpoints are as they were. Go on with "
                 f"--resume when it can be"
             ) from error
-        if self.wandb and line["kind"] in KINDS and line["step"] > self.in_wandb.get(line["kind"], 0):
+        if self.wandb and line["kind"] in SENT and line["step"] > self.in_wandb.get(line["kind"], 0):
             flat = {f"eval/{k}/{c}": v for k, by in line.get("losses", {}).items() for c, v in by.items()}
             flat |= {f"probe/{k}/{g}": v for k, by in line.get("grad_norms", {}).items() for g, v in by.items()}
             if line["kind"] == "step":

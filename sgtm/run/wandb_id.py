@@ -21,7 +21,7 @@ from pathlib import Path
 from sgtm.files import write_atomically
 
 FILE = "wandb.id"
-KINDS = ("step", "eval", "probe")
+SENT = ("step", "eval", "probe")
 """Lines of the log that wandb gets; checkpoints come later, out of its order."""
 
 
@@ -39,7 +39,7 @@ def claim(run: Path, lines: list[dict], say: Callable[[str], None]) -> tuple[str
         record = {"id": secrets.token_hex(4), "logged": {}}
     else:
         for line in lines:
-            if line["kind"] in KINDS:
+            if line["kind"] in SENT:
                 record["logged"][line["kind"]] = max(line["step"], record["logged"].get(line["kind"], 0))
     write_atomically(run / FILE, json.dumps({**record, "directory": directory}) + "\n")
     return record["id"], record["logged"]

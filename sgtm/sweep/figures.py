@@ -48,12 +48,13 @@ def training(rows: list[Row]) -> Figure | None:
 
 
 def losses(rows: list[Row]) -> Figure | None:
-    """Forget loss against retain loss: the full model (ring) and the ablated one (dot), with the spread over seeds."""
+    """Forget loss against retain loss: the full model (ring) and the ablated one (dot), with the spread over seeds; the
+    full one alone where nothing is masked."""
     figure, axes = _panel("retain loss (nats per token)", "forget loss (nats per token)")
     names = []
     for number, row in enumerate(rows):
         places = {model: place for model in ("full", "ablated") if (place := _place(row, model))}
-        if len(places) < 2:
+        if "full" not in places or (row.masks and len(places) < 2):
             continue
         colour = _colour(number)
         axes.plot(*zip(*places.values(), strict=True), color=colour, linestyle=_dashes(number), linewidth=0.8)

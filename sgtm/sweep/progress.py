@@ -11,6 +11,7 @@ from sgtm.estimate.shapes import parameter_sizes
 from sgtm.process.signals import ENDED_EARLY
 from sgtm.sweep.file import Run
 from sgtm.sweep.state import steps_done
+from sgtm.words import counted
 
 EVERY, REFRESH = 30.0, 1.0
 """Seconds between two lines about all runs, and between two looks at their logs."""
@@ -36,7 +37,9 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self.bars:
-            self.all = self.bars.add_task(f"{len(self.runs)} runs", total=self._total(), completed=self.before, text="")
+            self.all = self.bars.add_task(
+                counted(len(self.runs), "run"), total=self._total(), completed=self.before, text=""
+            )
             self.tasks: dict[str, rich.progress.TaskID] = {}
             self.bars.start()
         return self

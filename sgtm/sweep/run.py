@@ -15,7 +15,7 @@ from rich.console import Console
 
 from sgtm.data.store import Corpus
 from sgtm.estimate.launch import Settled, Where, compose, settle
-from sgtm.estimate.units import amount, counted
+from sgtm.estimate.units import amount
 from sgtm.process.signals import ENDED_EARLY
 from sgtm.sweep.compare import check_comparable, check_ranks, open_corpora
 from sgtm.sweep.file import Run, Sweep, read_sweep
@@ -34,6 +34,7 @@ from sgtm.sweep.schedule import (
 )
 from sgtm.sweep.state import FINISHED, NEW, state_of
 from sgtm.sweep.table import print_table, read_rows, write_table
+from sgtm.words import counted
 
 WIDE = 200
 """Columns of the table where stdout is no terminal."""

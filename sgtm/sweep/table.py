@@ -1,8 +1,9 @@
 """The result of a sweep: a row for each variant, mean and spread over the seeds of four losses.
 
 Losses are those of the evaluation after a run's last step (`train.eval_sequences` of each category of split test), in
-nats per token. `retain` is the mean over the categories that no domain owns, `forget` over those of the domains, each
-category counting the same; `full` is the model as trained, `ablated` the one without any domain.
+nats per token. `retain` is the mean over the categories that no domain owns, unlabeled ones too, `forget` over those of
+the domains, each category counting the same; `full` is the model as trained, `ablated` the one without any domain.
+Nothing is ablated from a model that was trained without masks.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from rich.table import Table
 
 from sgtm.data.store import Corpus
 from sgtm.files import write_atomically
-from sgtm.masking.labels import FULL, removal_name
+from sgtm.masking.labels import removal_name
 from sgtm.sweep.file import Run, Sweep
 from sgtm.sweep.state import final_losses
 
+CAPTION = "retain: mean over the categories that no domain owns, unlabeled ones too"
 LOSSES = ("full_retain", "full_forget", "ablated_retain", "ablated_forget")
 
 
@@ -44,6 +46,11 @@ class Row:
     def tokens(self) -> int:
         train = self.runs[0].config.train
         return train.steps * train.tokens_per_step
+
+    @property
+    def masks(self) -> bool:
+        """Whether the variant has ablated losses."""
+        return any(self.runs[0].config.removals)
 
     def mean(self, loss: str) -> float | None:
         """None without a finished run."""
@@ -75,11 +82,11 @@ def read_rows(sweep: Sweep, corpora: dict[str, Corpus | None]) -> list[Row]:
 
 
 def four_losses(losses: dict, true_labels: dict[str, str], run: Run) -> dict[str, float]:
-    """The four losses of one run; NaN where no category was measured or one is not finite."""
+    """The four losses of one run; NaN where nothing is ablated, no category was measured or one is not finite."""
     forgotten = {category for category, label in true_labels.items() if label.startswith("forget:")}
     means = {}
-    for model, condition in (("full", FULL), ("ablated", removal_name(run.config.space.domains))):
-        by_category = losses[condition]
+    for model, removed in (("full", ()), ("ablated", run.config.space.domains)):
+        by_category = losses[removal_name(removed)] if removed in run.config.removals else {}
         for data in ("retain", "forget"):
             mine = [loss for name, loss in by_category.items() if (name in forgotten) == (data == "forget")]
             known = mine and all(loss is not None for loss in mine)
@@ -113,11 +120,12 @@ def print_table(rows: list[Row], console: Console) -> None:
         of = len(row.runs) if len(row.losses) == len(row.runs) else f"{len(row.losses)} of {len(row.runs)}"
         table.add_row(row.variant, str(of), f"{row.tokens:,}", *(_cell(row, loss) for loss in LOSSES))
     console.print(table)
+    console.print(CAPTION, highlight=False, soft_wrap=True)
 
 
 def _cell(row: Row, loss: str) -> str:
     mean, spread = row.mean(loss), row.spread(loss)
-    if mean is None:
+    if mean is None or (loss.startswith("ablated") and not row.masks):
         return "-"
     return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
 

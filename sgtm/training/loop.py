@@ -43,6 +43,7 @@ from sgtm.training.contention import ContentionWatch
 from sgtm.training.skipped import tell_skipped
 from sgtm.training.start import dry_run, export_record, initial_model, open_everywhere
 from sgtm.training.step import StepTotals, group_norms, learning_rate, probe, train_step
+from sgtm.words import counted
 from sgtm_kernels.dispatch import served
 
 OWN = ("data.path", "runs", "train.init_from")
@@ -301,10 +302,10 @@ def _arithmetic(config: Config, engine: Engine, start: int, warm_up: float) -> s
     t, ranks = config.train, engine.world_size
     parameters = sum(full_numel(p) for p in engine.module.parameters())
     lines = [
-        f"{config.name}: {parameters:,} parameters, strategy {config.masking.strategy}, "
+        f"{config.name}: {parameters:,} parameters, {config.method}, "
         f"kernels {served(engine.module.backend)}" + (", blocks compiled" if t.compile == "blocks" else ""),
-        f"{t.tokens_per_step:,} tokens per step = {ranks} rank{'s' * (ranks > 1)} x {engine.accumulation} accumulation "
-        f"x {t.micro_batch} sequences x {config.model.context} tokens",
+        f"{t.tokens_per_step:,} tokens per step = {counted(ranks, 'rank')} x {engine.accumulation} accumulation "
+        f"x {counted(config.micro_batch, 'sequence')} x {config.model.context} tokens",
         f"ZeRO {config.distributed.zero_stage}, {t.precision}" + (f", resumed after step {start}" if start else ""),
     ]
     if config.train.init_from and not start:

@@ -70,7 +70,8 @@ def test_other_settings_are_listed_with_both_values(finished: Path):
 
 
 def test_report_and_evaluation(finished: Path):
-    """The report shows the evaluation in training until there is another; that one has the corpus's counts."""
+    """The report shows the evaluation in training until there is another; that one has the corpus's counts, and prints
+    those of the measured tokens."""
     assert sgtm("report", finished).returncode == 0
     page = (finished / "report/index.html").read_text("utf-8")
     assert f"of the evaluation in training after step {STEPS}" in page and "Removing <code>es</code>" in page
@@ -83,4 +84,7 @@ def test_report_and_evaluation(finished: Path):
         for category in ("en", "es"):
             tokens = manifest.counts[split][category].tokens
             assert summary["counts"][split][category]["tokens"] == tokens
-            assert f"{tokens:,}" in done.stdout
+            assert f"{tokens:,}" in done.stdout or split == "test"
+    measured = {category: counts["tokens"] for category, counts in summary["measured"].items()}
+    assert measured == {"en": 128, "es": 128}, "two sequences of 64"
+    assert [line.split()[-1] for line in done.stdout.splitlines()[-2:]] == ["128", "128"]

@@ -120,7 +120,7 @@ def test_the_table_of_tuned_kernels_is_told(monkeypatch, tmp_path):
     for value, content, expected in (
         ("off", None, "heuristics, no table"),
         (str(path), None, f"broken: no table of kernel configurations: {path}"),
-        (str(path), '{"device": "T0", "entries": {"a": {"k": {"config": {}}}}}', f"{path}, 1 entries"),
+        (str(path), '{"device": "T0", "entries": {"a": {"k": {"config": {}}}}}', f"{path}, 1 entry"),
     ):
         if content:
             path.write_text(content)

@@ -20,7 +20,7 @@ import torch
 
 from sgtm.commands.main import main
 from sgtm.estimate import launch as launching
-from sgtm.estimate.launch import Where, compose, read_hostfile, settle
+from sgtm.estimate.launch import Settled, Where, compose, read_hostfile, settle
 
 ROOT = Path(__file__).parents[2]
 NOTE = f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv, dict(os.environ)]))\n"
@@ -190,7 +190,8 @@ def test_a_hostfile_that_says_nothing(text, problem, tmp_path):
 def test_a_hostfile_is_the_run(tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("a slots=4\nb slots=4\n")
-    assert settle(Where(hostfile=hosts)) == Where("deepspeed", 2, 4, None, hosts)
+    asked = Where(hostfile=hosts)
+    assert settle(asked) == Settled("deepspeed", 2, 4, asked)
     for where in (Where(nodes=3, hostfile=hosts), Where(gpus=8, hostfile=hosts)):
         with pytest.raises(ValueError, match="2 nodes with 4, 4 slots, but the run has"):
             settle(where)

@@ -11,6 +11,7 @@ import torch
 from corpora import build, config_for, mixed_records, record
 from tiny import tiny_config
 
+from sgtm.config import load_config
 from sgtm.data.store import Corpus
 from sgtm.process.signals import SIGNALS, Stopped
 from sgtm.run import directory
@@ -287,3 +288,11 @@ def test_the_warm_up_of_compiled_kernels_is_told():
         module = SimpleNamespace(backend=backend, parameters=lambda: [])
         engine = SimpleNamespace(module=module, world_size=1, accumulation=1)
         assert loop._arithmetic(config, engine, 0, 41.4).count("\nkernels ready after 41 s") == expected
+
+
+def test_a_run_prints_its_strategy_and_recipe():
+    module = SimpleNamespace(backend="torch", parameters=lambda: [])
+    engine = SimpleNamespace(module=module, world_size=1, accumulation=1)
+    for options, expected in (([], "strategy sgtm, kernels"), (["--recipe=dual"], "gradient_routing, recipe dual, k")):
+        config = load_config("debug", options).for_ranks(1)
+        assert expected in loop._arithmetic(config, engine, 0, 0.0)

@@ -11,6 +11,7 @@ out that is not finite; the start of a run counted as training, or steps of any 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import pytest
 from corpora import LABELS, Records, build, mixed_records, record
+from rich.console import Console
 
 from sgtm.commands.main import main
 from sgtm.config.load import save_config
@@ -28,11 +30,13 @@ from sgtm.data.rules import Rules
 from sgtm.data.store import Corpus
 from sgtm.run.checkpoint import write_manifest
 from sgtm.sweep import progress, schedule
+from sgtm.sweep.compare import open_corpora
+from sgtm.sweep.figures import losses as losses_figure
 from sgtm.sweep.file import read_sweep
 from sgtm.sweep.run import run_sweep
 from sgtm.sweep.schedule import _fits
 from sgtm.sweep.state import FINISHED, state_of, steps_done
-from sgtm.sweep.table import four_losses, read_rows
+from sgtm.sweep.table import four_losses, print_table, read_rows
 
 BASE = """
 extends: debug
@@ -195,6 +199,24 @@ def test_table_has_mean_and_spread(sweep_file):
     assert found == [2.5, 5.0, 3.0, 9.0] and float(a["full_retain_sd"]) == 1.0
     assert (a["finished"], a["runs"], a["tokens"], b["finished"], b["full_retain"]) == ("3", "3", "2048", "0", "")
     assert (sweep.folder / "figures" / "losses.png").is_file()
+
+
+def test_nothing_is_ablated_from_a_variant_without_masks(sweep_file):
+    """Not even where an older evaluation has the losses."""
+    file = sweep_file("variants: {a: {masking.strategy: none}, b: }")
+    sweep = read_sweep(file)
+    for run in sweep.runs:
+        finish(run, LOSSES)
+    assert main(["sweep", str(file), "--table"]) == 0
+    rows, console = read_rows(sweep, open_corpora(sweep)), Console(width=100, record=True, file=io.StringIO())
+    print_table(rows, console)
+    printed = console.export_text()
+    assert "retain: mean over the categories that no domain owns, unlabeled ones too" in printed
+    (a, b) = (line.split()[-4:] for line in printed.splitlines() if line.split()[:2] in (["a", "1"], ["b", "1"]))
+    assert (a, b) == (["1.500", "4.000", "-", "-"], ["1.500", "4.000", "2.000", "8.000"])
+    a, b = csv.DictReader((sweep.folder / "table.csv").read_text().splitlines())
+    assert (a["full_retain"], a["ablated_retain"], b["ablated_retain"]) == ("1.5", "", "2.0")
+    assert len(losses_figure(rows).axes[0].containers) == 3
 
 
 def test_loss_that_is_not_finite_has_no_mean(sweep_file):

@@ -15,7 +15,7 @@ def test_a_report_with_a_baseline_compares_before_it_writes(calls, run, tmp_path
     other.mkdir()
     shutil.copy(run / "config.yaml", other)
     assert main(["report", str(run), "--baseline", str(other)]) == 2
-    assert "was not evaluated in training" in capsys.readouterr().err and not calls
+    assert "was not evaluated: " in capsys.readouterr().err and not calls
     assert main(["report", str(run), "--baseline", str(tmp_path / "no")]) == 2
     assert f"{tmp_path / 'no'}: not a run directory" in capsys.readouterr().err and not calls
     monkeypatch.setattr("sgtm.report.compare", lambda run, others: ("compared", others))

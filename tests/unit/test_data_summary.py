@@ -40,7 +40,7 @@ GOOD = [*both_splits("en", 1000), *both_splits("es", 1500)]
 def test_the_counts(printed):
     records = [*GOOD, {"text": " ", "category": "en", "split": "train"}, record(9, "fr")]
     shown, _ = printed(records, labels={**RULES["labels"], "fr": "drop"})
-    assert "forget:es" in shown and "1 empty and 1 dropped" in " ".join(shown.split())
+    assert "forget:es" in shown and "1 shard; 1 empty and 1 dropped document left out" in " ".join(shown.split())
 
 
 def test_a_finished_corpus_says_that_nothing_was_done(printed, tmp_path):

@@ -39,7 +39,7 @@ def test_the_line_on_the_data(tmp_path):
     refusal = f"data do not fit: model.vocab_size is 512, but the tokenizer of {corpus.path} has 257"
     with pytest.raises(ValueError, match=re.escape(refusal)):
         print_explanation(load_config("debug", [path]), Console(file=printed))
-    assert "safe model" in printed.getvalue()
+    assert printed.getvalue() == "", "nothing before the error"
     assert data_line(load_config("debug", ["--data.path=no"])).startswith("data: no corpus at no:")
     synthetic = data_line(load_config("debug", [f"--runs={tmp_path}"]))
     assert synthetic == "data: synthetic, which `sgtm train` writes" and not (tmp_path / "synthetic-512").exists()
@@ -102,6 +102,9 @@ def test_tables_say_who_runs_and_who_learns():
     assert "│ es     │ runs      │ off    │ runs      │" in printed
     assert row(printed, "accumulation") == ["micro-batches of 2 sequences: 4 on 1, 2 on 2, 1 on 4 ranks"]
     assert "75%" in printed and "25%" in printed
+    one = text("--train.micro_batch=1", "--train.tokens_per_step=64", "--train.steps=1", "--optimizer.warmup_steps=0")
+    assert row(one, "accumulation") == ["micro-batches of 1 sequence: 1 on 1 rank"]
+    assert row(one, "training")[0].startswith("1 step = 64 tokens") and "64 tokens = 1 sequence of 64" in one
 
 
 def test_weights_and_stopped_gradients_are_shown():

@@ -202,8 +202,8 @@ def test_repeats_and_nul_characters_are_reported(tmp_path, monkeypatch):
         f"2 documents have NUL characters; the first is {tmp_path / 'a.jsonl'}:4",
         "2 values of name occur more than once, in 5 documents; the first is 'n5' (rules: id)",
         "3 of 17 documents repeat the text of another one",
-        "1 documents of split test have the text of one in split train, whose loss is learned",
-        "1 texts occur under more than one true label: what one label holds back another teaches",
+        "1 document of split test has the text of one in split train, whose loss is learned",
+        "1 text occurs under more than one true label: what one label holds back another teaches",
     ]
     assert Corpus.open(corpus.path).manifest.notes == found[:2]
 

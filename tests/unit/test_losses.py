@@ -64,6 +64,15 @@ def test_losses_are_those_of_the_edited_model(setting, category: str, split: str
         assert abs(full - without) > 1e-3, "the group must matter for the comparison to mean anything"
 
 
+def test_nothing_is_removed_from_a_model_that_was_trained_without_masks(setting):
+    config, corpus, model = setting
+    unmasked = ["--masking.strategy=none", f"--runs={config.runs}"]
+    found = measure((load_config("debug", unmasked), corpus, model))
+    assert set(found) == {"full"} and found["full"] == measure(setting)["full"]
+    for masked in ("--train.init_from=folder", "--masking.overrides={update.forget:es.retain.mlp_in: 0.5}"):
+        assert load_config("debug", [*unmasked, masked]).removals == [(), ("es",)]
+
+
 def test_a_check_may_end_an_evaluation_before_any_batch(setting):
     batches = []
 

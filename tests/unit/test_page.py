@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from pages import CONFIG, SUMMARY, Page, write_run
+from pages import CONFIG, SUMMARY, Page, page_without_figures, write_run
 
 from sgtm.config.schema import Config
 from sgtm.report import write_report
@@ -37,6 +37,13 @@ def test_page_is_whole_and_needs_no_network(written):
     assert set(re.findall(r"url\(#([^)]*)\)", page.source)) <= set(page.ids)
     assert "//" not in re.sub(r"<!--.*?-->", "", page.source, flags=re.S)
     assert "#1b1d21" not in page.source.replace("--ink: #1b1d21", "")  # figures follow light and dark
+
+
+@pytest.mark.parametrize(("figure", "cells"), [("gradient_norms", "Values"), ("partition", "Colours")])
+def test_a_caption_explains_rows_columns_and_cells(written, figure, cells):
+    source = written.read_text()
+    caption = source[source.index(f'<figcaption id="{figure}-caption">') :].split("</figcaption>")[0]
+    assert [caption.count(f"{word}: ") for word in ("Rows", "Columns", cells)] == [1, 1, 1]
 
 
 def test_pngs_lie_beside_the_page(written):
@@ -94,7 +101,11 @@ def test_what_is_missing_is_said(run, missing, headline, said, figures):
 def test_an_evaluation_of_the_full_model_alone(run):
     (run / "summary.json").write_text(json.dumps({"losses": {"full": {"en": 3.0}}}))
     page = Page(write_report(run))
-    assert "The full model's loss is 3.00 on en" in page.text and page.values == [3.0]
+    assert "The full model's loss is 3.00 on en, in nats; nothing was removed." in page.text and page.values == [3.0]
+    (run / "config.yaml").write_text(CONFIG.replace("masking: {", "masking: {strategy: none, "))
+    assert (
+        "nothing was removed, as no group of a model that was trained without masks" in page_without_figures(run).text
+    )
 
 
 def test_a_warning_of_the_run_is_on_the_page(run):

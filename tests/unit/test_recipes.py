@@ -86,6 +86,9 @@ def test_an_entry_of_a_recipes_channel_is_changed_by_itself():
 def test_the_unmasked_baseline_has_nothing_of_a_recipe(name, tmp_path):
     config = load_config("debug", ["--recipe", name, "--masking.strategy=none"])
     assert facts(config) == ("none", "free", "none", "global", {}) and not config.masking.certify
+    assert config.method == "strategy none" and load_config("debug", ["--recipe", name]).method.endswith(
+        f", recipe {name}"
+    )
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
     changed = load_config("debug", ["--recipe", name, "--masking.strategy=none", "--data.channel.retain.retain=1"])
@@ -129,6 +132,7 @@ def test_shipped_configs_are_dual_and_paper_presets_the_papers(source):
 
 def test_without_a_recipe_nothing_is_set():
     assert load_config("debug").recipe is None and facts(load_config("debug"))[0] == "sgtm"
+    assert load_config("debug").method == "strategy sgtm"
     with pytest.raises(ValueError, match="recipe"):
         load_config("debug", ["--recipe=best"])
     with pytest.raises(ValueError, match="unknown recipe 'best'; known recipes: paper, gram, dual, certified"):

@@ -63,6 +63,21 @@ def test_a_small_test_set_is_grey_on_page_and_terminal(run):
     assert said in text and re.search(r"\x1b\[2mtiny", text) and not re.search(r"\x1b\[2ma ", text)
 
 
+def test_page_and_terminal_count_the_measured_tokens(run):
+    """A token less than the split has, whose first one is not predicted; of the other splits those that are there."""
+    measured = {"en": {"documents": 9, "tokens": 8487}}
+    counts = {"train": {"en": {"tokens": 70001}}, "test": {"en": {"tokens": 8488}}}
+    summary = {"losses": {"full": {"en": 3.0}}, "true_labels": {"en": "retain"}, "measured": measured}
+    summary |= {"counts": counts, "split": "test", "sequences": None}
+    (run / "summary.json").write_text(json.dumps(summary))
+    page = page_without_figures(run)
+    assert page.rows[0][2] == "tokens, measured" and page.rows[1][2] == "8,487"
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_summary(summary, console)
+    text = console.export_text()
+    assert re.search(r"tokens of +train +test, measured *\n.*\n *en +70,001 +8,487", text) and "8,488" not in text
+
+
 def test_losses_carry_their_standard_errors(run):
     errors = {"full": {"es": 0.0123}, "without es": {"es": 0.05, "en": 0.00002}}
     summary = {**SUMMARY, "errors": errors, "difference_errors": {"without es": {"es": 0.0449}}}

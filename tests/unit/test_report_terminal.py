@@ -19,8 +19,14 @@ def test_terminal_table_has_the_tokens_and_names_what_has_no_loss():
     losses = {"full": {"en": 3.0}, "without es": {"en": 3.0}}
     print_summary({**SUMMARY, "losses": losses, "split": "test", "counts": counts}, console)
     text = console.export_text()
-    assert re.search(r"tokens of +train +test *\n.*\n *en +1,234,567 +5 *\n *es +40 +0 *\n *fr +0 +0", text)
+    assert re.search(r"tokens of +train +test, measured *\n.*\n *en +1,234,567 +5 *\n *es +40 +0 *\n *fr +0 +0", text)
     assert "no loss of es, fr: no documents to measure in split test" in text
+
+
+def test_a_model_without_ablated_losses_is_one_that_was_trained_without_masks():
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_summary({"losses": {"full": {"en": 3.0}}, "true_labels": {"en": "retain"}}, console)
+    assert "nothing is removed from a model that was trained without masks" in console.export_text()
 
 
 @pytest.mark.parametrize("of_steps", [90, 200])

@@ -4,12 +4,13 @@ Rows are the labels unlabeled, retain, forget:bio, forget:code; columns the grou
 """
 
 import json
+from typing import get_args
 
 import pytest
 
 from sgtm.config import load_config
 from sgtm.masking.labels import LabelSpace
-from sgtm.masking.strategy import PRESETS, build_tables, removal_tables
+from sgtm.masking.strategy import JOINT_PRESETS, PRESETS, Joint, Strategy, build_tables, removal_tables
 from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS
 
 SPACE = LabelSpace(("bio", "code"))
@@ -74,6 +75,7 @@ def assert_tables(tables, active, route, updates, joint):
 
 def test_every_preset_is_spelled_out():
     assert set(EXPECTED) == set(PRESETS)
+    assert get_args(Strategy) == tuple(PRESETS) and get_args(Joint) == tuple(JOINT_PRESETS)
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -49,7 +49,7 @@ def test_where_a_record_begins(tmp_path):
 
 BROKEN = [
     (".csv", "text,text\na,b", "1: two columns are called 'text'"),
-    (".csv", "text,category\na,b\nc", "3: 1 fields, but the first row has 2"),
+    (".csv", "text,category\na,b\nc", "3: 1 field, but the first row has 2"),
     (".csv", 'text,category\na,b\n"c,d\ne,f\n', "3: not CSV: unexpected end of data; the record begins in this line"),
     (".tsv", 'text\n"a" b\tc\n', "2: not TSV: '\t' expected after '\"'"),
     (".csv", "text\na\n\udcff\n", "3: not UTF-8 at byte 0 of the line"),

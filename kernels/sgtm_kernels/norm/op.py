@@ -13,7 +13,7 @@ from sgtm_kernels.dispatch import pick
 from sgtm_kernels.plan import MaskPlan, known
 from sgtm_kernels.signature import backend_of
 
-KINDS = ("norm", "final_norm", None)
+NORM_KINDS = ("norm", "final_norm", None)
 
 
 def layer_norm(
@@ -75,7 +75,7 @@ def _check(
     kind: str | None,
     residual: torch.Tensor | None = None,
 ) -> None:
-    known("kind of norm", kind, KINDS)
+    known("kind of norm", kind, NORM_KINDS)
     plan.check(x)
     columns = x.shape[-1:]
     if weight.shape != columns or (bias is not None and bias.shape != columns):
