@@ -6,6 +6,7 @@ Set before torch and deepspeed are imported, and inherited by the processes that
 import os
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,11 +47,17 @@ os.environ["PYTHONPATH"] = os.pathsep.join([GUARDS, *filter(None, [os.environ.ge
 import pytest  # noqa: E402 (after the environment)
 import sdpa_guard  # noqa: E402, F401
 import torch  # noqa: E402
+import warm  # noqa: E402
 from process_starts import process_starts  # noqa: E402
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels in fp32 and fp16; bf16 would be wrong there
+warm.install()
+if find_spec("pydantic"):  # it is missing on a bare machine, where the tests of the kernels alone run
+    import shared_corpus
+
+    shared_corpus.install()
 
 
 def pytest_addoption(parser):
@@ -60,7 +67,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked gpu are skipped where there is none, and only there."""
+    """Tests marked gpu are skipped where there is none, and only there; slow ones come first, so that none is last."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -92,6 +100,13 @@ def _no_processes(request):
 
     with process_starts(skip):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _cold(request, monkeypatch):
+    """What a test marked `cold` starts is a new interpreter."""
+    if request.node.get_closest_marker("cold"):
+        monkeypatch.setenv(warm.COLD, "1")
 
 
 @pytest.fixture

@@ -106,13 +106,14 @@ def model_of(
     return model
 
 
-def random_step(mixing: str, seed: int = 0, label: int = BIO, sequences: int = 2) -> list[Batch]:
+def random_step(mixing: str, seed: int = 0, label: int = BIO, sequences: int = 2, rows: int = 8) -> list[Batch]:
     """The micro-batches of one global step.
 
     step      `label` for everything, `sequences` in a micro-batch
     micro     label-pure micro-batches
     sequence  label-pure sequences, sorted: domains, unlabeled, retain
-    token     documents isolated, labels change inside the sequences: more runs than ops take as slices
+    token     documents isolated, labels change inside the sequences, of which there are `rows` in a micro-batch: with
+              three or more there are more runs than ops take as slices
     """
     if mixing == "step":
         pieces = [[(label, CONTEXT)] * sequences] * 2
@@ -123,7 +124,7 @@ def random_step(mixing: str, seed: int = 0, label: int = BIO, sequences: int = 2
     else:
         rng, pieces = random.Random(seed), []
         for _ in range(2):
-            order = [rng.sample((UNLABELED, RETAIN, BIO, CODE), 3) for _ in range(8)]
+            order = [rng.sample((UNLABELED, RETAIN, BIO, CODE), 3) for _ in range(rows)]
             lengths = [(5, 1, CONTEXT - 6), (2, 6, CONTEXT - 8)]
             pieces.append([pair for labels in order for pair in zip(labels, rng.choice(lengths), strict=True)])
     batches = [_batch(batch, mixing == "token") for batch in pieces]

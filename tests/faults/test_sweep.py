@@ -36,6 +36,7 @@ def test_sweep_ends_as_if_left_alone(errors, scenario: str):
     assert errors.get(scenario, errors) == ""
 
 
+@pytest.mark.cold  # a fork has a server for a child, too
 def test_run_saves_and_ends_when_its_sweep_is_killed(tmp_path: Path):
     file = tmp_path / "one.yaml"
     train = "{steps: 100000, checkpoint_every: 0}"

@@ -67,4 +67,5 @@ CASES = {
 }
 
 if __name__ == "__main__":
-    print(json.dumps({name: examine(launch, 90).problems for name, launch in CASES.items()}))
+    outcomes = examine(list(CASES.values()), 90)
+    print(json.dumps({name: outcome.problems for name, outcome in zip(CASES, outcomes, strict=True)}))

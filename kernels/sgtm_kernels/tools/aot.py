@@ -7,8 +7,8 @@ some widths, for sm_80, sm_90 and sm_100: it must compile, fit into the shared m
 register (stack of 0; an exception is listed with its reason beside the kernel), have tensor-core instructions where it
 is meant to, of the shape that it is meant to have, read and write global memory in words as wide as its rows allow, and
 leave registers and shared memory for as many programs as should run at once. Each `KernelVariant` says what is meant.
-Every kernel is compiled once for an architecture and its machine code (SASS) read once. Prints a table and exits 1
-where something does not hold.
+Every kernel is compiled once for an architecture and its machine code (SASS) read once, that of many kernels together,
+as the disassembler takes longer to start than to read. Prints a table and exits 1 where something does not hold.
 Source of the limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 """
 
@@ -17,15 +17,18 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
+from itertools import accumulate, chain
 from pathlib import Path
 
 from sgtm_kernels.dispatch import OPS, module_name
@@ -39,6 +42,8 @@ HGMMA = re.compile(r"\bHGMMA\.\d+x(\d+)x")
 # Loads and stores of global memory with their modifiers; copies to shared memory among them. No modifier: 32 bits.
 ACCESS = re.compile(r"\b(?:LDG|STG|LDGSTS)\b([.\w]*)")
 WIDTH = re.compile(r"\.(?:[US](8|16)|(64|128|256))\b")
+INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]+)\*/")  # begins with its address
+AT_ONCE = 16  # variants that are disassembled together
 BULK = re.compile(r"\b(?:UTMALDG|UBLKCP)\b")  # tiles fetched by the copy engine: as wide as can be
 
 
@@ -67,13 +72,31 @@ def _of(op: str) -> list[KernelVariant]:
     return module.variants() if hasattr(module, "variants") else []
 
 
-def examine(variant: KernelVariant, arch: int) -> Outcome:
-    """Compile one variant for one architecture and check it."""
+def examine(variants: Sequence[KernelVariant], arch: int) -> list[Outcome]:
+    """Compile each variant for one architecture and check it."""
+    outcomes, cubins = [Outcome(variant.name, arch) for variant in variants], {}
+    for i, variant in enumerate(variants):
+        try:
+            compiled = _compile(variant, arch)
+        except Exception as error:  # whatever the compiler raises is the finding
+            outcomes[i].problems.append(f"does not compile: {type(error).__name__}: {str(error)[:500]}")
+            continue
+        outcomes[i].shared, cubins[i] = compiled.metadata.shared, compiled.asm["cubin"]
+    for (i, cubin), code in zip(cubins.items(), disassemble(list(cubins.values()), arch), strict=True):
+        outcome, variant = outcomes[i], variants[i]
+        outcome.registers, outcome.stack = _resources(cubin)
+        outcome.tensor_cores = TENSOR_CORES.search(code) is not None
+        outcome.columns = sorted({int(columns) for columns in HGMMA.findall(code)})
+        outcome.widths = access_widths(code)
+        outcome.problems += _problems(outcome, variant)
+    return outcomes
+
+
+def _compile(variant: KernelVariant, arch: int):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    outcome = Outcome(variant.name, arch)
     names = variant.kernel.arg_names
     aligned = [n for n, kind in variant.signature.items() if n not in variant.unaligned and kind[0] in "*iu"]
     source = ASTSource(
@@ -84,27 +107,7 @@ def examine(variant: KernelVariant, arch: int) -> Outcome:
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     options["enable_fp_fusion"] = variant.fp_fusion
-    try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    except Exception as error:  # whatever the compiler raises is the finding
-        outcome.problems.append(f"does not compile: {type(error).__name__}: {str(error)[:500]}")
-        return outcome
-    outcome.shared = compiled.metadata.shared
-    code = disassemble(compiled.asm["cubin"])
-    outcome.registers, outcome.stack = resource(code, "REG"), resource(code, "STACK")
-    outcome.tensor_cores = TENSOR_CORES.search(code) is not None
-    outcome.columns = sorted({int(columns) for columns in HGMMA.findall(code)})
-    outcome.widths = access_widths(code)
-    outcome.problems += _problems(outcome, variant)
-    return outcome
-
-
-def resource(code: str, name: str) -> int:
-    """A number that cuobjdump prints before the SASS. Raises ValueError where it does not."""
-    number = re.search(rf"{name}:(\d+)", code)
-    if number is None:
-        raise ValueError(f"no {name} in the resource usage that cuobjdump prints: {code[:200]!r}")
-    return int(number.group(1))
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def access_widths(code: str) -> dict[int, int]:
@@ -145,22 +148,54 @@ def _problems(o: Outcome, variant: KernelVariant) -> Iterator[str]:
         yield f"registers and shared memory for {room} programs at once, {variant.programs} wanted"
 
 
-def disassemble(cubin: bytes) -> str:
-    """Resource usage and SASS of a cubin, by the cuobjdump and nvdisasm that come with Triton."""
+def disassemble(cubins: Sequence[bytes], arch: int) -> list[str]:
+    """The SASS of each cubin, by the nvdisasm that comes with Triton."""
+    codes = [_machine_code(cubin) for cubin in cubins]
+    ends = list(accumulate(map(len, codes)))
+    listings: list[list[str]] = [[] for _ in codes]
+    for line in _run_tool("nvdisasm", b"".join(codes), "--binary", f"SM{arch}" + "a" * (arch >= 90)).splitlines():
+        if instruction := INSTRUCTION.match(line):
+            listings[bisect_right(ends, int(instruction.group(1), 16))].append(line)
+    return ["\n".join(lines) for lines in listings]
+
+
+def _machine_code(cubin: bytes) -> bytes:
+    """The section `.text.<kernel>` of an ELF file of 64 bits. Raises ValueError where there is not one of them."""
+    (table,), (size, count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<I4x16xQQ", cubin, table + size * i) for i in range(count)]  # name, offset, length
+    text = [at for at in sections if cubin.startswith(b".text.", sections[names][1] + at[0])]
+    if len(text) != 1:
+        raise ValueError(f"{len(text)} kernels in a cubin")
+    _, offset, length = text[0]
+    return cubin[offset : offset + length]
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread. Raises ValueError where cuobjdump prints none."""
+    usage = _run_tool("cuobjdump", cubin, "--dump-resource-usage")
+    numbers = [re.search(rf"{name}:(\d+)", usage) for name in ("REG", "STACK")]
+    if None in numbers:
+        raise ValueError(f"no registers or stack in the resource usage that cuobjdump prints: {usage[:200]!r}")
+    registers, stack = (int(number.group(1)) for number in numbers if number)
+    return registers, stack
+
+
+def _run_tool(name: str, code: bytes, *options: str) -> str:
+    """What one of the tools that come with Triton prints of a file with this content."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        environ = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
-        command: list[str | Path] = [tools / "cuobjdump", "-res-usage", "-sass", path]
-        return subprocess.run(command, capture_output=True, text=True, check=True, env=environ).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        command = [str(tools / name), *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _examine(job: tuple[str, int, int]) -> Outcome:
-    op, index, arch = job
-    return examine(_of(op)[index], arch)
+def _examine(job: tuple[str, list[int], int]) -> list[Outcome]:
+    op, indices, arch = job
+    variants = _of(op)
+    return examine([variants[i] for i in indices], arch)
 
 
 def _of_known(known: Collection) -> Callable[[str], list]:
@@ -186,22 +221,27 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
-    variants = all_variants(tuple(args.op))
-    jobs = [(op, i, arch) for op, i, variant in variants for arch in args.arch if arch in variant.arches]
-    failed = 0
+    jobs = [
+        (op, indices[start : start + AT_ONCE], arch)
+        for op in args.op
+        for arch in args.arch
+        if (indices := [i for i, variant in enumerate(_of(op)) if arch in variant.arches])
+        for start in range(0, len(indices), AT_ONCE)
+    ]
+    compiled = failed = 0
     write = partial(print, flush=True)
     write(f"{'arch':>5} {'regs':>4} {'stack':>5} {'shared':>7} {'tensor cores':12} {'accesses':28} kernel")
     with ProcessPoolExecutor(args.jobs) as pool:
-        for o in pool.map(_examine, jobs):
+        for o in chain.from_iterable(pool.map(_examine, jobs)):
             shapes = ",".join(f"n{columns}" for columns in o.columns)
             cores = shapes or ("yes" if o.tensor_cores else "-")
             widths = " ".join(f"{n}x{width}" for width, n in o.widths.items())
             write(f"{o.arch:5} {o.registers:4} {o.stack:5} {o.shared:7} {cores:12} {widths:28} {o.name}")
             for problem in o.problems:
                 write(f"      PROBLEM: {problem}")
-            failed += bool(o.problems)
-    write(f"{len(jobs)} compiled, {failed} with problems")
-    return int(failed > 0 or not jobs)
+            compiled, failed = compiled + 1, failed + bool(o.problems)
+    write(f"{compiled} compiled, {failed} with problems")
+    return int(failed > 0 or not compiled)
 
 
 if __name__ == "__main__":
