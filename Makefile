@@ -2,7 +2,7 @@
 # make quick         lint, and two cases of every test of tests/unit, kernels and parity, which start no process
 # make test          run all tests
 # make mutants       make every fault of tests/mutations, one at a time, and print those that no test notices
-# make aot           compile every kernel ahead of time for sm_80, sm_90 and sm_100; make test does so for sm_90
+# make aot           compile every kernel ahead of time for sm_80, sm_90 and sm_100; make test does so for sm_90, half precision
 # make cluster-test  SLURM, torchrun on two hosts and deepspeed over ssh, in namespaces of this machine; as root
 # make fault-campaign  200 faults at random moments of runs; resumed, each must end as if left alone
 # make gpu           checks and timings on a GPU, with PYTHON, within nine minutes; GPU_ARGS="--budget 300"
@@ -36,8 +36,8 @@ $(FOUR)/.installed: tests/transformers-4.txt $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --no-compile --upgrade --target $(FOUR) -r tests/transformers-4.txt
 	touch $@
 
-# Two processes, as most tests use one thread; what one has not begun, the other takes.
-PYTEST_ARGS ?= -n 2 --dist worksteal
+# Three processes for two cores: tests use one thread each, and some wait. What one has not begun, another takes.
+PYTEST_ARGS ?= -n 3 --dist worksteal
 
 test: install $(FOUR)/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

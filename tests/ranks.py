@@ -39,7 +39,8 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         path = [str(Path(entry).resolve()) for entry in sys.path if entry]
-        (work / "task").write_bytes(pickle.dumps((os.getpid(), path, _file_of(function), function.__name__, args)))
+        (work / "client").write_bytes(pickle.dumps((os.getpid(), path)))
+        (work / "task").write_bytes(pickle.dumps((_file_of(function), function.__name__, args)))
         failure = _run(work, world_size, timeout, env or {})
         if failure:
             logs = {rank: work / f"log{rank}" for rank in range(world_size)}
@@ -83,11 +84,12 @@ def _start(work: Path, rank: int, world_size: int, env: dict[str, str]) -> Popen
 
 def take_part(folder: Path) -> None:
     """Do what one rank has to."""
-    client, path, file, name, args = pickle.loads((folder / "task").read_bytes())
+    client, path = pickle.loads((folder / "client").read_bytes())
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != client:
         sys.exit("the test's process has ended")
-    sys.path[:] = path
+    sys.path[:] = path  # where the arguments' classes are, too
+    file, name, args = pickle.loads((folder / "task").read_bytes())
 
     import torch.distributed as dist
 

@@ -57,12 +57,12 @@ def train(options) -> int:
     signal.signal(signal.SIGTERM, lambda *args: None)  # as StopSignal does in a run
     minutes = 2 if os.environ.get("APART") else 0.1 if "suspend" in sys.argv else 0.05
     config = load_config("debug", [f"--distributed.timeout_minutes={minutes}"])
-    launch = init_distributed(config.distributed, config.kernels)
+    rank_info = init_distributed(config.distributed, config.kernels)
     if "suspend" in sys.argv:
         watchdog.BEAT, watchdog.LISTEN = 0.1, 1.0
     for step in range(1, STEP + 3):
         enter("forward", step)
-        if step == STEP and launch.rank == int(sys.argv[2]):
+        if step == STEP and rank_info.rank == int(sys.argv[2]):
             BREAK[sys.argv[1]]()
         elif step == STEP and len(sys.argv) > 3:
             BREAK[sys.argv[3]]()
@@ -70,7 +70,7 @@ def train(options) -> int:
         dist.all_reduce(torch.ones(1))
         time.sleep(0.05)
     enter(None)
-    time.sleep(2 if launch.rank == 1 else 0)  # some end later
+    time.sleep(2 if rank_info.rank == 1 else 0)  # some end later
     return 0
 
 

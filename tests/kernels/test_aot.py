@@ -43,7 +43,11 @@ def test_each_fault_is_a_problem():
 
 @pytest.mark.parametrize(
     ("option", "value", "known"),
-    [("--op", "norm,foo", ", ".join(OPS)), ("--arch", "90,foo", ", ".join(map(str, SHARED_BYTES)))],
+    [
+        ("--op", "norm,foo", ", ".join(OPS)),
+        ("--arch", "90,foo", ", ".join(map(str, SHARED_BYTES))),
+        ("--operands", "half,foo", "half, fp32"),
+    ],
 )
 def test_what_is_unknown_is_an_error_that_names_the_known(option, value, known, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -51,10 +55,32 @@ def test_what_is_unknown_is_an_error_that_names_the_known(option, value, known, 
     assert ended.value.code == 2 and f"argument {option}: 'foo' is none of {known}" in capsys.readouterr().err
 
 
+def test_kernels_of_one_precision_are_compiled():
+    suite = run("-m", "sgtm_kernels.tools.aot", "--op", "adamw", "--arch", "90", "--operands", "fp32")
+    assert suite.stdout.endswith("\n1 compiled, 0 with problems\n"), suite.stdout + suite.stderr
+
+
+TOGETHER = r"""
+import re
+from sgtm_kernels.tools.aot import _compile, _of, disassemble
+def without_addresses(code):
+    return re.sub(r"/\*\w+\*/ *|0x\w+", "", code)
+cubins = [_compile(variant, 90).asm["cubin"] for variant in _of("adamw")]
+alone = [without_addresses(disassemble([cubin], 90)[0]) for cubin in cubins]
+assert len(set(alone)) == 3 and all("EXIT" in code for code in alone)
+assert list(map(without_addresses, disassemble(cubins, 90))) == alone
+"""
+
+
+def test_kernels_disassembled_together_have_the_code_that_each_has_alone():
+    done = run("-c", TOGETHER)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_every_kernel_compiles(op):
-    """For sm_90, which every launch is meant for; `make aot` compiles for all architectures, and CI calls it."""
-    suite = run("-m", "sgtm_kernels.tools.aot", "--op", op, "--arch", "90", "--jobs", "1")
+    """For sm_90 in half precision, as runs train; `make aot` compiles the rest too, and CI calls it."""
+    suite = run("-m", "sgtm_kernels.tools.aot", "--op", op, "--arch", "90", "--operands", "half", "--jobs", "1")
     assert suite.returncode == 0, suite.stdout + suite.stderr
     assert " 0 with problems" in suite.stdout

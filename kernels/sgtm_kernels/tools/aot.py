@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, without a GPU, and look at what came out.
 
-    python -m sgtm_kernels.tools.aot [--op linear,mlp] [--arch 80,90,100] [--jobs 2]
+    python -m sgtm_kernels.tools.aot [--op linear,mlp] [--arch 80,90,100] [--operands half,fp32] [--jobs 2]
 
 Every kernel, with every block size and combination of flags that its op can launch (tests/kernels/test_launches.py), at
 some widths, for sm_80, sm_90 and sm_100: it must compile, fit into the shared memory of the architecture, spill no
@@ -43,6 +43,7 @@ HGMMA = re.compile(r"\bHGMMA\.\d+x(\d+)x")
 ACCESS = re.compile(r"\b(?:LDG|STG|LDGSTS)\b([.\w]*)")
 WIDTH = re.compile(r"\.(?:[US](8|16)|(64|128|256))\b")
 INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]+)\*/")  # begins with its address
+OPERANDS = ("half", "fp32")
 AT_ONCE = 16  # variants that are disassembled together
 BULK = re.compile(r"\b(?:UTMALDG|UBLKCP)\b")  # tiles fetched by the copy engine: as wide as can be
 
@@ -217,6 +218,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--arch", type=_of_known(SHARED_BYTES), default=arches, help=f"architectures, of {arches} (default: all)"
     )
+    parser.add_argument(
+        "--operands",
+        type=_of_known(OPERANDS),
+        default=",".join(OPERANDS),
+        help="half: kernels with an operand in half precision; fp32: the others (default: both)",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time (default: one a core)")
     args = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -225,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
         (op, indices[start : start + AT_ONCE], arch)
         for op in args.op
         for arch in args.arch
-        if (indices := [i for i, variant in enumerate(_of(op)) if arch in variant.arches])
+        for indices in [[i for i, v in enumerate(_of(op)) if arch in v.arches and v.operands in args.operands]]
         for start in range(0, len(indices), AT_ONCE)
     ]
     compiled = failed = 0

@@ -55,11 +55,16 @@ class KernelVariant:
         return elements * (4 if dtype == "fp32" else 2) // (16 * 32 * warps)
 
     @property
+    def operands(self) -> str:
+        """`half` if an operand is in half precision, else `fp32`."""
+        kinds = (*self.signature.values(), *map(str, self.constants.values()))
+        return "half" if any(kind in ("*bf16", "*fp16", "bf16", "fp16") for kind in kinds) else "fp32"
+
+    @property
     def arches(self) -> tuple[int, ...]:
         """Architectures to compile for; only sm_90 if no operand is in half precision: no GPU is meant to train so."""
-        kinds = (*self.signature.values(), *map(str, self.constants.values()))
-        half = any(kind in ("*bf16", "*fp16", "bf16", "fp16") for kind in kinds)
-        return tuple(arch for arch in (80, 90, 100) if arch >= self.first_arch and (half or arch == 90))
+        arches = (80, 90, 100) if self.operands == "half" else (90,)
+        return tuple(arch for arch in arches if arch >= self.first_arch)
 
     @property
     def name(self) -> str:
