@@ -2,7 +2,7 @@
 # make quick         lint, and two cases of every test of tests/unit, kernels and parity, which start no process
 # make test          run all tests
 # make mutants       make every fault of tests/mutations, one at a time, and print those that no test notices
-# make aot           compile every kernel ahead of time for sm_80, sm_90 and sm_100; make test does so for sm_90, half precision
+# make aot           compile every kernel ahead of time for sm_80, 90 and 100 (make test: sm_90 in half precision)
 # make cluster-test  SLURM, torchrun on two hosts and deepspeed over ssh, in namespaces of this machine; as root
 # make fault-campaign  200 faults at random moments of runs; resumed, each must end as if left alone
 # make gpu           checks and timings on a GPU, with PYTHON, within nine minutes; GPU_ARGS="--budget 300"
@@ -29,7 +29,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 quickstart: install
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/sgtm quickstart
 
-# For the tests of exports: transformers 4 in a folder of its own, with what it needs of another version than the newest.
+# For the tests of exports: transformers 4 in a folder of its own, with what it needs of other versions.
 FOUR := .venv/transformers-4
 
 $(FOUR)/.installed: tests/transformers-4.txt $(STAMP)
