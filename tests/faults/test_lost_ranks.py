@@ -20,6 +20,7 @@ import psutil
 import pytest
 from waiting import PATIENCE, wait_until
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("lost_ranks.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
 

@@ -239,6 +239,7 @@ def test_a_job_is_queued_again_if_there_is_more_to_train(tmp_path, signalled, jo
 def test_torchrun_passes_on_what_ends_a_run_early_and_waits(tmp_path, number):
     worker = (
         "trap 'echo USR1 >> got; exit 0' USR1; trap 'echo TERM >> got; exit 0' TERM\n"
+        "sleep 2\n"  # a signal that comes while torchrun starts a worker is lost on that worker
         'echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" > waits; for i in $(seq 20000); do sleep 0.1; done\n'
     )
     environ = with_commands(tmp_path, worker=f"#!/bin/bash\n{worker}")
