@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ranks import run_ranks
+from waiting import PATIENCE
 
 from sgtm.commands.main import main
 from sgtm.config import load_config
@@ -265,7 +266,7 @@ def test_a_step_takes_the_cpu_time_of_its_process():
 def test_hugging_face_trains_with_the_best_attention_it_has(overrides):
     """In a process of its own, whose CPU time counts; a family without SDPA takes eager attention."""
     peer = Peer(load_config("debug", ["--model.window", "null", *overrides]), "bf16 weights")
-    assert all(0 < seconds < 60 for seconds in peer.step())
+    assert all(0 < seconds < PATIENCE for seconds in peer.step())
     assert peer.attention() == ("sdpa" if overrides else "eager")
     assert peer.peak() >= 0
     peer.process.terminate()

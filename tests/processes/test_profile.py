@@ -118,8 +118,6 @@ def test_the_shares_add_up(said, folder, where):
     assert ("optimizer", "other") in found
     calls = {row["name"]: row["calls_per_step"] for row in summary["kernels"]}
     assert calls["linear.pytorchBackward"] == 3 * LAYERS * MICRO_BATCHES  # the fourth is one with its GELU
-    modules = {row["module"]: row["share"] for row in summary["ranges"] if row["phase"] == "backward"}
-    assert modules["attention"] > modules["norm"]
 
 
 @pytest.mark.parametrize("width", [80, 120])
