@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import warm
 from cluster.hosts import Hosts, environment, missing_rights
 from cluster.runs import finish_with_torchrun
+
+os.environ[warm.COLD] = "1"  # every process of a host is a new interpreter
 
 PACKAGES = {
     "ip": "iproute2",
