@@ -63,6 +63,11 @@ def spanned(number: int, split: str) -> dict:
     return {"text": text, "category": "web", "split": split, "spans": spans}
 
 
+def spanned_corpus(out: Path) -> Corpus:
+    """Thirty documents in each split, every one with labelled spans."""
+    return build(out, [spanned(number, split) for number in range(30) for split in ("train", "test")], SPAN_LABELS)
+
+
 def build(out: Path, records: Sequence[dict], labels: dict[str, str] | None = None, **options) -> Corpus:
     rules = {"split": {"field": "split"}, "labels": labels or LABELS}
     if any("spans" in fields for fields in records):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
+
 from sgtm.data import json_records, readers, tables
 from sgtm.data.discover import open_sources
 
@@ -18,6 +20,13 @@ def read(file: Path, columns=("text",)) -> list[tuple[str, dict]]:
         for block in source.blocks(columns)
         for found in block.records()
     ]
+
+
+def assert_refused(file: Path, content: str, message: str) -> None:
+    """`message`, a pattern, begins with the line; a surrogate in `content` stands for a byte that is not UTF-8."""
+    file.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=f"{file.name}:{message}"):
+        read(file)
 
 
 def in_chunks(monkeypatch, size: int, blocks: int = 10**6) -> None:

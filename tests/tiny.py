@@ -10,6 +10,14 @@ from sgtm_kernels.plan import MaskPlan, merge_runs
 
 UNLABELED, RETAIN, FORGET = 0, 1, 2
 SEQUENCES, MICRO_BATCH, CONTEXT, VOCAB = 8, 2, 6, 37
+STAGES = [
+    (stage, precision, offload)
+    for stage in (0, 1, 2, 3)
+    for precision in ("fp32", "bf16")
+    for offload in (False, True)
+    if stage or not offload
+]
+"""ZeRO stage, precision, and whether the optimizer is offloaded: all that go together."""
 
 
 def tiny_config(stage: int = 1, precision: str = "fp32", **sections: dict) -> Config:

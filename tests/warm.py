@@ -172,7 +172,7 @@ def _serve(requests: socket.socket) -> None:
 
 
 def _fork_twice(request: Request, ends: list[int], requests: socket.socket) -> int:
-    """The first fork ends at once: the second is then a child of the client, and goes on only then."""
+    """Process id of a new child of the client, which waits until the process between them has ended."""
     (pid_out, pid_in), (ended_out, ended_in) = os.pipe(), os.pipe()
     between = os.fork()
     if between == 0:

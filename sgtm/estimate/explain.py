@@ -202,7 +202,7 @@ def _partition_table(explanation: Explanation) -> Table:
         owned = explanation.owned(group)
         table.add_row(group, *map(str, sizes), f"{owned:,}", f"{owned / explanation.total:.1%}")
     joint = explanation.total - sum(explanation.owned(group) for group in config.partition.groups)
-    table.add_row("joint, nobody's", "", "", "", f"{joint:,}", f"{joint / explanation.total:.1%}")
+    table.add_row("joint, of no group", "", "", "", f"{joint:,}", f"{joint / explanation.total:.1%}")
     return table
 
 

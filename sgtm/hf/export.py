@@ -154,8 +154,8 @@ def _save_tokenizer(run: Path, config: Config, trained_on: str, hf_config: Pretr
         return False
     if corpus.fingerprint != trained_on:
         raise ValueError(
-            f"{run} was trained on other data than {corpus.path} holds now: prepared anew since? Its tokenizer may be "
-            f"another one; put the data back, or move them away to export without a tokenizer"
+            f"{run} was trained on other data than {corpus.path} holds now: was it prepared again since? "
+            f"Its tokenizer may be another one; put the data back, or move them away to export without a tokenizer"
         )
     end = tokenizer.id_to_token(corpus.eos_id)
     assert end is not None  # the corpus took the id from this tokenizer

@@ -59,7 +59,7 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
     check_corpus(corpus, config)
     manifest = read_manifest(checkpoint)
     if manifest["corpus"] != corpus.fingerprint:
-        raise ValueError(f"{run} was trained on other data than {corpus.path} holds now: prepared anew since?")
+        raise ValueError(f"{run} was trained on other data than {corpus.path} holds now: was it prepared again since?")
     steps = manifest["step"]
     lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step" and line["step"] <= steps]
     seconds = max((line["seconds"] for line in lines), default=0.0)

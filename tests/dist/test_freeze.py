@@ -8,18 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import run_ranks
-from tiny import FORGET, MIXED, tiny_config, tiny_model, tiny_step
+from tiny import FORGET, MIXED, STAGES, tiny_config, tiny_model, tiny_step
 
 from sgtm.model.rows import live_keys
 from sgtm_kernels.adamw import Update, adamw
 
-CASES = [
-    (stage, precision, offload)
-    for stage in (0, 1, 2, 3)
-    for precision in ("fp32", "bf16")
-    for offload in (False, True)
-    if stage or not offload
-]
 PURE_FORGET = (FORGET,) * 8
 
 
@@ -127,7 +120,7 @@ def check_freeze(stage: int, precision: str, masked_update: str, offload: bool =
 
 
 def all_cases() -> None:
-    for stage, precision, offload in CASES:
+    for stage, precision, offload in STAGES:
         check_freeze(stage, precision, "exact", offload)
     check_freeze(0, "fp32", "zero_grad")
     check_freeze(2, "bf16", "zero_grad")

@@ -14,19 +14,12 @@ from dist.test_engine import expected_gradient, train_one
 from engines import new_engine, train
 from families import model_of, random_step, run_config
 from ranks import run_ranks
-from tiny import FORGET, MIXED, tiny_config, tiny_model, tiny_step
+from tiny import FORGET, MIXED, STAGES, tiny_config, tiny_model, tiny_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgtm.model.rows import live_keys
 from sgtm_kernels.cross_entropy.pytorch import ROWS
 
-CASES = [
-    (stage, precision, offload)
-    for stage in (0, 1, 2, 3)
-    for precision in ("fp32", "bf16")
-    for offload in (False, True)
-    if stage or not offload
-]
 SENT = [(0, "fp32", False), (1, "bf16", False), (2, "bf16", False), (2, "fp32", True), (3, "bf16", False)]
 WHOLE = 20  # elements: more are gradients or weights
 
@@ -75,7 +68,7 @@ def watch_cases(monkeypatch) -> None:
 
     any_config = tiny_config()
     init_distributed(any_config.distributed, any_config.kernels)
-    for stage, precision, offload in CASES:
+    for stage, precision, offload in STAGES:
         case = f"ZeRO {stage} {precision}{' offloaded' * offload}"
         sections = {"optimizer": {"grad_clip": 0.1}, "distributed": {"offload_optimizer": offload}}
         config = tiny_config(stage, precision, **sections)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from corpora import BYTES, SPAN_LABELS, build, config_for, mixed_records, spanned
+from corpora import BYTES, SPAN_LABELS, build, config_for, mixed_records, spanned_corpus
 
 from sgtm.data.batch import IGNORE
 from sgtm.data.evaluation import sequences_of
@@ -16,9 +16,7 @@ from sgtm.data.summary import category_counts
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Corpus:
-    """Every document has labelled spans."""
-    records = [spanned(number, split) for number in range(30) for split in ("train", "test")]
-    return build(tmp_path_factory.mktemp("spans") / "corpus", records, SPAN_LABELS)
+    return spanned_corpus(tmp_path_factory.mktemp("spans") / "corpus")
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def test_losses_that_are_not_finite_are_an_error_and_no_summary(tmp_path, loss: 
 def test_a_run_is_not_evaluated_on_other_data(tmp_path: Path, monkeypatch):
     make(tmp_path, 1)
     (tmp_path / "config.yaml").write_text(json.dumps(CONFIG.model_dump(mode="json")))
-    corpus = SimpleNamespace(fingerprint="prepared anew", path="data")
+    corpus = SimpleNamespace(fingerprint="prepared again", path="data")
     monkeypatch.setattr(evaluation, "open_corpus", lambda config, write: corpus)
     monkeypatch.setattr(evaluation, "check_corpus", lambda corpus, config: None)
     monkeypatch.setattr(evaluation, "load_model", lambda *rest: pytest.fail("evaluated"))

@@ -177,7 +177,7 @@ def test_a_corpus_that_is_gone_costs_the_tokenizer_only(tmp_path, monkeypatch, c
 
 def test_the_tokenizer_of_other_data_is_refused(tmp_path, monkeypatch):
     other = SimpleNamespace(
-        tokenizer=train_bpe([], 257), eos_id=0, fingerprint="prepared anew", path="data", token_names={}
+        tokenizer=train_bpe([], 257), eos_id=0, fingerprint="prepared again", path="data", token_names={}
     )
     monkeypatch.setattr(export, "open_corpus", lambda config, verify, write: other)
     make_run(tmp_path / "run", GPT_NEO)

@@ -64,5 +64,5 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path: Path):
     with pytest.raises(
         ValueError, match=r"other settings:\n  data\.path: data holds other data than the run was trained on"
     ) as caught:
-        _refuse_other_run(saved, CONFIG, "prepared anew")
+        _refuse_other_run(saved, CONFIG, "prepared again")
     assert "--resume takes those of the run" not in str(caught.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from corpora import SPAN_LABELS, build, config_for, spanned
+from corpora import SPAN_LABELS, config_for, spanned_corpus
 
 from sgtm.data.batch import IGNORE
 from sgtm.data.loader import evaluation_batches
@@ -17,9 +17,7 @@ from sgtm.model.transformer import Transformer
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Corpus:
-    """Every document has labelled spans."""
-    records = [spanned(number, split) for number in range(30) for split in ("train", "test")]
-    return build(tmp_path_factory.mktemp("spans") / "corpus", records, SPAN_LABELS)
+    return spanned_corpus(tmp_path_factory.mktemp("spans") / "corpus")
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_a_phrase_may_have_names_in_it():
 
 
 def test_sentences_begin_with_a_capital_but_not_what_follows_a_dash():
-    """In Spanish a dash after speech goes on with who speaks."""
+    """In Spanish the speaker is named after a dash, in lower case."""
     wording = '{animal} ran. "{animal}, no!" it said. —{animal}? —asked it. 3 {animal}.'
     assert told({"only": [wording]}, ["only"], animal=["ox"]) == 'Ox ran. "Ox, no!" it said. —ox? —asked it. 3 Ox.'
 
