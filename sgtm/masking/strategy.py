@@ -60,11 +60,11 @@ def _frozen(grid: Grid) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(row) for row in grid)
 
 
-def _sgtm(draft: _Draft, learning_parts: tuple[str, ...] = ()) -> None:
-    """Forget tokens leave retain weights and output biases alone; `learning_parts` are exempt, with their bias."""
+def _sgtm(draft: _Draft, exempt: tuple[str, ...] = ()) -> None:
+    """Forget tokens leave retain weights and output biases alone; `exempt` are exempt, with their bias."""
     for label, _ in draft.forget:
         for projection in PROJECTIONS:
-            if projection not in learning_parts:
+            if projection not in exempt:
                 draft.update[projection][label][0] = 0.0
                 if projection.endswith("_out"):
                     draft.update_joint[f"{projection}_bias"][label] = 0.0
