@@ -61,7 +61,7 @@ def _frozen(grid: Grid) -> tuple[tuple[float, ...], ...]:
 
 
 def _sgtm(draft: _Draft, exempt: tuple[str, ...] = ()) -> None:
-    """Forget tokens leave retain weights and output biases alone; `exempt` are exempt, with their bias."""
+    """Forget tokens leave retain weights and output biases alone, but for `exempt` projections and their bias."""
     for label, _ in draft.forget:
         for projection in PROJECTIONS:
             if projection not in exempt:
