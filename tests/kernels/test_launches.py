@@ -4,9 +4,12 @@ Launches are recorded and not made: what is launched depends on masks and argume
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 
+import pytest
 import torch
+import triton
 import triton.language as tl
 from triton.runtime.jit import KernelInterface
 
@@ -19,6 +22,8 @@ from sgtm_kernels.mlp import gelu, linear_gelu, swiglu
 from sgtm_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from sgtm_kernels.plan import JOINT_KINDS, MAX_SLICES, PROJECTIONS, MaskPlan, Tables, merge_runs
 from sgtm_kernels.tools.aot import all_variants
+from sgtm_kernels.triton_common.tuning import DTYPES
+from sgtm_kernels.triton_common.variant import KernelVariant, recorded
 
 BATCH, SEQ_LEN, WIDTH, BOUNDS = 2, 20, 16, (0, 24, 32)
 
@@ -40,11 +45,14 @@ def plans() -> Iterator[MaskPlan]:
         yield MaskPlan(masks, runs, BATCH, SEQ_LEN)
 
 
-def leaf(*shape: int, learns: bool = True) -> torch.Tensor:
-    return torch.ones(shape).requires_grad_(learns)
+Leaf = Callable[..., torch.Tensor]
 
 
-def linear(plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
+def leaf_of(dtype: torch.dtype, *shape: int, learns: bool = True) -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype).requires_grad_(learns)
+
+
+def linear(leaf: Leaf, plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
     wide = leaf(BATCH, SEQ_LEN, BOUNDS[-1])
     for way, biased in product(("masked", "pointers", "descriptors", "ragged"), (False, True)):
         x = leaf(BATCH, SEQ_LEN, WIDTH // 2) if way == "ragged" else leaf(BATCH, SEQ_LEN, WIDTH)
@@ -57,7 +65,7 @@ def linear(plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
             yield linear_in(x, weight, bias_in, plan, "mlp_in", BOUNDS, "triton", overwrite=overwrite)
 
 
-def mlp(plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
+def mlp(leaf: Leaf, plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
     x = leaf(BATCH, SEQ_LEN, BOUNDS[-1])
     yield gelu(x, plan, BOUNDS, "triton")
     yield swiglu(leaf(BATCH, SEQ_LEN, 2 * BOUNDS[-1]), plan, BOUNDS, "triton")
@@ -66,7 +74,7 @@ def mlp(plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
         yield linear_gelu(x, weight, bias, plan, BOUNDS, "triton")
 
 
-def attend(plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
+def attend(leaf: Leaf, plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
     cuts = tuple((start, start + 10) for start in range(0, plan.tokens, 10))
     cut = MaskPlan(plan.tables, plan.runs, plan.batch, plan.seq_len, cuts)
     grouped, alone = HeadLayout((2, 1), (1, 1), 8), HeadLayout((2,), (1,), 8)
@@ -78,7 +86,7 @@ def attend(plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
         yield attention(qkv, grouped, plan, scale=0.5, rotary=rotary, overwrite=overwrite, backend="triton")
 
 
-def norm(plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
+def norm(leaf: Leaf, plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
     x = leaf(BATCH, SEQ_LEN, WIDTH)
     for kind, learns in product(("norm", None), (False, True)):
         weight, bias = leaf(WIDTH, learns=learns), leaf(WIDTH, learns=learns)
@@ -88,59 +96,86 @@ def norm(plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
         yield sum(add_rms_norm(x, x, weight, 1e-5, plan, kind, "triton"))
 
 
-def lookup(plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
+def lookup(leaf: Leaf, plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
     yield embedding(torch.arange(BATCH * SEQ_LEN).view(BATCH, SEQ_LEN), leaf(50, WIDTH), plan, "embedding", "triton")
 
 
-def head(plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
+def head(leaf: Leaf, plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
     targets = torch.zeros(BATCH, SEQ_LEN, dtype=torch.int64)
     for learns, bias in ((True, leaf(32)), (True, None), (False, None)):
         x, weight = leaf(BATCH, SEQ_LEN, WIDTH, learns=learns), leaf(32, WIDTH, learns=learns)
         yield linear_cross_entropy(x, weight, bias, targets, plan, 1.0, "triton")[0]
 
 
-def optimizer(plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
-    adamw([Update(*(torch.ones(8) for _ in range(4)), 1, 0.1)], 0.1, (0.9, 0.95), 1e-8, "triton")
+def optimizer(leaf: Leaf, plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
+    weight, *moments = (torch.ones(8) for _ in range(3))
+    adamw([Update(weight, leaf(8, learns=False), *moments, 1, 0.1)], 0.1, (0.9, 0.95), 1e-8, "triton")
     yield torch.zeros(())
 
 
 CALLS: tuple[Callable, ...] = (linear, mlp, attend, norm, lookup, head, optimizer)
 
 
-def launched(name: str, constants: dict[str, object], fp_fusion: bool) -> tuple:
-    """A kernel with its flags; a window is one, whatever its width."""
-    flags = {k: v for k, v in constants.items() if isinstance(v, bool)}
-    flags |= {"WINDOW": constants["WINDOW"] > 0} if "WINDOW" in constants else {}
-    return name, tuple(sorted(flags.items())), fp_fusion
+def kind(launch: KernelVariant) -> tuple:
+    """A kernel with the types of its arguments and its flags; a window is one, whatever its width."""
+    flags = {k: v for k, v in launch.constants.items() if isinstance(v, bool)}
+    flags |= {"WINDOW": launch.constants["WINDOW"] > 0} if "WINDOW" in launch.constants else {}
+    return (
+        launch.kernel.__name__,
+        tuple(sorted(launch.signature.items())),
+        tuple(sorted(flags.items())),
+        launch.fp_fusion,
+    )
 
 
-def listed(dtype: str) -> set[tuple]:
+def listed(dtype: torch.dtype) -> set[tuple]:
     """What is compiled ahead of time for a dtype; what has no half precision among its arguments is of fp32."""
-    found = set()
+    kinds = set()
     for _, _, launch in all_variants():
-        kinds = {*launch.signature.values(), *(f"*{v}" for v in launch.constants.values() if isinstance(v, tl.dtype))}
-        if dtype == next((half for half in ("bf16", "fp16") if f"*{half}" in kinds), "fp32"):
-            found.add(launched(launch.kernel.__name__, launch.constants, launch.fp_fusion))
-    return found
+        types = {*launch.signature.values(), *(f"*{v}" for v in launch.constants.values() if isinstance(v, tl.dtype))}
+        if DTYPES[dtype] == next((half for half in ("bf16", "fp16") if f"*{half}" in types), "fp32"):
+            kinds.add(kind(launch))
+    return kinds
 
 
-def test_what_is_launched_is_what_is_compiled_ahead_of_time(monkeypatch):
-    made = set()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_launched_is_what_is_compiled_ahead_of_time(dtype, monkeypatch):
+    def run() -> None:
+        for plan, calls in product(plans(), CALLS):
+            for out in calls(partial(leaf_of, dtype), plan, monkeypatch):
+                if out.requires_grad:
+                    out.backward(torch.ones_like(out))
 
-    def recorded(kernel, grid):
-        def launch(*args, **kwargs):
-            constants = {k: v for k, v in kwargs.items() if k in kernel.arg_names}
-            made.add(launched(kernel.__name__, constants, kwargs.get("enable_fp_fusion", True)))
+    made = {kind(launch) for launch in recorded(run)}
+    assert {name for name, *_, fp_fusion in made if not fp_fusion} == {
+        "norm_forward", "norm_backward", "norm_sums", "adamw_update",
+    }  # fmt: skip
+    assert sorted(made - listed(dtype)) == [], "launched, but not compiled ahead of time"
+    assert sorted(listed(dtype) - made) == [], "compiled, but never launched"
 
-        return launch
 
-    monkeypatch.setattr(KernelInterface, "__getitem__", recorded)
-    for plan, calls in product(plans(), CALLS):
-        for out in calls(plan, monkeypatch):
-            if out.requires_grad:
-                out.backward(torch.ones_like(out))
-    exact = {name for name, _, fp_fusion in made if not fp_fusion}
-    assert exact == {"norm_forward", "norm_backward", "norm_sums", "adamw_update"}
-    for dtype in ("fp32", "bf16"):
-        assert made - listed(dtype) == set(), f"launched, but in {dtype} not compiled ahead of time"
-        assert listed(dtype) - made == set(), f"compiled in {dtype}, but never launched"
+@triton.jit(do_not_specialize=["loose"])
+def kernel(pointer, off, even, odd, one, loose, number, FLAG: tl.constexpr, SIZE: tl.constexpr):
+    pass
+
+
+def test_types_and_alignment_are_those_of_the_arguments():
+    x = torch.empty(64, dtype=torch.bfloat16)
+
+    def call(x: torch.Tensor) -> None:
+        kernel[(1,)](x, x.int()[1:], 32, 2**40 + 1, 1, 16, 0.5, FLAG=True, SIZE=4, num_warps=8, enable_fp_fusion=False)
+        kernel[(1,)](x, x, 32, 33, 34, 16, 1.0, True, SIZE=4, num_stages=2)
+
+    first, second = recorded(call, x)
+    types = {"pointer": "*bf16", "off": "*i32", "even": "i32", "odd": "i64", "loose": "i32", "number": "fp32"}
+    assert first.signature == types and first.constants == {"FLAG": True, "SIZE": 4, "one": 1}
+    assert set(first.unaligned) == {"off", "odd", "loose"} and not first.fp_fusion
+    assert (first.num_warps, first.num_stages, second.num_warps, second.num_stages) == (8, 3, 4, 2)
+    assert second.signature["one"] == "i32" and second.constants == {"FLAG": True, "SIZE": 4} and second.fp_fusion
+
+
+def test_a_call_that_fails_leaves_launches_as_they_were():
+    launch = KernelInterface.__getitem__
+    with pytest.raises(ZeroDivisionError):
+        recorded(lambda: 1 / 0)
+    assert KernelInterface.__getitem__ is launch

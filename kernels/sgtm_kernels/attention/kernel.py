@@ -8,6 +8,7 @@ once, q and k turned on the way. Their gradients are turned back where they are.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import accumulate, pairwise, product
 from typing import NamedTuple, TypedDict
@@ -26,7 +27,7 @@ from sgtm_kernels.attention.op import HeadLayout
 from sgtm_kernels.autograd import captured, eager, existing, register
 from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.triton_common.tuning import DTYPES, Tunable, bucket
-from sgtm_kernels.triton_common.variant import KernelVariant
+from sgtm_kernels.triton_common.variant import KernelVariant, masks, recorded
 
 ROTATED = 64  # tokens of a tile that is turned
 # Triton before 3.7 copies a query's numbers once for every thread that needs them (128 copies of 32 bits instead of 8
@@ -247,7 +248,7 @@ def constants(layout: HeadLayout, window: int, documents: bool, values: set[floa
     return {
         **_columns(layout),
         "HEADS": sum(layout.heads),
-        "BD": bucket(layout.head_dim, 16, 1 << 30),
+        "BD": width_of(layout),
         "WINDOW": window,
         "DOCUMENTS": documents,
         "MASKED": not values <= {1.0},
@@ -273,6 +274,11 @@ def _rotated(x, to, layout: HeadLayout, cos, sin, backward: bool = False) -> tor
     return to
 
 
+def width_of(layout: HeadLayout) -> int:
+    """Columns of a head's tile, a power of two."""
+    return bucket(layout.head_dim, 16, 1 << 30)
+
+
 def _half(layout: HeadLayout) -> int:
     return 1 << (layout.head_dim // 2 - 1).bit_length()
 
@@ -280,18 +286,25 @@ def _half(layout: HeadLayout) -> int:
 def variants() -> list[KernelVariant]:
     """Every block size at some widths of a head, bare and with all masks, and in the common one every flag, in bf16 and
     fp32, for the ahead-of-time suite. Candidates besides the heuristic in the head sizes that fill their width."""
-    variants = []
+    variants: list[KernelVariant] = []
+    half_and_full, seq_len = (torch.bfloat16, torch.float32), 300
     for head_dim in (8, 24, 32, 64, 96, 128):
         plain, grouped = HeadLayout((32,), (32,), head_dim), HeadLayout((24, 0, 8), (6, 0, 2), head_dim)
         others = head_dim in (32, 64)
-        variants += _variants("bf16", constants(plain, 0, False, {1.0}), others)
-        for dtype in ("bf16", "fp32"):
-            variants += _variants(dtype, constants(grouped, 256, True, {0.0, 0.5}), others)
+        variants += _variants(torch.bfloat16, plain, masks(1, seq_len), None, others)
+        for dtype in half_and_full:
+            variants += _variants(dtype, grouped, masks(3, seq_len, active=0.5, documents=True), 256, others)
             ways = ((False, True), (False, False), (True, True)) if head_dim in (24, 64, 128) else ()
-            variants += [_variant_of_rotation(dtype, grouped, *way) for way in ways]
-    flags = product((0, 256), (False, True), ({1.0}, {0.0, 1.0}, {0.0, 0.5}))
-    for dtype, masks in product(("bf16", "fp32"), flags):
-        variants += _variants(dtype, constants(HeadLayout((24, 8), (6, 2), 64), *masks))
+            x = torch.empty(1, seq_len, _columns(grouped)["STRIDE"], dtype=dtype)
+            angles = torch.empty(seq_len, head_dim)
+            for backward, in_place in ways:
+                to = x if in_place else torch.empty_like(x)
+                programs = 4 if _half(grouped) <= 32 else 2
+                launches = recorded(_rotated, x, to, grouped, angles, angles, backward)
+                variants += [replace(launch, programs=programs) for launch in launches]
+    for dtype, window, documents, active in product(half_and_full, (None, 256), (False, True), (1.0, 0.0, 0.5)):
+        plan = masks(2, seq_len, active=active, documents=documents)
+        variants += _variants(dtype, HeadLayout((24, 8), (6, 2), 64), plan, window)
     return variants
 
 
@@ -303,36 +316,32 @@ TILES_OF = {
 }
 
 
-def _variants(dtype: str, fixed: Constants, others: bool = False) -> list[KernelVariant]:
-    kinds = dict.fromkeys(("qkv", "out", "dy", "dqkv"), f"*{dtype}") | {"scale": "fp32", "seq_len": "i32"}
-    kinds |= dict.fromkeys(("lse", "delta", "factors"), "*fp32") | dict.fromkeys(("spans", "live"), "*i32")
-    variants = []
+def _variants(
+    dtype: torch.dtype, layout: HeadLayout, plan: MaskPlan, window: int | None, others: bool = False
+) -> list[KernelVariant]:
+    qkv = torch.empty(1, plan.seq_len, _columns(layout)["STRIDE"], dtype=dtype)
+    half, variants = dtype == torch.bfloat16, []
+
+    def there_and_back() -> None:
+        out, lse, _ = _forward(qkv, None, None, plan, layout, 0.125, window)
+        _backward(out, qkv, out, lse, None, None, plan, layout, 0.125, window, (True,))
+
     for kernel, tunable in TILES.items():
-        width = fixed["BD"]
-        values = {k: v for k, v in fixed.items() if k in kernel.arg_names}
-        signature = {k: kinds[k] for k in kernel.arg_names if k in kinds}
-        for i, size in enumerate(tunable.candidates(dtype, width)[: None if others else 1]):
-            blocks = {"BQ": size.queries, "BK": size.keys}
-            half, heuristic = dtype == "bf16", i == 0
-            spill, spill_on = SPILL.get((dtype, kernel, width), (None, ())) if heuristic else (None, ())
+        width = width_of(layout)
+        key = DTYPES[dtype], width
+        for i, size in enumerate(tunable.candidates(*key)[: None if others else 1]):
+            spill, spill_on = SPILL.get((DTYPES[dtype], kernel, width), (None, ())) if i == 0 else (None, ())
             scores = size.queries if kernel is attention_backward_keys else size.keys
-            columns = tuple(sorted({scores, width})) if half and heuristic and ONE_COPY else None
+            columns = tuple(sorted({scores, width})) if half and i == 0 and ONE_COPY else None
             of_thread = min(size.queries, size.keys) * width // (32 * size.warps)
             queries, keys = TILES_OF[kernel]
             words = KernelVariant.words((queries * size.queries + keys * size.keys) * width, dtype, size.warps)
-            variants.append(
-                KernelVariant(
-                    kernel, signature, values | blocks, size.warps, size.stages, ("seq_len",),
-                    tensor_cores=half, columns=columns,
-                    width=min(128, of_thread * (16 if half else 32)), wide=words,
-                    programs=2 if half and size.warps == 4 else 1, spill=spill, spill_on=spill_on,
+            variants += [
+                replace(
+                    launch, tensor_cores=half, columns=columns, width=min(128, of_thread * 8 * dtype.itemsize),
+                    wide=words, programs=2 if half and size.warps == 4 else 1, spill=spill, spill_on=spill_on,
                 )
-            )  # fmt: skip
+                for launch in recorded(there_and_back, forced={(tunable.name, key): size})
+                if launch.kernel is kernel
+            ]  # fmt: skip
     return variants
-
-
-def _variant_of_rotation(dtype: str, layout: HeadLayout, backward: bool, in_place: bool) -> KernelVariant:
-    signature = {"x": f"*{dtype}", "y": f"*{dtype}", "cos": "*fp32", "sin": "*fp32", "seq_len": "i32"}
-    half, flags = _half(layout), {"BACKWARD": backward, "IN_PLACE": in_place}
-    fixed: dict[str, object] = {**_columns(layout), "BH": half, "BT": ROTATED, **flags}
-    return KernelVariant(attention_rotate, signature, fixed, unaligned=("seq_len",), programs=4 if half <= 32 else 2)

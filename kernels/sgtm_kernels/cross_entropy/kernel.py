@@ -10,6 +10,7 @@ bounded by the length of the padded row and are 128 bits wide at any vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from sgtm_kernels.cross_entropy.pytorch import IGNORE, ChunkOps, in_chunks
 from sgtm_kernels.cross_entropy.reference import label_sums
 from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.triton_common.tuning import DTYPES, Tunable, bucket
-from sgtm_kernels.triton_common.variant import KernelVariant
+from sgtm_kernels.triton_common.variant import KernelVariant, recorded
 
 # A chunk's logits: 10,682 tokens of 50,257 in bf16. Every further chunk reads and writes the head's gradient in fp32.
 CHUNK_BYTES = 2**30
@@ -179,20 +180,19 @@ def _block(z_at, entries, row, vocab):
 
 def variants() -> list[KernelVariant]:
     """Every block size and flag, at some vocabularies, in bf16, fp16 and fp32, for the ahead-of-time suite."""
-    variants = []
-    for dtype in ("bf16", "fp16", "fp32"):
-        signature = {"logits": f"*{dtype}", "targets": "*i64", "losses": "*fp32", "row": "i32", "vocab": "i32"}
-        for vocab in (37, 4096, 50257, 128256):
-            unaligned = ("targets", "losses", *("vocab",) * (vocab % 16 != 0))
-            for (block, warps), gradient in product(TILE.candidates(dtype, bucket(vocab, 1, BLOCK)), (False, True)):
-                constants = {"IGNORE": IGNORE, "GRADIENT": gradient, "BLOCK": block}
-                of_thread = block // (32 * warps)
-                variants.append(
-                    KernelVariant(
-                        token_losses, signature, constants, warps, unaligned=unaligned, narrow=1,  # the target's logit
-                        width=min(128, of_thread * (32 if dtype == "fp32" else 16)),
-                        narrower=4,  # the target, its logit, the loss or 0
-                        programs=max(1, (64 if of_thread <= 8 else 32) // warps),
-                    )
-                )  # fmt: skip
+    variants: list[KernelVariant] = []
+    targets = torch.zeros(4, dtype=torch.int64)[1:]  # a chunk begins anywhere
+    for dtype, vocab in product((torch.bfloat16, torch.float16, torch.float32), (37, 4096, 50257, 128256)):
+        logits = _logits(torch.empty(3, 1, dtype=dtype), torch.empty(vocab, 1, dtype=dtype), None)
+        key = DTYPES[dtype], bucket(vocab, 1, BLOCK)
+        for tile, gradient in product(TILE.candidates(*key), (False, True)):
+            of_thread = tile.block // (32 * tile.warps)
+            variants += [
+                replace(
+                    launch, narrow=1, narrower=4,  # the target's logit; with the target, the loss or 0
+                    width=min(128, of_thread * 8 * dtype.itemsize),
+                    programs=max(1, (64 if of_thread <= 8 else 32) // tile.warps),
+                )
+                for launch in recorded(_softmax_gradient_, logits, targets, gradient, forced={(TILE.name, key): tile})
+            ]  # fmt: skip
     return variants

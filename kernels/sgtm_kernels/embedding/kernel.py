@@ -9,6 +9,8 @@ zeros first would write the rows that have tokens twice. dY is read once in all.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -17,7 +19,7 @@ from torch.library import custom_op
 
 from sgtm_kernels.autograd import captured, eager, register
 from sgtm_kernels.plan import MaskPlan, plan_of
-from sgtm_kernels.triton_common.variant import KernelVariant
+from sgtm_kernels.triton_common.variant import KernelVariant, masks, recorded
 
 SEGMENT = 32  # sorted tokens
 PARTIAL_COLUMNS = 128  # of a tile of `embedding_partials`, SEGMENT tokens high
@@ -182,22 +184,14 @@ def embedding_backward(
 
 def variants() -> list[KernelVariant]:
     """Every block size and flag, at some widths, in bf16 and fp32, for the ahead-of-time suite."""
-    variants = []
-    for dtype in ("bf16", "fp32"):
-        partials = {"dy": f"*{dtype}", "ids": "*i32", "order": "*i64", "factors": "*fp32", "partials": "*fp32"}
-        backward = {"dy": f"*{dtype}", "starts": "*i32", "order": "*i64", "factors": "*fp32", "partials": "*fp32"}
-        for width in WIDTHS if dtype == "bf16" else WIDTHS[::2]:
+    variants: list[KernelVariant] = []
+    ids = torch.zeros(1, 37, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float32):
+        for width in WIDTHS if dtype == torch.bfloat16 else WIDTHS[::2]:
+            dy = torch.empty(1, 37, width, dtype=dtype)
             for weighted in (False, True):
-                constants = {"WEIGHTED": weighted, "WIDTH": width, "SEGMENT": SEGMENT}
-                spill = SPILL if (dtype, width, weighted) == ("bf16", 256, True) else None
-                variants += [
-                    KernelVariant(
-                        embedding_partials, partials | {"tokens": "i32"}, constants | {"BD": PARTIAL_COLUMNS},
-                        unaligned=("tokens",), programs=8,
-                    ),
-                    KernelVariant(
-                        embedding_backward, backward | {"dw": f"*{dtype}", "rows": "i32"}, constants | _tile(width),
-                        unaligned=("rows",), programs=4, spill=spill,
-                    ),
-                ]  # fmt: skip
+                plan = masks(1, 37, update=0.5 if weighted else 1.0)
+                spill = SPILL if (dtype, width, weighted) == (torch.bfloat16, 256, True) else None
+                partials, backward = recorded(_gradient, ids, dy, plan, "embedding", 50, dtype)
+                variants += [replace(partials, programs=8), replace(backward, programs=4, spill=spill)]
     return variants

@@ -14,6 +14,7 @@ labels are too many slices in a micro-batch.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain, product
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ import triton.language as tl
 
 from sgtm_kernels.plan import MaskPlan, RowWork, Slice
 from sgtm_kernels.triton_common.tuning import DTYPES, Tunable
-from sgtm_kernels.triton_common.variant import KernelVariant
+from sgtm_kernels.triton_common.variant import KernelVariant, masks, recorded
 
 
 class Tile(NamedTuple):
@@ -66,9 +67,13 @@ def _key(dtype: str, weighted: bool, loads: str) -> tuple[str, str, str]:
 
 def weight_gradient(left: torch.Tensor, right: torch.Tensor, plan: MaskPlan, work: tuple[RowWork, ...]) -> torch.Tensor:
     """Masked `left^T @ right`: left [tokens, rows], right [tokens, columns], both contiguous -> [rows, columns]."""
+    return _launch(left, right, plan, work, _loads(left, right, work))
+
+
+def _launch(left, right, plan: MaskPlan, work: tuple[RowWork, ...], loads: str) -> torch.Tensor:
+    """`weight_gradient` with the operands read in one of the ways of `_loads`."""
     rows, columns = left.shape[1], right.shape[1]
     weighted = any(piece.weight != 1 for _, _, tokens in work for piece in tokens.slices)
-    loads = _loads(left, right, work)
     tile, descriptors = TILE(left.device, *_key(DTYPES[left.dtype], weighted, loads)), loads == "descriptors"
     if descriptors and left.is_cuda:
         triton.set_allocator(_scratch)
@@ -189,23 +194,21 @@ def dw_rectangles(
 
 def variants() -> list[KernelVariant]:
     """Every block size and flag, in bf16 and fp32, for the ahead-of-time suite."""
-    variants = []
-    for dtype in ("bf16", "fp32"):
-        signature = dict.fromkeys(("left", "right", "out"), f"*{dtype}")
-        signature |= {"bands": "*i32", "slices": "*i32", "weights": "*fp32"}
-        signature |= dict.fromkeys(("tokens", "rows", "columns", "tiles"), "i32")
-        for weighted, loads in product((False, True), ("pointers", "ragged", "descriptors")):
-            flags = {"WEIGHTED": weighted, "DESCRIPTORS": loads == "descriptors", "ALIGNED": loads != "ragged"}
-            unaligned = ("tokens", "tiles", *(("rows", "columns") if loads == "ragged" else ()))
-            first_arch = 90 if loads == "descriptors" else 80
-            for rows, columns, tokens, warps, stages in TILE.candidates(*_key(dtype, weighted, loads)):
-                variants.append(
-                    KernelVariant(
-                        dw_rectangles, signature, flags | {"BR": rows, "BC": columns, "BT": tokens}, warps, stages,
-                        unaligned, first_arch=first_arch, tensor_cores=dtype == "bf16",
-                        columns=(columns // max(1, 16 * warps // rows),) if dtype == "bf16" else None,
-                        narrow=176 if loads == "ragged" else 0, width=32 if loads == "ragged" else 128,
-                        narrower=None if loads == "ragged" else 7,  # a band, a slice, its weight
+    variants: list[KernelVariant] = []
+    for dtype, weighted in product((torch.bfloat16, torch.float32), (False, True)):
+        plan, half = masks(2, 37, update=0.5 if weighted else 0.0), dtype == torch.bfloat16
+        for loads in ("pointers", "ragged", "descriptors"):
+            ragged, key = loads == "ragged", _key(DTYPES[dtype], weighted, loads)
+            left, right = (torch.empty(37, n - ragged, dtype=dtype) for n in (1024, 768))
+            work = plan.rows("mlp_in", (0, 960, left.shape[1]))
+            for tile in TILE.candidates(*key):
+                columns = (tile.columns // max(1, 16 * tile.warps // tile.rows),) if half else None
+                variants += [
+                    replace(
+                        launch, first_arch=90 if loads == "descriptors" else 80, tensor_cores=half, columns=columns,
+                        narrow=176 if ragged else 0, width=32 if ragged else 128,
+                        narrower=None if ragged else 7,  # a band, a slice, its weight
                     )
-                )  # fmt: skip
+                    for launch in recorded(_launch, left, right, plan, work, loads, forced={(TILE.name, key): tile})
+                ]  # fmt: skip
     return variants

@@ -8,6 +8,7 @@ written in place. Sums are by strips of tokens (tiles.py).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
@@ -17,8 +18,8 @@ import triton.language as tl
 
 from sgtm_kernels.triton_common import tiles
 from sgtm_kernels.triton_common.tiles import any_factor_but, factor_of, partial_sums, place, total_of
-from sgtm_kernels.triton_common.tuning import DTYPES, Tunable
-from sgtm_kernels.triton_common.variant import KernelVariant
+from sgtm_kernels.triton_common.tuning import DTYPES, Key, Tunable
+from sgtm_kernels.triton_common.variant import KernelVariant, recorded
 
 
 class Tile(NamedTuple):
@@ -55,10 +56,6 @@ def _tile(x: torch.Tensor) -> Tile:
     return TILE(x.device, DTYPES[x.dtype])
 
 
-def _blocks(tile: Tile) -> dict[str, int]:
-    return {"BT": tile.tokens, "BC": tile.columns, "STRIP": tile.strip}
-
-
 def scale_sum(x, out, partial, factors, bounds) -> None:
     """`out` = x times its factors (None: not wanted; x itself: in place), `partial` = the sums of that (or None)."""
     (tokens, columns), tile = x.shape, _tile(x)
@@ -75,8 +72,8 @@ def scale_input_sum(x, out, dy, partial, x_factors, dy_factors, bounds) -> None:
     blocks = -(-bounds[-1] // tile.columns) - (-columns // tile.columns)
     grid = (blocks, -(-tokens // tile.strip))
     scale_input_and_sum[grid](
-        x, out, dy, partial, x_factors, dy_factors, tokens, BOUNDS=bounds, WIDTH=(0, columns), **_blocks(tile),
-        num_warps=tile.warps,
+        x, out, dy, partial, x_factors, dy_factors, tokens, BOUNDS=bounds, WIDTH=(0, columns), BT=tile.tokens,
+        BC=tile.columns, STRIP=tile.strip, num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -135,29 +132,22 @@ def scale_input_and_sum(
 
 def variants() -> list[KernelVariant]:
     """Every block size and flag, at some bounds, in bf16 and fp32, for the ahead-of-time suite."""
-    variants = []
+    variants: list[KernelVariant] = []
     ways = [flags for flags in product((False, True), repeat=3) if flags[0] >= flags[1] and flags[0] | flags[2]]
-    for dtype in ("bf16", "fp32"):
-        pointers = {"x": f"*{dtype}", "out": f"*{dtype}", "partial": "*fp32", "factors": "*fp32", "tokens": "i32"}
-        both = dict.fromkeys(("x", "out", "dy"), f"*{dtype}")
-        both |= dict.fromkeys(("partial", "x_factors", "dy_factors"), "*fp32") | {"tokens": "i32"}
-        for bounds, tile in product(((0, 4096), (0, 960, 1024), (0, 24, 48, 771, 3000)), TILE.candidates(dtype)):
-            blocks, warps = _blocks(tile), tile.warps
-            words = KernelVariant.words(tile.tokens * tile.columns, dtype, warps)
+    for dtype, bounds in product((torch.bfloat16, torch.float32), ((0, 4096), (0, 960, 1024), (0, 24, 48, 771, 3000))):
+        x, dy = torch.empty(37, bounds[-1], dtype=dtype), torch.empty(37, 1024, dtype=dtype)
+        copy, factors, partial = torch.empty_like(x), torch.empty(len(bounds) - 1, 37), torch.empty(1, bounds[-1])
+        key: Key = (DTYPES[dtype],)
+        for tile in TILE.candidates(*key):
+            forced = {(TILE.name, key): tile}
+            words = KernelVariant.words(tile.tokens * tile.columns, dtype, tile.warps)
             for scale, in_place, add in ways if len(bounds) > 2 else [(False, False, True)]:
-                constants = {"BOUNDS": bounds, "SCALE": scale, "IN_PLACE": in_place, "SUM": add, **blocks}
+                out = (x if in_place else copy) if scale else None
+                launches = recorded(scale_sum, x, out, partial if add else None, factors, bounds, forced=forced)
                 spill = SPILL if tile.tokens == 16 and in_place and add else None
-                variants.append(
-                    KernelVariant(
-                        scale_and_sum, pointers, constants, warps, unaligned=("tokens",), programs=4, spill=spill,
-                        wide=(1 + scale) * words,  # a load, and a store
-                    )
-                )  # fmt: skip
+                wide = (1 + scale) * words  # a load, and a store
+                variants += [replace(launch, programs=4, spill=spill, wide=wide) for launch in launches]
             if len(bounds) > 2:
-                constants = {"BOUNDS": bounds, "WIDTH": (0, 1024), **blocks}
-                variants.append(
-                    KernelVariant(
-                        scale_input_and_sum, both, constants, warps, unaligned=("tokens",), programs=4, wide=3 * words
-                    )
-                )
+                launches = recorded(scale_input_sum, x, copy, dy, partial, factors, factors, bounds, forced=forced)
+                variants += [replace(launch, programs=4, wide=3 * words) for launch in launches]
     return variants + tiles.variants()

@@ -12,6 +12,7 @@ a read and a write of dX.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from itertools import product
 
@@ -22,7 +23,7 @@ from torch.library import custom_op
 
 from sgtm_kernels.autograd import captured, eager, existing, register
 from sgtm_kernels.plan import MaskPlan, plan_of
-from sgtm_kernels.triton_common.variant import KernelVariant
+from sgtm_kernels.triton_common.variant import KernelVariant, masks, recorded
 
 TILE = 2048  # elements of a tile of tokens x columns; a wider row is a tile of its own
 STRIPS = 512  # at most; more occupy more of the device and write more partial sums
@@ -323,46 +324,36 @@ def norm_sums(sums, dw, db, strips, WIDTH: tl.constexpr, BS: tl.constexpr, BD: t
 def variants() -> list[KernelVariant]:
     """Every block size, and in the common one every flag, in bf16 and fp32, for the ahead-of-time suite; at other
     widths those flags that need the most registers."""
-    variants = []
-    for dtype in ("bf16", "fp32"):
-        for width in WIDTHS if dtype == "bf16" else WIDTHS[:1]:
+    variants: list[KernelVariant] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for width in WIDTHS if dtype == torch.bfloat16 else WIDTHS[:1]:
             flags = product((False, True), (True, False), ((True, True), (True, False), (False, False)))
             for centered, added, (summed, masked) in flags:
                 if width == WIDTHS[0] or (added and summed and masked):
                     variants += _variants(dtype, width, centered, added, summed, masked)
-            sums = dict.fromkeys(("dw", "db"), f"*{dtype}") | {"sums": "*fp32", "strips": "i32"}
-            constants = {"WIDTH": width, "BS": SUM_STRIPS, "BD": SUM_COLUMNS}
-            # A thread stores one entry.
-            wide = KernelVariant.words(SUM_STRIPS * SUM_COLUMNS, "fp32", KernelVariant.num_warps)
-            variants.append(
-                KernelVariant(norm_sums, sums, constants, unaligned=("strips",), fp_fusion=False, wide=wide, narrow=1)
-            )
     return variants
 
 
-def _variants(dtype: str, width: int, centered: bool, added: bool, summed: bool, masked: bool) -> list[KernelVariant]:
-    kinds = dict.fromkeys(("x", "residual", "total", "y", "dtotal", "dy", "dx", "weight", "bias"), f"*{dtype}")
-    kinds |= dict.fromkeys(("mean", "rstd", "factors", "sums"), "*fp32")
-    kinds |= {"tokens": "i32", "strip": "i32", "eps": "fp32"}
-    shape, warps = _shape(width)
-    listed = []
-    flags = {"CENTERED": centered, "ADDED": added, "SUMMED": summed, "MASKED": masked} | shape
-    for kernel in (norm_forward, norm_backward):
-        if kernel is norm_forward and (summed, masked) != (True, True):
-            continue  # listed already: it has neither flag
-        signature = {name: kinds[name] for name in kernel.arg_names if name in kinds}
-        constants = {name: flags[name] for name in kernel.arg_names if name in flags}
-        unaligned = tuple(n for n in ("tokens", "strip") if n in signature)
-        programs = (32 if kernel is norm_forward else 16) // warps
-        forward = kernel is norm_forward
-        tile, row = (KernelVariant.words(n * shape["BD"], dtype, warps) for n in (shape["BT"], 1))
-        # x and y, with the residual and the total; or x, dy and dx, with dtotal. The weight, with the bias; its sums.
-        tiles, rows = (2 + 2 * added, 1 + centered) if forward else (3 + added, 1)
-        sums = (1 + centered) * KernelVariant.words(shape["BD"], "fp32", warps) if summed and not forward else 0
-        listed.append(
-            KernelVariant(
-                kernel, signature, constants, warps, unaligned=unaligned, fp_fusion=False, programs=programs,
-                wide=tiles * tile + rows * row + sums,
-            )
-        )  # fmt: skip
-    return listed
+def _variants(
+    dtype: torch.dtype, width: int, centered: bool, added: bool, summed: bool, masked: bool
+) -> list[KernelVariant]:
+    """What differs in these flags: the forward pass and the sums are launched for others of them too."""
+    x, statistics, shape, warps = torch.empty(1, 37, width, dtype=dtype), torch.empty(37), *_shape(width)
+    weight, bias, residual = x[0, 0], x[0, 0] if centered else None, x if added else None
+    arguments = (residual, x, x, weight, bias, statistics, statistics, masks(1, 37, update=0.5 if masked else 1.0))
+    backward, *sums = recorded(_gradients, *arguments, "norm", summed)
+    tile, row = (KernelVariant.words(n * shape["BD"], dtype, warps) for n in (shape["BT"], 1))
+    # x, dy and dx, with dtotal; the weight; its sums, and the bias's.
+    wide = (3 + added) * tile + row
+    wide += (1 + centered) * KernelVariant.words(shape["BD"], torch.float32, warps) if summed else 0
+    variants = [replace(backward, programs=16 // warps, wide=wide)]
+    if summed and masked:
+        (forward,) = recorded(_normalized, x, residual, weight, bias, 1e-5)
+        # x and y, with the residual and the total; the weight, with the bias.
+        wide = (2 + 2 * added) * tile + (1 + centered) * row
+        variants.append(replace(forward, programs=32 // warps, wide=wide))
+        if centered and added:
+            # A thread stores one entry.
+            wide = KernelVariant.words(SUM_STRIPS * SUM_COLUMNS, torch.float32, KernelVariant.num_warps)
+            variants += [replace(launch, wide=wide, narrow=1) for launch in sums]
+    return variants

@@ -2,11 +2,12 @@
 
     python -m sgtm_kernels.tools.aot [--op linear,mlp] [--arch 80,90,100] [--operands half,fp32] [--jobs 2]
 
-Every kernel, with every block size and combination of flags that its op can launch (tests/kernels/test_launches.py), at
-some widths, for sm_80, sm_90 and sm_100: it must compile, fit into the shared memory of the architecture, spill no
-register (stack of 0; an exception is listed with its reason beside the kernel), have tensor-core instructions where it
-is meant to, of the shape that it is meant to have, read and write global memory in words as wide as its rows allow, and
-leave registers and shared memory for as many programs as should run at once. Each `KernelVariant` says what is meant.
+Every kernel, as its op launches it (`variants()`), with every block size and combination of flags (compared with real
+calls in tests/kernels/test_launches.py), at some widths, for sm_80, sm_90 and sm_100: it must compile, fit into the
+shared memory of the architecture, spill no register (stack of 0; an exception is listed with its reason beside the
+kernel), have tensor-core instructions where it is meant to, of the shape that it is meant to have, read and write
+global memory in words as wide as its rows allow, and leave registers and shared memory for as many programs as should
+run at once. Each `KernelVariant` says what is meant.
 Every kernel is compiled once for an architecture and its machine code (SASS) read once, that of many kernels together,
 as the disassembler takes longer to start than to read. Prints a table and exits 1 where something does not hold.
 Source of the limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -26,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from itertools import accumulate, chain
 from pathlib import Path
@@ -68,6 +69,7 @@ def all_variants(ops: tuple[str, ...] = OPS) -> list[tuple[str, int, KernelVaria
     return [(op, i, variant) for op in ops for i, variant in enumerate(_of(op))]
 
 
+@cache
 def _of(op: str) -> list[KernelVariant]:
     module = import_module(module_name(op, "triton"))
     return module.variants() if hasattr(module, "variants") else []

@@ -7,11 +7,13 @@ With strips of 128 tokens what is written is 1.6 % of the bf16 that is read.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 
-from sgtm_kernels.triton_common.variant import KernelVariant
+from sgtm_kernels.triton_common.variant import KernelVariant, recorded
 
 WIDTH, PARTIALS = 128, 32  # of a tile of partial sums
 
@@ -66,7 +68,7 @@ def total_of(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["strips"])
 def add_partial_sums(partial, total, strips, columns, BS: tl.constexpr, BC: tl.constexpr):
     column = tl.program_id(0) * BC + tl.arange(0, BC)
     value = tl.zeros([BC], dtype=tl.float32)
@@ -79,11 +81,6 @@ def add_partial_sums(partial, total, strips, columns, BS: tl.constexpr, BC: tl.c
 
 def variants() -> list[KernelVariant]:
     """Part of linear's, for all ops that sum by strips: the only block size, in bf16 and fp32."""
-    listed = []
-    for dtype in ("bf16", "fp32"):
-        signature = {"partial": "*fp32", "total": f"*{dtype}", "strips": "i32", "columns": "i32"}
-        constants = {"BS": PARTIALS, "BC": WIDTH}
-        listed.append(
-            KernelVariant(add_partial_sums, signature, constants, unaligned=("strips", "columns"), width=32, narrow=1)
-        )
-    return listed
+    partial = torch.empty(3, 37)
+    launches = [launch for dtype in (torch.bfloat16, torch.float32) for launch in recorded(total_of, partial, dtype)]
+    return [replace(launch, width=32, narrow=1) for launch in launches]

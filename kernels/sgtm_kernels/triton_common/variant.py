@@ -1,24 +1,37 @@
-"""What a kernel can be launched as; an op's kernel.py lists its own for the ahead-of-time suite (aot.py)."""
+"""What a kernel can be launched as; an op's kernel.py lists its own for the ahead-of-time suite (aot.py).
+
+Kernels, types and flags are not written down there: an op's `variants()` calls the functions that launch, `recorded`
+takes what they launch, and `dataclasses.replace` adds what is expected of its machine code.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from triton import JITFunction
+import torch
+import triton.language as tl
+from triton.runtime.jit import JITFunction, KernelInterface
+
+from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS, MaskPlan, Tables, merge_runs
+from sgtm_kernels.triton_common.tuning import Choice, trial
 
 
 @dataclass(frozen=True)
 class KernelVariant:
     """One kernel in one configuration. An op's kernel.py lists its own in `variants() -> list[KernelVariant]`.
 
+    As launched:
+
     kernel     the `@triton.jit` function
     signature  type of every argument that is not a constexpr: `*bf16`, `*fp32`, `i32`, `fp32`, ...
     constants  value of every constexpr
     unaligned  arguments that are not multiples of 16 (pointers: of 16 bytes); all others are compiled as such
     fp_fusion  whether a multiplication and an addition may become one instruction, with one rounding
+
+    As expected:
+
     tensor_cores  whether it must use them
     columns    on sm_90, those of its tensor-core instructions (HGMMA), ascending; None: any
     width      bits of the widest access to global memory, at least
@@ -33,10 +46,10 @@ class KernelVariant:
 
     kernel: JITFunction
     signature: Mapping[str, str]
-    constants: Mapping[str, object]
+    constants: Mapping[str, Any]
+    unaligned: tuple[str, ...]
     num_warps: int = 4
     num_stages: int = 3
-    unaligned: tuple[str, ...] = ()
     fp_fusion: bool = True
     tensor_cores: bool = False
     columns: tuple[int, ...] | None = None
@@ -50,9 +63,9 @@ class KernelVariant:
     first_arch: int = 80
 
     @staticmethod
-    def words(elements: int, dtype: str, warps: int) -> int:
-        """Of 128 bits, that each thread takes of so many elements of `bf16`, `fp16` or `fp32`; `wide` adds them up."""
-        return elements * (4 if dtype == "fp32" else 2) // (16 * 32 * warps)
+    def words(elements: int, dtype: torch.dtype, warps: int) -> int:
+        """Of 128 bits, that each thread takes of so many elements; `wide` adds them up."""
+        return elements * dtype.itemsize // (16 * 32 * warps)
 
     @property
     def operands(self) -> str:
@@ -71,3 +84,71 @@ class KernelVariant:
         values = " ".join(f"{k}={v}" for k, v in self.constants.items())
         dtypes = "/".join(sorted({t[1:] for t in self.signature.values() if t.startswith("*")}))
         return f"{self.kernel.__name__} {dtypes} {values} warps={self.num_warps} stages={self.num_stages}"
+
+
+def recorded(
+    call: Callable[..., object], *args: object, forced: dict[Choice, Any] | None = None
+) -> list[KernelVariant]:
+    """The kernels that `call(*args)` launches, in order; they do not run, and what they would write is not written.
+
+    Triton's own rules give type and alignment of an argument; an integer of 1 is a constant to them.
+
+    forced  configurations that are launched in the heuristic's place (tuning.py)
+    """
+    launches: list[KernelVariant] = []
+
+    def record(kernel: JITFunction, grid: object) -> Callable[..., None]:
+        return lambda *args, **options: launches.append(_variant(kernel, args, options))
+
+    launch = KernelInterface.__getitem__
+    KernelInterface.__getitem__ = record
+    try:
+        with trial(forced):
+            call(*args)
+    finally:
+        KernelInterface.__getitem__ = launch
+    return launches
+
+
+def _variant(kernel: JITFunction, args: tuple[object, ...], options: dict[str, Any]) -> KernelVariant:
+    from triton.backends.compiler import BaseBackend
+    from triton.runtime.jit import native_specialize_impl
+
+    given = dict(zip(kernel.arg_names, args, strict=False))
+    given |= {name: value for name, value in options.items() if name in kernel.arg_names}
+    hints, compiled = kernel.fn.__annotations__, isinstance(kernel, JITFunction)
+    constants = {name: value for name, value in given.items() if hints.get(name) in ("tl.constexpr", tl.constexpr)}
+    alike = kernel.do_not_specialize if compiled else kernel.kwargs["do_not_specialize"]  # the interpreter's function
+    signature, unaligned = {}, []
+    for name in kernel.arg_names:
+        if name not in constants:
+            kind, aligned = native_specialize_impl(BaseBackend, given[name], False, name not in (alike or ()), True)
+            if kind == "constexpr":
+                constants[name] = given[name]
+            else:
+                signature[name] = kind
+                if not aligned and kind[0] in "*iu":
+                    unaligned.append(name)
+    chosen = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+    fusion = options.get("enable_fp_fusion", True)
+    return KernelVariant(kernel, signature, constants, tuple(unaligned), fp_fusion=fusion, **chosen)
+
+
+def masks(groups: int, seq_len: int, active: float = 1.0, update: float = 1.0, documents: bool = False) -> MaskPlan:
+    """A sequence for `recorded`, of two labels that take turns token by token, or of two documents of them.
+
+    active  of the second label's tokens, for every group but the first
+    update  of the second label's tokens, for the first group and for joint parameters
+    """
+    ones = (1.0,) * groups
+    tables = Tables(
+        ("first", "second"),
+        tuple(map(str, range(groups))),
+        (ones, (1.0, *(active,) * (groups - 1))),
+        (ones, ones),
+        dict.fromkeys(PROJECTIONS, (ones, (update, *ones[1:]))),
+        dict.fromkeys(JOINT_KINDS, (1.0, update)),
+    )
+    runs = merge_runs([token % 2 for token in range(seq_len)], [1] * seq_len)
+    cut = ((0, seq_len // 2), (seq_len // 2, seq_len)) if documents else None
+    return MaskPlan(tables, runs, 1, seq_len, cut)
