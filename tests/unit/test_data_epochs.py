@@ -83,6 +83,7 @@ FACTORS = st.one_of(st.integers(1, 60).map(lambda n: n / 20), st.floats(0.01, 4)
 @settings(max_examples=100, deadline=None)
 @given(FACTORS, st.integers(1, 24), st.integers(0, 2**32), st.integers(0, 100), st.integers(1, 12))
 @example(0.3, 5, 0, 0, 3)
+@example(0.15, 5, 0, 7, 7)
 def test_any_factor_holds_in_each_epoch_and_for_each_document(two_categories, factor, of, seed, first, epochs):
     """English `of` documents at this factor, Spanish as it is, in some epochs after the first."""
     english, spanish = (np.flatnonzero(two_categories.documents["category"] == n) for n in range(2))
