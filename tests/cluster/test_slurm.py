@@ -1,7 +1,8 @@
 """launch/slurm.sbatch under a real SLURM of two nodes: a job that ends early goes on by itself, to the same losses.
 
-Faults tried, seen to fail: a restarted job that does not add --resume and keeps --overwrite; PreemptTime not looked at
-(SLURM tells a job that is preempted with a grace time to the ranks alone: they save, and the job would be complete).
+`test_requeued_by_the_administrator` fails if a restarted job does not add --resume and keeps --overwrite.
+`test_preempted` fails if the script does not read PreemptTime: SLURM signals a preemption with a grace time to the
+ranks alone, so that they save and the job would be complete.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """launch/torchrun.sh on two hosts, and one of them cut off from the other in the middle of the run.
 
-Faults tried, seen to fail: DeepSpeed's groups left with their own timeout (no rank ends in 200 s); torchrun.sh without
-its watch over torchrun, and with one that takes dead ranks for living (torchrun is still there 85 s after the cut).
+`test_one_host_is_cut_off` fails if DeepSpeed's groups keep their own timeout (no rank ends within 200 s), and if
+torchrun.sh has no watch over torchrun, or one that takes dead ranks for living (torchrun is still there 85 s after the
+cut).
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""`train` with compiled blocks: every graph is made before the first step, and the losses are those without.
-
-Faults tried, each seen to fail: a dry run without evaluations; one in which labels do not meet; blocks that are not
-compiled.
-"""
+"""`train` with compiled blocks: every graph is made before the first step, and the losses are those without."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A run that starts from a Hugging Face folder: the folder's weights in every ZeRO stage, and only at the start.
-
-Faults tried, each seen to fail: the folder not loaded; loaded again on resume.
-"""
+"""A run that starts from a Hugging Face folder: the folder's weights in every ZeRO stage, and only at the start."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
 """A run begun on four ranks goes on upon two, in another ZeRO stage, and ends on one as if nothing had changed.
 
 Losses stay within the bounds of test_same_losses.py, and every global step has the sequences that it has in a run on
-one rank. Faults tried, each seen to fail: second moments left out when loading; Adam's step counts left out; the data
-of a resumed run begin again with the first step; the sums of losses since the last line of the log dropped; a
-micro-batch derived for four ranks kept by the run.
+one rank.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 All have the same learning rate, so the difference is what the warning names as the cause. The stream grew to 7.4, 4.3
 and 4.8 times its early norm. At a learning rate of 0.05 all three warn.
-
-Faults tried, each seen to fail: norms not measured in the steps that are logged; the warning raised for all.
 """
 
 from __future__ import annotations

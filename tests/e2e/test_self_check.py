@@ -1,10 +1,7 @@
 """A broken kernel is caught before the first step: under `auto` the run trains on PyTorch, where it was named it ends.
 
 Without a GPU `auto` is made to be `triton`, and copies of the modules of `torch` stand in for its kernels: Triton's
-interpreter is slow (tests/kernels/test_selfcheck.py takes it). Faults tried, each seen to fail: no check;
-the warning not printed; the op not replaced; the named backend falling back; another op blamed; a second check of what
-has passed; a verdict remembered for other masks; each rank by itself; one op replaced of two; no check of
-a run that is resumed.
+interpreter is slow (tests/kernels/test_selfcheck.py takes it).
 """
 
 from __future__ import annotations

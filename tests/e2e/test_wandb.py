@@ -1,7 +1,4 @@
-"""An offline wandb run, read back through wandb's own messages, holds what metrics.jsonl holds, also when resumed.
-
-Faults tried, each seen to fail: the id of a start that failed not given back; an error of wandb's process raised.
-"""
+"""An offline wandb run, read back through wandb's own messages, holds what metrics.jsonl holds, also when resumed."""
 
 from __future__ import annotations
 
