@@ -5,6 +5,7 @@ That it changes no bit of the model is in tests/e2e/test_train.py.
 
 from __future__ import annotations
 
+from itertools import combinations
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +14,11 @@ from tiny import tiny_config
 
 from sgtm.training import start as module
 from sgtm_kernels.plan import MAX_SLICES
+from sgtm_kernels.signature import signature_of
 
 
 def batches_of(monkeypatch, backend: str, accumulation: int, **keys):
-    config = tiny_config(model={"context": 48}, train={"tokens_per_step": 8 * 48})
+    config = tiny_config(model={"context": 48}, train={"tokens_per_step": 8 * 48}, masking=keys.pop("masking", {}))
     data = {key: keys.pop(key) for key in ("mixing", "isolate_documents") if key in keys}
     data = config.data.model_copy(update=data)
     config = config.model_copy(update={"data": data, "train": config.train.model_copy(update=keys)})
@@ -53,6 +55,23 @@ def test_all_masks_that_the_mixing_makes(monkeypatch, mixing, sequences, isolate
         assert plan.whole_sequences == (mixing == "sequence")
         if mixing == "token":
             assert all(sum(run.label == label for run in plan.runs) > MAX_SLICES for label in labels)
+
+
+@pytest.mark.parametrize("mixing", ["step", "micro", "sequence", "token"])
+@pytest.mark.parametrize("sequences", [1, 2, 3, 5])
+@pytest.mark.parametrize("joint", ["free", "masked"])
+def test_every_mix_of_labels_finds_its_graph(monkeypatch, mixing, sequences, joint):
+    monkeypatch.setattr(module, "_evaluate", lambda *arguments: None)
+    masking = {"joint": joint, "domains": ("de", "es")}
+    config, batches = batches_of(
+        monkeypatch, "torch", 1, mixing=mixing, micro_batch=sequences, compile="blocks", masking=masking
+    )
+    labels = range(len(config.tables.labels))
+    most = {"sequence": min(sequences, len(labels)), "token": len(labels)}.get(mixing, 1)
+    mixes = [mix for count in range(1, most + 1) for mix in combinations(labels, count)]
+    made = {signature_of(config.tables, tuple(sorted({*batch.labels})), False) for batch in batches}
+    assert {signature_of(config.tables, mix, False) for mix in mixes} == made
+    assert all(len({*batch.labels}) <= most for batch in batches)
 
 
 def test_out_of_memory_in_the_dry_run_is_an_error_with_the_keys_to_change(monkeypatch):
