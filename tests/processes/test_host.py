@@ -1,11 +1,4 @@
-"""What a step asks of the host, in counts: copies, autograd's nodes, Python calls. Its time is benchmarks/host.py's.
-
-Faults tried, each seen to fail: ids and targets copied one by one; the labels copied by the plan, or the spans; a
-table copied for every micro-batch, by whatever function makes it; the tokens of a domain's embedding, or what public
-attention sees of documents, made on the host; the tables of rectangles one by one; a part of the buffer at a wrong
-place; launch arguments or rows computed for each layer; an op of the dispatcher in an eager step; groups attended to
-one by one; rotary positions of each group in nodes of their own; the residual's sum beside a masked norm.
-"""
+"""What a step asks of the host, in counts: copies, autograd's nodes, Python calls. Its time is benchmarks/host.py's."""
 
 from __future__ import annotations
 
