@@ -1,12 +1,4 @@
-"""The benchmark of the ops, and the kernels' tests on a GPU machine, as far as they go without one.
-
-Faults tried, each seen to fail: an import of `sgtm` or of rich in a script, or in a test of the kernels; the kernels
-not found from a script; the timeout option left strict; the ways in one order in every round; the work of a mask
-without the mask; a ratio, or a share, upside down; the slowest public call; the first round's rates for all rounds; the
-tensors of a kernel's test left on the CPU; a file of an op's tests left out; the window or the documents of attention
-left out, of ours, of the public calls, or of the work; rows lost where a variant fails; a variant measured twice;
-arguments of which nothing comes (no rounds, no such op, CUDA without a device) found late.
-"""
+"""The benchmark of the ops, and the kernels' tests on a GPU machine, as far as they go without one."""
 
 import importlib
 import importlib.util

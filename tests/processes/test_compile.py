@@ -1,9 +1,7 @@
 """`train.compile: blocks`: the losses and gradients of the model as it is, from one graph for each mask signature.
 
 They differ by rounding; rows that masks leave alone are exactly 0 in both. The backend aot_eager of torch.compile runs
-the captured graph op by op and needs no compiler. Faults tried, each seen to fail: an op that reads the runs of a plan
-while it is captured; a graph break; the factors of the forward pass in the backward pass; a signature that leaves out
-the norms, or the documents, or that has the labels; torch's own limit on the number of graphs.
+the captured graph op by op and needs no compiler.
 """
 
 from __future__ import annotations

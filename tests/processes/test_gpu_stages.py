@@ -1,10 +1,4 @@
-"""Stages of benchmarks/gpu.py by themselves: what counts as an error, what is compiled, busy time, what is reported.
-
-Faults tried, each seen to fail: NaN taken for small; rows that must be zeros not looked at; other launches compiled
-than calls make; overlapping kernels counted twice; gaps inside a longer kernel; measurements of an op reported whose
-smoke or tests failed, or had not run to the end, and whole steps with them; choices of the tuner, or rows of test
-files, written at the end alone.
-"""
+"""Stages of benchmarks/gpu.py by themselves: what counts as an error, what is compiled, busy time, what is reported."""
 
 from __future__ import annotations
 

@@ -1,11 +1,4 @@
-"""What a step asks of the host, in counts: copies, autograd's nodes, Python calls. Its time is benchmarks/host.py's.
-
-Faults tried, each seen to fail: ids and targets copied one by one; the labels copied by the plan, or the spans; a
-table copied for every micro-batch, by whatever function makes it; the tokens of a domain's embedding, or what public
-attention sees of documents, made on the host; the tables of rectangles one by one; a part of the buffer at a wrong
-place; launch arguments or rows computed for each layer; an op of the dispatcher in an eager step; groups attended to
-one by one; rotary positions of each group in nodes of their own; the residual's sum beside a masked norm.
-"""
+"""What a step asks of the host, in counts: copies, autograd's nodes, Python calls. Its time is benchmarks/host.py's."""
 
 from __future__ import annotations
 
@@ -236,15 +229,15 @@ def test_a_layer_of_pytorch_ops_is_so_many_calls(strategy, family):
 
 @families
 def test_a_layer_has_one_node_for_each_op(family, no_kernels):
-    """As many of autograd's nodes as a plain layer: two norms, two projections, attention, activation, two sums, and
-    one for each parameter."""
+    """Nodes of autograd: two norms, one of them with a sum of the residual stream, the other sum, four projections,
+    attention and activation, and one for each parameter. GPT-Neo's activation is one with its projection."""
     counts = []
     for layers in (2, 3):
         ids, targets, plan = BATCHES["whole sequences"].on(torch.device("cpu"), TABLES["sgtm"])
         loss, _ = model_of(family, layers)(ids, targets, plan, 1.0)
         counts.append(len(nodes_of(loss.grad_fn)))
     model = model_of(family, 1)
-    assert counts[1] - counts[0] <= 10 + len(list(model.blocks[0].parameters()))
+    assert counts[1] - counts[0] == {"gpt_neo": 8, "llama": 9}[family] + len(list(model.blocks[0].parameters()))
 
 
 def nodes_of(root) -> set:

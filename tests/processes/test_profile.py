@@ -1,12 +1,4 @@
-"""`sgtm profile`, run for real on the debug preset, and what it makes of the trace of a GPU.
-
-Faults tried, each seen to fail: a range left out of the engine or the model; backward nodes without ranges, or those of
-another module; ops counted with what they call, or in the outermost range; the phase of a kernel's run and not of its
-launch; a kernel without its launch dropped; shares of something else than the total; calls of all steps for those of
-one; warm-up steps in the trace; a command for Nsight Compute without the overrides, or that profiles by itself;
-skipping no launch; the command of a Triton kernel on another backend; steps without a trace that say nothing; random
-tokens where the data are prepared; all documents of one label; another mixing than the config's.
-"""
+"""`sgtm profile`, run for real on the debug preset, and what it makes of the trace of a GPU."""
 
 from __future__ import annotations
 
