@@ -59,10 +59,10 @@ def test_all_masks_that_the_mixing_makes(monkeypatch, mixing, sequences, isolate
 
 @pytest.mark.parametrize("mixing", ["step", "micro", "sequence", "token"])
 @pytest.mark.parametrize("sequences", [1, 2, 3, 5])
-@pytest.mark.parametrize("joint", ["free", "masked"])
-def test_every_mix_of_labels_finds_its_graph(monkeypatch, mixing, sequences, joint):
+@pytest.mark.parametrize("domains", [("es",), ("de", "es")])
+def test_every_mix_of_labels_finds_its_graph(monkeypatch, mixing, sequences, domains):
     monkeypatch.setattr(module, "_evaluate", lambda *arguments: None)
-    masking = {"joint": joint, "domains": ("de", "es")}
+    masking = {"joint": "masked", "domains": domains}
     config, batches = batches_of(
         monkeypatch, "torch", 1, mixing=mixing, micro_batch=sequences, compile="blocks", masking=masking
     )
