@@ -3,10 +3,6 @@
 The two corpora have the same documents, but for one domain's, which have the same lengths and other text. Each run is
 trained; if certified, its last checkpoint is deleted, and it is resumed from the one before. What is compared is the
 exported file.
-
-Faults tried, each seen to fail: clipping by the global norm under `owner`; the norm of an owner taken over the wrong
-segments; the final norm or the head bias left out of `strict`; retain tokens with an active forget group; the step
-skipped as a whole; a domain's embedding that retain tokens read or that is left in the safe model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Compiled blocks on two ranks: the losses of the model as it is, no graph more than at the first step.
 
-ZeRO-3 here keeps nothing whole that it could shard. Faults tried, each seen to fail: blocks that are gathered piece by
-piece (a hook breaks the graph); the graph of one rank that ignores its masks; a signature that leaves out the norms.
+ZeRO-3 here keeps nothing whole that it could shard.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 """Gradient norms by group, and by label and group, from the shards; against autograd in one process.
 
-Clipping is active: the limit is far below the norm. Faults tried, each seen to fail: the clip factor left out; replicas
-of ZeRO 0 added up, or shards not; a segment left out; keys in the wrong place; joint weights counted as retain's;
-targets of other labels not ignored; the probe under the masks of `none`, or updating; a statistic not taken over from
-the checkpoint.
+Clipping is active: the limit is far below the norm.
 """
 
 from __future__ import annotations

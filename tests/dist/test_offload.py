@@ -2,9 +2,6 @@
 
 On a CPU host and device are one, so that only DeepSpeed's path is seen, not its copies. Freeze, promises and gradients
 with it are among the cases of test_freeze.py, test_promises.py and test_engine.py.
-
-Faults tried, each seen to fail: the key not passed on; another learning rate with offload; the step counts lost in the
-checkpoint; AdamW left to Triton.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Output norms in every ZeRO stage on two ranks: those of one process, and not a bit of the training changes.
 
-ZeRO-3 here keeps nothing whole that it could shard. Faults tried, each seen to fail: the sums of one rank alone; a
-change of the stream by what measures it.
+ZeRO-3 here keeps nothing whole that it could shard.
 """
 
 from __future__ import annotations

@@ -6,11 +6,7 @@ where they were. What the label may update must differ, and move. `none` keeps n
 must move; in exchange, twin runs that differ in nothing but the labels end with the same bits.
 
 Any two values of the axes below that go together meet in a case (strategy, stage and ranks all three), and every case
-runs on 1 and 2 ranks. Faults tried, each seen to fail: the mask dropped from one part, from a bias, the norms, the
-embedding or the positions; the masks of one strategy ignored; documents not isolated; the labels of runs swapped; a
-segment reaching into the next; rows cut one element off under ZeRO-3 (2 ranks); frozen segments updated; too many keys
-live; a domain's own embedding or head always live; momentum or weights decayed without an update; one rank that does
-not freeze, or does not mask; `none` that masks, or weighs by label.
+runs on 1 and 2 ranks.
 
 Not seen here: `active` or `route` ignored by an op, as the weights stay masked (tests/kernels,
 tests/unit/test_transformer.py).

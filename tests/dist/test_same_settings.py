@@ -1,6 +1,6 @@
 """Ranks that were started with different settings are an error that names one, before anything is trained.
 
-Faults tried, each seen to fail: nothing compared; the flags left out; paths compared.
+Paths may differ: of what they name the content is compared.
 """
 
 from __future__ import annotations

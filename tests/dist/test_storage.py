@@ -1,9 +1,4 @@
-"""A checkpoint of any stage and number of ranks goes on in any other, and as DeepSpeed's universal checkpoint.
-
-Faults tried, each seen to fail: offsets inside a piece or a partition, or of padded parts, forgotten; ZeRO 3's parts of
-the module, its gathered small parameters (in test_checkpoint.py) or the module's weights in the other stages not
-renewed; weights in the place of moments.
-"""
+"""A checkpoint of any stage and number of ranks goes on in any other, and as DeepSpeed's universal checkpoint."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """ZeRO++: a second sharding of the weights changes no bit; what is quantised is refused where it would break a promise.
 
 The quantising kernels need CUDA and are not run; of them only what DeepSpeed is told is seen.
-Faults tried, each seen to fail: a key not passed on; a second copy that outlives the step, or the
-loading of a checkpoint.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A small campaign of faults at random moments; `make fault-campaign` is the large one.
 
-Faults tried, each seen to fail: no watchdog (a rank waited for one that had died while DeepSpeed made its groups); a
-damaged checkpoint taken; the optimizer's step counts not restored. What it does not see, tests/dist/test_checkpoint.py
-does: tensors that change while they are written, which takes a slower disk.
+What it does not see, tests/dist/test_checkpoint.py does: tensors that change while they are written, which takes a
+slower disk.
 """
 
 from __future__ import annotations

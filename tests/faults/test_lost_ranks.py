@@ -1,8 +1,6 @@
 """A rank that dies or hangs ends the run in seconds, with what happened to it said first and once.
 
-Real processes under torchrun, and by hand, where rank 0 holds the store. Faults tried, each seen to fail: no watchdog;
-a rank that hangs left to the launcher; a watchdog that takes minutes to find its store lost; the error told to the
-others before it is printed; processes not looked after; the time of a suspension counted.
+Real processes under torchrun, and by hand, where rank 0 holds the store.
 """
 
 from __future__ import annotations
