@@ -250,6 +250,22 @@ class Transformer(nn.Module):
             )
         return logits.view(*input_ids.shape, -1)
 
+    def last_hidden(
+        self, input_ids: torch.Tensor, plan: MaskPlan
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Hidden states [B, S, D] after the final norm, and weight [V, D] and bias [V] of the head that reads them.
+
+        Raises ValueError where labels of the micro-batch read different heads.
+        """
+        x = self._hidden(input_ids, plan)
+        if not self.domain_parts:
+            return x, self._head, self.head_bias
+        parts, self._parts = self._parts, {}
+        heads = subsets(plan, x.device)
+        if len(heads) > 1:
+            raise ValueError("labels with different heads in one micro-batch: evaluate one category at a time")
+        return x, head_of(self._head, parts, self.head is None, heads[0]), self.head_bias
+
     @property
     def _head(self) -> nn.Parameter:
         return self.embedding if self.head is None else self.head

@@ -1,0 +1,131 @@
+"""Calibrated losses: what is left of an ablation once the ablated model's output frequencies are put right.
+
+An ablated model may merely avoid the words of a domain, and its loss looks as if it had forgotten. So a vector of
+biases is added to its logits and fitted, on text of the training split, to
+
+    loss on forget data + 100 * loss on retain data
+
+(arXiv 2512.05648; there by 200 or 500 steps of an optimizer). The problem is convex: here it is solved to its optimum
+by L-BFGS, so that the result depends on no step size and no seed. A weak Gaussian prior (deviation 3 nats, weighed as
+one target is) keeps the biases of tokens that the sample lacks where they are. Losses are those of another split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from sgtm.data.batch import IGNORE
+from sgtm.evaluation.losses import standard_error
+from sgtm.evaluation.subject import Hidden, Subject
+
+RETAIN_WEIGHT = 100.0
+PRIOR = 3.0  # nats
+ITERATIONS = 100  # of L-BFGS, at most; 20 to 40 are enough
+
+
+class Sample(NamedTuple):
+    """Targets of a category, with the hidden states that they are predicted from.
+
+    targets, documents  int64 [tokens]
+    """
+
+    hidden: Hidden
+    targets: torch.Tensor
+    documents: torch.Tensor
+
+    def losses(self, bias: torch.Tensor) -> torch.Tensor:
+        """float32 [tokens], nats, with these biases [V] added to the logits."""
+        parts = [
+            F.cross_entropy(logits + bias, self.targets[part], reduction="none")
+            for part, logits in self.hidden.logits()
+        ]
+        return torch.cat(parts)
+
+
+@torch.no_grad()
+def sample_of(subject: Subject, split: str, category: str, sequences: int | None) -> Sample:
+    """Raises ValueError where the split has nothing of the category."""
+    states, targets, documents = [], [], []
+    for batch in subject.batches(split, category, sequences):
+        ids, goals, plan = batch.on(subject.device, subject.tables)
+        assert batch.owners is not None  # it is of an evaluation
+        hidden, chosen = subject.hidden(ids, plan), goals.flatten() != IGNORE
+        states.append(hidden.x[chosen])
+        targets.append(goals.flatten()[chosen])
+        documents.append(batch.owners.index.flatten().to(subject.device)[chosen])
+    return Sample(hidden._replace(x=torch.cat(states)), torch.cat(targets), torch.cat(documents))
+
+
+def fit(forget: Sequence[Sample], retain: Sequence[Sample], weight: float = RETAIN_WEIGHT) -> torch.Tensor:
+    """Biases fp32 [V] at the optimum. Raises ValueError without forget data."""
+    if not forget:
+        raise ValueError("a calibration needs forget data to be fitted on")
+    groups = [(list(forget), 1.0)] + ([(list(retain), weight)] if retain else [])
+    first = forget[0].hidden.weight
+    bias = torch.zeros(len(first), device=first.device)
+    scale = 1 / (2 * PRIOR**2 * sum(len(sample.targets) for sample in forget))
+    optimizer = torch.optim.LBFGS([bias], max_iter=ITERATIONS, tolerance_change=1e-9, line_search_fn="strong_wolfe")
+
+    @torch.no_grad()
+    def closure() -> float:
+        total, gradient = scale * float(bias.square().sum()), 2 * scale * bias
+        for samples, factor in groups:
+            count = sum(len(sample.targets) for sample in samples)
+            for sample in samples:
+                loss, slope = _loss_and_slope(sample, bias)
+                total, gradient = total + factor * loss / count, gradient + factor * slope / count
+        bias.grad = gradient
+        return total
+
+    optimizer.step(closure)
+    return bias.detach()
+
+
+def _loss_and_slope(sample: Sample, bias: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Sum of the losses, and its gradient [V] by the biases: predicted minus true counts of every token."""
+    total, slope = 0.0, -sample.targets.bincount(minlength=len(bias)).to(bias)
+    for part, logits in sample.hidden.logits():
+        logs = (logits + bias).log_softmax(-1)
+        total -= float(logs.gather(1, sample.targets[part][:, None]).double().sum())
+        slope += logs.exp_().sum(0)
+    return total, slope
+
+
+class Calibrated(NamedTuple):
+    """Losses in nats before and after, by category, with standard errors over documents of the ones after."""
+
+    before: dict[str, float]
+    after: dict[str, float]
+    errors: dict[str, float | None]
+
+
+@torch.no_grad()
+def calibrated_losses(
+    subject: Subject,
+    *,
+    forget: Sequence[str],
+    retain: Sequence[str],
+    split: str = "test",
+    sequences: int | None = None,
+    fit_sequences: int | None = 400,
+) -> Calibrated:
+    """Of categories: biases are fitted on up to `fit_sequences` sequences of each in the training split.
+
+    Raises ValueError where a category has no text in one of the splits.
+    """
+    samples = {name: sample_of(subject, "train", name, fit_sequences) for name in (*forget, *retain)}
+    bias = fit([samples[name] for name in forget], [samples[name] for name in retain])
+    before, after, errors = {}, {}, {}
+    for name in (*forget, *retain):
+        held_out = sample_of(subject, split, name, sequences)
+        before[name] = float(held_out.losses(torch.zeros_like(bias)).double().mean())
+        losses = held_out.losses(bias).double()
+        after[name] = float(losses.mean())
+        count = int(held_out.documents.max()) + 1
+        sums = torch.zeros(count, dtype=torch.float64).index_add_(0, held_out.documents.cpu(), losses.cpu())
+        errors[name] = standard_error(sums, held_out.documents.bincount(minlength=count).cpu().double())
+    return Calibrated(before, after, errors)

@@ -1,0 +1,107 @@
+"""What a linear read-out finds of a domain in the hidden states of each layer.
+
+Ablation may leave knowledge in the residual stream that the head no longer reads. A probe is a head of its own: the
+final norm and a matrix, fitted on a domain's text of the training split to predict its next tokens from the residual
+stream after a layer, everything else frozen. It begins as the model's own head (a logit lens) and is fitted by Adam
+for a fixed number of steps, with the learning rate that is best on a part of that text held out from it. Losses are
+those of another split. They are to be compared with probes of a model that was trained without the domain, which show
+what such a head learns from the text itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from sgtm.data.batch import IGNORE
+from sgtm.evaluation.subject import Subject
+
+STEPS, BATCH = 200, 1024  # targets of a step
+RATES = (3e-4, 3e-3)
+
+
+class Layer(NamedTuple):
+    """x  [targets, D]: normed residual stream after a layer; targets: int64 [targets]"""
+
+    x: torch.Tensor
+    targets: torch.Tensor
+
+
+class Probe(NamedTuple):
+    """Losses in nats on held-out text: of the model's own head on a layer, and of the fitted one."""
+
+    own_head: float
+    fitted: float
+    rate: float
+
+
+@torch.no_grad()
+def layers_of(subject: Subject, split: str, category: str, sequences: int | None) -> tuple[list[Layer], torch.Tensor]:
+    """The layers in order, and the head's weight [V, D]. Raises ValueError where the split has none of the category."""
+    model, streams = subject.model, []
+    hooks = [block.register_forward_hook(lambda _, inputs, x: streams.append(x)) for block in model.blocks]
+    by_layer: list[list[torch.Tensor]] = [[] for _ in model.blocks]
+    goals = []
+    try:
+        for batch in subject.batches(split, category, sequences):
+            ids, targets, plan = batch.on(subject.device, subject.tables)
+            streams.clear()
+            weight = subject.hidden(ids, plan).weight
+            chosen = targets.flatten() != IGNORE
+            goals.append(targets.flatten()[chosen])
+            for kept, x in zip(by_layer, streams, strict=True):
+                kept.append(model.final_norm(x, plan).flatten(0, 1)[chosen].float())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    targets = torch.cat(goals)
+    return [Layer(torch.cat(parts), targets) for parts in by_layer], weight.float()
+
+
+def probe(fitted_on: Layer, held_out: Layer, weight: torch.Tensor, *, seed: int = 0) -> Probe:
+    """The better of the learning rates, by the last fifth of `fitted_on`, which it is not fitted on."""
+    edge = len(fitted_on.targets) * 4 // 5
+    part, rest = (Layer(fitted_on.x[span], fitted_on.targets[span]) for span in (slice(edge), slice(edge, None)))
+    heads = {rate: _fitted(part, weight, rate, seed) for rate in RATES}
+    rate = min(RATES, key=lambda rate: _loss(rest, heads[rate]))
+    return Probe(_loss(held_out, weight), _loss(held_out, heads[rate]), rate)
+
+
+def _fitted(layer: Layer, weight: torch.Tensor, rate: float, seed: int) -> torch.Tensor:
+    head = weight.detach().clone().requires_grad_()
+    optimizer = torch.optim.Adam([head], rate, betas=(0.9, 0.95))
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(STEPS):
+        index = torch.randint(len(layer.targets), (BATCH,), generator=generator).to(layer.x.device)
+        loss = F.cross_entropy(F.linear(layer.x[index], head), layer.targets[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / STEPS)
+        optimizer.step()
+    return head.detach()
+
+
+@torch.no_grad()
+def _loss(layer: Layer, head: torch.Tensor) -> float:
+    pairs = zip(layer.x.split(BATCH), layer.targets.split(BATCH), strict=True)
+    total = sum(float(F.cross_entropy(F.linear(x, head), goals, reduction="sum")) for x, goals in pairs)
+    return total / len(layer.targets)
+
+
+def probes(
+    subject: Subject, category: str, *, split: str = "test", sequences: int = 400, layers: Sequence[int] | None = None
+) -> dict[int, Probe]:
+    """By layer (all, or those named, counted from 0), with up to `sequences` sequences of each split.
+
+    Raises ValueError where one of the splits has no text of the category, or for a layer that the model lacks.
+    """
+    count = len(subject.model.blocks)
+    chosen = range(count) if layers is None else layers
+    if wrong := [layer for layer in chosen if not 0 <= layer < count]:
+        raise ValueError(f"no layer {wrong[0]}: the model has {count}, counted from 0")
+    train, weight = layers_of(subject, "train", category, sequences)
+    test, _ = layers_of(subject, split, category, sequences)
+    return {layer: probe(train[layer], test[layer], weight) for layer in chosen}

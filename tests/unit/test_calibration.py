@@ -1,0 +1,94 @@
+"""Calibrated losses: a model that avoids a domain's words is seen through, one that has no knowledge is not helped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from corpora import build, config_for, record
+from random_models import moved_model
+from subjects import bigram
+
+from sgtm.evaluation.calibration import Sample, calibrated_losses, fit
+from sgtm.evaluation.subject import Subject
+
+VOCAB, FORGET = 16, range(8, 16)
+
+
+def knowing() -> torch.Tensor:
+    """Logits of a bigram model: retain tokens follow retain tokens, forget tokens forget tokens."""
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(VOCAB, VOCAB)
+    for token in range(VOCAB):
+        other = range(8) if token in FORGET else FORGET
+        logits[token, list(other)] = -12
+    return logits
+
+
+def sample(logits: torch.Tensor, truth: torch.Tensor, first: int, count: int = 20_000, seed: int = 0) -> Sample:
+    """Text drawn from `truth`, which begins with token `first`, as `logits` see it."""
+    generator, text = torch.Generator().manual_seed(seed), [first]
+    likelihood = truth.softmax(-1)
+    while len(text) <= count:
+        text.append(int(torch.multinomial(likelihood[text[-1]], 1, generator=generator)))
+    ids = torch.tensor([text])
+    return Sample(bigram(logits).hidden(ids[:, :-1]), ids[0, 1:], torch.zeros(count, dtype=torch.int64))
+
+
+def calibrated(logits: torch.Tensor, truth: torch.Tensor) -> tuple[float, float, float]:
+    """Forget loss before and after on other text, and retain loss after."""
+    samples = [sample(logits, truth, first) for first in (8, 0)]
+    bias = fit(samples[:1], samples[1:])
+    forget, retain = (sample(logits, truth, first, seed=1) for first in (8, 0))
+    return tuple(float(part.losses(b).mean()) for part, b in ((forget, bias * 0), (forget, bias), (retain, bias)))
+
+
+def test_a_model_that_avoids_forget_words_is_seen_through():
+    truth = knowing()
+    avoiding = truth.clone()
+    avoiding[:, list(FORGET)] -= 30
+    entropy, _, retain = calibrated(truth, truth)
+    before, after, retain_after = calibrated(avoiding, truth)
+    assert before > entropy + 5, "it looks as if it had forgotten"
+    assert after == pytest.approx(entropy, abs=0.02), "and it has not"
+    assert retain_after == pytest.approx(retain, abs=0.02)
+
+
+def test_frequencies_are_all_that_a_model_without_knowledge_gains():
+    truth = knowing()
+    ignorant = truth.clone()
+    ignorant[list(FORGET)] = 0
+    ignorant[:, list(FORGET)] -= 5
+    text = sample(truth, truth, 8).targets
+    counts = text.bincount(minlength=VOCAB).double() / len(text)
+    entropy = -float((counts[8:] * counts[8:].log()).sum())
+    _, after, _ = calibrated(ignorant, truth)
+    knows, _, _ = calibrated(truth, truth)
+    assert after > entropy - 0.02 > knows + 0.3
+
+
+def test_the_fit_is_the_optimum():
+    """The gradient of the objective by autograd is zero at the biases."""
+    truth = knowing()
+    samples = [sample(truth + torch.randn(VOCAB, VOCAB), truth, first, 500) for first in (8, 0)]
+    bias = fit(samples[:1], samples[1:], weight=3.0).requires_grad_()
+    objective = samples[0].losses(bias).mean() + 3.0 * samples[1].losses(bias).mean()
+    objective = objective + bias.square().sum() / (2 * 9 * len(samples[0].targets))
+    (gradient,) = torch.autograd.grad(objective, bias)
+    assert float(gradient.abs().max()) < 1e-4
+
+
+def test_without_forget_data_there_is_nothing_to_fit():
+    with pytest.raises(ValueError, match="needs forget data"):
+        fit([], [])
+
+
+def test_a_subject_is_calibrated_on_one_split_and_measured_on_another(tmp_path):
+    names = [(n, c) for n in range(24) for c in ("en", "es")]
+    documents = [record(n, c, 30, "test" if n % 3 == 0 else "train") for n, c in names]
+    corpus, config = build(tmp_path / "corpus", documents), config_for(context=32)
+    subject = Subject(moved_model(config, 0.1), corpus, config, ("es",))
+    losses = calibrated_losses(subject, forget=["es"], retain=["en"])
+    assert losses.before["es"] == pytest.approx(float(subject.scores("test", "es").losses.mean()), rel=1e-5)
+    assert losses.after["es"] < losses.before["es"] and set(losses.errors) == {"es", "en"}
+    with pytest.raises(ValueError, match="no document of category web"):
+        calibrated_losses(subject, forget=["web"], retain=["en"])

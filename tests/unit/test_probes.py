@@ -1,0 +1,67 @@
+"""Probes of hidden states that hold the next token, unread by the head, and of hidden states that do not hold it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from corpora import build, config_for, record
+from random_models import moved_model
+
+from sgtm.config.schema import Config
+from sgtm.evaluation.probes import Layer, layers_of, probe, probes
+from sgtm.evaluation.subject import Subject
+
+VOCAB, WIDTH, TARGETS = 12, 16, 4000
+
+
+def layer(knows: bool, seed: int) -> Layer:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(VOCAB, (TARGETS,), generator=generator)
+    basis = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(7))
+    x = basis[targets] if knows else basis[targets[torch.randperm(TARGETS, generator=generator)]]
+    return Layer(3 * x + 0.1 * torch.randn(x.shape, generator=generator), targets)
+
+
+def test_knowledge_that_the_head_does_not_read_is_read_out():
+    head = torch.zeros(VOCAB, WIDTH)
+    result = probe(layer(True, 0), layer(True, 1), head)
+    assert result.own_head == pytest.approx(math.log(VOCAB), rel=1e-5)
+    assert result.fitted < 0.1
+
+
+def test_nothing_is_read_out_of_states_without_knowledge():
+    result = probe(layer(False, 0), layer(False, 1), torch.zeros(VOCAB, WIDTH))
+    assert result.fitted > math.log(VOCAB) - 0.02
+
+
+def test_a_probe_is_the_same_every_time():
+    parts = layer(True, 0), layer(True, 1), torch.zeros(VOCAB, WIDTH)
+    assert probe(*parts) == probe(*parts)
+
+
+@pytest.fixture
+def subject(tmp_path) -> Subject:
+    documents = [record(n, "es", 30, "test" if n % 3 == 0 else "train") for n in range(24)]
+    corpus, config = build(tmp_path / "corpus", documents), config_for(context=32)
+    values = config.model_dump(exclude_unset=True)
+    config = Config.model_validate({**values, "model": {**values["model"], "layers": 2}})
+    return Subject(moved_model(config, 0.1), corpus, config, ("es",))
+
+
+def test_the_last_layer_is_what_the_head_reads(subject):
+    layers, weight = layers_of(subject, "test", "es", None)
+    scores = subject.scores("test", "es")
+    logits = torch.nn.functional.linear(layers[-1].x, weight)
+    losses = torch.nn.functional.cross_entropy(logits, layers[-1].targets, reduction="none")
+    assert torch.allclose(losses, scores.losses, atol=1e-4) and len(layers) == 2
+    assert not torch.allclose(layers[0].x, layers[1].x)
+    assert not subject.model.blocks[0]._forward_hooks
+
+
+def test_probes_of_a_run(subject):
+    by_layer = probes(subject, "es")
+    assert list(by_layer) == [0, 1] and all(one.fitted < one.own_head for one in by_layer.values())
+    with pytest.raises(ValueError, match="no layer 2: the model has 2"):
+        probes(subject, "es", layers=[2])
