@@ -27,8 +27,8 @@ SCRIPT = Path(__file__).with_name("sweeping.py")
 def errors() -> dict[str, str]:
     """What went wrong in each scenario."""
     done = subprocess.run([sys.executable, SCRIPT, "--kills", "10"], capture_output=True, text=True)
-    found = {line["scenario"]: line["error"] for line in map(json.loads, done.stdout.splitlines())}
-    return found or {"all": done.stderr}
+    messages = {line["scenario"]: line["error"] for line in map(json.loads, done.stdout.splitlines())}
+    return messages or {"all": done.stderr}
 
 
 @pytest.mark.parametrize("scenario", ["killed", "stopped", "repeated", "failing"])

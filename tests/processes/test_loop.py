@@ -225,7 +225,7 @@ def certified_by(run: Path, corpus: Corpus, before: list[str] | None) -> tuple[s
 
     before  resume from a checkpoint that carries this
     """
-    found = []
+    certificates = []
     settings = {"masking": {"joint": "strict"}, "optimizer": {"grad_clip_scope": "owner"}, "channel": {}}
     config = config_for(mixing="token", **settings)
     if before is not None:
@@ -262,9 +262,9 @@ def certified_by(run: Path, corpus: Corpus, before: list[str] | None) -> tuple[s
     with pytest.MonkeyPatch.context() as patch:
         for name, result in stubs.items():
             patch.setattr(loop, name, lambda *args, result=result, **options: result)
-        patch.setattr(loop, "CheckpointWriter", lambda *args: found.append(args[4]))
+        patch.setattr(loop, "CheckpointWriter", lambda *args: certificates.append(args[4]))
         loop._train(config, SimpleNamespace(world_size=1, rank=0), run, before is not None, False)
-    return found[0]
+    return certificates[0]
 
 
 def test_checkpoints_are_certified_as_config_corpus_and_checkpoint_allow(tmp_path, monkeypatch):
