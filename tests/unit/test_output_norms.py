@@ -154,11 +154,11 @@ class Reads(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.found: list[str] = []
+        self.ops: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
-        self.found += [name] if name in self.WAITS else []
+        self.ops += [name] if name in self.WAITS else []
         return func(*args, **(kwargs or {}))
 
 
@@ -174,8 +174,8 @@ def test_nothing_is_read_from_the_device_in_a_forward_pass():
     with Reads() as with_norms:
         for batch, plan in zip(batches, plans, strict=True):
             model(batch.input_ids, batch.targets, plan, 1.0, norms)
-    assert with_norms.found == plain.found
+    assert with_norms.ops == plain.ops
     with Reads() as reading:
         assert float(torch.ones(()))
-    assert reading.found == ["_local_scalar_dense"]
+    assert reading.ops == ["_local_scalar_dense"]
     assert norms.take().keys() == set(SPACE.labels)
