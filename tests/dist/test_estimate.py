@@ -5,11 +5,6 @@ is missed, and an unknown one fails the test. The model has 1.7 to 2.4 million p
 (norms, flags), which the plan leaves out, are under a millionth of the bytes. ZeRO-3 runs also with limits a thousandth
 of DeepSpeed's: a model of this size then behaves as one of a thousand times as many parameters does with the defaults,
 gathered twice, prefetched in pieces, recomputed.
-
-Seen to fail with: gradients planned in the weights' dtype; ZeRO 2 planned with a single reduction; one gather of a
-model larger than the reuse distance; recomputed blocks not gathered again; the prefetcher left out; the fp32 weights,
-the gradients or hpZ's second weights left out of what is held; gradients in bf16; the model's weights left out of a
-checkpoint, or counted in ZeRO 3's.
 """
 
 from __future__ import annotations

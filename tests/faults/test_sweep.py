@@ -1,8 +1,6 @@
 """A sweep that is killed, stopped or called again, or one of whose runs fails, ends with the table of one left alone.
 
-sweeping.py has the scenarios, on forked processes; the last test kills a real one. Seen to fail with: no --resume; a
-run taken for finished at any evaluation; runs not signalled, or the status of a signal lost; finished runs started
-again; a failure not reported, or one that stops the rest; a run that lives on without its sweep.
+sweeping.py has the scenarios, on forked processes; the last test kills a real one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 """`sgtm launch`: what it composes is what the scripts of launch/ take, and what cannot run is refused before.
 
-The scripts are the real ones, with stand-ins for the launchers that they call. Seen to fail with: NPROC left out of the
-environment; overrides not handed on; the check of memory, of the hostfile's slots, or of hpZ's groups, left out;
-`--dry-run` ignored; a run on other nodes held to this machine's memory; no word of `--memory`, or of data that are not
-here.
+The scripts are the real ones, with stand-ins for the launchers that they call.
 """
 
 from __future__ import annotations

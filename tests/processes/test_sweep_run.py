@@ -1,12 +1,4 @@
-"""What `sgtm sweep` refuses before it trains, how it divides the machine, what it submits, and what its table says.
-
-Seen to fail with: tokens, data, tokenizer, held-out documents, context, isolation or evaluation not compared; a run
-directory of other data accepted; `may_differ` ignored; all
-compared with the first run, which may differ; ranks or corpus not checked; other settings accepted; half a line at the
-end of a log; the first call's threads not kept, memory not divided, or that of running runs not counted; a job
-submitted twice; a finished run started again; the spread of a population; categories or models mixed up; a loss left
-out that is not finite; the start of a run counted as training, or steps of any size alike.
-"""
+"""What `sgtm sweep` refuses before it trains, how it divides the machine, what it submits, and what its table says."""
 
 from __future__ import annotations
 

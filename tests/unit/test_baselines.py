@@ -1,8 +1,4 @@
-"""Losses shipped beside a run, and the tables of sweeps in the documents.
-
-Seen to fail with: the basis not compared; the ratio taken to the longest baseline; the ablated model's loss on the
-unmasked curve; the first seed's losses in place of the mean.
-"""
+"""Losses shipped beside a run, and the tables of sweeps in the documents."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Time of a plan, by hand: how long a step and the run take.
-
-Seen to fail with: crossings of the network between nodes counted by rank; all of ZeRO 2's communication overlapped, or
-none; GPU-hours of one GPU.
-"""
+"""Time of a plan, by hand: how long a step and the run take."""
 
 import pytest
 

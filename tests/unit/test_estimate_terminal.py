@@ -1,8 +1,4 @@
-"""The printed estimate: its units, its notes, the sums that a reader can check, and the recommendation in words.
-
-Seen to fail with: GB for every table; the note on ZeRO 0 and 1 in fp32, or nowhere; a collective left out of the
-printed sum; ZeRO 3's gathers counted once.
-"""
+"""The printed estimate: its units, its notes, the sums that a reader can check, and the recommendation in words."""
 
 import io
 import re

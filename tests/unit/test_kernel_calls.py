@@ -1,7 +1,4 @@
-"""What the self-check repeats is what the run will launch: in its dtype, under all its masks, in every kind of layer.
-
-Seen to fail with: the first mask alone; the model in fp32; the first kind of layer alone; no evaluation.
-"""
+"""The self-check repeats what the run will launch: in its dtype, under all its masks, in every kind of layer."""
 
 from __future__ import annotations
 

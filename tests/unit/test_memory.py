@@ -1,7 +1,6 @@
 """Memory of a rank: activations against autograd, and what offload and hpZ move.
 
-What it holds is compared with real runs in tests/dist/test_estimate.py. Seen to fail with: q and k of rotary heads
-counted once; checkpointed blocks counted in full; the second copy of hpZ's weights left out.
+What it holds is compared with real runs in tests/dist/test_estimate.py.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""What ZeRO 3 gathers. Seen to fail with: a limit of DeepSpeed other than its default."""
+"""What ZeRO 3 gathers, and that its limits are DeepSpeed's own."""
 
 from sgtm.config import load_config
 from sgtm.estimate.shapes import parameter_sizes
