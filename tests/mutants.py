@@ -129,7 +129,7 @@ class Tree:
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "OMP_NUM_THREADS": "1",
-                "SGTM_TESTS_PATIENCE": "60",
+                "SGTM_TESTS_PATIENCE": "120",
             }
             os.environ.update(environ)
             import pytest
