@@ -74,9 +74,9 @@ def pytest_collection_modifyitems(config, items):
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     if config.getoption("--quick"):
-        kept = _few_of_each(items)
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = [item for item in items if item in kept]
+        selection = _few_of_each(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in selection])
+        items[:] = [item for item in items if item in selection]
 
 
 def _few_of_each(items) -> set:

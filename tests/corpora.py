@@ -111,12 +111,12 @@ def write_jsonl(path: Path, records: Sequence[dict]) -> Path:
 
 def texts(corpus: Corpus) -> list[str]:
     """Every document's text, its EOS checked and cut off."""
-    found = []
+    strings = []
     for document in range(len(corpus.documents)):
         tokens = corpus.tokens(document).tolist()
         assert tokens.pop() == corpus.eos_id
-        found.append(corpus.tokenizer.decode(tokens))
-    return found
+        strings.append(corpus.tokenizer.decode(tokens))
+    return strings
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
     python tests/mutants.py [--only WORDS] [--jobs N]
 
-Every file of tests/mutations lists faults of one room of `sgtm/`, or one folder of the kernels:
+Every file of tests/mutations lists faults of one room of `sgtm/`, one folder of the kernels, or one other folder:
 
     - fault: what is wrong, in a line
       file: of the source
@@ -129,6 +129,7 @@ class Tree:
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "OMP_NUM_THREADS": "1",
+                "SGTM_TESTS_PATIENCE": "120",
             }
             os.environ.update(environ)
             import pytest

@@ -16,9 +16,9 @@ SIZES = 2 * 2**20, 16 * 2**20
 def read(file: Path, columns=("text",)) -> list[tuple[str, dict]]:
     (source,) = open_sources([file])
     return [
-        (found.where.removeprefix(f"{file}:"), found.fields)
+        (record.where.removeprefix(f"{file}:"), record.fields)
         for block in source.blocks(columns)
-        for found in block.records()
+        for record in block.records()
     ]
 
 

@@ -49,11 +49,11 @@ def main() -> int:
         files[here] += 1
         lines[here] += len(path.read_text("utf-8").splitlines())
         for module in imported(path):
-            there = room_of(module)
-            if there != here:
-                imports[here].add(there)
-                if order.index(there) > order.index(here):
-                    upward.append(f"{path.relative_to(ROOT)} imports {module}: {here} is below {there}")
+            other = room_of(module)
+            if other != here:
+                imports[here].add(other)
+                if order.index(other) > order.index(here):
+                    upward.append(f"{path.relative_to(ROOT)} imports {module}: {here} is below {other}")
     for room, about in ROOMS.items():
         print(f"{room:18}{files[room]:4} files {lines[room]:6} lines  {about}")
         print(f"{'':18}imports {', '.join(r for r in order if r in imports[room]) or 'nothing'}")

@@ -109,7 +109,7 @@ class Units:
     def row_counts(self) -> tuple[int, ...]:
         return tuple(count * self.rows_each for count in self.counts)
 
-    def kept(self, removed: Collection[int]) -> int:
+    def remaining(self, removed: Collection[int]) -> int:
         return sum(count for group, count in enumerate(self.counts) if group not in removed)
 
     def to_original(self, rows: Tensor, removed: Collection[int], drop: bool) -> Tensor:
@@ -143,7 +143,7 @@ def to_hf_state(
     """
     removed = _removed_groups(partition, remove)
     layers = [_units(layer, config.size_per_head) for layer in partition.layers]
-    left = {owner: {units[owner].kept(removed) for units in layers} for owner in ("heads", "kv_heads", "neurons")}
+    left = {owner: {units[owner].remaining(removed) for units in layers} for owner in ("heads", "kv_heads", "neurons")}
     uniform_heads = config.family == "llama" and len(left["heads"]) == 1
     drop = {"heads": uniform_heads, "kv_heads": uniform_heads, "neurons": len(left["neurons"]) == 1}
     full = {"heads": config.heads, "kv_heads": config.num_kv_heads, "neurons": config.intermediate_size}

@@ -76,7 +76,7 @@ def device_work(events: list[dict]) -> Iterator[Work]:
     for event in events:
         if event.get("ph") == "X" and event.get("cat") in DEVICE:
             launched, module = modules.get(event["args"].get("correlation"), (None, OTHER))
-            yield Work(event["name"], OTHER if launched is None else phases.at(launched), module, event["dur"])
+            yield Work(event["name"], OTHER if launched is None else phases.phase_of(launched), module, event["dur"])
 
 
 def cpu_work(events: list[dict]) -> Iterator[Work]:
@@ -90,7 +90,7 @@ def cpu_work(events: list[dict]) -> Iterator[Work]:
             if caller is not None:
                 own[id(caller)] -= event["dur"]
         for event, around in calls:
-            yield Work(event["name"], phases.at(event["ts"]), _module(around), max(own[id(event)], 0.0))
+            yield Work(event["name"], phases.phase_of(event["ts"]), _module(around), max(own[id(event)], 0.0))
 
 
 class _Phases:
@@ -101,7 +101,7 @@ class _Phases:
         self.ranges = sorted((e["ts"], e["ts"] + e["dur"], e["name"]) for e in phases)
         self.starts = [start for start, _, _ in self.ranges]
 
-    def at(self, time: float) -> str:
+    def phase_of(self, time: float) -> str:
         place = bisect_right(self.starts, time) - 1
         return self.ranges[place][2] if place >= 0 and time < self.ranges[place][1] else OTHER
 

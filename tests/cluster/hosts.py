@@ -96,10 +96,10 @@ class Hosts:
 
     def command(self, node: str, *command: str | Path) -> list[str]:
         """What runs `command` on the node, in the repository."""
-        there = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
+        script = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
         hosts = str(self.folder / f"hosts.{node}")
         apart = ["nsenter", f"--net=/run/netns/{node}", "unshare", "--uts", "--mount", f"--wd={ROOT}"]
-        return [*self._enter(), *apart, "sh", "-c", there, node, hosts, *map(str, command)]
+        return [*self._enter(), *apart, "sh", "-c", script, node, hosts, *map(str, command)]
 
     def run(self, node: str, *command: str | Path, **variables: str) -> str:
         """What the command prints to stdout; AssertionError with all that it printed where it fails."""

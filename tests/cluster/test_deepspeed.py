@@ -1,6 +1,7 @@
 """launch/deepspeed.sh with a hostfile: pdsh and ssh to two hosts, each with an sshd that knows the test's key alone.
 
-Fault tried, seen to fail: the environment not passed on to the hosts (gloo then takes 127.0.1.1; the ranks never meet).
+`test_a_run_over_ssh` fails if launch/deepspeed.sh does not pass the environment on to the hosts: gloo then takes
+127.0.1.1, and the ranks never meet.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class Case:
 
 def records(corpus: str, other: str | None = None) -> list[dict]:
     """Documents of a corpus; those of the domain `other`, or its spans, with other letters and lengths as they were."""
-    found = []
+    documents = []
     for number in range(60):
         split, length = "test" if number % 10 == 0 else "train", 9 + 7 * number % 41
         for category in CORPORA[corpus]:
@@ -113,8 +113,8 @@ def records(corpus: str, other: str | None = None) -> list[dict]:
                 text = fields["text"]
                 changed = text[start:end].translate(str.maketrans("es.0123456789", "xy_9876543210"))
                 fields["text"] = text[:start] + changed + text[end:]
-            found.append(fields)
-    return found
+            documents.append(fields)
+    return documents
 
 
 def train_all(folder: str, cases: list[Case], resumed: bool) -> None:
@@ -143,7 +143,7 @@ def safe_models(folder: Path, cases: list[Case], ranks: int, resumed: bool) -> l
                 labels = {category: LABELS[category] for category in CORPORA[corpus]}
                 build(folder / data, records(corpus, other), labels)
     run_ranks(train_all, ranks, str(folder), cases, resumed)
-    found = []
+    digests = []
     for number, case in enumerate(cases):
         pair = []
         for which, data in enumerate(case.data):
@@ -155,8 +155,8 @@ def safe_models(folder: Path, cases: list[Case], ranks: int, resumed: bool) -> l
                 assert ("independent, to the bit, of" in (out / "README.md").read_text()) == bool(independent)
                 pair.append(hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest())
         assert pair[1] != pair[3], "the full models know the difference"
-        found.append((pair[0], pair[2]))
-    return found
+        digests.append((pair[0], pair[2]))
+    return digests
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -153,8 +153,8 @@ def damage(folder: str) -> None:
     assert find_latest(run) == newest and (run / "checkpoints/latest").read_text() == "step_00000002\n"
 
     def whole() -> tuple[Path, list[str]]:
-        said = []
-        return find_whole(run, engine.rank, engine.world_size, said.append), said
+        messages = []
+        return find_whole(run, engine.rank, engine.world_size, messages.append), messages
 
     assert whole() == (newest, [])
 
@@ -164,9 +164,9 @@ def damage(folder: str) -> None:
         content = path.read_bytes()
         changed = change(content)
         alone(lambda: path.unlink() if changed is None else path.write_bytes(changed))
-        found, (text,) = whole()
+        checkpoint, (text,) = whole()
         aside = directory.with_name(f"damaged-{directory.name}")
-        assert found == older and not directory.exists() and aside.is_dir()
+        assert checkpoint == older and not directory.exists() and aside.is_dir()
         assert text.endswith(f"; quarantined as {aside.name}, resuming from {older.name}")
         alone(lambda: (aside / name).write_bytes(content))
         alone(lambda: aside.rename(directory))
@@ -187,13 +187,13 @@ def damage(folder: str) -> None:
     assert "manifest.json is missing" in spoiled("manifest.json", lambda content: None)
     assert "manifest.json is damaged" in spoiled("manifest.json", lambda content: content[:50])
 
-    kept = (older / shard).read_bytes()
+    original = (older / shard).read_bytes()
     for directory in (older, newest):
         alone(lambda directory=directory: (directory / shard).write_bytes(b"no"))
     text = message_of(whole)
     assert text.startswith("no checkpoint is whole:\n  ") and f"{newest / shard} has 2 bytes" in text, text
     assert f"{older / shard} has 2 bytes" in text and older.is_dir() and newest.is_dir()
-    alone(lambda: (older / shard).write_bytes(kept))
+    alone(lambda: (older / shard).write_bytes(original))
     assert whole()[0] == older
 
     def message(now):

@@ -58,10 +58,10 @@ def config_of(stage: int, family: str, compiled: bool):
 
 def sharded(make):
     def settings(*args) -> dict:
-        found = make(*args)
-        if found["zero_optimization"]["stage"] == 3:
-            found["zero_optimization"] |= {f"stage3_{key}": value for key, value in SHARDED.items()}
-        return found
+        config = make(*args)
+        if config["zero_optimization"]["stage"] == 3:
+            config["zero_optimization"] |= {f"stage3_{key}": value for key, value in SHARDED.items()}
+        return config
 
     return settings
 
@@ -107,10 +107,10 @@ def under_every_mask(stage: int) -> tuple[list[float], list[float], int, int]:
         for seed, mixing in enumerate(MIXINGS):
             batch = random_step(mixing, seed)[engines[0].rank]
             signatures.add((plan_of(batch, tables).signature, batch.input_ids.shape))
-            for engine, found in zip(engines, losses, strict=True):
+            for engine, history in zip(engines, losses, strict=True):
                 loss, _ = engine(batch.input_ids, batch.targets, plan_of(batch, tables), 1 / batch.step_targets)
                 engine.backward(loss)
-                found.append(loss.item())
+                history.append(loss.item())
                 engine.step(live_keys(tables, batch.step_labels), lr=1e-3)
     return *losses, counter.frame_count, len(signatures)
 

@@ -231,8 +231,8 @@ def give_weights() -> None:
         given = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in given.values())
         engine = Engine(model, config)
-        kept = masters(engine)
+        defaults = masters(engine)
         del given["final_norm.weight"]
         engine.set_weights(given)
         for name, tensor in masters(engine).items():
-            assert torch.equal(tensor, given.get(name, kept[name]).reshape(-1)), (stage, precision, offload, name)
+            assert torch.equal(tensor, given.get(name, defaults[name]).reshape(-1)), (stage, precision, offload, name)

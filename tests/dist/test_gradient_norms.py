@@ -53,9 +53,9 @@ def expected_norms(config: Config, batches: list) -> dict[str, float]:
     return {group: math.sqrt(square) for group, square in squares.items()}
 
 
-def assert_norms(found: dict[str, float], expected: dict[str, float], where: str) -> None:
-    assert found == pytest.approx(expected, rel=BOUND), where
-    assert {group for group in found if found[group] == 0} == {g for g in expected if expected[g] == 0}, where
+def assert_norms(norms: dict[str, float], expected: dict[str, float], where: str) -> None:
+    assert norms == pytest.approx(expected, rel=BOUND), where
+    assert {group for group in norms if norms[group] == 0} == {g for g in expected if expected[g] == 0}, where
 
 
 def check_case(stage: int, precision: str, offload: bool) -> None:
@@ -70,13 +70,13 @@ def check_case(stage: int, precision: str, offload: bool) -> None:
     step, labels = random_step("token", 1), config.space.labels
     mine = step[engine.rank :: engine.world_size]
 
-    found = probe(engine, mine, config.tables)
-    assert list(found) == list(labels)
+    probes = probe(engine, mine, config.tables)
+    assert list(probes) == list(labels)
     for label in (UNLABELED, RETAIN, BIO, CODE):
         expected = expected_norms(config, [only(batch, label) for batch in step])
-        assert_norms(found[labels[label]], expected, f"{case}: {labels[label]}")
-    assert found["forget:bio"]["retain"] == found["forget:bio"]["code"] == found["retain"]["bio"] == 0.0
-    assert min(found["forget:bio"]["bio"], found["retain"]["retain"], found["unlabeled"]["retain"]) > 10 * LIMIT
+        assert_norms(probes[labels[label]], expected, f"{case}: {labels[label]}")
+    assert probes["forget:bio"]["retain"] == probes["forget:bio"]["code"] == probes["retain"]["bio"] == 0.0
+    assert min(probes["forget:bio"]["bio"], probes["retain"]["retain"], probes["unlabeled"]["retain"]) > 10 * LIMIT
 
     totals = [StepTotals(len(labels), engine.device) for _ in range(2)]
     for number in range(3):

@@ -72,12 +72,12 @@ def backends() -> list[str]:
     from sgtm.distributed.engine import Engine
     from sgtm.distributed.process_group import init_distributed
 
-    found = []
+    names = []
     for backend, offload in product(("reference", "triton"), (False, True)):
         config = tiny_config(2, kernels={"backend": backend}, distributed={"offload_optimizer": offload})
         init_distributed(config.distributed, config.kernels)
-        found.append(Engine(tiny_model(config), config).optimizer.backend)
-    return found
+        names.append(Engine(tiny_model(config), config).optimizer.backend)
+    return names
 
 
 def test_adamw_runs_on_the_host():

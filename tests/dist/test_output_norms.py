@@ -39,10 +39,10 @@ def train(stage: int, mixing: str, measured: bool) -> tuple:
 
 def sharded(make):
     def settings(*args) -> dict:
-        found = make(*args)
-        if found["zero_optimization"]["stage"] == 3:
-            found["zero_optimization"] |= {f"stage3_{key}": value for key, value in SHARDED.items()}
-        return found
+        config = make(*args)
+        if config["zero_optimization"]["stage"] == 3:
+            config["zero_optimization"] |= {f"stage3_{key}": value for key, value in SHARDED.items()}
+        return config
 
     return settings
 
@@ -69,20 +69,20 @@ def measure() -> list[dict]:
 def test_every_stage_measures_what_one_process_does_and_trains_as_without():
     ranks = run_ranks(measure, 2)
     assert ranks[0] == ranks[1]
-    for (stage, mixing), found in zip(CASES, ranks[0], strict=True):
+    for (stage, mixing), measurement in zip(CASES, ranks[0], strict=True):
         precision, bound = (torch.float32, 1e-4) if HOW[mixing] == "fp32" else (torch.bfloat16, 1e-2)
         config, model = run_config(stage, "gpt_neo", "torch", mixing), model_of("gpt_neo").to(precision)
         norms = OutputNorms(config.tables)
         for batch in random_step(mixing):
             model(batch.input_ids, batch.targets, plan_of(batch, config.tables), 1.0, norms)
         expected = norms.take()
-        assert found.keys() == expected.keys() == {"unlabeled", "retain", "forget:bio", "forget:code"}
+        assert measurement.keys() == expected.keys() == {"unlabeled", "retain", "forget:bio", "forget:code"}
         for label, parts in expected.items():
-            assert found[label]["residual"] == pytest.approx(parts["residual"], rel=bound)
+            assert measurement[label]["residual"] == pytest.approx(parts["residual"], rel=bound)
             for part in ("attention", "mlp"):
-                assert found[label][part].keys() == parts[part].keys()
+                assert measurement[label][part].keys() == parts[part].keys()
                 for group, by_layer in parts[part].items():
-                    assert found[label][part][group] == pytest.approx(by_layer, rel=bound), (
+                    assert measurement[label][part][group] == pytest.approx(by_layer, rel=bound), (
                         stage,
                         mixing,
                         label,

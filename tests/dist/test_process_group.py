@@ -1,7 +1,4 @@
-"""How a rank ends: what `atexit` has to do is done, and the interpreter is not torn down under gloo's threads.
-
-Fault tried, seen to fail: the process left to end by itself; ended without the exit functions.
-"""
+"""How a rank ends: what `atexit` has to do is done, and the interpreter is not torn down under gloo's threads."""
 
 import atexit
 from pathlib import Path

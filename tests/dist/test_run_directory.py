@@ -17,7 +17,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from sgtm.run.directory import _take
-_take(Path(sys.argv[1]), Path("run"), 0.0, kept := [])
+_take(Path(sys.argv[1]), Path("run"), 0.0, locks := [])
 print("held", flush=True)
 time.sleep(100)
 """

@@ -19,10 +19,10 @@ BOUND = {"fp32": 1e-5, "bf16": 1e-3}
 
 def whole_state(engine) -> dict[str, dict[str, torch.Tensor]]:
     """Weights and both moments of every parameter, flattened, put together from all ranks."""
-    found = {"fp32": assemble(engine, lambda f: f.tensor.detach().reshape(-1))}
+    state = {"fp32": assemble(engine, lambda f: f.tensor.detach().reshape(-1))}
     for part in STATE_TENSORS[1:]:
-        found[part] = assemble(engine, lambda f, part=part: engine.optimizer.state[f.tensor][part].reshape(-1))
-    return found
+        state[part] = assemble(engine, lambda f, part=part: engine.optimizer.state[f.tensor][part].reshape(-1))
+    return state
 
 
 def module_weights(engine) -> dict[str, torch.Tensor]:
@@ -56,10 +56,10 @@ def load_all(folder: str, saved_by: int) -> None:
                 config = tiny_config(stage, precision)
                 engine = new_engine(config, seed=7)
                 directory = find_whole(run, engine.rank, engine.world_size, pytest.fail)
-                done, progress, said = load_checkpoint(engine, directory, config)
+                done, progress, changes = load_checkpoint(engine, directory, config)
                 assert done == 2 and progress == list(range(saved_by))
-                assert f"ranks: {saved_by} in the checkpoint, {engine.world_size} now" in said
-                assert (f"distributed.zero_stage: {source}" in said) == (stage != source)
+                assert f"ranks: {saved_by} in the checkpoint, {engine.world_size} now" in changes
+                assert (f"distributed.zero_stage: {source}" in changes) == (stage != source)
                 state = whole_state(engine)
                 for part in STATE_TENSORS:
                     for name, values in expected[part].items():
@@ -73,11 +73,11 @@ def load_all(folder: str, saved_by: int) -> None:
 def check_module(engine, weights: dict[str, torch.Tensor], case: str) -> None:
     starts = {f.name: (f.start, f.end) for f in engine.fragments}
     for name, parameter in engine.module.named_parameters():
-        found, expected = parameter.detach().flatten(), weights[name]
+        weight, expected = parameter.detach().flatten(), weights[name]
         if hasattr(parameter, "ds_tensor"):
             start, end = starts.get(name, (0, 0))
-            found, expected = parameter.ds_tensor.detach().flatten()[: end - start], expected[start:end]
-        assert torch.equal(found, expected.to(found.dtype)), f"{case}: module's {name}"
+            weight, expected = parameter.ds_tensor.detach().flatten()[: end - start], expected[start:end]
+        assert torch.equal(weight, expected.to(weight.dtype)), f"{case}: module's {name}"
 
 
 @pytest.fixture(scope="module")

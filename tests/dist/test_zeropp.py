@@ -51,11 +51,11 @@ def train(engine, steps) -> list[float]:
 
 def pieces(engine) -> list[torch.Tensor]:
     """What this rank owns of weights and moments."""
-    found = []
+    tensors = []
     for tensor, offset, _, start, end in engine.fragments:
         for part in (tensor, *engine.optimizer.state[tensor].values()):
-            found.append(part.detach().reshape(-1)[offset : offset + end - start].clone())
-    return found
+            tensors.append(part.detach().reshape(-1)[offset : offset + end - start].clone())
+    return tensors
 
 
 def every_case(folder: str) -> None:
@@ -64,8 +64,8 @@ def every_case(folder: str) -> None:
         trained(folder, 1, *case) for case in cases
     ]  # all before the first of 2: DeepSpeed keeps it for the process
     for case, (losses, weights) in zip(cases, expected, strict=True):
-        found, others = trained(folder, 2, *case)
-        assert found == losses, case
+        sharded_losses, others = trained(folder, 2, *case)
+        assert sharded_losses == losses, case
         assert all(torch.equal(a, b) for a, b in zip(weights, others, strict=True)), case
     with pytest.raises(ValueError, match="zero_hpz_partition_size 3 does not divide the number of ranks 4"):
         trained(folder, 3, "fp32", False)

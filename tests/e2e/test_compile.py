@@ -32,7 +32,7 @@ def train(runs: str, backend: str, *cases: tuple[str, ...]) -> list[dict]:
 
     loop._steps = watched
     start.compile_blocks = partial(start.compile_blocks, backend=backend)
-    found = []
+    results = []
     for options in cases:
         for way in ("off", "blocks"):
             counters.clear()
@@ -40,8 +40,8 @@ def train(runs: str, backend: str, *cases: tuple[str, ...]) -> list[dict]:
             every = (*OPTIONS, *options, f"--runs={runs}", f"--name={way}", f"--train.compile={way}")
             run = loop.train(load_config("debug", list(every)), overwrite=True)
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            found.append({"losses": [loss for line in lines for loss in losses(line)], "graphs": graphs[-2:]})
-    return found
+            results.append({"losses": [loss for line in lines for loss in losses(line)], "graphs": graphs[-2:]})
+    return results
 
 
 def refused(runs: str) -> str:
@@ -64,8 +64,8 @@ def compare(tmp_path):
 
     def compare(backend: str, *cases: tuple[str, ...]) -> None:
         cases = [(*case, f"--data.path={corpus}") for case in cases]
-        found = run_ranks(train, 1, str(tmp_path), backend, *cases)[0]
-        for case, plain, compiled in zip(cases, found[::2], found[1::2], strict=True):
+        results = run_ranks(train, 1, str(tmp_path), backend, *cases)[0]
+        for case, plain, compiled in zip(cases, results[::2], results[1::2], strict=True):
             assert compiled["losses"] == pytest.approx(plain["losses"], rel=0, abs=BOUND), case
             before, after = compiled["graphs"]
             assert before == after and plain["graphs"] == [0, 0], f"{case}: compiled after the dry run"

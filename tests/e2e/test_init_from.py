@@ -55,65 +55,65 @@ def start_and_resume(runs: str, stages: tuple[int, ...]) -> dict:
 
     folder = Path(runs, "folder")
     start = f"--train.init_from={folder}"
-    found: dict = {"first": results("first")}
+    record: dict = {"first": results("first")}
     on_rank_zero(lambda: export_run(Path(runs, "first"), [], folder))
     for stage in stages:
         options = (start, *STILL, f"--distributed.zero_stage={stage}")
-        found[stage] = results(f"zero{stage}", *options)
-        found[f"bf16, ZeRO {stage}"] = results(f"bf16-zero{stage}", *options, "--train.precision=bf16")
+        record[stage] = results(f"zero{stage}", *options)
+        record[f"bf16, ZeRO {stage}"] = results(f"bf16-zero{stage}", *options, "--train.precision=bf16")
     try:
         results("certified", start, *CERTIFIED)
     except ValueError as error:
-        found["certified"] = str(error)
-    found["longer"] = results("longer", start, *LONGER)
+        record["certified"] = str(error)
+    record["longer"] = results("longer", start, *LONGER)
     for gone in (Path(runs, "longer/checkpoints/step_00000004"), folder):
         on_rank_zero(lambda path=gone: shutil.rmtree(path))
     try:
         results("longer", f"--train.init_from={runs}/first", *LONGER, resume=True)
     except ValueError as error:
-        found["refused"] = str(error)
-    found["resumed"] = results("longer", start, *LONGER, resume=True)
-    return found
+        record["refused"] = str(error)
+    record["resumed"] = results("longer", start, *LONGER, resume=True)
+    return record
 
 
 CASES = {1: (0, 1, 2), 2: (3,)}  # ranks: ZeRO stages
 
 
 @pytest.fixture(scope="module", params=CASES)
-def found(request, tmp_path_factory) -> dict:
+def outcomes(request, tmp_path_factory) -> dict:
     runs = str(tmp_path_factory.mktemp("runs"))
     return run_ranks(start_and_resume, request.param, runs, CASES[request.param])[0]
 
 
-def test_it_starts_with_the_weights_of_the_folder_in_every_stage(found):
-    losses, first = found["first"]
-    for stage in found.keys() & {0, 1, 2, 3}:
-        again, started = found[stage]
+def test_it_starts_with_the_weights_of_the_folder_in_every_stage(outcomes):
+    losses, first = outcomes["first"]
+    for stage in outcomes.keys() & {0, 1, 2, 3}:
+        again, started = outcomes[stage]
         assert again == pytest.approx(losses, rel=1e-6), f"ZeRO {stage}"
         assert started.keys() == first.keys()
         for name in first:
             torch.testing.assert_close(started[name], first[name], rtol=0, atol=1e-20)
 
 
-def test_a_run_in_bf16_starts_with_the_fp32_weights(found):
+def test_a_run_in_bf16_starts_with_the_fp32_weights(outcomes):
     """Not with those rounded to bf16, which the folder's are not."""
-    first = found["first"][1]
+    first = outcomes["first"][1]
     assert not same(first, {name: tensor.bfloat16().float() for name, tensor in first.items()})
-    cases = [name for name in found if "bf16" in str(name)]
+    cases = [name for name in outcomes if "bf16" in str(name)]
     assert cases
     for case in cases:
-        for name, tensor in found[case][1].items():
+        for name, tensor in outcomes[case][1].items():
             torch.testing.assert_close(tensor, first[name], rtol=0, atol=1e-20, msg=f"{case}: {name}")
 
 
-def test_an_export_that_has_learned_the_domain_is_no_start_of_a_certified_run(found):
-    assert "depends on the text of es: the run starts from an export that is not independent" in found["certified"]
+def test_an_export_that_has_learned_the_domain_is_no_start_of_a_certified_run(outcomes):
+    assert "depends on the text of es: the run starts from an export that is not independent" in outcomes["certified"]
 
 
-def test_a_resumed_run_goes_on_without_the_folder(found):
-    assert found["resumed"][0] == found["longer"][0]
-    assert same(found["resumed"][1], found["longer"][1])
-    assert "other settings" in found["refused"] and "train.init_from: " in found["refused"]
+def test_a_resumed_run_goes_on_without_the_folder(outcomes):
+    assert outcomes["resumed"][0] == outcomes["longer"][0]
+    assert same(outcomes["resumed"][1], outcomes["longer"][1])
+    assert "other settings" in outcomes["refused"] and "train.init_from: " in outcomes["refused"]
 
 
 def test_a_folder_that_is_none_is_named(tmp_path):

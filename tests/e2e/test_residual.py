@@ -27,11 +27,11 @@ def train(runs: str, cases: dict[str, tuple[str, ...]]) -> dict[str, list[dict]]
     """Lines of the log of each run."""
     from sgtm.training import loop
 
-    found = {}
+    logs = {}
     for name, options in cases.items():
         run = loop.train(load_config("debug", [*OPTIONS, *options, f"--runs={runs}", f"--name={name}"]))
-        found[name] = read_metrics(run / "metrics.jsonl")
-    return found
+        logs[name] = read_metrics(run / "metrics.jsonl")
+    return logs
 
 
 def test_the_papers_recipe_warns_where_unmasked_and_dual_do_not(tmp_path):

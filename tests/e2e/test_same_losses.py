@@ -74,22 +74,22 @@ def largest_difference(a: list[dict], b: list[dict]) -> float:
 def test_same_losses(losses, precision: str, ranks: int):
     expected = losses(precision, 1)[0]
     assert expected[-1]["loss"] < expected[0]["loss"] - 0.5, "the run must learn for the comparison to mean anything"
-    for stage, found in losses(precision, ranks).items():
-        assert largest_difference(found, expected) <= BOUND[precision], f"ZeRO {stage}, {ranks} ranks, {precision}"
+    for stage, curve in losses(precision, ranks).items():
+        assert largest_difference(curve, expected) <= BOUND[precision], f"ZeRO {stage}, {ranks} ranks, {precision}"
 
 
 @pytest.mark.parametrize("precision", list(BOUND))
 def test_the_optimizer_in_the_memory_of_the_host(losses, precision: str):
     expected = losses(precision, 1)[0]
-    for stage, found in losses(precision, 2, (1, 2, 3), ("--distributed.offload_optimizer=true",)).items():
-        assert largest_difference(found, expected) <= BOUND[precision], f"ZeRO {stage} offloaded, {precision}"
+    for stage, curve in losses(precision, 2, (1, 2, 3), ("--distributed.offload_optimizer=true",)).items():
+        assert largest_difference(curve, expected) <= BOUND[precision], f"ZeRO {stage} offloaded, {precision}"
 
 
 def test_gradients_sent_in_bf16(losses):
     """No more than another number of ranks changes a run in bf16 (seen: 9e-4 on two ranks, 1e-3 on four)."""
     expected = losses("bf16", 1)[0]
-    for stage, found in losses("bf16", 2, (1, 2, 3), ("--distributed.communication=bf16",)).items():
-        assert 0 < largest_difference(found, expected) <= BOUND["bf16"], f"ZeRO {stage}"
+    for stage, curve in losses("bf16", 2, (1, 2, 3), ("--distributed.communication=bf16",)).items():
+        assert 0 < largest_difference(curve, expected) <= BOUND["bf16"], f"ZeRO {stage}"
 
 
 @pytest.mark.parametrize("fault", list(FAULTS))
@@ -100,8 +100,8 @@ def test_a_broken_mask_exceeds_the_bound_by_far(losses, precision: str, fault: s
 
 
 def test_activation_checkpointing_under_zero3(losses):
-    found = losses("fp32", 2, (3,), ("--model.activation_checkpointing=true",))[3]
-    assert largest_difference(found, losses("fp32", 1)[0]) <= BOUND["fp32"]
+    curve = losses("fp32", 2, (3,), ("--model.activation_checkpointing=true",))[3]
+    assert largest_difference(curve, losses("fp32", 1)[0]) <= BOUND["fp32"]
 
 
 @pytest.mark.parametrize("mixing", ["step", "micro", "token"])
@@ -109,5 +109,5 @@ def test_same_losses_however_labels_mix(losses, mixing: str):
     """`sequence` is the preset's; `micro` needs the accumulation to be a multiple of its blocks."""
     options = (f"--data.mixing={mixing}", "--data.micro_blocks=2")
     expected = losses("fp32", 1, (0,), options)[0]
-    for stage, found in losses("fp32", 2, (1, 3), options).items():
-        assert largest_difference(found, expected) <= BOUND["fp32"], f"ZeRO {stage}, {mixing}"
+    for stage, curve in losses("fp32", 2, (1, 3), options).items():
+        assert largest_difference(curve, expected) <= BOUND["fp32"], f"ZeRO {stage}, {mixing}"

@@ -64,55 +64,54 @@ def train_on_a_broken_kernel(folder: str) -> dict:
         checks.append(1)
         return check(*arguments)
 
-    self_check.check, found = counted, {}
+    self_check.check, record = counted, {}
     break_kernel("mlp", "linear_gelu")
     named = load_config("debug", [*SMALL, f"--runs={folder}", "--name=named", "--kernels.backend=triton"])
     try:
         train(named)
     except ValueError as error:
-        found["named"] = str(error), (Path(folder) / "named").exists()
+        record["named"] = str(error), (Path(folder) / "named").exists()
     automatic = load_config("debug", [*SMALL, f"--runs={folder}", "--name=automatic"])
     with redirect_stdout(StringIO()) as printed, redirect_stderr(printed):
         run = train(automatic)
-    found["printed"] = printed.getvalue()
-    found["served"] = dispatch.pick("mlp", "triton") is dispatch.pick("mlp", "torch"), dispatch.served("triton")
+    record["printed"] = printed.getvalue()
+    record["served"] = dispatch.pick("mlp", "triton") is dispatch.pick("mlp", "torch"), dispatch.served("triton")
     dispatch._FALLEN.clear()  # as in a new process
     with redirect_stdout(StringIO()) as printed, redirect_stderr(printed):
         train(automatic, resume=True)
-    found["resumed"] = printed.getvalue()
-    found["lines"] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found["kept"] = self_check.self_check(automatic, "triton"), len(checks)  # passes now, with the op of PyTorch
-    found["again"] = self_check.self_check(automatic, "triton"), len(checks)
+    record["resumed"] = printed.getvalue()
+    record["lines"] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    record["kept"] = self_check.self_check(automatic, "triton"), len(checks)  # passes now, with the op of PyTorch
+    record["again"] = self_check.self_check(automatic, "triton"), len(checks)
     other = automatic.model_copy(update={"masking": automatic.masking.model_copy(update={"strategy": "none"})})
     other.__dict__.pop("tables")
-    found["other masks"] = self_check.self_check(other, "triton"), len(checks)
-    return found
+    record["other masks"] = self_check.self_check(other, "triton"), len(checks)
+    return record
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    (found,) = run_ranks(train_on_a_broken_kernel, 1, str(tmp_path_factory.mktemp("runs")))
-    return found
+def outcomes(tmp_path_factory):
+    return run_ranks(train_on_a_broken_kernel, 1, str(tmp_path_factory.mktemp("runs")))[0]
 
 
-def test_a_named_backend_ends_with_the_name_of_the_op(found):
-    message, made = found["named"]
+def test_a_named_backend_ends_with_the_name_of_the_op(outcomes):
+    message, made = outcomes["named"]
     assert message.startswith("kernel backend 'triton' was asked for, but on this device it fails its self-check:")
     assert "\n  mlp.linear_gelu: output 0 is off by" in message and message.count("\n") == 2 and not made
 
 
-def test_auto_trains_on_without_the_broken_kernel(found):
-    assert found["served"] == (True, "triton (mlp by torch)")
+def test_auto_trains_on_without_the_broken_kernel(outcomes):
+    assert outcomes["served"] == (True, "triton (mlp by torch)")
     for printed in ("printed", "resumed"):
-        assert " ".join(found[printed].split()).count("warning: mlp.linear_gelu: output 0 is off by") == 1
-    assert "is complete" in " ".join(found["resumed"].split())
-    assert [line["step"] for line in found["lines"] if line["kind"] == "step"]
+        assert " ".join(outcomes[printed].split()).count("warning: mlp.linear_gelu: output 0 is off by") == 1
+    assert "is complete" in " ".join(outcomes["resumed"].split())
+    assert [line["step"] for line in outcomes["lines"] if line["kind"] == "step"]
 
 
-def test_what_has_passed_is_not_checked_again(found):
+def test_what_has_passed_is_not_checked_again(outcomes):
     for name in ("kept", "again"):
-        assert found[name][0] == dict.fromkeys(found[name][0]) and "mlp" in found[name][0]
-    assert [found[name][1] for name in ("kept", "again", "other masks")] == [4, 4, 5]
+        assert outcomes[name][0] == dict.fromkeys(outcomes[name][0]) and "mlp" in outcomes[name][0]
+    assert [outcomes[name][1] for name in ("kept", "again", "other masks")] == [4, 4, 5]
 
 
 def check_where_one_rank_is_broken(folder: str) -> tuple[str, list[str], str]:
@@ -133,9 +132,9 @@ def check_where_one_rank_is_broken(folder: str) -> tuple[str, list[str], str]:
 
 
 def test_kernels_that_are_broken_on_one_rank_are_replaced_on_all(tmp_path):
-    found = run_ranks(check_where_one_rank_is_broken, 2, str(tmp_path))
-    assert found[0] == found[1]
-    error, warnings, served = found[0]
+    ranks = run_ranks(check_where_one_rank_is_broken, 2, str(tmp_path))
+    assert ranks[0] == ranks[1]
+    error, warnings, served = ranks[0]
     broken = sorted(["mlp.linear_gelu", "embedding.embedding"])
     assert all(f"\n  {name}: output 0 is off by" in error for name in broken)
     assert sorted(warning.split(": ")[1] for warning in warnings) == broken

@@ -67,15 +67,16 @@ def records(data: bytes) -> Iterator[bytes]:
     """Records of a wandb file: a header of 7 bytes, then LevelDB's log format (blocks of 32 KiB, records in pieces)."""
     assert data[:4] == b":W&B"
     full, first, _middle, last = 1, 2, 3, 4
-    at, pieces = 7, b""
-    while at + 7 <= len(data):
-        left = 32768 - at % 32768
+    offset, pieces = 7, b""
+    while offset + 7 <= len(data):
+        left = 32768 - offset % 32768
         if left < 7:  # too short for another piece's head
-            at += left
+            offset += left
             continue
-        length, kind = struct.unpack_from("<HB", data, at + 4)
-        pieces = data[at + 7 : at + 7 + length] if kind in (full, first) else pieces + data[at + 7 : at + 7 + length]
-        at += 7 + length
+        length, kind = struct.unpack_from("<HB", data, offset + 4)
+        piece = data[offset + 7 : offset + 7 + length]
+        pieces = piece if kind in (full, first) else pieces + piece
+        offset += 7 + length
         if kind in (full, last):
             yield pieces
 

@@ -52,8 +52,8 @@ class Attempt:
         """Exit status of each rank, None while it runs; negative: the signal that ended it."""
         for pid in self.ranks:
             if pid not in self._ended:
-                found, status = os.waitpid(pid, os.WNOHANG)
-                if found:
+                child, status = os.waitpid(pid, os.WNOHANG)
+                if child:
                     self._ended[pid] = os.waitstatus_to_exitcode(status)
         return [self._ended.get(pid) for pid in self.ranks]
 
@@ -145,17 +145,17 @@ def damage(run: Path, chance: random.Random) -> set[str]:
 
     Raises NoFault if none is.
     """
-    there = finished(run)
-    if len(there) < 2:
+    checkpoints = finished(run)
+    if len(checkpoints) < 2:
         raise NoFault
-    file = chance.choice(sorted(path for path in there[0].iterdir()))
+    file = chance.choice(sorted(path for path in checkpoints[0].iterdir()))
     content = bytearray(file.read_bytes())
     if chance.random() < 0.5:
         del content[chance.randrange(len(content)) :]
     else:
         content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
     file.write_bytes(content)
-    return {there[0].name}
+    return {checkpoints[0].name}
 
 
 @dataclass

@@ -82,13 +82,14 @@ class Trial:
         """Any time from the start on, or (three times in four) soon after a step of what is left to do."""
         if fault != "damaged checkpoint" and self.chance.random() < 1 / 4:
             return Moment(self.run / "metrics.jsonl", 0, self.chance.uniform(0, 1.1 * self.seconds))
-        done = step_of(there[0]) if (there := finished(self.run)) else 0
+        done = step_of(checkpoints[0]) if (checkpoints := finished(self.run)) else 0
         step = self.chance.randrange(min(done, STEPS - 1), STEPS)
         return Moment(self.run / "metrics.jsonl", step, self.chance.uniform(0, self.seconds / STEPS))
 
     def broken(self, fault: str) -> None:
         """One attempt that is broken, or has ended before that. Raises NoFault if there was nothing to break."""
-        moment, there = self.moment(fault), [path.name for path in finished(self.run) if path.name not in self.damaged]
+        moment = self.moment(fault)
+        checkpoints = [path.name for path in finished(self.run) if path.name not in self.damaged]
         before: Callable[[int], None] = lambda rank: None  # noqa: E731
         if fault == "full disk":
             before = full_disk(self.chance.choice([0, 300, 4096, 60_000, self.chance.randrange(400_000)]), moment)
@@ -102,7 +103,7 @@ class Trial:
         if fault == "SIGTERM" and -signal.SIGTERM not in statuses:  # it was there to be heeded
             expected = 128 + signal.SIGTERM if self.ranks == 1 else 0
             assert set(statuses) == {expected}, f"SIGTERM ended the ranks with {statuses}"
-        check_reported(self.run, self.log, there)
+        check_reported(self.run, self.log, checkpoints)
         if fault == "damaged checkpoint":
             self.damaged |= damage(self.run, self.chance)
 
@@ -133,8 +134,10 @@ def trial(number: int, seed: int, folder: Path, seconds: dict[tuple[int, int], f
 def check_reported(run: Path, log: Path, before: list[str]) -> None:
     """The newest whole checkpoint is as new as any that the attempt reported, or found: `before`, by name."""
     expected = max(reported(log) + before, default="")
-    found, wrong = newest_whole(finished(run))
-    assert not expected or (found and found.name >= expected), f"{expected} is lost: there is {found}; {wrong}"
+    checkpoint, wrong = newest_whole(finished(run))
+    assert not expected or (checkpoint and checkpoint.name >= expected), (
+        f"{expected} is lost: there is {checkpoint}; {wrong}"
+    )
 
 
 def reported(log: Path) -> list[str]:

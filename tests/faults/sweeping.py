@@ -64,8 +64,8 @@ class Forked:
 
     def poll(self) -> int | None:
         if self.status is None:
-            found, status = os.waitpid(self.pid, os.WNOHANG)
-            self.status = os.waitstatus_to_exitcode(status) if found else None
+            child, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if child else None
         return self.status
 
     def wait(self) -> int:
@@ -147,8 +147,8 @@ class Trial:
 
 def files(folder: Path) -> dict[str, tuple[int, bytes]]:
     """When each file of the runs and logs was last written, and what it holds."""
-    found = [path for part in ("*-s?", "logs") for path in folder.glob(f"{part}/**/*") if path.is_file()]
-    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(found)}
+    paths = [path for part in ("*-s?", "logs") for path in folder.glob(f"{part}/**/*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(paths)}
 
 
 def killed(folder: Path, whole: Trial, kills: int, chance: random.Random) -> None:

@@ -28,8 +28,8 @@ def broken(how: str, rank: int = 1) -> list[str]:
     command = [*TORCHRUN, str(SCRIPT), how, str(rank)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == (0 if how == "finish" else 1), done.stdout
-    said = re.split(r"^E\d{4} .* failed \(", done.stdout, maxsplit=1, flags=re.MULTILINE)[0]
-    return [line for line in said.splitlines() if not re.match(r"W\d{4} ", line)]
+    output = re.split(r"^E\d{4} .* failed \(", done.stdout, maxsplit=1, flags=re.MULTILINE)[0]
+    return [line for line in output.splitlines() if not re.match(r"W\d{4} ", line)]
 
 
 @pytest.mark.parametrize(
@@ -75,23 +75,24 @@ def stacks(lines: list[str]) -> dict[str, str]:
 
 @pytest.mark.parametrize("how", ["stop", "hold"])
 def test_a_rank_that_gives_no_sign_of_life_is_diagnosed(how):
-    said = stacks(broken(how))
-    assert sorted(said) == ["", "0", "2"]
+    outputs = stacks(broken(how))
+    assert sorted(outputs) == ["", "0", "2"]
     for rank, other in (("0", "2"), ("2", "0")):
-        assert re.search(r"rank 1: last heard of in step \d+, \w+; no sign of life \(pid \d+ on ", said[rank]), said
-        assert f"rank {other}: step 40, backward\n" in said[rank]
-        assert "minutes in step 40, backward (distributed.timeout_minutes 0.05)" in said[rank]
-        assert "dist.all_reduce(torch.ones(1))" in said[rank]
-    last = max(said.values(), key=lambda text: "Fatal Python error: Aborted" in text)
+        output = outputs[rank]
+        assert re.search(r"rank 1: last heard of in step \d+, \w+; no sign of life \(pid \d+ on ", output), outputs
+        assert f"rank {other}: step 40, backward\n" in output
+        assert "minutes in step 40, backward (distributed.timeout_minutes 0.05)" in output
+        assert "dist.all_reduce(torch.ones(1))" in output
+    last = max(outputs.values(), key=lambda text: "Fatal Python error: Aborted" in text)
     assert ("in hold_the_interpreter" if how == "hold" else "in train") in last.partition("Fatal")[2], "its own stack"
 
 
 def test_a_rank_that_goes_elsewhere_says_where():
-    said = stacks(broken("sleep"))
-    assert sorted(said) == ["", "0", "1", "2"] and "Fatal" not in said["1"]
-    assert "minutes in step 40, forward" in said["1"] and "time.sleep(600)" in said["1"]
-    assert "ranks 0, 2: step 40, backward\n" in said["1"]
-    assert "rank 1: step 40, forward\n" in said["0"]
+    outputs = stacks(broken("sleep"))
+    assert sorted(outputs) == ["", "0", "1", "2"] and "Fatal" not in outputs["1"]
+    assert "minutes in step 40, forward" in outputs["1"] and "time.sleep(600)" in outputs["1"]
+    assert "ranks 0, 2: step 40, backward\n" in outputs["1"]
+    assert "rank 1: step 40, forward\n" in outputs["0"]
 
 
 def test_ranks_that_end_well_say_nothing():

@@ -40,16 +40,16 @@ def train_with_infinite_losses(runs: str) -> dict:
         return train(load_config("debug", [f"--runs={runs}", f"--name={name}", *OPTIONS, *options]), resume=resume)
 
     run("once", {3})
-    found: dict = {}
+    outcome: dict = {}
     try:
         run("ever", {1, *range(3, 99)})
     except ValueError as error:
-        found["stopped"], found["by"] = str(error), error.rank
+        outcome["stopped"], outcome["by"] = str(error), error.rank
     latest = find_latest(Path(runs, "ever"))
     verify(latest)
-    found["latest"] = latest.name
+    outcome["latest"] = latest.name
     run("ever", {1}, "--train.max_skipped_steps=0", resume=True)
-    return found
+    return outcome
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +59,15 @@ def runs(tmp_path_factory) -> tuple[Path, list[dict]]:
 
 
 def lines(run: Path) -> list[dict]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == "step"]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in records if line["kind"] == "step"]
 
 
 def test_a_skipped_step_is_counted_and_training_goes_on(runs):
-    found = lines(runs[0] / "once")
-    assert [line["skipped_steps"] for line in found] == [0, 0, 1, 1, 1, 1, 1, 1]
-    assert [line["loss"] is None for line in found] == [line["step"] == 3 for line in found]
-    assert found[2]["grad_norm"] is None and found[3]["grad_norm"] > 0
+    steps = lines(runs[0] / "once")
+    assert [line["skipped_steps"] for line in steps] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert [line["loss"] is None for line in steps] == [line["step"] == 3 for line in steps]
+    assert steps[2]["grad_norm"] is None and steps[3]["grad_norm"] > 0
 
 
 def test_so_many_in_a_row_stop_all_ranks_with_the_documents(runs):

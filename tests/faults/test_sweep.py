@@ -1,8 +1,6 @@
 """A sweep that is killed, stopped or called again, or one of whose runs fails, ends with the table of one left alone.
 
-sweeping.py has the scenarios, on forked processes; the last test kills a real one. Seen to fail with: no --resume; a
-run taken for finished at any evaluation; runs not signalled, or the status of a signal lost; finished runs started
-again; a failure not reported, or one that stops the rest; a run that lives on without its sweep.
+sweeping.py has the scenarios, on forked processes; the last test kills a real one.
 """
 
 from __future__ import annotations
@@ -27,8 +25,8 @@ SCRIPT = Path(__file__).with_name("sweeping.py")
 def errors() -> dict[str, str]:
     """What went wrong in each scenario."""
     done = subprocess.run([sys.executable, SCRIPT, "--kills", "10"], capture_output=True, text=True)
-    found = {line["scenario"]: line["error"] for line in map(json.loads, done.stdout.splitlines())}
-    return found or {"all": done.stderr}
+    messages = {line["scenario"]: line["error"] for line in map(json.loads, done.stdout.splitlines())}
+    return messages or {"all": done.stderr}
 
 
 @pytest.mark.parametrize("scenario", ["killed", "stopped", "repeated", "failing"])

@@ -212,8 +212,8 @@ def test_tables_are_built_on_the_cpu_whatever_the_default_device():
 
     expected = tables()
     with torch.device("meta"):
-        found = tables()
-    assert all(t.device.type == "cpu" for t in found) and all(map(torch.equal, found, expected))
+        result = tables()
+    assert all(t.device.type == "cpu" for t in result) and all(map(torch.equal, result, expected))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

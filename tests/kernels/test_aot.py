@@ -32,9 +32,9 @@ def run(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess:
 
 
 def test_each_fault_is_a_problem():
-    found = run(str(Path(__file__).with_name("faulty_kernels.py")))
-    assert found.returncode == 0, found.stderr
-    for name, problems in json.loads(found.stdout).items():
+    process = run(str(Path(__file__).with_name("faulty_kernels.py")))
+    assert process.returncode == 0, process.stderr
+    for name, problems in json.loads(process.stdout).items():
         if name in RIGHT:
             assert problems == []
         else:

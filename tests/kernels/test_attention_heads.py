@@ -58,9 +58,9 @@ def test_pieces_are_the_heads_of_the_groups(turned, together, layout):
         return torch.cat([piece.flatten() for piece in pieces])
 
     x = projection(layout, torch.float64)
-    found = forward_backward(ours, x)
+    results = forward_backward(ours, x)
     wanted = forward_backward(lambda x: torch.cat([p.flatten() for p in by_hand(x, layout, together, rotary)]), x)
-    for mine, right in zip(found, wanted, strict=True):
+    for mine, right in zip(results, wanted, strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-12)
 
 
@@ -77,12 +77,12 @@ def test_groups_are_attended_to_together_where_nothing_is_masked(values, window,
 
     original = attention_pytorch.attend
     monkeypatch.setattr(attention_pytorch, "attend", attend)
-    found = forward_backward(lambda x: attention(x, layout, plan, scale=0.5, window=window), x)
+    results = forward_backward(lambda x: attention(x, layout, plan, scale=0.5, window=window), x)
     one = len(layout.heads) == 1
     together = one or (values == (1.0,) and layout != LAYOUTS["unlike shares"])
     assert calls == ([sum(layout.heads)] if together else list(layout.heads))
     if not one:
         monkeypatch.setattr(attention_pytorch, "_cut", lambda *_: (cut(layout, False, False, x.device), False))
         again = forward_backward(lambda x: attention(x, layout, plan_of(values, layout), scale=0.5, window=window), x)
-        for mine, right in zip(found, again, strict=True):
+        for mine, right in zip(results, again, strict=True):
             assert_same_bits(mine, right)

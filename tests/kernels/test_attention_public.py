@@ -65,9 +65,9 @@ def _flash_attn(calls: list[dict]):
         hidden = (ahead > min(right, 0)) | (-ahead > left)
         heads = []
         for head in range(q.shape[1]):
-            at = head * k.shape[1] // q.shape[1]
-            scores = (q[:, head] @ k[:, at].t() * scale).masked_fill(hidden, -math.inf)
-            heads.append(scores.softmax(-1) @ v[:, at])
+            kv_head = head * k.shape[1] // q.shape[1]
+            scores = (q[:, head] @ k[:, kv_head].t() * scale).masked_fill(hidden, -math.inf)
+            heads.append(scores.softmax(-1) @ v[:, kv_head])
         return torch.stack(heads, 1)
 
     def check(q, k, v, dimensions, dropout_p, causal, others):

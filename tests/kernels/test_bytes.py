@@ -109,8 +109,8 @@ def test_bytes_are_within_budget(name):
     op, shapes, budgets = CASES[name]
     inputs = [data(*shape, seed=i) for i, shape in enumerate(shapes)]
     elements = TOKENS * VOCAB if name == "cross_entropy" else inputs[0].numel()
-    found = {mask: moved(op(PLANS[mask]), *inputs) / elements for mask in MASKS}
-    assert all(found[mask] <= budget for mask, budget in zip(MASKS, budgets, strict=True)), found
+    traffic = {mask: moved(op(PLANS[mask]), *inputs) / elements for mask in MASKS}
+    assert all(traffic[mask] <= budget for mask, budget in zip(MASKS, budgets, strict=True)), traffic
 
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])

@@ -186,9 +186,9 @@ def test_a_copy_of_a_plan_outlives_it(again):
     wanted = plan.tables, plan.runs, plan.batch, plan.seq_len, plan.documents
     twin = again(plan)
     del plan
-    found = plan_of(twin.handle)
-    assert (found.tables, found.runs, found.batch, found.seq_len, found.documents) == wanted
-    assert found.runs == twin.runs and twin.documents is not None
+    lookup = plan_of(twin.handle)
+    assert (lookup.tables, lookup.runs, lookup.batch, lookup.seq_len, lookup.documents) == wanted
+    assert lookup.runs == twin.runs and twin.documents is not None
 
 
 @pytest.mark.gpu

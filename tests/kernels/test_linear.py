@@ -249,7 +249,7 @@ def test_several_tiles(values, dtype, columns, bounds, side, backend):
 
 def test_layers_that_share_a_plan_share_no_rectangles():
     """Bounds and part decide what is masked, and a plan keeps the tables of every layer."""
-    shared, found = random_plan(25, random_tables(26), "tokens", 4, 25), []
+    shared, weight_gradients = random_plan(25, random_tables(26), "tokens", 4, 25), []
     x, weight, _ = inputs("in", 4, 25, torch.float32)
     for part, bounds in (("mlp_in", BOUNDS), ("attn_in", BOUNDS), ("mlp_in", (0, 8, 30, 48)), ("mlp_in", BOUNDS)):
         fresh = random_plan(25, random_tables(26), "tokens", 4, 25)
@@ -258,8 +258,8 @@ def test_layers_that_share_a_plan_share_no_rectangles():
             for plan in (shared, fresh)
         )
         assert_same_bits(mine, wanted)
-        found.append(mine)
-    assert not any(torch.equal(one, other) for one, other in pairwise(found))
+        weight_gradients.append(mine)
+    assert not any(torch.equal(one, other) for one, other in pairwise(weight_gradients))
 
 
 def test_a_bias_of_more_partial_sums_than_a_tile_has():

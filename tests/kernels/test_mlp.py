@@ -218,7 +218,7 @@ def test_the_mask_of_the_bias_touches_nothing_else(layout, backend):
         forward_backward(whole(random_plan(17, t, layout, 10, 13), backend), *layer(10, 13, low_precision(backend)))
         for t in (tables, free)
     ]
-    for mine, wanted in zip(*(found[:2] for found in results), strict=True):
+    for mine, wanted in zip(*(result[:2] for result in results), strict=True):
         assert_same_bits(mine, wanted)
     assert not torch.equal(results[0][3], results[1][3]) or layout == "uniform"
 

@@ -293,9 +293,9 @@ def test_an_unused_result_of_a_norm_with_a_residual(unused, norm, backend):
     x, residual, *learned = (d.requires_grad_() for d in added_inputs(norm, 4, 9, torch.float32))
     results = added(norm, plan, backend)(x, residual, *learned).unbind()
     dy = random_like(x, 3)
-    found = torch.autograd.grad(results[1 - unused], (x, residual), dy)
+    gradients = torch.autograd.grad(results[1 - unused], (x, residual), dy)
     alone = x + residual if unused else op(norm, plan, backend)(x + residual, *learned)
-    for mine, wanted in zip(found, torch.autograd.grad(alone, (x, residual), dy), strict=True):
+    for mine, wanted in zip(gradients, torch.autograd.grad(alone, (x, residual), dy), strict=True):
         assert_same_bits(mine, wanted)
 
 

@@ -52,11 +52,11 @@ def layer(plan: MaskPlan) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def calls():
-    with recorded() as found:
+    with recorded() as recorded_calls:
         for plan in plans():
             layer(plan)
             layer(plan)  # the same calls: kept once
-    return found
+    return recorded_calls
 
 
 def test_every_call_is_kept_once(calls):

@@ -43,14 +43,15 @@ class FakeClock:
 @pytest.mark.slow
 def test_the_tuner_decides_every_choice_once(others):
     tile, way = rectangles.Tile(16, 16, 16, 4, 1), linear_kernel.Way("rectangles")
-    clock, found, said = FakeClock({str(tile): 0.5, str(way): 0.9}), {}, []
+    clock, decisions, lines = FakeClock({str(tile): 0.5, str(way): 0.9}), {}, []
     for call in tune.CASES["linear"](LONG, torch.device("cpu"), torch.float32):
-        tune.tune_call(call, clock, found, 5, 1.0, said.append)
-    names = [at[0] for at in found]
+        tune.tune_call(call, clock, decisions, 5, 1.0, lines.append)
+    names = [choice[0] for choice in decisions]
     assert names == ["linear_sums", "dw_rectangles", "linear_dw"]  # the tile of a way before the way
-    assert [f.config for f in found.values()] == [scaling.TILE.heuristic("fp32"), tile, way]
-    assert (found["linear_dw", ("fp32", 4, 64)].p50, found["linear_dw", ("fp32", 4, 64)].heuristic_p50) == (0.9, 1.0)
-    assert len(said) == len(clock.compared) == 3 and all(len(names) == 2 for names in clock.compared)
+    assert [f.config for f in decisions.values()] == [scaling.TILE.heuristic("fp32"), tile, way]
+    decision = decisions["linear_dw", ("fp32", 4, 64)]
+    assert (decision.p50, decision.heuristic_p50) == (0.9, 1.0)
+    assert len(lines) == len(clock.compared) == 3 and all(len(names) == 2 for names in clock.compared)
 
 
 def test_a_candidate_that_does_not_fit_the_device_is_left_out(others, monkeypatch):
@@ -60,27 +61,27 @@ def test_a_candidate_that_does_not_fit_the_device_is_left_out(others, monkeypatc
         if TUNABLES["activation_forward"](torch.device("cpu"), "fp32", "plain") == SMALL:
             raise OutOfResources(300_000, 232_448, "shared memory")
 
-    ((at, candidates, given),) = tune.choices(call)
-    assert (at, given) == (("activation_forward", ("fp32", "plain")), {})
+    ((choice, candidates, given),) = tune.choices(call)
+    assert (choice, given) == (("activation_forward", ("fp32", "plain")), {})
     assert candidates == [mlp_kernel.Tile(32, 64, 4)]
 
 
 def test_what_is_written_is_what_is_read(tmp_path, monkeypatch, others):
-    path, at = tmp_path / "folder" / "t.json", ("activation_forward", ("fp32", "plain"))
+    path, choice = tmp_path / "folder" / "t.json", ("activation_forward", ("fp32", "plain"))
     assert tune.entries_of(path, "T0") == {}
     tune.write(
         path,
         "T0",
         {"token_losses": {"bf16 8192": {"config": {"block": 8192, "warps": 32}}}},
-        {at: tune.Found(SMALL, 5e-6, 7e-6)},
+        {choice: tune.Found(SMALL, 5e-6, 7e-6)},
         tune.provenance(),
     )
     entry = json.loads(path.read_text())["entries"]["activation_forward"]["fp32 plain"]
     assert entry["p50_microseconds"] == 5 and entry["heuristic_p50_microseconds"] == 7
     assert {"torch", "triton", "driver", "commit", "date"} <= set(entry) and entry["torch"] == torch.__version__
     assert list(path.parent.iterdir()) == [path]
-    kept = tune.entries_of(path, "T0")
-    tune.write(path, "T0", kept, {at: tune.Found(mlp_kernel.Tile(32, 64, 4), 6e-6, 6e-6)}, {})
+    earlier_entries = tune.entries_of(path, "T0")
+    tune.write(path, "T0", earlier_entries, {choice: tune.Found(mlp_kernel.Tile(32, 64, 4), 6e-6, 6e-6)}, {})
     again = json.loads(path.read_text())["entries"]
     assert set(again) == {"token_losses", "activation_forward"}
     assert again["activation_forward"]["fp32 plain"]["config"]["tokens"] == 32
@@ -129,9 +130,9 @@ def test_the_table_has_every_choice_at_once_and_resuming_measures_the_others(tmp
     def entries() -> dict:
         return json.loads(path.read_text())["entries"]
 
-    def stop(at, found):
-        assert entries()[at[0]]["fp32 plain"]["config"] == SMALL._asdict() == found.config._asdict()
-        seen.append(at)
+    def stop(choice, result):
+        assert entries()[choice[0]]["fp32 plain"]["config"] == SMALL._asdict() == result.config._asdict()
+        seen.append(choice)
         if len(seen) == 1:
             raise KeyboardInterrupt
 

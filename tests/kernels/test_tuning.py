@@ -112,13 +112,13 @@ def test_every_choice_forced_gives_the_same_result(op, others):
     for way in tune.CASES[op](LONG if op == "linear" else SHAPE, torch.device("cpu"), torch.float32):
         with trial():
             expected = flat(way())
-        for at, candidates, given in tune.choices(way):
+        for choice, candidates, given in tune.choices(way):
             for config in candidates[1:]:
-                with trial({**given, at: config}) as seen:
+                with trial({**given, choice: config}) as seen:
                     for got, want in zip(flat(way()), expected, strict=True):
                         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-                assert at in seen.asked
-                tried[at[0]] += 1
+                assert choice in seen.asked
+                tried[choice[0]] += 1
     assert (
         set(tried)
         == {
@@ -226,7 +226,7 @@ def constants(name: str, key: tuple, c) -> list[tuple[str, dict]]:
 
 
 def test_every_candidate_is_compiled_ahead_of_time():
-    found = [(launch.kernel.__name__, launch) for _, _, launch in all_variants()]
+    launches = [(launch.kernel.__name__, launch) for _, _, launch in all_variants()]
     count = 0
     for name, tunable in TUNABLES.items():
         for key in tunable.others if name != "linear_dw" else ():
@@ -234,11 +234,11 @@ def test_every_candidate_is_compiled_ahead_of_time():
                 for kernel, wanted in constants(name, key, config):
                     count += 1
                     assert any(
-                        kernel == there
+                        kernel == kernel_name
                         and f"*{key[0]}" in launch.signature.values()
                         and wanted.items() <= launch.constants.items()
                         and launch.num_warps == config.warps
                         and launch.num_stages == getattr(config, "stages", launch.num_stages)
-                        for there, launch in found
+                        for kernel_name, launch in launches
                     ), (kernel, key, config)
     assert count > 30 and all(2 <= len(t.candidates(*key)) <= 4 for t in TUNABLES.values() for key in t.others)

@@ -36,8 +36,8 @@ def take(file: str) -> dict:
     os.environ["COLUMNS"] = "80"
     one = ["bench", "debug", "--rounds", "1", "--masking.domains=[a, b]", "--train.steps=10"]
     commands = ["bench", "debug", "--rounds", "3", "--json", file, "--train.micro_batch", "4"], one
-    found = {"commands": [called(*command) for command in commands], "one": rows(), "two": rows(*TEN)}
-    return found | {"compiled": compiled("blocks"), "as it is": compiled("off")}
+    outputs = {"commands": [called(*command) for command in commands], "one": rows(), "two": rows(*TEN)}
+    return outputs | {"compiled": compiled("blocks"), "as it is": compiled("off")}
 
 
 def compiled(value: str) -> bool:
@@ -58,11 +58,11 @@ def called(*arguments: str) -> tuple[int, str, str]:
 
 def rows(*overrides: str) -> dict[str, SimpleNamespace]:
     config = load_config("debug", list(overrides))
-    found = {}
+    cases = {}
     for name, step in engine_steps(config, label_cases(config, 1)).items():
         _, batches, tables, *_ = step.call.args
-        found[name] = SimpleNamespace(tables=tables, batches=batches, labels=[b.labels for b in batches])
-    return found
+        cases[name] = SimpleNamespace(tables=tables, batches=batches, labels=[b.labels for b in batches])
+    return cases
 
 
 @pytest.fixture(scope="module")
@@ -147,17 +147,17 @@ def test_a_step_without_a_quarter_is_refused_before_there_is_a_model(capsys, mon
     assert "--train.tokens_per_step 512" in printed.err
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_what_is_broken_off_leaves_no_empty_file(there, tmp_path, monkeypatch):
+@pytest.mark.parametrize("file_exists", [True, False])
+def test_what_is_broken_off_leaves_no_empty_file(file_exists, tmp_path, monkeypatch):
     def broken_off(*args):
         raise KeyboardInterrupt
 
     file = tmp_path / "rows.jsonl"
-    if there:
+    if file_exists:
         file.write_text("rows of before")
     monkeypatch.setattr("sgtm.measure.bench.init_distributed", broken_off)
     assert main(["bench", "debug", "--json", str(file)]) == 130
-    assert file.read_text() == "rows of before" if there else not file.exists()
+    assert file.read_text() == "rows of before" if file_exists else not file.exists()
 
 
 @pytest.mark.parametrize(
@@ -196,8 +196,8 @@ class Timed:
 def test_steps_take_turns_in_rounds_of_another_order_each():
     calls = []
     steps = {name: Timed(1.0, calls, name) for name in "abcd"}
-    found = take_rounds(steps, 20)
-    assert all(len(took) == 20 for took in found.took.values())
+    measurement = take_rounds(steps, 20)
+    assert all(len(took) == 20 for took in measurement.took.values())
     rounds = ["".join(calls[i : i + 4]) for i in range(4, len(calls), 4)]
     assert all(sorted(order) == list("abcd") for order in rounds) and len(set(rounds)) > 5
     assert len(take_rounds(steps, 20, seconds=0).took["a"]) == LEAST
@@ -215,10 +215,10 @@ def test_a_row_is_compared_with_the_unmasked_step_of_the_same_round():
 def test_targets_hold_for_the_18m_shape_and_the_best_peer():
     config, cpu = load_config("tinystories-18m", []), {"nothing masked": 1.02, "25 % forget sequences": 1.0}
     cpu |= {"pure forget": 0.95, "pure forget, joint masked": 0.79, "none": 1.0}
-    found = Rounds({name: [Took(1.0, seconds)] for name, seconds in cpu.items()})
-    found.took |= {"Hugging Face, a": [Took(1.9, 9.0)], "Hugging Face, b": [Took(1.7, 9.0)], "Hugging Face, c": []}
-    found.failed = {"Hugging Face, c": "RuntimeError: no"}
-    verdicts = {row["row"]: (row.get("target"), row.get("missed")) for row in rows_of(config, found)}
+    rounds = Rounds({name: [Took(1.0, seconds)] for name, seconds in cpu.items()})
+    rounds.took |= {"Hugging Face, a": [Took(1.9, 9.0)], "Hugging Face, b": [Took(1.7, 9.0)], "Hugging Face, c": []}
+    rounds.failed = {"Hugging Face, c": "RuntimeError: no"}
+    verdicts = {row["row"]: (row.get("target"), row.get("missed")) for row in rows_of(config, rounds)}
     assert verdicts == {
         "none": (None, None),
         "nothing masked": ("CPU <= 1.01", True),
@@ -229,7 +229,7 @@ def test_targets_hold_for_the_18m_shape_and_the_best_peer():
         "Hugging Face, b": ("time >= 1.80", True),
         "Hugging Face, c": (None, None),
     }
-    assert all(row["target"] is None for row in rows_of(load_config("debug"), found) if "error" not in row)
+    assert all(row["target"] is None for row in rows_of(load_config("debug"), rounds) if "error" not in row)
 
 
 def test_a_step_of_ours_that_fails_ends_the_measurement():

@@ -105,32 +105,34 @@ def test_every_share_in_every_mixing_mode_once(name):
     from sgtm.measure.models import SETTINGS
 
     setting = SETTINGS[name]()
-    found = cases(setting)
-    masked = [case for key, case in found.items() if not key.startswith("none")]
+    variants = cases(setting)
+    masked = [case for key, case in variants.items() if not key.startswith("none")]
     modes = [(case.percent, mode) for case in masked for mode in case.mixing]
     assert set(modes) == set(product((0, 5, 25, 100), ("step", "micro", "sequence", "token")))
-    steps = [(id(case.tables), case.batches) for case in found.values() if isinstance(case, Case)]
+    steps = [(id(case.tables), case.batches) for case in variants.values() if isinstance(case, Case)]
     assert len(set(steps)) == len(steps)
 
     def share(case) -> float:
         if not isinstance(case, Case):
             assert sum(case.weights.values()) == pytest.approx(1)
-            return sum(weight * share(found[part]) for part, weight in case.weights.items())
+            return sum(weight * share(variants[part]) for part, weight in case.weights.items())
         pieces = [(label, n) for batch in case.batches for label, n in zip(batch.labels, batch.lengths, strict=True)]
         assert sum(n for _, n in pieces) == len(case.batches) * setting.micro_batch * setting.model.context
         return sum(n for label, n in pieces if label == 2) / sum(n for _, n in pieces)
 
     tokens = {
-        key: random_batches(case.batches, setting.model, CPU) for key, case in found.items() if isinstance(case, Case)
+        key: random_batches(case.batches, setting.model, CPU)
+        for key, case in variants.items()
+        if isinstance(case, Case)
     }
     for key, batches in tokens.items():
-        for got, want in zip(batches, tokens[found[key].of], strict=True):
+        for got, want in zip(batches, tokens[variants[key].of], strict=True):
             assert torch.equal(got.input_ids, want.input_ids) and torch.equal(got.targets, want.targets)
 
-    for case in found.values():
+    for case in variants.values():
         assert share(case) == pytest.approx(case.percent / 100, abs=0.005 if "token" in case.mixing else 1e-9)
-        base = found[case.of]
-        parts = [case] if isinstance(case, Case) else [found[part] for part in case.weights]
+        base = variants[case.of]
+        parts = [case] if isinstance(case, Case) else [variants[part] for part in case.weights]
         for part in parts:  # the same micro-batches and documents, whatever the labels
             assert [(sum(b.lengths), b.documents) for b in part.batches] == [
                 (sum(b.lengths), b.documents) for b in base.batches
@@ -143,10 +145,10 @@ def test_labels_change_where_the_mixing_mode_says(name):
     from sgtm.measure.models import SETTINGS
 
     setting = SETTINGS[name]()
-    found = cases(setting)
-    assert [set(b.labels) for b in found["25 %, micro"].batches] == [{2}, {0}, {0}, {0}]
-    assert {2, 0} in [set(b.labels) for b in found["25 %, sequence"].batches]
-    for batch in found["5 %, token"].batches:
+    variants = cases(setting)
+    assert [set(b.labels) for b in variants["25 %, micro"].batches] == [{2}, {0}, {0}, {0}]
+    assert {2, 0} in [set(b.labels) for b in variants["25 %, sequence"].batches]
+    for batch in variants["5 %, token"].batches:
         ends = {end for _, end in batch.documents}
         context = setting.model.context
         assert ends >= set(range(context, setting.micro_batch * context + 1, context))

@@ -47,8 +47,8 @@ def kernel_tests(tmp_path: Path, *ops: str) -> list[list[str]]:
     """The commands of the stage `tests`."""
     from gpu_stages.stages import stages
 
-    (found,) = stages(tmp_path, only=["tests"], ops=ops)
-    return [unit.command(60) for unit in found.units]
+    (stage,) = stages(tmp_path, only=["tests"], ops=ops)
+    return [unit.command(60) for unit in stage.units]
 
 
 def collecting(command: list[str]) -> list[str]:
@@ -183,7 +183,7 @@ def test_rounds_are_paired_and_their_order_changes():
     calls = []
     ways = {name: lambda name=name: calls.append(name) for name in "abcd"}
     times = Clock(torch.device("cpu")).rounds(ways, 20, seconds=60)
-    assert {name: len(found) for name, found in times.items()} == dict.fromkeys("abcd", 20)
+    assert {name: len(seconds) for name, seconds in times.items()} == dict.fromkeys("abcd", 20)
     rounds = ["".join(calls[i : i + 4]) for i in range(8, len(calls), 4)]
     assert all(sorted(order) == list("abcd") for order in rounds) and len(set(rounds)) > 5
     assert len(Clock(torch.device("cpu")).rounds(ways, 20, seconds=0)["a"]) == 3
@@ -242,11 +242,11 @@ def test_a_variant_that_fails_is_a_row_and_what_is_measured_is_not_measured_agai
     command = ["ops.py", "--only", "mlp,norm", "--mask", "pure forget", *tiny(rows)[4:], "--shape", "tiny"]
     monkeypatch.setattr(sys, "argv", command)
     assert ops.main() == 1
-    found = Journal(rows).rows()
-    assert [row["item"].split(",")[0] for row in found] == ["activation", *["norm"] * 3]
-    assert found[0]["outcome"] == "failed" and found[0]["error"] == "RuntimeError: no such kernel"
-    assert [row["mask"] for row in found[1:]] == ["F.layer_norm", "unmasked", "pure forget"]
-    assert ops.main() == 0 and Journal(rows).rows() == found and len(called) == 1
+    records = Journal(rows).rows()
+    assert [row["item"].split(",")[0] for row in records] == ["activation", *["norm"] * 3]
+    assert records[0]["outcome"] == "failed" and records[0]["error"] == "RuntimeError: no such kernel"
+    assert [row["mask"] for row in records[1:]] == ["F.layer_norm", "unmasked", "pure forget"]
+    assert ops.main() == 0 and Journal(rows).rows() == records and len(called) == 1
 
 
 def test_kernel_tests_put_their_tensors_on_the_gpu():

@@ -89,13 +89,13 @@ def test_every_strategy_and_mixing(family):
 
 
 def test_all_strategies_and_mixings_have_few_signatures():
-    found = {
+    pairs = {
         (plan_of(batch, tables).signature, batch.input_ids.shape)
         for tables in (make() for make in STRATEGIES.values())
         for seed, mixing in enumerate(MIXINGS)
         for batch in random_step(mixing, seed)
     }
-    assert (len({signature for signature, _ in found}), len(found)) == (SIGNATURES, PAIRS)
+    assert (len({signature for signature, _ in pairs}), len(pairs)) == (SIGNATURES, PAIRS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

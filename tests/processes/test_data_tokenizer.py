@@ -211,6 +211,6 @@ def test_the_cut_of_long_words_is_of_training_alone():
 
 def test_a_sample_is_no_larger_than_its_budget():
     for text in ("x" * 1000, "ñ" * 1000, "a🍒" * 500):
-        (found,) = sample_texts([text], 99)
-        assert text.startswith(found) and 95 < len(found.encode()) <= 99
+        (sample,) = sample_texts([text], 99)
+        assert text.startswith(sample) and 95 < len(sample.encode()) <= 99
     assert sample_texts(["x" * 99], 99) == ["x" * 99]

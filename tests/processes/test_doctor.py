@@ -16,11 +16,11 @@ from sgtm_kernels.triton_common.tuning import table_of
 def test_json_holds_every_section(capsys, monkeypatch):
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     print_findings(as_json=True)
-    found = json.loads(capsys.readouterr().out)
-    assert found["software"]["torch"] == torch.__version__
-    assert set(found["backends"]) == set(OPS)
-    assert found["environment"]["NCCL_DEBUG"] == "INFO"
-    assert ("GPU" in found["missing"]) == (not torch.cuda.is_available()) == (not found["gpus"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["software"]["torch"] == torch.__version__
+    assert set(report["backends"]) == set(OPS)
+    assert report["environment"]["NCCL_DEBUG"] == "INFO"
+    assert ("GPU" in report["missing"]) == (not torch.cuda.is_available()) == (not report["gpus"])
 
 
 def test_text_is_plain_and_complete(capsys):
@@ -44,12 +44,12 @@ def test_text_is_plain_and_complete(capsys):
 def test_absent_package_is_missing_with_its_use(monkeypatch):
     monkeypatch.setitem(sys.modules, "sgtm_kernels.norm.pytorch", None)  # importing it raises
     monkeypatch.setattr("sgtm.measure.doctor.installed", lambda name: None if name == "triton" else "1.0")
-    found = findings()
-    assert found["software"]["triton"] == "not installed"
-    assert "Triton kernels" in found["missing"]["triton"]
-    assert "wandb" not in found["missing"]
-    assert "torch (auto) broken: " in found["backends"]["norm"]
-    assert "broken" not in found["backends"]["mlp"]
+    report = findings()
+    assert report["software"]["triton"] == "not installed"
+    assert "Triton kernels" in report["missing"]["triton"]
+    assert "wandb" not in report["missing"]
+    assert "torch (auto) broken: " in report["backends"]["norm"]
+    assert "broken" not in report["backends"]["mlp"]
 
 
 def test_backends_mark_the_default_and_report_a_wrong_choice(monkeypatch):
@@ -62,21 +62,21 @@ def test_backends_mark_the_default_and_report_a_wrong_choice(monkeypatch):
 def test_dispatch_names_the_backend_of_auto_and_why(monkeypatch):
     """Triton's interpreter makes its backend usable here."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    found = findings()["dispatch"]
-    assert found["auto"] == "torch for every op: the default on a CPU"
-    assert found["torch, attention"].startswith("SDPA; windows and documents on a GPU by flash_attn")
+    dispatch = findings()["dispatch"]
+    assert dispatch["auto"] == "torch for every op: the default on a CPU"
+    assert dispatch["torch, attention"].startswith("SDPA; windows and documents on a GPU by flash_attn")
     monkeypatch.setenv("SGTM_KERNELS", "reference")
     monkeypatch.setenv("SGTM_LINEAR", "rectangles")
-    found = findings()
-    assert found["dispatch"]["auto"] == "reference for every op: named by SGTM_KERNELS"
-    assert found["dispatch"]["triton, linear"].endswith("token to token: rectangles (SGTM_LINEAR)")
-    assert found["environment"]["SGTM_LINEAR"] == "rectangles"
+    report = findings()
+    assert report["dispatch"]["auto"] == "reference for every op: named by SGTM_KERNELS"
+    assert report["dispatch"]["triton, linear"].endswith("token to token: rectangles (SGTM_LINEAR)")
+    assert report["environment"]["SGTM_LINEAR"] == "rectangles"
     monkeypatch.setenv("SGTM_ATTENTION", "flex")
-    found = findings()
-    assert found["dispatch"]["torch, attention"] == "flex (SGTM_ATTENTION)"
-    assert found["environment"]["SGTM_ATTENTION"] == "flex"
+    report = findings()
+    assert report["dispatch"]["torch, attention"] == "flex (SGTM_ATTENTION)"
+    assert report["environment"]["SGTM_ATTENTION"] == "flex"
     for variable, row in (("SGTM_ATTENTION", "torch, attention"), ("SGTM_LINEAR", "triton, linear")):
-        before = dict(found["dispatch"])
+        before = dict(report["dispatch"])
         with monkeypatch.context() as wrong:
             wrong.setenv(variable, "flexible")
             now = findings()["dispatch"]
@@ -89,9 +89,9 @@ def test_why_triton_is_unusable_is_said_once(monkeypatch):
     monkeypatch.setattr(
         "sgtm_kernels.dispatch.unusable", lambda name, dtype=None: "it is away" if name == "triton" else None
     )
-    found = findings()["backends"]
-    assert all(found[op].endswith("triton unusable") for op in OPS)
-    assert found["triton is unusable"] == "it is away" and str(found).count("it is away") == 1
+    backends = findings()["backends"]
+    assert all(backends[op].endswith("triton unusable") for op in OPS)
+    assert backends["triton is unusable"] == "it is away" and str(backends).count("it is away") == 1
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_the_table_of_tuned_kernels_is_told(monkeypatch, tmp_path):
             path.write_text(content)
         monkeypatch.setenv("SGTM_TUNED", value)
         table_of.cache_clear()
-        found = findings()["tuning"]
-        assert next(iter(found.values())).startswith(expected)
+        tuning = findings()["tuning"]
+        assert next(iter(tuning.values())).startswith(expected)
     table_of.cache_clear()
 
 

@@ -94,30 +94,30 @@ def test_so_it_does_in_transformers_4(export_of, tmp_path):
     environment = {**os.environ, "PYTHONPATH": python_path(FOUR)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    facts = json.loads(done.stdout)
     for case, folder in folders.items():
-        assert found[folder]["version"].startswith("4.57.")
-        check(case, found[folder], *export_of(*case)[:-1])
+        assert facts[folder]["version"].startswith("4.57.")
+        check(case, facts[folder], *export_of(*case)[:-1])
 
 
-def check(case: tuple, found: dict, corpus: Corpus, model: Transformer, config: Config) -> None:
-    """`found`: what `loaded` returns of the export."""
+def check(case: tuple, facts: dict, corpus: Corpus, model: Transformer, config: Config) -> None:
+    """`facts`: what `loaded` returns of the export."""
     kind, family, remove = case
-    assert found["ids"] == [corpus.tokens(document)[:-1].tolist() for document in range(len(TEXTS))], case
+    assert facts["ids"] == [corpus.tokens(document)[:-1].tolist() for document in range(len(TEXTS))], case
     if KINDS[kind][1]:
-        assert found["decoded"] == TEXTS, case
-    for ids, logits in zip(found["ids"], found["logits"], strict=True):
+        assert facts["decoded"] == TEXTS, case
+    for ids, logits in zip(facts["ids"], facts["logits"], strict=True):
         plan = MaskPlan.uniform(removal_tables(config.space, list(remove)), 0, 1, len(ids))
         with torch.no_grad():
             ours = model.logits(torch.tensor([ids]), plan)[0]
         torch.testing.assert_close(torch.tensor(logits), ours, rtol=2e-5, atol=2e-5 * ours.abs().max().item())
     has_pad = corpus.tokenizer.token_to_id(PAD)
     roles = {"bos": None, "eos": corpus.eos_id, "pad": has_pad}
-    assert found["ids_of_roles"] == found["ids_of_config"] == roles, case
-    assert found["unk"] == ("<unk>" if kind == "unigram" else None), case
-    assert found["tokens"] == len(corpus.tokenizer.get_vocab()) <= VOCABULARY, case  # loading has added none
-    assert found["architecture"] == ("mistral" if remove else family), case
-    assert found["generated"] >= 1, case
+    assert facts["ids_of_roles"] == facts["ids_of_config"] == roles, case
+    assert facts["unk"] == ("<unk>" if kind == "unigram" else None), case
+    assert facts["tokens"] == len(corpus.tokenizer.get_vocab()) <= VOCABULARY, case  # loading has added none
+    assert facts["architecture"] == ("mistral" if remove else family), case
+    assert facts["generated"] >= 1, case
 
 
 def test_any_text_is_encoded_as_in_prepare_without_a_control_id_and_comes_back(export_of):
@@ -173,10 +173,10 @@ def test_a_corpus_of_an_earlier_version_is_exported_as_text_too(tmp_path, monkey
     corpus = SimpleNamespace(tokenizer=tokenizer, eos_id=eos, token_names={}, fingerprint="of the run")
     monkeypatch.setattr(export, "open_corpus", lambda config, verify, write: corpus)
     make_run(tmp_path / "run", LLAMA.replace("vocab_size: 257", f"vocab_size: {VOCABULARY}"))
-    found = AutoTokenizer.from_pretrained(export_run(tmp_path / "run", [], tmp_path / "out"))
+    exported_tokenizer = AutoTokenizer.from_pretrained(export_run(tmp_path / "run", [], tmp_path / "out"))
     for text in ("the fox", f"a {EOS} b"):
-        assert found(text)["input_ids"] == plain_text(tokenizer, {EOS}).encode(text).ids
-    assert eos not in found(f"a {EOS} b")["input_ids"]
+        assert exported_tokenizer(text)["input_ids"] == plain_text(tokenizer, {EOS}).encode(text).ids
+    assert eos not in exported_tokenizer(f"a {EOS} b")["input_ids"]
 
 
 def test_the_tokenizer_is_written_for_both_versions(tmp_path):

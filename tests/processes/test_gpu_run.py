@@ -88,11 +88,11 @@ def test_limits_are_within_the_budget_and_unused_time_passes_on(seed, tmp_path):
         return Ended(cut=cost >= limit)
 
     budget = dice.choice([120.0, 540.0])
-    found = stages(tmp_path)
-    rows = run(tmp_path, found, budget, execute=execute, clock=lambda: now[0])
+    all_stages = stages(tmp_path)
+    rows = run(tmp_path, all_stages, budget, execute=execute, clock=lambda: now[0])
     assert now[0] <= budget + 1e-6 and unused[-1] == pytest.approx(0, abs=1e-6), "the last unit gets all that is left"
-    assert {row["stage"] for row in rows} == {stage.name for stage in found}
-    for stage, share in zip(found, ON_GPU_SHARES, strict=True):
+    assert {row["stage"] for row in rows} == {stage.name for stage in all_stages}
+    for stage, share in zip(all_stages, ON_GPU_SHARES, strict=True):
         allowed = sum(limits[stage.name]) if stage.parallel == 1 else limits[stage.name][0]
         assert max(limits[stage.name]) <= budget and allowed >= share / sum(ON_GPU_SHARES) * budget - 1e-6
 

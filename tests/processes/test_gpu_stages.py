@@ -30,8 +30,8 @@ def test_an_error_has_the_budget_of_plain_torch_and_zeros_stay_zeros():
     plain = exact.float() + torch.tensor([[0.1, 0.0], [0.0, 0.0]])
     actual = exact.float() + torch.tensor([[0.0, 0.39], [0.0, 0.0]])
     assert FACTOR == 4 and compared(actual, plain, exact)["ok"]
-    found = compared(exact.float() + torch.tensor([[0.0, 0.41], [0.0, 0.0]]), plain, exact)
-    assert not found["ok"] and found["error"] > found["budget"]
+    verdict = compared(exact.float() + torch.tensor([[0.0, 0.41], [0.0, 0.0]]), plain, exact)
+    assert not verdict["ok"] and verdict["error"] > verdict["budget"]
     unwritten = exact.float() + torch.tensor([[0.0, torch.nan], [0.0, 0.0]])
     assert not compared(unwritten, plain, exact)["ok"]
     touched = compared(exact.float() + torch.tensor([[0.0, 0.0], [1e-6, 0.0]]), plain, exact)
@@ -52,9 +52,9 @@ def test_smoke_finds_what_an_op_gets_wrong(fault, monkeypatch):
     results = case.results
 
     def broken(plan, backend, dtype):
-        found = results(plan, backend, dtype)
+        outputs = results(plan, backend, dtype)
         if backend == "torch":
-            dw = found["dweight"]
+            dw = outputs["dweight"]
             untouched = int((dw == 0).all(1).nonzero()[0])
             if fault == "wrong":
                 dw *= 2
@@ -62,12 +62,12 @@ def test_smoke_finds_what_an_op_gets_wrong(fault, monkeypatch):
                 dw[3] = torch.empty_like(dw[3]).fill_(torch.nan)
             elif fault == "interference":
                 dw[untouched, 0] = 1e-30
-        return found
+        return outputs
 
     case = type(case)(case.ours, case.public, case.work, broken)
-    found = check(case, plans(shape)["25 % forget"], "torch", torch.bfloat16, {})
-    assert found["outcome"] == ("failed" if fault else "ok") and found["results"]["out"]["ok"]
-    assert ("dweight" in found.get("error", "")) == bool(fault)
+    row = check(case, plans(shape)["25 % forget"], "torch", torch.bfloat16, {})
+    assert row["outcome"] == ("failed" if fault else "ok") and row["results"]["out"]["ok"]
+    assert ("dweight" in row.get("error", "")) == bool(fault)
 
 
 WARM = """
@@ -101,19 +101,19 @@ def test_what_is_compiled_beforehand_is_what_calls_launch(tmp_path):
     environ["PYTHONPATH"] = python_path(*(ROOT / f for f in ("benchmarks", "benchmarks/gpu_stages", "kernels")))
     done = subprocess.run([sys.executable, "-c", WARM], env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["names"] == ["activation_backward", "activation_forward", "add_partial_sums"]
-    assert found["launches"] >= 6 and found["problems"] == [None] * found["launches"] and found["new"] == 0
+    output = json.loads(done.stdout)
+    assert output["names"] == ["activation_backward", "activation_forward", "add_partial_sums"]
+    assert output["launches"] >= 6 and output["problems"] == [None] * output["launches"] and output["new"] == 0
 
 
 def test_busy_share_and_gaps_of_a_profile():
     from profile_step import Span, summary
 
     spans = [Span("a", 0, 10), Span("b", 5, 8), Span("a", 20, 30), Span("c", 29, 40)]
-    found = summary(spans, steps=2)
-    assert found["busy_share"] == 0.75 and found["milliseconds"] == 0.02 and found["launches"] == 2
-    assert found["gaps"] == [{"ms": 0.01, "after": "a", "before": "a"}]
-    assert [(k["name"], k["ms"], k["calls"]) for k in found["kernels"]] == [
+    profile = summary(spans, steps=2)
+    assert profile["busy_share"] == 0.75 and profile["milliseconds"] == 0.02 and profile["launches"] == 2
+    assert profile["gaps"] == [{"ms": 0.01, "after": "a", "before": "a"}]
+    assert [(k["name"], k["ms"], k["calls"]) for k in profile["kernels"]] == [
         ("a", 0.01, 1.0), ("c", 0.0055, 0.5), ("b", 0.0015, 0.5)
     ]  # fmt: skip
     with pytest.raises(RuntimeError, match="saw nothing"):
@@ -147,18 +147,18 @@ def measurements() -> list[dict]:
 def refused(rows: list[dict]) -> dict[str, str]:
     from verdicts import admitted
 
-    kept, refused = admitted(measurements(), rows)
-    assert len(kept) + len(refused) == len(measurements())
-    assert all(row in kept for row in measurements() if row["backend"] == "public")
+    survivors, refused = admitted(measurements(), rows)
+    assert len(survivors) + len(refused) == len(measurements())
+    assert all(row in survivors for row in measurements() if row["backend"] == "public")
     return refused
 
 
 def test_an_op_that_failed_is_not_reported_nor_are_whole_steps():
     assert refused(checks()) == {}
     crash = {"stage": "smoke", "item": "attention, window, 254m, pure forget, triton", "outcome": "crashed"}
-    found = refused([*checks(), crash | {"error": "SIGSEGV"}])
-    assert found["attention in triton"] == "attention: attention, window, 254m, pure forget, triton: SIGSEGV"
-    assert set(found) == {"attention in triton", "whole steps in triton"}
+    reasons = refused([*checks(), crash | {"error": "SIGSEGV"}])
+    assert reasons["attention in triton"] == "attention: attention, window, 254m, pure forget, triton: SIGSEGV"
+    assert set(reasons) == {"attention in triton", "whole steps in triton"}
     assert refused([*checks(), crash | {"error": "SIGSEGV"}, crash | {"outcome": "ok"}]) == {}  # run again since
     other = crash | {"item": crash["item"].replace("triton", "torch"), "error": "SIGSEGV"}
     assert refused([*checks(), other]) == {}
@@ -224,11 +224,11 @@ def test_a_choice_of_the_tuner_is_a_row_before_the_next_is_made(tmp_path, monkey
     from sgtm_kernels.tools.tune import Found
 
     rows, counts = tmp_path / "tune.jsonl", []
-    found = Found(TILES["activation_forward"].candidates("fp32", "plain")[0], 1e-6, 2e-6)
+    choice = Found(TILES["activation_forward"].candidates("fp32", "plain")[0], 1e-6, 2e-6)
 
     def tune(*args, decided, **options):
         for _ in range(3):
-            decided(("activation_forward", ("fp32", "plain")), found)
+            decided(("activation_forward", ("fp32", "plain")), choice)
             counts.append(len(Journal(rows).rows()))
 
     monkeypatch.setattr(tuning_table, "tune", tune)

@@ -137,8 +137,8 @@ def test_rectangles_take_one_copy_more_for_each_part(family, no_kernels, monkeyp
     monkeypatch.setenv("SGTM_LINEAR", "rectangles")
     model = model_of(family, 2).to("meta")
     parts = [part for part in PROJECTIONS if len(set(TABLES["sgtm"].update[part])) > 1]
-    found = copies_of(model, BATCHES["many slices, documents"], "sgtm", monkeypatch)
-    assert 1 < found <= 1 + len(parts)
+    copies = copies_of(model, BATCHES["many slices, documents"], "sgtm", monkeypatch)
+    assert 1 < copies <= 1 + len(parts)
     assert copies_of(model, BATCHES["whole sequences"], "sgtm", monkeypatch) == 1
 
 
@@ -164,18 +164,18 @@ def test_edges_of_documents():
 
 def calls_of(function: Callable[[], object]) -> Counter[str]:
     """Calls of this project's Python functions, by name."""
-    found: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
 
     def profile(frame, event, _):
         if event == "call" and frame.f_globals.get("__name__", "").split(".")[0] in ("sgtm", "sgtm_kernels"):
-            found[frame.f_code.co_name] += 1
+            calls[frame.f_code.co_name] += 1
 
     sys.setprofile(profile)
     try:
         function()
     finally:
         sys.setprofile(None)
-    return found
+    return calls
 
 
 def per_layer(family: str, batch: Batch, strategy: str, backend: str = "triton") -> tuple[Counter[str], Counter[str]]:

@@ -59,8 +59,8 @@ def test_place_of_the_process(variables, expected):
 def test_slurm_counts_the_ranks_of_each_node(tasks, counts):
     step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "7", "SLURM_PROCID": "6", "SLURM_LOCALID": "0", **ADDRESS}
     step["SLURM_STEP_TASKS_PER_NODE"] = tasks
-    found = [detect_launch({**step, "SLURM_NODEID": str(node)}).local_world_size for node in range(len(counts))]
-    assert found == counts
+    sizes = [detect_launch({**step, "SLURM_NODEID": str(node)}).local_world_size for node in range(len(counts))]
+    assert sizes == counts
     for wrong in ({"SLURM_NODEID": str(len(counts))}, {"SLURM_STEP_TASKS_PER_NODE": f"{tasks}(y)"}):
         with pytest.raises(ValueError, match="SLURM_STEP_TASKS_PER_NODE"):
             detect_launch(step | wrong)
@@ -121,8 +121,8 @@ def test_deterministic_algorithms_on_a_gpu(wanted, monkeypatch):
     try:
         config = load_config("debug", [f"--kernels.deterministic={wanted}"])
         process_group._join(config.distributed, config.kernels)
-        found = torch.are_deterministic_algorithms_enabled(), "CUBLAS_WORKSPACE_CONFIG" in os.environ
-        assert found == (wanted, wanted) and torch.utils.deterministic.fill_uninitialized_memory is not wanted
+        flags = torch.are_deterministic_algorithms_enabled(), "CUBLAS_WORKSPACE_CONFIG" in os.environ
+        assert flags == (wanted, wanted) and torch.utils.deterministic.fill_uninitialized_memory is not wanted
         assert not torch.is_deterministic_algorithms_warn_only_enabled()  # SDPA's backward pass would add in any order
     finally:
         torch.use_deterministic_algorithms(False)
@@ -189,13 +189,13 @@ NOTE = f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:
 def test_slurm_starts_the_ranks_themselves(tmp_path):
     """Anything between srun and the rank would keep SLURM's signals to itself."""
     printed, _ = slurm_sbatch(tmp_path, "my.yaml", "--resume", srun=NOTE).communicate(timeout=PATIENCE)
-    arguments, found = json.loads(printed)
+    arguments, environ = json.loads(printed)
     options = [argument for argument in arguments if argument.startswith("--") and argument != "--resume"]
     assert options == ["--kill-on-bad-exit=1", "--cpus-per-task=8"]
     assert arguments[len(options) :] == ["python", "-m", "sgtm", "train", "my.yaml", "--resume"]
-    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("node-3", "29523")
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("node-3", "29523")
     step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
-    assert detect_launch({**found, **step, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}) == RankInfo("srun", 5, 8, 1, 4)
+    assert detect_launch({**environ, **step, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}) == RankInfo("srun", 5, 8, 1, 4)
 
 
 @pytest.mark.parametrize("given", [[], ["--overwrite"], ["--resume"], ["--resume", "auto"]])

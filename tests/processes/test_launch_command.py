@@ -1,9 +1,6 @@
 """`sgtm launch`: what it composes is what the scripts of launch/ take, and what cannot run is refused before.
 
-The scripts are the real ones, with stand-ins for the launchers that they call. Seen to fail with: NPROC left out of the
-environment; overrides not handed on; the check of memory, of the hostfile's slots, or of hpZ's groups, left out;
-`--dry-run` ignored; a run on other nodes held to this machine's memory; no word of `--memory`, or of data that are not
-here.
+The scripts are the real ones, with stand-ins for the launchers that they call.
 """
 
 from __future__ import annotations
@@ -47,8 +44,8 @@ def composed(folder: Path, *arguments: str) -> list[str]:
 
 
 def test_local(tmp_path):
-    found = composed(tmp_path, "--gpus", "2", "--train.steps", "30", "--overwrite")
-    assert found == [
+    arguments = composed(tmp_path, "--gpus", "2", "--train.steps", "30", "--overwrite")
+    assert arguments == [
         "--standalone",
         "--nproc-per-node",
         "2",
@@ -63,23 +60,24 @@ def test_local(tmp_path):
 
 
 def test_torchrun_over_two_nodes(tmp_path):
-    found = composed(tmp_path, "--nodes=2", "--gpus=2", "--rendezvous=node-0:29400", "--masking.domains=[es]")
-    assert "--nnodes 2 --nproc-per-node 2" in " ".join(found) and "--rdzv-endpoint node-0:29400" in " ".join(found)
-    assert found[-5:] == ["-m", "sgtm", "train", "debug", "--masking.domains=[es]"]
+    arguments = composed(tmp_path, "--nodes=2", "--gpus=2", "--rendezvous=node-0:29400", "--masking.domains=[es]")
+    line = " ".join(arguments)
+    assert "--nnodes 2 --nproc-per-node 2" in line and "--rdzv-endpoint node-0:29400" in line
+    assert arguments[-5:] == ["-m", "sgtm", "train", "debug", "--masking.domains=[es]"]
 
 
 def test_deepspeed_by_a_hostfile(tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("# two\nnode-0 slots=2\n\nnode-1 slots=2  # the other\n")
-    found = composed(tmp_path, "--hostfile", str(hosts), "--resume")
+    arguments = composed(tmp_path, "--hostfile", str(hosts), "--resume")
     port = ["--master_port", "29500"]
-    assert found == ["--hostfile", str(hosts), *port, "--module", "sgtm", "train", "debug", "--resume"]
+    assert arguments == ["--hostfile", str(hosts), *port, "--module", "sgtm", "train", "debug", "--resume"]
 
 
 def test_slurm(tmp_path):
-    found = composed(tmp_path, "--launcher", "slurm", "--nodes", "2", "--gpus", "2", "--memory", "80")
+    arguments = composed(tmp_path, "--launcher", "slurm", "--nodes", "2", "--gpus", "2", "--memory", "80")
     shape = ["--nodes", "2", "--gpus-per-node", "2", "--ntasks-per-node", "2"]
-    assert found == [*shape, "launch/slurm.sbatch", "debug"]
+    assert arguments == [*shape, "launch/slurm.sbatch", "debug"]
     done = run(tmp_path, "--launcher=slurm", "--gpus=1", cwd=tmp_path)
     assert done.returncode == 2 and f"submits from the repository, where launch/ is: cd {ROOT}" in done.stderr
 

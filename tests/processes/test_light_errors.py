@@ -103,17 +103,17 @@ def test_mistakes_import_nothing_heavy(folder):
     lines = json.dumps([line.split() for line in MISTAKES])
     command = [sys.executable, "-c", CODE]
     done = subprocess.run(command, cwd=folder, input=lines, capture_output=True, text=True)
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    outcomes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     messages = done.stderr.split("end of one\n")
-    for (line, expected), (status, loaded), message in zip(MISTAKES.items(), found, messages, strict=False):
+    for (line, expected), (status, loaded), message in zip(MISTAKES.items(), outcomes, messages, strict=False):
         assert loaded == [], line
         assert status == 2 and expected in message, (line, message)
-    assert len(found) == len(MISTAKES)
+    assert len(outcomes) == len(MISTAKES)
 
 
 def test_help_with_all_keys_and_a_plan_import_no_torch(folder):
     lines = json.dumps([["train", "--help"], ["config", "debug"], ["estimate", "debug", "--gpus", "4"]])
     command = [sys.executable, "-c", CODE]
     done = subprocess.run(command, cwd=folder, input=lines, capture_output=True, text=True)
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[0,")]
-    assert found == [[0, []]] * 3, done.stderr
+    outcomes = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[0,")]
+    assert outcomes == [[0, []]] * 3, done.stderr

@@ -27,7 +27,7 @@ class Log:
     seconds = 0.0
 
     def __init__(self, run: Path | None = None, refused: bool = False):
-        self.run, self.refused, self.said, self.evaluated = run, refused, [], []
+        self.run, self.refused, self.messages, self.evaluated = run, refused, [], []
 
     def open(self) -> set[int]:
         (self.run / "wandb.id").write_text("id")
@@ -43,7 +43,7 @@ class Log:
     def checkpoint(self, saved: object) -> None: ...
 
     def say(self, text: str) -> None:
-        self.said.append(text)
+        self.messages.append(text)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -170,7 +170,9 @@ def test_a_signal_saves_after_the_step_in_progress_and_stops(monkeypatch, number
     before, log = [signal.getsignal(one) for one in SIGNALS], Log()
     assert {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT} == set(SIGNALS)
     assert run_steps(monkeypatch, log, signals={3: number}) == [3]
-    assert log.said == ["stopped by a signal after step 3 of 5, checkpoint saved; continue: sgtm train run --resume"]
+    assert log.messages == [
+        "stopped by a signal after step 3 of 5, checkpoint saved; continue: sgtm train run --resume"
+    ]
     assert [signal.getsignal(one) for one in SIGNALS] == before
 
 
@@ -181,14 +183,14 @@ def test_a_signal_ends_an_evaluation_and_saves_once(monkeypatch, number, evaluat
     log = Log()
     assert run_steps(monkeypatch, log, signals={f"evaluation {evaluation}": number}) == steps
     where = f"in the evaluation after step {done} of 5"
-    assert log.said == [f"stopped by a signal {where}, checkpoint saved; continue: sgtm train run --resume"]
+    assert log.messages == [f"stopped by a signal {where}, checkpoint saved; continue: sgtm train run --resume"]
     assert log.evaluated == [step for step in (2, 4) if step < done]
 
 
 def test_a_signal_in_the_last_step_ends_its_evaluation(monkeypatch):
     log = Log()
     assert run_steps(monkeypatch, log, signals={5: signal.SIGTERM}) == [5]
-    assert log.said[0].startswith("stopped by a signal in the evaluation after step 5 of 5")
+    assert log.messages[0].startswith("stopped by a signal in the evaluation after step 5 of 5")
 
 
 def test_ranks_agree_to_end_an_evaluation():
@@ -214,10 +216,10 @@ def test_a_second_ctrl_c_interrupts_at_once():
 def test_a_gradient_that_is_not_finite_is_said(monkeypatch):
     log = Log()
     assert run_steps(monkeypatch, log, signals={}, finite=False) == [5]
-    assert log.said[:2] == ["step 0, the 2-th in a row", "step 1, the 2-th in a row"]
+    assert log.messages[:2] == ["step 0, the 2-th in a row", "step 1, the 2-th in a row"]
     log, rows = Log(), []
     run_steps(monkeypatch, log, signals={}, rows=rows)
-    assert len(log.said) == 1 and rows[0]["skipped_steps"] == 3
+    assert len(log.messages) == 1 and rows[0]["skipped_steps"] == 3
 
 
 def certified_by(run: Path, corpus: Corpus, before: list[str] | None) -> tuple[str, ...]:
@@ -225,7 +227,7 @@ def certified_by(run: Path, corpus: Corpus, before: list[str] | None) -> tuple[s
 
     before  resume from a checkpoint that carries this
     """
-    found = []
+    certificates = []
     settings = {"masking": {"joint": "strict"}, "optimizer": {"grad_clip_scope": "owner"}, "channel": {}}
     config = config_for(mixing="token", **settings)
     if before is not None:
@@ -262,9 +264,9 @@ def certified_by(run: Path, corpus: Corpus, before: list[str] | None) -> tuple[s
     with pytest.MonkeyPatch.context() as patch:
         for name, result in stubs.items():
             patch.setattr(loop, name, lambda *args, result=result, **options: result)
-        patch.setattr(loop, "CheckpointWriter", lambda *args: found.append(args[4]))
+        patch.setattr(loop, "CheckpointWriter", lambda *args: certificates.append(args[4]))
         loop._train(config, SimpleNamespace(world_size=1, rank=0), run, before is not None, False)
-    return found[0]
+    return certificates[0]
 
 
 def test_checkpoints_are_certified_as_config_corpus_and_checkpoint_allow(tmp_path, monkeypatch):

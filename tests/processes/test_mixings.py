@@ -79,13 +79,13 @@ def test_a_row_is_a_step_against_the_unmasked_one_of_the_same_round(name, monkey
     seconds = {"none": 4.0, "pure forget": 2.0, "nothing masked, micro": 8.0, "25 %, micro": 4.0, "none, micro": 16.0}
 
     def two_rounds(steps, *args, **options):
-        found = Rounds()
+        rounds = Rounds()
         for key in steps:
             wall = {mixings.PLAIN: 2.0, mixings.MATMUL: 1.0}.get(key) or seconds.get(key[1], 4.0)
             cpu = wall / (20 if isinstance(key, tuple) and not key[1].startswith("none") else 10)
-            found.took[key] = [Took(wall, cpu), Took(2 * wall, 3 * cpu)]
-            found.peaks[key] = [1.0]
-        return found
+            rounds.took[key] = [Took(wall, cpu), Took(2 * wall, 3 * cpu)]
+            rounds.peaks[key] = [1.0]
+        return rounds
 
     monkeypatch.setattr(mixings, "take_rounds", two_rounds)
     setting = SETTINGS[name]()
@@ -131,9 +131,9 @@ def test_a_missed_target_is_marked():
         (Target("tokens_per_second", 30, at_least=True), False, "tokens/s >= 30.00: met"),
     ]
     for target, missed, text in cases:
-        found = row("masked", slow, parent, target)
-        assert found["missed"] is missed and text in table([none, found])
-        assert found["tokens_per_second"] == pytest.approx(50 / 1.5, abs=0.1)
+        masked_row = row("masked", slow, parent, target)
+        assert masked_row["missed"] is missed and text in table([none, masked_row])
+        assert masked_row["tokens_per_second"] == pytest.approx(50 / 1.5, abs=0.1)
 
 
 def test_tokens_per_second_agree_with_the_ratio_whatever_the_machine_did():
@@ -145,8 +145,8 @@ def test_tokens_per_second_agree_with_the_ratio_whatever_the_machine_did():
 
     base, other = (Sample(np.array(wall), np.array(wall), 100, 1.0) for wall in ([2.0, 4.0], [1.0, 4.0]))
     none = row("none", base, None)
-    found = row("masked", other, as_parent(none, base))
-    assert (none["tokens_per_second"], found["tokens_per_second"]) == (33.3, pytest.approx(33.3 / 0.75, abs=0.1))
+    masked_row = row("masked", other, as_parent(none, base))
+    assert (none["tokens_per_second"], masked_row["tokens_per_second"]) == (33.3, pytest.approx(33.3 / 0.75, abs=0.1))
 
 
 def test_steps_that_do_not_train_are_not_reported():

@@ -19,7 +19,7 @@ def open_on_nodes(folder: str, changes: list[str]) -> list[str]:
     rank = int(os.environ["RANK"])
     os.chdir(Path(folder, f"node{rank}"))
     config, launch = config_for(path="corpus"), RankInfo("env", rank, 2, 0)
-    said = []
+    outcomes = []
     for change in changes:
         shard = Path("corpus/shards/00000.bin")
         before = shard.read_bytes()
@@ -32,17 +32,17 @@ def open_on_nodes(folder: str, changes: list[str]) -> list[str]:
                 Path("corpus").rename("aside")
                 Path("other").rename("corpus")
         try:
-            said.append(f"opened {len(open_everywhere(config, launch).documents)}")
+            outcomes.append(f"opened {len(open_everywhere(config, launch).documents)}")
         except ValueError as error:
-            said.append(f"rank {error.rank}: {error}")
+            outcomes.append(f"rank {error.rank}: {error}")
         on_rank_zero(lambda: None)
         if rank == 1 and change != "another":
             shard.write_bytes(before)
-    return said
+    return outcomes
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory) -> dict[str, list[str]]:
+def messages(tmp_path_factory) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("nodes")
     records = [record(number, split=split) for number in range(20) for split in ("train", "test")]
     for node in range(2):
@@ -54,18 +54,18 @@ def said(tmp_path_factory) -> dict[str, list[str]]:
     return dict(zip(changes, zip(*ranks, strict=True), strict=True))
 
 
-def test_equal_copies_are_opened(said):
-    assert said["nothing"] == ("opened 40", "opened 40")
+def test_equal_copies_are_opened(messages):
+    assert messages["nothing"] == ("opened 40", "opened 40")
 
 
 @pytest.mark.parametrize(("change", "what"), [("damaged", "was changed: its SHA-256"), ("missing", "is missing")])
-def test_damage_on_one_node_is_an_error_of_all_with_its_rank_and_host(said, change, what):
-    here, there = said[change]
-    assert here == there
-    assert here.startswith(f"rank 1: on host {os.uname().nodename}: corpus/shards/00000.bin {what}")
+def test_damage_on_one_node_is_an_error_of_all_with_its_rank_and_host(messages, change, what):
+    text, other = messages[change]
+    assert text == other
+    assert text.startswith(f"rank 1: on host {os.uname().nodename}: corpus/shards/00000.bin {what}")
 
 
-def test_another_corpus_on_one_node_is_named(said):
-    here, there = said["another"]
-    assert here == there
-    assert "corpus is another corpus on host" in here and "(rank 1, " in here and "copy the same to every node" in here
+def test_another_corpus_on_one_node_is_named(messages):
+    text, other = messages["another"]
+    assert text == other
+    assert "corpus is another corpus on host" in text and "(rank 1, " in text and "copy the same to every node" in text

@@ -33,8 +33,8 @@ def test_an_installed_kernels_package_wins_over_our_folder(tmp_path):
     """A folder without __init__.py yields to any real package on the path, even a later one; with one it would not."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("")
-    found = python("import kernels; print(kernels.__file__)", PYTHONPATH=python_path(tmp_path))
-    assert found == str(tmp_path / "kernels" / "__init__.py")
+    path = python("import kernels; print(kernels.__file__)", PYTHONPATH=python_path(tmp_path))
+    assert path == str(tmp_path / "kernels" / "__init__.py")
 
 
 def test_no_code_of_ours_is_importable_as_kernels(tmp_path):
@@ -130,7 +130,7 @@ def test_model_masks_and_optimizer_import_without_the_packages_of_a_run(tmp_path
 def test_a_version_of_deepspeed_without_a_name_that_we_replace_is_refused():
     code = (
         "from types import SimpleNamespace as N\nfrom sgtm.distributed.takeover import replace\n"
-        "there = N(a=1); replace(there, 'a', 2); ops = {'a': 1}; replace(ops, 'a', 2); print(there.a, ops['a'])\n"
+        "module = N(a=1); replace(module, 'a', 2); ops = {'a': 1}; replace(ops, 'a', 2); print(module.a, ops['a'])\n"
         "for owner in (N(), {}):\n"
         "    try: replace(owner, 'a', 2)\n"
         "    except RuntimeError as error: print('has no a in' in str(error))"

@@ -105,16 +105,16 @@ def written(out: Path) -> dict[Path, int]:
 def test_finished_blocks_are_reused(source, tmp_path, monkeypatch):
     blocks = interrupt(source, tmp_path / "out")
     assert len(blocks) == 3
-    kept = []
+    snapshots = []
     original = prepare_module._merge
 
     def merge(out, *rest):
-        kept.append(written(out))
+        snapshots.append(written(out))
         original(out, *rest)
 
     monkeypatch.setattr(prepare_module, "_merge", merge)
     run(source, tmp_path / "out")
-    assert kept == [blocks]
+    assert snapshots == [blocks]
     assert not (tmp_path / "out/blocks").exists()
 
 
@@ -127,10 +127,10 @@ def other(source, tmp_path) -> Path:
 def test_nothing_of_another_job_is_taken(source, other, tmp_path):
     options = {"vocab_size": BYTES + 12}
     interrupt(other, tmp_path / "out", **options)
-    found = contents(run(source, tmp_path / "out", **options).path)
-    assert found == contents(run(source, tmp_path / "alone", **options).path)
+    files = contents(run(source, tmp_path / "out", **options).path)
+    assert files == contents(run(source, tmp_path / "alone", **options).path)
     foreign = contents(run(other, tmp_path / "other", **options).path)
-    assert found["tokenizer/tokenizer.json"] != foreign["tokenizer/tokenizer.json"]
+    assert files["tokenizer/tokenizer.json"] != foreign["tokenizer/tokenizer.json"]
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["cannot be deleted", "put in place late"])
@@ -152,9 +152,9 @@ def test_a_block_of_another_job_never_counts(source, other, tmp_path, monkeypatc
         monkeypatch.setattr(prepare_module, "encode_blocks", after_a_late_worker)
     else:
         monkeypatch.setattr(shutil, "rmtree", all_but_blocks)
-    found = texts(run(source, tmp_path / "out"))
+    documents = texts(run(source, tmp_path / "out"))
     assert all(path.exists() for path in blocks) != late
-    assert sorted(found) == sorted(r["text"] for r in mixed_records())
+    assert sorted(documents) == sorted(r["text"] for r in mixed_records())
 
 
 def test_a_tokenizer_of_another_job_that_cannot_be_deleted_is_refused(source, other, tmp_path, monkeypatch):

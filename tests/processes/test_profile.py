@@ -37,12 +37,12 @@ def take(folder: str) -> list[tuple[int, str, str]]:
     os.environ["COLUMNS"] = "80"
     os.chdir(folder)
     kernel = ["--kernel", "norm_forward"]
-    said = [called("profile", "debug", "--steps", str(STEPS), "--train.log_every", "3", *kernel)]
-    said.append(called("profile", "debug", "--steps", "1", "--out", "deep/er", *LATER))
-    again = shlex.split(said[0][1].splitlines()[-1])
+    calls = [called("profile", "debug", "--steps", str(STEPS), "--train.log_every", "3", *kernel)]
+    calls.append(called("profile", "debug", "--steps", "1", "--out", "deep/er", *LATER))
+    again = shlex.split(calls[0][1].splitlines()[-1])
     few = ["--train.tokens_per_step", "64", "--train.micro_batch", "1"]  # Triton's interpreter is slow
-    said.append(called(*again[again.index("sgtm") + 1 :], *few, "--out", "none"))
-    return said
+    calls.append(called(*again[again.index("sgtm") + 1 :], *few, "--out", "none"))
+    return calls
 
 
 def called(*arguments: str) -> tuple[int, str, str]:
@@ -57,10 +57,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def said(folder) -> list[tuple[int, str, str]]:
-    found = run_ranks(take, 1, str(folder))[0]
-    assert [(status, err) for status, _, err in found] == [(0, "")] * 3
-    return found
+def outputs(folder) -> list[tuple[int, str, str]]:
+    calls = run_ranks(take, 1, str(folder))[0]
+    assert [(status, err) for status, _, err in calls] == [(0, "")] * 3
+    return calls
 
 
 def events_of(file: Path) -> list[dict]:
@@ -68,36 +68,36 @@ def events_of(file: Path) -> list[dict]:
 
 
 def ranges_of(file: Path) -> dict[str, list[dict]]:
-    found = [e for e in events_of(file) if e.get("cat") == "user_annotation" and e["name"] in RANGES]
-    return {name: [e for e in found if e["name"] == name] for name in RANGES}
+    ranges = [e for e in events_of(file) if e.get("cat") == "user_annotation" and e["name"] in RANGES]
+    return {name: [e for e in ranges if e["name"] == name] for name in RANGES}
 
 
-def test_the_trace_has_every_range_of_the_profiled_steps(said, folder):
+def test_the_trace_has_every_range_of_the_profiled_steps(outputs, folder):
     ranges = ranges_of(folder / "runs/debug-profile/trace.json")
     steps = {e["name"] for e in events_of(folder / "runs/debug-profile/trace.json") if "ProfilerStep#" in e["name"]}
     assert steps == {f"ProfilerStep#{WARM_UP + step}" for step in range(STEPS)}
     passes = MICRO_BATCHES * STEPS
-    counts = {name: len(found) for name, found in ranges.items() if " " not in name}
+    counts = {name: len(events) for name, events in ranges.items() if " " not in name}
     each = {"embedding": 1, "norm": 2 * LAYERS + 1, "attention": LAYERS, "mlp": LAYERS, "loss": 1}
     once = {"forward": passes, "backward": passes, "optimizer": STEPS}
     assert counts == once | {name: n * passes for name, n in each.items()}
-    for name, found in ranges.items():
+    for name, events in ranges.items():
         if name in PHASES:
             continue
         phase = ranges["backward" if name.endswith(" backward") else "forward"]
-        assert found
-        for event in found:
+        assert events
+        for event in events:
             assert any(p["ts"] <= event["ts"] <= event["ts"] + event["dur"] <= p["ts"] + p["dur"] for p in phase)
 
 
-def test_what_checkpointed_blocks_recompute_is_in_the_backward_pass(said, folder):
+def test_what_checkpointed_blocks_recompute_is_in_the_backward_pass(outputs, folder):
     ranges = ranges_of(folder / "deep/er/trace.json")
     assert len(ranges["attention"]) == 2 * LAYERS * MICRO_BATCHES and len(ranges["loss"]) == MICRO_BATCHES
     assert all(ranges.values())
 
 
 @pytest.mark.parametrize("where", ["runs/debug-profile", "deep/er"])
-def test_the_shares_add_up(said, folder, where):
+def test_the_shares_add_up(outputs, folder, where):
     summary = json.loads((folder / where / "summary.json").read_text())
     for table in ("kernels", "ranges"):
         rows = summary[table]
@@ -105,15 +105,15 @@ def test_the_shares_add_up(said, folder, where):
         assert sum(row["ms_per_step"] for row in rows) == pytest.approx(summary["kernel_ms_per_step"])
         assert all(0 <= row["share"] <= 1 for row in rows)
     assert 0 < summary["kernel_ms_per_step"] < summary["ms_per_step"] and summary["data"] == "random tokens"
-    found = {(row["phase"], row["module"]) for row in summary["ranges"]}
-    assert {(phase, module) for phase in ("forward", "backward") for module in MODULES} <= found
-    assert ("optimizer", "other") in found
+    pairs = {(row["phase"], row["module"]) for row in summary["ranges"]}
+    assert {(phase, module) for phase in ("forward", "backward") for module in MODULES} <= pairs
+    assert ("optimizer", "other") in pairs
     calls = {row["name"]: row["calls_per_step"] for row in summary["kernels"]}
     assert calls["linear.pytorchBackward"] == 3 * LAYERS * MICRO_BATCHES  # the fourth is one with its GELU
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_the_tables_are_whole(said, folder, width):
+def test_the_tables_are_whole(outputs, folder, width):
     summary = json.loads((folder / "runs/debug-profile/summary.json").read_text())
     console = Console(width=width, file=io.StringIO(), record=True)
     print_profile(summary, Path("out"), console)
@@ -129,8 +129,8 @@ def test_the_tables_are_whole(said, folder, width):
     assert all([f"{row['ms_per_step']:,.3f}", f"{row['share']:.1%}"] in ends for row in summary["kernels"][:15])
 
 
-def test_the_command_of_nsight_compute_takes_the_same_steps_by_itself(said, folder):
-    *_, note, line = said[0][1].splitlines()
+def test_the_command_of_nsight_compute_takes_the_same_steps_by_itself(outputs, folder):
+    *_, note, line = outputs[0][1].splitlines()
     assert note == (
         "Nsight Compute of norm_forward, with --kernels.backend triton, as torch does not launch it; of its first "
         "launch:"
@@ -143,7 +143,7 @@ def test_the_command_of_nsight_compute_takes_the_same_steps_by_itself(said, fold
     )
     arguments = "-m sgtm profile debug --train.log_every 3 --steps 1 --no-trace --kernels.backend triton"
     assert command[where + 1 :] == shlex.split(arguments)
-    assert re.fullmatch(r"debug: 1 step of [\d,.]+ ms; no trace was written\n", said[2][1])
+    assert re.fullmatch(r"debug: 1 step of [\d,.]+ ms; no trace was written\n", outputs[2][1])
     assert not (folder / "none").exists()
 
 
@@ -223,15 +223,15 @@ def test_ops_of_a_cpu_count_without_what_they_call():
 
 def test_named_modules_compute_the_same():
     config = tiny_config()
-    found = []
+    gradients = []
     for named in (False, True):
         model = tiny_model(config)
         if named:
             name_modules(model)
         for batch in tiny_step(config, 0, MIXED, 0, 1):
             model(*batch)[0].backward()
-        found.append({name: p.grad for name, p in model.named_parameters()})
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
 def test_random_tokens_are_labelled_and_mixed_as_the_config_says(tmp_path):

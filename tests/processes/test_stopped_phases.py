@@ -82,7 +82,7 @@ PHASES = {
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_prepare_that_is_stopped_continues(monkeypatch, tmp_path: Path, capfd, words, phase: str):
-    owner, name, after, kept = PHASES[phase]
+    owner, name, after, count = PHASES[phase]
     number = SIGNALS[len(phase) % len(SIGNALS)]
     with monkeypatch.context() as patch:
         signalled(patch, owner, name, number, after)
@@ -91,11 +91,11 @@ def test_a_prepare_that_is_stopped_continues(monkeypatch, tmp_path: Path, capfd,
     assert capfd.readouterr().err == f"{line}\n"
     out = tmp_path / "out"
     blocks = {path: path.stat().st_mtime_ns for path in out.glob("blocks/*/*")}
-    assert len(blocks) == kept and not [path for path in blocks if path.suffix != ".npz"]
+    assert len(blocks) == count and not [path for path in blocks if path.suffix != ".npz"]
     encoded = []
     original = encode.Encoder.encode
     monkeypatch.setattr(encode.Encoder, "encode", lambda *args: encoded.append(args) or original(*args))
-    assert main(words) == 0 and len(encoded) == 3 - kept
+    assert main(words) == 0 and len(encoded) == 3 - count
     assert main(elsewhere(words, tmp_path / "whole")) == 0
     assert contents(out) == contents(tmp_path / "whole")
 

@@ -1,12 +1,4 @@
-"""What `sgtm sweep` refuses before it trains, how it divides the machine, what it submits, and what its table says.
-
-Seen to fail with: tokens, data, tokenizer, held-out documents, context, isolation or evaluation not compared; a run
-directory of other data accepted; `may_differ` ignored; all
-compared with the first run, which may differ; ranks or corpus not checked; other settings accepted; half a line at the
-end of a log; the first call's threads not kept, memory not divided, or that of running runs not counted; a job
-submitted twice; a finished run started again; the spread of a population; categories or models mixed up; a loss left
-out that is not finite; the start of a run counted as training, or steps of any size alike.
-"""
+"""What `sgtm sweep` refuses before it trains, how it divides the machine, what it submits, and what its table says."""
 
 from __future__ import annotations
 
@@ -195,8 +187,8 @@ def test_table_has_mean_and_spread(sweep_file):
             finish(run)
     assert main(["sweep", str(file), "--table"]) == 0
     a, b = csv.DictReader((sweep.folder / "table.csv").read_text().splitlines())
-    found = [float(a[key]) for key in ("full_retain", "full_forget", "ablated_retain", "ablated_forget")]
-    assert found == [2.5, 5.0, 3.0, 9.0] and float(a["full_retain_sd"]) == 1.0
+    means = [float(a[key]) for key in ("full_retain", "full_forget", "ablated_retain", "ablated_forget")]
+    assert means == [2.5, 5.0, 3.0, 9.0] and float(a["full_retain_sd"]) == 1.0
     assert (a["finished"], a["runs"], a["tokens"], b["finished"], b["full_retain"]) == ("3", "3", "2048", "0", "")
     assert (sweep.folder / "figures" / "losses.png").is_file()
 
@@ -222,8 +214,8 @@ def test_nothing_is_ablated_from_a_variant_without_masks(sweep_file):
 def test_loss_that_is_not_finite_has_no_mean(sweep_file):
     (run,) = read_sweep(sweep_file("variants: {a: }")).runs
     losses = {**LOSSES, "full": {"en": None, "web": 2.0, "es": 4.0}}
-    found = four_losses(losses, LABELS, run)
-    assert math.isnan(found["full_retain"]) and found["full_forget"] == 4.0
+    means = four_losses(losses, LABELS, run)
+    assert math.isnan(means["full_retain"]) and means["full_forget"] == 4.0
 
 
 def test_figures_need_no_finished_run(sweep_file):
@@ -239,19 +231,19 @@ def test_threads_and_memory_are_divided(sweep_file, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
 
-    def found(memory: float, **options) -> tuple[int, int]:
+    def room(memory: float, **options) -> tuple[int, int]:
         monkeypatch.setattr(schedule.psutil, "virtual_memory", lambda: type("Memory", (), {"available": memory}))
         here = schedule.find_room(sweep, **options)
         return here.jobs, here.threads
 
-    assert found(100 * need) == (3, 5)
-    assert found(2.5 * need) == (2, 8)
-    assert found(0.5 * need) == (1, 16)
-    assert found(100 * need, jobs=1) == (1, 16)
-    assert found(100 * need, threads=8) == (2, 8)
+    assert room(100 * need) == (3, 5)
+    assert room(2.5 * need) == (2, 8)
+    assert room(0.5 * need) == (1, 16)
+    assert room(100 * need, jobs=1) == (1, 16)
+    assert room(100 * need, threads=8) == (2, 8)
     sweep.folder.mkdir(parents=True)
     schedule.keep_threads(sweep, schedule.Room(3, 5, 0.0))
-    assert found(1.5 * need) == (1, 5), "a sweep that is continued has the threads of its first call"
+    assert room(1.5 * need) == (1, 5), "a sweep that is continued has the threads of its first call"
 
 
 def test_runs_share_the_memory(sweep_file):

@@ -1,7 +1,6 @@
 """The last word of a rank that ends well, and what can be seen of one that ends otherwise.
 
-tests/faults/test_lost_ranks.py has ranks that die and hang. Fault tried, seen to fail: the word said before the beat in
-progress has ended, which takes it back.
+tests/faults/test_lost_ranks.py has ranks that die and hang.
 """
 
 from __future__ import annotations

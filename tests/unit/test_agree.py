@@ -29,16 +29,16 @@ class Group:
     def get_world_size(self) -> int:
         return self.size
 
-    def all_gather_object(self, found: list, mine: object) -> None:
+    def all_gather_object(self, objects: list, mine: object) -> None:
         self.slots[self.own.rank] = pickle.dumps(mine)
         self.barrier.wait()
-        found[:] = map(pickle.loads, self.slots)
+        objects[:] = map(pickle.loads, self.slots)
         self.barrier.wait()
 
-    def broadcast_object_list(self, found: list) -> None:
+    def broadcast_object_list(self, objects: list) -> None:
         everyone: list = []
-        self.all_gather_object(everyone, found)
-        found[:] = everyone[0]
+        self.all_gather_object(everyone, objects)
+        objects[:] = everyone[0]
 
 
 @pytest.fixture

@@ -1,8 +1,4 @@
-"""The norm that ranks agree on, alone; tests/dist/test_takeover.py has what they send for it.
-
-Seen to fail: the norm of a large gradient summed in fp32 at once; NaN taken for finite; flags read again where they
-have been reduced.
-"""
+"""The norm that ranks agree on, alone; tests/dist/test_takeover.py has what they send for it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Losses shipped beside a run, and the tables of sweeps in the documents.
-
-Seen to fail with: the basis not compared; the ratio taken to the longest baseline; the ablated model's loss on the
-unmasked curve; the first seed's losses in place of the mean.
-"""
+"""Losses shipped beside a run, and the tables of sweeps in the documents."""
 
 from __future__ import annotations
 
@@ -27,9 +23,9 @@ def benchmarks(monkeypatch):
 
 
 def test_the_quickstart_ships_its_baselines():
-    found = shipped_baselines(load_config("quickstart"))
-    assert list(found) == ["unmasked", "filtered"] and all(set(losses) == {"en", "es"} for losses in found.values())
-    assert found["filtered"]["es"] > found["unmasked"]["es"] + 1
+    by_name = shipped_baselines(load_config("quickstart"))
+    assert list(by_name) == ["unmasked", "filtered"] and all(set(losses) == {"en", "es"} for losses in by_name.values())
+    assert by_name["filtered"]["es"] > by_name["unmasked"]["es"] + 1
 
 
 @pytest.mark.parametrize(
@@ -77,11 +73,11 @@ def test_compute_ratios_of_a_sweep_are_those_of_a_power_law():
         for end, share in (("-500", 0.5), ("", 1), ("-1500", 1.5))
     ]
     mine = variant("mine", 4000, loss(0.81, 3), loss(0.9, 6), loss(0.95, 2.5))
-    found = ratios(mine, [*rows, mine])
-    assert {name: ratio["value"] for name, ratio in found.items()} == pytest.approx(
+    compute_ratios = ratios(mine, [*rows, mine])
+    assert {name: ratio["value"] for name, ratio in compute_ratios.items()} == pytest.approx(
         {"full_retain": 0.81, "full_forget": 0.9, "ablated_retain": 0.95}, abs=1e-3
     )
-    assert not any(ratio["extrapolated"] for ratio in found.values())
+    assert not any(ratio["extrapolated"] for ratio in compute_ratios.values())
     assert ratios(variant("worse", 4000, 99.0, 99.0), rows)["full_retain"]["extrapolated"]
     assert ratios(mine, rows[:2]) == {}  # two lengths are no curve
 

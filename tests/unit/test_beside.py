@@ -21,24 +21,24 @@ def test_unmasked_and_filtered_runs_beside_a_run(tmp_path):
     lengths = [
         write_run(tmp_path, f"f{n}", evaluations(1, n), NONE, FILTERED, f"--train.steps={n}") for n in (20, 40, 80)
     ]
-    found = compare(run, [unmasked, *lengths])
-    assert found.losses == {
+    comparison = compare(run, [unmasked, *lengths])
+    assert comparison.losses == {
         "unmasked": {"en": 2.0, "es": 3.0}, "f20": {"en": 6.0, "es": 7.0}, "f40": {"en": 3.5, "es": 4.5},
         "f80": {"en": 2.25, "es": 3.25},
     }  # fmt: skip
-    assert list(found.ratios) == ["unmasked", "f20, f40, f80"] and found.notes[0].startswith(
+    assert list(comparison.ratios) == ["unmasked", "f20, f40, f80"] and comparison.notes[0].startswith(
         "unmasked: trained without m"
     )
-    assert found.ratios["unmasked"]["full"]["en"].value == pytest.approx(0.4)
-    assert found.ratios["f20, f40, f80"]["full"]["en"].value == pytest.approx(0.5)
-    assert found.notes[1] == f"f20: trained without masks, es left out, {20 * 512:,} tokens."
+    assert comparison.ratios["unmasked"]["full"]["en"].value == pytest.approx(0.4)
+    assert comparison.ratios["f20, f40, f80"]["full"]["en"].value == pytest.approx(0.5)
+    assert comparison.notes[1] == f"f20: trained without masks, es left out, {20 * 512:,} tokens."
 
 
 def test_a_run_without_a_curve_stands_beside_another_all_the_same(tmp_path):
     run = write_run(tmp_path, "run", evaluations(40))
-    found = compare(run, [write_run(tmp_path, "short", evaluations(50), NONE)])
-    assert found.losses == {"short": {"en": 3.0, "es": 4.0}} and not found.ratios
-    about, no_ratio = found.notes
+    comparison = compare(run, [write_run(tmp_path, "short", evaluations(50), NONE)])
+    assert comparison.losses == {"short": {"en": 3.0, "es": 4.0}} and not comparison.ratios
+    about, no_ratio = comparison.notes
     assert about == f"short: trained without masks, {50 * 512:,} tokens, at step 50 of 100."
     few = "a learning curve needs 3 evaluations or more, the baseline has 1"
     assert no_ratio == f"No compute ratio to short: en: {few}; train it with --train.eval_every."
@@ -60,9 +60,9 @@ def test_losses_beside_a_run_are_of_the_same_evaluation(tmp_path):
             (folder / "summary.json").unlink(missing_ok=True)
         for folder in evaluated:
             (folder / "summary.json").write_text(json.dumps(summary))
-        found = compare(run, [other])
-        assert (found.losses["other"]["en"], found.errors["other"] == {"en": 0.25}) == (loss, loss == 1.5)
-        assert (note in found.notes[0]) and ("other sequences" in found.notes[0]) == bool(note)
+        comparison = compare(run, [other])
+        assert (comparison.losses["other"]["en"], comparison.errors["other"] == {"en": 0.25}) == (loss, loss == 1.5)
+        assert (note in comparison.notes[0]) and ("other sequences" in comparison.notes[0]) == bool(note)
     (other / "summary.json").write_text(json.dumps({**summary, "sequences": 8}))
     assert "other sequences than the run (--split, --sequences)" in compare(run, [other]).notes[0]
     measured = {"en": {"documents": 3, "tokens": 99}}  # of a small test split, all of it either way
@@ -70,8 +70,8 @@ def test_losses_beside_a_run_are_of_the_same_evaluation(tmp_path):
     (run / "summary.json").write_text(json.dumps({**summary, "measured": measured}))
     lines = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
     (other / "metrics.jsonl").write_text("".join(json.dumps(line | {"measured": measured}) + "\n" for line in lines))
-    found = compare(run, [other])
-    assert found.losses["other"]["en"] == 2.0 and "other sequences" not in found.notes[0]
+    comparison = compare(run, [other])
+    assert comparison.losses["other"]["en"] == 2.0 and "other sequences" not in comparison.notes[0]
 
 
 def test_two_runs_of_one_name_are_told_apart_by_their_place(tmp_path):

@@ -42,8 +42,8 @@ def config(*options: str):
     ],
 )
 def test_certified(options):
-    found = config(*options)
-    assert certified(found.conditions) == found.space.domains
+    run_config = config(*options)
+    assert certified(run_config.conditions) == run_config.space.domains
     assert load_config("debug", [*BASE, *options, "--masking.certify=true"]) is not None
 
 
@@ -76,24 +76,24 @@ def test_certified(options):
     ],
 )
 def test_the_first_reason_why_not(options, reason):
-    found = config(*options)
-    assert re.search(reason, obstacle(found.conditions, "es")), obstacle(found.conditions, "es")
-    assert "es" not in certified(found.conditions)
+    run_config = config(*options)
+    assert re.search(reason, obstacle(run_config.conditions, "es")), obstacle(run_config.conditions, "es")
+    assert "es" not in certified(run_config.conditions)
     with pytest.raises(ValueError, match=f"masking.certify: the safe model depends on the text of es: .*{reason}"):
         config(*options, "--masking.certify=true")
 
 
 def test_one_domain_may_be_certified_and_another_not():
-    found = config(BOTH, '--data.channel={"forget:fr": {unlabeled: 0.5}, retain: {"open:fr": 0.5}}')
-    assert certified(found.conditions, {"a": "retain", "b": "forget:es"}) == ("es",)
-    assert certified(found.conditions) == ()  # unlabeled tokens read es too
+    run_config = config(BOTH, '--data.channel={"forget:fr": {unlabeled: 0.5}, retain: {"open:fr": 0.5}}')
+    assert certified(run_config.conditions, {"a": "retain", "b": "forget:es"}) == ("es",)
+    assert certified(run_config.conditions) == ()  # unlabeled tokens read es too
     assert certified(config(BOTH, '--data.channel={retain: {"open:fr": 0.5}}').conditions) == ("es",)
 
 
 def test_what_upsample_draws_counts_for_the_domain_of_the_category():
-    found = config(BOTH, "--data.upsample={a: 1.5, b: 2}")
-    assert certified(found.conditions, {"a": "forget:es", "b": "forget:fr", "c": "retain"}) == ("fr",)
-    assert certified(found.conditions, {"a": "retain", "b": "forget:fr", "c": "forget:es"}) == ("es", "fr")
+    run_config = config(BOTH, "--data.upsample={a: 1.5, b: 2}")
+    assert certified(run_config.conditions, {"a": "forget:es", "b": "forget:fr", "c": "retain"}) == ("fr",)
+    assert certified(run_config.conditions, {"a": "retain", "b": "forget:fr", "c": "forget:es"}) == ("es", "fr")
 
 
 def test_the_embedding_of_another_domain_counts():
@@ -125,14 +125,14 @@ def test_the_labels_and_spans_of_the_corpus_count(tmp_path):
 
 
 def test_an_export_to_start_from_counts(tmp_path):
-    found = config(f"--train.init_from={tmp_path}")
-    assert certificate_lines(found) == ["safe model independent of: es"]  # a model that is no export
+    run_config = config(f"--train.init_from={tmp_path}")
+    assert certificate_lines(run_config) == ["safe model independent of: es"]  # a model that is no export
     reason = "the run starts from an export that is not independent of es (train.init_from)"
     for uncertified in ('{"removed": []}', '{"independent_of": ["fr"]}', '{"indep', "[]"):  # a damaged one too
         (tmp_path / "sgtm_export.json").write_text(uncertified)
-        assert certificate_lines(found) == [f"safe model depends on es: {reason}"]
+        assert certificate_lines(run_config) == [f"safe model depends on es: {reason}"]
     (tmp_path / "sgtm_export.json").write_text('{"independent_of": ["es"]}')
-    assert certificate_lines(found) == ["safe model independent of: es"]
+    assert certificate_lines(run_config) == ["safe model independent of: es"]
 
 
 def test_explain_prints_it():

@@ -58,9 +58,9 @@ def test_what_no_recipe_has():
     two = ["--recipe=certified", "--masking.domains=[es, fr]", "--masking.certify=false"]
     channel = "{retain: {retain: 1, 'forget:fr': 0.5}, 'forget:es': {retain: 0.1}}"
     config = load_config("debug", [*two, "--data.both_ways=true", f"--data.channel={channel}"])
-    found = lines_of(config)
-    assert found["retain"].endswith(f"; never with es: {rows.NEVER_SEEN}; {rows.TWICE}")
-    assert found["forget:es"] == f"10% as retain: {rows.STAYS}; 90% as forget:es: {rows.DOMAIN_ALONE}"
+    lines = lines_of(config)
+    assert lines["retain"].endswith(f"; never with es: {rows.NEVER_SEEN}; {rows.TWICE}")
+    assert lines["forget:es"] == f"10% as retain: {rows.STAYS}; 90% as forget:es: {rows.DOMAIN_ALONE}"
     assert largest_shares(config) == {"es": 0.0, "fr": 0.5}
     later = load_config("debug", [*two, "--data.channel={}", "--data.schedule={0.5: {retain: {'open:es': 0.3}}}"])
     assert largest_shares(later) == {"es": pytest.approx(0.3), "fr": 0.0}

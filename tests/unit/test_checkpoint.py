@@ -46,8 +46,8 @@ def test_one_that_cannot_be_read_is_passed_over(tmp_path: Path, monkeypatch, unr
 
     monkeypatch.setattr(checkpoint, "sha256_of", bad_sector(checkpoint.sha256_of))
     monkeypatch.setattr(Path, "read_text", bad_sector(Path.read_text))
-    found, wrong = checkpoint.newest_whole(finished(tmp_path))
-    assert found == older and wrong == {newest: f"{newest / unreadable} cannot be read: Input/output error"}
+    folder, wrong = checkpoint.newest_whole(finished(tmp_path))
+    assert folder == older and wrong == {newest: f"{newest / unreadable} cannot be read: Input/output error"}
 
 
 def test_damaged_ones_of_the_same_step_are_all_kept(tmp_path: Path):
@@ -81,8 +81,8 @@ def test_verifying_a_run_or_one_checkpoint(tmp_path: Path, capsys):
     assert capsys.readouterr().out == f"{newest}: whole\n{older}: whole\n"
     (newest / "weights").write_text("no")
     assert main(["checkpoint", "verify", str(tmp_path)]) == 1
-    said = capsys.readouterr().out
-    assert f"{older}: whole\n" in said and f"damaged: {newest / 'weights'} has 2 bytes" in said
+    output = capsys.readouterr().out
+    assert f"{older}: whole\n" in output and f"damaged: {newest / 'weights'} has 2 bytes" in output
     assert main(["checkpoint", "verify", str(newest)]) == 1
     assert main(["checkpoint", "verify", str(older)]) == 0
     assert main(["checkpoint", "verify", str(tmp_path / "checkpoints")]) == 2

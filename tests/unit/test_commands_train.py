@@ -53,9 +53,9 @@ def test_an_empty_config_of_a_run_names_the_remedy(calls, tmp_path, capsys, cont
 def test_a_file_in_the_place_of_a_run_is_said(calls, tmp_path, capsys, content):
     (file := tmp_path / "mine").write_text(content)
     assert main(["train", str(file), "--resume", "auto"]) == 2 and not calls
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {file} is a file, neither a run directory nor a config (")
-    assert said.endswith("put the run back there\n") and said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {file} is a file, neither a run directory nor a config (")
+    assert message.endswith("put the run back there\n") and message.count("\n") == 1
     file.write_text("extends: debug\n")  # a config may have any name
     assert main(["train", str(file), "--resume", "auto"]) == 0
 

@@ -46,9 +46,9 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("key", UNKNOWN)
 def test_an_unknown_key_is_shown_with_the_nearest_or_all(key):
-    found = message("debug", f"--{key}", "3")
+    error = message("debug", f"--{key}", "3")
     named = key if UNKNOWN[key] != "did you mean train?" else "trian"
-    assert found == f"debug: {named}: unknown key on the command line; {UNKNOWN[key]}"
+    assert error == f"debug: {named}: unknown key on the command line; {UNKNOWN[key]}"
 
 
 def test_a_rule_across_keys_names_all_that_the_values_come_from(tmp_path):

@@ -77,8 +77,8 @@ FORMS = [
 
 @pytest.mark.parametrize("overrides, expected", FORMS)
 def test_an_override_of_another_form_is_named(overrides, expected):
-    found = message("debug", *overrides)
-    assert expected in found and "\n" not in found
+    error = message("debug", *overrides)
+    assert expected in error and "\n" not in error
 
 
 FILES = {

@@ -42,8 +42,8 @@ RULES = [
 
 @pytest.mark.parametrize("overrides, expected", RULES)
 def test_a_broken_rule_is_named_with_its_keys(overrides, expected):
-    found = message("debug", *overrides)
-    assert expected in found and "\n" not in found
+    error = message("debug", *overrides)
+    assert expected in error and "\n" not in error
 
 
 def test_a_warm_up_in_steps_and_its_share_are_the_same_run():

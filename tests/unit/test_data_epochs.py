@@ -30,8 +30,8 @@ def test_sequences_meet_others_in_every_epoch_and_under_every_label(tmp_path):
         (label,) = {place.stream for place in places}
         key = (step // loader.order(0).blocks_per_epoch, label)
         blocks.setdefault(key, set()).add(frozenset(place.sequence for place in places))
-    assert [len(found) for found in blocks.values()] == [10] * 4
-    assert len({frozenset(found) for found in blocks.values()}) == 4
+    assert [len(epoch_blocks) for epoch_blocks in blocks.values()] == [10] * 4
+    assert len({frozenset(epoch_blocks) for epoch_blocks in blocks.values()}) == 4
 
 
 @pytest.mark.parametrize("mixing", MIXINGS)
@@ -93,9 +93,9 @@ def test_any_factor_holds_in_each_epoch_and_for_each_document(two_categories, fa
     for epoch in range(first, first + epochs):
         documents = np.concatenate([english[:of], spanish])
         streams = pack(two_categories, documents, space, LabelChannel.from_rows(space, {}), epoch=epoch, **options)
-        found = Counter(document for stream in streams.values() for document in stream.order.tolist())
-        copies = [found.pop(document, 0) for document in english[:of]]
-        assert found == Counter(spanish.tolist())
+        occurrences = Counter(document for stream in streams.values() for document in stream.order.tolist())
+        copies = [occurrences.pop(document, 0) for document in english[:of]]
+        assert occurrences == Counter(spanish.tolist())
         assert within(sum(copies), of * factor) and all(within(n, factor) for n in copies)
         came.update(dict(zip(english.tolist(), copies, strict=False)))
     assert all(within(came[document], epochs * factor) for document in english[:of])

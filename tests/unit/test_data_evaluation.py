@@ -36,11 +36,11 @@ def by_byte(corpus: Corpus, split: str) -> dict[str, Counter]:
     """Tokens that can be predicted, all but the first of each document, by category and byte."""
     eos = corpus.eos_id
     bytes_of = {i: ord(corpus.tokenizer.decode([i])) for i in range(BYTES) if i != eos and i < 128}
-    found = {name: Counter() for name in SPAN_LABELS}
+    counts = {name: Counter() for name in SPAN_LABELS}
     for document in corpus.select(split):
         for token in corpus.tokens(int(document))[1:].tolist():
-            found[category_of(bytes_of.get(token, -1), eos)][token] += 1
-    return found
+            counts[category_of(bytes_of.get(token, -1), eos)][token] += 1
+    return counts
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

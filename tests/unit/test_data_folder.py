@@ -96,12 +96,12 @@ def test_another_job_is_built_inside_the_corpus_that_it_replaces(finished):
     place = place_to_build(out, other, 100, overwrite=True)
     assert place == out / REPLACEMENT and stored_job(place) == other and blocks_of(place, other).is_dir()
     assert contents(out).items() >= before.items() and Corpus.open(out)
-    (kept := blocks_of(place, other) / "00000000.npz").touch()
+    (block := blocks_of(place, other) / "00000000.npz").touch()
     (half := blocks_of(place, other) / "00000001.npz.1.tmp").touch()
     assert place_to_build(out, other, 100, overwrite=True) == place
-    assert kept.exists() and not half.exists()
+    assert block.exists() and not half.exists()
     place_to_build(out, {**job, "sources": ["third"]}, 100, overwrite=True)
-    assert not kept.exists()
+    assert not block.exists()
 
 
 @pytest.mark.parametrize("moved", range(6))

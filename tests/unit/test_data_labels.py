@@ -81,9 +81,9 @@ def test_the_span_policy_reaches_the_batches(tmp_path, policy, before):
     records = [record(n, "en", 30, spans=[[12, 20, "es"]]) for n in range(200)]
     corpus = build(tmp_path / "spans", [*records, *mixed_records(20)])
     run = config_for(context=64, mixing="token", masking={"span_policy": policy})
-    found = set()
+    labels_before = set()
     for batch in Loader(corpus, run).step(0):
         for text, labels in rows(corpus, batch):
             for start in re.finditer(r"\nen(?=\d{6}\.{22}\n)", text):
-                found.add(labels[start.start() + 1])
-    assert found == {before}
+                labels_before.add(labels[start.start() + 1])
+    assert labels_before == {before}

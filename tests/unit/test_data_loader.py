@@ -108,8 +108,8 @@ def test_the_documents_of_a_micro_batch_are_those_that_are_read_for_it(corpus, m
     for rank in range(2):
         Loader(corpus, config(mixing), rank, 2)._read(5)
     assert len(seen) == 4 and not read
-    found = Loader(corpus, config(mixing), 1, 2)
-    assert [found.documents(5, rank, index) for rank in range(2) for index in range(2)] == seen and not read
+    loader = Loader(corpus, config(mixing), 1, 2)
+    assert [loader.documents(5, rank, index) for rank in range(2) for index in range(2)] == seen and not read
 
 
 @pytest.mark.parametrize("mixing", ["step", "micro", "sequence"])
@@ -123,7 +123,7 @@ def test_sequences_are_label_pure(corpus, mixing):
 def test_step_mixing_has_one_label_per_step(corpus):
     loader = Loader(corpus, config("step"))
     labels = [loader.step_labels(step) for step in range(40)]
-    assert all(len(found) == 1 for found in labels) and len(set(labels)) == 3
+    assert all(len(step_labels) == 1 for step_labels in labels) and len(set(labels)) == 3
 
 
 def test_micro_mixing_has_one_label_per_accumulation_index(corpus):
@@ -247,15 +247,15 @@ def test_evaluation_sees_every_token_once_with_equal_batches_on_all_ranks(corpus
     batches = [batch for batches in ranks for batch in batches]
     assert {batch.input_ids.shape for batch in batches} == {(2, 16)}
     assert {label for batch in batches for label in batch.labels} == {FORGET}
-    found = Counter(int(t) for batch in batches for t in batch.targets.flatten() if t != IGNORE)
-    assert {batch.step_targets for batch in batches} == {found.total()}
+    targets = Counter(int(t) for batch in batches for t in batch.targets.flatten() if t != IGNORE)
+    assert {batch.step_targets for batch in batches} == {targets.total()}
     documents = corpus.select("test", "es")
     tokens = Counter(int(t) for document in documents for t in corpus.tokens(int(document))[isolated:])
     if limit is None:
-        missing = tokens - found
-        assert missing.total() == (0 if isolated else 1) and not found - tokens
+        missing = tokens - targets
+        assert missing.total() == (0 if isolated else 1) and not targets - tokens
     else:
-        assert 16 < found.total() <= 48
+        assert 16 < targets.total() <= 48
     again = evaluation_batches(corpus, run, "test", "es", max_sequences=limit, world_size=world_size)
     assert rows(ranks[0]) == rows(list(again))
 
@@ -327,10 +327,10 @@ def test_both_ways_adds_the_tokens_of_the_second_pass(corpus):
 
 def test_open_sequences_come_after_those_of_forget(corpus):
     loader = Loader(corpus, config("sequence", channel={"retain": {"retain": 0.4, "unlabeled": 0.3, "open:es": 0.3}}))
-    found = [batch.labels for step in range(20) for batch in loader.step(step)]
+    batch_labels = [batch.labels for step in range(20) for batch in loader.step(step)]
     order = {FORGET: 0, 3: 1, UNLABELED: 2, RETAIN: 3}
-    assert all(list(labels) == sorted(labels, key=order.get) for labels in found)
-    assert {label for labels in found for label in labels} == set(order)
+    assert all(list(labels) == sorted(labels, key=order.get) for labels in batch_labels)
+    assert {label for labels in batch_labels for label in labels} == set(order)
 
 
 def test_a_model_that_starts_from_a_folder_may_have_any_number_of_rows_beyond_the_vocabulary(tmp_path):

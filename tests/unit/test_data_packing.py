@@ -91,8 +91,8 @@ def test_token_mixing_changes_labels_at_document_ends(corpus):
     true = corpus.label_of_category(SPACE)[corpus.documents["category"]]
     expected = np.repeat(true[stream.order], corpus.documents["length"][stream.order])
     read = [stream.read(i) for i in range(stream.sequences)]
-    found = np.concatenate([np.repeat(s.labels, s.lengths) for s in read])
-    assert (found == expected[: len(found)]).all()
+    labels = np.concatenate([np.repeat(s.labels, s.lengths) for s in read])
+    assert (labels == expected[: len(labels)]).all()
     assert max(len(set(s.labels)) for s in read) == 3
 
 

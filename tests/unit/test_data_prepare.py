@@ -99,8 +99,8 @@ def test_the_rules_see_each_files_own_path(tmp_path):
     for name in ("train", "test", "train2"):
         (tmp_path / "en" / f"{name}.txt").write_text(name)
     corpus = prepared(tmp_path, tmp_path / "en", rules={**RULES, "split": {"path": r"/(train|test)\d?\.txt$"}})
-    found = {text: corpus.manifest.splits[s] for text, s in zip(texts(corpus), corpus.documents["split"], strict=True)}
-    assert found == {"train": "train", "test": "test", "train2": "train"}
+    splits = {text: corpus.manifest.splits[s] for text, s in zip(texts(corpus), corpus.documents["split"], strict=True)}
+    assert splits == {"train": "train", "test": "test", "train2": "train"}
 
 
 def test_the_match_nearest_to_the_file_name_counts(tmp_path):

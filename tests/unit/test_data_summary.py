@@ -109,7 +109,7 @@ def test_spans_are_counted_by_split_for_their_own_category(printed):
         record(0, length=1200, spans=[[0, 5, "toxin"], [6, 10, "toxin"], [20, 21, "venom"]]),
         record(1, length=2000, split="test", spans=[[100, 1300, "toxin"]]),
     ]
-    shown, found = printed(records, spans="spans", labels=labels)
+    shown, warnings = printed(records, spans="spans", labels=labels)
     rows = [line.replace("│", " ").split() for line in shown.splitlines() if "│" in line]
     assert rows == [
         ["test", "en", "retain", "1", "801", "0", "0"],
@@ -118,7 +118,7 @@ def test_spans_are_counted_by_split_for_their_own_category(printed):
         ["train", "toxin", "forget:bio", "1", "9", "2", "9"],
         ["train", "venom", "forget:bio", "1", "1", "1", "1"],
     ]
-    assert found == [
+    assert warnings == [
         "category en has only 801 tokens in split test: its loss in an evaluation is not reliable",
         "category venom has no document in split test: it has no loss in an evaluation",
     ]

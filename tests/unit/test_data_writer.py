@@ -21,10 +21,10 @@ def writer_in(folder: Path, shard_tokens: int = 10, vocab_size: int = 300) -> Co
 
 def documents(*rows: tuple[int, int, int], first: int = 0) -> np.ndarray:
     """Of rows (length, category, split), with ids from `first` on."""
-    found = np.zeros(len(rows), DOCUMENT)
-    found["length"], found["category"], found["split"] = zip(*rows, strict=True)
-    found["id"] = np.arange(first, first + len(rows))
-    return found
+    array = np.zeros(len(rows), DOCUMENT)
+    array["length"], array["category"], array["split"] = zip(*rows, strict=True)
+    array["id"] = np.arange(first, first + len(rows))
+    return array
 
 
 ROWS = [(4, 0, 0), (4, 1, 0), (5, 0, 1), (10, 0, 0), (1, 1, 1)]

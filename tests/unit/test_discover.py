@@ -69,7 +69,7 @@ UNREAD = (".md", ".py", ".docx", ".tar.gz", "")
 
 def texts_of(sources: list[Source]) -> list[str]:
     return [
-        found.fields["text"] for source in sources for block in source.blocks(["text"]) for found in block.records()
+        entry.fields["text"] for source in sources for block in source.blocks(["text"]) for entry in block.records()
     ]
 
 
@@ -127,22 +127,22 @@ def make(root: Path, steps: list[tuple]) -> dict[Path, list[str]]:
 
 def names_in(root: Path) -> list[Path]:
     """Every name that is not hidden nor in a hidden folder; without what lies behind links."""
-    found = []
+    paths = []
     for folder, inside, files in os.walk(root):
         inside[:] = [name for name in inside if not name.startswith(".")]
-        found += [Path(folder, name) for name in [*inside, *files] if not name.startswith(".")]
-    return found
+        paths += [Path(folder, name) for name in [*inside, *files] if not name.startswith(".")]
+    return paths
 
 
 def reachable(root: Path) -> set[Path]:
     """Real paths of the folders that a search from the root gets to, whatever it does to read each once."""
-    found, to_do = set(), [root]
+    folders, to_do = set(), [root]
     while to_do:
         folder = to_do.pop().resolve()
-        if folder not in found:
-            found.add(folder)
+        if folder not in folders:
+            folders.add(folder)
             to_do += [child for child in folder.iterdir() if child.name[0] != "." and child.is_dir()]
-    return found
+    return folders
 
 
 @settings(max_examples=150, deadline=None)
@@ -155,8 +155,8 @@ def test_each_real_record_is_read_once_and_everything_else_is_counted(steps):
         seen = [child for place in reachable(root) for child in place.iterdir()]
         by_file = {(path.stat().st_dev, path.stat().st_ino): texts for path, texts in contents.items()}
         visible = [child for child in seen if child.name[0] != "." and child.is_file()]
-        found = {(child.stat().st_dev, child.stat().st_ino) for child in visible}
-        expected = sorted(text for key, texts in by_file.items() if key in found for text in texts)
+        inodes = {(child.stat().st_dev, child.stat().st_ino) for child in visible}
+        expected = sorted(text for key, texts in by_file.items() if key in inodes for text in texts)
         if not expected:
             with pytest.raises(ValueError, match="nothing to read"):
                 find_sources([root])

@@ -120,8 +120,8 @@ def test_losses_and_gradients_are_those_of_the_formula(name, mixing, backend, fa
         torch.testing.assert_close(sums, wanted, rtol=2e-6, atol=1e-6)
         assert not sums.requires_grad
     expected = gradients(oracle, batches_of(mixing), tables)
-    for name_, found in gradients(model, batches_of(mixing), tables).items():
-        error = (found - expected[name_]).abs().max().item()
+    for name_, gradient in gradients(model, batches_of(mixing), tables).items():
+        error = (gradient - expected[name_]).abs().max().item()
         assert error <= 5e-6 * max(1e-2, expected[name_].abs().max().item()), name_
 
 
@@ -143,11 +143,11 @@ def test_what_a_label_may_not_update_does_not_change_with_it(name, mixing, backe
 def test_a_part_that_no_token_reads_gets_zeros_and_is_frozen(family, rank):
     model, tables = model_of(family, embedding=rank), TABLES["strict"]
     for label, groups in ((RETAIN, ()), (BIO, ("bio",)), (UNLABELED, ("bio", "code"))):
-        found = gradients(model, random_step("step", 1, label), tables)  # no gradient is None
+        grads = gradients(model, random_step("step", 1, label), tables)  # no gradient is None
         live = live_keys(tables, [label])
         for part in model.domain_parts:
             read = part.key.partition(".")[2] in groups
-            assert bool((found[part.name] != 0).any()) == read == (part.key in live), part
+            assert bool((grads[part.name] != 0).any()) == read == (part.key in live), part
             assert contribution(tables, part.key, label) == read
 
 

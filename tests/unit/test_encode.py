@@ -39,8 +39,8 @@ def tokenizer():
 def test_pieces_have_the_tokens_of_the_whole(tokenizer, text, size):
     pieces = list(cut(text, size))
     assert "".join(pieces) == text
-    found = [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False).ids]
-    assert found == tokenizer.encode(text, add_special_tokens=False).ids
+    tokens = [token for piece in pieces for token in tokenizer.encode(piece, add_special_tokens=False).ids]
+    assert tokens == tokenizer.encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("size", [1, 30, 10**6])

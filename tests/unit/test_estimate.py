@@ -20,13 +20,13 @@ def test_the_command_prints_a_row_for_every_stage(capsys):
     printed = capsys.readouterr().out
     assert f"{6_738_415_616 + 2 * 32_000 * 4096:,} parameters" in printed and "512 ranks = 64 nodes x 8" in printed
     assert main(["estimate", "llama-7b", "--nodes", "64", "--gpus", "8", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [row["zero_stage"] for row in found["stages"]] == [0, 1, 2, 3] and found["accumulation"] == 1
+    report = json.loads(capsys.readouterr().out)
+    assert [row["zero_stage"] for row in report["stages"]] == [0, 1, 2, 3] and report["accumulation"] == 1
     wide = Console(width=80, record=True, file=io.StringIO())
     machine = Machine(64, 8)
     print_estimate(config := load_config("llama-7b"), machine, estimate(config, machine), wide)
     text = wide.export_text()
-    for row in found["stages"]:
+    for row in report["stages"]:
         lines = [line.split() for line in text.splitlines() if line.split()[:1] == [str(row["zero_stage"])]]
         memory_line, *_, speed_line, run_line = lines
         assert f"{row['peak_bytes'] / 1e9:.2f}" in memory_line
@@ -34,7 +34,7 @@ def test_the_command_prints_a_row_for_every_stage(capsys):
         assert f"{row['speed']['utilisation']:.1%}" == run_line[2]
         assert [f"{row['whole']['days']:.2f}", f"{row['best']['days']:.2f}"] == run_line[3:5]
         assert run_line[-2:] == [f"{row['checkpoint_bytes'] / 1e9:.1f}", "GB"]
-    assert found["recommended_zero_stage"] == 1 and found["steps"] == 36_000
+    assert report["recommended_zero_stage"] == 1 and report["steps"] == 36_000
     assert max(map(len, text.splitlines()[:40])) > 80 and not any("…" in line for line in text.splitlines())
 
 

@@ -1,8 +1,4 @@
-"""The printed estimate: its units, its notes, the sums that a reader can check, and the recommendation in words.
-
-Seen to fail with: GB for every table; the note on ZeRO 0 and 1 in fp32, or nowhere; a collective left out of the
-printed sum; ZeRO 3's gathers counted once.
-"""
+"""The printed estimate: its units, its notes, the sums that a reader can check, and the recommendation in words."""
 
 import io
 import re
@@ -89,10 +85,10 @@ def test_what_is_sent_can_be_summed_by_hand(name, machine, options):
     assert f"x {ranks - 1}/{ranks}" in text
     sums, stage = {}, None
     for line in text.splitlines():
-        found = re.match(r"\s*([\d, ]*?)\s*([\d,]+) x (\d+) x (\d+) x (\d+) +[\d.]+ ", line)
-        if found:
-            stage = found[1] or stage
-            numbers = [int(number.replace(",", "")) for number in found.groups()[1:]]
+        match = re.match(r"\s*([\d, ]*?)\s*([\d,]+) x (\d+) x (\d+) x (\d+) +[\d.]+ ", line)
+        if match:
+            stage = match[1] or stage
+            numbers = [int(number.replace(",", "")) for number in match.groups()[1:]]
             sums[stage] = sums.get(stage, 0) + prod(numbers) * (ranks - 1) / ranks
     sums |= dict.fromkeys("01", sums["0, 1"]) if "0, 1" in sums else {}
     for row in rows:

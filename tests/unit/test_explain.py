@@ -33,8 +33,8 @@ def row(printed: str, name: str) -> list[str]:
 def test_the_line_on_the_data(tmp_path):
     corpus = build(tmp_path / "corpus", [record(0), record(1, "es", 99), record(2, split="test")])
     path = f"--data.path={corpus.path}"
-    found = data_line(load_config("debug", [path, "--model.vocab_size=257", "--train.steps=3"]))
-    assert found == f"data: {corpus.path} has 121 tokens in split train; the run takes 1,536, {1536 / 121:.2f} x"
+    line = data_line(load_config("debug", [path, "--model.vocab_size=257", "--train.steps=3"]))
+    assert line == f"data: {corpus.path} has 121 tokens in split train; the run takes 1,536, {1536 / 121:.2f} x"
     printed = io.StringIO()
     refusal = f"data do not fit: model.vocab_size is 512, but the tokenizer of {corpus.path} has 257"
     with pytest.raises(ValueError, match=re.escape(refusal)):
@@ -46,28 +46,29 @@ def test_the_line_on_the_data(tmp_path):
 
 
 def test_counts_by_group_and_label():
-    found = explain(load_config("debug"))
-    assert (found.owned("retain"), found.owned("es"), found.total) == (RETAIN, ES, RETAIN + ES + JOINT)
-    assert found.updated("unlabeled") == found.total
-    assert found.updated("retain") == RETAIN + JOINT
-    assert found.updated("forget:es") == ES + JOINT - OUT_BIAS
+    explanation = explain(load_config("debug"))
+    assert [explanation.owned(group) for group in ("retain", "es")] == [RETAIN, ES]
+    assert explanation.total == RETAIN + ES + JOINT
+    assert explanation.updated("unlabeled") == explanation.total
+    assert explanation.updated("retain") == RETAIN + JOINT
+    assert explanation.updated("forget:es") == ES + JOINT - OUT_BIAS
 
 
 def test_joint_masked_leaves_only_the_final_norm():
-    found = explain(load_config("debug", ["--masking.joint", "masked"]))
-    assert found.updated("forget:es") == ES + FINAL_NORM
+    explanation = explain(load_config("debug", ["--masking.joint", "masked"]))
+    assert explanation.updated("forget:es") == ES + FINAL_NORM
 
 
 def test_unmasked_layers_are_updated_by_everyone():
-    found = explain(load_config("debug", ["--masking.masked_layers", "[1]"]))
+    explanation = explain(load_config("debug", ["--masking.masked_layers", "[1]"]))
     layer = (RETAIN + ES + OUT_BIAS + NORMS) // LAYERS
-    assert found.owned("es") == ES // 2
-    assert found.updated("forget:es") == layer + (ES // 2) + (NORMS // 2) + FINAL_NORM + EMBEDDING + POSITION
+    assert explanation.owned("es") == ES // 2
+    assert explanation.updated("forget:es") == layer + (ES // 2) + (NORMS // 2) + FINAL_NORM + EMBEDDING + POSITION
 
 
 def test_strategy_none_masks_nothing():
-    found = explain(load_config("debug", ["--masking.strategy", "none"]))
-    assert {found.updated(label) for label in found.updates} == {found.total}
+    explanation = explain(load_config("debug", ["--masking.strategy", "none"]))
+    assert {explanation.updated(label) for label in explanation.updates} == {explanation.total}
 
 
 @pytest.mark.parametrize("rank", ["full", 4])
@@ -77,18 +78,18 @@ def test_a_domains_embedding_is_updated_by_its_own_labels(rank, ends):
     shared += ["--model.family=llama", "--model.window=null", "--model.tie_embeddings=false"] if "head" in ends else []
     options = [*shared, f"--masking.domain_embedding={rank}"]
     own = 512 * D if rank == "full" else 512 * rank + rank * D
-    found, printed = explain(load_config("debug", options)), text(*options)
-    assert found.config.space.labels == ("unlabeled", "retain", "forget:es", "forget:fr", "open:es")
+    explanation, printed = explain(load_config("debug", options)), text(*options)
+    assert explanation.config.space.labels == ("unlabeled", "retain", "forget:es", "forget:fr", "open:es")
     for end in ends:
-        assert found.counts[f"{end}.es"] == found.counts[f"{end}.fr"] == own
+        assert explanation.counts[f"{end}.es"] == explanation.counts[f"{end}.fr"] == own
         for domain, shares in {"es": ["yes", "-", "yes", "-", "yes"], "fr": ["yes", "-", "-", "yes", "-"]}.items():
             assert row(printed, f"{domain} {end}") == [f"{own:,}", *shares]
-            updated = [f"{end}.{domain}" in found.updates[label] for label in found.config.space.labels]
+            updated = [f"{end}.{domain}" in explanation.updates[label] for label in explanation.config.space.labels]
             assert updated == [share == "yes" for share in shares]
     without = explain(load_config("debug", shared))
     for label, parts in {"unlabeled": 2, "retain": 0, "forget:es": 1, "forget:fr": 1, "open:es": 1}.items():
-        assert found.updated(label) == without.updated(label) + parts * len(ends) * own
-    assert found.owned("es") == without.owned("es") + len(ends) * own
+        assert explanation.updated(label) == without.updated(label) + parts * len(ends) * own
+    assert explanation.owned("es") == without.owned("es") + len(ends) * own
 
 
 def test_tables_say_who_runs_and_who_learns():
@@ -117,6 +118,6 @@ def test_weights_and_stopped_gradients_are_shown():
 
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_can_be_explained(name):
-    found = explain(load_config(name))
-    forget = f"forget:{found.config.space.domains[0]}"
-    assert 0 < found.updated(forget) < found.updated("retain") < found.total
+    explanation = explain(load_config(name))
+    forget = f"forget:{explanation.config.space.domains[0]}"
+    assert 0 < explanation.updated(forget) < explanation.updated("retain") < explanation.total

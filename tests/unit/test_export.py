@@ -48,13 +48,13 @@ def values(weights: dict[str, torch.Tensor]) -> set[float]:
 
 def owned(model: Transformer, group: str) -> set[float]:
     """Every weight in the rows that a group owns."""
-    found: set[float] = set()
+    weights: set[float] = set()
     for name, parameter in model.named_parameters():
         rows = model.parameter_rows()[name]
         for key, start, end in zip(rows.keys, rows.bounds[:-1], rows.bounds[1:], strict=True):
             if key.endswith(f".{group}"):
-                found |= set(parameter[start:end].detach().flatten().tolist())
-    return found
+                weights |= set(parameter[start:end].detach().flatten().tolist())
+    return weights
 
 
 @pytest.mark.parametrize("text", [GPT_NEO, LLAMA, SOME_LAYERS], ids=["gpt_neo", "llama", "some-layers"])

@@ -35,7 +35,7 @@ def document(rules: Rules, **fields):
 
 
 @pytest.mark.parametrize(
-    ("value", "found"),
+    ("value", "description"),
     [
         (None, "null"),
         ("", "''"),
@@ -46,13 +46,13 @@ def document(rules: Rules, **fields):
         ({"a": 1}, "dict"),
     ],
 )
-def test_what_has_no_value_is_named(value, found):
+def test_what_has_no_value_is_named(value, description):
     """In every field that names something."""
-    by = rf"a\.jsonl:7: field 'book' (of split\.by )?holds {found}, "
+    by = rf"a\.jsonl:7: field 'book' (of split\.by )?holds {description}, "
     with pytest.raises(ValueError, match=by):
         document(rules_of(split=BY), book=value)
     for keys in ({"split": {"field": "book"}}, {"category": {"field": "book"}}, {"id": "book"}):
-        with pytest.raises(ValueError, match=rf"a\.jsonl:7: field 'book' holds {found}, expected text"):
+        with pytest.raises(ValueError, match=rf"a\.jsonl:7: field 'book' holds {description}, expected text"):
             document(rules_of(**keys), book=value)
 
 
@@ -113,10 +113,10 @@ def test_a_name_that_is_not_utf8_is_read_and_named_where_it_matters(tmp_path):
     write_jsonl(folder / "en.jsonl", [record(0)])
     (tmp_path / "good").mkdir()
     assert len(prepared(tmp_path / "good", folder, rules_of()).documents) == 1
-    found = rf"{tmp_path}/caf\\xe9/en\.jsonl:1: what .* finds in the path has the byte 0xe9, not UTF-8, or half a"
-    found += r" surrogate pair \(\\udce9\) at character 3; rename the file"
+    message = rf"{tmp_path}/caf\\xe9/en\.jsonl:1: what .* finds in the path has the byte 0xe9, not UTF-8, or half a"
+    message += r" surrogate pair \(\\udce9\) at character 3; rename the file"
     for keys in ({"split": {"path": "([^/]+)/[^/]+$"}}, {"category": {"path": "([^/]+)/[^/]+$"}}):
-        with pytest.raises(ValueError, match=found) as caught:
+        with pytest.raises(ValueError, match=message) as caught:
             prepared(tmp_path, folder, rules_of(**keys))
         str(caught.value).encode()
     (folder / "a.txt").write_text("text")
@@ -197,15 +197,15 @@ def test_repeats_and_nul_characters_are_reported(tmp_path, monkeypatch):
     records[9]["text"] += "\0\0"
     rules = rules_of(split={"field": "split"}, id="name")
     corpus = prepared(tmp_path, write_jsonl(tmp_path / "a.jsonl", records), rules)
-    found = [line for line in warnings(corpus, rules) if "split test:" not in line]
-    assert found == [
+    notes = [line for line in warnings(corpus, rules) if "split test:" not in line]
+    assert notes == [
         f"2 documents have NUL characters; the first is {tmp_path / 'a.jsonl'}:4",
         "2 values of name occur more than once, in 5 documents; the first is 'n5' (rules: id)",
         "3 of 17 documents repeat the text of another one",
         "1 document of split test has the text of one in split train, whose loss is learned",
         "1 text occurs under more than one true label: what one label holds back another teaches",
     ]
-    assert Corpus.open(corpus.path).manifest.notes == found[:2]
+    assert Corpus.open(corpus.path).manifest.notes == notes[:2]
 
 
 def test_a_corpus_without_notes_is_as_it_was(tmp_path):

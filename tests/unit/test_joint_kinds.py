@@ -44,10 +44,10 @@ def twins(family: str, backend: str):
     return tied, untied
 
 
-def assert_frozen_rows_are_those_without_gradient(model, found: dict[str, torch.Tensor], *masked: str) -> None:
+def assert_frozen_rows_are_those_without_gradient(model, grads: dict[str, torch.Tensor], *masked: str) -> None:
     live = live_keys(tables(*masked), [BIO])
     for name, rows in model.parameter_rows().items():
-        assert bool((found[name] != 0).any()) == any(key in live for key in rows.keys), name
+        assert bool((grads[name] != 0).any()) == any(key in live for key in rows.keys), name
 
 
 def test_every_kind_is_here():

@@ -1,7 +1,4 @@
-"""What the self-check repeats is what the run will launch: in its dtype, under all its masks, in every kind of layer.
-
-Seen to fail with: the first mask alone; the model in fp32; the first kind of layer alone; no evaluation.
-"""
+"""The self-check repeats what the run will launch: in its dtype, under all its masks, in every kind of layer."""
 
 from __future__ import annotations
 
@@ -30,9 +27,9 @@ def test_the_dtype_is_that_of_the_run(recorded):
     config, calls = recorded
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
     for op in ("linear", "mlp", "attention", "embedding"):
-        found = {a.dtype for call in calls if call.op == op for a in call.arguments
-                 if isinstance(a, torch.Tensor) and a.is_floating_point()}  # fmt: skip
-        assert dtype in found and found <= {dtype, torch.float32}, op
+        dtypes = {a.dtype for call in calls if call.op == op for a in call.arguments
+                  if isinstance(a, torch.Tensor) and a.is_floating_point()}  # fmt: skip
+        assert dtype in dtypes and dtypes <= {dtype, torch.float32}, op
 
 
 def test_every_mask_of_training_occurs(recorded):

@@ -31,16 +31,16 @@ def setting(tmp_path_factory):
 
 def test_gradient_norms_of_each_label_and_group(setting):
     config, corpus, model = setting
-    found = gradient_norms(model, corpus, config, split="test", sequences=4, device=CPU)
-    assert set(found) == {"retain", "forget:es"} and all(set(row) == {"retain", "es"} for row in found.values())
-    assert all(value > 0 for row in found.values() for value in row.values())
-    assert found["retain"] != found["forget:es"]
+    norms = gradient_norms(model, corpus, config, split="test", sequences=4, device=CPU)
+    assert set(norms) == {"retain", "forget:es"} and all(set(row) == {"retain", "es"} for row in norms.values())
+    assert all(value > 0 for row in norms.values() for value in row.values())
+    assert norms["retain"] != norms["forget:es"]
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_gradient_norms_are_those_of_the_mean_loss_over_all_categories_of_a_label(setting):
     config, corpus, model = setting
-    found = gradient_norms(model, corpus, config, split="test", sequences=100, device=CPU)
+    norms = gradient_norms(model, corpus, config, split="test", sequences=100, device=CPU)
 
     other = Transformer(config.model, config.partition, "reference")
     other.load_state_dict(model.state_dict())
@@ -63,4 +63,4 @@ def test_gradient_norms_are_those_of_the_mean_loss_over_all_categories_of_a_labe
                         gradients.append(parameter.grad[start:end].flatten())
                         weights.append(parameter[start:end].detach().flatten())
             expected = float(torch.cat(gradients).norm() / torch.cat(weights).norm())
-            assert found[label][group] == pytest.approx(expected, rel=1e-4)
+            assert norms[label][group] == pytest.approx(expected, rel=1e-4)

@@ -32,39 +32,39 @@ def add_run(runs: str, data: str = "data/text", record: bool = True) -> Path:
     return run
 
 
-def found(run: Path, data: str | None = None) -> Path:
+def located(run: Path, data: str | None = None) -> Path:
     return Path(locate_data(load_run_config(run), run, data).data.path)
 
 
 def test_a_relative_path_is_that_of_the_run(project: Path, monkeypatch):
     run = project / "runs" / "mine"
-    assert found(run) == project / "data/text"
-    assert found(Path("../project/runs/mine")) == project / "data/text"
+    assert located(run) == project / "data/text"
+    assert located(Path("../project/runs/mine")) == project / "data/text"
     monkeypatch.chdir(run)
-    assert found(Path(".")) == project / "data/text"
+    assert located(Path(".")) == project / "data/text"
     monkeypatch.chdir(project)
-    assert found(Path("runs/mine")) == Path("data/text"), "unchanged where it leads there"
+    assert located(Path("runs/mine")) == Path("data/text"), "unchanged where it leads there"
 
 
 def test_what_is_here_by_the_same_name_is_not_taken_for_it(project: Path):
     Path("data/text").mkdir(parents=True)
-    assert found(project / "runs/mine") == project / "data/text"
+    assert located(project / "runs/mine") == project / "data/text"
 
 
 def test_a_path_that_is_given_is_relative_to_here(project: Path):
     for folder in (project, Path()):
         (folder / "copy").mkdir()
-    assert found(project / "runs/mine", "copy") == Path("copy")
-    assert found(project / "runs/mine", "nowhere") == Path("nowhere")
+    assert located(project / "runs/mine", "copy") == Path("copy")
+    assert located(project / "runs/mine", "nowhere") == Path("nowhere")
 
 
 def test_run_and_project_may_move(project: Path):
     (project / "archive").mkdir()
     run = (project / "runs/mine").rename(project / "archive/mine")
-    assert found(run) == project / "data/text"
+    assert located(run) == project / "data/text"
     run.rename(project / "runs/mine")
     moved = project.rename(project.with_name("moved"))
-    assert found(moved / "runs/mine") == moved / "data/text"
+    assert located(moved / "runs/mine") == moved / "data/text"
 
 
 def test_a_copied_project_has_its_own_data(project: Path):
@@ -72,7 +72,7 @@ def test_a_copied_project_has_its_own_data(project: Path):
     for path in ("data", "runs"):
         (project / path).rename(copy / path)
     (project / "data/text").mkdir(parents=True)
-    assert found(copy / "runs/mine") == copy / "data/text"
+    assert located(copy / "runs/mine") == copy / "data/text"
 
 
 def test_runs_elsewhere_and_runs_of_older_versions(project: Path, tmp_path: Path, monkeypatch):
@@ -80,7 +80,7 @@ def test_runs_elsewhere_and_runs_of_older_versions(project: Path, tmp_path: Path
     far, old = add_run(str(tmp_path / "scratch")), add_run("old", record=False)
     old = old.absolute()
     monkeypatch.chdir(tmp_path)
-    assert found(far) == found(old) == project / "data/text"
+    assert located(far) == located(old) == project / "data/text"
 
 
 def test_absolute_paths_and_data_that_are_gone_are_left(project: Path, monkeypatch):
@@ -91,7 +91,7 @@ def test_absolute_paths_and_data_that_are_gone_are_left(project: Path, monkeypat
     assert places_tried(config, run) == f"{project}, {Path.cwd()}"
     monkeypatch.chdir(project)
     absolute = add_run("absolute", str(project / "data"))
-    assert found(absolute) == project / "data" and places_tried(load_run_config(absolute), absolute) == ""
+    assert located(absolute) == project / "data" and places_tried(load_run_config(absolute), absolute) == ""
 
 
 def test_the_synthetic_corpus_lies_beside_the_run_or_where_it_was_written(project: Path, monkeypatch, tmp_path: Path):

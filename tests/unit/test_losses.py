@@ -54,21 +54,21 @@ def by_hand(setting, category: str, without_es: bool, split: str = "test") -> fl
 @pytest.mark.parametrize("category", ["en", "es"])
 @pytest.mark.parametrize("split", ["test", "train"])
 def test_losses_are_those_of_the_edited_model(setting, category: str, split: str):
-    found = measure(setting, split)
-    assert set(found) == {"full", "without es"} and set(found["full"]) == {"en", "es"}
+    losses = measure(setting, split)
+    assert set(losses) == {"full", "without es"} and set(losses["full"]) == {"en", "es"}
     without = by_hand(setting, category, True, split)
-    assert found["without es"][category] == pytest.approx(without, rel=1e-5)
+    assert losses["without es"][category] == pytest.approx(without, rel=1e-5)
     if category == "es":  # English runs here under its label retain, whose tokens see no forget group at all
         full = by_hand(setting, category, False, split)
-        assert found["full"][category] == pytest.approx(full, rel=1e-5)
+        assert losses["full"][category] == pytest.approx(full, rel=1e-5)
         assert abs(full - without) > 1e-3, "the group must matter for the comparison to mean anything"
 
 
 def test_nothing_is_removed_from_a_model_that_was_trained_without_masks(setting):
     config, corpus, model = setting
     unmasked = ["--masking.strategy=none", f"--runs={config.runs}"]
-    found = measure((load_config("debug", unmasked), corpus, model))
-    assert set(found) == {"full"} and found["full"] == measure(setting)["full"]
+    losses = measure((load_config("debug", unmasked), corpus, model))
+    assert set(losses) == {"full"} and losses["full"] == measure(setting)["full"]
     for masked in ("--train.init_from=folder", "--masking.overrides={update.forget:es.retain.mlp_in: 0.5}"):
         assert load_config("debug", [*unmasked, masked]).removals == [(), ("es",)]
 

@@ -38,12 +38,12 @@ DAMAGES = {  # the first bytes of a line, and what is said of them
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_line_is_told_with_the_remedy_or_left_out_at_the_end(tmp_path, damage):
-    data, said = DAMAGES[damage]
+    data, problem = DAMAGES[damage]
     whole = b'{"kind": "step", "step": 1}\n'
     (file := tmp_path / "metrics.jsonl").write_bytes(whole + data + b"\n" + whole)
     with pytest.raises(ValueError) as raised:
         read_metrics(file)
-    assert str(raised.value) == f"{file}, line 2: {said}; delete the line, or put back a copy of the file"
+    assert str(raised.value) == f"{file}, line 2: {problem}; delete the line, or put back a copy of the file"
     file.write_bytes(whole + data)
     assert read_metrics(file) == [{"kind": "step", "step": 1}]
 
@@ -88,7 +88,7 @@ def test_a_server_out_of_reach_is_no_refusal(reason, refused):
 
 @pytest.mark.parametrize(("keys", "warned"), [({}, False), ({"project": "mine"}, True), ({"entity": "team"}, True)])
 def test_keys_of_wandb_without_a_mode_are_warned_of(tmp_path, keys, warned):
-    said = []
+    lines = []
     config = tiny_config().model_copy(update={"wandb": WandbConfig(**keys)})
-    assert _start_wandb(tmp_path, config, [], said.append) == (None, {})
-    assert ["wandb.mode is off" in line for line in said] == [True] * warned
+    assert _start_wandb(tmp_path, config, [], lines.append) == (None, {})
+    assert ["wandb.mode is off" in line for line in lines] == [True] * warned

@@ -65,8 +65,8 @@ def test_live_segments_are_updated_with_counts_of_their_own(backend):
             made.factors = [factor]
         made.step()
         for tensor, values in expected.items():
-            found = (tensor.detach(), made.state[tensor]["exp_avg"], made.state[tensor]["exp_avg_sq"])
-            assert all(map(torch.equal, found, values)), (number, live)
+            tensors = (tensor.detach(), made.state[tensor]["exp_avg"], made.state[tensor]["exp_avg_sq"])
+            assert all(map(torch.equal, tensors, values)), (number, live)
         assert made.steps == counts
 
 
@@ -89,8 +89,8 @@ def test_a_step_costs_the_host_the_same_however_many_segments_there_are(monkeypa
         gradients(made, 0)
         for _ in range(2):  # the first one makes the launch
             made.begin_step(frozenset(KEYS), 1e-2)
-            found = calls_of(made.step)
-        calls.append(found)
+            call_count = calls_of(made.step)
+        calls.append(call_count)
     assert calls[0] == calls[1] < 300
 
 
@@ -106,8 +106,8 @@ def test_a_step_costs_the_host_little_for_each_tensor(backend, limit, monkeypatc
         for number in range(3):  # the first one makes the launch
             gradients(made, number)
             made.begin_step(frozenset(KEYS), 1e-2)
-            found = calls_of(made.step)
-        calls.append(found)
+            call_count = calls_of(made.step)
+        calls.append(call_count)
     assert (calls[1] - calls[0]) / 100 <= limit
 
 

@@ -18,14 +18,14 @@ from sgtm.model.transformer import Transformer
 
 def run(model, batches, tables, norms=None, grad: bool = False) -> list[torch.Tensor]:
     """Losses, and the gradients where `grad`."""
-    found = []
+    tensors = []
     model.zero_grad(set_to_none=True)
     for batch in batches:
         loss, _ = model(batch.input_ids, batch.targets, plan_of(batch, tables), 1 / batch.step_targets, norms)
-        found.append(loss.detach())
+        tensors.append(loss.detach())
         if grad:
             loss.backward()
-    return found + [p.grad for p in model.parameters() if grad]
+    return tensors + [p.grad for p in model.parameters() if grad]
 
 
 def measured(model, batches, tables):
@@ -38,14 +38,14 @@ def measured(model, batches, tables):
 def alone(layer, inputs, rows: tuple[int, int]) -> torch.Tensor:
     """What an attention or MLP gives where only these rows of its last weight are not 0, nor its bias."""
     weight, bias = (layer.w_o, layer.b_o) if hasattr(layer, "w_o") else (layer.w_out, layer.b_out)
-    kept = weight.detach().clone(), None if bias is None else bias.detach().clone()
-    weight.zero_()[rows[0] : rows[1]] = kept[0][rows[0] : rows[1]]
+    originals = weight.detach().clone(), None if bias is None else bias.detach().clone()
+    weight.zero_()[rows[0] : rows[1]] = originals[0][rows[0] : rows[1]]
     if bias is not None:
         bias.zero_()
     out = type(layer).forward(layer, *inputs)
-    weight.copy_(kept[0])
+    weight.copy_(originals[0])
     if bias is not None:
-        bias.copy_(kept[1])
+        bias.copy_(originals[1])
     return out
 
 
@@ -81,12 +81,12 @@ def by_hand(model, batches, tables):
 
 
 def flat(norms) -> dict:
-    found = {}
+    values = {}
     for label, parts in norms.items():
         for part, by_group in parts.items():
             for group, by_layer in by_group.items() if part != "residual" else [(None, by_group)]:
-                found |= {((part, group, layer), label): value for layer, value in enumerate(by_layer)}
-    return found
+                values |= {((part, group, layer), label): value for layer, value in enumerate(by_layer)}
+    return values
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,12 +95,12 @@ def test_norms_are_those_of_each_group_alone(family, mixing):
     for strategy in ("sgtm", "activation_masking", "none"):
         tables = STRATEGIES[strategy]()
         batches = random_step(mixing)
-        found = flat(measured(model_of(family), batches, tables))
+        norms = flat(measured(model_of(family), batches, tables))
         expected = by_hand(model_of(family), batches, tables)
         silent = {key for key, value in expected.items() if value == 0}
-        assert found.keys() == expected.keys() - silent
+        assert norms.keys() == expected.keys() - silent
         assert (strategy == "none") == (not silent)
-        for key, value in found.items():
+        for key, value in norms.items():
             assert value == pytest.approx(expected[key], rel=1e-4), key
 
 
@@ -110,14 +110,14 @@ def test_the_largest_group_may_be_a_domains():
     models = [Transformer(model.config, layers) for _ in range(2)]
     for other in models:
         other.load_state_dict(model.state_dict())
-    found, expected = flat(measured(models[0], batches, tables)), by_hand(models[1], batches, tables)
-    assert found == pytest.approx(expected, rel=1e-4)
+    norms, expected = flat(measured(models[0], batches, tables)), by_hand(models[1], batches, tables)
+    assert norms == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_layer_without_groups_is_retains():
     tables = STRATEGIES["none"]()
-    found = measured(model_of("gpt_neo", masked_layers=[1]), random_step("step"), tables)["forget:bio"]
-    assert [len(found["mlp"][group]) for group in SPACE.groups] == [2, 1, 1] and len(found["residual"]) == 3
+    norms = measured(model_of("gpt_neo", masked_layers=[1]), random_step("step"), tables)["forget:bio"]
+    assert [len(norms["mlp"][group]) for group in SPACE.groups] == [2, 1, 1] and len(norms["residual"]) == 3
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -141,10 +141,10 @@ def test_compiled_blocks_show_the_residual_stream_and_are_not_compiled_again():
     for a, b in zip(plain, run(model, batches, tables, norms, grad=True), strict=True):
         assert torch.equal(a, b)
     assert counter.frame_count == graphs
-    found, whole = norms.take(), measured(model_of("gpt_neo"), batches, tables)
+    compiled_norms, whole = norms.take(), measured(model_of("gpt_neo"), batches, tables)
     for label, parts in whole.items():
-        assert found[label].keys() == {"residual"}
-        assert found[label]["residual"] == pytest.approx(parts["residual"], rel=1e-4)
+        assert compiled_norms[label].keys() == {"residual"}
+        assert compiled_norms[label]["residual"] == pytest.approx(parts["residual"], rel=1e-4)
 
 
 class Reads(TorchDispatchMode):
@@ -154,11 +154,11 @@ class Reads(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.found: list[str] = []
+        self.ops: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
-        self.found += [name] if name in self.WAITS else []
+        self.ops += [name] if name in self.WAITS else []
         return func(*args, **(kwargs or {}))
 
 
@@ -174,8 +174,8 @@ def test_nothing_is_read_from_the_device_in_a_forward_pass():
     with Reads() as with_norms:
         for batch, plan in zip(batches, plans, strict=True):
             model(batch.input_ids, batch.targets, plan, 1.0, norms)
-    assert with_norms.found == plain.found
+    assert with_norms.ops == plain.ops
     with Reads() as reading:
         assert float(torch.ones(()))
-    assert reading.found == ["_local_scalar_dense"]
+    assert reading.ops == ["_local_scalar_dense"]
     assert norms.take().keys() == set(SPACE.labels)

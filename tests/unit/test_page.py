@@ -74,7 +74,7 @@ def test_provenance_is_that_of_the_newest_start(run):
 
 
 @pytest.mark.parametrize(
-    ("missing", "headline", "said", "figures"),
+    ("missing", "headline", "sentence", "figures"),
     [
         (
             ["summary.json"],
@@ -88,13 +88,13 @@ def test_provenance_is_that_of_the_newest_start(run):
     ],
     ids=["no summary", "no training", "no config", "nothing"],
 )
-def test_what_is_missing_is_said(run, missing, headline, said, figures):
+def test_what_is_missing_is_said(run, missing, headline, sentence, figures):
     for name in missing:
         (run / name).unlink()
     (run / "report").mkdir()
     (run / "report" / "ablation.png").write_bytes(b"of an earlier report")
     page = Page(write_report(run))
-    assert page.open == [] and headline in page.text and said in page.text
+    assert page.open == [] and headline in page.text and sentence in page.text
     assert page.source.count("<svg") == len(list((run / "report").glob("*.png"))) == figures
 
 

@@ -46,8 +46,8 @@ def test_ids_stay_and_other_text_is_encoded_as_before(name):
 
 
 def test_a_corpus_is_another_one_only_where_text_could_have_had_control_ids():
-    found = {name: reachable(make(), {EOS, PAD}) for name, (make, _) in KINDS.items()}
-    assert {name: tokens for name, tokens in found.items() if tokens} == {
+    reachable_tokens = {name: reachable(make(), {EOS, PAD}) for name, (make, _) in KINDS.items()}
+    assert {name: tokens for name, tokens in reachable_tokens.items() if tokens} == {
         "not-declared": [PAD, EOS],
         "merged-piece": [EOS],
         "whole-piece": [EOS],
@@ -122,13 +122,13 @@ def whole_words():
 
 @pytest.mark.parametrize("spanned", [False, True])
 @pytest.mark.parametrize(
-    ("make", "text", "found"),
+    ("make", "text", "problem"),
     [
         (newline_ends, "a story\nof two lines", r"'\\n' at character 7 becomes 'Ċ' \(id \d+\)"),
         (whole_words, "a b cat", r"'cat' at character 4 becomes '<\|endoftext\|>' \(id 0\)"),
     ],
 )
-def test_a_control_id_that_cannot_be_spelled_out_is_refused_with_file_and_line(tmp_path, make, text, found, spanned):
+def test_a_control_id_that_cannot_be_spelled_out_is_refused_with_file_and_line(tmp_path, make, text, problem, spanned):
     tokenizer, names = make()
     write_folder(tmp_path / "tokenizer", tokenizer, **names)
     fields = {"spans": [[0, 1, "en"]]}
@@ -138,7 +138,7 @@ def test_a_control_id_that_cannot_be_spelled_out_is_refused_with_file_and_line(t
         {"text": text, "category": "en", "split": "train"} | fields,
     ]
     source = write_jsonl(tmp_path / "a.jsonl", records)
-    with pytest.raises(ValueError, match=rf"a\.jsonl:2: {found}, a control token, .*take it out of the text"):
+    with pytest.raises(ValueError, match=rf"a\.jsonl:2: {problem}, a control token, .*take it out of the text"):
         prepare(open_sources([source]), rules, tmp_path / "tokenizer", tmp_path / "out", workers=1)
 
 

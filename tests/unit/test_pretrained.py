@@ -94,8 +94,8 @@ def test_what_differs_from_the_config_is_named(tmp_path, name, keys):
         load_pretrained(tmp_path, config, es_partition(config))
     before = MODELS[name].model_dump()
     lines = [f"  model.{key}: {before[key]} there, {value} in the config" for key, value in keys.items()]
-    found = [line for line in str(caught.value).splitlines()[1:] if "head_dim" in keys or "head_dim" not in line]
-    assert sorted(found) == sorted(lines)
+    differences = [line for line in str(caught.value).splitlines()[1:] if "head_dim" in keys or "head_dim" not in line]
+    assert sorted(differences) == sorted(lines)
 
 
 def test_a_run_directory_and_a_name_of_the_hub_are_refused_with_the_remedy(tmp_path):

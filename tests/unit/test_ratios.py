@@ -11,10 +11,10 @@ from sgtm.report.ratios import compute_ratios
 def test_runs_are_compared_by_removal_and_category(tmp_path):
     baseline = write_run(tmp_path, "baseline", evaluations(10, 20, 40, 80, 100))
     run = write_run(tmp_path, "run", {50: evaluations(20)[20], 100: evaluations(40)[40]})
-    found = compute_ratios(run, [baseline])
-    assert {removal: set(by) for removal, by in found.items()} == {r: {"en", "es"} for r in ("full", "without es")}
-    assert found["full"]["en"].value == pytest.approx(0.4) and found["without es"]["en"].value == pytest.approx(0.4)
-    assert 0.2 < found["without es"]["es"].value < 0.3 and not found["without es"]["es"].extrapolated
+    ratios = compute_ratios(run, [baseline])
+    assert {removal: set(by) for removal, by in ratios.items()} == {r: {"en", "es"} for r in ("full", "without es")}
+    assert ratios["full"]["en"].value == pytest.approx(0.4) and ratios["without es"]["en"].value == pytest.approx(0.4)
+    assert 0.2 < ratios["without es"]["es"].value < 0.3 and not ratios["without es"]["es"].extrapolated
 
 
 def test_of_several_baselines_the_last_evaluations_count(tmp_path):

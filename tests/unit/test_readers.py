@@ -24,8 +24,8 @@ def test_a_block_ends_with_the_record_that_fills_it(tmp_path, monkeypatch, block
     blocks = list(in_blocks(tmp_path / "a.json", VALUES))
     assert [block.progress for block in blocks] == progress
     path = (tmp_path / "a.json").as_posix()
-    found = [record for block in blocks for record in block.records()]
-    assert found == [Record(path, f"{path}:{line}", fields) for line, fields, _, _ in VALUES]
+    records = [record for block in blocks for record in block.records()]
+    assert records == [Record(path, f"{path}:{line}", fields) for line, fields, _, _ in VALUES]
 
 
 def test_a_record_that_is_no_object_is_named_by_its_line(tmp_path):
@@ -41,10 +41,10 @@ def test_a_file_without_records_has_no_block(tmp_path):
 def files(tmp_path) -> list[Path]:
     """Of 4, 5, and 1 bytes; the second has a byte order mark."""
     (tmp_path / "en").mkdir()
-    found = [tmp_path / f"en/{name}.txt" for name in "abc"]
-    for file, data in zip(found, (b"text", b"\xef\xbb\xbfab", b"c"), strict=True):
+    paths = [tmp_path / f"en/{name}.txt" for name in "abc"]
+    for file, data in zip(paths, (b"text", b"\xef\xbb\xbfab", b"c"), strict=True):
         file.write_bytes(data)
-    return found
+    return paths
 
 
 def test_a_text_file_is_a_document_of_its_folders_name(files):

@@ -56,8 +56,8 @@ def test_what_training_has_evaluated_is_shown(run, steps):
     page = page_without_figures(run)
     assert page.rows[1][:3] == ["en", "retain", "740"] and page.rows[1][3:5] == ["3.000 ± 0.500", "2.500"]
     assert page.rows[2][3] == "nan" and "makes the loss infinite or undefined on es" in page.text
-    said = "These losses are of the evaluation in training after step 90, on up to 64 sequences of each category; "
-    assert said in page.text and ("summary.json is of step 60." in page.text) == (steps is not None)
+    sentence = "These losses are of the evaluation in training after step 90, on up to 64 sequences of each category; "
+    assert sentence in page.text and ("summary.json is of step 60." in page.text) == (steps is not None)
     (run / "summary.json").write_text(json.dumps({**SUMMARY, "steps": 90}))
     assert "in training after step" not in page_without_figures(run).text
 
@@ -67,5 +67,5 @@ def test_an_older_evaluation_in_training_has_its_true_labels_from_the_corpus(run
     corpus = build(tmp_path / "corpus", [record(n, category) for n in range(3) for category in ("en", "es", "web")])
     assert {row.true_label for row in loss_rows(read_record(run).summary)} == {""}, "no corpus there"
     (run / "config.yaml").write_text(CONFIG + f"data: {{path: {corpus.path}}}\n")
-    found = {row.category: row.true_label for row in loss_rows(read_record(run).summary)}
-    assert found == {"en": "retain", "es": "forget:es"}
+    true_labels = {row.category: row.true_label for row in loss_rows(read_record(run).summary)}
+    assert true_labels == {"en": "retain", "es": "forget:es"}

@@ -55,12 +55,12 @@ def test_a_small_test_set_is_grey_on_page_and_terminal(run):
     assert [row[:3] for row in page.rows[1:4]] == [
         ["a", "retain", "1,000"], ["b", "retain", "9,000"], ["tiny", "retain", "740"],
     ]  # fmt: skip
-    said = "In grey: tiny (740); fewer than 1,000 tokens were measured, so these losses are not reliable."
-    assert said in page.text
+    sentence = "In grey: tiny (740); fewer than 1,000 tokens were measured, so these losses are not reliable."
+    assert sentence in page.text
     console = Console(width=200, record=True, file=io.StringIO(), force_terminal=True)
     print_summary(many_categories(), console)
     text = console.export_text(styles=True)
-    assert said in text and re.search(r"\x1b\[2mtiny", text) and not re.search(r"\x1b\[2ma ", text)
+    assert sentence in text and re.search(r"\x1b\[2mtiny", text) and not re.search(r"\x1b\[2ma ", text)
 
 
 def test_page_and_terminal_count_the_measured_tokens(run):

@@ -60,7 +60,7 @@ WORSE = {"full": {"en": 3.20, "es": 3.0}, "without es": {"en": 3.14, "es": 6.0}}
 
 
 @pytest.mark.parametrize(
-    ("share", "error", "said"),
+    ("share", "error", "finding"),
     [
         (
             0,
@@ -74,7 +74,7 @@ WORSE = {"full": {"en": 3.20, "es": 3.0}, "without es": {"en": 3.14, "es": 6.0}}
     ],
     ids=["never", "a fifth", "always", "by chance", "an older record"],
 )
-def test_a_full_model_that_is_worse_on_retained_data_than_its_ablated_one(run, share, error, said):
+def test_a_full_model_that_is_worse_on_retained_data_than_its_ablated_one(run, share, error, finding):
     summary = {"losses": WORSE, "true_labels": SUMMARY["true_labels"]}
     if share is not None:
         summary |= {"retain_with_group": {"es": share}, "difference_errors": {"without es": {"en": error}}}
@@ -83,8 +83,8 @@ def test_a_full_model_that_is_worse_on_retained_data_than_its_ablated_one(run, s
     console = Console(width=300, record=True, file=io.StringIO())
     print_summary(read_record(run).summary, console)
     for text in (page, console.export_text()):
-        assert ("The full model is worse on retained data than the model without es" in text) == (said is not None)
-        assert said is None or said in text
+        assert ("The full model is worse on retained data than the model without es" in text) == (finding is not None)
+        assert finding is None or finding in text
 
 
 def test_what_good_gradient_norms_look_like_is_said(run):
@@ -112,12 +112,12 @@ def test_a_run_that_is_not_evaluated(run):
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "scope"),
     [
         ({"of_steps": 200}, "after step 90 of 200"),
         ({"sequences": 8, "split": "train"}, "on split train, on up to 8 sequences of each category"),
     ],
 )
-def test_an_evaluation_of_a_part_is_said(run, more, said):
+def test_an_evaluation_of_a_part_is_said(run, more, scope):
     (run / "summary.json").write_text(json.dumps({**SUMMARY, **more}))
-    assert f"These losses were measured {said}." in page_without_figures(run).text
+    assert f"These losses were measured {scope}." in page_without_figures(run).text

@@ -23,23 +23,23 @@ def line(step: int, **norms: float) -> dict:
 def warnings(lines: list[dict], recipe: str | None = None, **sections) -> list[str]:
     config = tiny_config(optimizer=WARM_UP, **sections)
     watch = ResidualWatch(config.model_copy(update={"recipe": recipe}))
-    return [said for said in map(watch.see, lines) if said]
+    return [warning for warning in map(watch.see, lines) if warning]
 
 
 def test_a_growing_stream_warns_once_with_cause_and_remedy():
     growth = [2, 6, 10, 30, 10 * GROWTH - 1, 10 * GROWTH, 500]
     lines = [line(step, retain=5.0, unlabeled=norm) for step, norm in zip((1, 2, 4, 6, 8, 10, 12), growth, strict=True)]
-    (said,) = warnings(lines)
-    assert said.startswith(
+    (warning,) = warnings(lines)
+    assert warning.startswith(
         "step 10: the residual stream grows: its norm after the last layer is 60 on unlabeled tokens"
     )
-    assert "6.0 times its early norm 10; " in said
-    assert "Likely cause: unlabeled tokens train the retain group while a forget group is active" in said
+    assert "6.0 times its early norm 10; " in warning
+    assert "Likely cause: unlabeled tokens train the retain group while a forget group is active" in warning
     lower = "; or a lower optimizer.lr than 0.001, at which a run without them may grow too"
-    assert "Remedy: recipe: dual, whose domains have" in said and said.endswith(lower)
-    (said,) = warnings(lines, recipe="dual")
-    assert "recipe: dual" not in said and "a larger share of the retain data trained as retain (data.channel)" in said
-    assert said.endswith(lower)
+    assert "Remedy: recipe: dual, whose domains have" in warning and warning.endswith(lower)
+    (warning,) = warnings(lines, recipe="dual")
+    assert "recipe: dual" not in warning and warning.endswith(lower)
+    assert "a larger share of the retain data trained as retain (data.channel)" in warning
 
 
 def test_a_healthy_stream_does_not_warn():
@@ -66,8 +66,8 @@ def test_what_is_no_norm_is_passed_over(norm):
 @pytest.mark.parametrize(("strategy", "labels"), [("sgtm", ["retain", "forget_es"]), ("none", ["unlabeled", "retain"])])
 def test_where_no_masked_label_can_be_the_cause_it_is_the_learning_rate(strategy, labels):
     lines = [line(4, **dict.fromkeys(labels, 1.0)), line(9, **dict.fromkeys(labels, 19.0))]
-    (said,) = warnings(lines, masking={"strategy": strategy, "joint": "free"})
-    assert said.endswith("Likely cause: optimizer.lr 0.001 is too high; lower it")
+    (warning,) = warnings(lines, masking={"strategy": strategy, "joint": "free"})
+    assert warning.endswith("Likely cause: optimizer.lr 0.001 is too high; lower it")
 
 
 def test_the_cause_is_in_the_tables():
@@ -85,9 +85,9 @@ def test_open_labels_of_every_domain_are_a_cause():
     }
     assert mixed_labels(tiny_config(**sections).tables) == ["unlabeled", "open:es", "open:fr"]
     for label in ("open:es", "open:fr"):
-        found = [line(step, retain=5.0, **{label.replace(":", "_"): norm}) for step, norm in ((4, 10.0), (9, 60.0))]
-        (said,) = warnings(found, **sections)
-        assert f"Likely cause: {label} tokens train the retain group while a forget group is active" in said
+        lines = [line(step, retain=5.0, **{label.replace(":", "_"): norm}) for step, norm in ((4, 10.0), (9, 60.0))]
+        (warning,) = warnings(lines, **sections)
+        assert f"Likely cause: {label} tokens train the retain group while a forget group is active" in warning
 
 
 def test_it_is_printed_and_logged_once_also_by_a_resumed_run(tmp_path, capsys):

@@ -136,8 +136,8 @@ def test_keys_name_the_rows_that_removal_switches_off(family, domain):
         for (key, name, start), piece in by_key(model, {n: p.data for n, p in weights.items()}).items():
             if name == "position" or name == "embedding" or name == "head" or name == "head_bias":
                 continue
-            kept = piece.clone()
+            original = piece.clone()
             piece += torch.linspace(1, 2, piece.numel())
             same = torch.equal(model.logits(ids, plan), expected)
-            piece.copy_(kept)
+            piece.copy_(original)
             assert same == key.endswith(f".{domain}"), f"{name} rows from element {start} ({key})"

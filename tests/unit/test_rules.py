@@ -124,8 +124,8 @@ def test_the_rule_files_in_the_documentation_are_valid(tmp_path, page):
 
 def test_the_documentation_has_exactly_the_keys_there_are():
     text = (ROOT / "docs/data.md").read_text("utf-8").partition("## Keys")[2].partition("## Examples")[0]
-    found = re.findall(r"^\| `([a-z._]+)` \|", text, re.M)
-    assert sorted(found) == sorted([*(key.name for key in keys(Rules)), "category", "split"])
+    names = re.findall(r"^\| `([a-z._]+)` \|", text, re.M)
+    assert sorted(names) == sorted([*(key.name for key in keys(Rules)), "category", "split"])
     defaults = Rules(labels={"a": "retain"})
     assert "| `{field: category}` |" in text and defaults.category.field == "category"
     assert "| `{hash: {test: 0.05}}` |" in text and defaults.split.hash == {"test": 0.05}
@@ -145,11 +145,11 @@ def splits_of(shares: dict[str, float], count: int = 20_000) -> np.ndarray:
     "shares", [{"test": 0.2, "val": 0.3, "dev": 0.1}, {"train": 0.33, "test": 0.56, "val": 0.11}, {"test": 1}]
 )
 def test_every_split_gets_its_share_and_train_the_rest(shares):
-    found = splits_of(shares)
+    splits = splits_of(shares)
     expected = {"train": 1 - sum(shares.values()), **shares}
     for name, share in expected.items():
-        assert np.mean(found == name) == pytest.approx(share, abs=0.015)
-    assert set(found) <= set(shares) or sum(shares.values()) < 0.99
+        assert np.mean(splits == name) == pytest.approx(share, abs=0.015)
+    assert set(splits) <= set(shares) or sum(shares.values()) < 0.99
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
@@ -189,9 +189,9 @@ def test_every_field_that_the_rules_read_is_read(tmp_path):
     )
     (source,) = open_sources([tmp_path / "a.parquet"])
     (block,) = source.blocks(rules.columns)
-    (found,) = block.records()
-    assert set(found.fields) == set(record) - {"unused"}
-    assert rules.document(found.fields, found.path, found.where).spans == ((0, 2, "a"),)
+    (row,) = block.records()
+    assert set(row.fields) == set(record) - {"unused"}
+    assert rules.document(row.fields, row.path, row.where).spans == ((0, 2, "a"),)
     by_field = Rules.model_validate({"split": {"field": "part"}, "labels": {"a": "retain"}})
     assert by_field.columns == ["category", "part", "text"]
 

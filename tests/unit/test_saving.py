@@ -16,19 +16,19 @@ from sgtm.run.metrics import MetricsLog, read_metrics
 from sgtm.run.saving import publish
 
 
-@pytest.mark.parametrize("at", [".tmp-2", "latest"])
-def test_killed_while_it_is_put_in_place(tmp_path: Path, monkeypatch, at: str):
+@pytest.mark.parametrize("name", [".tmp-2", "latest"])
+def test_killed_while_it_is_put_in_place(tmp_path: Path, monkeypatch, name: str):
     """Before the rename the older one stands, after it the newer; the pointer moves last."""
     (older,) = make(tmp_path, 1)
     rename, write = os.replace, saving.write_atomically
 
     def killed_in_rename(source, target) -> None:
-        if Path(source).name == at:
+        if Path(source).name == name:
             raise KeyboardInterrupt
         rename(source, target)
 
     def killed_in_write(path, text) -> None:
-        if path.name == at:
+        if path.name == name:
             raise KeyboardInterrupt
         write(path, text)
 
@@ -37,7 +37,7 @@ def test_killed_while_it_is_put_in_place(tmp_path: Path, monkeypatch, at: str):
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path, 2)
     assert (tmp_path / "checkpoints/latest").read_text() == f"{older.name}\n"
-    expected = older if at == ".tmp-2" else older.with_name("step_00000002")
+    expected = older if name == ".tmp-2" else older.with_name("step_00000002")
     assert find_latest(tmp_path) == expected
     verify(expected)
 
@@ -98,18 +98,18 @@ def test_what_is_kept(tmp_path: Path, keep_last: int, keep_every: int, left: set
     assert all(copy.exists() for copy in copies)
 
 
-@pytest.mark.parametrize("at", ["write_atomically", "_retire"])
-def test_what_goes_wrong_after_it_is_in_place_does_not_end_the_run(tmp_path: Path, monkeypatch, at: str):
+@pytest.mark.parametrize("function", ["write_atomically", "_retire"])
+def test_what_goes_wrong_after_it_is_in_place_does_not_end_the_run(tmp_path: Path, monkeypatch, function: str):
     """A disk that fills up just before `latest`, or an earlier checkpoint that may not be moved."""
     (older,) = make(tmp_path, 1)
-    original = getattr(saving, at)
+    original = getattr(saving, function)
 
     def refused(path: Path, *content: str):
         if path.name in ("latest", older.name):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return original(path, *content)
 
-    monkeypatch.setattr(saving, at, refused)
+    monkeypatch.setattr(saving, function, refused)
     temporary = tmp_path / "checkpoints/.tmp-2"
     temporary.mkdir()
     (temporary / "weights").write_text("of step 2")

@@ -50,17 +50,17 @@ def named(corpus: Corpus, rank: int, index: int) -> list[str]:
 
 
 def test_the_worst_micro_batch_of_any_rank_is_named(monkeypatch, corpus):
-    said = tell(monkeypatch, corpus, [[1.0, 2.0], [0.5, math.nan]])
-    assert said.startswith("step 5: the loss is nan in micro-batch 2 of rank 1, which reads documents ")
-    assert all(name in said for name in named(corpus, 1, 1)[:5]) and said.endswith("; nothing was updated")
-    assert not any(name in said for name in named(corpus, 0, 1))
-    said = tell(monkeypatch, corpus, [[1.0, math.nan]], without=("es",))
-    assert said.endswith("; nothing of es was updated")
-    said = tell(monkeypatch, corpus, [[1.0, math.inf], [math.nan, 2.0]])
-    assert "the loss is inf in micro-batch 2 of rank 0 and 1 more micro-batches, which" in said
-    said = tell(monkeypatch, corpus, [[1.0, 3.0], [0.5, 2.0]])
-    assert "the gradient is not finite, the losses are; the largest is that of micro-batch 2 of rank 0, which" in said
-    assert all(name in said for name in named(corpus, 0, 1)[:5])
+    line = tell(monkeypatch, corpus, [[1.0, 2.0], [0.5, math.nan]])
+    assert line.startswith("step 5: the loss is nan in micro-batch 2 of rank 1, which reads documents ")
+    assert all(name in line for name in named(corpus, 1, 1)[:5]) and line.endswith("; nothing was updated")
+    assert not any(name in line for name in named(corpus, 0, 1))
+    line = tell(monkeypatch, corpus, [[1.0, math.nan]], without=("es",))
+    assert line.endswith("; nothing of es was updated")
+    line = tell(monkeypatch, corpus, [[1.0, math.inf], [math.nan, 2.0]])
+    assert "the loss is inf in micro-batch 2 of rank 0 and 1 more micro-batches, which" in line
+    line = tell(monkeypatch, corpus, [[1.0, 3.0], [0.5, 2.0]])
+    assert "the gradient is not finite, the losses are; the largest is that of micro-batch 2 of rank 0, which" in line
+    assert all(name in line for name in named(corpus, 0, 1)[:5])
 
 
 def test_so_many_in_a_row_end_the_run_with_what_to_do(monkeypatch, corpus, tmp_path):

@@ -36,13 +36,13 @@ def test_losses_are_means_over_the_tokens_of_a_category(corpus, config):
         tables = removal_tables(config.space, removed)
         assert losses[name].keys() == SPAN_LABELS.keys()
         for category, loss in losses[name].items():
-            found = []
+            token_losses = []
             for batch in evaluation_batches(corpus, config, "test", category):
                 logits = model.logits(batch.input_ids, batch.plan(tables)).flatten(0, 1)
                 targets = batch.targets.flatten()
                 measured = targets != IGNORE
-                found.append(F.cross_entropy(logits[measured], targets[measured], reduction="none"))
-            assert loss == pytest.approx(float(torch.cat(found).mean()), rel=1e-5)
+                token_losses.append(F.cross_entropy(logits[measured], targets[measured], reduction="none"))
+            assert loss == pytest.approx(float(torch.cat(token_losses).mean()), rel=1e-5)
 
 
 def test_a_split_without_any_target_is_an_error_and_not_an_empty_evaluation(corpus, config, monkeypatch):

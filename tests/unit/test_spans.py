@@ -108,16 +108,16 @@ def promised(policy: str) -> set[str]:
 
 def test_conservative_keeps_forget_text_from_the_retain_group(corpora):
     before, after = (epoch(corpus, "conservative") for corpus in corpora[False])
-    found = changed("conservative", before, after)
+    changed_keys = changed("conservative", before, after)
     assert promised("conservative") >= GROUPED
-    assert not found & promised("conservative")
-    assert {"attn_in.es", "mlp_out.es", "embedding+head", "norm"} <= found
+    assert not changed_keys & promised("conservative")
+    assert {"attn_in.es", "mlp_out.es", "embedding+head", "norm"} <= changed_keys
 
 
 def test_conservative_keeps_forget_losses_from_the_retain_group_where_text_follows(corpora):
     before = epoch(corpora[True][0], "conservative")
-    found = changed("conservative", before, [with_other_forget_targets(batch) for batch in before])
-    assert not found & promised("conservative") and "mlp_out.es" in found
+    changed_keys = changed("conservative", before, [with_other_forget_targets(batch) for batch in before])
+    assert not changed_keys & promised("conservative") and "mlp_out.es" in changed_keys
 
 
 def test_what_follows_a_forget_span_reads_it(corpora):

@@ -86,8 +86,8 @@ def test_what_does_not_fit_names_what_would():
     config = load_config("llama-1b", ["--distributed.zero_stage=1"])
     needed = memory(config, 1, 8).peak
     check_fits(config, 8, needed, "a GPU")
-    said = f"zero_stage 1 with train.micro_batch 4 on 8 ranks needs about {needed / 1e9:.1f} GB on each, more than the"
-    with pytest.raises(ValueError, match=said) as refused:
+    error = f"zero_stage 1 with train.micro_batch 4 on 8 ranks needs about {needed / 1e9:.1f} GB on each, more than the"
+    with pytest.raises(ValueError, match=error) as refused:
         check_fits(config, 8, needed - 1, "a GPU")
     assert "of a GPU; what fits: distributed.zero_stage 2 or 3; or train.micro_batch 1 or 2" in str(refused.value)
     with pytest.raises(ValueError, match="no stage and no micro-batch fits: take more ranks"):

@@ -69,9 +69,9 @@ def test_skipped_steps_are_counted_and_their_losses_are_not():
     step(math.nan, 5.0, finite=False)
     step(7.0, finite=False)
     assert (totals.skipped, totals.in_a_row) == (2, 2)
-    kept = StepTotals(3, torch.device("cpu"))
-    kept.restore([totals.state()], 0, 1)
-    assert (kept.skipped, kept.in_a_row) == (2, 2)
+    copy = StepTotals(3, torch.device("cpu"))
+    copy.restore([totals.state()], 0, 1)
+    assert (copy.skipped, copy.in_a_row) == (2, 2)
     step(3.0)
     assert (totals.skipped, totals.in_a_row) == (2, 0)
     assert _losses(totals, engine, NAMES) == {"loss": 2.0, "loss/unlabeled": 2.0}
@@ -98,10 +98,10 @@ def test_targets_count_for_the_label_of_their_piece():
 
 
 def test_a_batch_of_one_label_alone_has_the_same_tokens_and_its_targets():
-    found = only(BATCH, 2)
+    batch = only(BATCH, 2)
     ignored = [IGNORE] * 4
-    assert found.targets.tolist() == [ignored, [5, 6, IGNORE, IGNORE]]
-    assert found.input_ids is BATCH.input_ids and found.step_targets == 6
+    assert batch.targets.tolist() == [ignored, [5, 6, IGNORE, IGNORE]]
+    assert batch.input_ids is BATCH.input_ids and batch.step_targets == 6
     assert only(BATCH, 1).targets.tolist() == [ignored, ignored]
 
 
@@ -127,8 +127,8 @@ def test_sums_of_a_checkpoint_go_to_their_ranks_or_all_to_rank_0(ranks, expected
         saved.add(torch.tensor([loss]), torch.tensor([5]))
         saved.end_step(True)
         states.append(saved.state())
-    found = [StepTotals(1, torch.device("cpu")) for _ in range(ranks)]
-    for rank, totals in enumerate(found):
+    by_rank = [StepTotals(1, torch.device("cpu")) for _ in range(ranks)]
+    for rank, totals in enumerate(by_rank):
         totals.restore(states, rank, ranks)
-    assert [totals.sums.tolist() for totals in found] == expected
-    assert sum(int(totals.counts) for totals in found) == 10
+    assert [totals.sums.tolist() for totals in by_rank] == expected
+    assert sum(int(totals.counts) for totals in by_rank) == 10

@@ -20,8 +20,8 @@ def sweep(tmp_path: Path):
 def row_of(sweep, variant: str, *four: tuple[float, ...]) -> Row:
     """A row of this variant; so many of its runs are finished, with these four losses."""
     runs = tuple(run for run in sweep.runs if run.variant == variant)
-    found = {run.name: dict(zip(LOSSES, values, strict=True)) for run, values in zip(runs, four, strict=False)}
-    return Row(variant, runs, found, {})
+    by_run = {run.name: dict(zip(LOSSES, values, strict=True)) for run, values in zip(runs, four, strict=False)}
+    return Row(variant, runs, by_run, {})
 
 
 def test_training_shows_the_mean_at_steps_that_all_finished_seeds_have(sweep):

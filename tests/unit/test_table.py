@@ -29,8 +29,8 @@ def test_a_category_that_no_domain_owns_counts_as_retained(sweep):
         "full_retain": 1.5, "full_forget": 4.0, "ablated_retain": 2.0, "ablated_forget": 8.0,
     }  # fmt: skip
     nothing_forgotten = {name: {"en": 1.0} for name in FOUND}
-    found = four_losses(nothing_forgotten, LABELS, sweep.runs[0])
-    assert found["full_retain"] == 1.0 and math.isnan(found["full_forget"])
+    losses = four_losses(nothing_forgotten, LABELS, sweep.runs[0])
+    assert losses["full_retain"] == 1.0 and math.isnan(losses["full_forget"])
 
 
 def test_spread_is_that_of_a_sample_and_needs_two_finite_losses(sweep):

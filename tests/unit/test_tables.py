@@ -35,9 +35,9 @@ def test_rows_are_the_same_in_any_chunks_and_blocks(tmp_path_factory, rows, suff
     (file := tmp_path_factory.mktemp("table") / f"a{suffix}").write_bytes((beginning + buffer.getvalue()).encode())
     with pytest.MonkeyPatch.context() as patch:
         in_chunks(patch, size, blocks)
-        found = read(file, ("category", "text"))
-    assert [(fields["text"], fields["category"]) for _, fields in found] == rows
-    lines = [line for line, _ in found]
+        records = read(file, ("category", "text"))
+    assert [(fields["text"], fields["category"]) for _, fields in records] == rows
+    lines = [line for line, _ in records]
     assert lines == sorted(lines, key=int) and (not rows or lines[0] == "2")
 
 
@@ -99,8 +99,8 @@ def test_rows_are_numbered_over_blocks_which_stand_for_the_whole_file(tmp_path, 
     blocks = list(source.blocks(["text", "category"]))
     assert len(blocks) > 5 or block_bytes > 1
     assert source.size - len(blocks) < sum(block.progress for block in blocks) <= source.size
-    found = [(record.where, record.fields["text"]) for block in blocks for record in block.records()]
-    assert found == [(f"{path}, row {number}", f"text {number}") for number in range(7)]
+    records = [(record.where, record.fields["text"]) for block in blocks for record in block.records()]
+    assert records == [(f"{path}, row {number}", f"text {number}") for number in range(7)]
 
 
 def test_other_columns_of_parquet_are_read_where_one_is_missing_alone(tmp_path):

@@ -1,7 +1,4 @@
-"""Collectives of a step and the bytes that they send; tests/dist/test_estimate.py counts them in runs.
-
-Seen to fail with: weights halved with the gradients.
-"""
+"""Collectives of a step and the bytes that they send; tests/dist/test_estimate.py counts them in runs."""
 
 from sgtm.config import load_config
 from sgtm.estimate.traffic import ALL_GATHER, ALL_REDUCE, REDUCE, REDUCE_SCATTER, collectives, ring_bytes

@@ -41,9 +41,9 @@ def random_ids(batch: int = 3, seq_len: int = CONTEXT) -> torch.Tensor:
 @pytest.mark.parametrize("strategy", ["sgtm+masked", "gradient_routing"])
 def test_checkpointing_leaves_every_bit_of_the_gradients(strategy, mixing, family, backend):
     tables, batches = STRATEGIES[strategy](), random_step(mixing, seed=1)
-    kept = gradients(model_of(family, backend), batches, tables)
+    expected = gradients(model_of(family, backend), batches, tables)
     again = gradients(model_of(family, backend, activation_checkpointing=True), batches, tables)
-    for name, gradient in kept.items():
+    for name, gradient in expected.items():
         assert torch.equal(gradient, again[name]), name
 
 

@@ -67,6 +67,6 @@ def test_activation_checkpointing_changes_no_bit(family):
     assert_equal(checkpointed, plain)
 
 
-def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+def assert_equal(grads: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
     for name, gradient in wanted.items():
-        assert torch.equal(found[name], gradient), name
+        assert torch.equal(grads[name], gradient), name

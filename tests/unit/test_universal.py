@@ -35,9 +35,9 @@ def saved(tmp_path: Path) -> Path:
 def test_every_part_of_a_parameter_is_a_file_of_its_shape(saved: Path, tmp_path: Path):
     write_universal(saved, tmp_path / "out")
     for part, values in {"fp32": WEIGHT, **MOMENTS}.items():
-        found = torch.load(tmp_path / "out" / "zero" / "w" / f"{part}.pt")
-        assert found.keys() == {"param", "cat_dim"} and found["cat_dim"] == 0
-        assert torch.equal(found["param"], values) and found["param"].shape == (2, 3)
+        content = torch.load(tmp_path / "out" / "zero" / "w" / f"{part}.pt")
+        assert content.keys() == {"param", "cat_dim"} and content["cat_dim"] == 0
+        assert torch.equal(content["param"], values) and content["param"].shape == (2, 3)
     optimizer = torch.load(tmp_path / "out" / "zero" / "optimizer_state.pt")
     assert optimizer == {"clip_grad": 3.0, "ds_version": "0.19", "param_groups": [{"lr": 0.5}]}
     model = torch.load(tmp_path / "out" / "mp_rank_00_model_states.pt")

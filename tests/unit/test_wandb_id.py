@@ -17,7 +17,7 @@ from sgtm.run.wandb_id import claim
 STEP = {"seconds": 1.0, "loss": 2.0, "tokens_per_second": 3.0}
 
 
-def said(run: Path) -> tuple[str, list[str]]:
+def claimed(run: Path) -> tuple[str, list[str]]:
     lines: list[str] = []
     return claim(run, [], lines.append)[0], lines
 
@@ -29,41 +29,41 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_copy_gets_an_id_of_its_own_and_keeps_it(run: Path):
-    first, lines = said(run)
+    first, lines = claimed(run)
     shutil.copytree(run, copy := run.with_name("copy"))
-    assert lines == [] and said(run) == (first, [])
-    second, lines = said(copy)
+    assert lines == [] and claimed(run) == (first, [])
+    second, lines = claimed(copy)
     assert second != first and lines == [f"{copy} is a copy of {run}: it gets a wandb run of its own"]
-    assert said(copy) == (second, []) and said(run) == (first, [])
+    assert claimed(copy) == (second, []) and claimed(run) == (first, [])
 
 
 def test_a_copy_of_a_copy_and_the_original_resumed_last(run: Path):
-    first, _ = said(run)
+    first, _ = claimed(run)
     copies = [run.with_name("b"), run.with_name("c")]
     for copy in copies:
         shutil.copytree(run, copy)
-    assert len({first, *(said(copy)[0] for copy in copies), said(run)[0]}) == 3
+    assert len({first, *(claimed(copy)[0] for copy in copies), claimed(run)[0]}) == 3
 
 
 def test_a_run_that_is_moved_or_linked_keeps_its_id(run: Path):
-    first, _ = said(run)
+    first, _ = claimed(run)
     (link := run.with_name("link")).symlink_to(run)
-    assert said(link) == (first, [])
+    assert claimed(link) == (first, [])
     link.unlink()
     moved = run.rename(run.with_name("moved"))
-    assert said(moved) == (first, [])
+    assert claimed(moved) == (first, [])
     again = moved.rename(moved.with_name("again"))
     moved.mkdir()  # another run in the old place
-    said(moved)
-    assert said(again) == (first, [])
+    claimed(moved)
+    assert claimed(again) == (first, [])
 
 
 def test_a_file_of_an_older_version_and_a_damaged_one(run: Path):
     (run / "wandb.id").write_text("1a2b3c4d\n")
-    assert said(run) == ("1a2b3c4d", []) == said(run)
+    assert claimed(run) == ("1a2b3c4d", []) == claimed(run)
     (run / "wandb.id").write_text("{")
     with pytest.raises(ValueError, match=r"wandb.id is damaged; put back a copy, or delete it"):
-        said(run)
+        claimed(run)
 
 
 @pytest.fixture

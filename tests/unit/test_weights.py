@@ -160,8 +160,8 @@ def test_removed_groups_leave_nothing_behind(case):
     hf, shape = to_hf_state(state, config, partition, ["bio"])
     exported = {value for tensor in hf.values() for value in tensor.flatten().tolist()}
     assert not any(value < 0 for value in exported)
-    kept = {value for tensor in state.values() for value in tensor.flatten().tolist() if value > 0}
-    assert kept <= exported
+    others = {value for tensor in state.values() for value in tensor.flatten().tolist() if value > 0}
+    assert others <= exported
     whole = all(partition.masked(i) for i in range(config.layers))
     assert shape.intermediate_size == (config.intermediate_size - partition.layers[0].neurons[1] if whole else 40)
     heads = config.heads - partition.layers[0].heads[1] if whole and config.family == "llama" else config.heads

@@ -166,7 +166,7 @@ def _machine_code(cubin: bytes) -> bytes:
     """The section `.text.<kernel>` of an ELF file of 64 bits. Raises ValueError where there is not one of them."""
     (table,), (size, count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HHH", cubin, 0x3A)
     sections = [struct.unpack_from("<I4x16xQQ", cubin, table + size * i) for i in range(count)]  # name, offset, length
-    text = [at for at in sections if cubin.startswith(b".text.", sections[names][1] + at[0])]
+    text = [section for section in sections if cubin.startswith(b".text.", sections[names][1] + section[0])]
     if len(text) != 1:
         raise ValueError(f"{len(text)} kernels in a cubin")
     _, offset, length = text[0]

@@ -1,0 +1,53 @@
+"""Names that neither help a reader nor can be searched for stand nowhere, tests included."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rooms import ROOT
+
+VAGUE = {"at", "found", "kept", "said", "there"}
+FOLDERS = ("sgtm", "kernels", "benchmarks", "examples", "tests")
+
+
+def names(source: str) -> Iterator[tuple[int, str]]:
+    """Line and name of everything that the source defines or assigns to."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()) | ast.arg(arg=name):
+                yield node.lineno, name
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                yield node.lineno, name
+            case ast.ExceptHandler(name=str(name)) | ast.alias(asname=str(name)):
+                yield node.lineno, name
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_names_are_nouns_and_verbs(folder):
+    files: list[Path] = sorted((ROOT / folder).rglob("*.py"))
+    vague = [
+        f"{file.relative_to(ROOT)}:{line}: {name}"
+        for file in files
+        for line, name in names(file.read_text("utf-8"))
+        if name in VAGUE
+    ]
+    assert files and vague == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "found = 1",
+        "for at in []: pass",
+        "def f(kept): pass",
+        "def said(): pass",
+        "self.found = 1",
+        "lambda there: 1",
+        "import os as at",
+        "try: pass\nexcept OSError as said: pass",
+        "if (kept := 1): pass",
+    ],
+)
+def test_every_way_to_name_something_is_seen(source):
+    assert VAGUE & {name for _, name in names(source)}
