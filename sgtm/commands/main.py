@@ -22,6 +22,7 @@ from sgtm.commands import (
     doctor,
     estimate,
     eval,
+    examine,
     explain,
     export,
     launch,
@@ -38,13 +39,24 @@ from sgtm.process.ranks import launcher, rank_and_size
 from sgtm.process.signals import Stopped, stoppable
 
 COMMANDS = (
-    prepare, train, eval, export, report, checkpoint, explain, bench, profile, estimate, launch, sweep, doctor, config,
-    quickstart,
+    prepare, train, eval, examine, export, report, checkpoint, explain, bench, profile, estimate, launch, sweep, doctor,
+    config, quickstart,
 )  # fmt: skip
 OLD_NAMES = {"plan": "estimate"}  # accepted until 0.3
-STOPPABLE = ("prepare", "train", "quickstart", "eval", "export", "report", "checkpoint", "sweep", "profile")
+STOPPABLE = (
+    "prepare", "train", "quickstart", "eval", "examine", "export", "report", "checkpoint", "sweep", "profile",
+)  # fmt: skip
 RESUMED = ("prepare", "sweep")  # by the same command
-ONE_PROCESS = ("prepare", "quickstart", "eval", "export", "report", "checkpoint", "sweep")  # as they write files
+ONE_PROCESS = (
+    "prepare",
+    "quickstart",
+    "eval",
+    "examine",
+    "export",
+    "report",
+    "checkpoint",
+    "sweep",
+)  # fmt: skip (one process, as they write files)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -52,13 +52,13 @@ def layers_of(subject: Subject, split: str, category: str, sequences: int | None
             weight = subject.hidden(ids, plan).weight
             chosen = targets.flatten() != IGNORE
             goals.append(targets.flatten()[chosen])
-            for kept, x in zip(by_layer, streams, strict=True):
-                kept.append(model.final_norm(x, plan).flatten(0, 1)[chosen].float())
+            for parts, x in zip(by_layer, streams, strict=True):
+                parts.append(model.final_norm(x, plan).flatten(0, 1)[chosen].float())
     finally:
         for hook in hooks:
             hook.remove()
     targets = torch.cat(goals)
-    return [Layer(torch.cat(parts), targets) for parts in by_layer], weight.float()
+    return [Layer(torch.cat(states), targets) for states in by_layer], weight.float()
 
 
 def probe(fitted_on: Layer, held_out: Layer, weight: torch.Tensor, *, seed: int = 0) -> Probe:

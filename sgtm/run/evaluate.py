@@ -55,7 +55,7 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
     """
     run = Path(run)
     config, checkpoint = open_run(run, data)
-    corpus = _corpus_of(config, run)
+    corpus = corpus_of(config, run)
     check_corpus(corpus, config)
     manifest = read_manifest(checkpoint)
     if manifest["corpus"] != corpus.fingerprint:
@@ -102,7 +102,7 @@ def _counts(corpus: Corpus) -> dict[str, dict[str, dict[str, int]]]:
     }
 
 
-def _corpus_of(config: Config, run: Path) -> Corpus:
+def corpus_of(config: Config, run: Path) -> Corpus:
     """Raises ValueError as `open_corpus`, with the places where a relative `data.path` was looked for."""
     try:
         return open_corpus(config, write=False)

@@ -47,9 +47,9 @@ def test_models_of_different_vocabularies_are_an_error():
 def test_two_titrated_exports_give_the_full_model():
     torch.manual_seed(0)
     shared, group = torch.randn(4, 3), torch.randn(2, 3)
-    at = [{"w": torch.cat((shared, strength * group)), "steps": torch.tensor(7)} for strength in (0.0, 0.25, 1.0)]
-    weights = extrapolated(at[0], at[1], (0.0, 0.25))
-    assert torch.allclose(weights["w"], at[2]["w"], atol=1e-6) and weights["w"].dtype == torch.float32
+    exports = [{"w": torch.cat((shared, strength * group)), "steps": torch.tensor(7)} for strength in (0.0, 0.25, 1.0)]
+    weights = extrapolated(exports[0], exports[1], (0.0, 0.25))
+    assert torch.allclose(weights["w"], exports[2]["w"], atol=1e-6) and weights["w"].dtype == torch.float32
     assert int(weights["steps"]) == 7
 
 

@@ -49,8 +49,8 @@ def test_nothing_of_a_removed_group_is_in_the_weights(family):
             for key, start, end in zip(rows[name].keys, rows[name].bounds[:-1], rows[name].bounds[1:], strict=True):
                 if key.endswith(".es") and name.startswith("blocks"):
                     parameter[start:end] *= 1000
-    kept = [quantised(model, 4, ["es"]) for model in (first, second)]
-    for (name, one), two in zip(kept[0].named_parameters(), kept[1].parameters(), strict=True):
+    safe = [quantised(model, 4, ["es"]) for model in (first, second)]
+    for (name, one), two in zip(safe[0].named_parameters(), safe[1].parameters(), strict=True):
         if not name.endswith("b_in"):
             assert torch.equal(one, two), name
     changed = [quantised(model, 4) for model in (first, second)]

@@ -1,0 +1,44 @@
+"""`sgtm examine`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from sgtm.commands.options import COUNT, DATA, Subcommands
+
+
+def add(commands: Subcommands) -> None:
+    parser = commands.add("examine", run, "what the safe models of a run still hold of each domain, by many measures")
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory, e.g. runs/quickstart")
+    parser.add_argument("--against", type=Path, metavar="RUN", help="a run trained without the domains, as the control")
+    parser.add_argument("--only", nargs="+", default=[], metavar="MEASURE", help="measures (default: all)")
+    parser.add_argument("--split", default="test", help="split whose losses are measured (default: test)")
+    parser.add_argument("--sequences", type=COUNT, metavar="N", help="sequences per category (default: all)")
+    parser.add_argument(
+        "--texts", type=Path, metavar="FILE", help="passages to recite, one a line (default: of training)"
+    )
+    parser.add_argument("--passages", type=COUNT, default=100, metavar="N", help="without --texts (default: 100)")
+    parser.add_argument("--data.path", dest="data_path", metavar="DIR", help=DATA)
+
+
+def run(options) -> None:
+    texts = [] if options.texts is None else list(filter(None, options.texts.read_text("utf-8").splitlines()))
+    if options.texts is not None and not texts:
+        raise ValueError(f"{options.texts} has no line of text: one passage a line is expected")
+    from sgtm.report.examination import print_examination
+    from sgtm.run.examine import examine_run, write_examination
+
+    results = examine_run(
+        options.run_dir,
+        measures=options.only,
+        control=options.against,
+        split=options.split,
+        sequences=options.sequences,
+        texts=texts,
+        passages=options.passages,
+        data=options.data_path,
+        log=lambda line: print(line, file=sys.stderr),
+    )
+    write_examination(options.run_dir, results)
+    print_examination(results)

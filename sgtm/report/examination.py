@@ -1,0 +1,95 @@
+"""An examination (sgtm/run/examine.py) as tables for the terminal: a row a number, a column a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+Cells = dict[str, str]  # by model
+Rows = Iterator[tuple[str, Cells]]
+
+
+def print_examination(results: dict[str, Any], console: Console | None = None) -> None:
+    """Print a table for each domain; losses are nats per token of held-out text."""
+    console = console or Console()
+    for domain, examined in results["domains"].items():
+        rows = list(examination_rows(examined))
+        models = list(dict.fromkeys(model for _, cells in rows for model in cells))
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        table.add_column(domain)
+        for model in models:
+            table.add_column(model, justify="right")
+        for name, cells in rows:
+            table.add_row(name, *(cells.get(model, "") for model in models))
+        console.print(table, "")
+    console.print("±: standard error over documents; losses in nats per token; the measures: docs/evaluation.md")
+
+
+def examination_rows(examined: dict[str, Any]) -> Rows:
+    """(name, cells by model) of one domain's measures."""
+    for measure, by_model in examined["measures"].items():
+        yield from ROWS[measure](by_model, examined["forget"])
+
+
+def _number(estimate: dict[str, float | None]) -> str:
+    error = estimate["error"]
+    return f"{estimate['value']:.3f}" + ("" if error is None else f"±{error:.2g}")
+
+
+def _calibrated(by_model: dict[str, Any], forget: list[str]) -> Rows:
+    for category in forget:
+        yield f"loss, {category}", {model: f"{one['before'][category]:.3f}" for model, one in by_model.items()}
+        after = {
+            model: _number({"value": one["after"][category], "error": one["errors"][category]})
+            for model, one in by_model.items()
+        }
+        yield f"calibrated loss, {category}", after
+
+
+def _recital(by_model: dict[str, Any], forget: list[str]) -> Rows:
+    for key, name in (("extraction_strength", "extraction strength"), ("exact_memorisation", "exact memorisation")):
+        yield name, {model: _number(one[key]) for model, one in by_model.items()}
+
+
+def _membership(by_model: dict[str, Any], forget: list[str]) -> Rows:
+    for category in forget:
+        yield f"membership, ROC area, {category}", {model: _number(one[category]) for model, one in by_model.items()}
+
+
+def _quantised(by_model: dict[str, Any], forget: list[str]) -> Rows:
+    for bits in next(iter(by_model.values())):
+        for category in forget:
+            yield f"loss at {bits} bits, {category}", {m: f"{one[bits][category]:.3f}" for m, one in by_model.items()}
+
+
+def _context(by_model: dict[str, Any], forget: list[str]) -> Rows:
+    for category in forget:
+        yield f"gain by context, {category}", {model: _number(one[category]["gain"]) for model, one in by_model.items()}
+
+
+def _probes(by_model: dict[str, Any], forget: list[str]) -> Rows:
+    for category in forget:
+        best = {
+            model: min(one[category].values(), key=lambda probe: probe["fitted"]) for model, one in by_model.items()
+        }
+        yield f"best linear probe, {category}", {model: f"{probe['fitted']:.3f}" for model, probe in best.items()}
+
+
+def _guided(by_strength: dict[str, Any], forget: list[str]) -> Rows:
+    for strength, recited in by_strength.items():
+        yield f"extraction strength, guided {strength}", {"full": _number(recited["extraction_strength"])}
+
+
+ROWS: dict[str, Callable[[dict[str, Any], list[str]], Rows]] = {
+    "calibrated": _calibrated,
+    "recital": _recital,
+    "membership": _membership,
+    "quantised": _quantised,
+    "context": _context,
+    "probes": _probes,
+    "guided": _guided,
+}

@@ -1,0 +1,205 @@
+"""What a run's safe models still hold of a domain: the measures of sgtm/evaluation, for every removed set.
+
+Each measure is a function of a `Subject` (a model without some domains) that returns plain JSON. `examine_run` takes
+the named ones, on the full model and on every removed set of the config, and on a control: a run that was trained
+without the domain, which shows what the measure gives where there is nothing to find.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sgtm.data.loader import check_corpus
+from sgtm.evaluation.calibration import calibrated_losses
+from sgtm.evaluation.in_context import context_gain
+from sgtm.evaluation.memorisation import Estimate, Recital, membership, recital
+from sgtm.evaluation.pair import guided_recital
+from sgtm.evaluation.probes import probes
+from sgtm.evaluation.quantisation import quantised
+from sgtm.evaluation.subject import Subject
+from sgtm.files import write_atomically
+from sgtm.masking.labels import FULL, removal_name
+from sgtm.run.checkpoint import open_run, read_manifest
+from sgtm.run.evaluate import corpus_of, load_model
+
+BITS = (8, 4)
+STRENGTHS = (0.5, 1.0, 2.0)  # of guided decoding
+FILE = "examination.json"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the measures are about.
+
+    forget, retain  categories; forget: those of the domain
+    texts           passages as token ids, for extraction and guided decoding
+    """
+
+    forget: tuple[str, ...]
+    retain: tuple[str, ...]
+    split: str
+    sequences: int | None
+    texts: tuple[tuple[int, ...], ...]
+
+
+def _estimate(estimate: Estimate) -> dict[str, float | None]:
+    return {"value": estimate.value, "error": estimate.error}
+
+
+def _recital(recited: Recital) -> dict[str, Any]:
+    return {
+        "extraction_strength": _estimate(recited.extraction_strength),
+        "exact_memorisation": _estimate(recited.exact_memorisation),
+        "texts": recited.texts,
+    }
+
+
+def calibrated(subject: Subject, about: Question) -> dict[str, Any]:
+    losses = calibrated_losses(
+        subject, forget=about.forget, retain=about.retain, split=about.split, sequences=about.sequences
+    )
+    return losses._asdict()
+
+
+def recitation(subject: Subject, about: Question) -> dict[str, Any]:
+    return _recital(recital(subject, about.texts))
+
+
+def members(subject: Subject, about: Question) -> dict[str, Any]:
+    return {category: _estimate(membership(subject, category, about.sequences)) for category in about.forget}
+
+
+def in_few_bits(subject: Subject, about: Question) -> dict[str, Any]:
+    """Losses by number of bits and category."""
+    losses = {}
+    for bits in BITS:
+        rough = replace(subject, model=quantised(subject.model, bits, subject.removed))
+        losses[str(bits)] = {
+            category: float(rough.scores(about.split, category, about.sequences).losses.double().mean())
+            for category in (*about.forget, *about.retain)
+        }
+    return losses
+
+
+def in_context(subject: Subject, about: Question) -> dict[str, Any]:
+    """By category, behind text of the first retain category."""
+    by_category = {}
+    for category in about.forget:
+        gain = context_gain(subject, category, about.retain[0], split=about.split)
+        by_category[category] = {
+            name: value if isinstance(value, int) else _estimate(value) for name, value in gain._asdict().items()
+        }
+    return by_category
+
+
+def linear_probes(subject: Subject, about: Question) -> dict[str, Any]:
+    """By category and layer."""
+    return {
+        category: {str(layer): probe._asdict() for layer, probe in probes(subject, category, split=about.split).items()}
+        for category in about.forget
+    }
+
+
+MEASURES: dict[str, Callable[[Subject, Question], dict[str, Any]]] = {
+    "calibrated": calibrated,
+    "recital": recitation,
+    "membership": members,
+    "quantised": in_few_bits,
+    "context": in_context,
+    "probes": linear_probes,
+}
+GUIDED = "guided"  # of the full model and an ablated one together
+
+
+def examine_run(
+    run: str | Path,
+    *,
+    measures: Sequence[str] = (),
+    control: str | Path | None = None,
+    split: str = "test",
+    sequences: int | None = None,
+    texts: Sequence[str] = (),
+    passages: int = 100,
+    data: str | None = None,
+    log: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """The measures of a run, as `examination.json` holds them: by domain, measure, and model.
+
+    measures   names of `MEASURES` or `guided`; none: all
+    control    a run that was trained without the domains, on the same corpus; None: no control
+    split      whose documents the losses are of; sequences: at most this many of each category, None: all
+    texts      passages for recital and guided decoding; none: the beginnings of `passages` training documents of the
+               domain, each as long as the context
+    data       `data.path` to take, of the same corpus; None: that of the run
+
+    Raises ValueError for a folder that is no run, data that are not those of the run, an unknown measure, a run without
+    domains, a domain or retain data without text in the split, and a control of another corpus or with other domains.
+    """
+    names = list(measures) or [*MEASURES, GUIDED]
+    if unknown := [name for name in names if name not in (*MEASURES, GUIDED)]:
+        raise ValueError(f"unknown measure {unknown[0]!r}; the measures are {', '.join((*MEASURES, GUIDED))}")
+    full = _subject(Path(run), data)
+    if not full.config.removals[1:]:
+        raise ValueError(f"{run} was trained without masks: there is no domain to remove, and nothing to examine")
+    other = _subject(Path(control), data) if control else None
+    if other and other.corpus.fingerprint != full.corpus.fingerprint:
+        raise ValueError(f"{control} was trained on another corpus than {run}: their losses cannot be compared")
+    results: dict[str, Any] = {"split": split, "sequences": sequences, "domains": {}}
+    if control:
+        results["control"] = str(control)
+    for domain in full.config.masking.domains:
+        about = _question(full, domain, split, sequences, texts, passages)
+        ablated = replace(full, removed=(domain,))
+        models = {FULL: full, removal_name((domain,)): ablated, **({"control": other} if other else {})}
+        by_measure: dict[str, Any] = {}
+        results["domains"][domain] = {"forget": about.forget, "retain": about.retain, "measures": by_measure}
+        for name in names:
+            log(f"{domain}: {name}")
+            if name == GUIDED:
+                by_measure[name] = {
+                    f"{strength:g}": _recital(guided_recital(full, ablated, about.texts, strength))
+                    for strength in (0.0, *STRENGTHS)
+                }
+            else:
+                by_measure[name] = {model: MEASURES[name](subject, about) for model, subject in models.items()}
+    return results
+
+
+def _subject(run: Path, data: str | None) -> Subject:
+    config, checkpoint = open_run(run, data)
+    corpus = corpus_of(config, run)
+    check_corpus(corpus, config)
+    if read_manifest(checkpoint)["corpus"] != corpus.fingerprint:
+        raise ValueError(f"{run} was trained on other data than {corpus.path} holds now: was it prepared again since?")
+    return Subject(load_model(config, checkpoint), corpus, config)
+
+
+def _question(
+    subject: Subject, domain: str, split: str, sequences: int | None, texts: Sequence[str], passages: int
+) -> Question:
+    corpus, context = subject.corpus, subject.config.model.context
+    by_label: dict[str, list[str]] = {}
+    for category, label in corpus.categories.items():
+        if len(corpus.select(split, category)) and len(corpus.select("train", category)):
+            by_label.setdefault(label, []).append(category)
+    forget, retain = (by_label.get(label, []) for label in (f"forget:{domain}", "retain"))
+    for label, categories in ((f"forget:{domain}", forget), ("retain", retain)):
+        if not categories:
+            raise ValueError(f"{corpus.path} has no category labelled {label} with documents in train and {split}")
+    if texts:
+        ids = [tuple(encoding.ids) for encoding in corpus.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    else:
+        documents = [document for category in forget for document in corpus.select("train", category).tolist()]
+        long = [document for document in documents if corpus.documents["length"][document] >= context]
+        ids = [tuple(corpus.tokens(document, 0, context).tolist()) for document in (long or documents)[:passages]]
+    return Question(tuple(forget), tuple(retain), split, sequences, tuple(ids))
+
+
+def write_examination(run: Path, results: dict[str, Any]) -> Path:
+    """`examination.json` of a run, written whole."""
+    write_atomically(run / FILE, json.dumps(results, indent=2) + "\n")
+    return run / FILE

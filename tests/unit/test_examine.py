@@ -1,0 +1,77 @@
+"""An examination of a run: which models each measure sees, on which text, and what is refused before any measure."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from corpora import build, config_for, record
+from random_models import moved_model
+
+from sgtm.evaluation.subject import Subject
+from sgtm.report.examination import examination_rows
+from sgtm.run import examine as module
+from sgtm.run.examine import examine_run, write_examination
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch) -> dict[str, Subject]:
+    """Subjects by the name of their run."""
+    pairs = [(n, c) for n in range(24) for c in ("en", "es")]
+    corpus = build(tmp_path / "corpus", [record(n, c, 40, "test" if n % 3 == 0 else "train") for n, c in pairs])
+    config = config_for(context=32)
+    unmasked = config_for(context=32, masking={"strategy": "none"})
+    by_name = {
+        "run": Subject(moved_model(config, 0.1), corpus, config),
+        "filtered": Subject(moved_model(unmasked, 0.2), corpus, unmasked),
+    }
+    monkeypatch.setattr(module, "_subject", lambda run, data: by_name[run.name])
+    return by_name
+
+
+def test_every_measure_of_every_model(runs, tmp_path):
+    results = examine_run("run", control="filtered", sequences=4, passages=3)
+    (examined,) = results["domains"].values()
+    assert list(examined["measures"]) == [*module.MEASURES, "guided"]
+    assert (examined["forget"], examined["retain"]) == (("es",), ("en",))
+    for name in module.MEASURES:
+        assert list(examined["measures"][name]) == ["full", "without es", "control"]
+    full, without = (examined["measures"]["calibrated"][name]["before"] for name in ("full", "without es"))
+    assert full != without, "the group matters in a random model"
+    path = write_examination(tmp_path, results)
+    assert json.loads(path.read_text()) == json.loads(json.dumps(results))
+    rows = dict(examination_rows(examined))
+    assert set(rows) >= {"calibrated loss, es", "loss at 4 bits, es", "extraction strength, guided 2"}
+    assert set(rows["calibrated loss, es"]) == {"full", "without es", "control"}
+
+
+def test_guided_decoding_starts_at_the_full_model(runs):
+    examined = examine_run("run", measures=["recital", "guided"], passages=3)["domains"]["es"]["measures"]
+    assert examined["guided"]["0"] == examined["recital"]["full"]
+
+
+def test_passages_are_the_beginnings_of_training_documents(runs, monkeypatch):
+    questions = []
+    monkeypatch.setitem(module.MEASURES, "recital", lambda subject, about: questions.append(about) or {})
+    examine_run("run", measures=["recital"], passages=2)
+    corpus = runs["run"].corpus
+    first = corpus.select("train", "es")[:2]
+    assert questions[0].texts == tuple(tuple(corpus.tokens(int(document), 0, 32).tolist()) for document in first)
+    examine_run("run", measures=["recital"], texts=["abc", "de"])
+    assert [len(text) for text in questions[-1].texts] == [3, 2]
+
+
+def test_what_is_refused(runs, tmp_path):
+    with pytest.raises(ValueError, match="unknown measure 'probe'; the measures are calibrated, recital"):
+        examine_run("run", measures=["probe"])
+    with pytest.raises(ValueError, match="filtered was trained without masks: there is no domain to remove"):
+        examine_run("filtered")
+    with pytest.raises(ValueError, match=r"unknown split 'validation'|no split 'validation'"):
+        examine_run("run", split="validation")
+    other = build(tmp_path / "other", [record(n, "en", 40, s) for n in range(4) for s in ("train", "test")])
+    runs["elsewhere"] = Subject(runs["filtered"].model, other, runs["filtered"].config)
+    with pytest.raises(ValueError, match="elsewhere was trained on another corpus than run"):
+        examine_run("run", control="elsewhere")
+    runs["english"] = Subject(runs["run"].model, other, runs["run"].config)
+    with pytest.raises(ValueError, match="no category labelled forget:es with documents in train and test"):
+        examine_run("english")
