@@ -43,20 +43,10 @@ COMMANDS = (
     config, quickstart,
 )  # fmt: skip
 OLD_NAMES = {"plan": "estimate"}  # accepted until 0.3
-STOPPABLE = (
-    "prepare", "train", "quickstart", "eval", "examine", "export", "report", "checkpoint", "sweep", "profile",
-)  # fmt: skip
 RESUMED = ("prepare", "sweep")  # by the same command
-ONE_PROCESS = (
-    "prepare",
-    "quickstart",
-    "eval",
-    "examine",
-    "export",
-    "report",
-    "checkpoint",
-    "sweep",
-)  # fmt: skip (one process, as they write files)
+# They write files of their own.
+ONE_PROCESS = ("prepare", "quickstart", "eval", "examine", "export", "report", "checkpoint", "sweep")
+STOPPABLE = (*ONE_PROCESS, "train", "profile")
 
 
 def main(argv: list[str] | None = None) -> int:
