@@ -55,18 +55,12 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
     """
     run = Path(run)
     config, checkpoint = open_run(run, data)
-    corpus = corpus_of(config, run)
-    check_corpus(corpus, config)
     manifest = read_manifest(checkpoint)
-    if manifest["corpus"] != corpus.fingerprint:
-        raise ValueError(f"{run} was trained on other data than {corpus.path} holds now: was it prepared again since?")
-    steps = manifest["step"]
+    corpus, steps = open_run_corpus(config, run, manifest), manifest["step"]
     lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step" and line["step"] <= steps]
     seconds = max((line["seconds"] for line in lines), default=0.0)
     for precision in {"fp32", config.train.precision}:
-        train = config.train.model_copy(update={"precision": precision})
-        for warning in check_kernels(config.model_copy(update={"train": train}), lambda action: [action()]):
-            print(warning, file=sys.stderr)
+        check_precision(config, precision)
     model = load_model(config, checkpoint)
     device = next(model.parameters()).device
     norms = gradient_norms(model, corpus, config, split=split, sequences=config.train.eval_sequences, device=device)
@@ -102,7 +96,26 @@ def _counts(corpus: Corpus) -> dict[str, dict[str, dict[str, int]]]:
     }
 
 
-def corpus_of(config: Config, run: Path) -> Corpus:
+def open_run_corpus(config: Config, run: Path, manifest: dict) -> Corpus:
+    """The corpus of a run. manifest: of its checkpoint.
+
+    Raises ValueError where it is missing, does not fit the config, or is another than the run was trained on.
+    """
+    corpus = _corpus_of(config, run)
+    check_corpus(corpus, config)
+    if manifest["corpus"] != corpus.fingerprint:
+        raise ValueError(f"{run} was trained on other data than {corpus.path} holds now: was it prepared again since?")
+    return corpus
+
+
+def check_precision(config: Config, precision: str) -> None:
+    """The self-check of the kernels in a precision, as before training; what it replaces is printed to stderr."""
+    train = config.train.model_copy(update={"precision": precision})
+    for warning in check_kernels(config.model_copy(update={"train": train}), lambda action: [action()]):
+        print(warning, file=sys.stderr)
+
+
+def _corpus_of(config: Config, run: Path) -> Corpus:
     """Raises ValueError as `open_corpus`, with the places where a relative `data.path` was looked for."""
     try:
         return open_corpus(config, write=False)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sgtm.data.loader import check_corpus
 from sgtm.evaluation.calibration import calibrated_losses
 from sgtm.evaluation.in_context import context_gain
 from sgtm.evaluation.memorisation import Estimate, Recital, membership, recital
@@ -24,7 +23,7 @@ from sgtm.evaluation.subject import Subject
 from sgtm.files import write_atomically
 from sgtm.masking.labels import FULL, removal_name
 from sgtm.run.checkpoint import open_run, read_manifest
-from sgtm.run.evaluate import corpus_of, load_model
+from sgtm.run.evaluate import load_model, open_run_corpus
 
 BITS = (8, 4)
 STRENGTHS = (0.5, 1.0, 2.0)  # of guided decoding
@@ -171,10 +170,7 @@ def examine_run(
 
 def _subject(run: Path, data: str | None) -> Subject:
     config, checkpoint = open_run(run, data)
-    corpus = corpus_of(config, run)
-    check_corpus(corpus, config)
-    if read_manifest(checkpoint)["corpus"] != corpus.fingerprint:
-        raise ValueError(f"{run} was trained on other data than {corpus.path} holds now: was it prepared again since?")
+    corpus = open_run_corpus(config, run, read_manifest(checkpoint))
     return Subject(load_model(config, checkpoint), corpus, config)
 
 

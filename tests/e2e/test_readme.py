@@ -57,6 +57,8 @@ def follow(folder: str) -> None:
             continue
         if words[0] == "train":
             words += SHORT
+        if words[0] == "tamper":
+            words += ["--steps=1", "--lr=1", "--data=forget", "--sequences=2"]
         if main(words):
             failed.append(command)
     sys.exit("; ".join(failed) or 0)
@@ -74,7 +76,7 @@ def test_every_command_of_the_readme(folder):
     done = subprocess.run([sys.executable, __file__, str(folder)], env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     ran = {shlex.split(command)[1] for command in COMMANDS}
-    wanted = "prepare explain train eval export report sweep launch checkpoint estimate"
+    wanted = "prepare explain train eval tamper export report sweep launch checkpoint estimate"
     assert not set(wanted.split()) - ran
     assert "export/safe" in README and (folder / "export" / "safe" / "model.safetensors").exists()
     assert (folder / "runs" / "mine" / "report" / "index.html").exists()

@@ -1,0 +1,224 @@
+"""What a run is attacked with: the run, its corpus and the grid of attacks, checked before anything is trained.
+
+A plan is made for one run and applied to others as it is, controls among them, so learning rates are absolute and data
+are those of one corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sgtm.config import Config
+from sgtm.config.errors import ConfigError
+from sgtm.data.evaluation import sequences_of
+from sgtm.data.loader import isolates_documents
+from sgtm.data.store import Corpus
+from sgtm.distributed.env import device_type, use_deterministic_algorithms
+from sgtm.evaluation.subject import Subject
+from sgtm.evaluation.tampering import SCHEDULES, Attack, AttackData, HeldOut, evaluated_steps, held_out
+from sgtm.process.names import did_you_mean
+from sgtm.run.checkpoint import open_run, read_manifest
+from sgtm.run.evaluate import check_precision, load_model, open_run_corpus
+from sgtm.words import listed
+
+FORGET, MIXED, ADJACENT = "forget", "forget+retain", "adjacent"
+BUDGETS = (16, 64, 256)
+MULTIPLES = (0.1, 0.25, 1.0, 3.0)
+SEQUENCES = 64  # of each category, held out
+
+
+@dataclass(frozen=True)
+class Target:
+    """A run that is attacked, or whose full model is measured.
+
+    weights  digest of the checkpoint's files
+    """
+
+    run: Path
+    config: Config
+    checkpoint: Path
+    corpus: Corpus
+    weights: str
+
+    def removed(self, domains: Sequence[str]) -> tuple[str, ...]:
+        """What an attacker gets the model without: the domains, or nothing of a model trained without masks."""
+        return () if self.config.removals == [()] else tuple(domains)
+
+    def subject(self, removed: Sequence[str]) -> Subject:
+        """In fp32. The self-check of the kernels comes first, as in an evaluation."""
+        if device_type() == "cuda" and self.config.kernels.deterministic:
+            use_deterministic_algorithms()
+        check_precision(self.config, "fp32")
+        return Subject(load_model(self.config, self.checkpoint), self.corpus, self.config, tuple(removed))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Attacks on a run, and what is measured.
+
+    domains         those to win back
+    forget, retain  categories whose held-out losses are taken
+    sequences       of each of them, at most
+    """
+
+    domains: tuple[str, ...]
+    forget: tuple[str, ...]
+    retain: tuple[str, ...]
+    sequences: int
+    attacks: tuple[Attack, ...]
+
+    def measure(self, subject: Subject) -> HeldOut:
+        return held_out(subject, self.forget, self.retain, sequences=self.sequences)
+
+
+def open_target(run: str | Path, data: str | None = None) -> Target:
+    """The newest whole checkpoint of a run, with its corpus; data: `data.path` to take instead of the run's.
+
+    Raises ValueError for a folder that is no run, one without checkpoint, and a corpus that is gone or another one.
+    """
+    run = Path(run)
+    config, checkpoint = open_run(run, data)
+    manifest = read_manifest(checkpoint)
+    weights = hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
+    return Target(run, config, checkpoint, open_run_corpus(config, run, manifest), weights)
+
+
+def check_comparable(target: Target, other: Target) -> None:
+    """Raises ValueError unless losses of the two runs are of the same sequences."""
+    if target.corpus.fingerprint != other.corpus.fingerprint:
+        raise ValueError(
+            f"{other.run} was trained on {other.corpus.path}, {target.run} on {target.corpus.path}: curves are "
+            f"compared on one corpus; leave categories out of a run with data.upsample"
+        )
+    settings = [(t.config.model.context, isolates_documents(t.config.data)) for t in (target, other)]
+    if settings[0] != settings[1]:
+        raise ValueError(
+            f"{other.run} has model.context {settings[1][0]}{' and isolated documents' * settings[1][1]}, {target.run} "
+            f"{settings[0][0]}{' and isolated documents' * settings[0][1]}: their losses are of other sequences"
+        )
+
+
+def make_plan(
+    target: Target,
+    *,
+    domains: Sequence[str] | None = None,
+    data: Sequence[str] = (FORGET, MIXED),
+    adjacent: Sequence[str] = (),
+    multiples: Sequence[float] = MULTIPLES,
+    schedules: Sequence[str] = SCHEDULES,
+    budgets: Sequence[int] = BUDGETS,
+    tokens: int | None = None,
+    warmup: float = 0.1,
+    weight_decay: float = 0.0,
+    sequences: int = SEQUENCES,
+    seed: int = 0,
+) -> Plan:
+    """The grid of attacks on a run: every mixture of data with every schedule and learning rate.
+
+    domains    to win back; None: the only one of the run
+    data       of the mixtures FORGET, MIXED and ADJACENT; adjacent: categories of the last
+    multiples  learning rates as multiples of the run's own peak
+    budgets    numbers of steps: a cosine runs once for each; one constant run of the most stands for all
+    tokens     of a step; None: as many as the run itself took
+    warmup     share of the steps; of the constant runs' it is that of the smallest budget, as that is read off them too
+
+    Raises ValueError for what the run or its corpus does not have, and for numbers that make no attack.
+    """
+    domains = _domains(target, domains)
+    labels = {f"forget:{domain}" for domain in domains}
+    forget, retain = (
+        tuple(name for name, label in target.corpus.categories.items() if label in wanted)
+        for wanted in (labels, {"retain"})
+    )
+    if not budgets or not multiples or min(budgets) < 1 or not 0 <= warmup < 1 or seed < 0 or sequences < 1:
+        raise ValueError(
+            f"a grid of attacks takes budgets of a step or more, learning rates, a warm-up that is a share from 0 to "
+            f"below 1, a seed of 0 or more and a sequence or more; got budgets {list(budgets)}, multiples "
+            f"{list(multiples)}, warm-up {warmup}, seed {seed}, sequences {sequences}"
+        )
+    longest, lr = max(budgets), target.config.optimizer.lr
+    attacks = [
+        Attack(
+            data=name,
+            parts=parts,
+            lr=multiple * lr,
+            schedule=schedule,
+            steps=steps,
+            warmup=int(warmup * (min(budgets) if schedule == "constant" else steps)),
+            tokens=tokens or target.config.train.tokens_per_step,
+            evaluated=evaluated_steps(steps, budgets),
+            weight_decay=weight_decay,
+            seed=seed,
+        )
+        for name, parts in _mixtures(target, data, forget, retain, adjacent).items()
+        for schedule in dict.fromkeys(schedules)
+        for multiple in dict.fromkeys(multiples)
+        for steps in ([longest] if schedule == "constant" else sorted(set(budgets)))
+    ]
+    for attack in {attack.parts: attack for attack in attacks}.values():
+        AttackData(target.corpus, target.config, attack)
+    measured = [tuple(name for name in names if count_sequences(target, "test", name, 1)) for names in (forget, retain)]
+    if not measured[0]:
+        raise ValueError(
+            f"split test of {target.corpus.path} has nothing of {listed(forget)} to measure {listed(domains)} by; hold "
+            f"documents out when the data are prepared"
+        )
+    return Plan(domains, measured[0], measured[1], sequences, tuple(attacks))
+
+
+def count_sequences(target: Target, split: str, category: str, limit: int) -> int:
+    """Sequences of a category, at most `limit`; 0 also where they have no target."""
+    isolated = isolates_documents(target.config.data)
+    read = sequences_of(target.corpus, split, category, target.config.model.context, isolated, limit)
+    return len(read.numbers) if read.targets else 0
+
+
+def small_samples(target: Target, plan: Plan) -> str:
+    """Of which categories split test has fewer sequences than the plan samples: `12 of es`; empty for none."""
+    counts = {name: count_sequences(target, "test", name, plan.sequences) for name in (*plan.forget, *plan.retain)}
+    small = [f"{count} of {name}" for name, count in counts.items() if count < plan.sequences]
+    return listed(small) if small else ""
+
+
+def _domains(target: Target, domains: Sequence[str] | None) -> tuple[str, ...]:
+    known = target.config.masking.domains
+    for domain in domains or ():
+        if domain not in known:
+            slip = did_you_mean(domain, known)
+            raise ConfigError(
+                f"{target.run} has no domain {domain!r}{slip}; it has {listed(known) if known else 'none'}"
+            )
+    if not known:
+        raise ConfigError(f"{target.run} has no domain that could be won back")
+    if not domains and len(known) > 1:
+        raise ConfigError(f"{target.run} has the domains {listed(known)}; choose which to win back: --domain NAME")
+    return tuple(dict.fromkeys(domains or known))
+
+
+def _mixtures(
+    target: Target, data: Sequence[str], forget: tuple[str, ...], retain: tuple[str, ...], adjacent: Sequence[str]
+) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Parts of every mixture of data; a domain's categories without text to train on are left out."""
+    corpus = target.corpus
+    for category in adjacent:
+        if category not in corpus.categories:
+            slip = did_you_mean(category, corpus.categories)
+            raise ConfigError(
+                f"{corpus.path} has no category {category!r}{slip}; its categories are {listed([*corpus.categories])}"
+            )
+    if (ADJACENT in data) != bool(adjacent):
+        raise ConfigError("the mixture adjacent and categories for it (--adjacent CATEGORY) go together; give both")
+    forget, retain = (
+        tuple(name for name in names if count_sequences(target, "train", name, 1)) for names in (forget, retain)
+    )
+    parts = {FORGET: (forget,), MIXED: (forget, retain), ADJACENT: (tuple(dict.fromkeys(adjacent)),)}
+    if unknown := [name for name in data if name not in parts]:
+        raise ConfigError(f"unknown data of an attack: {listed(unknown)}; known: {listed([*parts])}")
+    for name in data:
+        if not all(parts[name]):
+            raise ConfigError(f"split train of {corpus.path} lacks text to attack with on {name}; choose other --data")
+    return {name: parts[name] for name in dict.fromkeys(data)}

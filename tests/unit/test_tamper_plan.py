@@ -1,0 +1,175 @@
+"""The grid of attacks on a run, and what is refused before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from checkpoints import CONFIG, make
+from corpora import build, mixed_records, record
+from tampered import tampered
+
+from sgtm.run import evaluate as evaluation
+from sgtm.run.tamper_plan import check_comparable, count_sequences, make_plan, open_target, small_samples
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("data") / "corpus", mixed_records())
+
+
+@pytest.fixture
+def target(corpus, tmp_path, monkeypatch):
+    return tampered(monkeypatch, tmp_path / "run", corpus)
+
+
+def test_the_grid_is_every_mixture_schedule_and_rate(target):
+    plan = make_plan(target, multiples=[0.5, 2], budgets=[10, 3], adjacent=["web"], data=["forget", "adjacent"])
+    rows = [(a.data, a.schedule, a.lr, a.steps, a.warmup) for a in plan.attacks]
+    assert rows == [
+        row
+        for data in ("forget", "adjacent")
+        for row in (
+            (data, "constant", 0.005, 10, 0),
+            (data, "constant", 0.02, 10, 0),
+            (data, "cosine", 0.005, 3, 0),
+            (data, "cosine", 0.005, 10, 1),
+            (data, "cosine", 0.02, 3, 0),
+            (data, "cosine", 0.02, 10, 1),
+        )
+    ]
+    assert [a.parts for a in plan.attacks[::6]] == [(("es",),), (("web",),)]
+    assert {a.evaluated for a in plan.attacks if a.steps == 10} == {(0, 1, 2, 3, 4, 8, 10)}
+    assert (plan.domains, plan.forget, plan.retain) == (("es",), ("es",), ("en",))
+
+
+def test_defaults(target):
+    plan = make_plan(target)
+    assert len(plan.attacks) == 2 * (4 + 4 * 3)
+    assert {a.parts for a in plan.attacks} == {(("es",),), (("es",), ("en",))}
+    assert sorted({a.lr for a in plan.attacks}) == pytest.approx([1e-3, 2.5e-3, 1e-2, 3e-2])
+    assert {(a.schedule, a.steps, a.warmup) for a in plan.attacks} == {
+        ("constant", 256, 1), ("cosine", 16, 1), ("cosine", 64, 6), ("cosine", 256, 25),
+    }  # fmt: skip
+    assert {(a.tokens, a.weight_decay, a.seed) for a in plan.attacks} == {(8 * 16, 0.0, 0)}
+
+
+def test_the_warm_up_of_constant_runs_is_that_of_the_smallest_budget(target):
+    plan = make_plan(target, warmup=0.5, budgets=[8, 2], multiples=[1], data=["forget"])
+    assert [(a.schedule, a.steps, a.warmup) for a in plan.attacks] == [
+        ("constant", 8, 1),
+        ("cosine", 2, 1),
+        ("cosine", 8, 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"domains": ["esp"]}, r"run has no domain 'esp' \(did you mean es\?\); it has es"),
+        ({"adjacent": ["wb"], "data": ["adjacent"]}, r"no category 'wb' \(did you mean web\?\); .*en, es and web"),
+        ({"data": ["adjacent"]}, "give both"),
+        ({"adjacent": ["web"]}, "give both"),
+        ({"data": ["retain"]}, r"unknown data of an attack: retain; known: forget, forget\+retain and adjacent"),
+        ({"multiples": [1, 0]}, "above 0, got 0.0"),
+        ({"multiples": [-1]}, "above 0"),
+        ({"multiples": [math.nan]}, "above 0"),
+        ({"multiples": []}, "takes budgets of a step or more"),
+        ({"budgets": []}, "takes budgets of a step or more"),
+        ({"budgets": [4, 0]}, "takes budgets of a step or more"),
+        ({"warmup": 1.0}, "a share from 0 to below 1"),
+        ({"warmup": -0.1}, "a share from 0 to below 1"),
+        ({"seed": -1}, "a seed of 0 or more"),
+        ({"sequences": 0}, "sequences 0"),
+        ({"schedules": ["linear"]}, "unknown schedule 'linear'"),
+        ({"tokens": 40}, r"40 tokens are 2\.5 of them"),
+        ({"tokens": 16}, r"a step of forget\+retain takes 2 or more"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+    ],
+)
+def test_what_makes_no_grid_is_refused(target, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(target, **options)
+
+
+def test_one_of_several_domains_has_to_be_chosen(tmp_path, monkeypatch):
+    labels = {"en": "retain", "es": "forget:es", "fr": "forget:fr"}
+    records = [record(i, c, split=s) for i in range(4) for c in labels for s in ("train", "test")]
+    target = tampered(monkeypatch, tmp_path / "run", build(tmp_path / "corpus", records, labels), domains=["es", "fr"])
+    with pytest.raises(ValueError, match="has the domains es and fr; choose which to win back: --domain NAME"):
+        make_plan(target)
+    plan = make_plan(target, domains=["fr"])
+    assert (plan.forget, target.removed(plan.domains)) == (("fr",), ("fr",))
+    assert make_plan(target, domains=["fr", "es"]).forget == ("es", "fr")
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (("es", "test"), "split test of .* has nothing of es to measure es by"),
+        (("es", "train"), "split train of .* lacks text to attack with on forget; choose other --data"),
+        (("en", "train"), r"split train of .* lacks text to attack with on forget\+retain;"),
+    ],
+)
+def test_a_split_without_the_text_of_an_attack_is_refused(tmp_path, monkeypatch, missing, message):
+    records = [fields for fields in mixed_records() if (fields["category"], fields["split"]) != missing]
+    target = tampered(monkeypatch, tmp_path / "run", build(tmp_path / "corpus", records))
+    with pytest.raises(ValueError, match=message):
+        make_plan(target)
+
+
+def test_a_small_split_is_described(target):
+    counts = {name: count_sequences(target, "test", name, 1000) for name in ("es", "en")}
+    less = min(counts.values())
+    assert small_samples(target, make_plan(target, sequences=less)) == ""
+    text = small_samples(target, make_plan(target, sequences=1000))
+    assert text == f"{counts['es']} of es and {counts['en']} of en"
+
+
+def test_of_a_model_without_masks_nothing_is_removed(corpus, tmp_path, monkeypatch):
+    assert tampered(monkeypatch, tmp_path / "a", corpus).removed(["es"]) == ("es",)
+    assert tampered(monkeypatch, tmp_path / "b", corpus, masking={"strategy": "none"}).removed(["es"]) == ()
+
+
+def test_runs_on_other_data_or_sequences_are_not_compared(target, corpus, tmp_path, monkeypatch):
+    check_comparable(target, replace(target, run=Path("other")))
+    other = build(tmp_path / "other", mixed_records(50))
+    with pytest.raises(ValueError, match="curves are compared on one corpus; leave categories out"):
+        check_comparable(target, replace(target, run=Path("other"), corpus=other))
+    longer = tampered(monkeypatch, tmp_path / "longer", corpus, context=32)
+    with pytest.raises(
+        ValueError, match=r"longer has model\.context 32, .*run 16: their losses are of other sequences"
+    ):
+        check_comparable(target, longer)
+    alone = tampered(monkeypatch, tmp_path / "alone", corpus, isolate_documents=True)
+    with pytest.raises(ValueError, match=r"alone has model\.context 16 and isolated documents"):
+        check_comparable(target, alone)
+
+
+def as_run(folder: Path, *steps: int) -> Path:
+    make(folder, *steps)
+    (folder / "config.yaml").write_text(json.dumps(CONFIG.model_dump(mode="json")))
+    return folder
+
+
+def test_a_run_without_checkpoint_or_corpus_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="has no checkpoint yet; train first"):
+        open_target(as_run(tmp_path))
+    with pytest.raises(ValueError, match="no corpus at"):
+        open_target(as_run(tmp_path, 1), str(tmp_path / "gone"))
+    opened = SimpleNamespace(fingerprint="prepared again", path="data")
+    monkeypatch.setattr(evaluation, "open_corpus", lambda config, write: opened)
+    monkeypatch.setattr(evaluation, "check_corpus", lambda corpus, config: None)
+    with pytest.raises(ValueError, match="was trained on other data than data holds now"):
+        open_target(tmp_path)
+
+
+def test_other_weights_have_another_digest(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "open_corpus", lambda config, write: SimpleNamespace(fingerprint="of the run"))
+    monkeypatch.setattr(evaluation, "check_corpus", lambda corpus, config: None)
+    one, same, other = (open_target(as_run(tmp_path / name, step)) for name, step in (("a", 1), ("b", 1), ("c", 2)))
+    assert one.weights == same.weights != other.weights and one.checkpoint.name == "step_00000001"
