@@ -1,4 +1,4 @@
-"""The command line: `sgtm prepare | train | eval | export | report | checkpoint | explain | sweep | ...`.
+"""The command line: `sgtm prepare | train | eval | unlearn | export | report | checkpoint | sweep | ...`.
 
 Thin: every command (a file of this folder) declares its options, calls one function elsewhere and prints where the
 result is. What is heavy is imported when a command runs, so `sgtm --help` and most mistakes are answered at once. A
@@ -31,6 +31,7 @@ from sgtm.commands import (
     report,
     sweep,
     train,
+    unlearn,
 )
 from sgtm.commands.errors import print_error, what_is_meant
 from sgtm.commands.options import Subcommands
@@ -38,13 +39,14 @@ from sgtm.process.ranks import launcher, rank_and_size
 from sgtm.process.signals import Stopped, stoppable
 
 COMMANDS = (
-    prepare, train, eval, export, report, checkpoint, explain, bench, profile, estimate, launch, sweep, doctor, config,
-    quickstart,
+    prepare, train, eval, unlearn, export, report, checkpoint, explain, bench, profile, estimate, launch, sweep,
+    doctor, config, quickstart,
 )  # fmt: skip
 OLD_NAMES = {"plan": "estimate"}  # accepted until 0.3
-STOPPABLE = ("prepare", "train", "quickstart", "eval", "export", "report", "checkpoint", "sweep", "profile")
+STOPPABLE = ("prepare", "train", "quickstart", "eval", "unlearn", "export", "report", "checkpoint", "sweep", "profile")
 RESUMED = ("prepare", "sweep")  # by the same command
-ONE_PROCESS = ("prepare", "quickstart", "eval", "export", "report", "checkpoint", "sweep")  # as they write files
+# As they write files.
+ONE_PROCESS = ("prepare", "quickstart", "eval", "unlearn", "export", "report", "checkpoint", "sweep")
 
 
 def main(argv: list[str] | None = None) -> int:

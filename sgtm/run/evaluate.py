@@ -26,6 +26,7 @@ from sgtm.model.transformer import Transformer
 from sgtm.run.checkpoint import open_run, read_manifest
 from sgtm.run.located import places_tried
 from sgtm.run.metrics import read_metrics
+from sgtm.run.unlearned import read_unlearned
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "numpy")
 
@@ -55,12 +56,8 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
     """
     run = Path(run)
     config, checkpoint = open_run(run, data)
-    corpus = _corpus_of(config, run)
-    check_corpus(corpus, config)
-    manifest = read_manifest(checkpoint)
-    if manifest["corpus"] != corpus.fingerprint:
-        raise ValueError(f"{run} was trained on other data than {corpus.path} holds now: was it prepared again since?")
-    steps = manifest["step"]
+    corpus = open_corpus_of(run, config, checkpoint)
+    steps, unlearned = read_manifest(checkpoint)["step"], read_unlearned(run)
     lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step" and line["step"] <= steps]
     seconds = max((line["seconds"] for line in lines), default=0.0)
     for precision in {"fp32", config.train.precision}:
@@ -90,8 +87,19 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
         "parameters": sum(p.numel() for p in model.parameters()),
         "gradient_norms": norms,
         "output_norms": evaluation.norms,
+        **({"unlearned": unlearned} if unlearned else {}),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
+
+
+def open_corpus_of(run: Path, config: Config, checkpoint: Path) -> Corpus:
+    """The corpus that a run was trained on. Raises ValueError where it is gone, damaged or another one."""
+    corpus = _corpus_of(config, run)
+    check_corpus(corpus, config)
+    manifest = read_manifest(checkpoint)
+    if manifest["corpus"] != corpus.fingerprint:
+        raise ValueError(f"{run} was trained on other data than {corpus.path} holds now: was it prepared again since?")
+    return corpus
 
 
 def _counts(corpus: Corpus) -> dict[str, dict[str, dict[str, int]]]:
