@@ -86,8 +86,9 @@ def simnpo(
         forget_weight * -2 / beta * mean over forget sequences of log sigmoid(-beta / n * log p - gamma)
             + retain_weight * loss(retain)
 
-    n: targets of the sequence. beta 4.5, gamma 0 and the weights 0.125 and 1 are those of the authors' code for
-    `forget10` of TOFU, at rate 1e-5.
+    n: targets of the sequence. The gradient of a sequence has the weight sigmoid(gamma + beta / n * log p): with these
+    values next to nothing where the loss is several nats, as of a model that was only pretrained. beta 4.5, gamma 0 and
+    the weights 0.125 and 1 are those of the authors' code for `forget10` of TOFU, at rate 1e-5.
     """
     likelihood = log_likelihood(model, forget)
     counts = forget.chosen.sum(1).clamp(min=1)

@@ -81,4 +81,4 @@ def test_likelihoods_and_mean_loss_by_hand():
     torch.testing.assert_close(log_likelihood(model, FORGOTTEN), expected)
     torch.testing.assert_close(mean_loss(model, FORGOTTEN), torch.cat(losses).mean())
     nothing = FORGOTTEN._replace(targets=torch.full_like(FORGOTTEN.targets, IGNORE))
-    assert float(mean_loss(model, nothing)) == 0.0
+    assert mean_loss(model, nothing).item() == 0.0
