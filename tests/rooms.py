@@ -30,6 +30,7 @@ ROOMS = {
     "sgtm.evaluation": "losses by category and removed set",
     "sgtm.run": "a run on disk: directory, checkpoints, metrics, evaluation",
     "sgtm.hf": "Hugging Face models, both ways",
+    "sgtm.unlearning": "post-hoc unlearning of a run's model: baselines",
     "sgtm.training": "the step and the loop",
     "sgtm.measure": "bench, profile, doctor",
     "sgtm.report": "the page of a run, beside others",

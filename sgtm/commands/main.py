@@ -1,4 +1,4 @@
-"""The command line: `sgtm prepare | train | eval | tamper | export | report | checkpoint | explain | sweep | ...`.
+"""The command line: `sgtm prepare | train | eval | examine | tamper | unlearn | export | report | sweep | ...`.
 
 Thin: every command (a file of this folder) declares its options, calls one function elsewhere and prints where the
 result is. What is heavy is imported when a command runs, so `sgtm --help` and most mistakes are answered at once. A
@@ -33,6 +33,7 @@ from sgtm.commands import (
     sweep,
     tamper,
     train,
+    unlearn,
 )
 from sgtm.commands.errors import print_error, what_is_meant
 from sgtm.commands.options import Subcommands
@@ -40,13 +41,24 @@ from sgtm.process.ranks import launcher, rank_and_size
 from sgtm.process.signals import Stopped, stoppable
 
 COMMANDS = (
-    prepare, train, eval, examine, tamper, export, report, checkpoint, explain, bench, profile, estimate, launch, sweep,
-    doctor, config, quickstart,
+    prepare, train, eval, examine, tamper, unlearn, export, report, checkpoint, explain, bench, profile, estimate,
+    launch, sweep, doctor, config, quickstart,
 )  # fmt: skip
 OLD_NAMES = {"plan": "estimate"}  # accepted until 0.3
 RESUMED = ("prepare", "sweep", "tamper")  # by the same command
 # They write files of their own.
-ONE_PROCESS = ("prepare", "quickstart", "eval", "examine", "tamper", "export", "report", "checkpoint", "sweep")
+ONE_PROCESS = (
+    "prepare",
+    "quickstart",
+    "eval",
+    "examine",
+    "tamper",
+    "unlearn",
+    "export",
+    "report",
+    "checkpoint",
+    "sweep",
+)
 STOPPABLE = (*ONE_PROCESS, "train", "profile")
 
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 
 STATE_TENSORS = ("fp32", "exp_avg", "exp_avg_sq")
+WEIGHTS = "model.safetensors"
+"""Of a checkpoint that holds weights alone (sgtm/run/weights_only.py)."""
 
 
 class ShardRange(NamedTuple):
@@ -43,6 +45,8 @@ class Stored:
     def __init__(self, directory: Path | str):
         directory = Path(directory)
         states = sorted(directory.glob("*mp_rank_00_model_states.pt"))
+        if not states and (directory / WEIGHTS).exists():
+            raise ValueError(f"{directory} holds weights alone ({WEIGHTS}), without the state of an optimizer")
         if not states:
             raise ValueError(f"{directory} holds no checkpoint: no file *mp_rank_00_model_states.pt")
         self.model = _read(next((file for file in states if "_pp_rank_0_" in file.name), states[0]))
@@ -111,8 +115,13 @@ class Stored:
 def consolidate(directory: Path | str) -> dict[str, torch.Tensor]:
     """The module's whole state in fp32 from a checkpoint of any stage and number of ranks: name -> tensor on the CPU.
 
-    Reads the fp32 weights of the optimizer where there are some, else the module's. Raises ValueError as `Stored` does.
+    Reads the fp32 weights of the optimizer where there are some, else the module's; of a checkpoint of weights alone
+    its one file. Raises ValueError as `Stored` does.
     """
+    if (file := Path(directory) / WEIGHTS).exists():
+        from safetensors.torch import load_file
+
+        return load_file(file)
     stored = Stored(directory)
     return stored.buffers | {name: stored.read(name, "fp32").view(shape) for name, shape in stored.shapes.items()}
 

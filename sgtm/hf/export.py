@@ -32,6 +32,7 @@ from sgtm.hf.config import why_mistral
 from sgtm.hf.weights import to_hf_state
 from sgtm.masking.partition import Partition
 from sgtm.run.checkpoint import MANIFEST, open_run, read_manifest
+from sgtm.run.unlearned import described, read_unlearned
 
 CONFIG = "config.json"
 
@@ -62,7 +63,9 @@ def export_run(run: str | Path, remove: Sequence[str], out: str | Path, data: st
         state, hf_config = to_hf_state(consolidate(checkpoint), config.model, config.partition, remove)
         tokenizer = _save_tokenizer(run, config, read_manifest(checkpoint)["corpus"], hf_config, partial)
         _save_model(state, hf_config, partial)
-        record = _record(config, checkpoint, hf_config, sorted(set(remove)), tokenizer)
+        record = _record(config, checkpoint, hf_config, sorted(set(remove)), tokenizer) | {
+            "unlearned": read_unlearned(run)
+        }
         (partial / "sgtm_export.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(_card(record, place.name), encoding="utf-8")
     print(f"exported: step {record['checkpoint']['step']} of {config.train.steps}", file=sys.stderr)
@@ -222,10 +225,14 @@ def _card(record: dict, name: str) -> str:
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
         f"Run `{record['run']}`, step {record['checkpoint']['step']}, pretrained with Selective GradienT Masking "
-        f"(strategy `{record['strategy']}`), {what}{f' ({how})' if how else ''}. "
+        f"(strategy `{record['strategy']}`), {what}{f' ({how})' if how else ''}. {_unlearned(record)}"
         f"`sgtm_export.json` lists which heads and neurons belonged to whom.\n\n"
         f"It loads in transformers 4.57 and 5. {_architecture(record)}{_tokenizer(record)}\n{_certificate(record)}"
     )
+
+
+def _unlearned(record: dict) -> str:
+    return f"{described(record['unlearned'])} " if record["unlearned"] else ""
 
 
 def _architecture(record: dict) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from sgtm.data.summary import FEW_TOKENS
 from sgtm.masking.labels import removed_domains
 from sgtm.report.record import Record, is_forgotten
+from sgtm.run.unlearned import described
 from sgtm.words import counted, listed
 
 UNCHANGED = 0.005  # nats: below this a difference prints as 0.00
@@ -88,7 +89,8 @@ def measured_tokens(summary: dict, category: str) -> int | None:
 def cautions(summary: dict) -> list[str]:
     """Cautions for a reader of the losses; code words in backticks."""
     rows = loss_rows(summary)
-    lines = [
+    lines = [described(summary["unlearned"])] if "unlearned" in summary else []
+    lines += [
         sentence for condition in conditions(summary) for sentence in _worse_than_ablated(summary, rows, condition)
     ]
     if small := [f"{row.category} ({row.tokens:,})" for row in rows if row.small]:

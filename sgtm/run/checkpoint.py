@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there: where they are, and which of them counts.
 
     <run>/checkpoints/latest                   name of the newest
-                      step_00000100/           what DeepSpeed wrote, and
+                      step_00000100/           what DeepSpeed wrote, or weights alone (sgtm/run/weights_only.py), and
                       step_00000100/manifest.json   size and SHA-256 of every file and of itself, step, ranks, config
                       .tmp-step_00000200/      one that is being written, or was not finished; removed at the next start
                       damaged-step_00000300/   one that was found damaged, and not resumed from; never removed
@@ -28,6 +28,8 @@ from sgtm.run.located import locate_data
 
 MANIFEST = "manifest.json"
 DAMAGED = "damaged-"
+TRAINING, WEIGHTS_ONLY = "training", "weights"
+"""Kinds of checkpoints: what a training resumes from, and weights without the state of an optimizer."""
 NAME = re.compile(r"step_\d{8,}")
 
 
@@ -109,6 +111,7 @@ def read_manifest(directory: Path) -> dict:
         manifest = {
             **{key: manifest[key] for key in ("step", "ranks", "corpus", "config", "files")},
             "independent_of": manifest.get("independent_of", []),  # younger than the first checkpoints
+            "kind": manifest.get("kind", TRAINING),  # likewise
         }
         sizes = [(entry["bytes"], entry["sha256"]) for entry in manifest["files"].values()]
     except FileNotFoundError:

@@ -26,6 +26,7 @@ from sgtm.model.transformer import Transformer
 from sgtm.run.checkpoint import open_run, read_manifest
 from sgtm.run.located import places_tried
 from sgtm.run.metrics import read_metrics
+from sgtm.run.unlearned import read_unlearned
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "numpy")
 
@@ -55,7 +56,7 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
     """
     run = Path(run)
     config, checkpoint = open_run(run, data)
-    manifest = read_manifest(checkpoint)
+    manifest, unlearned = read_manifest(checkpoint), read_unlearned(run)
     corpus, steps = open_run_corpus(config, run, manifest), manifest["step"]
     lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step" and line["step"] <= steps]
     seconds = max((line["seconds"] for line in lines), default=0.0)
@@ -84,6 +85,7 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
         "parameters": sum(p.numel() for p in model.parameters()),
         "gradient_norms": norms,
         "output_norms": evaluation.norms,
+        **({"unlearned": unlearned} if unlearned else {}),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
 

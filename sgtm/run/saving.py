@@ -21,6 +21,7 @@ from sgtm.config.schema import Config
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.files import sync_directory, write_atomically
 from sgtm.run.checkpoint import (
+    TRAINING,
     checkpoints_dir,
     find_latest,
     finished,
@@ -110,6 +111,7 @@ class CheckpointWriter:
         try:
             files = self.engine.saved()
             manifest = {
+                "kind": TRAINING,
                 "step": self._step,
                 "ranks": self.engine.world_size,
                 "corpus": self.corpus,

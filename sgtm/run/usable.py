@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from sgtm.run.checkpoint import checkpoints_dir, finished, renamed
+from sgtm.run.checkpoint import WEIGHTS_ONLY, checkpoints_dir, find_latest, finished, read_manifest, renamed
 
 
 def check_usable(run: Path, resume: bool, overwrite: bool) -> None:
@@ -33,3 +33,16 @@ def check_usable(run: Path, resume: bool, overwrite: bool) -> None:
             f"{checkpoints} holds {', '.join(names)}, and no checkpoint named step_ and eight digits of its step; "
             f"rename them back, or start over with --overwrite"
         )
+    if resume and (latest := find_latest(run)) and _kind_of(latest) == WEIGHTS_ONLY:
+        raise ValueError(
+            f"{latest} holds weights alone, without the optimizer's state: {run} cannot be resumed. Train a new run "
+            f"from its weights: sgtm export {run} --out FOLDER, and --train.init_from FOLDER"
+        )
+
+
+def _kind_of(checkpoint: Path) -> str | None:
+    """None for a damaged one, which a resume passes over."""
+    try:
+        return read_manifest(checkpoint)["kind"]
+    except ValueError:
+        return None

@@ -23,6 +23,7 @@ from sgtm.hf import export
 from sgtm.hf.export import export_run
 from sgtm.masking.strategy import removal_tables
 from sgtm.model.transformer import Transformer
+from sgtm.run.unlearned import write_unlearned
 from sgtm_kernels.plan import MaskPlan
 
 
@@ -129,6 +130,16 @@ def test_folder_says_what_it_is(tmp_path, capsys):
     model_config = json.loads((out / "config.json").read_text())
     assert model_config["eos_token_id"] == tokenizer.eos_token_id
     assert [entry.name for entry in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_an_export_states_that_the_run_was_unlearned(tmp_path):
+    source = {"run": "none", "checkpoint": "step_00000007", "step": 7}
+    record = {"method": "npo", "options": {}, "domain": "es", "steps": 9, "lr": 0.1, "seed": 0, "source": source}
+    make_run(tmp_path / "run", GPT_NEO)
+    write_unlearned(tmp_path / "run", record)
+    out = export_run(tmp_path / "run", [], tmp_path / "out")
+    assert json.loads((out / "sgtm_export.json").read_text())["unlearned"] == record
+    assert "Unlearned: `es` by `npo`, 9 steps at learning rate 0.1" in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
