@@ -100,6 +100,11 @@ class Tree:
             if (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, folder / name)
+        author = ("-c", "user.name=mutants", "-c", "user.email=mutants@localhost")
+        for command in (("init",), ("add", "--all"), (*author, "commit", "--message=tree")):  # rows carry a commit
+            subprocess.run(
+                ["git", *command], cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
         hashed = py_compile.PycInvalidationMode.CHECKED_HASH  # two faults of a file may lie within one second
         compileall.compile_dir(folder, quiet=2, invalidation_mode=hashed)
         self._original: tuple[Path, str] | None = None
