@@ -49,8 +49,8 @@ def export_run(run: str | Path, remove: Sequence[str], out: str | Path, data: st
 
     Returns `out`, and prints on stderr which step that is, and why the architecture is not the run's where it is not.
 
-    Raises ValueError where there is no run or checkpoint, the checkpoint is damaged, a domain is unknown, the model has
-    no Hugging Face form, `data.path` holds other data than those of the run, or `out` is not empty; then nothing is
+    Raises ValueError where there is no run or checkpoint, the checkpoint is damaged, a domain is unknown or the run was
+    trained without masks, the model has no Hugging Face form, `data.path` holds other data than those of the run, or `out` is not empty; then nothing is
     left behind.
     """
     run, place = Path(run), Path(out).resolve()
@@ -58,6 +58,11 @@ def export_run(run: str | Path, remove: Sequence[str], out: str | Path, data: st
     if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; export to a new one")
     config, checkpoint = open_run(run, data)
+    if remove and not config.removals[1:]:
+        raise ValueError(
+            f"{run} was trained without masks: no group of it holds {', '.join(remove)}, and nothing can be removed; "
+            f"leave out --remove, or export a run that was trained with masks"
+        )
     with _filled(place) as partial:
         state, hf_config = to_hf_state(consolidate(checkpoint), config.model, config.partition, remove)
         tokenizer = _save_tokenizer(run, config, read_manifest(checkpoint)["corpus"], hf_config, partial)

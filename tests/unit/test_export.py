@@ -282,3 +282,11 @@ def test_failures_leave_an_empty_folder_empty(tmp_path, monkeypatch, place):
     with pytest.raises(OSError, match="No space left"):
         export_run(tmp_path / "run", [], out)
     assert not out.exists() or not os.listdir(out)
+
+
+def test_nothing_can_be_removed_from_a_run_without_masks(tmp_path):
+    make_run(tmp_path / "run", GPT_NEO.replace("masking: {", "masking: {strategy: none, "))
+    with pytest.raises(ValueError, match="run was trained without masks: no group of it holds es, fr"):
+        export_run(tmp_path / "run", ["es", "fr"], tmp_path / "safe")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert (export_run(tmp_path / "run", [], tmp_path / "whole") / "model.safetensors").exists()
