@@ -50,8 +50,8 @@ def export_run(run: str | Path, remove: Sequence[str], out: str | Path, data: st
     Returns `out`, and prints on stderr which step that is, and why the architecture is not the run's where it is not.
 
     Raises ValueError where there is no run or checkpoint, the checkpoint is damaged, a domain is unknown or the run was
-    trained without masks, the model has no Hugging Face form, `data.path` holds other data than those of the run, or `out` is not empty; then nothing is
-    left behind.
+    trained without masks, the model has no Hugging Face form, `data.path` holds other data than those of the run, or
+    `out` is not empty; then nothing is left behind.
     """
     run, place = Path(run), Path(out).resolve()
     _remove_leftovers(place)
