@@ -55,7 +55,7 @@ class Takeover:
             replace(self.optimizer, "check_overflow", nothing)
             replace(self.optimizer, "scaled_global_norm", self.norm)
             replace(self.optimizer, "update_offload_overflow_tracker", nothing)
-            replace(self.optimizer, "allreduce_bucket", self.recorded())
+            replace(self.optimizer, "allreduce_bucket", self.stream_safe_reduction())
             replace(self.optimizer, "allreduce_and_copy", self.reduce_to_owner)
             replace(self.optimizer, "independent_gradient_partition_epilogue", self.epilogue())
         else:
@@ -170,7 +170,7 @@ class Takeover:
             allgather_bucket_size=bf16.allgather_bucket_size,
         )
 
-    def recorded(self) -> Callable:
+    def stream_safe_reduction(self) -> Callable:
         """The reductions of ZeRO 1 and 2, with the gradients kept while the other stream of `overlap_comm` reads them:
         DeepSpeed frees at once what another rank owns."""
         zero, inner = self.optimizer, self.optimizer.allreduce_bucket

@@ -32,7 +32,7 @@ LEASE = 120.0
 
 
 @contextmanager
-def held(run: Path, patience: float = 0.0) -> Iterator[None]:
+def locked_run(run: Path, patience: float = 0.0) -> Iterator[None]:
     """While this lasts no other process trains the run, and all ranks see the same directory of runs.
 
     patience  seconds to wait for another process that does

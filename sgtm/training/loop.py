@@ -34,7 +34,7 @@ from sgtm.model.transformer import Transformer
 from sgtm.process.ranks import RankInfo
 from sgtm.process.signals import SIGNALS, Stopped
 from sgtm.run.checkpoint import read_manifest, resolved
-from sgtm.run.directory import LEASE, begin, held
+from sgtm.run.directory import LEASE, begin, locked_run
 from sgtm.run.metrics import MetricsLog
 from sgtm.run.resume import find_whole, load_checkpoint, resume_command
 from sgtm.run.saving import CheckpointWriter
@@ -66,7 +66,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     check_same(lambda: _settings(config) | {"--resume": resume, "--overwrite": overwrite})
     run = Path(config.runs) / config.name
     on_rank_zero(lambda: check_usable(run, resume, overwrite))
-    with held(run, LEASE if resume else 0.0):
+    with locked_run(run, LEASE if resume else 0.0):
         stopped_by = _train(config, rank_info, run, resume, overwrite)
     if stopped_by is not None:
         raise Stopped(stopped_by)
