@@ -16,8 +16,8 @@ import torch
 
 from sgtm.config import Config
 from sgtm.data.random_data import label_pieces, random_batch
-from sgtm.distributed.agree import on_every_rank
 from sgtm.distributed.env import DTYPES, device_type, kernel_backend
+from sgtm.distributed.on_ranks import on_every_rank
 from sgtm.masking.partition import LayerPartition
 from sgtm.masking.strategy import removal_tables
 from sgtm.model.transformer import Block, Transformer

@@ -17,7 +17,7 @@ from typing import TextIO
 
 from sgtm.config import Config
 from sgtm.config.load import save_config
-from sgtm.distributed.agree import on_every_rank, on_rank_zero
+from sgtm.distributed.on_ranks import on_every_rank, on_rank_zero
 from sgtm.files import sync_directory, write_atomically
 from sgtm.run.checkpoint import remove_unfinished
 from sgtm.run.environment import record_environment

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from sgtm.config.reference import flat, section
 from sgtm.config.schema import Config
-from sgtm.distributed.agree import on_every_rank, on_rank_zero
+from sgtm.distributed.on_ranks import on_every_rank, on_rank_zero
 from sgtm.process.ranks import on_one_machine
 from sgtm.run.checkpoint import finished, newest_whole, none_whole, read_manifest, resolved, set_aside, verify
 

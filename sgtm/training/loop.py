@@ -21,8 +21,8 @@ from sgtm.config.reference import flat
 from sgtm.data.loader import Loader, only_forget
 from sgtm.data.store import Corpus
 from sgtm.data.summary import ONLY_FORGET, trained_categories
-from sgtm.distributed.agree import check_same, on_rank_zero, together
 from sgtm.distributed.engine import Engine
+from sgtm.distributed.on_ranks import check_same, on_rank_zero, together
 from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.segments import full_numel
 from sgtm.distributed.self_check import check_kernels

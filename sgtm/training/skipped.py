@@ -8,8 +8,8 @@ from pathlib import Path
 from sgtm.config.schema import Config
 from sgtm.data.loader import Loader
 from sgtm.data.store import Corpus
-from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.distributed.engine import Engine
+from sgtm.distributed.on_ranks import on_every_rank, on_rank_zero
 from sgtm.run.checkpoint import find_latest
 from sgtm.run.resume import resume_command
 

@@ -135,7 +135,7 @@ def message_of(action) -> str:
 
 def alone(action) -> None:
     """Run `action` on rank 0 while no rank does anything else."""
-    from sgtm.distributed.agree import on_rank_zero
+    from sgtm.distributed.on_ranks import on_rank_zero
 
     torch.distributed.barrier()
     on_rank_zero(action)
