@@ -56,7 +56,7 @@ def locked_run(run: Path, patience: float = 0.0) -> Iterator[None]:
 def _take(file: Path, run: Path, patience: float, locks: list[TextIO]) -> str:
     """Lock the file and write who has it; returns what it says now. The open file is put into `locks`."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    end, told = time.monotonic() + patience, False
+    end, printed = time.monotonic() + patience, False
     while True:
         lock = file.open("a+")
         try:
@@ -68,9 +68,9 @@ def _take(file: Path, run: Path, patience: float, locks: list[TextIO]) -> str:
                 lock.close()
                 if time.monotonic() >= end:
                     raise ValueError(f"{run} is being trained by {who}; wait for it, or set another --name") from None
-                if not told:
+                if not printed:
                     print(f"{run} is being trained by {who}; waiting {patience:.0f} s for it", file=sys.stderr)
-                told = True
+                printed = True
                 time.sleep(0.2)
                 continue
         with suppress(FileNotFoundError):
