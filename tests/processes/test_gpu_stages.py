@@ -147,10 +147,10 @@ def measurements() -> list[dict]:
 def refused(rows: list[dict]) -> dict[str, str]:
     from verdicts import admitted
 
-    survivors, refused = admitted(measurements(), rows)
-    assert len(survivors) + len(refused) == len(measurements())
+    survivors, reasons = admitted(measurements(), rows)
+    assert len(survivors) + len(reasons) == len(measurements())
     assert all(row in survivors for row in measurements() if row["backend"] == "public")
-    return refused
+    return reasons
 
 
 def test_an_op_that_failed_is_not_reported_nor_are_whole_steps():
