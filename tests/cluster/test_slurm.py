@@ -31,9 +31,9 @@ class Job:
     def __init__(self, slurm: Slurm, runs: Path, name: str, *options: str, resume: tuple[str, ...] = ()):
         self.slurm, self.run, self.log = slurm, runs / name, runs / f"{name}.log"
         runs.mkdir(exist_ok=True)
-        here = ["--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={self.log}"]
+        nodes = ["--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={self.log}"]
         script = [ROOT / "launch" / "slurm.sbatch", *arguments(runs, name, *resume)]
-        self.number = slurm.ask("sbatch", "--parsable", *here, *options, *script, **NETWORK)
+        self.number = slurm.ask("sbatch", "--parsable", *nodes, *options, *script, **NETWORK)
 
     @property
     def state(self) -> str:

@@ -227,9 +227,9 @@ def unfinished_of(path: Path) -> Path:
 
 def provenance() -> dict[str, str | None]:
     """Versions, commit and date of a measurement."""
-    here = environment()
-    versions = {name: here["versions"][name] for name in ("torch", "triton")}
-    return versions | {"driver": here["driver"], "commit": here["commit"], "date": here["time"][:10]}
+    machine = environment()
+    versions = {name: machine["versions"][name] for name in ("torch", "triton")}
+    return versions | {"driver": machine["driver"], "commit": machine["commit"], "date": machine["time"][:10]}
 
 
 def _random(device: torch.device, dtype: torch.dtype, *size: int) -> torch.Tensor:
