@@ -51,12 +51,12 @@ def add(folder: Path) -> Path:
     rows = rows_of(folder)
     if not rows or not (folder / ENVIRONMENT).exists():
         raise ValueError(f"{folder} holds no rows of a run of gpu.py")
-    here = json.loads((folder / ENVIRONMENT).read_text())
-    if here["cpu"]:
+    machine = json.loads((folder / ENVIRONMENT).read_text())
+    if machine["cpu"]:
         raise ValueError(f"{folder} is a run with --cpu, whose times mean nothing")
-    path = RESULTS / slug(here["device"]) / f"{rows[0]['time'][:10]}_{slug(here['commit'])}.jsonl"
+    path = RESULTS / slug(machine["device"]) / f"{rows[0]['time'][:10]}_{slug(machine['commit'])}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row | {"commit": here["commit"]}) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row | {"commit": machine["commit"]}) + "\n" for row in rows))
     return path
 
 

@@ -45,15 +45,15 @@ def main() -> int:
     imports, files, lines = defaultdict(set), defaultdict(int), defaultdict(int)
     upward = []
     for path in sources():
-        here = room_of(module_of(path))
-        files[here] += 1
-        lines[here] += len(path.read_text("utf-8").splitlines())
+        room = room_of(module_of(path))
+        files[room] += 1
+        lines[room] += len(path.read_text("utf-8").splitlines())
         for module in imported(path):
             other = room_of(module)
-            if other != here:
-                imports[here].add(other)
-                if order.index(other) > order.index(here):
-                    upward.append(f"{path.relative_to(ROOT)} imports {module}: {here} is below {other}")
+            if other != room:
+                imports[room].add(other)
+                if order.index(other) > order.index(room):
+                    upward.append(f"{path.relative_to(ROOT)} imports {module}: {room} is below {other}")
     for room, about in ROOMS.items():
         print(f"{room:18}{files[room]:4} files {lines[room]:6} lines  {about}")
         print(f"{'':18}imports {', '.join(r for r in order if r in imports[room]) or 'nothing'}")

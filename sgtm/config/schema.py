@@ -58,14 +58,14 @@ class Config(Section):
     def _expand_recipe(cls, values):
         if not isinstance(values, dict) or values.get("recipe") not in recipes.NAMES:
             return values
-        given = {name: values.get(name) or {} for name in recipes.KEYS}
-        given = {k: v.model_dump(exclude_unset=True) if isinstance(v, Section) else v for k, v in given.items()}
-        if not all(isinstance(section, dict) for section in given.values()):
+        sections = {name: values.get(name) or {} for name in recipes.KEYS}
+        sections = {k: v.model_dump(exclude_unset=True) if isinstance(v, Section) else v for k, v in sections.items()}
+        if not all(isinstance(section, dict) for section in sections.values()):
             return values  # an error of the user's, which is found next
-        domains = given["masking"].get("domains", MaskingConfig().domains)
-        unmasked = given["masking"].get("strategy") == "none"
+        domains = sections["masking"].get("domains", MaskingConfig().domains)
+        unmasked = sections["masking"].get("strategy") == "none"
         keys = recipes.recipe(values["recipe"], domains if isinstance(domains, list) else [], unmasked)
-        return values | {name: keys[name] | section for name, section in given.items()}
+        return values | {name: keys[name] | section for name, section in sections.items()}
 
     @model_validator(mode="after")
     def _consistent(self):

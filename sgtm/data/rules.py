@@ -65,9 +65,9 @@ class Selector(Section):
     @model_validator(mode="after")
     def _one(self):
         choices = [name for name in type(self).model_fields if not name.startswith("by")]
-        given = [name for name in choices if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"needs exactly one of {', '.join(choices)}, got {', '.join(given) or 'none'}")
+        chosen = [name for name in choices if getattr(self, name) is not None]
+        if len(chosen) != 1:
+            raise ValueError(f"needs exactly one of {', '.join(choices)}, got {', '.join(chosen) or 'none'}")
         if self.path is not None:
             try:
                 groups = re.compile(self.path).groups

@@ -244,9 +244,9 @@ class Watchdog:
     def _wake(self, silent: list[int]) -> None:
         """End the silent ranks of this machine, each with its stack: a launcher waits long for one that is stopped."""
         neighbours = self.neighbours or {}
-        here = {self.rank, *neighbours}
-        if self.rank == min(here - set(silent)):
-            for rank in here & set(silent):
+        on_host = {self.rank, *neighbours}
+        if self.rank == min(on_host - set(silent)):
+            for rank in on_host & set(silent):
                 with suppress(ProcessLookupError):
                     os.write(2, f"rank {self.rank} ends rank {rank}, which was here:\n".encode())
                     os.kill(neighbours[rank]["pid"], signal.SIGABRT)

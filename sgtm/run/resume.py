@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from sgtm.config.reference import flat, section
 from sgtm.config.schema import Config
-from sgtm.distributed.agree import on_every_rank, on_rank_zero
+from sgtm.distributed.on_ranks import on_every_rank, on_rank_zero
 from sgtm.process.ranks import on_one_machine
 from sgtm.run.checkpoint import finished, newest_whole, none_whole, read_manifest, resolved, set_aside, verify
 
@@ -88,7 +88,7 @@ def load_checkpoint(engine: Engine, directory: Path | str, config: Config, corpu
     an empty one. Every rank raises ValueError for a checkpoint whose run differs from `config`, naming the keys.
     """
     directory = Path(directory)
-    manifest = on_rank_zero(lambda: _refuse_other_run(directory, config, corpus))
+    manifest = on_rank_zero(lambda: _manifest_of_this_run(directory, config, corpus))
     state = engine.load(directory)
     ranks = state["ranks"]
     mine = ranks[engine.rank % len(ranks)]
@@ -121,8 +121,8 @@ def _with_defaults(schema: type[BaseModel], values: dict) -> dict:
     return complete
 
 
-def _refuse_other_run(directory: Path, config: Config, corpus: str) -> dict:
-    """The manifest, if this is the run that `config` describes."""
+def _manifest_of_this_run(directory: Path, config: Config, corpus: str) -> dict:
+    """The manifest; raises ValueError unless the run is the one that `config` describes."""
     manifest = read_manifest(directory)
     changed = differences(manifest["config"], config)
     own = f"\nsgtm train {directory.parents[1]} --resume takes those of the run; for others, set another --name"

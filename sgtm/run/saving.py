@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from sgtm.config.schema import Config
-from sgtm.distributed.agree import on_every_rank, on_rank_zero
+from sgtm.distributed.on_ranks import on_every_rank, on_rank_zero
 from sgtm.files import sync_directory, write_atomically
 from sgtm.run.checkpoint import (
     checkpoints_dir,

@@ -21,8 +21,8 @@ from sgtm.config.reference import flat
 from sgtm.data.loader import Loader, only_forget
 from sgtm.data.store import Corpus
 from sgtm.data.summary import ONLY_FORGET, trained_categories
-from sgtm.distributed.agree import check_same, on_rank_zero, together
 from sgtm.distributed.engine import Engine
+from sgtm.distributed.on_ranks import check_same, on_rank_zero, together
 from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.segments import full_numel
 from sgtm.distributed.self_check import check_kernels
@@ -34,7 +34,7 @@ from sgtm.model.transformer import Transformer
 from sgtm.process.ranks import RankInfo
 from sgtm.process.signals import SIGNALS, Stopped
 from sgtm.run.checkpoint import read_manifest, resolved
-from sgtm.run.directory import LEASE, begin, held
+from sgtm.run.directory import LEASE, begin, locked_run
 from sgtm.run.metrics import MetricsLog
 from sgtm.run.resume import find_whole, load_checkpoint, resume_command
 from sgtm.run.saving import CheckpointWriter
@@ -66,7 +66,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     check_same(lambda: _settings(config) | {"--resume": resume, "--overwrite": overwrite})
     run = Path(config.runs) / config.name
     on_rank_zero(lambda: check_usable(run, resume, overwrite))
-    with held(run, LEASE if resume else 0.0):
+    with locked_run(run, LEASE if resume else 0.0):
         stopped_by = _train(config, rank_info, run, resume, overwrite)
     if stopped_by is not None:
         raise Stopped(stopped_by)

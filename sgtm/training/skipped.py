@@ -8,8 +8,8 @@ from pathlib import Path
 from sgtm.config.schema import Config
 from sgtm.data.loader import Loader
 from sgtm.data.store import Corpus
-from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.distributed.engine import Engine
+from sgtm.distributed.on_ranks import on_every_rank, on_rank_zero
 from sgtm.run.checkpoint import find_latest
 from sgtm.run.resume import resume_command
 
@@ -28,15 +28,15 @@ def tell_skipped(
     losses = on_every_rank(lambda: [float(loss) for loss in engine.losses])
 
     def line() -> str:
-        told = f"step {step + 1}: {_reason(losses, loader, corpus, step)}"
+        problem = f"step {step + 1}: {_reason(losses, loader, corpus, step)}"
         if not 0 < config.train.max_skipped_steps <= in_a_row:
             everything = len(engine.skipped) == len(config.space.groups)
-            return f"{told}; {'nothing' if everything else 'nothing of ' + ', '.join(engine.skipped)} was updated"
+            return f"{problem}; {'nothing' if everything else 'nothing of ' + ', '.join(engine.skipped)} was updated"
         latest = find_latest(run)
         again = resume_command(run, engine.world_size)
         past = f"; to continue past these steps: {again} --train.max_skipped_steps 0" if latest else ""
         raise ValueError(
-            f"{in_a_row} steps in a row were skipped, as many as train.max_skipped_steps allows. {told}\n"
+            f"{in_a_row} steps in a row were skipped, as many as train.max_skipped_steps allows. {problem}\n"
             f"{f'the last checkpoint is {latest}' if latest else 'no checkpoint was saved before'}\n"
             f"if every step fails, lower optimizer.lr; if the text of these documents is wrong, prepare the data "
             f"without it; either way under another --name (--train.init_from takes the weights of an export){past}"

@@ -61,8 +61,8 @@ def test_a_candidate_that_does_not_fit_the_device_is_left_out(others, monkeypatc
         if TUNABLES["activation_forward"](torch.device("cpu"), "fp32", "plain") == SMALL:
             raise OutOfResources(300_000, 232_448, "shared memory")
 
-    ((choice, candidates, given),) = tune.choices(call)
-    assert (choice, given) == (("activation_forward", ("fp32", "plain")), {})
+    ((choice, candidates, needed),) = tune.choices(call)
+    assert (choice, needed) == (("activation_forward", ("fp32", "plain")), {})
     assert candidates == [mlp_kernel.Tile(32, 64, 4)]
 
 

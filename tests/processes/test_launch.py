@@ -198,11 +198,11 @@ def test_slurm_starts_the_ranks_themselves(tmp_path):
     assert detect_launch({**environ, **step, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}) == RankInfo("srun", 5, 8, 1, 4)
 
 
-@pytest.mark.parametrize("given", [[], ["--overwrite"], ["--resume"], ["--resume", "auto"]])
-def test_a_restarted_job_resumes(tmp_path, given):
-    job = slurm_sbatch(tmp_path, "my.yaml", *given, "--name=a b", srun=NOTE, SLURM_RESTART_COUNT="1")
+@pytest.mark.parametrize("options", [[], ["--overwrite"], ["--resume"], ["--resume", "auto"]])
+def test_a_restarted_job_resumes(tmp_path, options):
+    job = slurm_sbatch(tmp_path, "my.yaml", *options, "--name=a b", srun=NOTE, SLURM_RESTART_COUNT="1")
     arguments, _ = json.loads(job.communicate(timeout=PATIENCE)[0])
-    resume = given if "--resume" in given else ["--resume"]
+    resume = options if "--resume" in options else ["--resume"]
     assert sorted(arguments[arguments.index("train") + 1 :]) == sorted(["my.yaml", "--name=a b", *resume])
 
 

@@ -70,8 +70,8 @@ def test_so_many_in_a_row_end_the_run_with_what_to_do(monkeypatch, corpus, tmp_p
     assert "no checkpoint was saved before" in str(stopped.value)
     (tmp_path / "checkpoints" / "step_00000002").mkdir(parents=True)
     (tmp_path / "checkpoints" / "latest").write_text("step_00000002")
-    for here, start in ((2, f"--nproc_per_node 2 -m sgtm train {tmp_path}"), (1, f"with the arguments: {tmp_path}")):
-        monkeypatch.setattr(ranks, "detect_launch", lambda here=here: RankInfo("torchrun", 0, 2, 0, here))
+    for local, start in ((2, f"--nproc_per_node 2 -m sgtm train {tmp_path}"), (1, f"with the arguments: {tmp_path}")):
+        monkeypatch.setattr(ranks, "detect_launch", lambda local=local: RankInfo("torchrun", 0, 2, 0, local))
         with pytest.raises(ValueError) as stopped:
             tell(monkeypatch, corpus, [[math.nan]] * 2, in_a_row=4, run=str(tmp_path))
         assert f"the last checkpoint is {tmp_path / 'checkpoints' / 'step_00000002'}" in str(stopped.value)

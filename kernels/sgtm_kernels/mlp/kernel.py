@@ -133,16 +133,16 @@ def _(x, bias, plan, bounds, gated):
 @custom_op(
     "sgtm::activation_backward",
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor? bias, Tensor plan, int[] bounds, bool gated, bool wanted)"
+    schema="(Tensor dy, Tensor x, Tensor? bias, Tensor plan, int[] bounds, bool gated, bool bias_learns)"
     " -> (Tensor, Tensor)",
 )
-def activation_gradients(dy, x, bias, plan, bounds, gated, wanted):
-    return existing(dy, *_backward(dy, x, bias, plan_of(plan), tuple(bounds), gated, (True, wanted)))
+def activation_gradients(dy, x, bias, plan, bounds, gated, bias_learns):
+    return existing(dy, *_backward(dy, x, bias, plan_of(plan), tuple(bounds), gated, (True, bias_learns)))
 
 
 @activation_gradients.register_fake
-def _(dy, x, bias, plan, bounds, gated, wanted):
-    return x.new_empty(x.shape), bias.new_empty(bias.shape) if wanted else x.new_empty(0)
+def _(dy, x, bias, plan, bounds, gated, bias_learns):
+    return x.new_empty(x.shape), bias.new_empty(bias.shape) if bias_learns else x.new_empty(0)
 
 
 register(activation, _keep, lambda *inputs: activation_gradients(*inputs[:-1], inputs[-1][1]))

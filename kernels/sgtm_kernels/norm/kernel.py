@@ -100,9 +100,10 @@ def _add_backward(dtotal, dy, total, weight, bias, mean, rstd, plan, kind, wante
     return dx, dx, *learned
 
 
-def _gradients(dtotal, dy, x, weight, bias, mean, rstd, plan, kind, wanted):
+def _gradients(dtotal, dy, x, weight, bias, mean, rstd, plan, kind, learns):
+    """dX, and the gradients of weight and bias; None for these unless one of them `learns`."""
     x, dy, weight, centered = x.contiguous(), dy.contiguous(), weight.contiguous(), bias is not None
-    summed = wanted and (kind is None or bool(plan.joint(kind).slices))
+    summed = learns and (kind is None or bool(plan.joint(kind).slices))
     factors = plan.mask(kind, 1, x.device) if summed and kind is not None else None
     shape, warps = _shape(x.shape[-1])
     width, tokens = shape["WIDTH"], plan.tokens
@@ -116,7 +117,7 @@ def _gradients(dtotal, dy, x, weight, bias, mean, rstd, plan, kind, wanted):
         rstd if factors is None else factors, dx, sums, tokens, strip, CENTERED=centered, ADDED=added, SUMMED=summed,
         MASKED=factors is not None, **shape, num_warps=warps, **FUSION,
     )  # fmt: skip
-    if not wanted:
+    if not learns:
         return dx, None, None
     new = torch.empty_like if summed else torch.zeros_like
     dw, db = new(weight), new(bias) if centered else None
@@ -163,17 +164,17 @@ def _(x, weight, bias, plan, kind, eps):
     "sgtm::norm_backward",
     mutates_args=(),
     schema="(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor plan, str? kind, "
-    "bool wanted) -> (Tensor, Tensor, Tensor)",
+    "bool learns) -> (Tensor, Tensor, Tensor)",
 )
-def norm_gradients(dy, x, weight, bias, mean, rstd, plan, kind, wanted):
-    return existing(weight, *_backward(dy, x, weight, bias, mean, rstd, plan_of(plan), kind, (True, wanted, wanted)))
+def norm_gradients(dy, x, weight, bias, mean, rstd, plan, kind, learns):
+    return existing(weight, *_backward(dy, x, weight, bias, mean, rstd, plan_of(plan), kind, (True, learns, learns)))
 
 
 @norm_gradients.register_fake
-def _(dy, x, weight, bias, mean, rstd, plan, kind, wanted):
+def _(dy, x, weight, bias, mean, rstd, plan, kind, learns):
     width = x.shape[-1]
-    db = weight.new_empty(0) if bias is None else bias.new_empty(width if wanted else 0)
-    return x.new_empty(x.shape), weight.new_empty(width if wanted else 0), db
+    db = weight.new_empty(0) if bias is None else bias.new_empty(width if learns else 0)
+    return x.new_empty(x.shape), weight.new_empty(width if learns else 0), db
 
 
 register(norm, _keep, lambda *inputs: norm_gradients(*inputs[:-1], inputs[-1][1] or inputs[-1][2]))
@@ -201,18 +202,18 @@ def _(x, residual, weight, bias, plan, kind, eps):
     "sgtm::add_norm_backward",
     mutates_args=(),
     schema="(Tensor dtotal, Tensor dy, Tensor total, Tensor weight, Tensor? bias, Tensor mean, Tensor rstd, "
-    "Tensor plan, str? kind, bool wanted) -> (Tensor, Tensor, Tensor)",
+    "Tensor plan, str? kind, bool learns) -> (Tensor, Tensor, Tensor)",
 )
-def add_norm_gradients(dtotal, dy, total, weight, bias, mean, rstd, plan, kind, wanted):
-    gradients = _gradients(dtotal, dy, total, weight, bias, mean, rstd, plan_of(plan), kind, wanted)
+def add_norm_gradients(dtotal, dy, total, weight, bias, mean, rstd, plan, kind, learns):
+    gradients = _gradients(dtotal, dy, total, weight, bias, mean, rstd, plan_of(plan), kind, learns)
     return existing(weight, *gradients)
 
 
 @add_norm_gradients.register_fake
-def _(dtotal, dy, total, weight, bias, mean, rstd, plan, kind, wanted):
+def _(dtotal, dy, total, weight, bias, mean, rstd, plan, kind, learns):
     width = total.shape[-1]
-    db = weight.new_empty(0) if bias is None else bias.new_empty(width if wanted else 0)
-    return total.new_empty(total.shape), weight.new_empty(width if wanted else 0), db
+    db = weight.new_empty(0) if bias is None else bias.new_empty(width if learns else 0)
+    return total.new_empty(total.shape), weight.new_empty(width if learns else 0), db
 
 
 def _add_gradients(dtotal, dy, total, *inputs):

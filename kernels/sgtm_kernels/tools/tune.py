@@ -130,14 +130,14 @@ def tune_call(
     table  entries of a table: a choice that it has is taken from there, not measured
     save   called with a choice that was measured
     """
-    for choice, candidates, given in choices(way):
+    for choice, candidates, needed in choices(way):
         if choice in decisions or len(candidates) == 1:
             continue
         if before := recalled(table or {}, choice, candidates):
             decisions[choice] = before
             continue
         best = {decided: result.config for decided, result in decisions.items()}
-        ways = {str(c): partial(_forced, way, {**best, **given, choice: c}) for c in candidates}
+        ways = {str(c): partial(_forced, way, {**best, **needed, choice: c}) for c in candidates}
         times = clock.rounds(ways, rounds, seconds)
         decisions[choice] = result = decide(candidates, [times[str(c)] for c in candidates])
         say(
@@ -153,20 +153,20 @@ def choices(way: Way) -> list[tuple[Choice, list[NamedTuple], dict[Choice, Named
     seen: set[Choice] = set()
     options = []
 
-    def visit(given: dict[Choice, NamedTuple]) -> bool:
-        with trial(given) as asked:
+    def visit(forced: dict[Choice, NamedTuple]) -> bool:
+        with trial(forced) as attempt:
             try:
                 way()
             except OutOfResources:
-                if not given:
+                if not forced:
                     raise
                 return False
-        for choice, tunable in asked.asked.items():
+        for choice, tunable in attempt.tunables.items():
             if choice not in seen:
                 seen.add(choice)
                 heuristic, *others = tunable.candidates(*choice[1])
-                works = [other for other in others if visit({**given, choice: other})]
-                options.append((choice, [heuristic, *works], given))
+                works = [other for other in others if visit({**forced, choice: other})]
+                options.append((choice, [heuristic, *works], forced))
         return True
 
     visit({})
@@ -190,8 +190,8 @@ def decide(candidates: Sequence[NamedTuple], times: Sequence[Sequence[float]]) -
     return Found(candidates[best], statistics.median(times[best]), statistics.median(times[0]))
 
 
-def _forced(way: Way, given: dict[Choice, NamedTuple]) -> None:
-    with trial(given):
+def _forced(way: Way, forced: dict[Choice, NamedTuple]) -> None:
+    with trial(forced):
         way()
 
 
@@ -227,9 +227,9 @@ def unfinished_of(path: Path) -> Path:
 
 def provenance() -> dict[str, str | None]:
     """Versions, commit and date of a measurement."""
-    here = environment()
-    versions = {name: here["versions"][name] for name in ("torch", "triton")}
-    return versions | {"driver": here["driver"], "commit": here["commit"], "date": here["time"][:10]}
+    machine = environment()
+    versions = {name: machine["versions"][name] for name in ("torch", "triton")}
+    return versions | {"driver": machine["driver"], "commit": machine["commit"], "date": machine["time"][:10]}
 
 
 def _random(device: torch.device, dtype: torch.dtype, *size: int) -> torch.Tensor:
