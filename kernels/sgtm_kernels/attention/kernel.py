@@ -189,8 +189,10 @@ class _Launcher:
             "live": plan.live(passes, device) if masked else nothing,
         }
         self.width = fixed["BD"]
-        given: dict[str, object] = {**tables, **fixed, "seq_len": self.seq_len}
-        self.arguments = {kernel: {name: given[name] for name in kernel.arg_names if name in given} for kernel in TILES}
+        passed: dict[str, object] = {**tables, **fixed, "seq_len": self.seq_len}
+        self.arguments = {
+            kernel: {name: passed[name] for name in kernel.arg_names if name in passed} for kernel in TILES
+        }
 
     def __call__(self, kernel, scale: float, *tensors: torch.Tensor) -> None:
         size = tile(kernel, self.width, tensors[0])
