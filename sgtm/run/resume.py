@@ -59,7 +59,7 @@ def resume_command(run: Path, ranks: int) -> str:
     return f"torchrun --standalone --nproc_per_node {ranks} -m sgtm train {run} --resume"
 
 
-def find_whole(run_dir: Path | str, rank: int, ranks: int, say: Callable[[str], None]) -> Path | None:
+def find_whole(run_dir: Path | str, rank: int, ranks: int, write: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint of a run, or None where there is none at all; all ranks divide the reading.
 
     Damaged newer ones are quarantined and reported. If there are some and none is valid, nothing is changed and every
@@ -77,7 +77,7 @@ def find_whole(run_dir: Path | str, rank: int, ranks: int, say: Callable[[str], 
         return None
     for directory, problem in wrong.items():
         aside = on_rank_zero(partial(set_aside, directory))
-        say(f"warning: {problem}; quarantined as {aside.name}, resuming from {newest.name}")
+        write(f"warning: {problem}; quarantined as {aside.name}, resuming from {newest.name}")
     return newest
 
 

@@ -191,7 +191,7 @@ def damage(folder: str) -> None:
     for directory in (older, newest):
         alone(lambda directory=directory: (directory / shard).write_bytes(b"no"))
     text = message_of(whole)
-    assert text.startswith("no checkpoint is whole:\n  ") and f"{newest / shard} has 2 bytes" in text, text
+    assert text.startswith("no checkpoint is valid:\n  ") and f"{newest / shard} has 2 bytes" in text, text
     assert f"{older / shard} has 2 bytes" in text and older.is_dir() and newest.is_dir()
     alone(lambda: (older / shard).write_bytes(original))
     assert whole()[0] == older
@@ -241,7 +241,7 @@ def full_disk(stage: int, run: Path) -> None:
     text = message_of(lambda: save(engine, run, 2, config))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "step_00000002 could not be saved" in text and "pp_rank_1" in text and "File too large" in text, text
-    assert f"the last one is {first}" in text
+    assert f"the last checkpoint is {first}" in text
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step_00000001"]
     assert find_latest(run) == first
     verify(first)
