@@ -292,7 +292,7 @@ def _initial_model(config: Config, rank_info: RankInfo, load: bool) -> tuple[Tra
 
         theirs = together(lambda: load_pretrained(folder, config.model, config.partition))
         if rank_info.world_size > 1:
-            check_same(lambda: {"weights in train.init_from, as a checksum,": _checksum(theirs)})
+            check_same(lambda: {"checksum of train.init_from": _checksum(theirs)})
         model.load_state_dict({p.name: getattr(model, p.name) for p in model.domain_parts} | theirs)
     return model, theirs
 

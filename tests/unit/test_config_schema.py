@@ -25,7 +25,7 @@ RULES = [
     (["--masking.overrides.x.y", "1"], "override 'x.y' names no table entry"),
     (
         ["--model.family", "llama", "--model.window", "null", "--model.kv_heads", "2"],
-        "forget_heads of 'es' split a KV group: 2 query heads share each KV head",
+        "masking.forget_heads es: 2 query heads share a KV head; give a multiple of 2",
     ),
     (["--masking.domain_embedding=32"], "domain_embedding 32 is not below model.hidden_size 32 and"),
     (["--masking.strategy=gram", "--masking.cross_domain=active"], "other domains' groups inactive; set inactive, or"),

@@ -37,7 +37,7 @@ MISTAKES = [
     ("labels: {}", f"labels: missing; it {EXAMPLE}"),
     ("", f"labels: missing; it {EXAMPLE}"),
     ("labels: [en]", f"labels: found ['en'], but it {EXAMPLE}"),
-    ("labels: {en: drop}", "labels: every category is dropped; label one as retain,"),
+    ("labels: {en: drop}", "labels: every category is dropped; label one as retain, unlabeled or forget:<domain>"),
     (
         "lable: {en: retain}",
         f"2 problems\n  labels: missing; it {EXAMPLE}\n  lable: unknown key; did you mean labels?",
@@ -61,7 +61,7 @@ MISTAKES = [
     ),
     (
         "split: {hash: {tset: 0.1}}" + LABELS,
-        "split: hash: training reads the splits train and test, not 'tset'; did",
+        "split: hash: training reads the splits train and test, not 'tset'; did you mean test?",
     ),
     ("- a", "holds list, not a mapping of keys such as `labels:`"),
     ("labels:\n  a: forget: bio", f"line 2, column 12: not valid YAML: mapping values are not allowed here; {COLON}"),
