@@ -126,6 +126,22 @@ def read_manifest(directory: Path) -> dict:
     return manifest
 
 
+def check_same_corpus(
+    run: Path,
+    manifest: dict,
+    path: Path | str,
+    fingerprint: str,
+    otherwise: str = "or give its folder with --data.path",
+) -> None:
+    """Raises ValueError where a run was trained on another corpus than the one at `path`, which has this fingerprint.
+
+    manifest   of a checkpoint of the run
+    otherwise  what to do in place of restoring the corpus
+    """
+    if manifest["corpus"] != fingerprint:
+        raise ValueError(f"{run} was trained on another corpus than {path}; restore that corpus, {otherwise}")
+
+
 def verify(directory: Path | str, share: tuple[int, int] = (0, 1)) -> None:
     """Raise ValueError, naming the file, unless every file of a checkpoint is as it was written.
 

@@ -22,7 +22,16 @@ from sgtm.config.reference import flat, section
 from sgtm.config.schema import Config
 from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.process.ranks import on_one_machine
-from sgtm.run.checkpoint import finished, newest_whole, none_whole, read_manifest, resolved, set_aside, verify
+from sgtm.run.checkpoint import (
+    check_same_corpus,
+    finished,
+    newest_whole,
+    none_whole,
+    read_manifest,
+    resolved,
+    set_aside,
+    verify,
+)
 
 if TYPE_CHECKING:
     from sgtm.distributed.engine import Engine
@@ -127,9 +136,11 @@ def _refuse_other_run(directory: Path, config: Config, corpus: str) -> dict:
     changed = differences(manifest["config"], config)
     own = f"\nsgtm train {directory.parents[1]} --resume takes those of the run; for others, set another --name"
     remedy = own if changed else ""
-    if manifest["corpus"] != corpus:
-        other = f"data.path: {config.data.path} holds other data than the run was trained on"
-        changed.append(f"{other}; give those with --data.path, or set another --name")
+    otherwise = "give its folder with --data.path, or set another --name"
+    try:
+        check_same_corpus(directory.parents[1], manifest, config.data.path, corpus, otherwise)
+    except ValueError as error:
+        changed.append(f"data.path: {error}")
     if changed:
         raise ValueError(f"{directory} was written with other settings:\n  " + "\n  ".join(changed) + remedy)
     return manifest
