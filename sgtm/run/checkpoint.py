@@ -7,7 +7,7 @@
                       damaged-step_00000300/   one that was found damaged, and not resumed from; never removed
 
 A checkpoint is written under a temporary name, flushed to the disk, renamed, and only then does `latest` move. So a run
-killed at any moment, or a disk that fills up, leaves the previous one in place. Writing: sgtm/run/saving.py; going on
+killed at any moment, or a disk that fills up, leaves the previous one in place. Writing: sgtm/run/saving.py; resuming
 from one: sgtm/run/resume.py.
 """
 

@@ -157,7 +157,7 @@ class MetricsLog:
 
     @contextmanager
     def _without_wandb(self) -> Iterator[None]:
-        """Should wandb's own process have died, the run goes on without it."""
+        """Where wandb's own process has died, the run continues without it."""
         try:
             yield
         except Exception as error:

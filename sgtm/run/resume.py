@@ -1,4 +1,4 @@
-"""Going on with a run from its newest whole checkpoint, on whatever ranks there are now.
+"""Resumes a run from its newest valid checkpoint, on whatever ranks there are now.
 
 On as many ranks, in the same ZeRO stage, with the same micro-batch, a resumed run is bitwise the uninterrupted one
 (tests/dist/test_checkpoint.py): weights, moments and step counts come from the files, the learning rate and the data

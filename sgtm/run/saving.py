@@ -1,4 +1,4 @@
-"""Saving a run while it goes on training.
+"""Saves a run while it trains on.
 
 Training stands still while its state is copied in memory (sgtm/distributed/writer.py); a thread of every rank writes
 the copy. When all have written, the next step's `poll` publishes the checkpoint: manifest, rename, `latest`. There is
@@ -80,7 +80,7 @@ class CheckpointWriter:
         """Begin to save the run after `step` global steps; returns what is in place by now: the checkpoint before, if
         that was in the making, and without `train.async_checkpoint` this one.
 
-        progress  whatever this rank needs to go on in the middle of an interval; `load_checkpoint` gives it back
+        progress  whatever this rank needs to resume in the middle of an interval; `load_checkpoint` gives it back
         """
         before = self.finish()
         self._step, self._began = step, time.perf_counter()
@@ -177,7 +177,7 @@ def publish(
     """
     write_manifest(temporary, manifest)
     sync_directory(temporary)
-    retired = [_retire(final)] if final.exists() else []  # not a whole one: the newest whole one is resumed from
+    retired = [_retire(final)] if final.exists() else []  # not a valid one: the newest valid one is resumed from
     os.replace(temporary, final)
     sync_directory(final.parent)
     failed = "`latest` could not be updated"
