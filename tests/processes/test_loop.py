@@ -42,7 +42,7 @@ class Log:
 
     def checkpoint(self, saved: object) -> None: ...
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         self.messages.append(text)
 
 
