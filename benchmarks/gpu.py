@@ -67,9 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
         ops = [name for name in args.only if name in OPS]
         if ops and not chosen:
             chosen = ["warm", "smoke", "ops", "tests"]
-        driver = Driver(args.out, args.budget, began=BEGAN, again=args.again, execute=execute, say=say)
+        driver = Driver(args.out, args.budget, began=BEGAN, again=args.again, execute=execute, write=write)
         driver.run(stages(args.out, cpu=args.cpu, only=chosen, ops=ops))
-        say(summary.text(args.out))
+        write(summary.text(args.out))
     return 0
 
 
@@ -125,7 +125,7 @@ def locked(folder: Path) -> Iterator[int]:
         os.close(lock)
 
 
-def say(text: str) -> None:
+def write(text: str) -> None:
     print(text, flush=True)
 
 

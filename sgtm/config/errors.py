@@ -16,7 +16,7 @@ Path = tuple[str, ...]
 
 
 class ConfigError(ValueError):
-    """A config that the user has to mend; the message says how."""
+    """A config that the user has to mend, as the message describes."""
 
 
 def explain_errors(

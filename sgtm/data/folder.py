@@ -43,7 +43,7 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def stored_job(out: Path) -> dict | None:
-    """What the folder was made from, as far as it got; None where nothing says so."""
+    """What the folder was made from, as far as it got; None where nothing shows it."""
     try:
         return json.loads((out / JOB).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

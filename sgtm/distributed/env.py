@@ -38,7 +38,7 @@ def set_defaults(cuda: bool) -> None:
 
 
 def device_type() -> str:
-    """`cuda` or `cpu`: what DS_ACCELERATOR says, else whether there is a GPU."""
+    """`cuda` or `cpu`: DS_ACCELERATOR, else whether there is a GPU."""
     return os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 

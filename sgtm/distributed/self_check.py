@@ -42,7 +42,7 @@ def check_kernels(config: Config, run: Callable[[Callable], list] = on_every_ran
         problems |= {op: problem for op, problem in of_rank.items() if problem is not None}
     if problems and dispatch.named(config.kernels.backend):
         raise ValueError(
-            f"kernel backend {backend!r} was asked for, but on this device it fails its self-check:\n  "
+            f"kernel backend {backend!r} was requested, but on this device it fails its self-check:\n  "
             + "\n  ".join(problems.values())
             + "\nkernels.backend auto takes PyTorch for these ops alone, torch for all"
         )

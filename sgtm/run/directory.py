@@ -54,7 +54,7 @@ def locked_run(run: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 def _take(file: Path, run: Path, patience: float, locks: list[TextIO]) -> str:
-    """Lock the file and write who has it; returns what it says now. The open file is put into `locks`."""
+    """Lock the file and write who has it; returns its content. The open file is put into `locks`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     end, printed = time.monotonic() + patience, False
     while True:
@@ -102,7 +102,7 @@ def _check_shared(file: Path, holder: str) -> None:
 def begin(run: Path, config: Config, log: MetricsLog, resume: bool, overwrite: bool) -> set[int]:
     """Make the run directory and open its log; returns the steps that have been evaluated.
 
-    An old run is set aside, as `.<name>.replaced-<process>`, and deleted only when nothing can be refused any more.
+    An old run is renamed to `.<name>.replaced-<process>`, and deleted only once no check can fail any more.
     """
     check_usable(run, resume, overwrite)  # again: another process may have made it since
     run = run.resolve()  # of a link, what it points to is replaced

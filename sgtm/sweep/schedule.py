@@ -193,7 +193,7 @@ def _fits(run: Run, running: list[Run], room: Room) -> bool:
 
 
 class Stop:
-    """The signal that asks the sweep to stop, once there was one; a second SIGINT asks to kill."""
+    """The signal that stops the sweep, once there was one; a second SIGINT kills its runs."""
 
     def __enter__(self) -> Stop:
         self.signal: int | None = None

@@ -40,7 +40,7 @@ from sgtm.run.resume import find_whole, load_checkpoint, resume_command
 from sgtm.run.saving import CheckpointWriter
 from sgtm.run.usable import check_usable
 from sgtm.training.contention import ContentionWatch
-from sgtm.training.skipped import tell_skipped
+from sgtm.training.skipped import describe_skipped
 from sgtm.training.start import dry_run, export_record, initial_model, open_everywhere
 from sgtm.training.step import StepTotals, group_norms, learning_rate, probe, train_step
 from sgtm.words import counted
@@ -119,14 +119,14 @@ def _train(config: Config, rank_info: RankInfo, run: Path, resume: bool, overwri
     with StopSignal() as stop, log:
         engine.stop_if(lambda: stop.received)
         for note in notes:
-            log.say(note)
-        log.say(_arithmetic(config, engine, start, warm_up))
+            log.print(note)
+        log.print(_arithmetic(config, engine, start, warm_up))
         if only_forget(corpus, config):
-            log.say(f"warning: {ONLY_FORGET}")
+            log.print(f"warning: {ONLY_FORGET}")
         if start == config.train.steps:
-            log.say(f"{run} is complete: all of its {start} steps were trained before")
+            log.print(f"{run} is complete: all of its {start} steps were trained before")
         if resume and not start:
-            log.say(f"{run} has no checkpoint: training from the beginning")
+            log.print(f"{run} has no checkpoint: training from the beginning")
         independent_of = certified(config.conditions, *trained_on)
         if latest is not None:  # what was trained before may have been another
             before = on_rank_zero(lambda: read_manifest(latest)["independent_of"])
@@ -134,7 +134,7 @@ def _train(config: Config, rank_info: RankInfo, run: Path, resume: bool, overwri
         writer = CheckpointWriter(engine, run, config, corpus.fingerprint, independent_of, log.sync)
         due = start and _evaluation_due(config, start) and start not in evaluated
         if due and not _evaluate(engine, corpus, config, log, stop, start):
-            log.say(_stopped(run, engine, start, config.train.steps, "the evaluation after step"))
+            log.print(_stopped(run, engine, start, config.train.steps, "the evaluation after step"))
         else:
             _steps(config, run, engine, loader, corpus, log, stop, totals, start, writer)
     enter(None)
@@ -172,10 +172,10 @@ def _steps(
         with contention.step():
             train_step(engine, batches, config.tables, lr, totals, log_due, norms)
         if text := contention.warning():
-            log.say(f"warning: {text}")
+            log.print(f"warning: {text}")
         if not engine.finite:
             log.checkpoint(writer.finish())  # the run may end here
-            log.say(tell_skipped(engine, loader, corpus, config, run, step, totals.in_a_row))
+            log.print(describe_skipped(engine, loader, corpus, config, run, step, totals.in_a_row))
         stopping = stop.anywhere(engine) and not last
         seconds += time.perf_counter() - began
         if norms is not None:
@@ -207,9 +207,9 @@ def _steps(
                 enter("checkpoint")
                 log.checkpoint(writer.close()) if saving else _save(writer, log, done, totals, close=True)
         if stopping:
-            log.say(_stopped(run, engine, done, every.steps, where))
+            log.print(_stopped(run, engine, done, every.steps, where))
             return
-    log.say(f"done: {run}; next: sgtm eval {run}")
+    log.print(f"done: {run}; next: sgtm eval {run}")
 
 
 def _save(writer: CheckpointWriter, log: MetricsLog, done: int, totals: StepTotals, close: bool) -> None:
@@ -292,7 +292,7 @@ def _initial_model(config: Config, rank_info: RankInfo, load: bool) -> tuple[Tra
 
         theirs = together(lambda: load_pretrained(folder, config.model, config.partition))
         if rank_info.world_size > 1:
-            check_same(lambda: {"weights in train.init_from, as a checksum,": _checksum(theirs)})
+            check_same(lambda: {"checksum of train.init_from": _checksum(theirs)})
         model.load_state_dict({p.name: getattr(model, p.name) for p in model.domain_parts} | theirs)
     return model, theirs
 

@@ -186,7 +186,7 @@ DAMAGE = {
     "truncated": [
         (SHARD, lambda content: content[:-100], "bytes"),
         (FIRST_SHARD, lambda content: content[:-1], "bytes"),  # the first of all files
-        ("mp_rank_00_model_states.pt", lambda content: b"", "has 0 bytes"),
+        ("mp_rank_00_model_states.pt", lambda content: b"", "has 0 of "),
         ("manifest.json", lambda content: content[:50], "is damaged"),
     ],
     "flipped": [(SHARD, flip_a_bit, "SHA-256")],
@@ -225,8 +225,8 @@ def damage_all(folder: str) -> None:
     for directory in (older, newest):
         alone(lambda directory=directory: (directory / SHARD).write_bytes(b"no"))
     text = message_of(lambda: whole(run))
-    assert text.startswith("no checkpoint is whole:\n  ") and f"{newest / SHARD} has 2 bytes" in text, text
-    assert f"{older / SHARD} has 2 bytes" in text and older.is_dir() and newest.is_dir()
+    assert text.startswith("no checkpoint is valid:\n  ") and f"{newest / SHARD} has 2 of " in text, text
+    assert f"{older / SHARD} has 2 of " in text and older.is_dir() and newest.is_dir()
     alone(lambda: (older / SHARD).write_bytes(original))
     assert whole(run)[0] == older
 
@@ -301,7 +301,7 @@ def full_disk(stage: int, folder: str) -> None:
     text = message_of(lambda: save(engine, run, 2, config))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "step_00000002 could not be saved" in text and "pp_rank_1" in text and "File too large" in text, text
-    assert f"the last one is {first}" in text
+    assert f"the last checkpoint is {first}" in text
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step_00000001"]
     assert find_latest(run) == first
     verify(first)

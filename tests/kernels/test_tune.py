@@ -138,7 +138,7 @@ def test_the_table_has_every_choice_at_once_and_resuming_measures_the_others(tmp
 
     monkeypatch.setattr(tune, "Clock", Clock)
     options = {"device": torch.device("cpu"), "dtype": torch.float32, "resume": True}
-    options |= {"decided": stop, "say": lambda text: None}
+    options |= {"decided": stop, "report": lambda text: None}
     with pytest.raises(KeyboardInterrupt):
         tune.tune(["mlp"], ["tiny"], path, "v1", **options)
     assert set(entries()) == {"activation_forward"}

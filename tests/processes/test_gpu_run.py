@@ -41,7 +41,7 @@ def run(folder: Path, stages, budget: float = 60, **options) -> list[dict]:
     from gpu_stages.driver import STAGES, Driver
     from journal import Journal
 
-    Driver(folder, budget, say=lambda text: None, **options).run(stages)
+    Driver(folder, budget, write=lambda text: None, **options).run(stages)
     return Journal(folder / STAGES).rows()
 
 

@@ -96,7 +96,7 @@ REFUSED = {
         "{b: {train.steps: 6}, a: , c: {train.steps: 5}}\nmay_differ: {b: [tokens]}",
         "a-s0 and c-s0 differ in train.steps",
     ),
-    "batch": ("{a: , b: {train.micro_batch: 3}}", "run b-s0: train.tokens_per_step 512 = 8 sequences"),
+    "batch": ("{a: , b: {train.micro_batch: 3}}", "run b-s0: train.tokens_per_step 512: 8 sequences"),
     "labels": ("{a: , b: {masking.domains: [bio]}}", "run b-s0: "),
     "no data": ("{a: {data.path: nowhere}}", "run a-s0: no corpus at nowhere"),
 }
@@ -160,7 +160,7 @@ def test_run_of_other_data_is_refused(sweep_file, corpora, capsys):
     facts = {"step": 4, "ranks": 1, "config": {}, "files": {"weights": {"bytes": 1, "sha256": ""}}}
     other, same = (Corpus.open(corpora / name).fingerprint for name in ("more", "data"))
     write_manifest(checkpoint, {"corpus": other, **facts})
-    refusal = f"{run.directory} was trained on other data than {corpora / 'data'} holds now"
+    refusal = f"{run.directory} was trained on another corpus than {corpora / 'data'}; restore that corpus, rename the"
     with pytest.raises(ValueError, match=re.escape(refusal)):
         run_sweep(file, start=no_start)
     assert main(["sweep", str(file), "--dry-run"]) == 2 and refusal in capsys.readouterr().err

@@ -62,7 +62,7 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path: Path):
     elsewhere = CONFIG.model_copy(update={"data": CONFIG.data.model_copy(update={"path": "elsewhere"})})
     _manifest_of_this_run(saved, elsewhere, "of the run")
     with pytest.raises(
-        ValueError, match=r"other settings:\n  data\.path: data holds other data than the run was trained on"
+        ValueError, match=rf"other settings:\n  data\.path: {tmp_path} was trained on another corpus than data; restore"
     ) as caught:
         _manifest_of_this_run(saved, CONFIG, "prepared again")
     assert "--resume takes those of the run" not in str(caught.value)

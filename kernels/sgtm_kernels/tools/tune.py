@@ -68,7 +68,7 @@ def tune(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
     decided: Callable[[Choice, Found], None] = lambda choice, result: None,
-    say: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> Path:
     """Tune the ops `only` (default: all that have candidates) on this CUDA device; returns the table that was written.
 
@@ -104,14 +104,15 @@ def tune(
         table_of.cache_clear()
         decided(choice, decisions[choice])
 
+    resumed = earlier_entries if resume else {}
     torch.manual_seed(0)
     for shape in shapes:
         for op in only or CASES:
             for way in CASES[op](SHAPES[shape] if isinstance(shape, str) else shape, device, dtype):
-                tune_call(way, Clock(device), decisions, rounds, seconds, say, earlier_entries if resume else {}, save)
+                tune_call(way, Clock(device), decisions, rounds, seconds, report, resumed, save)
     write(path, name, earlier_entries, measured, source)
     table_of.cache_clear()
-    say(f"wrote {path}")
+    report(f"wrote {path}")
     return path
 
 
@@ -121,7 +122,7 @@ def tune_call(
     decisions: dict[Choice, Found],
     rounds: int,
     seconds: float,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
     table: dict[str, dict[str, dict]] | None = None,
     save: Callable[[Choice], None] = lambda choice: None,
 ) -> None:
@@ -140,7 +141,7 @@ def tune_call(
         ways = {str(c): partial(_forced, way, {**best, **needed, choice: c}) for c in candidates}
         times = clock.rounds(ways, rounds, seconds)
         decisions[choice] = result = decide(candidates, [times[str(c)] for c in candidates])
-        say(
+        report(
             f"{choice[0]:26} {written(choice[1]):22} {result.p50 * 1e6:9.1f} us, "
             f"heuristic {result.heuristic_p50 * 1e6:9.1f} us  {result.config}"
         )
