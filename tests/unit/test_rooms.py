@@ -11,21 +11,81 @@ def test_imports_go_downward(capsys):
     assert rooms.main() == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line", ["from sgtm.training.step import train_step", "    import sgtm.training.loop"])
-def test_an_upward_import_is_found(tmp_path, monkeypatch, capsys, line):
-    (tmp_path / "sgtm" / "data").mkdir(parents=True)
-    (tmp_path / "sgtm" / "data" / "loader.py").write_text(f"def load():\n{line}\n" if line[0] == " " else f"{line}\n")
+def tree(tmp_path: Path, monkeypatch, files: dict[str, str]) -> None:
+    """A repository of these files."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
     monkeypatch.setattr(rooms, "ROOT", tmp_path)
+
+
+LOADER, LINEAR = "sgtm/data/loader.py", "kernels/sgtm_kernels/linear/kernel.py"
+UPWARD = "sgtm.data is below sgtm.training"
+TOOLS = "below sgtm_kernels.tools"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "expected"),
+    [
+        (LOADER, "\nfrom sgtm.training.step import train_step", f":2 imports sgtm.training.step.train_step: {UPWARD}"),
+        (LOADER, "from sgtm import training", f":1 imports sgtm.training: {UPWARD}"),
+        (LOADER, "def f():\n    import sgtm.training.loop", f":2 imports sgtm.training.loop: {UPWARD}"),
+        (LOADER, "from ..training.step import a", ":1 imports ..training.step: write the module's full name"),
+        (LOADER, "from .. import training", ":1 imports ..: write the module's full name"),
+        (LOADER, "from . import batch", ":1 imports .: write the module's full name"),
+        (LOADER, "import_module('.step', 'sgtm.training')", ":1 imports .step: write the module's full name"),
+        (LOADER, "if TYPE_CHECKING:\n    pass\nelse:\n    import sgtm.training", f":4 imports sgtm.training: {UPWARD}"),
+        (LOADER, "importlib.import_module('sgtm.training.step')", f":1 imports sgtm.training.step: {UPWARD}"),
+        (LOADER, "import_module('sgtm.training')", f":1 imports sgtm.training: {UPWARD}"),
+        (LOADER, "__import__('sgtm.training')", f":1 imports sgtm.training: {UPWARD}"),
+        (LOADER, "import sgtm\nsgtm.train", ":1 imports sgtm: its names reach every room"),
+        (LOADER, "from sgtm import train", ":1 imports sgtm.train: sgtm.train is in no room"),
+        (LOADER, "from sgtm_kernels.linear.variants import a", f" sgtm.data is {TOOLS}"),
+        ("sgtm/training/step.py", "from sgtm_kernels.linear import variants", f" sgtm.training is {TOOLS}"),
+        ("sgtm/training/step.py", "import sgtm_kernels.tools.tune", f" sgtm.training is {TOOLS}"),
+        (LINEAR, "from sgtm_kernels.tools.launches import KernelVariant", f" sgtm_kernels is {TOOLS}"),
+        (LINEAR, "from sgtm_kernels.linear.variants import variants", f" sgtm_kernels is {TOOLS}"),
+        (LINEAR, "from sgtm.masking.labels import RETAIN", " the kernels import nothing of sgtm"),
+        ("kernels/sgtm_kernels/tools/aot.py", "import sgtm.data", " the kernels import nothing of sgtm"),
+    ],
+)
+def test_an_import_that_breaks_a_rule_is_printed(tmp_path, monkeypatch, capsys, file, text, expected):
+    tree(tmp_path, monkeypatch, {file: text})
     assert rooms.main() == 1
-    assert "sgtm/data/loader.py imports sgtm.training." in capsys.readouterr().out
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{file}:") and expected in line
 
 
-def test_type_checkers_may_look_up(tmp_path):
-    file: Path = tmp_path / "a.py"
-    file.write_text(
-        "if TYPE_CHECKING:\n    from sgtm.training.step import train_step\nfrom sgtm.config import Config\n"
-    )
-    assert list(rooms.imported(file)) == ["sgtm.config"]
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        (LOADER, "if TYPE_CHECKING:\n    from sgtm.training.step import train_step"),
+        (LOADER, "from sgtm import __version__"),
+        (LOADER, "import_module(name)\nimport_module('json')\nfrom sgtm_kernels import plan"),
+        ("sgtm/measure/bench.py", "from sgtm_kernels.tools.tune import tune\nimport sgtm_kernels.linear.variants"),
+        ("kernels/sgtm_kernels/linear/variants.py", "from sgtm_kernels.tools.launches import KernelVariant"),
+    ],
+)
+def test_other_imports_are_free(tmp_path, monkeypatch, capsys, file, text):
+    tree(tmp_path, monkeypatch, {file: text})
+    assert rooms.main() == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("files", "ring"),
+    [
+        ({"a": "import sgtm.data.b", "b": "from sgtm.data import a"}, "sgtm.data.a -> sgtm.data.b -> sgtm.data.a"),
+        ({"a": "from sgtm.data.b import f", "b": "def f():\n    from sgtm.data.a import g"}, "sgtm.data.a"),
+        ({"__init__": "from sgtm.data.a import f", "a": "from sgtm.data import f"}, "sgtm.data -> sgtm.data.a"),
+        ({"a": "from sgtm.data.b import f", "b": "if TYPE_CHECKING:\n    from sgtm.data.a import g"}, None),
+        ({"__init__": "from sgtm.data.a import f", "a": "from sgtm.data.b import f", "b": "f = 1"}, None),
+    ],
+)
+def test_a_ring_of_files_is_printed(tmp_path, monkeypatch, capsys, files, ring):
+    tree(tmp_path, monkeypatch, {f"sgtm/data/{name}.py": text for name, text in files.items()})
+    assert rooms.main() == (ring is not None)
+    *_, last = capsys.readouterr().out.splitlines()
+    assert (last.startswith("ring of imports: ") and ring in last) if ring else "ring" not in last
 
 
 def test_a_file_in_no_room_is_an_error():
