@@ -1,6 +1,7 @@
 """No room imports from one listed below it (see tests/rooms.py), and modules have test files by name."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -134,14 +135,52 @@ def test_what_is_imported_at_once_is_found():
     assert {"deepspeed", "torch", "sgtm.config.schema", "pydantic"} <= reached("sgtm.training.loop")
 
 
-def test_every_module_has_its_test_file_by_name():
-    """`test_<module>.py` or `test_<folder>_<module>.py`, anywhere in tests/."""
-    tests = {path.name for path in (rooms.ROOT / "tests").rglob("test_*.py")}
-    modules = [path.relative_to(rooms.ROOT) for path in rooms.sources()]
-    missing = [
-        str(module)
-        for module in modules
-        if module.parts[0] == "sgtm" and module.stem not in ("__init__", "__main__")
-        if not {f"test_{module.stem}.py", f"test_{module.parent.name}_{module.stem}.py"} & tests
-    ]
-    assert missing == []
+def without_tests(root: Path) -> list[str]:
+    """Modules of `sgtm` that no test file has both in its name and in its text.
+
+    In its name: `test_<module>.py` or `test_<folder>_<module>.py`, or that with more words behind it, anywhere in
+    tests/. In its text: the file imports the module or names it or its file; of a command also `main(["<command>"`.
+    """
+    tests = {path: path.read_text("utf-8") for path in sorted((root / "tests").rglob("test_*.py"))}
+    missing = []
+    for path in sorted((root / "sgtm").rglob("*.py")):
+        file = path.relative_to(root)
+        if path.stem in ("__init__", "__main__"):
+            continue
+        module = ".".join(file.with_suffix("").parts)
+        named = rf"\b({re.escape(module)}|{re.escape(file.as_posix())})\b"
+        if path.parent.name == "commands":
+            named += rf"|\bmain\(\[\"{path.stem}\""
+        by_name = rf"test_({path.parent.name}_)?{path.stem}(_\w+)?"
+        if not any(
+            re.search(named, text) or any(f"{name}.".startswith(f"{module}.") for _, name in rooms.imports(test))
+            for test, text in tests.items()
+            if re.fullmatch(by_name, test.stem)
+        ):
+            missing.append(file.as_posix())
+    return missing
+
+
+def test_every_module_has_its_test_file():
+    assert without_tests(rooms.ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "missing"),
+    [
+        ("test_loader", "from sgtm.data.loader import Loader", False),
+        ("test_loader", "from sgtm.data import loader", False),
+        ("test_data_loader", "import sgtm.data.loader", False),
+        ("test_loader_epochs", "run('sgtm.data.loader')", False),
+        ("test_loader", '"""Of sgtm/data/loader.py."""', False),
+        ("test_loader", "from sgtm.data.store import Corpus", True),
+        ("test_loader", "import sgtm.data.loaders", True),
+        ("test_hf_loader", "from sgtm.data.loader import Loader", True),
+        ("test_loaders", "from sgtm.data.loader import Loader", True),
+    ],
+)
+def test_a_test_of_something_else_does_not_count(tmp_path, name, text, missing):
+    for file, content in {"sgtm/data/loader.py": "", f"tests/{name}.py": text}.items():
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text(content)
+    assert without_tests(tmp_path) == ["sgtm/data/loader.py"] * missing
