@@ -16,7 +16,6 @@ from typing import NamedTuple
 import psutil
 from rich.console import Console
 
-import sgtm
 from sgtm.config.schema import Config
 from sgtm.estimate.speed import Machine
 from sgtm.estimate.stages import arithmetic, check_divides, check_fits, estimate
@@ -24,7 +23,7 @@ from sgtm.estimate.terminal import print_memory
 from sgtm.estimate.units import GB, amount
 from sgtm.words import counted
 
-SCRIPTS = Path(sgtm.__file__).parents[1] / "launch"
+SCRIPTS = Path(__file__).parents[2] / "launch"
 LAUNCHERS = ("local", "torchrun", "deepspeed", "slurm")
 ANOTHER = "(for another: --memory GB)"
 

@@ -9,7 +9,7 @@ from evaluated_runs import evaluations, write_run
 
 from sgtm.config import load_config
 from sgtm.config.load import save_config
-from sgtm.report import compare
+from sgtm.report.beside import compare
 
 NONE, FILTERED = "--masking.strategy=none", "--data.upsample={es: 0}"
 

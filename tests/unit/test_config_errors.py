@@ -1,4 +1,4 @@
-"""Every mistake in a config has one line with key, value and remedy."""
+"""Every mistake in a config has one line with key, value and remedy: sgtm/config/errors.py."""
 
 import pytest
 from configs import message
