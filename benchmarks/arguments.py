@@ -1,12 +1,17 @@
-"""Argument types of the scripts. An invalid value ends them before anything runs, with the valid ones."""
+"""Argument types of the scripts. An invalid value ends them before anything runs, with the valid ones.
+
+torch is imported where it is used: gpu.py, which starts the processes that need it, does without.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 FAST = ("torch", "triton")  # backends that are worth timing
 
@@ -32,6 +37,8 @@ def positive(text: str) -> int:
 
 def device(text: str) -> torch.device:
     """A device of torch; of CUDA only where there is one."""
+    import torch
+
     try:
         torch_device = torch.device(text)
     except RuntimeError:
@@ -43,6 +50,8 @@ def device(text: str) -> torch.device:
 
 def add_measuring(parser: argparse.ArgumentParser, of: str, rounds: int, seconds: float) -> None:
     """Options that ops.py and steps.py share: backends, rounds, device, dtype, results file. of: what is measured."""
+    import torch
+
     parser.add_argument("--backend", type=one_of(FAST), help=f"{','.join(FAST)} (default: those that run here)")
     parser.add_argument("--rounds", type=positive, default=rounds, help=f"of each {of} (default {rounds})")
     text = f"fewer rounds of each {of} where this is over (default {seconds:g})"

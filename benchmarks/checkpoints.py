@@ -1,4 +1,4 @@
-"""What a checkpoint costs in training time: written while training goes on, and written while it waits.
+"""What a checkpoint costs in training time: written while training continues, and written while it waits.
 
     python benchmarks/checkpoints.py [--preset tinystories-18m] [--sequences 4] [--rounds 24] [--json FILE]
 

@@ -38,6 +38,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from arguments import one_of
 from gpu_stages import summary
 from gpu_stages.driver import Driver, Ended, Processes, Stage, Unit
 from gpu_stages.stages import HERE, NAMES, OPS, stages
@@ -66,9 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
         ops = [name for name in args.only if name in OPS]
         if ops and not chosen:
             chosen = ["warm", "smoke", "ops", "tests"]
-        driver = Driver(args.out, args.budget, began=BEGAN, again=args.again, execute=execute, say=say)
+        driver = Driver(args.out, args.budget, began=BEGAN, again=args.again, execute=execute, write=write)
         driver.run(stages(args.out, cpu=args.cpu, only=chosen, ops=ops))
-        say(summary.text(args.out))
+        write(summary.text(args.out))
     return 0
 
 
@@ -77,23 +78,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--budget", type=seconds, default=540.0, help="seconds for all stages (default 540)")
     known = (*NAMES, *OPS)
-    parser.add_argument("--only", type=names(known), default=[], help=f"stages and ops, of {','.join(known)}")
+    parser.add_argument("--only", type=one_of(known), default=[], help=f"stages and ops, of {','.join(known)}")
     parser.add_argument("--cpu", action="store_true", help="every stage on small shapes, without a GPU")
     parser.add_argument("--again", action="store_true", help="repeat what failed in an earlier run")
     parser.add_argument(
         "--commit", help="of this code, where it is not a git checkout (default: a hash of the sources)"
     )
     return parser.parse_args(arguments)
-
-
-def names(known: tuple[str, ...]):
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
-        return names
-
-    return parse
 
 
 def seconds(text: str) -> float:
@@ -134,7 +125,7 @@ def locked(folder: Path) -> Iterator[int]:
         os.close(lock)
 
 
-def say(text: str) -> None:
+def write(text: str) -> None:
     print(text, flush=True)
 
 

@@ -3,9 +3,9 @@
     python benchmarks/report.py [--check] [--add DIR]
 
 Every number in them comes from benchmarks/results/<device>/*.jsonl. `--check` writes nothing and exits 1 where a
-file is not what the results say (tests/processes/test_results.py). `--add` takes the rows of a run of gpu.py from DIR
+file does not match the results (tests/processes/test_results.py). `--add` takes the rows of a run of gpu.py from DIR
 into benchmarks/results/<device>/<date>_<commit>.jsonl first. Measurements of an op whose checks failed in that run, or
-were not run, are left out of the documents (verdicts.py), which say so.
+were not run, are left out of the documents (verdicts.py), which name it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> int:
     stale = [path for path, text in documents().items() if not path.exists() or path.read_text() != text]
     for path in stale:
         if check:
-            print(f"{path} is not what the results files say; run python benchmarks/report.py", file=sys.stderr)
+            print(f"{path} does not match the results files; run python benchmarks/report.py", file=sys.stderr)
         else:
             path.write_text(documents()[path])
     return int(check and bool(stale))
@@ -51,12 +51,12 @@ def add(folder: Path) -> Path:
     rows = rows_of(folder)
     if not rows or not (folder / ENVIRONMENT).exists():
         raise ValueError(f"{folder} holds no rows of a run of gpu.py")
-    here = json.loads((folder / ENVIRONMENT).read_text())
-    if here["cpu"]:
+    machine = json.loads((folder / ENVIRONMENT).read_text())
+    if machine["cpu"]:
         raise ValueError(f"{folder} is a run with --cpu, whose times mean nothing")
-    path = RESULTS / slug(here["device"]) / f"{rows[0]['time'][:10]}_{slug(here['commit'])}.jsonl"
+    path = RESULTS / slug(machine["device"]) / f"{rows[0]['time'][:10]}_{slug(machine['commit'])}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row | {"commit": here["commit"]}) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row | {"commit": machine["commit"]}) + "\n" for row in rows))
     return path
 
 

@@ -32,6 +32,22 @@ def new_engine(config, seed: int = 0):
     return Engine(tiny_model(config, seed), config)
 
 
+def shard_everything() -> None:
+    """Engines of this process keep nothing whole under ZeRO-3 that they could shard."""
+    from sgtm.distributed import engine
+
+    make = engine.deepspeed_config
+
+    def settings(*args) -> dict:
+        config = make(*args)
+        if config["zero_optimization"]["stage"] == 3:
+            limits = "param_persistence_threshold", "max_reuse_distance", "prefetch_bucket_size"
+            config["zero_optimization"] |= {f"stage3_{limit}": 0 for limit in limits}
+        return config
+
+    engine.deepspeed_config = settings
+
+
 def save(engine, run: Path, step: int, config, progress: object = None) -> Path:
     """A whole checkpoint, before anything else happens."""
     from sgtm.run.saving import CheckpointWriter

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -14,7 +15,7 @@ from sgtm.data.batch import IGNORE, Batch
 from sgtm.distributed.segments import full_numel
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition, build_partition
-from sgtm.masking.strategy import build_tables
+from sgtm.masking.strategy import PRESETS, build_tables
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import MaskPlan, Tables, merge_runs
 
@@ -53,25 +54,12 @@ MIXINGS = ("step", "micro", "sequence", "token")
 OPENED = LabelSpace(SPACE.domains, SPACE.domains)
 OPEN_BIO, OPEN_CODE = 4, 5
 
-# Every preset with each of its own joint settings, and some that are added to it.
+# Every preset, the one that masks nothing last; those of the paper with its masked joint parameters too.
+WITH_JOINT = {name: [f"{name}+masked"] for name in ("sgtm", "no_mlp_out", "no_attn_out", "no_out")}
+BY_PRESET = [[name, *WITH_JOINT.get(name, [])] for name in sorted(PRESETS, key=lambda name: name == "none")]
 STRATEGIES = {
     name: partial(build_tables, SPACE, *name.split("+"))
-    for name in (
-        "sgtm",
-        "sgtm+masked",
-        "no_mlp_out",
-        "no_mlp_out+masked",
-        "no_attn_out",
-        "no_attn_out+masked",
-        "no_out",
-        "no_out+masked",
-        "gradient_routing",
-        "activation_masking",
-        "gram",
-        "none",
-        "sgtm+strict",
-        "gradient_routing+strict",
-    )
+    for name in (*chain(*BY_PRESET), "sgtm+strict", "gradient_routing+strict")
 }
 LISTED = ["embedding", "position", "head"]  # the kinds of `+list`
 STRATEGIES["no_out+list"] = partial(build_tables, SPACE, "no_out", LISTED)

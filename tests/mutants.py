@@ -13,9 +13,10 @@ Every file of tests/mutations lists faults of one room of `sgtm/`, one folder of
 
 The tests run first on the code as it is. Each fault is then made in a copy of the tree, and its test run there; one
 that still passes is a survivor. Prints every fault, then the survivors. Exits 1 if a survivor is not explained, or if a
-fault that has `survives` is noticed. A test that crashes, or does not end, counts as failed. `make quick` checks that
-every fault can be made. Processes are forked from one that has imported torch, so that a fault costs little more than
-its test.
+fault that has `survives` is noticed. A test that does not end counts as failed. One whose process is ended by a signal,
+which may be the machine's doing (out of memory), runs again: if that happens twice the fault is `crashed`, and counts
+as killed; else the second result counts. `make quick` checks that every fault can be made. Processes are forked from
+one that has imported torch, so that a fault costs little more than its test.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -43,6 +45,7 @@ ROOT = Path(__file__).parents[1]
 PATHS = (".", "kernels", "benchmarks", "tests")
 LIMIT = 300  # seconds for a test, which counts as failed then
 PASSED, FAILED = 0, 1  # exit statuses of pytest
+RESULTS = {PASSED: "survives", FAILED: "killed"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,14 @@ class Mutant:
             raise ValueError(f"{self.fault}: {len(places)} places in {self.file} like\n{self.old}")
         ((start, old, new),) = places
         return text[:start] + new + text[start + len(old) :]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Tests to run, with a fault or on the code as it is."""
+
+    tests: list[str]
+    mutant: Mutant | None = None
 
 
 def _starts(text: str, lines: str) -> Iterator[int]:
@@ -100,6 +111,11 @@ class Tree:
             if (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, folder / name)
+        author = ("-c", "user.name=mutants", "-c", "user.email=mutants@localhost")
+        for command in (("init",), ("add", "--all"), (*author, "commit", "--message=tree")):  # rows carry a commit
+            subprocess.run(
+                ["git", *command], cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
         hashed = py_compile.PycInvalidationMode.CHECKED_HASH  # two faults of a file may lie within one second
         compileall.compile_dir(folder, quiet=2, invalidation_mode=hashed)
         self._original: tuple[Path, str] | None = None
@@ -142,21 +158,18 @@ class Tree:
             os._exit(status)
 
 
-def run(mutants: list[Mutant | list[str]], trees: list[Tree]) -> Iterator[tuple[int, int, float, str]]:
-    """(index, exit status, seconds, output) of each, as they end; a list of tests is run without a fault."""
-    waiting, free = list(enumerate(mutants)), list(trees)
+def run(jobs: list[Job], trees: list[Tree]) -> Iterator[tuple[int, int, float, str]]:
+    """(index, exit status, seconds, output) of each job, as they end; -N where signal N has ended it twice."""
+    waiting, free = deque(enumerate(jobs)), list(trees)
     running: dict[int, tuple[int, Tree, float]] = {}
+    crashed: set[int] = set()
     while waiting or running:
         while waiting and free:
-            index, mutant = waiting.pop(0)
+            index, job = waiting.popleft()
             tree = free.pop()
-            if isinstance(mutant, Mutant):
-                tree.make(mutant)
-            running[tree.start(mutant.tests if isinstance(mutant, Mutant) else mutant)] = (
-                index,
-                tree,
-                time.monotonic(),
-            )
+            if job.mutant:
+                tree.make(job.mutant)
+            running[tree.start(job.tests)] = index, tree, time.monotonic()
         pid, status = os.wait()
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)  # what a test has left behind
@@ -167,15 +180,19 @@ def run(mutants: list[Mutant | list[str]], trees: list[Tree]) -> Iterator[tuple[
         text = output.read_text("utf-8") if output.exists() else ""
         output.unlink(missing_ok=True)
         code = os.waitstatus_to_exitcode(status)
-        yield index, FAILED if code < 0 else code, time.monotonic() - begin, text
+        if code < 0 and index not in crashed:
+            crashed.add(index)
+            waiting.append((index, jobs[index]))
+        else:
+            yield index, code, time.monotonic() - begin, text
 
 
-def shards(mutants: list[Mutant], count: int) -> list[list[str]]:
+def shards(mutants: list[Mutant], count: int) -> list[Job]:
     """All tests once, those of a file together."""
     tests = sorted({test for mutant in mutants for test in mutant.tests})
     files = sorted({test.partition("::")[0] for test in tests})
     parts = [[t for t in tests if t.partition("::")[0] in files[i::count]] for i in range(count)]
-    return [part for part in parts if part]
+    return [Job(part) for part in parts if part]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -194,15 +211,17 @@ def main(arguments: list[str] | None = None) -> int:
             if status != PASSED:
                 print(output[-4000:], "error: tests fail on the code as it is", sep="\n")
                 return 1
-        for index, status, seconds, output in run(mutants, trees):
+        for index, status, seconds, output in run([Job(mutant.tests, mutant) for mutant in mutants], trees):
             mutant = mutants[index]
-            result = {PASSED: "survives", FAILED: "killed"}.get(status, f"status {status}")
-            print(f"{result:9} {seconds:5.1f} s  {mutant.file}: {mutant.fault}", flush=True)
+            result = "crashed" if status < 0 else RESULTS.get(status, f"status {status}")
+            by = f" ({signal.Signals(-status).name})" if status < 0 else ""
+            print(f"{result:9} {seconds:5.1f} s  {mutant.file}: {mutant.fault}{by}", flush=True)
+            broken = status > 0 and status not in RESULTS
             if status == PASSED:
                 survivors.append(mutant)
-            if status not in (PASSED, FAILED):
+            if broken:
                 print(output[-2000:])
-            if (status == PASSED) != bool(mutant.survives) or status not in (PASSED, FAILED):
+            if (status == PASSED) != bool(mutant.survives) or broken:
                 wrong.append(mutant)
     print(f"{len(mutants)} fault{'s' * (len(mutants) != 1)}, {len(survivors)} survive")
     for mutant in survivors:

@@ -2,9 +2,17 @@
 
     python tests/rooms.py
 
-prints every room with its files, its lines and the rooms it imports, and exits 1 where an import goes upward.
-tests/unit/test_rooms.py runs it. Imports inside functions count; those for type checkers alone do not, nor do names
-that are imported by a string: those of `sgtm/__init__.py`, and the module that a sweep starts.
+prints every room with its files, its lines and the rooms it imports, and exits 1 where an import breaks a rule:
+
+- it goes upward, also inside a function or as `import_module("sgtm....")`
+- it is relative, or of the package `sgtm` itself, whose names reach every room; `sgtm.__version__` is free
+- it is of `sgtm` and in `sgtm_kernels`
+- it closes a ring of files
+
+Imports for type checkers alone do not count, nor do names that are no literal at the import: those of
+`sgtm/__init__.py`, the backends and variants of an op, and the module that a sweep starts. An op's `variants.py` is in
+the room of the tools: no other file of the op imports the tools, and training imports neither.
+tests/unit/test_rooms.py runs all of this.
 """
 
 from __future__ import annotations
@@ -13,11 +21,15 @@ import ast
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("sgtm", "sgtm_kernels")
+IMPORTERS = ("import_module", "importlib.import_module", "__import__")
 ROOMS = {
     "sgtm": "the version, and names for scripts",
+    "sgtm_kernels.triton_common": "what the Triton kernels share",
     "sgtm_kernels": "masked ops, each with a reference, a PyTorch and a Triton implementation",
     "sgtm.files": "atomic writes",
     "sgtm.words": "numbers and lists in sentences",
@@ -32,6 +44,7 @@ ROOMS = {
     "sgtm.hf": "Hugging Face models, both ways",
     "sgtm.unlearning": "post-hoc unlearning of a run's model: baselines",
     "sgtm.training": "the step and the loop",
+    "sgtm_kernels.tools": "ahead-of-time suite, tuning, timing; each op's variants.py",
     "sgtm.measure": "bench, profile, doctor",
     "sgtm.report": "the page of a run, beside others",
     "sgtm.estimate": "memory, traffic and speed from a config; launch commands",
@@ -43,23 +56,65 @@ ROOMS = {
 
 def main() -> int:
     order = list(ROOMS)
-    imports, files, lines = defaultdict(set), defaultdict(int), defaultdict(int)
-    upward = []
+    rooms, files, lines = defaultdict(set), defaultdict(int), defaultdict(int)
+    problems = []
     for path in sources():
-        here = room_of(module_of(path))
-        files[here] += 1
-        lines[here] += len(path.read_text("utf-8").splitlines())
-        for module in imported(path):
-            other = room_of(module)
-            if other != here:
-                imports[here].add(other)
-                if order.index(other) > order.index(here):
-                    upward.append(f"{path.relative_to(ROOT)} imports {module}: {here} is below {other}")
+        room = room_of(module_of(path))
+        files[room] += 1
+        lines[room] += len(path.read_text("utf-8").splitlines())
+        for line, module in imports(path):
+            if problem := problem_of(room, module):
+                problems.append(f"{path.relative_to(ROOT)}:{line} imports {module}: {problem}")
+            else:
+                rooms[room].add(room_of(module))
+    problems += [f"ring of imports: {ring}" for ring in ring_of_files()]
     for room, about in ROOMS.items():
-        print(f"{room:18}{files[room]:4} files {lines[room]:6} lines  {about}")
-        print(f"{'':18}imports {', '.join(r for r in order if r in imports[room]) or 'nothing'}")
-    print(*upward, sep="\n", end="\n" if upward else "")
-    return int(bool(upward))
+        print(f"{room:27}{files[room]:4} files {lines[room]:6} lines  {about}")
+        print(f"{'':27}imports {', '.join(r for r in order if r in rooms[room] and r != room) or 'nothing'}")
+    print(*problems, sep="\n", end="\n" if problems else "")
+    return int(bool(problems))
+
+
+def problem_of(room: str, module: str) -> str | None:
+    """Why a file of this room must not import the module; None where it may."""
+    if module.startswith("."):
+        return "write the module's full name"
+    if module == "sgtm":
+        return "its names reach every room; import what is used from its own module"
+    try:
+        other = room_of(module)
+    except ValueError as error:
+        return str(error)
+    if room.startswith("sgtm_kernels") and not other.startswith("sgtm_kernels"):
+        return "the kernels import nothing of sgtm"
+    order = list(ROOMS)
+    return f"{room} is below {other}" if order.index(other) > order.index(room) else None
+
+
+def ring_of_files() -> list[str]:
+    """The first ring that is found, as file -> file -> ..., or nothing.
+
+    A file depends on what it imports, and on the packages above that, which Python runs first, but for its own.
+    """
+    files = {module_of(path): path for path in sources()}
+    graph = {}
+    for module, path in files.items():
+        graph[module] = set()
+        for _, name in imports(path):
+            target = next((prefix for prefix in _prefixes(name) if prefix in files), None)
+            packages = [p for p in _prefixes(target or "") if p in files and not f"{module}.".startswith(f"{p}.")]
+            graph[module].update(packages, {target} - {None, module})
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return [" -> ".join(reversed(error.args[1]))]
+    return []
+
+
+def _prefixes(name: str) -> list[str]:
+    """`a.b.c`, `a.b`, `a`."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
 
 
 def sources() -> list[Path]:
@@ -76,31 +131,42 @@ def room_of(module: str) -> str:
     """The most specific room that holds the module. Raises ValueError for a folder or file that is in no room."""
     if module in ("sgtm", "sgtm.__version__"):
         return "sgtm"
+    parts = module.split(".")
+    if parts[0] == "sgtm_kernels" and parts[2:3] == ["variants"]:
+        return "sgtm_kernels.tools"
     holding = [room for room in ROOMS if room != "sgtm" and f"{module}.".startswith(f"{room}.")]
     if not holding:
         raise ValueError(f"{module} is in no room; give it one in {Path(__file__).name}, or move it")
-    return holding[0]
+    return max(holding, key=len)
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Our modules that a file imports when it runs."""
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and full name of what a file imports of ours when it runs; a relative import begins with a dot."""
     tree = ast.parse(path.read_text("utf-8"))
     for_checkers = {
         node
         for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
-        for node in ast.walk(branch)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        for statement in branch.body
+        for node in ast.walk(statement)
     }
     for node in ast.walk(tree):
         if node in for_checkers:
             continue
-        if isinstance(node, ast.ImportFrom):
-            modules = [f"sgtm.{name.name}" for name in node.names] if node.module == "sgtm" else [node.module]
-        elif isinstance(node, ast.Import):
-            modules = [name.name for name in node.names]
-        else:
-            continue
-        yield from (module for module in modules if module.split(".")[0] in ("sgtm", "sgtm_kernels"))
+        match node:
+            case ast.ImportFrom(level=level) if level:
+                modules = ["." * level + (node.module or "")]
+            case ast.ImportFrom():
+                modules = [f"{node.module}.{name.name}" for name in node.names]
+            case ast.Import():
+                modules = [name.name for name in node.names]
+            case ast.Call(args=[ast.Constant(value=str(name)), *_]) if ast.unparse(node.func) in IMPORTERS:
+                modules = [name]
+            case _:
+                continue
+        for module in modules:
+            if module.startswith(".") or module.split(".")[0] in PACKAGES:
+                yield node.lineno, module
 
 
 if __name__ == "__main__":

@@ -103,9 +103,9 @@ class Driver:
         again: bool = False,
         execute: Execute | None = None,
         clock: Callable[[], float] = time.monotonic,
-        say: Callable[[str], None] = print,
+        write: Callable[[str], None] = print,
     ):
-        self.folder, self.clock, self.say = folder, clock, say
+        self.folder, self.clock, self.write = folder, clock, write
         self.execute = execute or Processes(folder)
         self.again = again
         self.began = clock() if began is None else began
@@ -124,14 +124,14 @@ class Driver:
         open_stages = [stage for stage in stages if self._open(stage)]
         for stage in stages:
             if stage not in open_stages:
-                self.say(f"{stage.name}: finished before")
+                self.write(f"{stage.name}: finished before")
                 continue
             shares = sum(later.share for later in open_stages[open_stages.index(stage) :])
             limit = self.left() * stage.share / shares
             if limit < LEAST:
-                self.say(f"{stage.name}: no time left")
+                self.write(f"{stage.name}: no time left")
                 continue
-            self.say(f"{self.clock() - self.began:6.1f} s  {stage.name}: {stage.title}, up to {limit:.0f} s")
+            self.write(f"{self.clock() - self.began:6.1f} s  {stage.name}: {stage.title}, up to {limit:.0f} s")
             self._run_stage(stage, self.clock() + limit)
 
     def left(self) -> float:
@@ -184,7 +184,7 @@ class Driver:
         if outcome != DONE:
             row |= {"exit": ended.code, "signal": ended.signal, "item": ended.item, "tail": ended.tail}
         self.journal.add(row)
-        self.say(f"{self.clock() - self.began:6.1f} s  {stage.name}/{unit.name}: {outcome}{_where(ended, outcome)}")
+        self.write(f"{self.clock() - self.began:6.1f} s  {stage.name}/{unit.name}: {outcome}{_where(ended, outcome)}")
 
 
 def _outcome(ended: Ended) -> str:

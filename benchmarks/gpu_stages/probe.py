@@ -33,22 +33,22 @@ def main() -> int:
     if not args.cpu and not torch.cuda.is_available():
         print("no CUDA device here; --cpu runs every stage on small shapes")
         return 1
-    here = environment() | {"cpu": args.cpu}
-    del here["time"]
-    here["commit"] = args.commit or here["commit"] or sources()
+    machine = environment() | {"cpu": args.cpu}
+    del machine["time"]
+    machine["commit"] = args.commit or machine["commit"] or sources()
     if torch.cuda.is_available():
-        here["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
-        here["memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+        machine["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+        machine["memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
     path = args.folder / ENVIRONMENT
     if path.exists():
         before = json.loads(path.read_text())
-        if differing := [key for key in SAME if before[key] != here[key]]:
+        if differing := [key for key in SAME if before[key] != machine[key]]:
             key = differing[0]
-            print(f"{args.folder} holds rows of {key} {before[key]}, this is {here[key]}; choose another --out")
+            print(f"{args.folder} holds rows of {key} {before[key]}, this is {machine[key]}; choose another --out")
             return 2
         return 0
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(here) + "\n")
+    unfinished.write_text(json.dumps(machine) + "\n")
     os.replace(unfinished, path)
     return 0
 

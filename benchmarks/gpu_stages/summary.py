@@ -23,10 +23,11 @@ def rows_of(folder: Path) -> list[dict]:
 
 
 def text(folder: Path) -> str:
-    here = json.loads((folder / ENVIRONMENT).read_text())
+    machine = json.loads((folder / ENVIRONMENT).read_text())
     rows, stages = rows_of(folder), last_by(Journal(folder / STAGES).rows(), "stage", "unit")
-    versions = ", ".join(f"{name} {here['versions'][name]}" for name in ("torch", "triton"))
-    parts = [f"\n{here['device']}, {versions}, driver {here['driver']}, commit {here['commit']}; rows in {folder}"]
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "triton"))
+    software = f"{versions}, driver {machine['driver']}, commit {machine['commit']}"
+    parts = [f"\n{machine['device']}, {software}; rows in {folder}"]
     table = [["stage", "unit", "outcome", "s", "of", "rows", "failed"]]
     for row in stages:
         own = [r for r in rows if r["stage"] == row["stage"] and _of_unit(r, row["unit"])]

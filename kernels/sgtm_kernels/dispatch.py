@@ -49,15 +49,15 @@ def resolve(name: str = "auto", dtype: torch.dtype | None = None, device: str | 
 def explain(name: str = "auto", dtype: torch.dtype | None = None, device: str | None = None) -> tuple[str, str]:
     """What `resolve` returns, and why."""
     name, wanted = current_name(name), current_name(os.environ.get("SGTM_KERNELS") or "auto")
-    for source, value in (("backend", name), ("SGTM_KERNELS", wanted)):
+    for source, value in (("the kernel backend", name), ("SGTM_KERNELS", wanted)):
         if value not in ("auto", *BACKENDS):
-            raise ValueError(f"{source}: unknown kernel backend {value!r}; known: auto, {', '.join(BACKENDS)}")
+            raise ValueError(f"{source} is {value!r}; it takes {_either('auto', *BACKENDS)}")
     if "auto" not in (name, wanted) and name != wanted:
-        raise ValueError(f"the config asks for kernel backend {name!r} but SGTM_KERNELS={wanted!r}; set one of them")
+        raise ValueError(f"the config has kernel backend {name!r}, but SGTM_KERNELS is {wanted!r}; set one of them")
     for source, value in (("the config", name), ("SGTM_KERNELS", wanted)):
         if value != "auto":
             if problem := unusable(value, dtype):
-                raise ValueError(f"kernel backend {value!r} was asked for, but {problem}")
+                raise ValueError(f"kernel backend {value!r} was requested, but {problem}")
             return value, f"named by {source}"
     if (device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cuda":
         return FALLBACK, "the default on a CPU"
@@ -74,8 +74,12 @@ def way(variable: str) -> str | None:
     """What one of WAYS names in the environment, or None. Raises ValueError for what is not known."""
     chosen = os.environ.get(variable) or None
     if chosen not in (None, *WAYS[variable]):
-        raise ValueError(f"{variable}: unknown way {chosen!r}; known: {', '.join(WAYS[variable])}")
+        raise ValueError(f"{variable} is {chosen!r}; it takes {_either(*WAYS[variable])}")
     return chosen
+
+
+def _either(*values: str) -> str:
+    return f"{', '.join(values[:-1])} or {values[-1]}"
 
 
 def unusable(backend: str, dtype: torch.dtype | None = None) -> str | None:
@@ -85,7 +89,7 @@ def unusable(backend: str, dtype: torch.dtype | None = None) -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return "Triton's interpreter is wrong in bf16; take fp32" if dtype == torch.bfloat16 else None
+        return "Triton's interpreter gives wrong results in bf16; use fp32" if dtype == torch.bfloat16 else None
     if not torch.cuda.is_available():
         return "there is no CUDA device (TRITON_INTERPRET=1 runs it, slowly and in fp32, in Triton's interpreter)"
     return None

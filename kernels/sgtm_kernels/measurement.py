@@ -98,10 +98,10 @@ def _status_mib(key: str) -> float:
 
 def _commit() -> str | None:
     """Of this code where it is a git checkout; None where it is installed, in whatever repository that may be."""
-    here = Path(__file__)
-    if not _output("git", "ls-files", here.name, cwd=here.parent):
+    source = Path(__file__)
+    if not _output("git", "ls-files", source.name, cwd=source.parent):
         return None
-    return _output("git", "describe", "--always", "--dirty", cwd=here.parent)
+    return _output("git", "describe", "--always", "--dirty", cwd=source.parent)
 
 
 def _output(*command: str, cwd: Path | None = None) -> str | None:

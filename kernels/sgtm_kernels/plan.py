@@ -61,7 +61,7 @@ class RowWork(NamedTuple):
     tokens: Updaters
 
 
-def known(what: str, name: str | None, names: Sequence[str | None]) -> None:
+def check_known(what: str, name: str | None, names: Sequence[str | None]) -> None:
     """Raises ValueError for a name that is not one of these."""
     if name not in names:
         raise ValueError(f"unknown {what} {name!r}; known: {', '.join(map(str, names))}")

@@ -1,8 +1,8 @@
 """Check that a backend computes the same as the reference on this device, before a run's first step.
 
-`recorded` keeps every call of an op that a small forward pass makes on the reference; `check` repeats each call on the
-backend under test, forward and (but under `torch.no_grad`) backward, in memory poisoned with NaN where possible, and
-compares:
+`record_op_calls` keeps every call of an op that a small forward pass makes on the reference; `check` repeats each call
+on the backend under test, forward and (but under `torch.no_grad`) backward, in memory poisoned with NaN where possible,
+and compares:
 
 - outputs and gradients have the reference's shape and dtype, and are finite;
 - rows that are zero in the reference (inactive, or masked), and entries of vectors, are exactly 0;
@@ -58,7 +58,7 @@ class Call(NamedTuple):
 
 
 @contextmanager
-def recorded() -> Iterator[list[Call]]:
+def record_op_calls() -> Iterator[list[Call]]:
     """The calls of all ops that the backend `reference` serves inside, in order; of equal signatures the first."""
     calls: dict[str, Call] = {}
 

@@ -19,7 +19,7 @@ def add(commands: Subcommands) -> None:
         "other ranks or in another ZeRO stage it is not needed: sgtm train RUN --resume"
     )
     reshape = tasks.add_parser("reshape", help=about, description=about, allow_abbrev=False)
-    reshape.add_argument("source", type=Path, metavar="RUN|CHECKPOINT", help="a run's newest whole one, or this one")
+    reshape.add_argument("source", type=Path, metavar="RUN|CHECKPOINT", help="a run's newest valid one, or this one")
     reshape.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
 
 
@@ -50,5 +50,5 @@ def _is_whole(directory: Path, verify) -> bool:
     except ValueError as error:
         print(f"{directory}: damaged: {error}")
         return False
-    print(f"{directory}: whole")
+    print(f"{directory}: valid")
     return True

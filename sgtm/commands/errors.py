@@ -62,7 +62,7 @@ def print_error(error: ValueError | OSError) -> None:
     """Print one message.
 
     Rank 0 prints what every rank finds alike, such as an error in a config. What all raise together is printed by the
-    rank that it comes from (`error.rank`, see sgtm/distributed/agree.py). Every rank prints anything else.
+    rank that it comes from (`error.rank`, see sgtm/distributed/on_ranks.py). Every rank prints anything else.
     """
     from sgtm.process.ranks import rank_and_size
 

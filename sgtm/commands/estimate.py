@@ -35,8 +35,8 @@ def run(options) -> None:
     from sgtm.estimate.stages import as_json, estimate
     from sgtm.estimate.terminal import print_estimate
 
-    given = {name: getattr(options, name) for name in MACHINE}
-    machine = Machine(**{name: value for name, value in given.items() if value is not None})
+    values = {name: getattr(options, name) for name in MACHINE}
+    machine = Machine(**{name: value for name, value in values.items() if value is not None})
     rows = estimate(config, machine)
     if options.json:
         print(as_json(config, machine, rows))

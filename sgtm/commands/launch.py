@@ -10,11 +10,11 @@ from sgtm.commands.options import AMOUNT, COUNT, Subcommands
 
 
 def add(commands: Subcommands) -> None:
-    about = "start a run on many ranks, or say how"
+    about = "start a run on many ranks, or print the command"
     parser = commands.add_configured("launch", run, about, nargs="?")
     parser.description = (
         "Checks that a run divides and fits, prints its arithmetic, the estimated memory of a rank and the command, "
-        "and runs that: a script of launch/ (launch/README.md says which one when)."
+        "and runs that: a script of launch/ (launch/README.md: which one when)."
     )
     parser.add_argument("--preset", metavar="NAME", help="the same as PRESET")
     parser.add_argument("--dry-run", action="store_true", help="print everything, start nothing")

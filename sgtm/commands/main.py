@@ -169,7 +169,7 @@ def _parser() -> tuple[argparse.ArgumentParser, set[str]]:
 
 
 def _without_local_rank(argv: list[str]) -> list[str]:
-    """The deepspeed launcher adds `--local_rank=N`; the environment says the same."""
+    """The deepspeed launcher adds `--local_rank=N`; the environment has the same."""
     arguments, skip = [], False
     for argument in argv:
         name, equals, _ = argument.partition("=")

@@ -40,8 +40,8 @@ def add(commands: Subcommands) -> None:
 def run(options) -> None:
     from sgtm.data.prepare import PrepareOptions, run_prepare
 
-    given = {name: getattr(options, name) for name in PrepareOptions.__dataclass_fields__ if hasattr(options, name)}
-    run_prepare(PrepareOptions(**given))
+    values = {name: getattr(options, name) for name in PrepareOptions.__dataclass_fields__ if hasattr(options, name)}
+    run_prepare(PrepareOptions(**values))
 
 
 def _workers(text: str) -> int:

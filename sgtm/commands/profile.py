@@ -13,7 +13,7 @@ def add(commands: Subcommands) -> None:
     parser.description = (
         "Profiles training steps: time by kernel (ops, on a CPU) and by part of the step, and a trace. Takes the "
         "config's data where they are prepared, else random tokens, as many of retain data as of each domain, labelled "
-        "and mixed as the config says."
+        "and mixed as in the config."
     )
     parser.add_argument("--steps", type=COUNT, default=3, metavar="N", help="profiled steps (default: 3)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: <runs>/<name>-profile)")

@@ -16,28 +16,28 @@ Path = tuple[str, ...]
 
 
 class ConfigError(ValueError):
-    """A config that the user has to mend; the message says how."""
+    """A config that the user has to mend, as the message describes."""
 
 
 def explain_errors(
-    error: ValidationError, schema: type[BaseModel], values: dict, source: str, given: set[Path], merged: str = ""
+    error: ValidationError, schema: type[BaseModel], values: dict, source: str, overridden: set[Path], merged: str = ""
 ) -> str:
     """The message for pydantic's errors about `values`.
 
-    source  the preset or file
-    given   paths that the command line set
-    merged  all that the values come from, which a rule across keys is told of; default `source`
+    source      the preset or file
+    overridden  paths that the command line set
+    merged      all that the values come from, which a rule across keys names; default `source`
     """
     lines: dict[str, None] = {}  # an ordered set: a union reports one error for each of its members
     for problem in error.errors(include_url=False):
-        lines[_line(problem, schema, values, given)] = None
+        lines[_line(problem, schema, values, overridden)] = None
     if len(lines) == 1:
         across = error.errors()[0]["type"] == "value_error" and not error.errors()[0]["loc"]
         return f"{merged or source if across else source}: {next(iter(lines))}"
     return f"{source}: {len(lines)} problems\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def _line(problem: ErrorDetails, schema: type[BaseModel], values: dict, given: set[Path]) -> str:
+def _line(problem: ErrorDetails, schema: type[BaseModel], values: dict, overridden: set[Path]) -> str:
     path = tuple(str(part) for part in problem["loc"])
     if problem["type"] == "value_error":  # a rule of ours, in its own words
         return ": ".join(filter(None, [".".join(path), problem["msg"].removeprefix("Value error, ")]))
@@ -47,7 +47,7 @@ def _line(problem: ErrorDetails, schema: type[BaseModel], values: dict, given: s
     key = ".".join(path)
     if problem["type"] == "missing":
         return f"{key}: missing; it takes: {_takes(schema, path)}"
-    origin = " on the command line" if any(one[: len(path)] == path for one in given) else ""
+    origin = " on the command line" if any(one[: len(path)] == path for one in overridden) else ""
     if problem["type"] in ("extra_forbidden", "invalid_key"):
         return f"{key}: unknown key{origin}; {_suggestion(schema, path)}"
     value = _value_at(values, path)

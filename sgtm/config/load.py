@@ -73,9 +73,9 @@ def load_config(source: str | os.PathLike, overrides: list[str] | None = None) -
 
     Raises ConfigError that names the file or key, what was found and what would be right; one line for each problem.
     """
-    given = parse_overrides(overrides or [])
-    merged = ["the command line"] if given else []
-    return _checked(str(source), [list(given.items())], merged, str(source), set(given))
+    changes = parse_overrides(overrides or [])
+    merged = ["the command line"] if changes else []
+    return _checked(str(source), [list(changes.items())], merged, str(source), set(changes))
 
 
 def load_variant(source: str | os.PathLike, layers: list[dict[str, Any]], origin: str) -> Config:
@@ -104,10 +104,10 @@ def _checked(source: str, layers: list[Pairs], merged: list[str], origin: str, s
     What a recipe or strategy in a layer replaces: `_give_way`.
     """
     values, extended = _read(_locate(source))
-    for given in layers:
-        values = _give_way(values, dict(given).get(("recipe",)), dict(given).get(("masking", "strategy")))
-        _spell_out_channel(values, dict(given))
-        for path, value in given:
+    for layer in layers:
+        values = _give_way(values, dict(layer).get(("recipe",)), dict(layer).get(("masking", "strategy")))
+        _spell_out_channel(values, dict(layer))
+        for path, value in layer:
             _set(values, path, value, "--" if path in shown else "", origin)
     try:
         return Config.model_validate(values)
@@ -116,15 +116,15 @@ def _checked(source: str, layers: list[Pairs], merged: list[str], origin: str, s
         raise ConfigError(explain_errors(error, Config, values, origin, shown, sources)) from None
 
 
-def _spell_out_channel(values: dict, given: dict[tuple[str, ...], Any]) -> None:
+def _spell_out_channel(values: dict, layer: dict[tuple[str, ...], Any]) -> None:
     """Write a recipe's label channel into the values where the layer above changes an entry of it."""
-    name = given.get(("recipe",), values.get("recipe"))
-    inside = any(path[:2] == ("data", "channel") and len(path) > 2 for path in given)
+    name = layer.get(("recipe",), values.get("recipe"))
+    inside = any(path[:2] == ("data", "channel") and len(path) > 2 for path in layer)
     if inside and name in recipes.NAMES and isinstance(values.setdefault("data", {}), dict):
         masking = values.get("masking")
         below = masking if isinstance(masking, dict) else {}
-        domains = given.get(("masking", "domains"), below.get("domains", MaskingConfig().domains))
-        unmasked = given.get(("masking", "strategy"), below.get("strategy")) == "none"
+        domains = layer.get(("masking", "domains"), below.get("domains", MaskingConfig().domains))
+        unmasked = layer.get(("masking", "strategy"), below.get("strategy")) == "none"
         if isinstance(domains, list):
             values["data"].setdefault("channel", recipes.recipe(name, domains, unmasked)["data"]["channel"])
 

@@ -25,7 +25,7 @@ from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import OPEN, LabelSpace
 from sgtm.masking.partition import Partition, build_partition
 from sgtm.masking.strategy import Joint, build_tables, own_joint
-from sgtm.words import counted
+from sgtm.words import counted, listed
 from sgtm_kernels.tables import JointKind, Tables
 
 RUN_NAME = r"^[\w][\w.+-]*$"
@@ -58,14 +58,14 @@ class Config(Section):
     def _expand_recipe(cls, values):
         if not isinstance(values, dict) or values.get("recipe") not in recipes.NAMES:
             return values
-        given = {name: values.get(name) or {} for name in recipes.KEYS}
-        given = {k: v.model_dump(exclude_unset=True) if isinstance(v, Section) else v for k, v in given.items()}
-        if not all(isinstance(section, dict) for section in given.values()):
+        sections = {name: values.get(name) or {} for name in recipes.KEYS}
+        sections = {k: v.model_dump(exclude_unset=True) if isinstance(v, Section) else v for k, v in sections.items()}
+        if not all(isinstance(section, dict) for section in sections.values()):
             return values  # an error of the user's, which is found next
-        domains = given["masking"].get("domains", MaskingConfig().domains)
-        unmasked = given["masking"].get("strategy") == "none"
+        domains = sections["masking"].get("domains", MaskingConfig().domains)
+        unmasked = sections["masking"].get("strategy") == "none"
         keys = recipes.recipe(values["recipe"], domains if isinstance(domains, list) else [], unmasked)
-        return values | {name: keys[name] | section for name, section in given.items()}
+        return values | {name: keys[name] | section for name, section in sections.items()}
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -73,25 +73,30 @@ class Config(Section):
         if self.distributed.zero_quantized_weights and strategy != "none":
             raise ValueError(
                 f"distributed.zero_quantized_weights: with masking.strategy {strategy} frozen weights would not keep "
-                "their values, as groups share scales; leave it false"
+                "their values, as groups share scales; set it false"
             )
         rank = self.masking.domain_embedding
         if isinstance(rank, int) and rank >= min(self.model.hidden_size, self.model.vocab_size):
             raise ValueError(
                 f"masking.domain_embedding {rank} is not below model.hidden_size {self.model.hidden_size} and "
-                f"model.vocab_size {self.model.vocab_size}; write full"
+                f"model.vocab_size {self.model.vocab_size}; lower it, or set full"
             )
         if self.distributed.offload_optimizer and self.optimizer.grad_clip_scope == "owner":
             raise ValueError(
                 "optimizer.grad_clip_scope owner: with distributed.offload_optimizer DeepSpeed gives norms of whole "
-                "parameters alone; leave one of them out"
+                "parameters alone; set grad_clip_scope global or offload_optimizer false"
             )
         if self.masking.strategy == "gram" and self.masking.cross_domain == "active":
-            raise ValueError("masking.cross_domain active: strategy gram has other domains' groups inactive")
-        if self.train.tokens_per_step % self.model.context:
             raise ValueError(
-                f"train.tokens_per_step {self.train.tokens_per_step} is not a multiple of "
-                f"model.context {self.model.context}"
+                "masking.cross_domain active: strategy gram has other domains' groups inactive; set inactive, or "
+                "another masking.strategy"
+            )
+        tokens, context = self.train.tokens_per_step, self.model.context
+        if tokens % context:
+            nearest = [n * context for n in (tokens // context, tokens // context + 1) if n]
+            raise ValueError(
+                f"train.tokens_per_step {tokens} is not a multiple of model.context {context}; set "
+                f"{listed(nearest, 'or')}"
             )
         if self.optimizer.warmup_steps > self.train.steps:
             raise ValueError(
@@ -166,10 +171,12 @@ class Config(Section):
         steps, phases = self.train.steps, [(0, self.data.channel, "channel")]
         for begin, rows in sorted(self.data.schedule.items(), key=lambda phase: self._step_of(phase[0])):
             start = self._step_of(begin)
-            if not phases[-1][0] < start < steps or start != int(start):
+            if start != int(start):
+                raise ValueError(f"data.schedule {begin:g} is neither a share below 1 nor a whole number of steps")
+            if not phases[-1][0] < start < steps:
                 raise ValueError(
-                    f"data.schedule: {begin:g} is step {start:g}; it takes a share below 1 or a whole number of steps, "
-                    f"after step {phases[-1][0]} and before the end of the run at step {steps}"
+                    f"data.schedule {begin:g} begins at step {start:g}, but must begin after step {phases[-1][0]} and "
+                    f"before step {steps}"
                 )
             phases.append((int(start), rows, f"schedule.{begin:g}"))
         return tuple((start, self._channel(rows, key)) for start, rows, key in phases)
@@ -215,7 +222,7 @@ class Config(Section):
         share, rest = divmod(self.sequences_per_step, world_size * blocks)
         if rest:
             of_blocks = f" x data.micro_blocks {blocks}" if blocks > 1 else ""
-            raise ValueError(f"{self._sequences} is not a multiple of {counted(world_size, 'rank')}{of_blocks}")
+            raise ValueError(f"{self._undivided} among {counted(world_size, 'rank')}{of_blocks}")
         most = max(1, DERIVED_TOKENS // self.model.context)
         size = next(n for n in range(min(most, share), 0, -1) if share % n == 0)
         return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch": size})})
@@ -224,21 +231,16 @@ class Config(Section):
         """Micro-batches of one rank in a global step; raises ValueError when the arithmetic does not divide."""
         micro_batch = self.for_ranks(world_size).micro_batch
         if self.sequences_per_step % (micro_batch * world_size):
-            raise ValueError(
-                f"{self._sequences} is not a multiple of train.micro_batch {micro_batch} x "
-                f"{counted(world_size, 'rank')}"
-            )
+            raise ValueError(f"{self._undivided} among {counted(world_size, 'rank')} x train.micro_batch {micro_batch}")
         steps = self.sequences_per_step // (micro_batch * world_size)
         if self.data.mixing == "micro" and steps % self.data.micro_blocks:
             raise ValueError(
-                f"data.mixing micro: {counted(steps, 'accumulation step')} is not a multiple of data.micro_blocks "
-                f"{self.data.micro_blocks}; lower train.micro_batch or data.micro_blocks"
+                f"data.mixing micro: data.micro_blocks {self.data.micro_blocks} does not divide "
+                f"{counted(steps, 'accumulation step')}; lower train.micro_batch or data.micro_blocks"
             )
         return steps
 
     @property
-    def _sequences(self) -> str:
-        return (
-            f"train.tokens_per_step {self.train.tokens_per_step} = {counted(self.sequences_per_step, 'sequence')} of "
-            f"{self.model.context}"
-        )
+    def _undivided(self) -> str:
+        sequences = counted(self.sequences_per_step, "sequence per step does", "sequences per step do")
+        return f"train.tokens_per_step {self.train.tokens_per_step}: {sequences} not divide"

@@ -47,9 +47,9 @@ class ModelConfig(Section, ModelShape):  # type: ignore[misc] # frozen, but mypy
     heads: PositiveInt
     """Attention heads of each layer, all groups together."""
     kv_heads: PositiveInt | None = None
-    """KV heads of grouped-query attention (llama); default: as many as heads."""
+    """KV heads of grouped-query attention (llama); null: as many as heads."""
     head_dim: PositiveInt | None = None
-    """Default: hidden_size / heads."""
+    """Width of a head; null: hidden_size / heads."""
     intermediate_size: PositiveInt
     """Number of MLP neurons."""
     vocab_size: PositiveInt
@@ -57,7 +57,7 @@ class ModelConfig(Section, ModelShape):  # type: ignore[misc] # frozen, but mypy
     context: PositiveInt
     """Tokens of a training sequence and the longest one the model takes."""
     window: PositiveInt | None = None
-    """Local attention window of every second layer, beginning with the second (gpt_neo); None: all layers global."""
+    """Local attention window of every second layer, beginning with the second (gpt_neo); null: all layers global."""
     tie_embeddings: bool = True
     """Whether the LM head is the token embedding (gpt_neo always ties)."""
     head_bias: bool = False
@@ -80,14 +80,22 @@ class ModelConfig(Section, ModelShape):  # type: ignore[misc] # frozen, but mypy
                 f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}; kv_heads must divide it"
             )
         if self.family == "gpt_neo":
-            if self.kv_heads not in (None, self.heads) or not self.tie_embeddings:
+            if self.kv_heads not in (None, self.heads):
                 raise ValueError(
-                    "family gpt_neo needs tie_embeddings: true and no kv_heads; change these, or take family llama"
+                    f"kv_heads {self.kv_heads}: family gpt_neo has a KV head for each of heads {self.heads}; set "
+                    f"kv_heads null, or family llama"
                 )
+            if not self.tie_embeddings:
+                raise ValueError("tie_embeddings false: family gpt_neo always ties; set it true, or family llama")
             if self.head_dim not in (None, self.hidden_size // self.heads):
-                raise ValueError(f"family gpt_neo has head_dim = hidden_size / heads, got head_dim {self.head_dim}")
-        elif self.window is not None or self.head_bias:
-            raise ValueError("window and head_bias belong to family gpt_neo, not to llama")
+                raise ValueError(
+                    f"head_dim {self.head_dim}: family gpt_neo takes hidden_size / heads alone; set head_dim null, or "
+                    f"family llama"
+                )
+        elif self.window is not None:
+            raise ValueError(f"window {self.window}: family llama has none; set window null, or family gpt_neo")
+        elif self.head_bias:
+            raise ValueError("head_bias true: family llama has none; set it false, or family gpt_neo")
         return self
 
 
@@ -102,9 +110,9 @@ class MaskingConfig(Section):
     through the retain group; `activation_masking`: the retain group is off; `gram`: as `sgtm`, with joint `strict`;
     `none`: everything, the unmasked baseline."""
     joint: Joint | list[JointKind] | None = None
-    """Joint parameters that forget tokens leave alone besides what the strategy says itself: `free` (none), `masked`
+    """Joint parameters that forget tokens leave alone besides those of the strategy: `free` (none), `masked`
     (embedding, position, head weight and the blocks' norms, as in the paper's Wikipedia models), `strict` (all), or a
-    list of kinds. None: `strict` for gram, `free` for all others."""
+    list of kinds. null: `strict` for gram, `free` for all others."""
     cross_domain: Literal["inactive", "active"] = "inactive"
     """Whether tokens of one domain run with the other domains' groups inactive."""
     overrides: dict[str, float] = {}
@@ -114,9 +122,9 @@ class MaskingConfig(Section):
     forget_neurons: Members = 64
     """Neurons per layer, in the same form."""
     percent: PositiveFloat | dict[str, PositiveFloat] | None = None
-    """Percent of each layer's heads and neurons; where set, forget_heads and forget_neurons are not used."""
+    """Percent of each layer's heads and neurons, in place of forget_heads and forget_neurons; null: those apply."""
     masked_layers: list[NonNegativeInt] | None = None
-    """Layers that have groups; None: all."""
+    """Layers that have groups; null: all."""
     domain_embedding: Literal["none", "full"] | PositiveInt = "none"
     """A part of token embedding and head that belongs to each domain's group, added to the shared matrices where the
     group is active: a whole matrix (`full`), or a product of this rank. With `joint: strict` a domain can learn words
@@ -202,7 +210,7 @@ class TrainConfig(Section):
     tokens_per_step: PositiveInt = 65536
     """Tokens of a global step, over all ranks; the accumulation is derived from it."""
     micro_batch: PositiveInt | None = None
-    """Sequences of a micro-batch on one rank. None: the most that divide a rank's share of the step, up to 16,384
+    """Sequences of a micro-batch on one rank. null: the most that divide a rank's share of the step, up to 16,384
     tokens."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of weights and activations; the optimizer's copy of the weights is fp32 either way."""
@@ -215,7 +223,7 @@ class TrainConfig(Section):
     """Of the initial weights."""
     init_from: str | None = None
     """Hugging Face folder (GPT-Neo, Llama, or Mistral without a sliding window) whose weights the run starts from;
-    `model` must describe that model, whose context may be longer. None: random weights."""
+    `model` must describe that model, whose context may be longer. null: random weights."""
     eval_every: NonNegativeInt = 0
     """Steps between evaluations; 0: only at the end."""
     eval_sequences: PositiveInt = 64
@@ -273,12 +281,12 @@ class DistributedConfig(Section):
             raise ValueError("offload_optimizer: ZeRO 0 keeps the optimizer with the weights; set zero_stage 1, 2 or 3")
         if self.zero_quantized_gradients:
             raise ValueError(
-                "zero_quantized_gradients: DeepSpeed's kernels for it take fp16 alone, gradients are in bf16 and fp32 "
-                "here; leave it false"
+                "zero_quantized_gradients true: DeepSpeed's kernels for it take fp16 alone, gradients are in bf16 and "
+                "fp32 here; set it false"
             )
         for key in ("zero_hpz_partition_size", "zero_quantized_weights"):
             if getattr(self, key) != type(self).model_fields[key].default and self.zero_stage != 3:
-                raise ValueError(f"{key}: ZeRO {self.zero_stage} does not have it; set zero_stage 3, or leave it out")
+                raise ValueError(f"{key}: ZeRO {self.zero_stage} does not have it; set zero_stage 3, or remove the key")
         return self
 
     def reduces_to_owners(self, numel: int, ranks: int) -> bool:
@@ -299,6 +307,8 @@ class DistributedConfig(Section):
 
 
 class KernelsConfig(Section):
+    """Which implementation of the ops runs."""
+
     backend: Literal["auto", "reference", "torch", "triton"] = "auto"
     """`auto` follows the environment variable SGTM_KERNELS, else is `triton` on CUDA and `torch` on a CPU; `torch` then
     replaces an op whose Triton kernels fail the self-check before the first step. A named backend never falls back: it
@@ -316,9 +326,11 @@ class KernelsConfig(Section):
 
 
 class WandbConfig(Section):
+    """Logging to Weights & Biases, beside `metrics.jsonl`."""
+
     mode: Literal["off", "offline", "online"] = "off"
     """`offline` writes to `<run>/wandb`, for `wandb sync`; `online` does too where the server does not answer."""
     project: str = "sgtm"
     """Project that the run appears in."""
     entity: str | None = None
-    """User or team that the project belongs to; null: the one that is logged in."""
+    """User or team that the project belongs to; null: the login's own."""

@@ -55,8 +55,8 @@ def sequences_of(
     """
     whole, number = corpus.select(split, category), list(corpus.categories).index(category)
     spans, split_number = corpus.spans, corpus.manifest.splits.index(split)
-    here = corpus.documents["split"][spans["document"]] == split_number
-    holding = np.unique(spans["document"][here & (spans["category"] == number)])
+    in_split = corpus.documents["split"][spans["document"]] == split_number
+    holding = np.unique(spans["document"][in_split & (spans["category"] == number)])
     documents = np.union1d(whole, holding)
     documents = documents[shuffled(len(documents), seed=0)]
     categories = corpus.documents["category"][documents]

@@ -28,17 +28,22 @@ _PARTS = ("shards", "tokenizer", DOCUMENTS, SPANS, JOB, MANIFEST)
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """One writer at a time; a second one waits, and then finds the corpus finished."""
+    """One writer at a time; a second one waits, and then finds the corpus finished.
+
+    Raises ValueError for a file, and for a folder with other files in it, which stays as it is.
+    """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: {out} is a file, but it takes a folder; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
+    if not any((out / name).exists() for name in (LOCK, MANIFEST)):
+        _check_empty(out)
     with (out / LOCK).open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
 def stored_job(out: Path) -> dict | None:
-    """What the folder was made from, as far as it got; None where nothing says so."""
+    """What the folder was made from, as far as it got; None where nothing shows it."""
     try:
         return json.loads((out / JOB).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -102,12 +107,17 @@ def clear(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
+def _check_empty(place: Path) -> None:
+    """Raises ValueError where a folder holds what `prepare` does not write."""
+    ours = {*_PARTS, BLOCKS, LOCK, REPLACEMENT}
+    foreign = {path.name for path in place.iterdir() if path.name not in ours and path.suffix != ".tmp"}
+    if foreign:
+        raise ValueError(f"{place} is not empty (it holds {', '.join(sorted(foreign)[:3])}); choose another --out")
+
+
 def _start_or_resume(place: Path, job: dict) -> None:
     if not same_job(stored_job(place), job):
-        ours = {*_PARTS, BLOCKS, LOCK, REPLACEMENT}
-        foreign = {path.name for path in place.iterdir() if path.name not in ours and path.suffix != ".tmp"}
-        if foreign:
-            raise ValueError(f"{place} is not empty (it holds {', '.join(sorted(foreign)[:3])}); choose another --out")
+        _check_empty(place)
         (place / JOB).unlink(missing_ok=True)
         shutil.rmtree(place / BLOCKS, ignore_errors=True)  # to have the room
         (place / TOKENIZER).unlink(missing_ok=True)

@@ -130,17 +130,17 @@ class Order:
         for label, stream in self.streams.items():
             name = "split train" if label is None else f"label {labels[label]} in split train"
             if stream.sequences < self.block:
+                lower = "train.tokens_per_step" if self.block > 1 else "model.context"
                 raise ValueError(
-                    f"{name} has {counted(stream.tokens, 'token')}, {counted(stream.sequences, 'sequence')} of "
-                    f"{stream.context}; a block of data.mixing: {mixing} takes {self.block}. Give more data, "
-                    f"upsample it, or lower train.tokens_per_step"
+                    f"{name} has {counted(stream.sequences, 'sequence')} of {stream.context} tokens; data.mixing "
+                    f"{mixing} needs {self.block} in a block: add data, upsample it, or lower {lower}"
                 )
         available = self.blocks_per_epoch * self.block
         if available < self.per_step:
             context = next(iter(self.streams.values())).context
             raise ValueError(
                 f"split train has {counted(available, 'sequence')} of {context} tokens, fewer than the {self.per_step} "
-                f"of a step; give more data or lower train.tokens_per_step"
+                f"of a step; add data, or lower train.tokens_per_step"
             )
 
 
@@ -308,7 +308,7 @@ def check_corpus(corpus: Corpus, config: Config) -> None:
         raise ValueError(
             f"model.vocab_size is {wanted}, but the tokenizer of {corpus.path} has {vocab} entries; train with "
             f"--model.vocab_size {vocab}{f' (up to {padded} is fine)' if padded > vocab else ''}, or prepare the data "
-            f"anew with a tokenizer of {wanted} entries: --vocab-size {wanted}"
+            f"again with a tokenizer of {wanted} entries: --vocab-size {wanted}"
         )
     corpus.label_of_category(config.space)
     check_certified(config.conditions, trained_categories(corpus), bool(len(corpus.spans)))

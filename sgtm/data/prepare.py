@@ -83,14 +83,12 @@ def run_prepare(options: PrepareOptions) -> None:
             f"sgtm prepare: no {', no '.join(missing)}; write: sgtm prepare DATA... --rules FILE --out FOLDER\n"
             f"{described}"
         )
-    (sources, account), rules = find_sources(options.sources), load_rules(rules_file)
-    for line in account.lines():
-        Console().print(line, markup=False, highlight=False, soft_wrap=True)
-    corpus = prepare(
-        sources,
+    rules = load_rules(rules_file)
+    corpus = prepare_files(
+        options.sources,
         rules,
-        options.tokenizer,
         out,
+        tokenizer=options.tokenizer,
         vocab_size=options.vocab_size,
         workers=options.workers,
         shard_tokens=options.shard_tokens,
@@ -110,15 +108,32 @@ def prepare_files(
     tokenizer: str | Path = TRAIN,
     vocab_size: int = 4096,
     workers: int = 0,
+    shard_tokens: int = SHARD_TOKENS,
     overwrite: bool = False,
+    progress: bool = False,
 ) -> Corpus:
-    """`sgtm prepare` for scripts, without output: files and folders to a corpus in the folder `out`.
+    """Files and folders to a corpus in the folder `out`: `sgtm.prepare`, and what the command calls.
 
-    rules  a rule file, or `Rules`; the other options are those of `prepare`, which raises the errors
+    rules     a rule file, or `Rules`
+    progress  print which files are read, and bars
+    The other options are those of `prepare`, which raises the errors.
     """
-    sources, _ = find_sources([data] if isinstance(data, (str, Path)) else data)
+    sources, account = find_sources([data] if isinstance(data, (str, Path)) else data)
     rules = rules if isinstance(rules, Rules) else load_rules(rules)
-    return prepare(sources, rules, tokenizer, out, vocab_size=vocab_size, workers=workers, overwrite=overwrite)
+    if progress:
+        for line in account.lines():
+            Console().print(line, markup=False, highlight=False, soft_wrap=True)
+    return prepare(
+        sources,
+        rules,
+        tokenizer,
+        out,
+        vocab_size=vocab_size,
+        workers=workers,
+        shard_tokens=shard_tokens,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 def _required(options: PrepareOptions) -> dict[str, tuple[object, str]]:

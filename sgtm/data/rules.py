@@ -20,7 +20,7 @@ import re
 from difflib import SequenceMatcher
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -47,6 +47,8 @@ class Section(BaseModel):
 class Selector(Section):
     """Where a value comes from: exactly one of the keys."""
 
+    KEY: ClassVar[str]
+    """Of a rule file."""
     field: str | None = None
     """Field of the record; `a.b` goes into nested ones."""
     constant: str | None = None
@@ -65,9 +67,9 @@ class Selector(Section):
     @model_validator(mode="after")
     def _one(self):
         choices = [name for name in type(self).model_fields if not name.startswith("by")]
-        given = [name for name in choices if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"needs exactly one of {', '.join(choices)}, got {', '.join(given) or 'none'}")
+        chosen = [name for name in choices if getattr(self, name) is not None]
+        if len(chosen) != 1:
+            raise ValueError(f"needs exactly one of {', '.join(choices)}, got {', '.join(chosen) or 'none'}")
         if self.path is not None:
             try:
                 groups = re.compile(self.path).groups
@@ -85,11 +87,12 @@ class Selector(Section):
         assert self.path is not None  # the last of the keys, of which one is set
         matches = re.findall(self.path, path)
         if not matches:
-            raise ValueError(f"{where}: the rules look for {self.path!r} in the path {path!r}, which does not match")
-        return checked(matches[-1], f"what {self.path!r} finds in the path", where)
+            raise ValueError(f"{where}: {self.KEY}.path {self.path!r} does not match the file's path {path!r}")
+        return checked(matches[-1], f"the match of {self.KEY}.path {self.path!r}", where)
 
 
 class CategorySelector(Selector):
+    KEY = "category"
     any_of: str | None = None
     """Field with several categories in a list: the one that is first in `labels` counts."""
 
@@ -108,11 +111,12 @@ def _split_meant(name: str) -> str | None:
 def _checked_split(name: str, where: str) -> str:
     """Returns the name of a split. Raises ValueError where it looks like a misspelled `train` or `test`."""
     if known := _split_meant(name):
-        raise ValueError(f"{where}: split {name!r} is read by nothing; did you mean {known}?")
+        raise ValueError(f"{where}: training reads the splits train and test, not {name!r}; did you mean {known}?")
     return name
 
 
 class SplitSelector(Selector):
+    KEY = "split"
     hash: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = None
     """Share of each split, drawn by a hash; what is left is `train`."""
     by: str | None = None
@@ -182,7 +186,7 @@ class Document(NamedTuple):
 def _known_label(label: Any) -> str:
     if isinstance(label, str) and (label in LABELS or re.fullmatch(r"forget:(?! )[^:,]+(?<! )", label)):
         if (domain := label.removeprefix("forget:")) != label and domain in RESERVED:
-            raise ValueError(f"found {label!r}, but a domain is named none of {', '.join(RESERVED)}")
+            raise ValueError(f"found {label!r}, but these names are reserved: {', '.join(RESERVED)}; rename the domain")
         return label
     near = re.fullmatch(r"(?i)forget[\s:_-]+([^:,]+?)\s*", str(label))
     slip = f" (did you mean forget:{near[1]}?)" if near else did_you_mean(str(label), LABELS)
@@ -224,7 +228,7 @@ class Rules(Section):
     @classmethod
     def _some_kept(cls, labels: dict[str, str]) -> dict[str, str]:
         if set(labels.values()) == {DROP}:
-            raise ValueError("every category is dropped")
+            raise ValueError("every category is dropped; label one as retain, unlabeled or forget:<domain>")
         return labels
 
     @property
@@ -281,8 +285,8 @@ class Rules(Section):
     def _label(self, category: str, where: str) -> str:
         if category not in self.labels:
             raise ValueError(
-                f"{where}: unknown category {category!r}{did_you_mean(category, self.labels)}; the rules know "
-                f"{', '.join(self.labels)} (add it to labels, with drop to leave it out)"
+                f"{where}: unknown category {category!r}{did_you_mean(category, self.labels)}; labels has "
+                f"{', '.join(self.labels)}; add it there, or map it to drop"
             )
         return self.labels[category]
 
@@ -333,11 +337,10 @@ def checked(text: str, what: str, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        flaw, instead = f"half a surrogate pair (\\u{code:04x})", "write both halves or take it out"
-        if 0xDC80 <= code <= 0xDCFF:  # also how Python reads such a byte of a file's name
-            flaw = f"the byte 0x{code - 0xDC00:02x}, not UTF-8, or {flaw}"
-            instead = f"rename the file, or {instead}"
-        raise ValueError(f"{where}: {what} has {flaw} at character {error.start}; {instead}") from None
+        flaw, remedy = f"half a surrogate pair (\\u{code:04x})", "write both halves, or remove it"
+        if 0xDC80 <= code <= 0xDCFF and f"\\x{code - 0xDC00:02x}" in where:  # Python reads such a byte of a name so
+            flaw, remedy = f"the byte 0x{code - 0xDC00:02x}, which is not UTF-8,", "rename the file or folder"
+        raise ValueError(f"{where}: {what} has {flaw} at character {error.start}; {remedy}") from None
     return text
 
 
@@ -382,7 +385,7 @@ def load_rules(path: str | Path) -> Rules:
     try:
         json.dumps(content, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{path}: a text in it has half a surrogate pair") from None
+        raise ValueError(f"{path}: half a surrogate pair in a text; write both halves, or remove it") from None
     if not isinstance(content := {} if content is None else content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, not a mapping of keys such as `labels:`")
     try:

@@ -198,17 +198,15 @@ def read_manifest(path: Path) -> Manifest:
     """The manifest of a corpus; no other file of it is read. Raises ValueError as `Corpus.open`."""
     if path.is_file():
         raise ValueError(
-            f"{path} is a file, and data.path names the folder that `sgtm prepare` makes of it: "
-            f"sgtm prepare {path} --rules FILE --out FOLDER"
+            f"data.path {path} is a file; it takes a folder written by: sgtm prepare {path} --rules FILE --out FOLDER"
         )
     if not path.is_dir():
         raise ValueError(f"no corpus at {path}: the folder does not exist; write it with `sgtm prepare`")
     if not (path / MANIFEST).is_file():
         if (path / LOCK).exists():
             raise ValueError(
-                f"the corpus {path} is not finished: `sgtm prepare` was interrupted or ended with an error. Run the "
-                f"same command again; it goes on where it stopped, or says what is wrong: "
-                f"sgtm prepare DATA... --rules FILE --out {path}"
+                f"the corpus {path} is not finished: `sgtm prepare` was interrupted or ended with an error; run the "
+                f"same command again to resume: sgtm prepare DATA... --rules FILE --out {path}"
             )
         raise ValueError(
             f"{path} is not a corpus (no {MANIFEST} in it); `sgtm prepare DATA... --rules FILE --out FOLDER` makes one"
@@ -230,10 +228,10 @@ def _check_file(path: Path, stored: StoredFile, verify: str) -> None:
         raise ValueError(f"{path} is missing; prepare the corpus again")
     size = path.stat().st_size
     if size != stored.bytes:
-        raise ValueError(f"{path} has {size} bytes, the manifest says {stored.bytes}; copy or prepare the corpus again")
+        raise ValueError(f"{path} has {size} bytes instead of {stored.bytes}; copy or prepare the corpus again")
     if verify == "hashes" and (digest := sha256_of(path)) != stored.sha256:
         raise ValueError(
-            f"{path} was changed: its SHA-256 is {digest[:16]}..., the manifest says {stored.sha256[:16]}...; "
+            f"{path} was changed: its SHA-256 is {digest[:16]}... instead of {stored.sha256[:16]}...; "
             f"copy or prepare the corpus again"
         )
 

@@ -19,7 +19,7 @@ from sgtm.data.stories.grammar import Dice, Teller
 from sgtm.data.stories.languages import language
 
 EDITION = 1
-"""Counts changes of the grammar: a corpus of another edition is written anew."""
+"""Counts changes of the grammar: a corpus of another edition is written again."""
 Code = Literal["en", "es"]
 LANGUAGES: tuple[Code, ...] = ("en", "es")
 RULES = Rules.model_validate({"split": {"field": "split"}, "labels": {"en": "retain", "es": "forget:es"}})

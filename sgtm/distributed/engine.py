@@ -14,7 +14,7 @@ ranks:
   whatever the losses are: one owns the retain group and all joint parameters, each domain its group;
 
 A step has one reduction of its own, of the gradient's norm and the stop flag, and reads the device once, for both
-(sgtm/distributed/agreement.py); AdamW clips (takeover.py has what that replaces in DeepSpeed).
+(sgtm/distributed/gradient_norm.py); AdamW clips (takeover.py has what that replaces in DeepSpeed).
 
 ZeRO 0 in bf16: DeepSpeed's own accumulates and reduces gradients in bf16, so that contributions of late micro-batches
 are lost. That combination runs as its bf16 optimizer with fp32 gradients instead, which DeepSpeed files under ZeRO 1:
@@ -57,9 +57,9 @@ import torch.distributed as dist
 from deepspeed.utils import set_z3_leaf_module
 
 from sgtm.config.schema import Config, DistributedConfig
-from sgtm.distributed.agree import on_every_rank
-from sgtm.distributed.agreement import Agreement
 from sgtm.distributed.env import device_type, kernel_backend
+from sgtm.distributed.gradient_norm import GradientNorm
+from sgtm.distributed.on_ranks import on_every_rank
 from sgtm.distributed.optim import SegmentedAdamW
 from sgtm.distributed.process_group import outlast_watchdog
 from sgtm.distributed.segments import Fragment, check_cover, fragments, full_numel, segment_tables
@@ -165,9 +165,9 @@ class Engine:
         replace(self._deepspeed, "checkpoint_engine", self._writer)
         self.device = torch.device(self._deepspeed.device)
         by_owner = config.optimizer.grad_clip_scope == "owner"
-        self._agreement = Agreement(self.device, self.world_size, len(config.space.groups) if by_owner else 1)
+        self._norm = GradientNorm(self.device, self.world_size, len(config.space.groups) if by_owner else 1)
         self._takeover = Takeover(
-            self._deepspeed, self._agreement, BUCKET, self._set_factors, self.optimizer.cut if by_owner else None
+            self._deepspeed, self._norm, BUCKET, self._set_factors, self.optimizer.cut if by_owner else None
         )
         self._fragments = fragments(self._deepspeed.optimizer, parameters)
         replicas = self.world_size if self._plain else 1
@@ -227,7 +227,7 @@ class Engine:
         # Multiplied by 1 too: a hook of DeepSpeed on the forward's own output divides by the accumulation whatever
         # `scale_wrt_gas` says, unless the loss is a tensor computed from it (0.19.8).
         finite = loss.detach().isfinite()
-        factor = torch.where(finite if len(self._agreement.norms) == 1 else torch.ones_like(finite), divisor, math.nan)
+        factor = torch.where(finite if len(self._norm.norms) == 1 else torch.ones_like(finite), divisor, math.nan)
         self._deepspeed.backward(loss * factor, scale_wrt_gas=False)
         self.losses = [*(self.losses if self._micro_batches else []), loss.detach()]
         self._micro_batches += 1
@@ -255,7 +255,7 @@ class Engine:
 
     def _set_factors(self) -> float:
         """Factors of the coming update by owner; the norm, or infinity if there is none that can be updated."""
-        limit, norms = self.config.optimizer.grad_clip, self._agreement.norms
+        limit, norms = self.config.optimizer.grad_clip, self._norm.norms
         self.optimizer.factors = [
             (float(np.float32(min(1.0, limit / (norm + 1e-6)))) if limit else 1.0) if math.isfinite(norm) else None
             for norm in norms
@@ -269,12 +269,12 @@ class Engine:
         With `grad_clip_scope: owner`: whether the gradients of all owners were, whatever the losses are; those whose
         gradients were not are unchanged.
         """
-        return self._agreement.finite
+        return self._norm.finite
 
     @property
     def skipped(self) -> tuple[str, ...]:
         """Groups whose update the last step skipped; `retain` stands for the joint parameters too."""
-        groups, norms = self.config.space.groups, self._agreement.norms
+        groups, norms = self.config.space.groups, self._norm.norms
         if len(norms) == 1:
             return () if self.finite else groups
         return tuple(group for group, norm in zip(groups, norms, strict=True) if not math.isfinite(norm))
@@ -282,15 +282,15 @@ class Engine:
     @property
     def stopping(self) -> bool:
         """Whether the stop flag was set on any rank when the last step's gradient was complete; the same on all."""
-        return self._agreement.stopping
+        return self._norm.stopping
 
     def stop_if(self, flag: Callable[[], bool]) -> None:
         """Read this rank's stop flag in every step. It travels in a reduction that the step has in any case."""
-        self._agreement.stop = flag
+        self._norm.stop = flag
 
     def grad_norm(self) -> float:
         """Global L2 norm of the last step's gradient, before clipping; infinite where that was not finite."""
-        return self._agreement.norm
+        return self._norm.norm
 
     def clip_factor(self) -> torch.Tensor:
         """What the last step's gradient was multiplied by to be clipped: fp32 scalar up to 1 in the host's memory.

@@ -38,7 +38,7 @@ def set_defaults(cuda: bool) -> None:
 
 
 def device_type() -> str:
-    """`cuda` or `cpu`: what DS_ACCELERATOR says, else whether there is a GPU."""
+    """`cuda` or `cpu`: DS_ACCELERATOR, else whether there is a GPU."""
     return os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -70,8 +70,8 @@ def cpu_threads(rank_info: RankInfo) -> int | None:
     container's quota leaves are divided between the ranks here. A user's own OMP_NUM_THREADS stands: any of one
     process, above 1 of several.
     """
-    given = os.environ.get("OMP_NUM_THREADS")
-    if given is not None and (rank_info.local_world_size == 1 or given != "1"):
+    setting = os.environ.get("OMP_NUM_THREADS")
+    if setting is not None and (rank_info.local_world_size == 1 or setting != "1"):
         return None
     threads = max(1, usable_cores() // rank_info.local_world_size)
     return threads if rank_info.local_world_size > 1 or threads < torch.get_num_threads() else None

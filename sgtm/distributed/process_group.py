@@ -73,7 +73,7 @@ def _meet(rank_info: RankInfo, backend: str, timeout: timedelta) -> None:
         raise ConnectionError(
             f"the ranks did not meet at MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT "
             f"{os.environ['MASTER_PORT']} within distributed.timeout_minutes {timeout.total_seconds() / 60:g}: rank "
-            f"{rank_info.rank} of {rank_info.world_size} says {str(error).splitlines()[0]}"
+            f"{rank_info.rank} of {rank_info.world_size}: {str(error).splitlines()[0]}"
         ) from None
 
 
@@ -81,7 +81,7 @@ def outlast_watchdog(distributed: DistributedConfig) -> None:
     """Let collectives wait until the watchdog ends the run: it prints more, and does not count a suspension.
 
     Where the caller has made the group there is none, and they wait for `distributed.timeout_minutes` and one more.
-    DeepSpeed's groups have torch's own timeouts: 10 minutes with NCCL, whatever the config says.
+    DeepSpeed's groups have torch's own timeouts: 10 minutes with NCCL, whatever is in the config.
     """
     timeout = FOREVER if watchdog.started() else timedelta(minutes=distributed.timeout_minutes + 1)
     for group in list(dist.distributed_c10d._world.pg_map):

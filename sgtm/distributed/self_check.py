@@ -16,13 +16,13 @@ import torch
 
 from sgtm.config import Config
 from sgtm.data.random_data import label_pieces, random_batch
-from sgtm.distributed.agree import on_every_rank
 from sgtm.distributed.env import DTYPES, device_type, kernel_backend
+from sgtm.distributed.on_ranks import on_every_rank
 from sgtm.masking.partition import LayerPartition
 from sgtm.masking.strategy import removal_tables
 from sgtm.model.transformer import Block, Transformer
 from sgtm_kernels import dispatch
-from sgtm_kernels.selfcheck import Call, Passed, check, recorded
+from sgtm_kernels.selfcheck import Call, Passed, check, record_op_calls
 
 SEQUENCES, TOKENS, LABELS = 4, 160, 4  # of the small batches, at most; the labels of further domains are masked alike
 WIDEST = 512  # window that sequences are made longer for
@@ -42,7 +42,7 @@ def check_kernels(config: Config, run: Callable[[Callable], list] = on_every_ran
         problems |= {op: problem for op, problem in of_rank.items() if problem is not None}
     if problems and dispatch.named(config.kernels.backend):
         raise ValueError(
-            f"kernel backend {backend!r} was asked for, but on this device it fails its self-check:\n  "
+            f"kernel backend {backend!r} was requested, but on this device it fails its self-check:\n  "
             + "\n  ".join(problems.values())
             + "\nkernels.backend auto takes PyTorch for these ops alone, torch for all"
         )
@@ -92,7 +92,7 @@ def calls_of(config: Config, device: torch.device) -> list[Call]:
         if block.dim() == 2:
             torch.nn.init.normal_(block, std=config.model.init_std)
     model.to(DTYPES[config.train.precision])
-    with recorded() as calls:
+    with record_op_calls() as calls:
         for i, labels in enumerate(label_pieces(small, min(len(config.tables.labels), LABELS))):
             batch = random_batch(small, labels, i)
             model(*batch.on(device, config.tables), 1.0 / batch.targets.numel())

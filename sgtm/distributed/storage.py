@@ -1,7 +1,7 @@
 """The files of a checkpoint, as DeepSpeed lays them out, read without it: any stage, any number of ranks.
 
 Every stage cuts the flattened parameters differently. What the files hold is found by parameter and element range
-(`Stored.read`), so a run goes on in another stage and on another number of ranks without a conversion: each rank reads
+(`Stored.read`), so a run resumes in another stage and on another number of ranks without a conversion: each rank reads
 what it owns now. DeepSpeed's own loaders do not cross from ZeRO 3 to 1 or 2, and know no checkpoint of ZeRO 0.
 `sgtm/distributed/universal.py` writes the same as DeepSpeed's universal checkpoint. Tests: tests/dist/test_storage.py.
 """

@@ -1,7 +1,7 @@
 """Replaced parts of DeepSpeed's optimizers (0.19): gradient reduction, the gradient norm, and clipping.
 
 Each of its optimizers reduces, checks for overflow and clips in its own way, and reads the device for each. Here all
-take the norm from sgtm/distributed/agreement.py, and AdamW clips by a factor while it reads the gradient, not in a
+take the norm from sgtm/distributed/gradient_norm.py, and AdamW clips by a factor while it reads the gradient, not in a
 separate pass.
 
     ZeRO 0 in fp32     plain data parallelism: the stop flag is one more element of the gradients' all-reduce
@@ -26,7 +26,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import all_gather_dp_groups
 
-from sgtm.distributed.agreement import Agreement
+from sgtm.distributed.gradient_norm import GradientNorm
 
 Cut = Callable[[torch.Tensor, list[torch.Tensor]], Iterable[tuple[torch.Tensor, int]]]
 
@@ -34,16 +34,18 @@ Cut = Callable[[torch.Tensor, list[torch.Tensor]], Iterable[tuple[torch.Tensor, 
 class Takeover:
     """The parts of one DeepSpeed engine that are replaced.
 
-    agreed  called in every step when the norms are known, before the optimizer's step; returns the norm for DeepSpeed,
+    on_norm  called in every step when the norms are known, before the optimizer's step; returns the norm for DeepSpeed,
             infinite if the step is to be skipped
-    cut     cuts the gradient of one of the optimizer's tensors, given in consecutive pieces, into pieces of one owner
+    cut      cuts the gradient of one of the optimizer's tensors, given in consecutive pieces, into pieces of one owner
             each, and returns them with their owners; None: one owns all
     """
 
-    def __init__(self, engine, agreement: Agreement, bucket: int, agreed: Callable[[], float], cut: Cut | None = None):
-        self.engine, self.agreement, self.bucket, self.agreed, self.cut = engine, agreement, bucket, agreed, cut
-        self.optimizer = engine.optimizer
-        self.flags = torch.zeros(1, device=agreement.device)
+    def __init__(
+        self, engine, gradient_norm: GradientNorm, bucket: int, on_norm: Callable[[], float], cut: Cut | None = None
+    ):
+        self.engine, self.optimizer, self.bucket, self.cut = engine, engine.optimizer, bucket, cut
+        self.gradient_norm, self.on_norm = gradient_norm, on_norm
+        self.flags = torch.zeros(1, device=gradient_norm.device)
         if isinstance(self.optimizer, BF16_Optimizer):
             replace(engine, "buffered_allreduce_fallback", self.reduce_scatter)
             replace(self.optimizer, "step", self.step)
@@ -55,7 +57,7 @@ class Takeover:
             replace(self.optimizer, "check_overflow", nothing)
             replace(self.optimizer, "scaled_global_norm", self.norm)
             replace(self.optimizer, "update_offload_overflow_tracker", nothing)
-            replace(self.optimizer, "allreduce_bucket", self.recorded())
+            replace(self.optimizer, "allreduce_bucket", self.stream_safe_reduction())
             replace(self.optimizer, "allreduce_and_copy", self.reduce_to_owner)
             replace(self.optimizer, "independent_gradient_partition_epilogue", self.epilogue())
         else:
@@ -68,27 +70,27 @@ class Takeover:
         if by_parameter is None:
             sharded = hasattr(zero, "fp32_partitioned_groups_flat")
             tensors = zero.fp32_partitioned_groups_flat if sharded else zero.single_partition_of_fp32_groups
-            self.reach((tensors[group], pieces) for group, pieces in zero.averaged_gradients.items())
+            self.reduce_norms((tensors[group], pieces) for group, pieces in zero.averaged_gradients.items())
         else:
-            device = self.agreement.device
+            device = self.gradient_norm.device
             norms = [norm.to(device) for norm in by_parameter.values()] or [torch.zeros((), device=device)]
-            self.agreement.reach_by(torch.stack(norms))
-        return self.agreed()
+            self.gradient_norm.reduce_norms(torch.stack(norms))
+        return self.on_norm()
 
     def plain_norm(self) -> float:
         """Of gradients that every rank has whole: ZeRO 0 in fp32."""
-        self.reach(((p, [p.grad]) for p in self.engine.module.parameters() if p.grad is not None), self.flags)
-        return self.agreed()
+        self.reduce_norms(((p, [p.grad]) for p in self.engine.module.parameters() if p.grad is not None), self.flags)
+        return self.on_norm()
 
-    def reach(
+    def reduce_norms(
         self, gradients: Iterable[tuple[torch.Tensor, list[torch.Tensor]]], flags: torch.Tensor | None = None
     ) -> None:
         """Agree on the norms of these gradients: tensors of the optimizer, each with its gradient in pieces."""
         if self.cut is None:
-            self.agreement.reach([piece for _, pieces in gradients for piece in pieces], flags)
+            self.gradient_norm.reduce([piece for _, pieces in gradients for piece in pieces], flags)
             return
         cut = [pair for tensor, pieces in gradients for pair in self.cut(tensor, pieces)]
-        self.agreement.reach([piece for piece, _ in cut], flags, [owner for _, owner in cut])
+        self.gradient_norm.reduce([piece for piece, _ in cut], flags, [owner for _, owner in cut])
 
     def gradients(self) -> Callable:
         """What plain data parallelism reduces, and the stop flag."""
@@ -96,7 +98,7 @@ class Takeover:
 
         def with_flag():
             gradients, experts = inner()
-            self.flags = self.agreement.flag()
+            self.flags = self.gradient_norm.flag()
             return [*gradients, self.flags], experts
 
         return with_flag
@@ -104,7 +106,7 @@ class Takeover:
     def reduce_scatter(self, grads=None, elements_per_buffer=None) -> None:
         """Of the bf16 optimizer: the sum of each share on its rank, in place. What else the gradient holds is stale."""
         flats, shares = self.optimizer.fp32_groups_gradients_flat, self.optimizer.fp32_groups_gradient_flat_partition
-        ranks = self.agreement.ranks
+        ranks = self.gradient_norm.ranks
         for flat, share in zip(flats, shares, strict=True) if ranks > 1 else ():
             if self.engine.communication_data_type == flat.dtype:
                 dist.reduce_scatter_tensor(share, flat)
@@ -140,8 +142,8 @@ class Takeover:
         """Of the bf16 optimizer, as BF16_Optimizer.step but for the norm and the clipping."""
         bf16 = self.optimizer
         gradients = zip(bf16.fp32_groups_flat_partition, bf16.fp32_groups_gradient_flat_partition, strict=True)
-        self.reach((weights, [gradient]) for weights, gradient in gradients)
-        norm = self.agreed()
+        self.reduce_norms((weights, [gradient]) for weights, gradient in gradients)
+        norm = self.on_norm()
         bf16._global_grad_norm, bf16.overflow = norm, not math.isfinite(norm)
         if not bf16.overflow:
             for weights, gradient in zip(
@@ -170,7 +172,7 @@ class Takeover:
             allgather_bucket_size=bf16.allgather_bucket_size,
         )
 
-    def recorded(self) -> Callable:
+    def stream_safe_reduction(self) -> Callable:
         """The reductions of ZeRO 1 and 2, with the gradients kept while the other stream of `overlap_comm` reads them:
         DeepSpeed frees at once what another rank owns."""
         zero, inner = self.optimizer, self.optimizer.allreduce_bucket

@@ -1,9 +1,10 @@
-"""A thread in every rank that knows who is alive and how far: a run that hangs or loses a rank says so and ends.
+"""Reports a rank that hangs or dies, then ends the run.
 
-Each second it writes where its rank is to the store of the process group, and reads there whether the run is ending. It
-takes no part in collectives and asks the device nothing, so it works while the main thread waits in one. The run ends
-where a rank has not moved for `distributed.timeout_minutes` (every rank that is alive says where it waits, and where
-the others are) and where one has died (its own error comes first; each other says in one line whom it has lost).
+A thread in every rank writes the rank's phase and step to the store of the process group each second, and reads there
+whether the run is ending. It takes no part in collectives and does not use the device, so it works while the main
+thread waits in one. The run ends when a rank has not moved for `distributed.timeout_minutes` (every rank that is alive
+prints where it waits and where the others are) or has died (its own error comes first; each other rank prints one line
+that names it).
 
 Time is counted in beats of this thread, not by the wall clock: a job that was suspended continues when it is woken.
 """
@@ -31,10 +32,10 @@ import torch.distributed as dist
 from sgtm.distributed.guard import Guard
 
 BEAT = 1.0  # seconds
-LISTEN = 3 * BEAT  # who has not been heard for so long is gone, or stopped
+LISTEN = 3 * BEAT  # a rank without a new beat for so long is dead or stopped
 GONE, LEFT, END = "gone", "left", "end"
-NO_STORE = "the store of the run does not answer: rank 0 or its launcher has ended, or the network"
-PATIENCE = 10 * LISTEN  # with a call to the store that does not return, beyond the limit
+NO_STORE = "the store of the run does not answer: rank 0 or its launcher has ended, or the network is down"
+PATIENCE = 10 * LISTEN  # for a store that fails, or, beyond the limit, for a call to it that does not return
 
 _watchdog: Watchdog | None = None
 
@@ -65,7 +66,7 @@ class Note(TypedDict):
 
 
 def enter(phase: str | None, step: int | None = None) -> None:
-    """The main thread says what it does now, from 1 counted; None: nothing that others wait for."""
+    """Set the phase of the main thread, and the step, counted from 1. Phase None: nothing that other ranks wait for."""
     if _watchdog is not None:
         _watchdog.place = (phase, _watchdog.place[1] if step is None else step)
 
@@ -81,7 +82,7 @@ def started() -> bool:
 
 
 def leave(status: int) -> None:
-    """This rank ends now; the others learn whether as it should."""
+    """End the watch of this rank. A status other than 0 ends the run."""
     if _watchdog is not None:
         _watchdog.leave(status)
 
@@ -92,14 +93,15 @@ class Watchdog:
     def __init__(self, store: dist.Store, rank: int, world_size: int, limit: float):
         self.store, self.rank, self.world_size, self.limit = store, rank, world_size, limit
         self.place: tuple[str | None, int] = ("start", 0)
-        self.waited = self.deaf = 0.0
+        self.waited = 0.0
+        self.failing = 0.0  # seconds since the store last worked
         self.beats = 0
-        self.speaking, self.stopped = threading.Lock(), threading.Event()
+        self.exiting, self.stopped = threading.Lock(), threading.Event()
         self.me: Process = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
         self.previous, sys.excepthook = sys.excepthook, self._excepthook
         faulthandler.enable()  # a crash in C shows its stack
         self.neighbours: dict[int, State] | None = None
-        self.silence = 0.0  # seconds since the store last answered, or refused to
+        self.silence = 0.0  # seconds since a call to the store last returned, with an error or without
         self.outside = Guard(limit + 60)  # should all threads be held up, by C code that keeps the interpreter
         self.thread = threading.Thread(target=self._watch, name="sgtm-watchdog", daemon=True)
         self.thread.start()
@@ -109,10 +111,10 @@ class Watchdog:
         if self.stopped.is_set():
             return
         if status:
-            with suppress(RuntimeError):  # nobody is left to tell
+            with suppress(RuntimeError):  # the store is gone, and the run with it
                 self._end_run(GONE, self.rank, f"ended with exit status {status}")
         self.stopped.set()
-        self.thread.join(LISTEN)  # its last beat must not take back the word, and the interpreter must outlive it
+        self.thread.join(LISTEN)  # its last beat must not overwrite LEFT, and the interpreter must outlive it
         with suppress(RuntimeError):
             self.store.set(str(self.rank), LEFT)
         self.outside.leave()
@@ -129,21 +131,21 @@ class Watchdog:
             self.outside.beat()
             try:
                 self._beat()
-                self.deaf = 0.0
+                self.failing = 0.0
                 if place[0] is None:  # this rank has done its part
                     continue
                 if note is None:
                     note, listened = self._note() or self._dead_neighbour() or self._stuck(), 0.0
-                    before = self._heard() if note else {}
+                    before = self._states() if note else {}
                 listened += passed
                 if note and listened > LISTEN:
                     self._end(note, before)
             except RuntimeError:
-                self.deaf += passed
+                self.failing += passed
                 if place[0] is not None:
-                    if self.neighbours is not None and self.deaf > LISTEN:  # the system still shows who has died
+                    if self.neighbours is not None and self.failing > LISTEN:  # the system still shows who has died
                         note = note or self._dead_neighbour()
-                    if note or self.deaf > PATIENCE:
+                    if note or self.failing > PATIENCE:
                         self._end(note or {"kind": GONE, "rank": None, "text": NO_STORE}, None)
                 with suppress(RuntimeError):
                     self.store = _clone(self.store)
@@ -156,7 +158,7 @@ class Watchdog:
             passed, last = min(now - last, 5 * BEAT), now
             self.silence = self.silence + passed if self.place[0] is not None else 0.0
             if self.silence > self.limit + PATIENCE:
-                self._say(self._lost({"kind": GONE, "rank": None, "text": NO_STORE}))
+                self._exit_with(self._lost({"kind": GONE, "rank": None, "text": NO_STORE}))
 
     def _beat(self) -> None:
         self.beats += 1
@@ -165,19 +167,19 @@ class Watchdog:
         self.store.set(str(self.rank), json.dumps(state))
 
     def _note(self) -> Note | None:
-        """Why the run ends, once any rank knows."""
+        """Why the run ends; None while it does not."""
         return json.loads(self.store.get(END)) if self.store.check([END]) else None
 
     def _end_run(self, kind: str, rank: int | None, text: str) -> Note:
-        """Tell all ranks why the run ends; the first word stands."""
+        """Write why the run ends, for all ranks; the first note wins."""
         note = json.dumps({"kind": kind, "rank": rank, "text": text})
         return json.loads(self.store.compare_set(END, "", note))
 
     def _stuck(self) -> Note | None:
         return self._end_run(END, self.rank, "the run hangs") if self.waited > self.limit else None
 
-    def _heard(self) -> dict[int, State | None]:
-        """The last beat of each rank; without those that have ended well. None: no beat yet."""
+    def _states(self) -> dict[int, State | None]:
+        """The last beat of each rank that has not left. None: no beat yet."""
         texts = {r: self.store.get(str(r)) if self.store.check([str(r)]) else b"null" for r in range(self.world_size)}
         return {rank: json.loads(text) for rank, text in texts.items() if text != LEFT.encode()}
 
@@ -186,7 +188,7 @@ class Watchdog:
         if self.neighbours is None:
             if not self.store.check([str(rank) for rank in range(self.world_size)]):
                 return None
-            others = {rank: state for rank, state in self._heard().items() if state and rank != self.rank}
+            others = {rank: state for rank, state in self._states().items() if state and rank != self.rank}
             self.neighbours = {r: state for r, state in others.items() if state["machine"] == self.me["machine"]}
             return None
         for rank, state in self.neighbours.items():
@@ -201,18 +203,18 @@ class Watchdog:
         return None
 
     def _excepthook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """Of a rank that has lost another, one line; of any other error, its traceback, before the others learn it."""
+        """Print one line where this rank has lost another; else the traceback, before the others read the note."""
         if not _connection_lost(error):
             self.previous(kind, error, trace)
             first = (str(error).splitlines() or [""])[0]
             with suppress(RuntimeError):
                 self._end_run(GONE, self.rank, f"{kind.__name__}: {first}")
             return
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of the launcher, which has noticed too
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher sends it to all that are left
         note: Note | None = None
         until = time.monotonic() + LISTEN
         try:
-            before = self._heard()
+            before = self._states()
             while note is None and time.monotonic() < until:
                 note = self._note() or self._dead_neighbour()
                 time.sleep(BEAT / 50)
@@ -224,29 +226,29 @@ class Watchdog:
             time.sleep(BEAT)
             note = self._dead_neighbour() or {"kind": GONE, "rank": None, "text": NO_STORE}
         if note["kind"] == END:
-            time.sleep(4 * LISTEN)  # the diagnosis is being made, and ends this process
-        self._say(self._lost(note))
+            time.sleep(4 * LISTEN)  # the watchdog thread prints the diagnosis and ends this process
+        self._exit_with(self._lost(note))
 
     def _end(self, note: Note, before: dict[int, State | None] | None) -> NoReturn:
-        """The end of this rank where its main thread does not come to it; before: what was heard some beats ago."""
+        """End this rank from the watchdog thread; before: states some beats ago."""
         if note["kind"] == GONE or before is None:
-            self._say(self._lost(note))
+            self._exit_with(self._lost(note))
         silent = self._silent(before)
-        self._say(self._diagnosis(silent), silent)
+        self._exit_with(self._diagnosis(silent), silent)
 
     def _lost(self, note: Note) -> str:
         who = "another rank" if note["rank"] is None else f"rank {note['rank']}"
         return f"error: rank {self.rank}: lost {who}: {note['text']}"
 
     def _silent(self, before: dict[int, State | None]) -> list[int]:
-        return [rank for rank, state in self._heard().items() if state == before.get(rank) and rank != self.rank]
+        return [rank for rank, state in self._states().items() if state == before.get(rank) and rank != self.rank]
 
     def _wake(self, silent: list[int]) -> None:
         """End the silent ranks of this machine, each with its stack: a launcher waits long for one that is stopped."""
         neighbours = self.neighbours or {}
-        here = {self.rank, *neighbours}
-        if self.rank == min(here - set(silent)):
-            for rank in here & set(silent):
+        on_host = {self.rank, *neighbours}
+        if self.rank == min(on_host - set(silent)):
+            for rank in on_host & set(silent):
                 with suppress(ProcessLookupError):
                     os.write(2, f"rank {self.rank} ends rank {rank}, which was here:\n".encode())
                     os.kill(neighbours[rank]["pid"], signal.SIGABRT)
@@ -254,9 +256,9 @@ class Watchdog:
                     time.sleep(BEAT / 4)  # one stack after the other
 
     def _diagnosis(self, silent: list[int]) -> str:
-        """What every rank says of a run that hangs."""
+        """The text that every rank prints when the run hangs."""
         where: dict[str, list[int]] = {}
-        for rank, state in self._heard().items():
+        for rank, state in self._states().items():
             if rank != self.rank:
                 text = f"step {state['step']}, {state['phase']}" if state else "not started"
                 if state and rank in silent:
@@ -276,11 +278,13 @@ class Watchdog:
             ]
         ).rstrip("\n")
 
-    def _say(self, text: str, silent: list[int] | None = None) -> NoReturn:
-        """The last words of this rank, said by whichever thread comes first; then it ends, where the run hangs after
-        the others have said theirs, which would be another thing once it has ended.
+    def _exit_with(self, text: str, silent: list[int] | None = None) -> NoReturn:
+        """Print the final error once per rank, then exit with status 1.
+
+        silent  ranks without a new beat, where the run hangs: wait until the other ranks have printed theirs, which
+                this exit would change, then end the silent ones of this machine
         """
-        with self.speaking:
+        with self.exiting:
             os.write(2, f"{text}\n".replace("\n  ", f"\n[rank{self.rank}]:   ").encode())
             if silent is not None:
                 time.sleep(LISTEN)
@@ -318,11 +322,11 @@ def _machine() -> str:
 
 
 def _death(pid: int) -> str:
-    """How a process of this machine has ended, as far as the system tells; empty for one that runs."""
+    """How a process of this machine has ended, as far as /proc shows; empty for one that runs."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
-        return "died without a word"
+        return "ended with an unknown exit status"
     if fields[0] not in "ZX":
         return ""
     code = int(fields[49]) if len(fields) > 49 else 0  # exit_code of proc(5), which only its own user may read

@@ -1,4 +1,4 @@
-"""What DeepSpeed writes the files of a checkpoint through, while training goes on.
+"""What DeepSpeed writes the files of a checkpoint through, while training continues.
 
 DeepSpeed hands over a state at a time. It is copied to host memory there and then, and written by a thread: training
 waits for the copy alone. The copies' memory is kept for the next checkpoint, so that a rank never holds more than one

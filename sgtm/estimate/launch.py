@@ -16,7 +16,6 @@ from typing import NamedTuple
 import psutil
 from rich.console import Console
 
-import sgtm
 from sgtm.config.schema import Config
 from sgtm.estimate.speed import Machine
 from sgtm.estimate.stages import arithmetic, check_divides, check_fits, estimate
@@ -24,7 +23,7 @@ from sgtm.estimate.terminal import print_memory
 from sgtm.estimate.units import GB, amount
 from sgtm.words import counted
 
-SCRIPTS = Path(sgtm.__file__).parents[1] / "launch"
+SCRIPTS = Path(__file__).parents[2] / "launch"
 LAUNCHERS = ("local", "torchrun", "deepspeed", "slurm")
 ANOTHER = "(for another: --memory GB)"
 
@@ -47,12 +46,12 @@ class Where(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """What was open in `asked`, decided."""
+    """What was open in `options`, decided."""
 
     launcher: str
     nodes: int
     gpus: int
-    asked: Where
+    options: Where
 
 
 def settle(where: Where) -> Settled:
@@ -129,20 +128,20 @@ def compose(where: Settled, arguments: list[str]) -> tuple[dict[str, str], list[
         return {}, ["sbatch", *shape, "launch/slurm.sbatch", *arguments]
     environment = {"NPROC": gpus}
     if where.launcher == "torchrun":
-        environment = {"NNODES": nodes, "RDZV": str(where.asked.rendezvous), "NPROC": gpus}
-    elif where.asked.hostfile:
-        environment = {"HOSTFILE": str(where.asked.hostfile)}
+        environment = {"NNODES": nodes, "RDZV": str(where.options.rendezvous), "NPROC": gpus}
+    elif where.options.hostfile:
+        environment = {"HOSTFILE": str(where.options.hostfile)}
     return environment, [str(SCRIPTS / f"{where.launcher}.sh"), *arguments]
 
 
-def memory_limit(where: Settled, given: float | None) -> tuple[float, str] | None:
-    """(bytes for one rank, whose they are): as `given` in GB, else of the GPU here, else a share of this machine's.
+def memory_limit(where: Settled, memory: float | None) -> tuple[float, str] | None:
+    """(bytes for one rank, whose they are): `memory` in GB, else that of the GPU here, else a share of this machine's.
 
-    None where nothing was given and nothing here says what the ranks will have: under Slurm, and on several nodes where
-    this one, perhaps a login node, has no GPU.
+    None where there is no `memory` and nothing here says what the ranks will have: under Slurm, and on several nodes
+    where this one, perhaps a login node, has no GPU.
     """
-    if given is not None:
-        return given * GB, "--memory"
+    if memory is not None:
+        return memory * GB, "--memory"
     gpus = _gpus_here()
     if where.launcher == "slurm" or (where.nodes > 1 and not gpus):
         return None

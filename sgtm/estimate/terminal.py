@@ -155,8 +155,8 @@ def _recommendation(config: Config, machine: Machine, rows: list[Row]) -> str:
         except ValueError as error:
             return f"Recommended: no stage as it is. {error}"
     assert choice is not None  # else the config's own stage does not fit
-    asked = config.distributed.zero_stage == choice.stage
-    how = "the config has it" if asked else f"--distributed.zero_stage {choice.stage}"
+    configured = config.distributed.zero_stage == choice.stage
+    how = "the config has it" if configured else f"--distributed.zero_stage {choice.stage}"
     take = f"Recommended: ZeRO {choice.stage} ({how})"
     if not choice.moved:
         return f"{take}: one rank sends nothing, so all stages are as fast."

@@ -21,7 +21,7 @@ GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")  # two names of one function
 
 
 def model_config_from_hf(config: PretrainedConfig) -> ModelConfig:
-    """Shape of a pretrained GPT-Neo or Llama model (or a Mistral one without a sliding window), to go on training it.
+    """Shape of a pretrained GPT-Neo or Llama model (or a Mistral one without a sliding window), to train it further.
 
     Raises ValueError naming the key for whatever our transformer cannot compute. Dropout only shapes training, so it is
     reported and left out.

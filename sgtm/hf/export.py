@@ -31,7 +31,7 @@ from sgtm.files import sha256_of
 from sgtm.hf.config import why_mistral
 from sgtm.hf.weights import to_hf_state
 from sgtm.masking.partition import Partition
-from sgtm.run.checkpoint import MANIFEST, open_run, read_manifest
+from sgtm.run.checkpoint import MANIFEST, check_same_corpus, open_run, read_manifest
 from sgtm.run.unlearned import described, read_unlearned
 
 CONFIG = "config.json"
@@ -50,18 +50,23 @@ def export_run(run: str | Path, remove: Sequence[str], out: str | Path, data: st
 
     Returns `out`, and prints on stderr which step that is, and why the architecture is not the run's where it is not.
 
-    Raises ValueError where there is no run or checkpoint, the checkpoint is damaged, a domain is unknown, the model has
-    no Hugging Face form, `data.path` holds other data than those of the run, or `out` is not empty; then nothing is
-    left behind.
+    Raises ValueError where there is no run or checkpoint, the checkpoint is damaged, a domain is unknown or the run was
+    trained without masks, the model has no Hugging Face form, `data.path` holds another corpus than that of the run, or
+    `out` is not empty; then nothing is left behind.
     """
     run, place = Path(run), Path(out).resolve()
     _remove_leftovers(place)
     if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; export to a new one")
     config, checkpoint = open_run(run, data)
+    if remove and not config.removals[1:]:
+        raise ValueError(
+            f"{run} was trained without masks: no group of it holds {', '.join(remove)}, and nothing can be removed; "
+            f"leave out --remove, or export a run that was trained with masks"
+        )
     with _filled(place) as partial:
         state, hf_config = to_hf_state(consolidate(checkpoint), config.model, config.partition, remove)
-        tokenizer = _save_tokenizer(run, config, read_manifest(checkpoint)["corpus"], hf_config, partial)
+        tokenizer = _save_tokenizer(run, config, read_manifest(checkpoint), hf_config, partial)
         _save_model(state, hf_config, partial)
         record = _record(config, checkpoint, hf_config, sorted(set(remove)), tokenizer) | {
             "unlearned": read_unlearned(run)
@@ -139,10 +144,11 @@ def _save_model(state: dict[str, Tensor], hf_config: PretrainedConfig, folder: P
         (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_tokenizer(run: Path, config: Config, trained_on: str, hf_config: PretrainedConfig, folder: Path) -> bool:
+def _save_tokenizer(run: Path, config: Config, manifest: dict, hf_config: PretrainedConfig, folder: Path) -> bool:
     """Write the corpus's tokenizer, which encodes as `prepare` did, and enter its tokens into the model's config.
 
-    trained_on  fingerprint of the run's corpus; another one's tokenizer would make the model speak gibberish
+    manifest  of the checkpoint, with the fingerprint of the run's corpus: with the tokenizer of another one the model
+              would write gibberish. Raises ValueError for another one.
 
     Text stays text, as in training: no BOS in front, no EOS behind, and the strings of control tokens are spelled out.
     A BOS is not named, because training has seen none.
@@ -155,11 +161,8 @@ def _save_tokenizer(run: Path, config: Config, trained_on: str, hf_config: Pretr
     except (ValueError, OSError) as error:
         log.warning("exported without a tokenizer: %s", error)
         return False
-    if corpus.fingerprint != trained_on:
-        raise ValueError(
-            f"{run} was trained on other data than {corpus.path} holds now: was it prepared again since? "
-            f"Its tokenizer may be another one; put the data back, or move them away to export without a tokenizer"
-        )
+    otherwise = "give its folder with --data.path, or move this one away to export without a tokenizer"
+    check_same_corpus(run, manifest, corpus.path, corpus.fingerprint, otherwise)
     end = tokenizer.id_to_token(corpus.eos_id)
     assert end is not None  # the corpus took the id from this tokenizer
     tokenizer = plain_text(tokenizer, {end, *names.values()})

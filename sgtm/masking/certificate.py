@@ -87,14 +87,14 @@ def obstacle(
     """
     space = conditions.space
     group = space.group_of(domain)
-    given = ["retain", *(f"forget:{d}" for d in space.domains)]
+    trained = ["retain", *(f"forget:{d}" for d in space.domains)]
     if categories is not None:
-        given = [label for name, label in categories.items() if conditions.upsample.get(name) != 0]
+        trained = [label for name, label in categories.items() if conditions.upsample.get(name) != 0]
     without = [i for i in range(len(conditions.partition.layers)) if not conditions.partition.masked(i)]
     if without:
         layers = ", ".join(map(str, without))
         return f"layers {layers} have no groups (masking.masked_layers), so every token trains them"
-    for true in sorted({space.label(name) for name in given}):
+    for true in sorted({space.label(name) for name in trained}):
         for applied in _applied(conditions, true):
             label = space.labels[applied]
             if conditions.tables.active[applied][group] != 0:

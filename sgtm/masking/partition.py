@@ -94,16 +94,11 @@ def build_partition(
         share = {d: p / 100 for d, p in _by_domain(space, percent, "percent").items()}
         forget_heads = {d: max(1, round(kv_heads * s)) * q_per_kv for d, s in share.items()}
         forget_neurons = {d: max(1, round(neurons * s)) for d, s in share.items()}
-    head_lists = _members(space, _by_domain(space, forget_heads, "forget_heads"), heads, "forget_heads")
+    wanted_heads: dict[str, int | list[int]] = _by_domain(space, forget_heads, "forget_heads")
+    head_lists = _members(space, wanted_heads, heads, "forget_heads")
     neuron_lists = _members(space, _by_domain(space, forget_neurons, "forget_neurons"), neurons, "forget_neurons")
-    for domain, members in zip(space.domains, head_lists[1:], strict=True):
-        for kv in {h // q_per_kv for h in members}:
-            whole = set(range(kv * q_per_kv, (kv + 1) * q_per_kv))
-            if not whole <= set(members):
-                raise ValueError(
-                    f"forget_heads of {domain!r} split a KV group: {q_per_kv} query heads share each KV head, so a "
-                    f"group owns them together (heads {sorted(whole)}); got heads {sorted(members)}"
-                )
+    for domain, of_domain in wanted_heads.items():
+        _check_kv_groups(domain, of_domain, q_per_kv)
     head_order = tuple(h for members in head_lists for h in members)
     neuron_order = tuple(n for members in neuron_lists for n in members)
     head_counts = tuple(len(members) for members in head_lists)
@@ -119,6 +114,18 @@ def build_partition(
     if not chosen <= set(range(layers)):
         raise ValueError(f"masked_layers {sorted(chosen)} name a layer outside 0..{layers - 1}")
     return Partition(space.groups, tuple(masked if i in chosen else plain for i in range(layers)), embedding)
+
+
+def _check_kv_groups(domain: str, heads: int | list[int], q_per_kv: int) -> None:
+    """Raises ValueError where a domain would own a part of a KV group."""
+    share = f"forget_heads {domain}: {q_per_kv} query heads share a KV head"
+    if isinstance(heads, int):
+        if heads % q_per_kv:
+            raise ValueError(f"{share}; give a multiple of {q_per_kv} in place of {heads}")
+        return
+    for first in sorted({head - head % q_per_kv for head in heads}):
+        if not set(range(first, first + q_per_kv)) <= set(heads):
+            raise ValueError(f"{share}; list all of {first}-{first + q_per_kv - 1} or none, got {sorted(heads)}")
 
 
 def _by_domain(space: LabelSpace, value: T | dict[str, T], key: str) -> dict[str, T]:

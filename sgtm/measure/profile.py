@@ -20,8 +20,8 @@ from sgtm.data.loader import Loader
 from sgtm.data.open import open_corpus
 from sgtm.data.random_data import RandomCorpus
 from sgtm.data.store import Corpus
-from sgtm.distributed.agree import together
 from sgtm.distributed.env import device_type
+from sgtm.distributed.on_ranks import together
 from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.self_check import check_kernels
 from sgtm.files import write_atomically

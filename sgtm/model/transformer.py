@@ -5,8 +5,8 @@ masked op inside the `forward` of the module that owns it, which is what ZeRO-3'
 [B, S, D] (batch, sequence, hidden size).
 
 The gradients of parameters whose use depends on the labels of a micro-batch are complete at the same moment for all
-labels (`held`). ZeRO 2 and 3 reduce gradients in the order in which they are complete: with another order on another
-rank, the gradients of different parameters would be added up, and no error shows it
+labels (`complete_together`). ZeRO 2 and 3 reduce gradients in the order in which they are complete: with another order
+on another rank, the gradients of different parameters would be added up, and no error shows it
 (tests/unit/test_gradient_order.py).
 """
 
@@ -205,7 +205,7 @@ class Transformer(nn.Module):
         head: torch.Tensor = self._head
         bias: torch.Tensor | None = self.head_bias
         if bias is not None:  # or which of the two is complete first would depend on the labels
-            x, head, bias = held(x, head, bias)
+            x, head, bias = complete_together(x, head, bias)
         by_subset = []
         for subset in subsets(plan, x.device):
             hidden, goals = x, targets
@@ -224,12 +224,12 @@ class Transformer(nn.Module):
         if self.head is None and not captured() and not plan.joint("embedding").slices:
             # No token updates it here: its gradient is the head's alone, and still complete after that of x.
             x = embedding(input_ids, self.embedding.detach(), plan, "embedding", self.backend)
-            x = awaited(x, self.embedding)
+            x = ordered_after(x, self.embedding)
         else:
             x = embedding(input_ids, self.embedding, plan, "embedding", self.backend)
         if self.domain_parts:
             names = [part.name for part in self.domain_parts]
-            x, *parts = held(x, *(getattr(self, name) for name in names))
+            x, *parts = complete_together(x, *(getattr(self, name) for name in names))
             self._parts = dict(zip(names, parts, strict=True))
             x = add_domains(x, self._parts, input_ids, plan)
         if self.position is None:
@@ -325,19 +325,21 @@ def rotary_tables(seq_len: int, head_dim: int, theta: float, device) -> tuple[to
     return angles.cos(), angles.sin()
 
 
-def held(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def complete_together(x: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The same tensors; their gradients are complete at once, when that of the activations x is, and are never None."""
-    return _Held.apply(x, *parameters)
+    return _CompleteTogether.apply(x, *parameters)
 
 
-def awaited(x: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """x, as if it depended on a parameter that gets no gradient by it: the parameter's own is complete after that of x,
-    as it is where x does depend on it.
+def ordered_after(x: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """x; the gradient of the parameter, to which x adds nothing, is complete after that of x, as if x came from it.
+
+    x must need no gradient: none flows on from here.
     """
-    return _Awaited.apply(x, parameter)
+    assert not x.requires_grad
+    return _OrderedAfter.apply(x, parameter)
 
 
-class _Held(torch.autograd.Function):
+class _CompleteTogether(torch.autograd.Function):
     """The same tensors. A gradient that does not arrive is one of zeros, as always in a Function."""
 
     @staticmethod
@@ -349,7 +351,9 @@ class _Held(torch.autograd.Function):
         return gradients
 
 
-class _Awaited(torch.autograd.Function):
+class _OrderedAfter(torch.autograd.Function):
+    """x, with a parameter for its only input in the graph."""
+
     @staticmethod
     def forward(ctx, x, parameter):
         return x.view_as(x)

@@ -33,13 +33,13 @@ def detect_launch(environ: dict[str, str] | None = None) -> RankInfo:
     launcher = _launcher(env)
     if launcher == "none":
         return RankInfo("none")
-    said_by = ("SLURM_STEP_ID",) if launcher == "srun" else (*TORCH_VARIABLES, "TORCHELASTIC_RUN_ID")
+    variables = ("SLURM_STEP_ID",) if launcher == "srun" else (*TORCH_VARIABLES, "TORCHELASTIC_RUN_ID")
     env = _in_torch_names(env)
     missing = [name for name in TORCH_VARIABLES if name not in env]
     if missing:
         raise ValueError(
             f"launched by {launcher}, but {', '.join(missing)} not set; start with torchrun, deepspeed or "
-            f"launch/slurm.sbatch, or unset {', '.join(n for n in said_by if n in env)} to run one process"
+            f"launch/slurm.sbatch, or unset {', '.join(n for n in variables if n in env)} to run one process"
         )
     try:
         rank, size, local = (int(env[name]) for name in TORCH_VARIABLES[:3])
@@ -53,7 +53,7 @@ def detect_launch(environ: dict[str, str] | None = None) -> RankInfo:
 
 
 def on_one_machine() -> bool:
-    """Whether all ranks are on this machine, as far as a launcher says."""
+    """Whether all ranks are on this machine, as far as the environment shows."""
     try:
         rank_info = detect_launch()
     except ValueError:  # a process group that the caller has made
@@ -74,7 +74,7 @@ def rank_and_size(environ: Mapping[str, str] | None = None) -> tuple[str, str]:
 
 
 def _in_torch_names(env: dict[str, str]) -> dict[str, str]:
-    """The variables, and under srun what it says of this process by the names of torch."""
+    """The variables, and under srun its own for this process by the names of torch."""
     if _launcher(env) != "srun":
         return env
     variables = {
@@ -103,7 +103,7 @@ def _slurm_tasks_here(env: dict[str, str]) -> int:
             counts += [int(count)] * int(times.removesuffix(")") or 1)
         return counts[int(node)]
     except (ValueError, IndexError):
-        raise ValueError(f"SLURM_STEP_TASKS_PER_NODE {text!r} says nothing of node SLURM_NODEID {node!r}") from None
+        raise ValueError(f"SLURM_STEP_TASKS_PER_NODE {text!r} has no count for node SLURM_NODEID {node!r}") from None
 
 
 def _launcher(env: dict[str, str]) -> str:

@@ -25,7 +25,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable(go_on: str) -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and Ctrl-C in the block print how to go on and raise `Stopped`.
+    """SIGTERM, SIGUSR1 and Ctrl-C in the block print how to resume and raise `Stopped`.
 
     Python runs the handler of a signal when the main thread is back from C code, which may take minutes, as the
     training of a tokenizer does. So a thread hears of it too: it prints the line at once, and ends the process after

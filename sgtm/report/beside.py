@@ -40,10 +40,12 @@ def compare(run: Path, others: Sequence[Path]) -> Comparison:
     Raises ValueError for runs that cannot be compared, or that were not evaluated.
     """
     config, mine = load_run_config(run), read_record(run)
-    seen = {run.resolve()}
+    seen: set[Path] = set()
     for other in others:
+        if other.resolve() == run.resolve():
+            raise ValueError(f"--baseline {other} is the run itself; give another run")
         if other.resolve() in seen:
-            raise ValueError(f"--baseline {other} is the run itself, or is given twice")
+            raise ValueError(f"--baseline {other} is given twice")
         seen.add(other.resolve())
         check_comparable(run, config, other)
     names, compared = _names(others), Comparison({}, {}, {}, [])

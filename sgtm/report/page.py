@@ -127,12 +127,12 @@ def render(record: Record, exhibits: list[Exhibit], comparison: Comparison | Non
         lstrip_blocks=True,
     )
     environment.filters |= {"code": _code, "svg": lambda drawing: Markup(drawing.svg)}
-    told, summary = sentences(record), record.summary
+    texts, summary = sentences(record), record.summary
     notes = comparison.notes if comparison else [SHIPPED] if summary.get("baselines") else []
     return environment.get_template("page.html.j2").render(
         record=record,
-        headline=told[0],
-        others=[*told[1:], *cautions(summary), *(f"Warning: {text}." for text in record.warnings)],
+        headline=texts[0],
+        others=[*texts[1:], *cautions(summary), *(f"Warning: {text}." for text in record.warnings)],
         facts=_facts(record),
         rows=loss_rows(summary),
         conditions=conditions(summary),

@@ -7,7 +7,7 @@
                       damaged-step_00000300/   one that was found damaged, and not resumed from; never removed
 
 A checkpoint is written under a temporary name, flushed to the disk, renamed, and only then does `latest` move. So a run
-killed at any moment, or a disk that fills up, leaves the previous one in place. Writing: sgtm/run/saving.py; going on
+killed at any moment, or a disk that fills up, leaves the previous one in place. Writing: sgtm/run/saving.py; resuming
 from one: sgtm/run/resume.py.
 """
 
@@ -92,7 +92,7 @@ def set_aside(damaged: Path) -> Path:
 
 
 def write_manifest(directory: Path, manifest: dict) -> None:
-    """Write what `read_manifest` reads, with its own SHA-256: nothing else tells a flipped bit from a fact."""
+    """Write what `read_manifest` reads, with the SHA-256 of its content, which shows a flipped bit."""
     write_atomically(directory / MANIFEST, json.dumps({"sha256": _digest(manifest), **manifest}, indent=1))
 
 
@@ -107,7 +107,7 @@ def read_manifest(directory: Path) -> dict:
     try:
         manifest = json.loads(path.read_text())
         if manifest["sha256"] != _digest(manifest):
-            raise ValueError(f"{path} is damaged: its own SHA-256 is another")
+            raise ValueError(f"{path} is damaged: the SHA-256 in it does not match its content")
         manifest = {
             **{key: manifest[key] for key in ("step", "ranks", "corpus", "config", "files")},
             "independent_of": manifest.get("independent_of", []),  # younger than the first checkpoints
@@ -115,16 +115,34 @@ def read_manifest(directory: Path) -> dict:
         }
         sizes = [(entry["bytes"], entry["sha256"]) for entry in manifest["files"].values()]
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: not a whole checkpoint") from None
+        raise ValueError(f"{path} is missing: the checkpoint is incomplete") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: it lacks or misstates {error}") from None
+    except KeyError as error:
+        raise ValueError(f"{path} is damaged: key {error} is missing") from None
+    except (TypeError, AttributeError):  # a list for a mapping, a number for a list
+        raise ValueError(f"{path} is damaged: its JSON is not that of a manifest") from None
     if not sizes:
         raise ValueError(f"{path} is damaged: it lists no files")
     return manifest
+
+
+def check_same_corpus(
+    run: Path,
+    manifest: dict,
+    path: Path | str,
+    fingerprint: str,
+    otherwise: str = "or give its folder with --data.path",
+) -> None:
+    """Raises ValueError where a run was trained on another corpus than the one at `path`, which has this fingerprint.
+
+    manifest   of a checkpoint of the run
+    otherwise  what to do in place of restoring the corpus
+    """
+    if manifest["corpus"] != fingerprint:
+        raise ValueError(f"{run} was trained on another corpus than {path}; restore that corpus, {otherwise}")
 
 
 def verify(directory: Path | str, share: tuple[int, int] = (0, 1)) -> None:
@@ -139,9 +157,11 @@ def verify(directory: Path | str, share: tuple[int, int] = (0, 1)) -> None:
         try:
             size = path.stat().st_size
             if size != entry["bytes"]:
-                raise ValueError(f"{path} has {size} bytes, written were {entry['bytes']}: cut short?")
+                truncated = f"{size} of {entry['bytes']} bytes (truncated)"
+                longer = f"{size} bytes instead of {entry['bytes']}"
+                raise ValueError(f"{path} has {truncated if size < entry['bytes'] else longer}")
             if sha256_of(path) != entry["sha256"]:
-                raise ValueError(f"{path} is damaged: its SHA-256 is not that of {MANIFEST}")
+                raise ValueError(f"{path} is damaged: its SHA-256 does not match {MANIFEST}")
         except FileNotFoundError:
             raise ValueError(f"{path} is missing") from None
         except OSError as error:  # as a disk reports a bad sector
@@ -171,7 +191,7 @@ def open_run(run_dir: Path | str, data: str | None = None) -> tuple[Config, Path
 
     data  `data.path` to take; None: that of the run, found from any working directory (sgtm/run/located.py)
 
-    A damaged one before it is told on stderr. Raises ValueError for a folder that is no run, has no checkpoint, or none
+    A damaged newer one is reported on stderr. Raises ValueError for a folder that is no run, has no checkpoint, or none
     that is whole.
     """
     config = locate_data(load_run_config(Path(run_dir)), Path(run_dir), data)
@@ -189,7 +209,7 @@ def open_run(run_dir: Path | str, data: str | None = None) -> tuple[Config, Path
 def none_whole(wrong: dict[Path, str]) -> str:
     """The message where `newest_whole` finds none: what is wrong with each, and the remedy."""
     remedy = "put back copies of these files, or train from the beginning with --overwrite"
-    return "\n  ".join(["no checkpoint is whole:", *wrong.values()]) + f"\n{remedy}"
+    return "\n  ".join(["no checkpoint is valid:", *wrong.values()]) + f"\n{remedy}"
 
 
 def resolved(config: Config) -> dict:

@@ -17,7 +17,7 @@ from typing import TextIO
 
 from sgtm.config import Config
 from sgtm.config.load import save_config
-from sgtm.distributed.agree import on_every_rank, on_rank_zero
+from sgtm.distributed.on_ranks import on_every_rank, on_rank_zero
 from sgtm.files import sync_directory, write_atomically
 from sgtm.run.checkpoint import remove_unfinished
 from sgtm.run.environment import record_environment
@@ -32,7 +32,7 @@ LEASE = 120.0
 
 
 @contextmanager
-def held(run: Path, patience: float = 0.0) -> Iterator[None]:
+def locked_run(run: Path, patience: float = 0.0) -> Iterator[None]:
     """While this lasts no other process trains the run, and all ranks see the same directory of runs.
 
     patience  seconds to wait for another process that does
@@ -54,9 +54,9 @@ def held(run: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 def _take(file: Path, run: Path, patience: float, locks: list[TextIO]) -> str:
-    """Lock the file and write who has it; returns what it says now. The open file is put into `locks`."""
+    """Lock the file and write who has it; returns its content. The open file is put into `locks`."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    end, told = time.monotonic() + patience, False
+    end, printed = time.monotonic() + patience, False
     while True:
         lock = file.open("a+")
         try:
@@ -68,9 +68,9 @@ def _take(file: Path, run: Path, patience: float, locks: list[TextIO]) -> str:
                 lock.close()
                 if time.monotonic() >= end:
                     raise ValueError(f"{run} is being trained by {who}; wait for it, or set another --name") from None
-                if not told:
+                if not printed:
                     print(f"{run} is being trained by {who}; waiting {patience:.0f} s for it", file=sys.stderr)
-                told = True
+                printed = True
                 time.sleep(0.2)
                 continue
         with suppress(FileNotFoundError):
@@ -102,7 +102,7 @@ def _check_shared(file: Path, holder: str) -> None:
 def begin(run: Path, config: Config, log: MetricsLog, resume: bool, overwrite: bool) -> set[int]:
     """Make the run directory and open its log; returns the steps that have been evaluated.
 
-    An old run is set aside, as `.<name>.replaced-<process>`, and deleted only when nothing can be refused any more.
+    An old run is renamed to `.<name>.replaced-<process>`, and deleted only once no check can fail any more.
     """
     check_usable(run, resume, overwrite)  # again: another process may have made it since
     run = run.resolve()  # of a link, what it points to is replaced

@@ -23,7 +23,7 @@ from sgtm.evaluation.losses import evaluate, not_finite
 from sgtm.files import write_atomically
 from sgtm.masking.channel import most_with_group
 from sgtm.model.transformer import Transformer
-from sgtm.run.checkpoint import open_run, read_manifest
+from sgtm.run.checkpoint import check_same_corpus, open_run, read_manifest
 from sgtm.run.located import places_tried
 from sgtm.run.metrics import read_metrics
 from sgtm.run.unlearned import read_unlearned
@@ -52,7 +52,7 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
     data       `data.path` to take, of the same corpus; None: that of the run, whatever the working directory
 
     Losses are computed in the precision of the training, gradient norms in fp32. Raises ValueError for a folder that is
-    no run, a damaged checkpoint or log, and data that are not those of the run.
+    no run, a damaged checkpoint or log, and another corpus than that of the run.
     """
     run = Path(run)
     config, checkpoint = open_run(run, data)
@@ -105,8 +105,7 @@ def open_run_corpus(config: Config, run: Path, manifest: dict) -> Corpus:
     """
     corpus = _corpus_of(config, run)
     check_corpus(corpus, config)
-    if manifest["corpus"] != corpus.fingerprint:
-        raise ValueError(f"{run} was trained on other data than {corpus.path} holds now: was it prepared again since?")
+    check_same_corpus(run, manifest, corpus.path, corpus.fingerprint)
     return corpus
 
 

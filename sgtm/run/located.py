@@ -69,10 +69,10 @@ def overrides_of(run: Path) -> list[str]:
 
 def _places(config: Config, run: Path) -> list[Path]:
     """Where the run was started, most likely first."""
-    here = Path(os.path.abspath(run))
+    absolute = Path(os.path.abspath(run))
     tail = (*Path(config.runs).parts, config.name)
-    by_place = [] if Path(config.runs).is_absolute() or ".." in tail or here.parts[-len(tail) :] != tail else [tail]
-    places = [Path(*here.parts[: -len(tail)]) for tail in by_place]
+    by_place = [] if Path(config.runs).is_absolute() or ".." in tail or absolute.parts[-len(tail) :] != tail else [tail]
+    places = [Path(*absolute.parts[: -len(tail)]) for tail in by_place]
     with suppress(OSError, UnicodeDecodeError):
         places.append(Path((run / FILE).read_text("utf-8").strip()))
     return [place for place in (*places, Path.cwd()) if place.is_absolute()]

@@ -1,4 +1,4 @@
-"""What a run says while it trains: `metrics.jsonl` always, the terminal, and wandb when asked.
+"""The log of a run: `metrics.jsonl` always, the terminal, and wandb where the config sets it.
 
 `metrics.jsonl` holds one JSON object per line. `kind: step` lines carry step (1-based: steps done), tokens (trained so
 far), seconds (of training so far, evaluation and checkpoints excluded), loss and `loss/<label>` (nats per target token,
@@ -36,7 +36,9 @@ from sgtm.config.sections import WandbConfig
 from sgtm.evaluation.losses import Losses, not_finite
 from sgtm.files import sync_directory, write_atomically
 from sgtm.model.output_norms import Norms
+from sgtm.process.ranks import rank_and_size
 from sgtm.run.residual import ResidualWatch
+from sgtm.run.resume import resume_command
 from sgtm.run.saving import Saved
 from sgtm.run.wandb_id import SENT, claim
 
@@ -47,7 +49,7 @@ REFUSAL = re.compile(
     r"|\b(status|status code|error|http)[ :]*40[134]\b",
     re.IGNORECASE,
 )
-"""What a server says that refuses a run; a server out of reach says other things."""
+"""In the answer of a server that refuses a run, and in no error of one out of reach."""
 
 
 class MetricsLog:
@@ -70,7 +72,7 @@ class MetricsLog:
         self.progress = None
         self.path = self.run / "metrics.jsonl"
         before = read_metrics(self.path)
-        self.wandb, self.in_wandb = _start_wandb(self.run, self.config, before, self.say)
+        self.wandb, self.in_wandb = _start_wandb(self.run, self.config, before, self.print)
         lines = [line for line in before if line["step"] <= self.start]
         self.seconds = max((line["seconds"] for line in lines if line["kind"] == "step"), default=0.0)
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -93,7 +95,7 @@ class MetricsLog:
             return
         if self.progress:
             self.progress.stop()
-        with suppress(OSError):  # what could not be written has been said
+        with suppress(OSError):  # the error has been raised before
             self.file.close()
         if self.wandb:
             with self._without_wandb():
@@ -114,10 +116,10 @@ class MetricsLog:
         else:
             left = (self.config.train.steps - values["step"]) * self.config.train.tokens_per_step
             minutes = left / max(values["tokens_per_second"], 1e-9) / 60
-            self.say(f"step {values['step']}/{self.config.train.steps}  {text}  {minutes:.1f} min left")
+            self.print(f"step {values['step']}/{self.config.train.steps}  {text}  {minutes:.1f} min left")
         if warning := self.watch.see({"kind": "step", **values}):
             self._write({"kind": "warning", "step": values["step"], "text": warning})
-            self.say(f"warning: {warning}")
+            self.print(f"warning: {warning}")
 
     def evaluation(self, step: int, losses: Losses, norms: dict[str, Norms], sample: dict[str, Any]) -> None:
         """One line of an evaluation; arguments as of `sgtm.evaluation.losses.Evaluation`."""
@@ -125,18 +127,18 @@ class MetricsLog:
             return
         self._write({"kind": "eval", "step": step, "losses": losses, "norms": norms, **sample})
         for name, by_category in losses.items():
-            self.say(f"eval at step {step}: {name}: " + ", ".join(f"{c} {v:.3f}" for c, v in by_category.items()))
+            self.print(f"eval at step {step}: {name}: " + ", ".join(f"{c} {v:.3f}" for c, v in by_category.items()))
         if bad := not_finite(losses):
-            self.say(f"warning: step {step}: not finite: the loss of {bad}; the model has diverged")
+            self.print(f"warning: step {step}: not finite: the loss of {bad}; the model has diverged")
 
     def checkpoint(self, saved: Saved | None) -> None:
         """A checkpoint that is in place, if there is one."""
         if self.active and saved:
             times = {"paused": round(saved.paused, 4), "written": round(saved.seconds, 4)}
             self._write({"kind": "checkpoint", "step": saved.step, "bytes": saved.bytes, **times})
-            self.say(f"checkpoint saved: {saved.path}")
+            self.print(f"checkpoint saved: {saved.path}")
             if saved.problem:
-                self.say(f"warning: it is whole, but the earlier ones could not be tidied up: {saved.problem}")
+                self.print(f"warning: checkpoint saved, but {saved.problem}")
 
     def sync(self) -> None:
         """Flush `metrics.jsonl` to the disk, so that no checkpoint outlives the lines before it. Raises OSError."""
@@ -149,18 +151,18 @@ class MetricsLog:
         if self.active:
             self._write({"kind": "probe", "step": step, "grad_norms": norms})
 
-    def say(self, text: str) -> None:
-        """A line for the person watching."""
+    def print(self, text: str) -> None:
+        """A line on the terminal, above the progress bar."""
         if self.active:
             (self.progress.console if self.progress else self.console).print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
     def _without_wandb(self) -> Iterator[None]:
-        """Should wandb's own process have died, the run goes on without it."""
+        """Where wandb's own process has died, the run continues without it."""
         try:
             yield
         except Exception as error:
-            self.say(f"warning: wandb has stopped ({error}); {self.path} has everything")
+            self.print(f"warning: wandb has stopped ({error}); {self.path} has everything")
             self.wandb = None
             import wandb
 
@@ -171,9 +173,10 @@ class MetricsLog:
         try:
             self.file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
         except OSError as error:
+            command = resume_command(self.run, int(rank_and_size()[1]))
             raise OSError(
-                f"{self.path} could not be written: {error.strerror}; the checkpoints are as they were. Go on with "
-                f"--resume when it can be"
+                f"{self.path} could not be written: {error.strerror}; the checkpoints are unchanged. Fix the disk, "
+                f"then resume: {command}"
             ) from error
         if self.wandb and line["kind"] in SENT and line["step"] > self.in_wandb.get(line["kind"], 0):
             flat = {f"eval/{k}/{c}": v for k, by in line.get("losses", {}).items() for c, v in by.items()}
@@ -229,7 +232,7 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _start_wandb(run: Path, config: Config, lines: list[dict], say: Callable[[str], None]):
+def _start_wandb(run: Path, config: Config, lines: list[dict], write: Callable[[str], None]):
     """The wandb run, or None, and the last step by kind that it has. `offline` writes below the run directory, to be
     synced later with `wandb sync`.
 
@@ -242,12 +245,12 @@ def _start_wandb(run: Path, config: Config, lines: list[dict], say: Callable[[st
     w = config.wandb
     if w.mode == "off":
         if w != WandbConfig():
-            say("warning: keys of wandb are set, but wandb.mode is off: nothing is logged there")
+            write("warning: keys of wandb are set, but wandb.mode is off: nothing is logged there")
         return None, {}
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    run_id, logged = claim(run, lines, say)
+    run_id, logged = claim(run, lines, write)
 
     def start(mode: Literal["online", "offline"]):
         return wandb.init(
@@ -278,7 +281,7 @@ def _start_wandb(run: Path, config: Config, lines: list[dict], say: Callable[[st
                     f"wandb's server refuses the run ({reason}); correct wandb.project {w.project!r} or wandb.entity "
                     f"{w.entity!r}, log in with `wandb login`, or set wandb.mode offline"
                 ) from None
-            say(
+            write(
                 f"warning: wandb's server does not answer ({reason}); logging offline: wandb sync {run}/wandb/offline-*"
             )
             wandb.teardown()  # its service holds the id of the failed run

@@ -1,4 +1,4 @@
-"""Going on with a run from its newest whole checkpoint, on whatever ranks there are now.
+"""Resumes a run from its newest valid checkpoint, on whatever ranks there are now.
 
 On as many ranks, in the same ZeRO stage, with the same micro-batch, a resumed run is bitwise the uninterrupted one
 (tests/dist/test_checkpoint.py): weights, moments and step counts come from the files, the learning rate and the data
@@ -20,9 +20,18 @@ from pydantic import BaseModel
 
 from sgtm.config.reference import flat, section
 from sgtm.config.schema import Config
-from sgtm.distributed.agree import on_every_rank, on_rank_zero
+from sgtm.distributed.on_ranks import on_every_rank, on_rank_zero
 from sgtm.process.ranks import on_one_machine
-from sgtm.run.checkpoint import finished, newest_whole, none_whole, read_manifest, resolved, set_aside, verify
+from sgtm.run.checkpoint import (
+    check_same_corpus,
+    finished,
+    newest_whole,
+    none_whole,
+    read_manifest,
+    resolved,
+    set_aside,
+    verify,
+)
 
 if TYPE_CHECKING:
     from sgtm.distributed.engine import Engine
@@ -59,7 +68,7 @@ def resume_command(run: Path, ranks: int) -> str:
     return f"torchrun --standalone --nproc_per_node {ranks} -m sgtm train {run} --resume"
 
 
-def find_whole(run_dir: Path | str, rank: int, ranks: int, say: Callable[[str], None]) -> Path | None:
+def find_whole(run_dir: Path | str, rank: int, ranks: int, write: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint of a run, or None where there is none at all; all ranks divide the reading.
 
     Damaged newer ones are quarantined and reported. If there are some and none is valid, nothing is changed and every
@@ -77,7 +86,7 @@ def find_whole(run_dir: Path | str, rank: int, ranks: int, say: Callable[[str], 
         return None
     for directory, problem in wrong.items():
         aside = on_rank_zero(partial(set_aside, directory))
-        say(f"warning: {problem}; quarantined as {aside.name}, resuming from {newest.name}")
+        write(f"warning: {problem}; quarantined as {aside.name}, resuming from {newest.name}")
     return newest
 
 
@@ -88,7 +97,7 @@ def load_checkpoint(engine: Engine, directory: Path | str, config: Config, corpu
     an empty one. Every rank raises ValueError for a checkpoint whose run differs from `config`, naming the keys.
     """
     directory = Path(directory)
-    manifest = on_rank_zero(lambda: _refuse_other_run(directory, config, corpus))
+    manifest = on_rank_zero(lambda: _manifest_of_this_run(directory, config, corpus))
     state = engine.load(directory)
     ranks = state["ranks"]
     mine = ranks[engine.rank % len(ranks)]
@@ -121,15 +130,17 @@ def _with_defaults(schema: type[BaseModel], values: dict) -> dict:
     return complete
 
 
-def _refuse_other_run(directory: Path, config: Config, corpus: str) -> dict:
-    """The manifest, if this is the run that `config` describes."""
+def _manifest_of_this_run(directory: Path, config: Config, corpus: str) -> dict:
+    """The manifest; raises ValueError unless the run is the one that `config` describes."""
     manifest = read_manifest(directory)
     changed = differences(manifest["config"], config)
     own = f"\nsgtm train {directory.parents[1]} --resume takes those of the run; for others, set another --name"
     remedy = own if changed else ""
-    if manifest["corpus"] != corpus:
-        other = f"data.path: {config.data.path} holds other data than the run was trained on"
-        changed.append(f"{other}; give those with --data.path, or set another --name")
+    otherwise = "give its folder with --data.path, or set another --name"
+    try:
+        check_same_corpus(directory.parents[1], manifest, config.data.path, corpus, otherwise)
+    except ValueError as error:
+        changed.append(f"data.path: {error}")
     if changed:
         raise ValueError(f"{directory} was written with other settings:\n  " + "\n  ".join(changed) + remedy)
     return manifest

@@ -1,4 +1,4 @@
-"""Saving a run while it goes on training.
+"""Saves a run while it trains on.
 
 Training stands still while its state is copied in memory (sgtm/distributed/writer.py); a thread of every rank writes
 the copy. When all have written, the next step's `poll` publishes the checkpoint: manifest, rename, `latest`. There is
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from sgtm.config.schema import Config
-from sgtm.distributed.agree import on_every_rank, on_rank_zero
+from sgtm.distributed.on_ranks import on_every_rank, on_rank_zero
 from sgtm.files import sync_directory, write_atomically
 from sgtm.run.checkpoint import (
     TRAINING,
@@ -29,6 +29,7 @@ from sgtm.run.checkpoint import (
     step_of,
     write_manifest,
 )
+from sgtm.run.resume import resume_command
 
 if TYPE_CHECKING:
     from sgtm.distributed.engine import Engine
@@ -39,7 +40,7 @@ class Saved(NamedTuple):
 
     paused   seconds that training stood still
     seconds  from copy to rename
-    problem  why `latest` does not name it, or an earlier one is still there that need not be; mostly nothing
+    problem  what failed once it was in place: the update of `latest`, or the deletion of old checkpoints; else empty
     """
 
     path: Path
@@ -80,7 +81,7 @@ class CheckpointWriter:
         """Begin to save the run after `step` global steps; returns what is in place by now: the checkpoint before, if
         that was in the making, and without `train.async_checkpoint` this one.
 
-        progress  whatever this rank needs to go on in the middle of an interval; `load_checkpoint` gives it back
+        progress  whatever this rank needs to resume in the middle of an interval; `load_checkpoint` gives it back
         """
         before = self.finish()
         self._step, self._began = step, time.perf_counter()
@@ -154,8 +155,9 @@ class CheckpointWriter:
         on_rank_zero(lambda: shutil.rmtree(self._temporary, ignore_errors=True))
         final, self._step = self._final, None
         latest = find_latest(self.root.parent)
-        rest = f"the last one is {latest}" if latest else "there is no earlier one"
-        return OSError(f"checkpoint {final} could not be saved: {error}; {rest}. Go on with --resume when it can be")
+        rest = f"the last checkpoint is {latest}" if latest else "no checkpoint was saved before"
+        command = resume_command(self.root.parent, self.engine.world_size)
+        return OSError(f"checkpoint {final} could not be saved: {error}; {rest}. Fix the disk, then resume: {command}")
 
     def _remove(self, retired: list[Path]) -> None:
         """In a thread of rank 0: deleting large files takes a while on a shared disk."""
@@ -172,22 +174,24 @@ def publish(
 ) -> tuple[list[Path], str]:
     """Put what was written to `temporary` in place, and take away what is not to be kept.
 
-    Returns what to delete, and why not all could be taken away, or nothing. What is taken away gets a temporary name
-    first, so that a kill leaves no half of a checkpoint.
+    Returns what to delete, and which step failed once it was in place, and why, or an empty text. What is taken away
+    gets a temporary name first, so that a kill leaves no half of a checkpoint.
     """
     write_manifest(temporary, manifest)
     sync_directory(temporary)
-    retired = [_retire(final)] if final.exists() else []  # not a whole one: the newest whole one is resumed from
+    retired = [_retire(final)] if final.exists() else []  # not a valid one: the newest valid one is resumed from
     os.replace(temporary, final)
     sync_directory(final.parent)
+    failed = "`latest` could not be updated"
     try:  # it is saved: what goes wrong from here on does not end the run
         write_atomically(final.parent / "latest", final.name + "\n")
+        failed = "old checkpoints could not be deleted"
         earlier = [path for path in finished(final.parents[1]) if step_of(path) < step_of(final)]
         for path in earlier[keep_last - 1 :]:
             if not _kept_for_good(path, keep_every):
                 retired.append(_retire(path))
     except OSError as error:
-        return retired, f"{error.filename}: {error.strerror}"
+        return retired, f"{failed}: {error.filename}: {error.strerror}"
     return retired, ""
 
 

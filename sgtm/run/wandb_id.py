@@ -25,15 +25,15 @@ SENT = ("step", "eval", "probe")
 """Lines of the log that wandb gets; checkpoints come later, out of its order."""
 
 
-def claim(run: Path, lines: list[dict], say: Callable[[str], None]) -> tuple[str, dict[str, int]]:
+def claim(run: Path, lines: list[dict], write: Callable[[str], None]) -> tuple[str, dict[str, int]]:
     """(id, logged) of this directory, written to it.
 
     lines  of the log before those after the checkpoint are dropped: what earlier starts have sent
-    say    takes a line for the user where the directory is a copy
+    write  takes a line for the user where the directory is a copy
     """
     directory, record = str(run.resolve()), _read(run)
     if record is not None and (original := _copied_from(record, run)):
-        say(f"{run} is a copy of {original}: it gets a wandb run of its own")
+        write(f"{run} is a copy of {original}: it gets a wandb run of its own")
         record = None
     if record is None:
         record = {"id": secrets.token_hex(4), "logged": {}}

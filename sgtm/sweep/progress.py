@@ -32,7 +32,7 @@ class Progress:
         self.work = {run.name: _work_of_step(run) for run in runs}
         self.before = self._done()
         self.since: float | None = None
-        self._looked = self._said = time.monotonic()
+        self._looked = self._printed = time.monotonic()
         self.bars = _bars(self.console) if self.console.is_terminal else None
 
     def __enter__(self) -> Progress:
@@ -54,7 +54,7 @@ class Progress:
             self.tasks[run.name] = self.bars.add_task(run.name, total=run.config.train.steps, text="")
         else:
             suffix = f" from step {self.steps[run.name]}" if self.steps[run.name] else ""
-            self.say(f"started {run.name}{suffix}")
+            self.print(f"started {run.name}{suffix}")
 
     def ended(self, run: Run, done: bool, status: int) -> None:
         del self.running[run.name]
@@ -67,7 +67,7 @@ class Progress:
         what = (
             "finished" if done else f"stopped at step {step}:" if status in ENDED_EARLY else f"failed at step {step}:"
         )
-        self.say(f"{what} {run.name} ({self._finished()} runs finished)")
+        self.print(f"{what} {run.name} ({self._finished()} runs finished)")
 
     def update(self) -> None:
         """Read the logs and print the progress, every few seconds."""
@@ -83,10 +83,10 @@ class Progress:
             self.bars.update(self.all, completed=self._done(), total=self._total(), text=self.remaining())
             for name, task in self.tasks.items():
                 self.bars.update(task, completed=self.steps[name], text="")
-        elif now - self._said >= EVERY:
-            self._said = now
+        elif now - self._printed >= EVERY:
+            self._printed = now
             share = self._done() / max(self._total(), 1)
-            self.say(
+            self.print(
                 f"{self._finished()} runs finished, {len(self.running)} training, {share:.0%} of all steps; "
                 f"{self.remaining()}"
             )
@@ -98,7 +98,7 @@ class Progress:
             return "remaining time unknown"
         return f"about {duration((self._total() - self._done()) * (time.monotonic() - self.since) / done)} left"
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         (self.bars.console if self.bars else self.console).print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _finished(self) -> str:

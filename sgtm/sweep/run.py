@@ -78,8 +78,8 @@ def run_sweep(
         open_corpora(sweep, write=True)  # once, and not in several runs at a time
         if where:
             for run in pending:
-                _say(console, submit(sweep, run, where))
-            _say(console, f"{counted(len(pending), 'run')} to be trained; sgtm sweep {file} --table collects them")
+                _print(console, submit(sweep, run, where))
+            _print(console, f"{counted(len(pending), 'run')} to be trained; sgtm sweep {file} --table collects them")
             return 0
         outcome = _train(sweep, pending, find_room(sweep, jobs, threads), console, start)
         _write(sweep, open_corpora(sweep), console)
@@ -91,7 +91,7 @@ def _train(sweep: Sweep, pending: list[Run], room: Room, console: Console, start
     threads = "" if room.threads is None else f", {counted(room.threads, 'thread')} each"
     done = [run for run in sweep.runs if run not in pending]
     finished = f"{len(done)} of {counted(len(sweep.runs), 'run')} finished before; " if done else ""
-    _say(console, f"{sweep.folder}: {finished}training {len(pending)}, {room.jobs} at a time{threads}")
+    _print(console, f"{sweep.folder}: {finished}training {len(pending)}, {room.jobs} at a time{threads}")
     with Progress(list(sweep.runs), done, console) as progress:
         return train_all(sweep, pending, room, progress, start)
 
@@ -103,14 +103,14 @@ def _write(sweep: Sweep, corpora: dict[str, Corpus | None], console: Console) ->
     write_table(sweep, rows)
     write_figures(sweep, rows)
     print_table(rows, console)
-    _say(console, f"table: {sweep.folder / 'table.csv'}")
+    _print(console, f"table: {sweep.folder / 'table.csv'}")
 
 
 def _report(sweep: Sweep, outcome: Outcome, console: Console) -> int:
     for run, status in outcome.failed:
         ended = "was stopped before its last step" if status in ENDED_EARLY else f"ended with status {status}"
         ended = f"was ended by {signal.Signals(-status).name}" if status < 0 else ended
-        _say(console, f"failed: {run.name} {ended}; log: {log_of(sweep, run)}")
+        _print(console, f"failed: {run.name} {ended}; log: {log_of(sweep, run)}")
     if outcome.stopped:
         note = "finished runs and checkpoints are kept"
         name = signal.Signals(outcome.stopped).name
@@ -124,10 +124,10 @@ def _list(sweep: Sweep, states: dict[str, str], room: Room | None, console: Cons
         train = run.config.train
         tokens = f"{train.steps:,} x {train.tokens_per_step:,} tokens"
         state = "" if states[run.name] == NEW else f", {states[run.name]}"
-        _say(console, f"{run.name}: {tokens}, about {amount(need(run))}{state}")
+        _print(console, f"{run.name}: {tokens}, about {amount(need(run))}{state}")
     if room:
         threads = "" if room.threads is None else f", {counted(room.threads, 'thread')} each"
-        _say(console, f"{counted(len(sweep.runs), 'run')} in {sweep.folder}, {room.jobs} at a time{threads}")
+        _print(console, f"{counted(len(sweep.runs), 'run')} in {sweep.folder}, {room.jobs} at a time{threads}")
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _say(console: Console, text: str) -> None:
+def _print(console: Console, text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 

@@ -70,8 +70,8 @@ def find_room(sweep: Sweep, jobs: int | None = None, threads: int | None = None)
         return Room(at_once, None, float("inf"), devices[:at_once])
     cores, available = usable_cores(), psutil.virtual_memory().available
     fitting = max(1, int(available // max(need(run) for run in sweep.runs)))
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    threads = threads or _kept_threads(sweep) or (int(given) if given.isdigit() and int(given) else None)
+    setting = os.environ.get("OMP_NUM_THREADS", "")
+    threads = threads or _kept_threads(sweep) or (int(setting) if setting.isdigit() and int(setting) else None)
     if threads is None:
         threads = max(1, cores // min(jobs or cores, cores, len(sweep.runs), fitting))
     at_once = jobs or max(1, min(cores // threads, fitting))
@@ -193,7 +193,7 @@ def _fits(run: Run, running: list[Run], room: Room) -> bool:
 
 
 class Stop:
-    """The signal that asks the sweep to stop, once there was one; a second SIGINT asks to kill."""
+    """The signal that stops the sweep, once there was one; a second SIGINT kills its runs."""
 
     def __enter__(self) -> Stop:
         self.signal: int | None = None

@@ -9,7 +9,7 @@ from sgtm.config.load import load_run_config
 from sgtm.config.reference import flat
 from sgtm.config.schema import Config
 from sgtm.data.store import Corpus
-from sgtm.run.checkpoint import finished, read_manifest
+from sgtm.run.checkpoint import check_same_corpus, finished, read_manifest
 from sgtm.run.metrics import read_metrics
 from sgtm.sweep.file import Run
 
@@ -21,7 +21,7 @@ TAIL = 2**16
 def state_of(run: Run, corpus: Corpus | None) -> str:
     """`new`, `begun`, or `finished`: trained to the last step and evaluated.
 
-    Raises ValueError for a directory of a run with other settings or data, naming the keys.
+    Raises ValueError for a directory of a run with other settings, naming the keys, or of another corpus.
     """
     directory = run.directory
     if not (directory / "config.yaml").is_file():
@@ -34,11 +34,10 @@ def state_of(run: Run, corpus: Corpus | None) -> str:
             f"directory"
         )
     newest = next(iter(finished(directory)), None)
-    if newest and corpus and _corpus_of(newest) not in (None, corpus.fingerprint):
-        raise ValueError(
-            f"{directory} was trained on other data than {corpus.path} holds now; rename the sweep, or delete that "
-            f"directory"
-        )
+    manifest = _manifest_of(newest) if newest and corpus else None
+    if manifest and corpus:
+        otherwise = "rename the sweep, or delete that directory"
+        check_same_corpus(directory, manifest, corpus.path, corpus.fingerprint, otherwise)
     return FINISHED if final_losses(directory, run.config) else BEGUN
 
 
@@ -72,9 +71,9 @@ def steps_done(directory: Path) -> int:
     return 0
 
 
-def _corpus_of(checkpoint: Path) -> str | None:
-    """Fingerprint of the data; None where the manifest is damaged, which resuming deals with."""
+def _manifest_of(checkpoint: Path) -> dict | None:
+    """None where it is damaged, which resuming deals with."""
     try:
-        return read_manifest(checkpoint)["corpus"]
+        return read_manifest(checkpoint)
     except ValueError:
         return None

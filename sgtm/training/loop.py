@@ -21,8 +21,8 @@ from sgtm.config.reference import flat
 from sgtm.data.loader import Loader, only_forget
 from sgtm.data.store import Corpus
 from sgtm.data.summary import ONLY_FORGET, trained_categories
-from sgtm.distributed.agree import check_same, on_rank_zero, together
 from sgtm.distributed.engine import Engine
+from sgtm.distributed.on_ranks import check_same, on_rank_zero, together
 from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.segments import full_numel
 from sgtm.distributed.self_check import check_kernels
@@ -34,13 +34,13 @@ from sgtm.model.transformer import Transformer
 from sgtm.process.ranks import RankInfo
 from sgtm.process.signals import SIGNALS, Stopped
 from sgtm.run.checkpoint import read_manifest, resolved
-from sgtm.run.directory import LEASE, begin, held
+from sgtm.run.directory import LEASE, begin, locked_run
 from sgtm.run.metrics import MetricsLog
 from sgtm.run.resume import find_whole, load_checkpoint, resume_command
 from sgtm.run.saving import CheckpointWriter
 from sgtm.run.usable import check_usable
 from sgtm.training.contention import ContentionWatch
-from sgtm.training.skipped import tell_skipped
+from sgtm.training.skipped import describe_skipped
 from sgtm.training.start import dry_run, export_record, initial_model, open_everywhere
 from sgtm.training.step import StepTotals, group_norms, learning_rate, probe, train_step
 from sgtm.words import counted
@@ -66,7 +66,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     check_same(lambda: _settings(config) | {"--resume": resume, "--overwrite": overwrite})
     run = Path(config.runs) / config.name
     on_rank_zero(lambda: check_usable(run, resume, overwrite))
-    with held(run, LEASE if resume else 0.0):
+    with locked_run(run, LEASE if resume else 0.0):
         stopped_by = _train(config, rank_info, run, resume, overwrite)
     if stopped_by is not None:
         raise Stopped(stopped_by)
@@ -119,14 +119,14 @@ def _train(config: Config, rank_info: RankInfo, run: Path, resume: bool, overwri
     with StopSignal() as stop, log:
         engine.stop_if(lambda: stop.received)
         for note in notes:
-            log.say(note)
-        log.say(_arithmetic(config, engine, start, warm_up))
+            log.print(note)
+        log.print(_arithmetic(config, engine, start, warm_up))
         if only_forget(corpus, config):
-            log.say(f"warning: {ONLY_FORGET}")
+            log.print(f"warning: {ONLY_FORGET}")
         if start == config.train.steps:
-            log.say(f"{run} is complete: all of its {start} steps were trained before")
+            log.print(f"{run} is complete: all of its {start} steps were trained before")
         if resume and not start:
-            log.say(f"{run} has no checkpoint: training from the beginning")
+            log.print(f"{run} has no checkpoint: training from the beginning")
         independent_of = certified(config.conditions, *trained_on)
         if latest is not None:  # what was trained before may have been another
             before = on_rank_zero(lambda: read_manifest(latest)["independent_of"])
@@ -134,7 +134,7 @@ def _train(config: Config, rank_info: RankInfo, run: Path, resume: bool, overwri
         writer = CheckpointWriter(engine, run, config, corpus.fingerprint, independent_of, log.sync)
         due = start and _evaluation_due(config, start) and start not in evaluated
         if due and not _evaluate(engine, corpus, config, log, stop, start):
-            log.say(_stopped(run, engine, start, config.train.steps, "the evaluation after step"))
+            log.print(_stopped(run, engine, start, config.train.steps, "the evaluation after step"))
         else:
             _steps(config, run, engine, loader, corpus, log, stop, totals, start, writer)
     enter(None)
@@ -172,10 +172,10 @@ def _steps(
         with contention.step():
             train_step(engine, batches, config.tables, lr, totals, log_due, norms)
         if text := contention.warning():
-            log.say(f"warning: {text}")
+            log.print(f"warning: {text}")
         if not engine.finite:
             log.checkpoint(writer.finish())  # the run may end here
-            log.say(tell_skipped(engine, loader, corpus, config, run, step, totals.in_a_row))
+            log.print(describe_skipped(engine, loader, corpus, config, run, step, totals.in_a_row))
         stopping = stop.anywhere(engine) and not last
         seconds += time.perf_counter() - began
         if norms is not None:
@@ -207,9 +207,9 @@ def _steps(
                 enter("checkpoint")
                 log.checkpoint(writer.close()) if saving else _save(writer, log, done, totals, close=True)
         if stopping:
-            log.say(_stopped(run, engine, done, every.steps, where))
+            log.print(_stopped(run, engine, done, every.steps, where))
             return
-    log.say(f"done: {run}; next: sgtm eval {run}")
+    log.print(f"done: {run}; next: sgtm eval {run}")
 
 
 def _save(writer: CheckpointWriter, log: MetricsLog, done: int, totals: StepTotals, close: bool) -> None:
@@ -292,7 +292,7 @@ def _initial_model(config: Config, rank_info: RankInfo, load: bool) -> tuple[Tra
 
         theirs = together(lambda: load_pretrained(folder, config.model, config.partition))
         if rank_info.world_size > 1:
-            check_same(lambda: {"weights in train.init_from, as a checksum,": _checksum(theirs)})
+            check_same(lambda: {"checksum of train.init_from": _checksum(theirs)})
         model.load_state_dict({p.name: getattr(model, p.name) for p in model.domain_parts} | theirs)
     return model, theirs
 

@@ -1,4 +1,4 @@
-"""What is said of a step that was skipped, its loss or gradient not being finite, and when such steps end the run."""
+"""Reports steps that were skipped because loss or gradient was not finite, and ends the run after too many."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from pathlib import Path
 from sgtm.config.schema import Config
 from sgtm.data.loader import Loader
 from sgtm.data.store import Corpus
-from sgtm.distributed.agree import on_every_rank, on_rank_zero
 from sgtm.distributed.engine import Engine
+from sgtm.distributed.on_ranks import on_every_rank, on_rank_zero
 from sgtm.run.checkpoint import find_latest
 from sgtm.run.resume import resume_command
+from sgtm.words import counted
 
 NAMED = 5
 """Documents of a micro-batch that a message names."""
 
 
-def tell_skipped(
+def describe_skipped(
     engine: Engine, loader: Loader, corpus: Corpus, config: Config, run: Path, step: int, in_a_row: int
 ) -> str:
-    """The line about a step (counted from 0) that the engine has just skipped. All ranks call it.
+    """The line about a step (counted from 0) that the engine has just skipped. All ranks call this.
 
     in_a_row  skipped steps up to and with this one
     Every rank raises ValueError with what to do where they are `train.max_skipped_steps`.
@@ -28,19 +29,27 @@ def tell_skipped(
     losses = on_every_rank(lambda: [float(loss) for loss in engine.losses])
 
     def line() -> str:
-        told = f"step {step + 1}: {_reason(losses, loader, corpus, step)}"
+        reason = f"step {step + 1}: {_reason(losses, loader, corpus, step)}"
         if not 0 < config.train.max_skipped_steps <= in_a_row:
             everything = len(engine.skipped) == len(config.space.groups)
-            return f"{told}; {'nothing' if everything else 'nothing of ' + ', '.join(engine.skipped)} was updated"
+            return f"{reason}; {'nothing' if everything else 'nothing of ' + ', '.join(engine.skipped)} was updated"
         latest = find_latest(run)
-        again = resume_command(run, engine.world_size)
-        past = f"; to continue past these steps: {again} --train.max_skipped_steps 0" if latest else ""
-        raise ValueError(
-            f"{in_a_row} steps in a row were skipped, as many as train.max_skipped_steps allows. {told}\n"
-            f"{f'the last checkpoint is {latest}' if latest else 'no checkpoint was saved before'}\n"
-            f"if every step fails, lower optimizer.lr; if the text of these documents is wrong, prepare the data "
-            f"without it; either way under another --name (--train.init_from takes the weights of an export){past}"
-        )
+        remedies = [
+            "lower optimizer.lr, with another --name",
+            "prepare the data without these documents, with another --name",
+        ]
+        if latest:
+            again = resume_command(run, engine.world_size)
+            remedies.append(f"skip past them: {again} --train.max_skipped_steps 0")
+        lines = [
+            f"the run ends: {counted(in_a_row, 'step in a row was', 'steps in a row were')} skipped "
+            f"(train.max_skipped_steps)",
+            reason,
+            f"the last checkpoint is {latest}" if latest else "no checkpoint was saved before",
+            "what to do, one of:",
+            *(f"  {remedy}" for remedy in remedies),
+        ]
+        raise ValueError("\n".join(lines))
 
     return on_rank_zero(line)
 

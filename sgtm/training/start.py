@@ -23,8 +23,8 @@ from sgtm.data.batch import Batch
 from sgtm.data.open import open_corpus
 from sgtm.data.random_data import label_pieces, random_batch
 from sgtm.data.store import Corpus
-from sgtm.distributed.agree import on_every_rank, on_rank_zero, together
 from sgtm.distributed.env import device_type, kernel_backend
+from sgtm.distributed.on_ranks import on_every_rank, on_rank_zero, together
 from sgtm.masking.labels import UNLABELED
 from sgtm.masking.strategy import removal_tables
 from sgtm.model.compile import check_compiler, compile_blocks

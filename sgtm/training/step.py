@@ -72,7 +72,7 @@ class StepTotals:
         }
 
     def restore(self, states: list[TotalsState], rank: int, ranks: int) -> None:
-        """Go on from what all ranks saved: each from its own, or where there are other ranks now, rank 0 from all."""
+        """Resume from what all ranks saved: each from its own, or where there are other ranks now, rank 0 from all."""
         for state in states[rank : rank + 1] if len(states) == ranks else states if rank == 0 else []:
             self.sums += state["sums"].to(self.sums.device)
             self.counts += state["counts"]

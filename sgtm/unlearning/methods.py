@@ -42,8 +42,8 @@ def grad_diff(model: Transformer, reference: None, forget: Text, retain: Text, *
     """Ascent on forget text and descent on retain text (Liu et al. 2022, arXiv 2203.12817; as in TOFU, arXiv
     2401.06121): loss(retain) - loss(forget), means over targets.
     """
-    ascent, kept = mean_loss(model, forget), mean_loss(model, retain)
-    return Loss(retain_weight * kept - ascent, {"loss/forget": ascent.detach(), "loss/retain": kept.detach()})
+    ascent, descent = mean_loss(model, forget), mean_loss(model, retain)
+    return Loss(retain_weight * descent - ascent, {"loss/forget": ascent.detach(), "loss/retain": descent.detach()})
 
 
 def npo(
@@ -110,9 +110,9 @@ def _preference(margins: torch.Tensor, text: Text) -> torch.Tensor:
 def _with_retain(
     model: Transformer, forget: Text, retain: Text, likelihood: torch.Tensor, preference: torch.Tensor, weight: float
 ) -> Loss:
-    kept = mean_loss(model, retain)
+    descent = mean_loss(model, retain)
     forgotten = -likelihood.detach().sum() / forget.chosen.sum()
-    return Loss(preference + weight * kept, {"loss/forget": forgotten, "loss/retain": kept.detach()})
+    return Loss(preference + weight * descent, {"loss/forget": forgotten, "loss/retain": descent.detach()})
 
 
 class Method(NamedTuple):

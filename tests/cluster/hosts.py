@@ -87,8 +87,8 @@ class Hosts:
                 return os.readlink(f"/proc/{pid}/ns/pid")
             return ""
 
-        here = space(self.first)
-        return [one for one in psutil.process_iter(["cmdline", "ppid"]) if space(one.pid) == here]
+        own = space(self.first)
+        return [one for one in psutil.process_iter(["cmdline", "ppid"]) if space(one.pid) == own]
 
     def link(self, node: str, state: str, device: str = "eth0") -> None:
         """Plug the node's network in or out: `up` or `down`."""

@@ -10,7 +10,15 @@ import psutil
 from cluster.hosts import NODES, ROOT, Hosts, Process
 from same_run import assert_same_run, wait_for_step
 
-__all__ = ["arguments", "assert_same_run", "finish_with_torchrun", "held", "ranks", "torchrun", "wait_for_step"]
+__all__ = [
+    "arguments",
+    "assert_same_run",
+    "finish_with_torchrun",
+    "ranks",
+    "suspended",
+    "torchrun",
+    "wait_for_step",
+]
 
 STEPS = 40
 OPTIONS = {
@@ -52,7 +60,7 @@ def ranks(hosts: Hosts, run: Path) -> list[psutil.Process]:
 
 
 @contextmanager
-def held(hosts: Hosts, run: Path, step: int):
+def suspended(hosts: Hosts, run: Path, step: int):
     """The ranks stand still once the run has logged the step, so that nothing comes too late; then they go on."""
     wait_for_step(run, step)
     stopped = ranks(hosts, run)

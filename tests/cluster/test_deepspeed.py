@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from cluster.conftest import require
 from cluster.hosts import NODES, ROOT, Hosts, Process, environment, until
-from cluster.runs import NETWORK, arguments, assert_same_run, held, ranks
+from cluster.runs import NETWORK, arguments, assert_same_run, ranks, suspended
 
 SSHD = """
 Port 2222
@@ -80,7 +80,7 @@ def test_a_run_over_ssh(hosts: Hosts, ssh: Path, uninterrupted: Path, tmp_path: 
 def test_sigterm_to_the_launcher(hosts: Hosts, ssh: Path, uninterrupted: Path, tmp_path: Path):
     """It ends the ranks of both hosts, which save first although nobody reads any more what they print."""
     launcher = deepspeed(hosts, ssh, tmp_path, "stopped")
-    with held(hosts, tmp_path / "stopped", 8):
+    with suspended(hosts, tmp_path / "stopped", 8):
         launcher.send_signal(signal.SIGTERM)
     launcher.wait(60)
     until(lambda: not ranks(hosts, tmp_path / "stopped"), "the end of the ranks")

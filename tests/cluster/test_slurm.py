@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cluster.conftest import require
 from cluster.hosts import ROOT, Hosts, until
-from cluster.runs import NETWORK, arguments, assert_same_run, held
+from cluster.runs import NETWORK, arguments, assert_same_run, suspended
 from cluster.slurm import Slurm
 
 STOPPED = "checkpoint saved"
@@ -31,9 +31,9 @@ class Job:
     def __init__(self, slurm: Slurm, runs: Path, name: str, *options: str, resume: tuple[str, ...] = ()):
         self.slurm, self.run, self.log = slurm, runs / name, runs / f"{name}.log"
         runs.mkdir(exist_ok=True)
-        here = ["--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={self.log}"]
+        nodes = ["--nodes=2", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={self.log}"]
         script = [ROOT / "launch" / "slurm.sbatch", *arguments(runs, name, *resume)]
-        self.number = slurm.ask("sbatch", "--parsable", *here, *options, *script, **NETWORK)
+        self.number = slurm.ask("sbatch", "--parsable", *nodes, *options, *script, **NETWORK)
 
     @property
     def state(self) -> str:
@@ -64,7 +64,7 @@ class Job:
 def test_requeued_by_the_administrator(slurm: Slurm, uninterrupted: Path, tmp_path: Path):
     """SIGTERM from SLURM, to a job that was told to overwrite: only its first start may."""
     job = Job(slurm, tmp_path, "requeued", resume=("--overwrite",))
-    with held(slurm.hosts, job.run, 8):
+    with suspended(slurm.hosts, job.run, 8):
         slurm.ask("scontrol", "requeue", job.number)
     printed = job.end()
     assert STOPPED in printed and "resumed after step" in printed and QUEUED not in printed, printed
@@ -75,7 +75,7 @@ def test_requeued_by_the_administrator(slurm: Slurm, uninterrupted: Path, tmp_pa
 def test_preempted(slurm: Slurm, uninterrupted: Path, tmp_path: Path):
     """A job of a higher partition takes both nodes; this one saves, waits until they are free and goes on."""
     job = Job(slurm, tmp_path, "preempted")
-    with held(slurm.hosts, job.run, 8):
+    with suspended(slurm.hosts, job.run, 8):
         rival = ["--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"]
         other = slurm.ask("sbatch", "--parsable", *rival)
         until(lambda: slurm.job(job.number).get("PreemptTime") not in (None, "None"), "preemption")
@@ -92,7 +92,7 @@ def test_at_its_time_limit(slurm: Slurm, uninterrupted: Path, tmp_path: Path):
     The limit is drawn near once the run is at its eighth step: SLURM may send the signal a minute early.
     """
     job = Job(slurm, tmp_path, "limited", "--time=20", "--signal=B:USR1@30")
-    with held(slurm.hosts, job.run, 8):
+    with suspended(slurm.hosts, job.run, 8):
         slurm.ask("scontrol", "update", f"JobId={job.number}", f"TimeLimit={job.minutes() + 2}")
         until(lambda: "SIGUSR1" in job.printed(), "the signal before the time limit", 150)
         slurm.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=20")
@@ -105,7 +105,7 @@ def test_at_its_time_limit(slurm: Slurm, uninterrupted: Path, tmp_path: Path):
 def test_stopped_for_good(slurm: Slurm, tmp_path: Path):
     """SIGUSR1 to the ranks alone: they save, and the job ends."""
     job = Job(slurm, tmp_path, "stopped")
-    with held(slurm.hosts, job.run, 8):
+    with suspended(slurm.hosts, job.run, 8):
         slurm.ask("scancel", "--signal=USR1", job.number)
     printed = job.end()
     assert STOPPED in printed and QUEUED not in printed, printed

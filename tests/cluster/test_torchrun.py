@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from cluster.hosts import NODES, Hosts, Process
-from cluster.runs import assert_same_run, finish_with_torchrun, held, torchrun, wait_for_step
+from cluster.runs import assert_same_run, finish_with_torchrun, suspended, torchrun, wait_for_step
 
 LIMIT, OUTLIVE = 15, 10  # seconds: of a collective, and how long torchrun may outlive its ranks
 
@@ -41,7 +41,7 @@ def test_one_host_is_cut_off(hosts: Hosts, uninterrupted: Path, tmp_path: Path):
 @pytest.mark.parametrize("node", NODES)
 def test_a_signal_on_one_host_ends_the_run_on_both(hosts: Hosts, uninterrupted: Path, tmp_path: Path, node: str):
     sides: dict[str, Process] = dict(zip(NODES, torchrun(hosts, tmp_path, "signalled", WAIT=str(OUTLIVE)), strict=True))
-    with held(hosts, tmp_path / "signalled", 8):
+    with suspended(hosts, tmp_path / "signalled", 8):
         sides[node].send_signal(signal.SIGUSR1)
     for side in sides.values():
         side.wait(60)

@@ -135,72 +135,115 @@ def message_of(action) -> str:
 
 def alone(action) -> None:
     """Run `action` on rank 0 while no rank does anything else."""
-    from sgtm.distributed.agree import on_rank_zero
+    from sgtm.distributed.on_ranks import on_rank_zero
 
     torch.distributed.barrier()
     on_rank_zero(action)
 
 
-def damage(folder: str) -> None:
-    """Everything that can be wrong with a checkpoint, on two ranks under ZeRO-2."""
-    from sgtm.run.checkpoint import find_latest, remove_unfinished
-    from sgtm.run.resume import find_whole, load_checkpoint
+CONFIG = tiny_config(2, "bf16")
+OLDER, NEWEST = "checkpoints/step_00000001", "checkpoints/step_00000002"
+FIRST_SHARD, SHARD = (f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2))
 
-    config, run = tiny_config(2, "bf16"), Path(folder)
-    engine = new_engine(config)
-    assert find_latest(run) is None and find_whole(run, engine.rank, 2, pytest.fail) is None
-    older, newest = (save(engine, run, step, config) for step in (1, 2))
-    assert find_latest(run) == newest and (run / "checkpoints/latest").read_text() == "step_00000002\n"
 
-    def whole() -> tuple[Path, list[str]]:
-        messages = []
-        return find_whole(run, engine.rank, engine.world_size, messages.append), messages
+def save_twice(folder: str) -> None:
+    from sgtm.run.checkpoint import find_latest
 
-    assert whole() == (newest, [])
+    run, engine = Path(folder), new_engine(CONFIG)
+    assert find_latest(run) is None
+    assert [save(engine, run, step, CONFIG) for step in (1, 2)] == [run / OLDER, run / NEWEST]
+    assert find_latest(run) == run / NEWEST and (run / "checkpoints/latest").read_text() == "step_00000002\n"
 
-    def spoiled(name: str, change, directory: Path = newest) -> str:
-        """What is said when a file of the newest checkpoint is changed by `change(bytes)`, None removing it."""
-        path = directory / name
-        content = path.read_bytes()
-        changed = change(content)
-        alone(lambda: path.unlink() if changed is None else path.write_bytes(changed))
-        checkpoint, (text,) = whole()
-        aside = directory.with_name(f"damaged-{directory.name}")
-        assert checkpoint == older and not directory.exists() and aside.is_dir()
-        assert text.endswith(f"; quarantined as {aside.name}, resuming from {older.name}")
-        alone(lambda: (aside / name).write_bytes(content))
-        alone(lambda: aside.rename(directory))
-        return text
 
-    shard = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    flipped = bytearray((newest / shard).read_bytes())
-    flipped[len(flipped) // 2] ^= 1
-    for name, change, words in [
-        (shard, lambda content: content[:-100], "bytes"),
-        (shard, lambda content: bytes(flipped), "SHA-256"),
-        (shard, lambda content: None, "is missing"),
-        (shard.replace("rank_1", "rank_0"), lambda content: content[:-1], "bytes"),  # the first of all
-        ("mp_rank_00_model_states.pt", lambda content: b"", "has 0 bytes"),
-    ]:
-        text = spoiled(name, change)
-        assert str(newest / name) in text and words in text, text
-    assert "manifest.json is missing" in spoiled("manifest.json", lambda content: None)
-    assert "manifest.json is damaged" in spoiled("manifest.json", lambda content: content[:50])
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory) -> Path:
+    """A run with two checkpoints, of two ranks under ZeRO-2."""
+    run = tmp_path_factory.mktemp("saved") / "run"
+    run_ranks(save_twice, 2, str(run))
+    return run
 
-    original = (older / shard).read_bytes()
+
+@pytest.fixture
+def run(saved_run, tmp_path) -> Path:
+    """A copy of it, to be damaged."""
+    return shutil.copytree(saved_run, tmp_path / "run")
+
+
+def whole(run: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that two ranks would resume from, and what they print."""
+    from sgtm.run.resume import find_whole
+
+    messages: list[str] = []
+    return find_whole(run, torch.distributed.get_rank(), 2, messages.append), messages
+
+
+def flip_a_bit(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+DAMAGE = {
+    "truncated": [
+        (SHARD, lambda content: content[:-100], "bytes"),
+        (FIRST_SHARD, lambda content: content[:-1], "bytes"),  # the first of all files
+        ("mp_rank_00_model_states.pt", lambda content: b"", "has 0 of "),
+        ("manifest.json", lambda content: content[:50], "is damaged"),
+    ],
+    "flipped": [(SHARD, flip_a_bit, "SHA-256")],
+    "missing": [(SHARD, None, "is missing"), ("manifest.json", None, "is missing")],
+}
+"""Files of a checkpoint with what is done to their bytes, None for a removal, and words of the message."""
+
+
+def damage(folder: str, kind: str) -> None:
+    run = Path(folder)
+    older, newest = run / OLDER, run / NEWEST
+    quarantined = newest.with_name(f"damaged-{newest.name}")
+    assert whole(run) == (newest, [])
+    for name, change, words in DAMAGE[kind]:
+        path, content = newest / name, (newest / name).read_bytes()
+        changed = None if change is None else change(content)
+        alone(lambda path=path, changed=changed: path.unlink() if changed is None else path.write_bytes(changed))
+        checkpoint, (text,) = whole(run)
+        assert checkpoint == older and not newest.exists() and quarantined.is_dir()
+        assert str(path) in text and words in text, text
+        assert text.endswith(f"; quarantined as {quarantined.name}, resuming from {older.name}")
+        alone(lambda name=name, content=content: (quarantined / name).write_bytes(content))
+        alone(lambda: quarantined.rename(newest))
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_quarantined(run, kind):
+    run_ranks(damage, 2, str(run), kind)
+
+
+def damage_all(folder: str) -> None:
+    run = Path(folder)
+    assert whole(run / "none") == (None, [])
+    older, newest = run / OLDER, run / NEWEST
+    original = (older / SHARD).read_bytes()
     for directory in (older, newest):
-        alone(lambda directory=directory: (directory / shard).write_bytes(b"no"))
-    text = message_of(whole)
-    assert text.startswith("no checkpoint is whole:\n  ") and f"{newest / shard} has 2 bytes" in text, text
-    assert f"{older / shard} has 2 bytes" in text and older.is_dir() and newest.is_dir()
-    alone(lambda: (older / shard).write_bytes(original))
-    assert whole()[0] == older
+        alone(lambda directory=directory: (directory / SHARD).write_bytes(b"no"))
+    text = message_of(lambda: whole(run))
+    assert text.startswith("no checkpoint is valid:\n  ") and f"{newest / SHARD} has 2 of " in text, text
+    assert f"{older / SHARD} has 2 of " in text and older.is_dir() and newest.is_dir()
+    alone(lambda: (older / SHARD).write_bytes(original))
+    assert whole(run)[0] == older
 
-    def message(now):
-        return message_of(lambda: load_checkpoint(engine, older, now))
 
-    def changed(section: str, key: str, value):
-        return config.model_copy(update={section: getattr(config, section).model_copy(update={key: value})})
+def test_without_a_valid_checkpoint_nothing_is_quarantined(run):
+    run_ranks(damage_all, 2, str(run))
+
+
+def changed(section: str, key: str, value):
+    return CONFIG.model_copy(update={section: getattr(CONFIG, section).model_copy(update={key: value})})
+
+
+def refuse_other_settings(folder: str) -> None:
+    from sgtm.run.resume import load_checkpoint
+
+    def message(now) -> str:
+        return message_of(lambda: load_checkpoint(None, Path(folder, NEWEST), now))  # refused before an engine is used
 
     for section, key, value in [
         ("model", "norm_eps", 1e-3),
@@ -211,28 +254,45 @@ def damage(folder: str) -> None:
         ("train", "precision", "fp32"),
     ]:
         text = message(changed(section, key, value))
-        assert f"{section}.{key}: {getattr(getattr(config, section), key)} in the checkpoint, {value}" in text
+        assert f"{section}.{key}: {getattr(getattr(CONFIG, section), key)} in the checkpoint, {value}" in text
     os.environ["SGTM_KERNELS"] = "reference"
-    assert "kernels.backend: torch in the checkpoint, reference now by SGTM_KERNELS" in message(config)
-    del os.environ["SGTM_KERNELS"]
-    same = config.model_copy(update={"name": "x", "train": config.train.model_copy(update={"log_every": 3})})
-    assert load_checkpoint(engine, older, same) == (1, [None, None], "")
+    assert "kernels.backend: torch in the checkpoint, reference now by SGTM_KERNELS" in message(CONFIG)
+
+
+def test_other_settings_are_refused(saved_run):
+    run_ranks(refuse_other_settings, 2, str(saved_run))
+
+
+def resume_otherwise(folder: str) -> None:
+    from sgtm.run.resume import load_checkpoint
+
+    engine, newest = new_engine(CONFIG), Path(folder, NEWEST)
+    same = CONFIG.model_copy(update={"name": "x", "train": CONFIG.train.model_copy(update={"log_every": 3})})
+    assert load_checkpoint(engine, newest, same) == (2, [None, None], "")
     other = "same data in the same order, sums in another (train.micro_batch: 2 in the checkpoint, 4 now)"
-    assert load_checkpoint(engine, older, changed("train", "micro_batch", 4)) == (1, [None, None], other)
-    *_, other = load_checkpoint(engine, older, changed("distributed", "communication", "bf16"))
+    assert load_checkpoint(engine, newest, changed("train", "micro_batch", 4)) == (2, [None, None], other)
+    *_, other = load_checkpoint(engine, newest, changed("distributed", "communication", "bf16"))
     assert "(distributed.communication: fp32 in the checkpoint, bf16 now)" in other
 
-    (run / f"checkpoints/.tmp-step_0000000{5 + engine.rank}").mkdir()
-    alone(lambda: remove_unfinished(run))
-    left = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert left == ["damaged-step_00000002", "latest", older.name]
+
+def test_another_shape_is_resumed_and_reported(saved_run):
+    run_ranks(resume_otherwise, 2, str(saved_run))
 
 
-def full_disk(stage: int, run: Path) -> None:
-    """Rank 1 cannot write more than a few kilobytes: both ranks say so, and the last checkpoint is still there."""
+def test_unfinished_checkpoints_are_removed(run):
+    from sgtm.run.checkpoint import remove_unfinished
+
+    for name in (".tmp-step_00000005", ".tmp-step_00000006", "damaged-step_00000004"):
+        (run / "checkpoints" / name).mkdir()
+    remove_unfinished(run)
+    assert names(run) == ["damaged-step_00000004", "latest", "step_00000001", "step_00000002"]
+
+
+def full_disk(stage: int, folder: str) -> None:
+    """Rank 1 cannot write more than a few kilobytes."""
     from sgtm.run.checkpoint import find_latest, verify
 
-    config = tiny_config(stage, train={"keep_last": 2})
+    run, config = Path(folder), tiny_config(stage, train={"keep_last": 2})
     engine = new_engine(config)
     first = save(engine, run, 1, config)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -241,7 +301,7 @@ def full_disk(stage: int, run: Path) -> None:
     text = message_of(lambda: save(engine, run, 2, config))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "step_00000002 could not be saved" in text and "pp_rank_1" in text and "File too large" in text, text
-    assert f"the last one is {first}" in text
+    assert f"the last checkpoint is {first}" in text
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step_00000001"]
     assert find_latest(run) == first
     verify(first)
@@ -257,11 +317,6 @@ def names(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-def damage_and_full_disk(folder: str) -> None:
-    damage(f"{folder}/damaged")
-    for stage in (1, 3):
-        full_disk(stage, Path(folder, f"full{stage}"))
-
-
-def test_damaged_foreign_and_unfinished_checkpoints(tmp_path):
-    run_ranks(damage_and_full_disk, 2, str(tmp_path))
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_last_checkpoint_outlives_a_full_disk(tmp_path, stage):
+    run_ranks(full_disk, 2, stage, str(tmp_path / "run"))

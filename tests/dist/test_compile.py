@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engines import shard_everything
 from families import MIXINGS, STRATEGIES, model_of, plan_of, random_step, run_config
 from ranks import run_ranks
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -15,15 +16,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from sgtm.model.rows import live_keys
 
 STEPS, WARM_UP = 3, 1
-SHARDED = dict.fromkeys(("param_persistence_threshold", "max_reuse_distance", "prefetch_bucket_size"), 0)
 
 
 def train(stage: int, family: str, compiled: bool, checkpointing: bool) -> tuple[list[float], list[int], int]:
     """Losses of a few mixed steps, graphs after each step, and weights of blocks held between forward and backward."""
-    from sgtm.distributed import engine as engine_module
+    from sgtm.distributed.engine import Engine
 
     config = config_of(stage, family, compiled)
-    engine_module.deepspeed_config = sharded(engine_module.deepspeed_config)
+    shard_everything()
     model = model_of(family, activation_checkpointing=checkpointing)
     counter = CompileCounterWithBackend("aot_eager")
     if compiled:
@@ -31,7 +31,7 @@ def train(stage: int, family: str, compiled: bool, checkpointing: bool) -> tuple
 
         torch._dynamo.reset()
         compile_blocks(model, counter)
-    engine = engine_module.Engine(model, config)
+    engine = Engine(model, config)
     gathered: list[StorageWeakRef] = []
     for block in model.blocks:  # after DeepSpeed's hook, which gathers
         block.register_forward_pre_hook(lambda block, _: gathered.extend(weights(block)))
@@ -54,16 +54,6 @@ def config_of(stage: int, family: str, compiled: bool):
     config = run_config(stage, family, "torch", "sequence")
     keys = {"compile": "blocks" if compiled else "off"}
     return config.model_copy(update={"train": config.train.model_copy(update=keys)})
-
-
-def sharded(make):
-    def settings(*args) -> dict:
-        config = make(*args)
-        if config["zero_optimization"]["stage"] == 3:
-            config["zero_optimization"] |= {f"stage3_{key}": value for key, value in SHARDED.items()}
-        return config
-
-    return settings
 
 
 def weights(block: torch.nn.Module) -> list[StorageWeakRef]:

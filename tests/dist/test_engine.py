@@ -228,11 +228,11 @@ def give_weights() -> None:
         config = tiny_config(stage, precision, distributed={"offload_optimizer": offload})
         init_distributed(config.distributed, config.kernels)
         model = tiny_model(config)
-        given = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in given.values())
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights.values())
         engine = Engine(model, config)
         defaults = masters(engine)
-        del given["final_norm.weight"]
-        engine.set_weights(given)
+        del weights["final_norm.weight"]
+        engine.set_weights(weights)
         for name, tensor in masters(engine).items():
-            assert torch.equal(tensor, given.get(name, defaults[name]).reshape(-1)), (stage, precision, offload, name)
+            assert torch.equal(tensor, weights.get(name, defaults[name]).reshape(-1)), (stage, precision, offload, name)

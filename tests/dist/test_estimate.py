@@ -217,6 +217,6 @@ def test_bytes_held_by_a_rank_are_those_planned(case, ranks):
 
 @pytest.mark.parametrize("case", SAVED)
 def test_bytes_of_a_checkpoint_are_those_planned(case):
-    sizes = {written for _, _, written in results(2)[case]}
+    sizes = {size for _, _, size in results(2)[case]}
     assert len(sizes) == 1
     assert checkpoint_bytes(config_of(case), CASES[case][0]) == pytest.approx(sizes.pop(), rel=5e-3)

@@ -7,26 +7,26 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engines import shard_everything
 from families import model_of, plan_of, random_step, run_config, state_of
 from ranks import run_ranks
 
 from sgtm.model.output_norms import OutputNorms
 
-SHARDED = dict.fromkeys(("param_persistence_threshold", "max_reuse_distance", "prefetch_bucket_size"), 0)
 HOW = {"token": "fp32", "micro": "bf16"}
 CASES = [(stage, mixing) for stage in range(4) for mixing in HOW]
 
 
 def train(stage: int, mixing: str, measured: bool) -> tuple:
     """Two steps: the norms of the first, losses, weights and moments."""
-    from sgtm.distributed import engine as engine_module
+    from sgtm.distributed.engine import Engine
     from sgtm.distributed.process_group import init_distributed
     from sgtm.training.step import StepTotals, train_step
 
     config = run_config(stage, "gpt_neo", "torch", mixing, precision=HOW[mixing])
-    engine_module.deepspeed_config = sharded(engine_module.deepspeed_config)
+    shard_everything()
     init_distributed(config.distributed, config.kernels)
-    engine = engine_module.Engine(model_of("gpt_neo", activation_checkpointing=stage == 2), config)
+    engine = Engine(model_of("gpt_neo", activation_checkpointing=stage == 2), config)
     totals, losses, taken = StepTotals(len(config.space.labels), engine.device), {}, []
     for step in range(2):
         norms = OutputNorms(config.tables) if measured else None
@@ -35,16 +35,6 @@ def train(stage: int, mixing: str, measured: bool) -> tuple:
         losses |= {(step, index): loss for index, loss in enumerate(engine.losses)}
         taken += [norms.take(engine.all_reduce_sum)] if measured else []
     return taken[:1], losses, state_of(engine)
-
-
-def sharded(make):
-    def settings(*args) -> dict:
-        config = make(*args)
-        if config["zero_optimization"]["stage"] == 3:
-            config["zero_optimization"] |= {f"stage3_{key}": value for key, value in SHARDED.items()}
-        return config
-
-    return settings
 
 
 def measure() -> list[dict]:

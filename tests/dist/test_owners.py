@@ -72,7 +72,7 @@ def check(stage: int, precision: str) -> None:
     engine = Engine(model_of("gpt_neo"), config)
     step(engine, config)
     bound = 1e-5 if precision == "fp32" else 2e-2
-    assert engine._agreement.norms == pytest.approx(expected, rel=bound), where
+    assert engine._norm.norms == pytest.approx(expected, rel=bound), where
     assert engine.optimizer.factors == pytest.approx([LIMIT / (norm + 1e-6) for norm in expected], rel=bound), where
     for (key, part), moment in state_of(engine).items():  # of the first step: 0.05 (1 - beta2) times the gradient
         if part[0] == "exp_avg":

@@ -1,4 +1,7 @@
-"""How a rank ends: what `atexit` has to do is done, and the interpreter is not torn down under gloo's threads."""
+"""How `end_rank` of sgtm/distributed/process_group.py ends a rank.
+
+What `atexit` has to do is done, and the interpreter is not torn down under gloo's threads.
+"""
 
 import atexit
 from pathlib import Path

@@ -53,7 +53,7 @@ def start(folder: str) -> None:
         if name == "alike":
             train(config)
             continue
-        with pytest.raises(ValueError, match=r"rank 1 on .* has weights in train.init_from, as a checksum, \d+, but"):
+        with pytest.raises(ValueError, match=r"rank 1 on .* has checksum of train.init_from \d+, but"):
             train(config)
 
 

@@ -1,5 +1,6 @@
 """What a step sends and reads besides gradients and weights, in every ZeRO stage, and gradients sent in bf16.
 
+The stages reduce and clip as sgtm/distributed/takeover.py has them do.
 A read is a number that the host takes out of a tensor: on a GPU it waits for the device there.
 """
 

@@ -44,7 +44,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def start_and_resume(runs: str, stages: tuple[int, ...]) -> dict:
     """Evaluation and weights of a run, of those that start from its export, and of one stopped and resumed."""
-    from sgtm.distributed.agree import on_rank_zero
+    from sgtm.distributed.on_ranks import on_rank_zero
     from sgtm.hf.export import export_run
     from sgtm.training.loop import train
 

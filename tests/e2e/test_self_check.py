@@ -96,7 +96,7 @@ def outcomes(tmp_path_factory):
 
 def test_a_named_backend_ends_with_the_name_of_the_op(outcomes):
     message, made = outcomes["named"]
-    assert message.startswith("kernel backend 'triton' was asked for, but on this device it fails its self-check:")
+    assert message.startswith("kernel backend 'triton' was requested, but on this device it fails its self-check:")
     assert "\n  mlp.linear_gelu: output 0 is off by" in message and message.count("\n") == 2 and not made
 
 

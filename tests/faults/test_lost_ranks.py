@@ -37,10 +37,10 @@ def broken(how: str, rank: int = 1) -> list[str]:
     [
         ("refuse", "error: rank 1: the disk of this rank is full", "ended with exit status 2"),
         # torchrun may have reaped it before a neighbour looks.
-        ("kill", None, r"(killed by SIGKILL|died without a word) \(pid \d+ on \S+\)"),
+        ("kill", None, r"(killed by SIGKILL|ended with an unknown exit status) \(pid \d+ on \S+\)"),
     ],
 )
-def test_others_say_in_one_line_whom_they_lost(how, first, known):
+def test_others_print_in_one_line_whom_they_lost(how, first, known):
     lines = broken(how)
     if first:
         assert lines.pop(0) == first
@@ -60,9 +60,9 @@ def test_the_stack_of_the_broken_rank_comes_first_and_is_the_only_one(how, first
     lines = broken(how)
     assert lines[0].removeprefix("[rank1]: ") == first, lines
     for rank in (0, 2):
-        assert re.search(f"error: rank {rank}: lost rank 1: ({known}|died without a word)", "\n".join(lines[-2:])), (
-            lines
-        )
+        assert re.search(
+            f"error: rank {rank}: lost rank 1: ({known}|ended with an unknown exit status)", "\n".join(lines[-2:])
+        ), lines
     assert "\n".join(lines).count(first) == 1
 
 
@@ -87,7 +87,7 @@ def test_a_rank_that_gives_no_sign_of_life_is_diagnosed(how):
     assert ("in hold_the_interpreter" if how == "hold" else "in train") in last.partition("Fatal")[2], "its own stack"
 
 
-def test_a_rank_that_goes_elsewhere_says_where():
+def test_a_rank_that_goes_elsewhere_prints_where():
     outputs = stacks(broken("sleep"))
     assert sorted(outputs) == ["", "0", "1", "2"] and "Fatal" not in outputs["1"]
     assert "minutes in step 40, forward" in outputs["1"] and "time.sleep(600)" in outputs["1"]
@@ -95,7 +95,7 @@ def test_a_rank_that_goes_elsewhere_says_where():
     assert "rank 1: step 40, forward\n" in outputs["0"]
 
 
-def test_ranks_that_end_well_say_nothing():
+def test_ranks_that_end_well_print_nothing():
     assert broken("finish") == []
 
 

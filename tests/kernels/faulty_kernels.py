@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from sgtm_kernels.tools.aot import examine
-from sgtm_kernels.triton_common.variant import KernelVariant
+from sgtm_kernels.tools.launches import KernelVariant
 
 
 @triton.jit
@@ -46,15 +46,17 @@ TYPES = {"x": "*bf16", "y": "*bf16", "n": "i32"}
 CASES = {
     "fine": KernelVariant(copy, TYPES, {"B": 1024}),
     "narrow accesses": KernelVariant(masked_by_content, TYPES, {"B": 1024}),
-    "narrow rows": KernelVariant(masked_by_content, TYPES, {"B": 1024}, narrow=16),
-    "accesses narrower than 128 bits": KernelVariant(sum_of_some, TYPES, {"B": 1024}, narrow=16, narrower=0),
-    "few narrower accesses": KernelVariant(sum_of_some, TYPES, {"B": 1024}, narrow=16, narrower=1),
-    "accesses of 128 bits": KernelVariant(copy, TYPES, {"B": 1024}, wide=8),
+    "narrow rows": KernelVariant(masked_by_content, TYPES, {"B": 1024}, max_subwords=16),
+    "accesses narrower than 128 bits": KernelVariant(
+        sum_of_some, TYPES, {"B": 1024}, max_subwords=16, max_below_widest=0
+    ),
+    "few narrower accesses": KernelVariant(sum_of_some, TYPES, {"B": 1024}, max_subwords=16, max_below_widest=1),
+    "accesses of 128 bits": KernelVariant(copy, TYPES, {"B": 1024}, min_wide_words=8),
     "widest access": KernelVariant(copy, TYPES, {"B": 128}),
-    "HGMMA of": KernelVariant(product, TYPES, {"B": 64}, tensor_cores=True, columns=(128,)),
-    "columns of HGMMA": KernelVariant(product, TYPES, {"B": 64}, tensor_cores=True, columns=(64,)),
-    "programs at once": KernelVariant(copy, TYPES, {"B": 1024}, programs=32),
-    "some programs": KernelVariant(copy, TYPES, {"B": 1024}, programs=8),
+    "HGMMA of": KernelVariant(product, TYPES, {"B": 64}, tensor_cores=True, hgmma_columns=(128,)),
+    "columns of HGMMA": KernelVariant(product, TYPES, {"B": 64}, tensor_cores=True, hgmma_columns=(64,)),
+    "programs at once": KernelVariant(copy, TYPES, {"B": 1024}, min_programs=32),
+    "some programs": KernelVariant(copy, TYPES, {"B": 1024}, min_programs=8),
     "bytes of stack": KernelVariant(
         product, TYPES, {"B": 128}, num_warps=1, num_stages=1, spill="on another architecture", spill_on=(80,)
     ),

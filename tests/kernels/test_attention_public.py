@@ -287,13 +287,13 @@ def test_what_is_named_is_taken_or_refused(way, facts, problem, whole, monkeypat
     if problem is None:
         assert choose(facts, whole) == way
     else:
-        with pytest.raises(ValueError, match=f"^SGTM_ATTENTION={way} was asked for, but .*{problem}"):
+        with pytest.raises(ValueError, match=f"^SGTM_ATTENTION={way} was requested, but .*{problem}"):
             choose(facts, whole)
 
 
 def test_an_unknown_name_is_an_error(monkeypatch):
     monkeypatch.setenv("SGTM_ATTENTION", "flash")
-    with pytest.raises(ValueError, match=r"SGTM_ATTENTION: unknown way 'flash'.*known: sdpa, flash_attn, flex"):
+    with pytest.raises(ValueError, match=r"SGTM_ATTENTION is 'flash'; it takes sdpa, flash_attn or flex"):
         choose(CUDA, True)
 
 
@@ -303,7 +303,7 @@ def test_the_facts_of_this_machine(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it raises
     monkeypatch.setenv("SGTM_ATTENTION", "flex")
     plan = random_plan(1, random_tables(2), "sorted", 4, 20, documents=True)
-    with pytest.raises(ValueError, match="SGTM_ATTENTION=flex was asked for, but it trains on CUDA alone"):
+    with pytest.raises(ValueError, match="SGTM_ATTENTION=flex was requested, but it trains on CUDA alone"):
         op(HEADS, plan, 4)(data(HEADS, plan))
     public._flash_attn_problem.cache_clear()
     assert public._flash_attn_problem().startswith("flash_attn does not import (import of flash_attn halted")

@@ -186,13 +186,13 @@ def test_only_what_is_asked_for(needed, backend):
 def test_evaluation_computes_no_gradient(monkeypatch, backend):
     plan, t = random_plan(13, random_tables(14), "sorted", 6, 9), targets(6, 9)
     data = [d.requires_grad_() for d in inputs(6, 9, torch.float32)]
-    asked = []
+    flags = []
     module = pick("cross_entropy", backend)
     original = module._softmax_gradient_
-    monkeypatch.setattr(module, "_softmax_gradient_", lambda *args: asked.append(args[2]) or original(*args))
+    monkeypatch.setattr(module, "_softmax_gradient_", lambda *args: flags.append(args[2]) or original(*args))
     with torch.no_grad():
         loss = op(plan, backend, t)(*data)
-    assert set(asked) == {False}
+    assert set(flags) == {False}
     assert_same_bits(loss, op(plan, backend, t)(*data).detach())
 
 

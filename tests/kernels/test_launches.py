@@ -22,8 +22,8 @@ from sgtm_kernels.mlp import gelu, linear_gelu, swiglu
 from sgtm_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from sgtm_kernels.plan import JOINT_KINDS, MAX_SLICES, PROJECTIONS, MaskPlan, Tables, merge_runs
 from sgtm_kernels.tools.aot import all_variants
+from sgtm_kernels.tools.launches import KernelVariant, record_launches
 from sgtm_kernels.triton_common.tuning import DTYPES
-from sgtm_kernels.triton_common.variant import KernelVariant, recorded
 
 BATCH, SEQ_LEN, WIDTH, BOUNDS = 2, 20, 16, (0, 24, 32)
 
@@ -146,7 +146,7 @@ def test_what_is_launched_is_what_is_compiled_ahead_of_time(dtype, monkeypatch):
                 if out.requires_grad:
                     out.backward(torch.ones_like(out))
 
-    made = {kind(launch) for launch in recorded(run)}
+    made = {kind(launch) for launch in record_launches(run)}
     assert {name for name, *_, fp_fusion in made if not fp_fusion} == {
         "norm_forward", "norm_backward", "norm_sums", "adamw_update",
     }  # fmt: skip
@@ -166,7 +166,7 @@ def test_types_and_alignment_are_those_of_the_arguments():
         kernel[(1,)](x, x.int()[1:], 32, 2**40 + 1, 1, 16, 0.5, FLAG=True, SIZE=4, num_warps=8, enable_fp_fusion=False)
         kernel[(1,)](x, x, 32, 33, 34, 16, 1.0, True, SIZE=4, num_stages=2)
 
-    first, second = recorded(call, x)
+    first, second = record_launches(call, x)
     types = {"pointer": "*bf16", "off": "*i32", "even": "i32", "odd": "i64", "loose": "i32", "number": "fp32"}
     assert first.signature == types and first.constants == {"FLAG": True, "SIZE": 4, "one": 1}
     assert set(first.unaligned) == {"off", "odd", "loose"} and not first.fp_fusion
@@ -177,5 +177,5 @@ def test_types_and_alignment_are_those_of_the_arguments():
 def test_a_call_that_fails_leaves_launches_as_they_were():
     launch = KernelInterface.__getitem__
     with pytest.raises(ZeroDivisionError):
-        recorded(lambda: 1 / 0)
+        record_launches(lambda: 1 / 0)
     assert KernelInterface.__getitem__ is launch

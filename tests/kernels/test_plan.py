@@ -140,9 +140,9 @@ def test_spans_are_the_documents_of_the_tokens(plan, seed):
 @settings(max_examples=50, deadline=None)
 def test_live_names_the_nearest_tokens_with_a_factor(plan, by_group):
     others = [tuple(float(factor == 0) for factor in by_label) for by_label in by_group]
-    for asked in (by_group, others):  # of one plan
-        following, previous = plan.live(asked, torch.device("cpu")).tolist()
-        for by_label, after, before in zip(asked, following, previous, strict=True):
+    for factors in (by_group, others):  # of one plan
+        following, previous = plan.live(factors, torch.device("cpu")).tolist()
+        for by_label, after, before in zip(factors, following, previous, strict=True):
             live = [token for token, label in enumerate(labels_of(plan)) if by_label[label] != 0]
             for token in range(plan.tokens):
                 assert after[token] == min((t for t in live if t >= token), default=plan.tokens)

@@ -17,7 +17,7 @@ from sgtm_kernels.linear import linear_in, linear_out
 from sgtm_kernels.mlp import linear_gelu
 from sgtm_kernels.norm import layer_norm
 from sgtm_kernels.plan import MaskPlan, Run
-from sgtm_kernels.selfcheck import Passed, check, recorded
+from sgtm_kernels.selfcheck import Passed, check, record_op_calls
 from sgtm_kernels.tools.shapes import FORGET, RETAIN, SGTM, UNLABELED
 from sgtm_kernels.triton_common.tuning import table_of
 
@@ -52,11 +52,11 @@ def layer(plan: MaskPlan) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def calls():
-    with recorded() as recorded_calls:
+    with record_op_calls() as calls:
         for plan in plans():
             layer(plan)
             layer(plan)  # the same calls: kept once
-    return recorded_calls
+    return calls
 
 
 def test_every_call_is_kept_once(calls):

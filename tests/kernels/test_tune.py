@@ -61,8 +61,8 @@ def test_a_candidate_that_does_not_fit_the_device_is_left_out(others, monkeypatc
         if TUNABLES["activation_forward"](torch.device("cpu"), "fp32", "plain") == SMALL:
             raise OutOfResources(300_000, 232_448, "shared memory")
 
-    ((choice, candidates, given),) = tune.choices(call)
-    assert (choice, given) == (("activation_forward", ("fp32", "plain")), {})
+    ((choice, candidates, needed),) = tune.choices(call)
+    assert (choice, needed) == (("activation_forward", ("fp32", "plain")), {})
     assert candidates == [mlp_kernel.Tile(32, 64, 4)]
 
 
@@ -138,7 +138,7 @@ def test_the_table_has_every_choice_at_once_and_resuming_measures_the_others(tmp
 
     monkeypatch.setattr(tune, "Clock", Clock)
     options = {"device": torch.device("cpu"), "dtype": torch.float32, "resume": True}
-    options |= {"decided": stop, "say": lambda text: None}
+    options |= {"decided": stop, "report": lambda text: None}
     with pytest.raises(KeyboardInterrupt):
         tune.tune(["mlp"], ["tiny"], path, "v1", **options)
     assert set(entries()) == {"activation_forward"}

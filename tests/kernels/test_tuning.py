@@ -55,14 +55,14 @@ def test_buckets():
 def test_keys_leave_out_what_the_result_must_not_depend_on(monkeypatch):
     """The same choices whether tokens are masked or not, for the kernels that compute outputs and dX."""
     x, qkv = torch.zeros(2, 5, 40), torch.zeros(2, 5, 48)
-    asked, layout = [], HeadLayout((1, 1), (1, 1), 8)
+    choices, layout = [], HeadLayout((1, 1), (1, 1), 8)
     for tables, label in ((NONE, 0), (SGTM, 1)):
         plan = MaskPlan.uniform(tables, label, 2, 5)
         with trial() as seen:
             forward_backward(lambda x, p=plan: gelu(x, p, BOUNDS, "triton"), x)
             forward_backward(lambda x, p=plan: attention(x, layout, p, scale=1.0, backend="triton"), qkv)
-        asked.append(set(seen.asked))
-    assert asked[0] == asked[1] and len(asked[0]) == 5
+        choices.append(set(seen.tunables))
+    assert choices[0] == choices[1] and len(choices[0]) == 5
 
 
 @pytest.mark.parametrize(
@@ -112,12 +112,12 @@ def test_every_choice_forced_gives_the_same_result(op, others):
     for way in tune.CASES[op](LONG if op == "linear" else SHAPE, torch.device("cpu"), torch.float32):
         with trial():
             expected = flat(way())
-        for choice, candidates, given in tune.choices(way):
+        for choice, candidates, needed in tune.choices(way):
             for config in candidates[1:]:
-                with trial({**given, choice: config}) as seen:
+                with trial({**needed, choice: config}) as seen:
                     for got, want in zip(flat(way()), expected, strict=True):
                         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-                assert choice in seen.asked
+                assert choice in seen.tunables
                 tried[choice[0]] += 1
     assert (
         set(tried)

@@ -65,10 +65,10 @@ def test_the_default_shapes_are_tiny_on_a_cpu_alone(monkeypatch, capsys):
     monkeypatch.setattr(steps, "measure", lambda name, *args: taken.append(name) or [])
     for options, expected in (("", ["tiny"]), ("--shape 124m", ["124m"]), ("--device cuda", list(steps.SHAPES))):
         taken.clear()
-        with monkeypatch.context() as here:
-            here.setattr(torch.cuda, "is_available", lambda options=options: "cuda" in options)
-            here.setattr(torch.cuda, "empty_cache", lambda: None)
-            here.setattr(sys, "argv", ["steps.py", *options.split()])
+        with monkeypatch.context() as patches:
+            patches.setattr(torch.cuda, "is_available", lambda options=options: "cuda" in options)
+            patches.setattr(torch.cuda, "empty_cache", lambda: None)
+            patches.setattr(sys, "argv", ["steps.py", *options.split()])
             assert steps.main() == 1  # nothing was measured
         assert taken == expected
         assert ("--shape tiny, because this is a CPU" in capsys.readouterr().out) == (not options)

@@ -214,7 +214,7 @@ def test_a_row_is_a_call_against_calls_of_the_same_round():
 
     roofline = Roofline(torch.device("cpu"), torch.float32)
     public = {"slow": lambda: 0, "fast": lambda: 0, "broken": lambda: torch.ones(2) @ torch.ones(3)}
-    case = Case(lambda plan, backend: lambda: 0, public, lambda plan: (roofline.flops, 0), lambda *given: {})
+    case = Case(lambda plan, backend: lambda: 0, public, lambda plan: (roofline.flops, 0), lambda *arguments: {})
     args = type("Args", (), {"rounds": 2, "seconds": 1, "mask": ["pure forget"]})
     rows = {r["mask"]: r for r in measure(case, SHAPES["tiny"], ["torch"], TwoRounds(), roofline, args)}
     assert "broken" not in rows and {r["public"] for r in rows.values()} == {"fast"}

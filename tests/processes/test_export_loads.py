@@ -170,7 +170,7 @@ def test_a_corpus_of_an_earlier_version_is_exported_as_text_too(tmp_path, monkey
     """Its tokenizer lies there as it was given to `prepare`."""
     tokenizer = KINDS[kind][0]()
     eos = tokenizer.token_to_id(EOS)
-    corpus = SimpleNamespace(tokenizer=tokenizer, eos_id=eos, token_names={}, fingerprint="of the run")
+    corpus = SimpleNamespace(tokenizer=tokenizer, eos_id=eos, token_names={}, fingerprint="of the run", path="data")
     monkeypatch.setattr(export, "open_corpus", lambda config, verify, write: corpus)
     make_run(tmp_path / "run", LLAMA.replace("vocab_size: 257", f"vocab_size: {VOCABULARY}"))
     exported_tokenizer = AutoTokenizer.from_pretrained(export_run(tmp_path / "run", [], tmp_path / "out"))

@@ -41,7 +41,7 @@ def run(folder: Path, stages, budget: float = 60, **options) -> list[dict]:
     from gpu_stages.driver import STAGES, Driver
     from journal import Journal
 
-    Driver(folder, budget, say=lambda text: None, **options).run(stages)
+    Driver(folder, budget, write=lambda text: None, **options).run(stages)
     return Journal(folder / STAGES).rows()
 
 
@@ -175,7 +175,7 @@ def test_a_device_that_does_not_answer_gets_a_new_process(tmp_path):
     from gpu_stages.driver import Ended
 
     codes = iter([Items.RESTART, 0])
-    (row,) = run(tmp_path, [stage("s", unit("u", ""))], execute=lambda *given: Ended(next(codes)))
+    (row,) = run(tmp_path, [stage("s", unit("u", ""))], execute=lambda *arguments: Ended(next(codes)))
     assert row["outcome"] == "done" and [r["outcome"] for r in items.journal.rows()] == [OK, "failed"]
 
 

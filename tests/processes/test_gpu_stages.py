@@ -147,10 +147,10 @@ def measurements() -> list[dict]:
 def refused(rows: list[dict]) -> dict[str, str]:
     from verdicts import admitted
 
-    survivors, refused = admitted(measurements(), rows)
-    assert len(survivors) + len(refused) == len(measurements())
+    survivors, reasons = admitted(measurements(), rows)
+    assert len(survivors) + len(reasons) == len(measurements())
     assert all(row in survivors for row in measurements() if row["backend"] == "public")
-    return refused
+    return reasons
 
 
 def test_an_op_that_failed_is_not_reported_nor_are_whole_steps():
@@ -195,8 +195,8 @@ def test_a_run_becomes_a_results_file_without_what_its_checks_refuse(tmp_path, m
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     run, spread = tmp_path / "run", dict.fromkeys(("p20", "p50", "p80"), 1.0)
     run.mkdir()
-    here = environment() | {"device": "NVIDIA T0 (80GB)", "commit": "v1-3-gabc", "cpu": False}
-    (run / "environment.json").write_text(json.dumps(here))
+    machine = environment() | {"device": "NVIDIA T0 (80GB)", "commit": "v1-3-gabc", "cpu": False}
+    (run / "environment.json").write_text(json.dumps(machine))
     rates = {"roofline": {"tflops": spread, "gb_per_second": spread}, "roofline_share": spread}
     measured = {"microseconds": spread, "ratio_public": spread, "public": "SDPA", "mask": "unmasked", "dtype": "bf16"}
     for op in ("norm", "mlp"):
@@ -211,7 +211,7 @@ def test_a_run_becomes_a_results_file_without_what_its_checks_refuse(tmp_path, m
     assert "| mlp itself |" in text and "| norm itself |" not in text
     assert "Not reported" in text and "norm in triton (norm: norm, 254m, unmasked, triton: dx: 1 > 0.5)" in text
     assert "| norm | failed | passed |" in text and "| mlp | passed | passed |" in text
-    (run / "environment.json").write_text(json.dumps(here | {"cpu": True}))
+    (run / "environment.json").write_text(json.dumps(machine | {"cpu": True}))
     with pytest.raises(ValueError, match="--cpu"):
         report.add(run)
 

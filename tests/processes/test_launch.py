@@ -1,4 +1,4 @@
-"""Where a process thinks it is, from the variables of each launcher; what the scripts of launch/ start."""
+"""Ranks that do not meet, the device and threads of a rank, and what the scripts of launch/ start."""
 
 from __future__ import annotations
 
@@ -19,66 +19,6 @@ from sgtm.distributed import env
 from sgtm.process.ranks import TORCH_VARIABLES, RankInfo, detect_launch
 
 ROOT = Path(__file__).parents[2]
-ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
-PLACE = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({}, RankInfo("none")),
-        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, RankInfo("none")),  # a batch script's own shell
-        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, RankInfo("none")),  # interactive
-        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, RankInfo("none")),  # srun of one: alone
-        (
-            {**PLACE, **ADDRESS, "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"},
-            RankInfo("torchrun", 5, 8, 1, 4),
-        ),
-        ({**PLACE, **ADDRESS, "LOCAL_SIZE": "4", "CROSS_RANK": "1"}, RankInfo("deepspeed", 5, 8, 1, 4)),
-        ({**PLACE, **ADDRESS}, RankInfo("env", 5, 8, 1, 1)),
-        (
-            {
-                **ADDRESS,
-                "SLURM_STEP_ID": "0",
-                "SLURM_NTASKS": "8",
-                "SLURM_PROCID": "5",
-                "SLURM_LOCALID": "1",
-                "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
-            },
-            RankInfo("srun", 5, 8, 1, 4),
-        ),
-    ],
-)
-def test_place_of_the_process(variables, expected):
-    assert detect_launch(variables) == expected
-
-
-@pytest.mark.parametrize(
-    ("tasks", "counts"), [("3", [3]), ("4(x2)", [4, 4]), ("2,1", [2, 1]), ("2(x3),1", [2, 2, 2, 1])]
-)
-def test_slurm_counts_the_ranks_of_each_node(tasks, counts):
-    step = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "7", "SLURM_PROCID": "6", "SLURM_LOCALID": "0", **ADDRESS}
-    step["SLURM_STEP_TASKS_PER_NODE"] = tasks
-    sizes = [detect_launch({**step, "SLURM_NODEID": str(node)}).local_world_size for node in range(len(counts))]
-    assert sizes == counts
-    for wrong in ({"SLURM_NODEID": str(len(counts))}, {"SLURM_STEP_TASKS_PER_NODE": f"{tasks}(y)"}):
-        with pytest.raises(ValueError, match="SLURM_STEP_TASKS_PER_NODE"):
-            detect_launch(step | wrong)
-
-
-def test_half_a_launch_names_what_is_missing():
-    with pytest.raises(ValueError, match=r"MASTER_ADDR, MASTER_PORT not set.*unset RANK, WORLD_SIZE, LOCAL_RANK"):
-        detect_launch(PLACE)
-    with pytest.raises(ValueError, match=r"srun, but MASTER_ADDR, MASTER_PORT not set.*or unset SLURM_STEP_ID to run"):
-        detect_launch({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
-    with pytest.raises(ValueError, match=r"whole numbers.*'RANK': 'one'"):
-        detect_launch({**PLACE, **ADDRESS, "RANK": "one"})
-
-
-@pytest.mark.parametrize(("rank", "size"), [("8", "8"), ("-1", "8"), ("0", "0")])
-def test_a_rank_that_there_is_not(rank, size):
-    with pytest.raises(ValueError, match=f"RANK {rank} is none of the ranks.* WORLD_SIZE is {size}"):
-        detect_launch({**PLACE, **ADDRESS, "RANK": rank, "WORLD_SIZE": size})
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -198,11 +138,11 @@ def test_slurm_starts_the_ranks_themselves(tmp_path):
     assert detect_launch({**environ, **step, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}) == RankInfo("srun", 5, 8, 1, 4)
 
 
-@pytest.mark.parametrize("given", [[], ["--overwrite"], ["--resume"], ["--resume", "auto"]])
-def test_a_restarted_job_resumes(tmp_path, given):
-    job = slurm_sbatch(tmp_path, "my.yaml", *given, "--name=a b", srun=NOTE, SLURM_RESTART_COUNT="1")
+@pytest.mark.parametrize("options", [[], ["--overwrite"], ["--resume"], ["--resume", "auto"]])
+def test_a_restarted_job_resumes(tmp_path, options):
+    job = slurm_sbatch(tmp_path, "my.yaml", *options, "--name=a b", srun=NOTE, SLURM_RESTART_COUNT="1")
     arguments, _ = json.loads(job.communicate(timeout=PATIENCE)[0])
-    resume = given if "--resume" in given else ["--resume"]
+    resume = options if "--resume" in options else ["--resume"]
     assert sorted(arguments[arguments.index("train") + 1 :]) == sorted(["my.yaml", "--name=a b", *resume])
 
 

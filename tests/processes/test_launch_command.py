@@ -188,8 +188,8 @@ def test_a_hostfile_that_says_nothing(text, problem, tmp_path):
 def test_a_hostfile_is_the_run(tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("a slots=4\nb slots=4\n")
-    asked = Where(hostfile=hosts)
-    assert settle(asked) == Settled("deepspeed", 2, 4, asked)
+    where = Where(hostfile=hosts)
+    assert settle(where) == Settled("deepspeed", 2, 4, where)
     for where in (Where(nodes=3, hostfile=hosts), Where(gpus=8, hostfile=hosts)):
         with pytest.raises(ValueError, match="2 nodes with 4, 4 slots, but the run has"):
             settle(where)

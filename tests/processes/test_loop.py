@@ -42,7 +42,7 @@ class Log:
 
     def checkpoint(self, saved: object) -> None: ...
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         self.messages.append(text)
 
 
@@ -156,7 +156,7 @@ def run_steps(
     monkeypatch.setattr(loop, "_losses", lambda *rest: {"loss": 1.0})
     monkeypatch.setattr(loop, "_gradients", lambda *rest: {})
     monkeypatch.setattr(loop, "evaluate", evaluate)
-    monkeypatch.setattr(loop, "tell_skipped", lambda *rest: "step {}, the {}-th in a row".format(*rest[-2:]))
+    monkeypatch.setattr(loop, "describe_skipped", lambda *rest: "step {}, the {}-th in a row".format(*rest[-2:]))
     monkeypatch.setattr(log, "step", (rows if rows is not None else []).append)
     loader = SimpleNamespace(step=lambda step: step + 1)
     totals = SimpleNamespace(state=dict, skipped=3, in_a_row=2)

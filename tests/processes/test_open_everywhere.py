@@ -12,7 +12,7 @@ from ranks import run_ranks
 
 def open_on_nodes(folder: str, changes: list[str]) -> list[str]:
     """What this rank is told after each change to the second node's copy; each is undone."""
-    from sgtm.distributed.agree import on_rank_zero
+    from sgtm.distributed.on_ranks import on_rank_zero
     from sgtm.process.ranks import RankInfo
     from sgtm.training.start import open_everywhere
 

@@ -105,7 +105,7 @@ import os, signal, sys, time
 from sgtm.commands.main import main
 from sgtm.data import encode, readers
 
-def held(pending):
+def finish_and_wait(pending):
     finish(pending)
     print("here", flush=True)
     time.sleep(300)
@@ -117,7 +117,7 @@ if __name__ == "__mp_main__" and sys.argv[1] == "importing":  # a worker
         time.sleep(0.01)
 if __name__ == "__main__":
     readers.BLOCK_BYTES = 500
-    finish, encode._finish = encode._finish, held
+    finish, encode._finish = encode._finish, finish_and_wait
     sys.exit(main(sys.argv[2:]))
 """
 

@@ -96,7 +96,7 @@ REFUSED = {
         "{b: {train.steps: 6}, a: , c: {train.steps: 5}}\nmay_differ: {b: [tokens]}",
         "a-s0 and c-s0 differ in train.steps",
     ),
-    "batch": ("{a: , b: {train.micro_batch: 3}}", "run b-s0: train.tokens_per_step 512 = 8 sequences"),
+    "batch": ("{a: , b: {train.micro_batch: 3}}", "run b-s0: train.tokens_per_step 512: 8 sequences"),
     "labels": ("{a: , b: {masking.domains: [bio]}}", "run b-s0: "),
     "no data": ("{a: {data.path: nowhere}}", "run a-s0: no corpus at nowhere"),
 }
@@ -160,7 +160,7 @@ def test_run_of_other_data_is_refused(sweep_file, corpora, capsys):
     facts = {"step": 4, "ranks": 1, "config": {}, "files": {"weights": {"bytes": 1, "sha256": ""}}}
     other, same = (Corpus.open(corpora / name).fingerprint for name in ("more", "data"))
     write_manifest(checkpoint, {"corpus": other, **facts})
-    refusal = f"{run.directory} was trained on other data than {corpora / 'data'} holds now"
+    refusal = f"{run.directory} was trained on another corpus than {corpora / 'data'}; restore that corpus, rename the"
     with pytest.raises(ValueError, match=re.escape(refusal)):
         run_sweep(file, start=no_start)
     assert main(["sweep", str(file), "--dry-run"]) == 2 and refusal in capsys.readouterr().err
@@ -233,8 +233,8 @@ def test_threads_and_memory_are_divided(sweep_file, monkeypatch):
 
     def room(memory: float, **options) -> tuple[int, int]:
         monkeypatch.setattr(schedule.psutil, "virtual_memory", lambda: type("Memory", (), {"available": memory}))
-        here = schedule.find_room(sweep, **options)
-        return here.jobs, here.threads
+        room = schedule.find_room(sweep, **options)
+        return room.jobs, room.threads
 
     assert room(100 * need) == (3, 5)
     assert room(2.5 * need) == (2, 8)
@@ -248,8 +248,8 @@ def test_threads_and_memory_are_divided(sweep_file, monkeypatch):
 
 def test_runs_share_the_memory(sweep_file):
     runs = read_sweep(sweep_file("variants: {a: , b: }")).runs
-    here = schedule.Room(2, 1, 1.5 * schedule.need(runs[0]))
-    assert _fits(runs[0], [], here) and not _fits(runs[1], [runs[0]], here)
+    room = schedule.Room(2, 1, 1.5 * schedule.need(runs[0]))
+    assert _fits(runs[0], [], room) and not _fits(runs[1], [runs[0]], room)
     assert _fits(runs[1], [runs[0]], schedule.Room(2, 1, 2.5 * schedule.need(runs[0])))
 
 
@@ -257,9 +257,9 @@ def test_gpus_are_given_out_one_by_one(sweep_file, monkeypatch):
     sweep = read_sweep(sweep_file("variants: {a: , b: , c: }"))
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    here = schedule.find_room(sweep)
-    assert (here.jobs, here.devices) == (2, ("4", "6"))
-    assert here.environment("6") == {"CUDA_VISIBLE_DEVICES": "6"}
+    room = schedule.find_room(sweep)
+    assert (room.jobs, room.devices) == (2, ("4", "6"))
+    assert room.environment("6") == {"CUDA_VISIBLE_DEVICES": "6"}
 
 
 def test_remaining_time_is_that_of_all_runs(sweep_file, monkeypatch, capsys):

@@ -60,5 +60,5 @@ def test_how_a_process_has_ended_can_be_seen_until_it_is_reaped(code, expected):
     wait_until(lambda: _death(process.pid) != "")
     assert _death(process.pid) == expected
     process.wait()
-    assert _death(process.pid) == "died without a word"
+    assert _death(process.pid) == "ended with an unknown exit status"
     assert _death(os.getpid()) == ""

@@ -1,4 +1,4 @@
-"""Steps in a bare loop: ours and those of the plain model train alike."""
+"""Steps in a bare loop (sgtm/measure/bare.py): ours and those of the plain model train alike."""
 
 from dataclasses import replace
 

@@ -92,9 +92,9 @@ def test_losses_to_ship_are_means_over_the_seeds_and_rows_of_other_sweeps_stay(t
     folder.mkdir(parents=True)
     (folder / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for seed in (seed for row in rows for seed in row["seeds"]):
-        run, here = folder / seed["run"], HERE | {"commit": f"c{seed['seed']}", "time": str(seed["seed"])}
+        run, environment = folder / seed["run"], HERE | {"commit": f"c{seed['seed']}", "time": str(seed["seed"])}
         run.mkdir()
-        (run / "environment.jsonl").write_text(json.dumps(here) + "\n")
+        (run / "environment.jsonl").write_text(json.dumps(environment) + "\n")
     file = tmp_path / "tiny.yaml"
     file.write_text(f"base: debug\nruns: {tmp_path / 'runs'}\nvariants: {{unmasked: {{masking.strategy: none}}}}\n")
     monkeypatch.setattr(recipes, "FOLDER", tmp_path)
@@ -139,7 +139,9 @@ def test_the_table_of_a_sweep(tmp_path):
     assert "| mine | 2 | 4,000 | 3.123 ± 0.010 | 4.000 ± 0.010 | 3.250 | 9.000 ± 0.010 | 0.91* |  |  |" in text
     unmasked = sweep("novels", [rows[1] | {"masks": False}])
     assert "| mine | 2 | 4,000 | 3.123 ± 0.010 | 4.000 ± 0.010 |  |  | 0.91* |  |  |" in unmasked
-    here = [HERE | {"commit": commit, "time": f"2026-01-0{i}T"} for i, commit in enumerate(("b", "a, b", "c"), 1)]
+    environments = [
+        HERE | {"commit": commit, "time": f"2026-01-0{i}T"} for i, commit in enumerate(("b", "a, b", "c"), 1)
+    ]
     days = "2026-01-01, 2026-01-02, 2026-01-03"
-    assert _sources(here) == [f"a device, 1 thread, torch 2, commit b, a, c, {days}"]
+    assert _sources(environments) == [f"a device, 1 thread, torch 2, commit b, a, c, {days}"]
     assert "compute" not in sweep("novels", [row | {"ratios": {}} for row in rows])

@@ -9,7 +9,7 @@ from evaluated_runs import evaluations, write_run
 
 from sgtm.config import load_config
 from sgtm.config.load import save_config
-from sgtm.report import compare
+from sgtm.report.beside import compare
 
 NONE, FILTERED = "--masking.strategy=none", "--data.upsample={es: 0}"
 
@@ -93,6 +93,6 @@ def test_what_has_no_losses_to_show_beside_a_run_is_refused(tmp_path):
     for other, problem in ((wider, "model.intermediate_size is 64 and 96"), (blind, "was not evaluated: ")):
         with pytest.raises(ValueError, match=problem):
             compare(run, [other])
-    for others in ([run], [same, same]):
-        with pytest.raises(ValueError, match=rf"--baseline {others[-1]} is the run itself, or is given twice"):
+    for others, problem in (([run], "is the run itself"), ([same, same], "is given twice")):
+        with pytest.raises(ValueError, match=f"--baseline {others[-1]} {problem}"):
             compare(run, others)

@@ -62,12 +62,16 @@ def test_evaluation_takes_the_newest_whole_one(tmp_path: Path, capsys):
     assert open_run(tmp_path)[1] == newest and not capsys.readouterr().err
     (newest / "weights").write_text("no")
     assert open_run(tmp_path)[1] == older
-    problem = f"warning: {newest / 'weights'} has 2 bytes, written were 9: cut short?; taking {older}\n"
+    problem = f"warning: {newest / 'weights'} has 2 of 9 bytes (truncated); taking {older}\n"
     assert capsys.readouterr().err == problem
+    (newest / "weights").write_text("of step 3 and more")
+    assert open_run(tmp_path)[1] == older
+    assert "has 18 bytes instead of 9; taking" in capsys.readouterr().err
+    (newest / "weights").write_text("no")
     (older / "weights").write_text("of step X")
     (oldest / "weights").unlink()
     with pytest.raises(
-        ValueError, match=r"no checkpoint is whole:\n.*has 2 bytes.*\n.*SHA-256.*\n.*is missing\nput back"
+        ValueError, match=r"no checkpoint is valid:\n.*has 2 of 9 bytes.*\n.*SHA-256.*\n.*is missing\nput back"
     ):
         open_run(tmp_path)
     with pytest.raises(ValueError, match="has no checkpoint yet"):
@@ -78,11 +82,11 @@ def test_evaluation_takes_the_newest_whole_one(tmp_path: Path, capsys):
 def test_verifying_a_run_or_one_checkpoint(tmp_path: Path, capsys):
     older, newest = make(tmp_path, 1, 2)
     assert main(["checkpoint", "verify", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{newest}: whole\n{older}: whole\n"
+    assert capsys.readouterr().out == f"{newest}: valid\n{older}: valid\n"
     (newest / "weights").write_text("no")
     assert main(["checkpoint", "verify", str(tmp_path)]) == 1
     output = capsys.readouterr().out
-    assert f"{older}: whole\n" in output and f"damaged: {newest / 'weights'} has 2 bytes" in output
+    assert f"{older}: valid\n" in output and f"damaged: {newest / 'weights'} has 2 of 9 bytes" in output
     assert main(["checkpoint", "verify", str(newest)]) == 1
     assert main(["checkpoint", "verify", str(older)]) == 0
     assert main(["checkpoint", "verify", str(tmp_path / "checkpoints")]) == 2
@@ -90,13 +94,21 @@ def test_verifying_a_run_or_one_checkpoint(tmp_path: Path, capsys):
 
 
 @pytest.mark.parametrize(
-    "damage", [{"files": []}, {"files": {}}, {"files": {"weights": {}}}, {"files": {"weights": {"bytes": 9}}}], ids=str
+    ("files", "problem"),
+    [
+        ([], "its JSON is not that of a manifest"),
+        ({}, "it lists no files"),
+        ({"weights": {}}, "key 'bytes' is missing"),
+        ({"weights": {"bytes": 9}}, "key 'sha256' is missing"),
+    ],
+    ids=str,
 )
-def test_a_damaged_manifest_is_named(tmp_path: Path, damage: dict):
+def test_a_damaged_manifest_is_named(tmp_path: Path, files: object, problem: str):
     (saved,) = make(tmp_path, 1)
     file = saved / "manifest.json"
-    checkpoint.write_manifest(saved, json.loads(file.read_text()) | damage)
-    with pytest.raises(ValueError, match=r"step_00000001/manifest\.json is damaged: "):
+    manifest = {key: value for key, value in json.loads(file.read_text()).items() if key != "sha256"}
+    checkpoint.write_manifest(saved, manifest | {"files": files})
+    with pytest.raises(ValueError, match=rf"step_00000001/manifest\.json is damaged: {problem}$"):
         verify(saved)
 
 

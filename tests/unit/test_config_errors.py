@@ -1,4 +1,4 @@
-"""Every mistake in a config has one line with key, value and remedy."""
+"""Every mistake in a config has one line with key, value and remedy: sgtm/config/errors.py."""
 
 import pytest
 from configs import message
@@ -53,7 +53,7 @@ def test_an_unknown_key_is_shown_with_the_nearest_or_all(key):
 
 def test_a_rule_across_keys_names_all_that_the_values_come_from(tmp_path):
     """None of them alone is wrong."""
-    rule = "train.tokens_per_step 512 is not a multiple of model.context 48"
+    rule = "train.tokens_per_step 512 is not a multiple of model.context 48; set 480 or 528"
     path = tmp_path / "run.yaml"
     path.write_text("extends: debug\ntrain: {log_every: 1}\n")
     assert message(str(path), "--model.context", "48") == f"{path} + debug + the command line: {rule}"

@@ -56,8 +56,8 @@ def test_yaml_words_stay_words_and_numbers_are_numbers(write):
 
 def test_overrides_reach_into_mappings():
     retain, update = "--data.channel.retain.unlabeled", "--masking.overrides.update.forget:es.retain.mlp_out=0.1"
-    given = parse_overrides([retain, "0.5", update, "--train.steps", "-1", "--data.path", "[odd"])
-    assert given == {
+    changes = parse_overrides([retain, "0.5", update, "--train.steps", "-1", "--data.path", "[odd"])
+    assert changes == {
         ("data", "channel", "retain", "unlabeled"): 0.5,
         ("masking", "overrides", "update.forget:es.retain.mlp_out"): 0.1,
         ("train", "steps"): -1,

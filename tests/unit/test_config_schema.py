@@ -13,7 +13,7 @@ RULES = [
     (["--data.channel.retain.retain", "0.9"], "data.channel: label channel row 'retain'"),
     (["--train.steps", "1:30"], "train.steps: found '1:30' on the command line, but it takes: whole number"),
     (["--name", "../x"], r"name: found '../x' on the command line, but it takes: text that matches ^[\w][\w.+-]*$"),
-    (["--train.tokens_per_step", "100"], "tokens_per_step 100 is not a multiple of model.context 64"),
+    (["--train.tokens_per_step", "100"], "tokens_per_step 100 is not a multiple of model.context 64; set 64 or 128"),
     (
         ["--optimizer.warmup_steps", "9"],
         "optimizer.warmup_steps 9 is more than train.steps 8; lower it, or give it as a share of the steps, e.g. --opt",
@@ -25,17 +25,23 @@ RULES = [
     (["--masking.overrides.x.y", "1"], "override 'x.y' names no table entry"),
     (
         ["--model.family", "llama", "--model.window", "null", "--model.kv_heads", "2"],
-        "forget_heads of 'es' split a KV group: 2 query heads share each KV head",
+        "masking.forget_heads es: 2 query heads share a KV head; give a multiple of 2",
     ),
     (["--masking.domain_embedding=32"], "domain_embedding 32 is not below model.hidden_size 32 and"),
-    (["--masking.strategy=gram", "--masking.cross_domain=active"], "strategy gram has other domains' groups inactive"),
+    (["--masking.strategy=gram", "--masking.cross_domain=active"], "other domains' groups inactive; set inactive, or"),
     (
         ["--optimizer.grad_clip_scope=owner", "--distributed.offload_optimizer=true", "--distributed.zero_stage=1"],
         "optimizer.grad_clip_scope owner: with distributed.offload_optimizer DeepSpeed gives norms of whole parameters",
     ),
-    (["--data.schedule={0.9: {}}"], "data.schedule: 0.9 is step 8; it takes a share below 1 or a whole number"),
-    (["--data.schedule={1.5: {}}"], "data.schedule: 1.5 is step 1.5; it takes a share below 1 or a whole number of"),
-    (["--data.schedule={0.1: {}, 1: {}}"], "data.schedule: 1 is step 1; it takes a share below 1 or a whole number of"),
+    (
+        ["--data.schedule={0.9: {}}"],
+        "data.schedule 0.9 begins at step 8, but must begin after step 0 and before",
+    ),
+    (["--data.schedule={1.5: {}}"], "data.schedule 1.5 is neither a share below 1 nor a whole number of steps"),
+    (
+        ["--data.schedule={0.1: {}, 1: {}}"],
+        "data.schedule 1 begins at step 1, but must begin after step 1 and",
+    ),
     (["--data.schedule={3: {retain: {retain: 0.9}}}"], "data.schedule.3: label channel row 'retain'"),
 ]
 
@@ -65,14 +71,14 @@ def test_the_ranks_must_divide_a_step():
     """debug has 8 sequences of 64 tokens in a step."""
     config = load_config("debug", ["--train.micro_batch=2"])
     assert [config.accumulation(ranks) for ranks in (1, 2, 4)] == [4, 2, 1]
-    sequences = "train.tokens_per_step 512 = 8 sequences of 64"
-    with pytest.raises(ValueError, match=f"^{sequences} is not a multiple of train.micro_batch 2 x 8 ranks$"):
+    sequences = "train.tokens_per_step 512: 8 sequences per step do not divide"
+    with pytest.raises(ValueError, match=f"^{sequences} among 8 ranks x train.micro_batch 2$"):
         config.accumulation(8)
     derived = load_config("debug", ["--train.micro_batch=null"])
-    with pytest.raises(ValueError, match=f"^{sequences} is not a multiple of 3 ranks$"):
+    with pytest.raises(ValueError, match=f"^{sequences} among 3 ranks$"):
         derived.for_ranks(3)
     mixed = load_config("debug", ["--train.micro_batch=2", "--data.mixing=micro", "--data.micro_blocks=3"])
-    with pytest.raises(ValueError, match=r"micro: 4 accumulation steps is not a multiple of data\.micro_blocks 3;"):
+    with pytest.raises(ValueError, match=r"micro: data\.micro_blocks 3 does not divide 4 accumulation steps;"):
         mixed.accumulation(1)
 
 

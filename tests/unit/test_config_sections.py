@@ -25,11 +25,14 @@ LLAMA = ["--model.family=llama", "--model.window=null"]
     [
         (["--model.hidden_size=33"], "hidden_size 33 is not a multiple of heads 4; set head_dim"),
         ([*LLAMA, "--model.kv_heads=3"], "heads 4 is not a multiple of kv_heads 3; kv_heads must divide it"),
-        (["--model.kv_heads=2"], "family gpt_neo needs tie_embeddings: true and no kv_heads; change these, or take"),
-        (["--model.tie_embeddings=false"], "family gpt_neo needs tie_embeddings: true and no kv_heads; change these"),
-        (["--model.head_dim=4"], "family gpt_neo has head_dim = hidden_size / heads, got head_dim 4"),
-        ([*LLAMA, "--model.window=8"], "window and head_bias belong to family gpt_neo, not to llama"),
-        ([*LLAMA, "--model.head_bias=true"], "window and head_bias belong to family gpt_neo, not to llama"),
+        (["--model.kv_heads=2"], "kv_heads 2: family gpt_neo has a KV head for each of heads 4; set kv_heads null, or"),
+        (
+            ["--model.tie_embeddings=false"],
+            "tie_embeddings false: family gpt_neo always ties; set it true, or",
+        ),
+        (["--model.head_dim=4"], "head_dim 4: family gpt_neo takes hidden_size / heads alone; set head_dim null"),
+        ([*LLAMA, "--model.window=8"], "window 8: family llama has none; set window null, or family gpt_neo"),
+        ([*LLAMA, "--model.head_bias=true"], "head_bias true: family llama has none; set it false, or family gpt_neo"),
     ],
 )
 def test_a_shape_that_a_family_does_not_have_is_refused(overrides, rule):

@@ -39,7 +39,7 @@ def test_on_a_cpu_nothing_is_copied():
 def test_what_is_copied_is_the_batch_and_the_plan(name, monkeypatch):
     """On a CPU that passes for a GPU: every part is where it is looked for, in one pinned copy, without waiting."""
     batch = BATCHES[name]
-    here = torch.device("cpu")
+    cpu = torch.device("cpu")
 
     class Elsewhere:
         type = "cuda"
@@ -62,6 +62,6 @@ def test_what_is_copied_is_the_batch_and_the_plan(name, monkeypatch):
     assert (pinned, waited) == ([True], [False])
     wanted = batch.plan(TABLES)
     assert torch.equal(ids, batch.input_ids) and torch.equal(targets, batch.targets)
-    assert torch.equal(plan.labels(here), wanted.labels(here)) and plan.labels(here).dtype == torch.int32
-    assert torch.equal(plan.spans(here), wanted.spans(here)) and plan.spans(here).dtype == torch.int32
-    assert plan.labels(here).data_ptr() != wanted.labels(here).data_ptr()
+    assert torch.equal(plan.labels(cpu), wanted.labels(cpu)) and plan.labels(cpu).dtype == torch.int32
+    assert torch.equal(plan.spans(cpu), wanted.spans(cpu)) and plan.spans(cpu).dtype == torch.int32
+    assert plan.labels(cpu).data_ptr() != wanted.labels(cpu).data_ptr()

@@ -48,6 +48,7 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match=r"not empty \(it holds thesis\.tex\)"):
         build(tmp_path / "out", RECORDS)
     assert (tmp_path / "out/thesis.tex").read_text() == "years of work"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"], "it is no corpus that was begun"
 
 
 def test_a_file_in_the_place_of_the_corpus(tmp_path):

@@ -189,8 +189,11 @@ def test_batches_are_as_documented(corpus):
         ({"domains": ["bio"]}, r"labelled forget:es, but masking\.domains is \['bio'\]"),
         ({"domains": ["es", "bio"]}, r"masking\.domains names 'bio', but no category .* labelled forget:bio"),
         ({"sequences": 2048}, "fewer than the 2048 of a step"),
-        ({"sequences": 256, "mixing": "step"}, "a block of data.mixing: step takes 256"),
-        ({"context": 4096}, r"label \S+ in split train has [\d,]+ tokens, 0 sequences of 4096"),
+        (
+            {"sequences": 256, "mixing": "step"},
+            r"step needs 256 in a block: add data, .* or lower train\.tokens_per_step$",
+        ),
+        ({"context": 4096}, r"label \S+ in split train has 0 sequences of 4096 tokens; .* or lower model\.context$"),
         ({"upsample": {"fr": 1.0}}, r"data\.upsample names fr"),
     ],
 )

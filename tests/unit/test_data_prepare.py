@@ -147,7 +147,7 @@ GOOD = json.dumps({"text": "good", "category": "en"}).encode() + b"\n"
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "x", "category": "it"}\n', r"a.jsonl:2: unknown category 'it'; the rules know en, es, fr"),
+        (b'{"text": "x", "category": "it"}\n', r"a.jsonl:2: unknown category 'it'; labels has en, es, fr"),
         (b'{"text": "x", "category": "En"}\n', r"a.jsonl:2: unknown category 'En' \(did you mean en\?\)"),
         (b'{"text": "x", "category": "en"\n', r"a.jsonl:2: not JSON"),
         (b'{"text": "\xff", "category": "en"}\n', r"a.jsonl:2: not UTF-8 at byte 10 of the line"),

@@ -70,7 +70,7 @@ def test_a_changed_missing_or_truncated_file_is_named(folder, name):
         Corpus.open(folder)
     (folder / name).write_bytes(data[:-1])
     for verify in ("hashes", "sizes"):
-        with pytest.raises(ValueError, match=rf"{name} has {len(data) - 1} bytes, the manifest says {len(data)}"):
+        with pytest.raises(ValueError, match=rf"{name} has {len(data) - 1} bytes instead of {len(data)}; copy or"):
             Corpus.open(folder, verify)
     (folder / name).unlink()
     with pytest.raises(ValueError, match=rf"{name} is missing"):
@@ -80,13 +80,16 @@ def test_a_changed_missing_or_truncated_file_is_named(folder, name):
 def test_a_folder_without_manifest_or_none_at_all(folder):
     (folder / MANIFEST).unlink()
     with pytest.raises(
-        ValueError, match=r"copy is not finished: .*interrupted.* Run the same command again.*--out .*copy"
+        ValueError, match=r"copy is not finished: .*interrupted.*; run the same command again to resume: .*--out .*copy"
     ):
         Corpus.open(folder)
     (folder / LOCK).unlink()
     with pytest.raises(ValueError, match=r"copy is not a corpus \(no manifest\.json in it\); `sgtm prepare DATA"):
         Corpus.open(folder)
-    with pytest.raises(ValueError, match=r"spans\.npy is a file.*sgtm prepare \S+spans\.npy --rules"):
+    with pytest.raises(
+        ValueError,
+        match=r"^data\.path \S+spans\.npy is a file; it takes a folder written by: sgtm prepare \S+",
+    ):
         Corpus.open(folder / SPANS)
     with pytest.raises(ValueError, match="the folder does not exist"):
         Corpus.open(folder / "nowhere")

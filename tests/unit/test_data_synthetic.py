@@ -18,11 +18,11 @@ def words(code: str) -> Counter:
 
 def test_stories_are_fixed_and_never_repeat():
     assert tell_stories("es", "train", 5, 7) == tell_stories("es", "train", 0, 10)[5:7]
-    told = [
+    stories = [
         story for code in ("en", "es") for split in ("train", "test") for story in tell_stories(code, split, 0, 400)
     ]
-    assert len(set(told)) == len(told)
-    assert all(400 < len(story) < 4000 for story in told)
+    assert len(set(stories)) == len(stories)
+    assert all(400 < len(story) < 4000 for story in stories)
 
 
 def test_the_languages_share_hardly_a_word():
@@ -49,8 +49,8 @@ def test_the_corpus_is_the_same_wherever_it_is_written(tmp_path):
     other = write_synthetic_corpus(tmp_path / "b", 600, stories=40, test_stories=5)
     assert contents(corpus.path) == contents(other.path)
     assert corpus.categories == {"en": "retain", "es": "forget:es"} and corpus.vocab_size == 600
-    told = texts(corpus)
-    assert [told[i] for i in corpus.select("test", "es")] == tell_stories("es", "test", 0, 5)
+    stories = texts(corpus)
+    assert [stories[i] for i in corpus.select("test", "es")] == tell_stories("es", "test", 0, 5)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.bin")}
     write_synthetic_corpus(tmp_path / "a", 600, stories=40, test_stories=5)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.bin")} == before

@@ -89,8 +89,8 @@ def test_a_document_that_fits_no_shard_is_refused_and_one_that_fills_it_is_not(t
 
 
 def test_what_is_handed_over_is_not_changed(tmp_path):
-    given, spans = documents((4, 0, 0), (4, 0, 0)), np.array([(0, 1, 2, 0)], SPAN)
+    records, spans = documents((4, 0, 0), (4, 0, 0)), np.array([(0, 1, 2, 0)], SPAN)
     writer = writer_in(tmp_path / "a", shard_tokens=4)
     for _ in range(2):
-        writer.add(np.zeros(8), given, spans)
-    assert given["shard"].tolist() == [0, 0] and spans["document"].tolist() == [0]
+        writer.add(np.zeros(8), records, spans)
+    assert records["shard"].tolist() == [0, 0] and spans["document"].tolist() == [0]

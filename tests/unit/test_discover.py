@@ -215,7 +215,7 @@ def test_a_link_out_of_the_tree_is_followed(tmp_path):
     (tmp_path / "far/back").symlink_to("../data")
     sources, account = find_sources([data])
     assert len(texts_of(sources)) == 3
-    assert account.passed == {AGAIN: [data / "far/back", data / "z.jsonl"]} or len(account.passed[AGAIN]) == 2
+    assert account.passed == {AGAIN: [data / "far/back", data / "z.jsonl"]}
 
 
 def test_the_name_that_is_no_link_counts(tmp_path):

@@ -1,7 +1,7 @@
 """A domain's own part of embedding and head: the formula, who learns, and what is left when the domain is removed.
 
-The oracle computes the logits of every token by the shared head and by each domain's, and adds them up with the factors
-of the token's label.
+The oracle of sgtm/model/domain_embedding.py computes the logits of every token by the shared head and by each domain's,
+and adds them up with the factors of the token's label.
 """
 
 from __future__ import annotations

@@ -40,6 +40,6 @@ def test_kernels_follow_the_device_of_the_run_and_its_precision(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert backend("cpu", "triton") == "triton"
     with pytest.raises(
-        ValueError, match=r"'triton' was asked for, but Triton's interpreter is wrong in bf16; take fp32"
+        ValueError, match=r"'triton' was requested, but Triton's interpreter gives wrong results in bf16; use fp32"
     ):
         backend("cpu", "triton", "bf16")

@@ -94,10 +94,10 @@ def test_what_is_sent_can_be_summed_by_hand(name, machine, options):
     for row in rows:
         assert sums[str(row.stage)] == pytest.approx(sum(c.sent(ranks) for c in row.moved), rel=1e-12)
     total = rows[3].moved[1].elements
-    if told := re.search(r"in a micro-batch: ([\d, x+]+) = ([\d,]+) elements(, before each is padded)?", text):
-        products = [map(int, product.replace(",", "").split(" x ")) for product in told[1].split(" + ")]
-        elements = int(told[2].replace(",", ""))
+    if match := re.search(r"in a micro-batch: ([\d, x+]+) = ([\d,]+) elements(, before each is padded)?", text):
+        products = [map(int, product.replace(",", "").split(" x ")) for product in match[1].split(" + ")]
+        elements = int(match[2].replace(",", ""))
         assert sum(map(prod, products)) == elements
-        assert elements == total if not told[3] else elements < total < elements + 2 * ranks * 200
+        assert elements == total if not match[3] else elements < total < elements + 2 * ranks * 200
     else:
         assert total == 0

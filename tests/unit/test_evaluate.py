@@ -36,7 +36,7 @@ def test_a_run_is_not_evaluated_on_other_data(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(evaluation, "open_corpus", lambda config, write: corpus)
     monkeypatch.setattr(evaluation, "check_corpus", lambda corpus, config: None)
     monkeypatch.setattr(evaluation, "load_model", lambda *rest: pytest.fail("evaluated"))
-    with pytest.raises(ValueError, match=f"{tmp_path} was trained on other data than data holds now"):
+    with pytest.raises(ValueError, match=f"{tmp_path} was trained on another corpus than data; restore that"):
         evaluate_run(tmp_path)
 
 
@@ -44,7 +44,9 @@ def test_a_damaged_log_is_refused_before_anything_is_computed(tmp_path: Path, mo
     make(tmp_path, 1)
     (tmp_path / "config.yaml").write_text(json.dumps(CONFIG.model_dump(mode="json")))
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\n{}\n")
-    monkeypatch.setattr(evaluation, "open_corpus", lambda *rest, **options: SimpleNamespace(fingerprint="of the run"))
+    monkeypatch.setattr(
+        evaluation, "open_corpus", lambda *rest, **options: SimpleNamespace(fingerprint="of the run", path="data")
+    )
     monkeypatch.setattr(evaluation, "check_corpus", lambda corpus, config: None)
     monkeypatch.setattr(evaluation, "load_model", lambda *rest: pytest.fail("evaluated"))
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: not UTF-8"):

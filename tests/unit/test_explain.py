@@ -7,6 +7,7 @@ import pytest
 from corpora import build, record
 from rich.console import Console
 
+from sgtm.commands.main import main
 from sgtm.config import load_config, preset_names
 from sgtm.estimate.explain import data_line, explain, print_explanation
 
@@ -28,6 +29,14 @@ def row(printed: str, name: str) -> list[str]:
     """Cells of the table row that begins with `name`."""
     (line,) = [line for line in printed.splitlines() if line.startswith(f"│ {name} ")]
     return [cell.strip() for cell in line.strip("│").split("│")][1:]
+
+
+def test_the_command_prints_the_tables(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    overrides = ("--masking.strategy=gradient_routing", "--model.layers=1")
+    assert main(["explain", "debug", *overrides]) == 0
+    printed = capsys.readouterr().out
+    assert re.sub(r"\s+", " ", printed) == re.sub(r"\s+", " ", text(*overrides))
 
 
 def test_the_line_on_the_data(tmp_path):

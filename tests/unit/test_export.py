@@ -33,7 +33,7 @@ def surroundings(monkeypatch):
     torch.set_num_threads(1)
     tokenizer = train_bpe([], 257)
     corpus = SimpleNamespace(
-        tokenizer=tokenizer, eos_id=tokenizer.token_to_id(EOS), fingerprint="of the run", token_names={}
+        tokenizer=tokenizer, eos_id=tokenizer.token_to_id(EOS), fingerprint="of the run", path="data", token_names={}
     )
     monkeypatch.setattr(export, "open_corpus", lambda config, verify, write: corpus)
 
@@ -158,7 +158,9 @@ def test_the_end_of_text_is_the_one_that_the_corpus_was_written_with(tmp_path, m
     """Its name may be any, and another token may have a usual one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.add_special_tokens([*others, "<stop>"])
-    corpus = SimpleNamespace(tokenizer=tokenizer, eos_id=len(others), fingerprint="of the run", token_names={})
+    corpus = SimpleNamespace(
+        tokenizer=tokenizer, eos_id=len(others), fingerprint="of the run", path="data", token_names={}
+    )
     monkeypatch.setattr(export, "open_corpus", lambda config, verify, write: corpus)
     make_run(tmp_path / "run", GPT_NEO)
     out = export_run(tmp_path / "run", [], tmp_path / "out")
@@ -192,7 +194,7 @@ def test_the_tokenizer_of_other_data_is_refused(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(export, "open_corpus", lambda config, verify, write: other)
     make_run(tmp_path / "run", GPT_NEO)
-    with pytest.raises(ValueError, match=f"{tmp_path}/run was trained on other data than data holds now"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/run was trained on another corpus than data; restore that"):
         export_run(tmp_path / "run", [], tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -228,7 +230,7 @@ def test_no_run_no_checkpoint_or_a_damaged_one_is_named(tmp_path):
     make_run(tmp_path / "run", GPT_NEO)
     weights = next((tmp_path / "run/checkpoints").rglob("*.pt"))
     weights.write_bytes(weights.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"mp_rank_00_model_states\.pt has \d+ bytes"):
+    with pytest.raises(ValueError, match=r"mp_rank_00_model_states\.pt has \d+ of \d+ bytes \(truncated\)"):
         export_run(tmp_path / "run", [], tmp_path / "out")
     for file in sorted((tmp_path / "run/checkpoints").rglob("*"), reverse=True):
         file.rmdir() if file.is_dir() else file.unlink()
@@ -293,3 +295,11 @@ def test_failures_leave_an_empty_folder_empty(tmp_path, monkeypatch, place):
     with pytest.raises(OSError, match="No space left"):
         export_run(tmp_path / "run", [], out)
     assert not out.exists() or not os.listdir(out)
+
+
+def test_nothing_can_be_removed_from_a_run_without_masks(tmp_path):
+    make_run(tmp_path / "run", GPT_NEO.replace("masking: {", "masking: {strategy: none, "))
+    with pytest.raises(ValueError, match="run was trained without masks: no group of it holds es, fr"):
+        export_run(tmp_path / "run", ["es", "fr"], tmp_path / "safe")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert (export_run(tmp_path / "run", [], tmp_path / "whole") / "model.safetensors").exists()

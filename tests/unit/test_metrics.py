@@ -13,7 +13,7 @@ from sgtm.run.metrics import REFUSAL, MetricsLog, _start_wandb, read_metrics
 LINE = {"step": 1, "seconds": 1.0, "loss": 2.0, "tokens_per_second": 3.0}
 
 
-def test_a_full_disk_is_said_with_the_file(tmp_path):
+def test_a_full_disk_is_reported_with_the_file(tmp_path):
     log = MetricsLog(tmp_path, tiny_config(), rank=0, start=0)
     log.open()
     with pytest.raises(OSError) as full, log:
@@ -22,7 +22,7 @@ def test_a_full_disk_is_said_with_the_file(tmp_path):
         log.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
         log.step({**LINE, "step": 2})
     assert str(full.value).startswith(f"{tmp_path / 'metrics.jsonl'} could not be written: No space left on device;")
-    assert "Go on with --resume" in str(full.value)
+    assert str(full.value).endswith(f". Fix the disk, then resume: sgtm train {tmp_path} --resume")
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 

@@ -1,8 +1,10 @@
 """The faults of tests/mutations can still be made; `make mutants` makes them."""
 
+import signal
+
 import pytest
 import yaml
-from mutants import ROOT, Mutant, load
+from mutants import FAILED, PASSED, ROOT, Job, Mutant, load, run
 
 MUTANTS = load()
 
@@ -56,3 +58,41 @@ def test_whole_lines_at_any_indentation(old, new, expected):
             mutant.applied(text)
     else:
         assert mutant.applied(text) == expected
+
+
+class Scripted:
+    """A tree whose tests end with these wait statuses: a signal's number, or 256 times an exit status."""
+
+    def __init__(self, folder, *statuses: int):
+        self.folder, self.statuses, self.calls = folder, list(statuses), []
+
+    def make(self, mutant: Mutant) -> None:
+        self.calls.append("make")
+
+    def start(self, tests: list[str]) -> int:
+        return 7
+
+    def wait(self) -> tuple[int, int]:
+        return 7, self.statuses.pop(0)
+
+    def mend(self) -> None:
+        self.calls.append("mend")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [
+        ((0,), PASSED),
+        ((256,), FAILED),
+        ((signal.SIGSEGV, signal.SIGSEGV), -signal.SIGSEGV),
+        ((signal.SIGKILL, 0), PASSED),  # the machine was out of memory, perhaps
+        ((signal.SIGKILL, 256), FAILED),
+    ],
+)
+def test_a_crash_counts_if_it_happens_twice(tmp_path, monkeypatch, statuses, expected):
+    tree = Scripted(tmp_path, *statuses)
+    monkeypatch.setattr("mutants.os.wait", tree.wait)
+    monkeypatch.setattr("mutants.os.killpg", lambda group, number: None)
+    ((index, status, _, output),) = run([Job(["a test"], Mutant("fault", "file", "a", "b", "a test"))], [tree])
+    assert (index, status, output) == (0, expected, "")
+    assert tree.calls == ["make", "mend"] * len(statuses) and not tree.statuses

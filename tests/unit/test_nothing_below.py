@@ -49,11 +49,11 @@ def test_gradients_keep_every_bit(family, mixing, strategy, monkeypatch):
 )
 def test_retain_heads_of_the_first_layer_have_no_backward(label, masked, computed, monkeypatch):
     """Of each layer's retain heads, then those of the domains that are active."""
-    asked, inner = [], pytorch.attend
-    monkeypatch.setattr(pytorch, "attend", lambda q, *rest: asked.append(q.requires_grad) or inner(q, *rest))
+    differentiated, inner = [], pytorch.attend
+    monkeypatch.setattr(pytorch, "attend", lambda q, *rest: differentiated.append(q.requires_grad) or inner(q, *rest))
     batch = random_step("step", seed=3, label=label)[0]
     model_of("gpt_neo")(batch.input_ids, batch.targets, plan_of(batch, tables(*masked)), 1.0)
-    assert asked == computed
+    assert differentiated == computed
 
 
 @by_family

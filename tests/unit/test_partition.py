@@ -71,8 +71,8 @@ def test_a_domain_may_own_neurons_alone():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"forget_heads": 1}, r"forget_heads of 'bio' split a KV group"),
-        ({"forget_heads": {"bio": [0, 2], "code": 2}}, r"forget_heads of 'bio' split a KV group.*\[0, 2\]"),
+        ({"forget_heads": 1}, r"forget_heads bio: 2 query heads share a KV head; give a multiple of 2 in place of 1"),
+        ({"forget_heads": {"bio": [0, 2], "code": 2}}, r"forget_heads bio: .*; list all of 0-1 or none, got \[0, 2\]"),
         ({"forget_heads": 4}, r"forget_heads: 8 of 8 would be forget"),
         ({"forget_neurons": 5}, r"forget_neurons: 10 of 10 would be forget"),
         ({"forget_neurons": {"bio": list(range(10)), "code": []}}, r"forget_neurons: 10 of 10"),

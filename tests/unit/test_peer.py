@@ -34,10 +34,10 @@ class Pipe:
     """An end of a pipe whose other end has these answers, and is closed after them."""
 
     def __init__(self, *answers: object):
-        self.answers, self.asked = list(answers), []
+        self.answers, self.questions = list(answers), []
 
     def send(self, question: str) -> None:
-        self.asked.append(question)
+        self.questions.append(question)
 
     def recv(self) -> object:
         if not self.answers:
@@ -54,7 +54,7 @@ def peer_with(*answers: object) -> Peer:
 def test_an_answer_is_returned_an_error_raised_and_an_end_shown_with_its_status():
     mine = peer_with((1.0, 2.0), 7.5, "sdpa", RuntimeError("no such shape"))
     assert (mine.step(), mine.peak(), mine.attention()) == ((1.0, 2.0), 7.5, "sdpa")
-    assert mine.ask.asked == ["step", "peak", "attention"]
+    assert mine.ask.questions == ["step", "peak", "attention"]
     with pytest.raises(RuntimeError, match="no such shape"):
         mine.step()
     with pytest.raises(RuntimeError, match="the process of Hugging Face's model exited with -9"):

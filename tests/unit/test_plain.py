@@ -1,4 +1,4 @@
-"""The plain model of the benchmarks computes our function, so that their times may be compared."""
+"""The plain model of the benchmarks (sgtm/measure/plain.py) computes our function, so that times may be compared."""
 
 import pytest
 import torch

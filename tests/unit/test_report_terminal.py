@@ -9,7 +9,7 @@ import pytest
 from pages import SUMMARY
 from rich.console import Console
 
-from sgtm.report import print_summary
+from sgtm.report.terminal import print_summary
 
 
 def test_terminal_table_has_the_tokens_and_names_what_has_no_loss():

@@ -14,7 +14,7 @@ from checkpoints import CONFIG, make
 
 from sgtm.config import load_config
 from sgtm.run.checkpoint import resolved
-from sgtm.run.resume import _refuse_other_run, differences
+from sgtm.run.resume import _manifest_of_this_run, differences
 
 MAPPINGS = [
     "--masking.forget_heads={es: []}",
@@ -58,11 +58,11 @@ def test_a_key_that_is_younger_than_the_checkpoint_had_its_default():
 def test_a_run_is_not_resumed_on_other_data(tmp_path: Path):
     """Wherever the same data are."""
     (saved,) = make(tmp_path, 1)
-    _refuse_other_run(saved, CONFIG, "of the run")
+    _manifest_of_this_run(saved, CONFIG, "of the run")
     elsewhere = CONFIG.model_copy(update={"data": CONFIG.data.model_copy(update={"path": "elsewhere"})})
-    _refuse_other_run(saved, elsewhere, "of the run")
+    _manifest_of_this_run(saved, elsewhere, "of the run")
     with pytest.raises(
-        ValueError, match=r"other settings:\n  data\.path: data holds other data than the run was trained on"
+        ValueError, match=rf"other settings:\n  data\.path: {tmp_path} was trained on another corpus than data; restore"
     ) as caught:
-        _refuse_other_run(saved, CONFIG, "prepared again")
+        _manifest_of_this_run(saved, CONFIG, "prepared again")
     assert "--resume takes those of the run" not in str(caught.value)

@@ -12,7 +12,7 @@ from pyarrow import parquet
 from sgtm.config.reference import keys
 from sgtm.config.schema import DataConfig
 from sgtm.data.discover import open_sources
-from sgtm.data.rules import Rules, SplitSelector, load_rules
+from sgtm.data.rules import CategorySelector, Rules, SplitSelector, load_rules
 from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import LabelSpace
 
@@ -37,7 +37,7 @@ MISTAKES = [
     ("labels: {}", f"labels: missing; it {EXAMPLE}"),
     ("", f"labels: missing; it {EXAMPLE}"),
     ("labels: [en]", f"labels: found ['en'], but it {EXAMPLE}"),
-    ("labels: {en: drop}", "labels: every category is dropped"),
+    ("labels: {en: drop}", "labels: every category is dropped; label one as retain, unlabeled or forget:<domain>"),
     (
         "lable: {en: retain}",
         f"2 problems\n  labels: missing; it {EXAMPLE}\n  lable: unknown key; did you mean labels?",
@@ -59,7 +59,10 @@ MISTAKES = [
         "split: {hash: {test: 0.7, val: 0.5}}" + LABELS,
         "split: hash: the shares {'test': 0.7, 'val': 0.5} sum to more than 1",
     ),
-    ("split: {hash: {tset: 0.1}}" + LABELS, "split: hash: split 'tset' is read by nothing; did you mean test?"),
+    (
+        "split: {hash: {tset: 0.1}}" + LABELS,
+        "split: hash: training reads the splits train and test, not 'tset'; did you mean test?",
+    ),
     ("- a", "holds list, not a mapping of keys such as `labels:`"),
     ("labels:\n  a: forget: bio", f"line 2, column 12: not valid YAML: mapping values are not allowed here; {COLON}"),
     ("labels:\n\ta: retain", f"line 2, column 1: not valid YAML: {TAB}; indent with spaces"),
@@ -142,14 +145,18 @@ def splits_of(shares: dict[str, float], count: int = 20_000) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "shares", [{"test": 0.2, "val": 0.3, "dev": 0.1}, {"train": 0.33, "test": 0.56, "val": 0.11}, {"test": 1}]
+    ("shares", "rest"),
+    [
+        ({"test": 0.2, "val": 0.3, "dev": 0.1}, {"train": 0.4}),
+        ({"train": 0.33, "test": 0.56, "val": 0.11}, {}),
+        ({"test": 1}, {}),
+    ],
 )
-def test_every_split_gets_its_share_and_train_the_rest(shares):
-    splits = splits_of(shares)
-    expected = {"train": 1 - sum(shares.values()), **shares}
+def test_every_split_gets_its_share_and_train_the_rest(shares, rest):
+    splits, expected = splits_of(shares), shares | rest
+    assert set(splits) == set(expected)
     for name, share in expected.items():
         assert np.mean(splits == name) == pytest.approx(share, abs=0.015)
-    assert set(splits) <= set(shares) or sum(shares.values()) < 0.99
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
@@ -200,12 +207,19 @@ SPLITS = {"tset": "test", "Test": "test", "tst": "test", "tesst": "test", "TRAIN
 OTHERS = ("train", "test", "validation", "val", "dev", "holdout", "rest", "text", "test2", "train_b")
 
 
+@pytest.mark.parametrize(("key", "selector"), [("category", CategorySelector), ("split", SplitSelector)])
+def test_a_path_that_does_not_match_is_named_with_its_key(key, selector):
+    message = rf"^a\.jsonl:2: {key}\.path 'books/\(\.\*\)' does not match the file's path 'data/a\.jsonl'$"
+    with pytest.raises(ValueError, match=message):
+        selector(path="books/(.*)").value({}, "data/a.jsonl", "a.jsonl:2")
+
+
 @pytest.mark.parametrize("name", [*SPLITS, *OTHERS])
 @pytest.mark.parametrize("selector", [SplitSelector(field="split"), SplitSelector(path="^(.*)$")])
 def test_a_split_that_nothing_reads_is_refused_where_it_looks_like_a_slip(selector: SplitSelector, name: str):
     if name not in SPLITS:
         assert selector.split({"split": name}, name, "a.jsonl, line 3", 0) == name
         return
-    message = f"a.jsonl, line 3: split {name!r} is read by nothing; did you mean {SPLITS[name]}?"
+    message = f"a.jsonl, line 3: training reads the splits train and test, not {name!r}; did you mean {SPLITS[name]}?"
     with pytest.raises(ValueError, match=re.escape(message)):
         selector.split({"split": name}, name, "a.jsonl, line 3", 0)

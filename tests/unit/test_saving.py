@@ -98,8 +98,16 @@ def test_what_is_kept(tmp_path: Path, keep_last: int, keep_every: int, left: set
     assert all(copy.exists() for copy in copies)
 
 
-@pytest.mark.parametrize("function", ["write_atomically", "_retire"])
-def test_what_goes_wrong_after_it_is_in_place_does_not_end_the_run(tmp_path: Path, monkeypatch, function: str):
+@pytest.mark.parametrize(
+    ("function", "failed"),
+    [
+        ("write_atomically", "`latest` could not be updated"),
+        ("_retire", "old checkpoints could not be deleted"),
+    ],
+)
+def test_what_goes_wrong_after_it_is_in_place_does_not_end_the_run(
+    tmp_path: Path, monkeypatch, function: str, failed: str
+):
     """A disk that fills up just before `latest`, or an earlier checkpoint that may not be moved."""
     (older,) = make(tmp_path, 1)
     original = getattr(saving, function)
@@ -115,6 +123,8 @@ def test_what_goes_wrong_after_it_is_in_place_does_not_end_the_run(tmp_path: Pat
     (temporary / "weights").write_text("of step 2")
     final = tmp_path / "checkpoints/step_00000002"
     retired, problem = publish(temporary, final, manifest_of(temporary), keep_last=1)
-    assert retired == [] and problem.endswith(": No space left on device")
+    assert (
+        retired == [] and problem.startswith(f"{failed}: {tmp_path}/") and problem.endswith(": No space left on device")
+    )
     assert finished(tmp_path) == [final, older]
     verify(final)

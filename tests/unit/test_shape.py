@@ -11,8 +11,8 @@ SHAPE = ModelShape(layers=5, hidden_size=48, heads=6, intermediate_size=64, voca
 
 def test_heads_share_the_hidden_size_unless_they_are_given():
     assert (SHAPE.num_kv_heads, SHAPE.size_per_head) == (6, 8)
-    given = replace(SHAPE, kv_heads=2, head_dim=16)
-    assert (given.num_kv_heads, given.size_per_head) == (2, 16)
+    shape = replace(SHAPE, kv_heads=2, head_dim=16)
+    assert (shape.num_kv_heads, shape.size_per_head) == (2, 16)
 
 
 def test_every_other_layer_is_local_and_the_first_is_global():

@@ -37,7 +37,7 @@ def tell(
     monkeypatch.setattr(skipped, "on_every_rank", lambda action: losses)
     monkeypatch.setattr(skipped, "on_rank_zero", lambda action: action())
     loader = Loader(corpus, config, 0, len(losses))
-    return skipped.tell_skipped(engine, loader, corpus, config, Path(run), 4, in_a_row)
+    return skipped.describe_skipped(engine, loader, corpus, config, Path(run), 4, in_a_row)
 
 
 def named(corpus: Corpus, rank: int, index: int) -> list[str]:
@@ -65,15 +65,18 @@ def test_the_worst_micro_batch_of_any_rank_is_named(monkeypatch, corpus):
 
 def test_so_many_in_a_row_end_the_run_with_what_to_do(monkeypatch, corpus, tmp_path):
     assert "nothing was updated" in tell(monkeypatch, corpus, [[math.nan]] * 2, in_a_row=2)
-    with pytest.raises(ValueError, match=r"^3 steps in a row were skipped.* step 5: the loss is nan") as stopped:
+    with pytest.raises(
+        ValueError,
+        match=r"^the run ends: 3 steps in a row were skipped \(train.max_skipped_steps\)\nstep 5: the loss is nan",
+    ) as stopped:
         tell(monkeypatch, corpus, [[math.nan]] * 2, in_a_row=3)
-    assert "no checkpoint was saved before" in str(stopped.value)
+    assert "no checkpoint was saved before" in str(stopped.value) and "skip past them" not in str(stopped.value)
     (tmp_path / "checkpoints" / "step_00000002").mkdir(parents=True)
     (tmp_path / "checkpoints" / "latest").write_text("step_00000002")
-    for here, start in ((2, f"--nproc_per_node 2 -m sgtm train {tmp_path}"), (1, f"with the arguments: {tmp_path}")):
-        monkeypatch.setattr(ranks, "detect_launch", lambda here=here: RankInfo("torchrun", 0, 2, 0, here))
+    for local, start in ((2, f"--nproc_per_node 2 -m sgtm train {tmp_path}"), (1, f"with the arguments: {tmp_path}")):
+        monkeypatch.setattr(ranks, "detect_launch", lambda local=local: RankInfo("torchrun", 0, 2, 0, local))
         with pytest.raises(ValueError) as stopped:
             tell(monkeypatch, corpus, [[math.nan]] * 2, in_a_row=4, run=str(tmp_path))
         assert f"the last checkpoint is {tmp_path / 'checkpoints' / 'step_00000002'}" in str(stopped.value)
-        assert f"{start} --resume --train.max_skipped_steps 0" in str(stopped.value)
+        assert str(stopped.value).endswith(f"{start} --resume --train.max_skipped_steps 0")
     assert "nothing was updated" in tell(monkeypatch, corpus, [[math.nan]], in_a_row=9, limit=0)

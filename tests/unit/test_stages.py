@@ -18,10 +18,10 @@ from sgtm.estimate.stages import arithmetic, check_divides, check_fits, estimate
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [
-        (512, "train.micro_batch 4 x 512 ranks; with train.micro_batch 1 train.tokens_per_step 2097152 would, and so "
+        (512, "512 ranks x train.micro_batch 4; with train.micro_batch 1 train.tokens_per_step 2097152 would, and so "
               "would 64, 128 or 256 ranks"),
-        (128, "train.micro_batch 4 x 128 ranks; train.micro_batch 1 or 2 would"),
-        (21, "train.micro_batch 4 x 21 ranks; train.tokens_per_step 1032192 or 1376256 would, and so would 4, 8 or "
+        (128, "128 ranks x train.micro_batch 4; train.micro_batch 1 or 2 would"),
+        (21, "21 ranks x train.micro_batch 4; train.tokens_per_step 1032192 or 1376256 would, and so would 4, 8 or "
              "16 ranks"),
     ],
 )  # fmt: skip
@@ -33,9 +33,9 @@ def test_what_does_not_divide_names_what_would(ranks, message):
 @pytest.mark.parametrize(
     ("ranks", "options", "message"),
     [
-        (512, (), "= 256 sequences of 4096 is not a multiple of 512 ranks; train.tokens_per_step 2097152 would, and so "
-                  "would 64, 128 or 256 ranks"),
-        (21, (), "of 21 ranks; train.tokens_per_step 1032192 or 1118208 would, and so would 4, 8 or 16 ranks"),
+        (512, (), ": 256 sequences per step do not divide among 512 ranks; train.tokens_per_step 2097152 would, "
+                  "and so would 64, 128 or 256 ranks"),
+        (21, (), "among 21 ranks; train.tokens_per_step 1032192 or 1118208 would, and so would 4, 8 or 16 ranks"),
         (8, ("--data.mixing=micro", "--data.micro_blocks=3"), "8 ranks x data.micro_blocks 3; train.tokens_per_step "),
     ],
 )  # fmt: skip

@@ -57,7 +57,7 @@ def test_a_damaged_manifest_is_left_to_the_resume(run):
     write_run(run, step(2))
     (run.directory / "checkpoints" / "step_00000002").mkdir(parents=True)
     (run.directory / "checkpoints" / "step_00000002" / "manifest.json").write_text("{")
-    assert state_of(run, SimpleNamespace(fingerprint="of the data")) == BEGUN
+    assert state_of(run, SimpleNamespace(fingerprint="of the data", path="data")) == BEGUN
 
 
 def test_steps_are_read_from_the_end_of_a_long_log(tmp_path: Path):

@@ -9,7 +9,7 @@ from sgtm.data.stories.grammar import Dice, Language, Teller, Word
 NAMES = ["Ana", "Bo", "Cy"]
 
 
-def told(scenes: dict[str, list[str]], plot: list[str], seed: int = 0, **words) -> str:
+def tell(scenes: dict[str, list[str]], plot: list[str], seed: int = 0, **words) -> str:
     cast = {"hero": "name", "friend": "name"} if "name" in words else {}
     return Teller(Language(words, cast, scenes, [plot]), Dice(seed)).tell()
 
@@ -42,7 +42,7 @@ def test_a_word_chooses_by_gender_and_has_no_other_forms():
 def test_the_cast_stays_and_other_names_are_drawn_anew():
     drawn = set()
     for seed in range(20):
-        text = told({"only": ["{hero} {hero} {friend} {name} {name}"]}, ["only"], seed, name=NAMES)
+        text = tell({"only": ["{hero} {hero} {friend} {name} {name}"]}, ["only"], seed, name=NAMES)
         hero, same, friend, *others = text.split()
         assert hero == same != friend
         drawn.add(tuple(others))
@@ -50,22 +50,22 @@ def test_the_cast_stays_and_other_names_are_drawn_anew():
 
 
 def test_a_phrase_may_have_names_in_it():
-    assert told({"only": ["{place}."]}, ["only"], place=["by the {thing}"], thing=["mill"]) == "By the mill."
+    assert tell({"only": ["{place}."]}, ["only"], place=["by the {thing}"], thing=["mill"]) == "By the mill."
 
 
 def test_sentences_begin_with_a_capital_but_not_what_follows_a_dash():
     """In Spanish the speaker is named after a dash, in lower case."""
     wording = '{animal} ran. "{animal}, no!" it said. —{animal}? —asked it. 3 {animal}.'
-    assert told({"only": [wording]}, ["only"], animal=["ox"]) == 'Ox ran. "Ox, no!" it said. —ox? —asked it. 3 Ox.'
+    assert tell({"only": [wording]}, ["only"], animal=["ox"]) == 'Ox ran. "Ox, no!" it said. —ox? —asked it. 3 Ox.'
 
 
 def test_no_wording_is_told_twice_in_a_story():
     scenes = {"walk": ["one.", "two.", "three."]}
     for seed in range(20):
-        assert sorted(told(scenes, ["walk"] * 3, seed).split()) == ["One.", "Three.", "Two."]
+        assert sorted(tell(scenes, ["walk"] * 3, seed).split()) == ["One.", "Three.", "Two."]
 
 
 def test_a_scene_joins_the_paragraph_before_it_but_speech_never_does():
-    breaks = Counter(told({"a": ["a."], "b": ["b."]}, ["a", "b"], seed) for seed in range(500))
+    breaks = Counter(tell({"a": ["a."], "b": ["b."]}, ["a", "b"], seed) for seed in range(500))
     assert breaks.keys() == {"A. B.", "A.\nB."} and breaks["A. B."] == pytest.approx(300, abs=50)
-    assert {told({"a": ["a."], "b": ["—b."]}, ["a", "b"], seed) for seed in range(20)} == {"A.\n—B."}
+    assert {tell({"a": ["a."], "b": ["—b."]}, ["a", "b"], seed) for seed in range(20)} == {"A.\n—B."}

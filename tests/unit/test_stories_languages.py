@@ -8,10 +8,10 @@ from sgtm.data.stories.languages import EnglishNoun, SpanishNoun, SpanishPair, l
 
 @pytest.mark.parametrize("code", ["en", "es"])
 def test_every_template_can_be_told(code):
-    told = language(code)
-    teller = Teller(told, Dice(0))
-    assert {scene for plot in told.plots for scene in plot} == set(told.scenes)
-    for template in [wording for wordings in told.scenes.values() for wording in wordings]:
+    stories = language(code)
+    teller = Teller(stories, Dice(0))
+    assert {scene for plot in stories.plots for scene in plot} == set(stories.scenes)
+    for template in [wording for wordings in stories.scenes.values() for wording in wordings]:
         for _ in range(5):
             assert not set("{}|") & set(template.format_map(teller)), template
 

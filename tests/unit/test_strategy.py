@@ -4,11 +4,14 @@ Rows are the labels unlabeled, retain, forget:bio, forget:code; columns the grou
 """
 
 import json
+import re
 from typing import get_args
 
 import pytest
+from rooms import ROOT
 
-from sgtm.config import load_config
+from sgtm.config import Config, load_config
+from sgtm.config.reference import keys
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.strategy import JOINT_PRESETS, PRESETS, Joint, Strategy, build_tables, removal_tables
 from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS
@@ -76,6 +79,13 @@ def assert_tables(tables, active, route, updates, joint):
 def test_every_preset_is_spelled_out():
     assert set(EXPECTED) == set(PRESETS)
     assert get_args(Strategy) == tuple(PRESETS) and get_args(Joint) == tuple(JOINT_PRESETS)
+
+
+def test_the_documentation_names_every_preset():
+    field = next(key.doc for key in keys(Config) if key.name == "masking.strategy")
+    method = (ROOT / "docs/method.md").read_text("utf-8").partition("\nStrategies: ")[2].partition("\n\n")[0]
+    for text in (field, method):
+        assert set(PRESETS) <= set(re.findall("`([a-z_]+)`", text))
 
 
 @pytest.mark.parametrize("name", EXPECTED)

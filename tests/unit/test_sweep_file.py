@@ -67,8 +67,8 @@ def test_config_is_that_of_the_command_line(tmp_path):
     )
     one = "unlabeled-0.75+percent-25.0-s7"
     assert [run.name for run in sweep.runs] == ["unlabeled-0.75+percent-none-s7", one]
-    given = ["--masking.percent", "25", "--train.seed", "7", "--runs", "runs/recipes", "--name", one]
-    assert sweep.runs[1].config == load_config("debug", given)
+    options = ["--masking.percent", "25", "--train.seed", "7", "--runs", "runs/recipes", "--name", one]
+    assert sweep.runs[1].config == load_config("debug", options)
 
 
 def test_layers_are_merged_key_by_key_whatever_their_form(tmp_path):
@@ -91,8 +91,8 @@ def test_layers_are_merged_key_by_key_whatever_their_form(tmp_path):
 def test_a_recipe_replaces_what_the_base_and_the_set_say(tmp_path):
     text = "{base: debug, set: {data.channel: {}, masking.joint: masked}, grid: {recipe: [paper, certified]}}"
     for run, recipe in zip(sweep_of(tmp_path, text).runs, ("paper", "certified"), strict=True):
-        given = ["--recipe", recipe, "--runs", "runs/recipes", "--name", f"recipe-{recipe}-s0"]
-        assert run.config == load_config("debug", given)
+        options = ["--recipe", recipe, "--runs", "runs/recipes", "--name", f"recipe-{recipe}-s0"]
+        assert run.config == load_config("debug", options)
 
 
 def test_names_do_not_depend_on_what_else_is_in_the_sweep(tmp_path):

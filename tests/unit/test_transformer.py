@@ -1,4 +1,4 @@
-"""The two model families as a whole."""
+"""The two model families as a whole: sgtm/model/transformer.py."""
 
 import pytest
 import torch

@@ -140,8 +140,10 @@ def test_steps_are_those_of_adamw(setting):
                 v.mul_(0.999).add_(0.001 * (gradient / norm).square())
                 update = m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
                 weight.mul_(1 - lr * 0.01).sub_(lr * update)
-    found = list(after(setting, "grad_diff", 3, lr, retain_weight=4.0)[0].parameters())
-    moved, expected = (torch.cat([(a - b).flatten() for a, b in zip(c, before, strict=True)]) for c in (found, weights))
+    parameters = list(after(setting, "grad_diff", 3, lr, retain_weight=4.0)[0].parameters())
+    moved, expected = (
+        torch.cat([(a - b).flatten() for a, b in zip(c, before, strict=True)]) for c in (parameters, weights)
+    )
     assert (moved - expected).norm() < 1e-3 * expected.norm()
 
 

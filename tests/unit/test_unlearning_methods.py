@@ -33,10 +33,10 @@ def gradient(model: Transformer, loss: torch.Tensor) -> torch.Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-def same(model: Transformer, found: torch.Tensor, expected: torch.Tensor) -> None:
+def same(model: Transformer, loss: torch.Tensor, expected: torch.Tensor) -> None:
     """Value and gradient."""
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient(model, found), gradient(model, expected), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient(model, loss), gradient(model, expected), rtol=1e-4, atol=1e-6)
 
 
 def test_gradient_ascent_is_minus_the_mean_loss_of_the_forget_targets(model):
@@ -74,9 +74,9 @@ def test_at_the_reference_npo_is_two_over_beta_times_log_two(model, beta):
 
 def test_for_small_beta_the_gradient_of_npo_is_that_of_gradient_ascent(model, reference):
     """On the sum over a sequence: with as many targets in each, a factor of their number."""
-    found = gradient(model, npo(model, reference, FORGOTTEN, RETAINED, beta=1e-4, retain_weight=0.0).total)
+    slope = gradient(model, npo(model, reference, FORGOTTEN, RETAINED, beta=1e-4, retain_weight=0.0).total)
     first, second = token_losses(model, FORGOTTEN)
-    torch.testing.assert_close(found, gradient(model, -(first.sum() + second.sum()) / 2), rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(slope, gradient(model, -(first.sum() + second.sum()) / 2), rtol=1e-2, atol=1e-4)
 
 
 def test_simnpo_by_hand(model):

@@ -142,10 +142,10 @@ def test_the_seed_is_that_of_the_direction_too(source, tmp_path, monkeypatch):
 
 
 def refused(message: str, run: Path, out: Path, method: str = "npo", **options) -> None:
-    there = sorted(out.parent.iterdir())
+    entries = sorted(out.parent.iterdir())
     with pytest.raises(ValueError, match=message):
         unlearn_run(run, method, out, **{"domain": "es", "steps": 1, **options})
-    assert sorted(out.parent.iterdir()) == there
+    assert sorted(out.parent.iterdir()) == entries
 
 
 def test_what_does_not_fit_is_refused_and_leaves_nothing(source, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rooms import ROOT
 
-VAGUE = {"at", "found", "kept", "said", "there"}
+VAGUE = {"asked", "at", "found", "given", "here", "kept", "said", "there", "told"}
 FOLDERS = ("sgtm", "kernels", "benchmarks", "examples", "tests")
 
 
@@ -24,7 +24,7 @@ def names(source: str) -> Iterator[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_names_are_nouns_and_verbs(folder):
+def test_vague_names_are_absent(folder):
     files: list[Path] = sorted((ROOT / folder).rglob("*.py"))
     vague = [
         f"{file.relative_to(ROOT)}:{line}: {name}"

@@ -36,8 +36,8 @@ def save(run: Path) -> tuple[Path, dict]:
 def test_weights_are_read_back_bit_for_bit(run):
     saved, weights = save(run)
     assert open_run(run)[1] == saved == run / "checkpoints/step_00000012"
-    found = consolidate(saved)
-    assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+    state = consolidate(saved)
+    assert state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in weights)
     loaded = load_run_model(run).state_dict()
     assert all(torch.equal(loaded[name].cpu(), weights[name]) for name in weights)
 
@@ -60,8 +60,8 @@ def test_other_checkpoints_are_those_of_a_training(tmp_path):
 
 def test_half_precision_is_stored_in_fp32(run):
     weights = {name: tensor.bfloat16() for name, tensor in tiny_model(CONFIG).state_dict().items()}
-    found = consolidate(save_weights(run, weights, CONFIG, step=1, corpus=""))
-    assert all(found[name].dtype == torch.float32 and torch.equal(found[name], weights[name].float()) for name in found)
+    state = consolidate(save_weights(run, weights, CONFIG, step=1, corpus=""))
+    assert all(state[name].dtype == torch.float32 and torch.equal(state[name], weights[name].float()) for name in state)
 
 
 def test_a_failed_write_leaves_no_checkpoint(run, monkeypatch):
@@ -85,4 +85,4 @@ def test_training_does_not_resume_from_weights_alone(run):
     with pytest.raises(ValueError, match=r"holds weights alone \(model\.safetensors\), without the state of an opt"):
         Stored(saved)
     (saved / "manifest.json").write_text("{}")
-    check_usable(run, resume=True, overwrite=False)  # a damaged one is found damaged when it is read
+    check_usable(run, resume=True, overwrite=False)  # a damaged one is state damaged when it is read

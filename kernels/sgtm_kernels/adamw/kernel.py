@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
-
-from sgtm_kernels.triton_common.variant import KernelVariant, recorded
 
 if TYPE_CHECKING:
     from sgtm_kernels.adamw.op import Slice, Step, Tensors
@@ -180,20 +177,3 @@ def adamw_update(
             weights, grads, exp_avgs, exp_avg_sqs, index, inside,
             keep, step_size, root, beta1, rest1, beta2, rest2, eps, factor,
         )  # fmt: skip
-
-
-def variants() -> list[KernelVariant]:
-    """Every dtype of a gradient, for the ahead-of-time suite."""
-    from sgtm_kernels.adamw.op import Slice, Tensors
-
-    update, weight, variants = prepare([Slice(0, 0, 8, 0, 0.1)], (0.9, 0.95), 1e-8), torch.empty(8), []
-    threads = 32 * KernelVariant.num_warps
-    # Aligned: weights and moments are read and written 16 bytes at a time. Slices begin anywhere: gradients one by one.
-    wide, narrow = 2 * 3 * BLOCK * 4 // (16 * threads), BLOCK // threads
-    for dtype in GRADS:
-        tensors = [Tensors(weight, torch.empty(8, dtype=dtype), weight, weight)]
-        variants += [
-            replace(launch, programs=8, wide=wide, narrow=narrow)
-            for launch in recorded(update, tensors, [1], 1e-3, 1.0)
-        ]
-    return variants

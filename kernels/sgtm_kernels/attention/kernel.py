@@ -8,9 +8,8 @@ once, q and k turned on the way. Their gradients are turned back where they are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, pairwise
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -27,27 +26,11 @@ from sgtm_kernels.attention.op import HeadLayout
 from sgtm_kernels.autograd import captured, eager, existing, register
 from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.triton_common.tuning import DTYPES, Tunable, bucket
-from sgtm_kernels.triton_common.variant import KernelVariant, masks, recorded
 
 ROTATED = 64  # tokens of a tile that is turned
 # Triton before 3.7 copies a query's numbers once for every thread that needs them (128 copies of 32 bits instead of 8
 # for 64 queries), which leaves fewer registers: with all masks, blocks of 64 queries x 128 keys spill a kilobyte.
 ONE_COPY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
-SPILL = {  # why registers may spill, and where: in heuristics by dtype, kernel and width of a head
-    ("bf16", attention_forward, 128): (
-        "up to 16 bytes; half the keys spill none but halve the products",
-        (80, 90, 100),
-    ),
-    ("fp32", attention_forward, 128): ("16 bytes; there are no smaller blocks", (90,)),
-    ("bf16", attention_backward_queries, 64): ("16 bytes; half the queries halve sm_90's products", (100,)),
-    ("bf16", attention_backward_queries, 128): ("up to 64 bytes; half the queries halve sm_90's products", (80, 100)),
-    ("bf16", attention_backward_keys, 16): ("112 bytes; what spills none is too small for sm_90", (100,)),
-    ("bf16", attention_backward_keys, 32): ("up to 136 bytes; what spills none is too small for sm_90", (100,)),
-    # On sm_90 with documents where nothing is masked: 72 to 88 bytes.
-    ("bf16", attention_backward_keys, 64): ("up to 264 bytes; what spills none is too small for sm_90", (80, 90, 100)),
-    ("bf16", attention_backward_keys, 128): ("8 bytes on sm_90 with heads of 96, up to 464 elsewhere", (80, 90, 100)),
-    ("fp32", attention_backward_keys, 64): ("16 bytes where nothing is masked; smaller blocks do less per load", (90,)),
-}
 
 
 class Tile(NamedTuple):
@@ -206,8 +189,10 @@ class _Launcher:
             "live": plan.live(passes, device) if masked else nothing,
         }
         self.width = fixed["BD"]
-        given: dict[str, object] = {**tables, **fixed, "seq_len": self.seq_len}
-        self.arguments = {kernel: {name: given[name] for name in kernel.arg_names if name in given} for kernel in TILES}
+        passed: dict[str, object] = {**tables, **fixed, "seq_len": self.seq_len}
+        self.arguments = {
+            kernel: {name: passed[name] for name in kernel.arg_names if name in passed} for kernel in TILES
+        }
 
     def __call__(self, kernel, scale: float, *tensors: torch.Tensor) -> None:
         size = tile(kernel, self.width, tensors[0])
@@ -281,67 +266,3 @@ def width_of(layout: HeadLayout) -> int:
 
 def _half(layout: HeadLayout) -> int:
     return 1 << (layout.head_dim // 2 - 1).bit_length()
-
-
-def variants() -> list[KernelVariant]:
-    """Every block size at some widths of a head, bare and with all masks, and in the common one every flag, in bf16 and
-    fp32, for the ahead-of-time suite. Candidates besides the heuristic in the head sizes that fill their width."""
-    variants: list[KernelVariant] = []
-    half_and_full, seq_len = (torch.bfloat16, torch.float32), 300
-    for head_dim in (8, 24, 32, 64, 96, 128):
-        plain, grouped = HeadLayout((32,), (32,), head_dim), HeadLayout((24, 0, 8), (6, 0, 2), head_dim)
-        others = head_dim in (32, 64)
-        variants += _variants(torch.bfloat16, plain, masks(1, seq_len), None, others)
-        for dtype in half_and_full:
-            variants += _variants(dtype, grouped, masks(3, seq_len, active=0.5, documents=True), 256, others)
-            ways = ((False, True), (False, False), (True, True)) if head_dim in (24, 64, 128) else ()
-            x = torch.empty(1, seq_len, _columns(grouped)["STRIDE"], dtype=dtype)
-            angles = torch.empty(seq_len, head_dim)
-            for backward, in_place in ways:
-                to = x if in_place else torch.empty_like(x)
-                programs = 4 if _half(grouped) <= 32 else 2
-                launches = recorded(_rotated, x, to, grouped, angles, angles, backward)
-                variants += [replace(launch, programs=programs) for launch in launches]
-    for dtype, window, documents, active in product(half_and_full, (None, 256), (False, True), (1.0, 0.0, 0.5)):
-        plan = masks(2, seq_len, active=active, documents=documents)
-        variants += _variants(dtype, HeadLayout((24, 8), (6, 2), 64), plan, window)
-    return variants
-
-
-# Tiles of queries' rows and of keys' rows that a kernel reads and writes, each once at least.
-TILES_OF = {
-    attention_forward: (2, 2),  # q, out; k, v
-    attention_backward_queries: (4, 2),  # q, dy, out, dq; k, v
-    attention_backward_keys: (2, 4),  # q, dy; k, v, dk, dv
-}
-
-
-def _variants(
-    dtype: torch.dtype, layout: HeadLayout, plan: MaskPlan, window: int | None, others: bool = False
-) -> list[KernelVariant]:
-    qkv = torch.empty(1, plan.seq_len, _columns(layout)["STRIDE"], dtype=dtype)
-    half, variants = dtype == torch.bfloat16, []
-
-    def there_and_back() -> None:
-        out, lse, _ = _forward(qkv, None, None, plan, layout, 0.125, window)
-        _backward(out, qkv, out, lse, None, None, plan, layout, 0.125, window, (True,))
-
-    for kernel, tunable in TILES.items():
-        width = width_of(layout)
-        key = DTYPES[dtype], width
-        for i, size in enumerate(tunable.candidates(*key)[: None if others else 1]):
-            spill, spill_on = SPILL.get((DTYPES[dtype], kernel, width), (None, ())) if i == 0 else (None, ())
-            scores = size.queries if kernel is attention_backward_keys else size.keys
-            columns = tuple(sorted({scores, width})) if half and i == 0 and ONE_COPY else None
-            of_thread = min(size.queries, size.keys) * width // (32 * size.warps)
-            queries, keys = TILES_OF[kernel]
-            words = KernelVariant.words((queries * size.queries + keys * size.keys) * width, dtype, size.warps)
-            variants += [
-                replace(
-                    launch, tensor_cores=half, columns=columns, width=min(128, of_thread * 8 * dtype.itemsize),
-                    wide=words, programs=2 if half and size.warps == 4 else 1, spill=spill, spill_on=spill_on,
-                )
-                for launch in recorded(there_and_back, forced={(tunable.name, key): size})
-                if launch.kernel is kernel
-            ]  # fmt: skip
-    return variants

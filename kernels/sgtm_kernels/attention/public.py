@@ -65,7 +65,7 @@ def choose(facts: Facts, whole: bool) -> str:
     """One of LIBRARIES. whole: neither windows nor documents."""
     if chosen := way("SGTM_ATTENTION"):
         if problem := obstacle(chosen, facts):
-            raise ValueError(f"SGTM_ATTENTION={chosen} was asked for, but {problem}")
+            raise ValueError(f"SGTM_ATTENTION={chosen} was requested, but {problem}")
         return chosen
     if whole or facts.dtype not in HALF:
         return "sdpa"

@@ -10,8 +10,6 @@ bounded by the length of the padded row and are 128 bits wide at any vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -24,7 +22,6 @@ from sgtm_kernels.cross_entropy.pytorch import IGNORE, ChunkOps, in_chunks
 from sgtm_kernels.cross_entropy.reference import label_sums
 from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.triton_common.tuning import DTYPES, Tunable, bucket
-from sgtm_kernels.triton_common.variant import KernelVariant, recorded
 
 # A chunk's logits: 10,682 tokens of 50,257 in bf16. Every further chunk reads and writes the head's gradient in fp32.
 CHUNK_BYTES = 2**30
@@ -176,23 +173,3 @@ def _block(z_at, entries, row, vocab):
     16: one that ended with the vocabulary would make a load of every logit."""
     z = tl.load(z_at + entries, mask=entries < row, other=float("-inf")).to(tl.float32)
     return tl.where(entries < vocab, z, float("-inf"))
-
-
-def variants() -> list[KernelVariant]:
-    """Every block size and flag, at some vocabularies, in bf16, fp16 and fp32, for the ahead-of-time suite."""
-    variants: list[KernelVariant] = []
-    targets = torch.zeros(4, dtype=torch.int64)[1:]  # a chunk begins anywhere
-    for dtype, vocab in product((torch.bfloat16, torch.float16, torch.float32), (37, 4096, 50257, 128256)):
-        logits = _logits(torch.empty(3, 1, dtype=dtype), torch.empty(vocab, 1, dtype=dtype), None)
-        key = DTYPES[dtype], bucket(vocab, 1, BLOCK)
-        for tile, gradient in product(TILE.candidates(*key), (False, True)):
-            of_thread = tile.block // (32 * tile.warps)
-            variants += [
-                replace(
-                    launch, narrow=1, narrower=4,  # the target's logit; with the target, the loss or 0
-                    width=min(128, of_thread * 8 * dtype.itemsize),
-                    programs=max(1, (64 if of_thread <= 8 else 32) // tile.warps),
-                )
-                for launch in recorded(_softmax_gradient_, logits, targets, gradient, forced={(TILE.name, key): tile})
-            ]  # fmt: skip
-    return variants

@@ -9,8 +9,6 @@ zeros first would write the rows that have tokens twice. dY is read once in all.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -19,14 +17,11 @@ from torch.library import custom_op
 
 from sgtm_kernels.autograd import captured, eager, register
 from sgtm_kernels.plan import MaskPlan, plan_of
-from sgtm_kernels.triton_common.variant import KernelVariant, masks, recorded
 
 SEGMENT = 32  # sorted tokens
 PARTIAL_COLUMNS = 128  # of a tile of `embedding_partials`, SEGMENT tokens high
 TILE, MAX_COLUMNS = 2048, 1024  # elements and widest row of a tile of `embedding_backward`
 UNROLL = 4  # loads under way at once in its sums
-WIDTHS = (256, 768, 1024, 2048, 4096)  # of `variants`: of the models that are timed, and a wide one
-SPILL = "on sm_90 ptxas keeps 8 bytes in memory to stay at 72 registers"
 
 
 def embedding(ids, weight, plan: MaskPlan, kind: str):
@@ -180,18 +175,3 @@ def embedding_backward(
     offsets = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     inside = (row < rows)[:, None] & (column < WIDTH)[None, :]
     tl.store(dw + offsets, total.to(dw.dtype.element_ty), mask=inside)
-
-
-def variants() -> list[KernelVariant]:
-    """Every block size and flag, at some widths, in bf16 and fp32, for the ahead-of-time suite."""
-    variants: list[KernelVariant] = []
-    ids = torch.zeros(1, 37, dtype=torch.int64)
-    for dtype in (torch.bfloat16, torch.float32):
-        for width in WIDTHS if dtype == torch.bfloat16 else WIDTHS[::2]:
-            dy = torch.empty(1, 37, width, dtype=dtype)
-            for weighted in (False, True):
-                plan = masks(1, 37, update=0.5 if weighted else 1.0)
-                spill = SPILL if (dtype, width, weighted) == (torch.bfloat16, 256, True) else None
-                partials, backward = recorded(_gradient, ids, dy, plan, "embedding", 50, dtype)
-                variants += [replace(partials, programs=8), replace(backward, programs=4, spill=spill)]
-    return variants

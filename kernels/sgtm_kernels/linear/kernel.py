@@ -27,7 +27,6 @@ from sgtm_kernels.linear.pytorch import BIAS_KIND, weight_gradient
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan, RowWork, plan_of
 from sgtm_kernels.triton_common.tiles import total_of
 from sgtm_kernels.triton_common.tuning import DTYPES, Tunable
-from sgtm_kernels.triton_common.variant import KernelVariant
 
 
 class Way(NamedTuple):
@@ -228,8 +227,3 @@ def _captured_out(dy, x, weight, plan, projection, bounds, wanted):
 
 register(masked_linear_in, _keep, _captured_in)
 register(masked_linear_out, _keep, _captured_out)
-
-
-def variants() -> list[KernelVariant]:
-    """Every block size and flag, at some widths and bounds, in bf16 and fp32, for the ahead-of-time suite."""
-    return scaling.variants() + rectangles.variants()

@@ -14,8 +14,7 @@ labels are too many slices in a micro-batch.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import chain, product
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -24,7 +23,6 @@ import triton.language as tl
 
 from sgtm_kernels.plan import MaskPlan, RowWork, Slice
 from sgtm_kernels.triton_common.tuning import DTYPES, Tunable
-from sgtm_kernels.triton_common.variant import KernelVariant, masks, recorded
 
 
 class Tile(NamedTuple):
@@ -190,25 +188,3 @@ def dw_rectangles(
         tl.store(
             out + offsets, part.to(out.dtype.element_ty), mask=(row < row_end)[:, None] & (column < columns)[None, :]
         )
-
-
-def variants() -> list[KernelVariant]:
-    """Every block size and flag, in bf16 and fp32, for the ahead-of-time suite."""
-    variants: list[KernelVariant] = []
-    for dtype, weighted in product((torch.bfloat16, torch.float32), (False, True)):
-        plan, half = masks(2, 37, update=0.5 if weighted else 0.0), dtype == torch.bfloat16
-        for loads in ("pointers", "ragged", "descriptors"):
-            ragged, key = loads == "ragged", _key(DTYPES[dtype], weighted, loads)
-            left, right = (torch.empty(37, n - ragged, dtype=dtype) for n in (1024, 768))
-            work = plan.rows("mlp_in", (0, 960, left.shape[1]))
-            for tile in TILE.candidates(*key):
-                columns = (tile.columns // max(1, 16 * tile.warps // tile.rows),) if half else None
-                variants += [
-                    replace(
-                        launch, first_arch=90 if loads == "descriptors" else 80, tensor_cores=half, columns=columns,
-                        narrow=176 if ragged else 0, width=32 if ragged else 128,
-                        narrower=None if ragged else 7,  # a band, a slice, its weight
-                    )
-                    for launch in recorded(_launch, left, right, plan, work, loads, forced={(TILE.name, key): tile})
-                ]  # fmt: skip
-    return variants

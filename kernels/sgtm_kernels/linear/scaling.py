@@ -8,18 +8,14 @@ written in place. Sums are by strips of tokens (tiles.py).
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import product
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from sgtm_kernels.triton_common import tiles
 from sgtm_kernels.triton_common.tiles import any_factor_but, factor_of, partial_sums, place, total_of
-from sgtm_kernels.triton_common.tuning import DTYPES, Key, Tunable
-from sgtm_kernels.triton_common.variant import KernelVariant, recorded
+from sgtm_kernels.triton_common.tuning import DTYPES, Tunable
 
 
 class Tile(NamedTuple):
@@ -32,7 +28,6 @@ class Tile(NamedTuple):
     warps: int
 
 
-SPILL = "on sm_90 ptxas keeps 8 bytes in memory to stay at 56 registers"
 TILE = Tunable(  # by dtype
     "linear_sums", lambda dtype: Tile(32, 128, 128, 4), {("bf16",): (Tile(16, 256, 128, 4), Tile(32, 128, 256, 4))}
 )
@@ -128,26 +123,3 @@ def scale_input_and_sum(
         _strip(x, out, partial, x_factors, tokens, block, strip, BOUNDS, True, False, False, BT, BC, STRIP)
     else:
         _strip(dy, dy, partial, dy_factors, tokens, block - blocks, strip, WIDTH, False, False, True, BT, BC, STRIP)
-
-
-def variants() -> list[KernelVariant]:
-    """Every block size and flag, at some bounds, in bf16 and fp32, for the ahead-of-time suite."""
-    variants: list[KernelVariant] = []
-    ways = [flags for flags in product((False, True), repeat=3) if flags[0] >= flags[1] and flags[0] | flags[2]]
-    for dtype, bounds in product((torch.bfloat16, torch.float32), ((0, 4096), (0, 960, 1024), (0, 24, 48, 771, 3000))):
-        x, dy = torch.empty(37, bounds[-1], dtype=dtype), torch.empty(37, 1024, dtype=dtype)
-        copy, factors, partial = torch.empty_like(x), torch.empty(len(bounds) - 1, 37), torch.empty(1, bounds[-1])
-        key: Key = (DTYPES[dtype],)
-        for tile in TILE.candidates(*key):
-            forced = {(TILE.name, key): tile}
-            words = KernelVariant.words(tile.tokens * tile.columns, dtype, tile.warps)
-            for scale, in_place, add in ways if len(bounds) > 2 else [(False, False, True)]:
-                out = (x if in_place else copy) if scale else None
-                launches = recorded(scale_sum, x, out, partial if add else None, factors, bounds, forced=forced)
-                spill = SPILL if tile.tokens == 16 and in_place and add else None
-                wide = (1 + scale) * words  # a load, and a store
-                variants += [replace(launch, programs=4, spill=spill, wide=wide) for launch in launches]
-            if len(bounds) > 2:
-                launches = recorded(scale_input_sum, x, copy, dy, partial, factors, factors, bounds, forced=forced)
-                variants += [replace(launch, programs=4, wide=3 * words) for launch in launches]
-    return variants + tiles.variants()

@@ -7,8 +7,6 @@ linear layer before it is added here, so that its gradient comes out of the same
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -22,7 +20,6 @@ from sgtm_kernels.linear.kernel import in_backward, linear_in
 from sgtm_kernels.plan import MaskPlan, plan_of
 from sgtm_kernels.triton_common.tiles import factor_of, partial_sums, place, total_of
 from sgtm_kernels.triton_common.tuning import DTYPES, Key, Tunable
-from sgtm_kernels.triton_common.variant import KernelVariant, masks, recorded
 
 
 class Tile(NamedTuple):
@@ -136,16 +133,16 @@ def _(x, bias, plan, bounds, gated):
 @custom_op(
     "sgtm::activation_backward",
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor? bias, Tensor plan, int[] bounds, bool gated, bool wanted)"
+    schema="(Tensor dy, Tensor x, Tensor? bias, Tensor plan, int[] bounds, bool gated, bool bias_learns)"
     " -> (Tensor, Tensor)",
 )
-def activation_gradients(dy, x, bias, plan, bounds, gated, wanted):
-    return existing(dy, *_backward(dy, x, bias, plan_of(plan), tuple(bounds), gated, (True, wanted)))
+def activation_gradients(dy, x, bias, plan, bounds, gated, bias_learns):
+    return existing(dy, *_backward(dy, x, bias, plan_of(plan), tuple(bounds), gated, (True, bias_learns)))
 
 
 @activation_gradients.register_fake
-def _(dy, x, bias, plan, bounds, gated, wanted):
-    return x.new_empty(x.shape), bias.new_empty(bias.shape) if wanted else x.new_empty(0)
+def _(dy, x, bias, plan, bounds, gated, bias_learns):
+    return x.new_empty(x.shape), bias.new_empty(bias.shape) if bias_learns else x.new_empty(0)
 
 
 register(activation, _keep, lambda *inputs: activation_gradients(*inputs[:-1], inputs[-1][1]))
@@ -237,36 +234,3 @@ def activation_backward(
                 total += tl.sum(tl.where(inside, d, 0.0), axis=0)
     if SUMMED:
         tl.store(partial + strip * neurons + neuron, total, mask=neuron < neurons)
-
-
-def variants() -> list[KernelVariant]:
-    """Every block size and flag, at some bounds, in bf16 and fp32, for the ahead-of-time suite; candidates besides the
-    heuristic bare and with the most groups, all ways to sum the bias with few groups."""
-    variants: list[KernelVariant] = []
-    few, many = (0, 960, 1024), (0, 900, 960, 1024)
-    forms, more = [((0, 1024), False), (many, True)], [(few, False), (few, True), (many, False)]
-    for dtype, gated, name in product((torch.bfloat16, torch.float32), (False, True), TILES):
-        forward, key = name == activation_forward.__name__, (DTYPES[dtype], "gated" if gated else "plain")
-        x, y = torch.empty(1, 37, 1024 * (1 + gated), dtype=dtype), torch.empty(1, 37, 1024, dtype=dtype)
-        heuristic, *others = TILES[name].candidates(*key)
-        for tile, (bounds, masked) in [*product((heuristic, *others), forms), *product((heuristic,), more)]:
-            # x and y, or x, dy and dx; x and dx twice if gated, where the second begins at 16 bytes.
-            split = gated and any(bound * dtype.itemsize % 16 for bound in bounds)
-            tiles = 1 if split else (2 if forward else 3) + gated * (1 if forward else 2)
-            wide = max(1, tiles * KernelVariant.words(tile.tokens * tile.neurons, dtype, tile.warps))
-            sums = [(True, False, False), (True, True, False), (True, True, True)]
-            sums = sums if bounds == few and not forward else [(True, True, masked)]
-            for biased, summed, weighted in [(False, False, False), *sums][: 1 if gated else None]:
-                bias = y[0, 0] if biased else None
-                plan = masks(len(bounds) - 1, 37, active=0.5 if masked else 1.0, update=0.0 if weighted else 1.0)
-                arguments = (x, bias, plan, bounds, gated)
-                call = (_forward, *arguments) if forward else (_backward, y, *arguments, (True, summed))
-                variants += [
-                    replace(
-                        launch, narrow=int(biased), wide=wide,  # narrow: a thread's bias
-                        programs=(32 if forward else 20) // tile.warps,
-                    )
-                    for launch in recorded(*call, forced={(name, key): tile})
-                    if launch.kernel.__name__ == name
-                ]  # fmt: skip
-    return variants

@@ -12,9 +12,7 @@ a read and a write of dX.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
-from itertools import product
 
 import torch
 import triton
@@ -23,12 +21,10 @@ from torch.library import custom_op
 
 from sgtm_kernels.autograd import captured, eager, existing, register
 from sgtm_kernels.plan import MaskPlan, plan_of
-from sgtm_kernels.triton_common.variant import KernelVariant, masks, recorded
 
 TILE = 2048  # elements of a tile of tokens x columns; a wider row is a tile of its own
 STRIPS = 512  # at most; more occupy more of the device and write more partial sums
 SUM_STRIPS, SUM_COLUMNS = 32, 64  # of a tile of the second pass
-WIDTHS = (1024, 256, 768, 2048, 8192)  # of `variants`: of the models that are timed, the common one first
 FUSION = {"enable_fp_fusion": False}
 
 
@@ -104,9 +100,10 @@ def _add_backward(dtotal, dy, total, weight, bias, mean, rstd, plan, kind, wante
     return dx, dx, *learned
 
 
-def _gradients(dtotal, dy, x, weight, bias, mean, rstd, plan, kind, wanted):
+def _gradients(dtotal, dy, x, weight, bias, mean, rstd, plan, kind, learns):
+    """dX, and the gradients of weight and bias; None for these unless one of them `learns`."""
     x, dy, weight, centered = x.contiguous(), dy.contiguous(), weight.contiguous(), bias is not None
-    summed = wanted and (kind is None or bool(plan.joint(kind).slices))
+    summed = learns and (kind is None or bool(plan.joint(kind).slices))
     factors = plan.mask(kind, 1, x.device) if summed and kind is not None else None
     shape, warps = _shape(x.shape[-1])
     width, tokens = shape["WIDTH"], plan.tokens
@@ -120,7 +117,7 @@ def _gradients(dtotal, dy, x, weight, bias, mean, rstd, plan, kind, wanted):
         rstd if factors is None else factors, dx, sums, tokens, strip, CENTERED=centered, ADDED=added, SUMMED=summed,
         MASKED=factors is not None, **shape, num_warps=warps, **FUSION,
     )  # fmt: skip
-    if not wanted:
+    if not learns:
         return dx, None, None
     new = torch.empty_like if summed else torch.zeros_like
     dw, db = new(weight), new(bias) if centered else None
@@ -167,17 +164,17 @@ def _(x, weight, bias, plan, kind, eps):
     "sgtm::norm_backward",
     mutates_args=(),
     schema="(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor plan, str? kind, "
-    "bool wanted) -> (Tensor, Tensor, Tensor)",
+    "bool learns) -> (Tensor, Tensor, Tensor)",
 )
-def norm_gradients(dy, x, weight, bias, mean, rstd, plan, kind, wanted):
-    return existing(weight, *_backward(dy, x, weight, bias, mean, rstd, plan_of(plan), kind, (True, wanted, wanted)))
+def norm_gradients(dy, x, weight, bias, mean, rstd, plan, kind, learns):
+    return existing(weight, *_backward(dy, x, weight, bias, mean, rstd, plan_of(plan), kind, (True, learns, learns)))
 
 
 @norm_gradients.register_fake
-def _(dy, x, weight, bias, mean, rstd, plan, kind, wanted):
+def _(dy, x, weight, bias, mean, rstd, plan, kind, learns):
     width = x.shape[-1]
-    db = weight.new_empty(0) if bias is None else bias.new_empty(width if wanted else 0)
-    return x.new_empty(x.shape), weight.new_empty(width if wanted else 0), db
+    db = weight.new_empty(0) if bias is None else bias.new_empty(width if learns else 0)
+    return x.new_empty(x.shape), weight.new_empty(width if learns else 0), db
 
 
 register(norm, _keep, lambda *inputs: norm_gradients(*inputs[:-1], inputs[-1][1] or inputs[-1][2]))
@@ -205,18 +202,18 @@ def _(x, residual, weight, bias, plan, kind, eps):
     "sgtm::add_norm_backward",
     mutates_args=(),
     schema="(Tensor dtotal, Tensor dy, Tensor total, Tensor weight, Tensor? bias, Tensor mean, Tensor rstd, "
-    "Tensor plan, str? kind, bool wanted) -> (Tensor, Tensor, Tensor)",
+    "Tensor plan, str? kind, bool learns) -> (Tensor, Tensor, Tensor)",
 )
-def add_norm_gradients(dtotal, dy, total, weight, bias, mean, rstd, plan, kind, wanted):
-    gradients = _gradients(dtotal, dy, total, weight, bias, mean, rstd, plan_of(plan), kind, wanted)
+def add_norm_gradients(dtotal, dy, total, weight, bias, mean, rstd, plan, kind, learns):
+    gradients = _gradients(dtotal, dy, total, weight, bias, mean, rstd, plan_of(plan), kind, learns)
     return existing(weight, *gradients)
 
 
 @add_norm_gradients.register_fake
-def _(dtotal, dy, total, weight, bias, mean, rstd, plan, kind, wanted):
+def _(dtotal, dy, total, weight, bias, mean, rstd, plan, kind, learns):
     width = total.shape[-1]
-    db = weight.new_empty(0) if bias is None else bias.new_empty(width if wanted else 0)
-    return total.new_empty(total.shape), weight.new_empty(width if wanted else 0), db
+    db = weight.new_empty(0) if bias is None else bias.new_empty(width if learns else 0)
+    return total.new_empty(total.shape), weight.new_empty(width if learns else 0), db
 
 
 def _add_gradients(dtotal, dy, total, *inputs):
@@ -319,41 +316,3 @@ def norm_sums(sums, dw, db, strips, WIDTH: tl.constexpr, BS: tl.constexpr, BD: t
         tl.store(dw + column, total.to(dw.dtype.element_ty), mask=column < WIDTH)
     else:
         tl.store(db + column, total.to(db.dtype.element_ty), mask=column < WIDTH)
-
-
-def variants() -> list[KernelVariant]:
-    """Every block size, and in the common one every flag, in bf16 and fp32, for the ahead-of-time suite; at other
-    widths those flags that need the most registers."""
-    variants: list[KernelVariant] = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for width in WIDTHS if dtype == torch.bfloat16 else WIDTHS[:1]:
-            flags = product((False, True), (True, False), ((True, True), (True, False), (False, False)))
-            for centered, added, (summed, masked) in flags:
-                if width == WIDTHS[0] or (added and summed and masked):
-                    variants += _variants(dtype, width, centered, added, summed, masked)
-    return variants
-
-
-def _variants(
-    dtype: torch.dtype, width: int, centered: bool, added: bool, summed: bool, masked: bool
-) -> list[KernelVariant]:
-    """What differs in these flags: the forward pass and the sums are launched for others of them too."""
-    x, statistics, shape, warps = torch.empty(1, 37, width, dtype=dtype), torch.empty(37), *_shape(width)
-    weight, bias, residual = x[0, 0], x[0, 0] if centered else None, x if added else None
-    arguments = (residual, x, x, weight, bias, statistics, statistics, masks(1, 37, update=0.5 if masked else 1.0))
-    backward, *sums = recorded(_gradients, *arguments, "norm", summed)
-    tile, row = (KernelVariant.words(n * shape["BD"], dtype, warps) for n in (shape["BT"], 1))
-    # x, dy and dx, with dtotal; the weight; its sums, and the bias's.
-    wide = (3 + added) * tile + row
-    wide += (1 + centered) * KernelVariant.words(shape["BD"], torch.float32, warps) if summed else 0
-    variants = [replace(backward, programs=16 // warps, wide=wide)]
-    if summed and masked:
-        (forward,) = recorded(_normalized, x, residual, weight, bias, 1e-5)
-        # x and y, with the residual and the total; the weight, with the bias.
-        wide = (2 + 2 * added) * tile + (1 + centered) * row
-        variants.append(replace(forward, programs=32 // warps, wide=wide))
-        if centered and added:
-            # A thread stores one entry.
-            wide = KernelVariant.words(SUM_STRIPS * SUM_COLUMNS, torch.float32, KernelVariant.num_warps)
-            variants += [replace(launch, wide=wide, narrow=1) for launch in sums]
-    return variants

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from sgtm_kernels.dispatch import pick
-from sgtm_kernels.plan import MaskPlan, known
+from sgtm_kernels.plan import MaskPlan, check_known
 from sgtm_kernels.signature import backend_of
 
 NORM_KINDS = ("norm", "final_norm", None)
@@ -75,7 +75,7 @@ def _check(
     kind: str | None,
     residual: torch.Tensor | None = None,
 ) -> None:
-    known("kind of norm", kind, NORM_KINDS)
+    check_known("kind of norm", kind, NORM_KINDS)
     plan.check(x)
     columns = x.shape[-1:]
     if weight.shape != columns or (bias is not None and bias.shape != columns):

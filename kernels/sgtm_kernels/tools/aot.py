@@ -7,7 +7,7 @@ calls in tests/kernels/test_launches.py), at some widths, for sm_80, sm_90 and s
 shared memory of the architecture, spill no register (stack of 0; an exception is listed with its reason beside the
 kernel), have tensor-core instructions where it is meant to, of the shape that it is meant to have, read and write
 global memory in words as wide as its rows allow, and leave registers and shared memory for as many programs as should
-run at once. Each `KernelVariant` says what is meant.
+run at once. `KernelVariant` states what is meant.
 Every kernel is compiled once for an architecture and its machine code (SASS) read once, that of many kernels together,
 as the disassembler takes longer to start than to read. Prints a table and exits 1 where something does not hold.
 Source of the limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -32,8 +32,8 @@ from importlib import import_module
 from itertools import accumulate, chain
 from pathlib import Path
 
-from sgtm_kernels.dispatch import OPS, module_name
-from sgtm_kernels.triton_common.variant import KernelVariant
+from sgtm_kernels.dispatch import OPS
+from sgtm_kernels.tools.launches import KernelVariant
 
 SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}  # of a thread block
 SHARED_OF_ALL, RESERVED = {80: 167_936, 90: 233_472, 100: 233_472}, 1024  # of a multiprocessor; beside each block's own
@@ -71,8 +71,7 @@ def all_variants(ops: tuple[str, ...] = OPS) -> list[tuple[str, int, KernelVaria
 
 @cache
 def _of(op: str) -> list[KernelVariant]:
-    module = import_module(module_name(op, "triton"))
-    return module.variants() if hasattr(module, "variants") else []
+    return import_module(f"sgtm_kernels.{op}.variants").variants()
 
 
 def examine(variants: Sequence[KernelVariant], arch: int) -> list[Outcome]:
@@ -131,24 +130,24 @@ def _problems(o: Outcome, variant: KernelVariant) -> Iterator[str]:
         yield f"spills: {o.stack} bytes of stack"
     if variant.tensor_cores and not o.tensor_cores:
         yield "no tensor-core instruction"
-    if o.arch == 90 and variant.columns is not None and tuple(o.columns) != variant.columns:
-        yield f"HGMMA of {o.columns} columns, {list(variant.columns)} wanted"
-    if max(o.widths) < variant.width:
-        yield f"widest access of {max(o.widths)} bits, {variant.width} wanted"
-    wide = sum(n * (width // variant.width) for width, n in o.widths.items())
-    if wide < variant.wide:
-        yield f"{wide} accesses of {variant.width} bits, {variant.wide} wanted"
+    if o.arch == 90 and variant.hgmma_columns is not None and tuple(o.columns) != variant.hgmma_columns:
+        yield f"HGMMA of {o.columns} columns, {list(variant.hgmma_columns)} wanted"
+    if max(o.widths) < variant.widest_bits:
+        yield f"widest access of {max(o.widths)} bits, {variant.widest_bits} wanted"
+    wide = sum(n * (width // variant.widest_bits) for width, n in o.widths.items())
+    if wide < variant.min_wide_words:
+        yield f"{wide} accesses of {variant.widest_bits} bits, {variant.min_wide_words} wanted"
     narrow = sum(n for width, n in o.widths.items() if width < 32)
-    if narrow > variant.narrow:
-        yield f"{narrow} narrow accesses of 8 or 16 bits, {variant.narrow} allowed"
-    narrower = sum(n for width, n in o.widths.items() if width < variant.width)
-    if variant.narrower is not None and narrower > variant.narrower:
-        yield f"{narrower} accesses narrower than {variant.width} bits, {variant.narrower} allowed"
+    if narrow > variant.max_subwords:
+        yield f"{narrow} narrow accesses of 8 or 16 bits, {variant.max_subwords} allowed"
+    narrower = sum(n for width, n in o.widths.items() if width < variant.widest_bits)
+    if variant.max_below_widest is not None and narrower > variant.max_below_widest:
+        yield f"{narrower} accesses narrower than {variant.widest_bits} bits, {variant.max_below_widest} allowed"
     of_warp = -(-32 * o.registers // REGISTER_UNIT) * REGISTER_UNIT
     warps = min(WARPS, REGISTERS // of_warp)
     room = min(warps // variant.num_warps, SHARED_OF_ALL[o.arch] // (o.shared + RESERVED))
-    if o.arch == 90 and room < variant.programs:
-        yield f"registers and shared memory for {room} programs at once, {variant.programs} wanted"
+    if o.arch == 90 and room < variant.min_programs:
+        yield f"registers and shared memory for {room} programs at once, {variant.min_programs} wanted"
 
 
 def disassemble(cubins: Sequence[bytes], arch: int) -> list[str]:

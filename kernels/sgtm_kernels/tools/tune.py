@@ -68,7 +68,7 @@ def tune(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
     decided: Callable[[Choice, Found], None] = lambda choice, result: None,
-    say: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> Path:
     """Tune the ops `only` (default: all that have candidates) on this CUDA device; returns the table that was written.
 
@@ -104,14 +104,15 @@ def tune(
         table_of.cache_clear()
         decided(choice, decisions[choice])
 
+    resumed = earlier_entries if resume else {}
     torch.manual_seed(0)
     for shape in shapes:
         for op in only or CASES:
             for way in CASES[op](SHAPES[shape] if isinstance(shape, str) else shape, device, dtype):
-                tune_call(way, Clock(device), decisions, rounds, seconds, say, earlier_entries if resume else {}, save)
+                tune_call(way, Clock(device), decisions, rounds, seconds, report, resumed, save)
     write(path, name, earlier_entries, measured, source)
     table_of.cache_clear()
-    say(f"wrote {path}")
+    report(f"wrote {path}")
     return path
 
 
@@ -121,7 +122,7 @@ def tune_call(
     decisions: dict[Choice, Found],
     rounds: int,
     seconds: float,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
     table: dict[str, dict[str, dict]] | None = None,
     save: Callable[[Choice], None] = lambda choice: None,
 ) -> None:
@@ -130,17 +131,17 @@ def tune_call(
     table  entries of a table: a choice that it has is taken from there, not measured
     save   called with a choice that was measured
     """
-    for choice, candidates, given in choices(way):
+    for choice, candidates, needed in choices(way):
         if choice in decisions or len(candidates) == 1:
             continue
         if before := recalled(table or {}, choice, candidates):
             decisions[choice] = before
             continue
         best = {decided: result.config for decided, result in decisions.items()}
-        ways = {str(c): partial(_forced, way, {**best, **given, choice: c}) for c in candidates}
+        ways = {str(c): partial(_forced, way, {**best, **needed, choice: c}) for c in candidates}
         times = clock.rounds(ways, rounds, seconds)
         decisions[choice] = result = decide(candidates, [times[str(c)] for c in candidates])
-        say(
+        report(
             f"{choice[0]:26} {written(choice[1]):22} {result.p50 * 1e6:9.1f} us, "
             f"heuristic {result.heuristic_p50 * 1e6:9.1f} us  {result.config}"
         )
@@ -153,20 +154,20 @@ def choices(way: Way) -> list[tuple[Choice, list[NamedTuple], dict[Choice, Named
     seen: set[Choice] = set()
     options = []
 
-    def visit(given: dict[Choice, NamedTuple]) -> bool:
-        with trial(given) as asked:
+    def visit(forced: dict[Choice, NamedTuple]) -> bool:
+        with trial(forced) as attempt:
             try:
                 way()
             except OutOfResources:
-                if not given:
+                if not forced:
                     raise
                 return False
-        for choice, tunable in asked.asked.items():
+        for choice, tunable in attempt.tunables.items():
             if choice not in seen:
                 seen.add(choice)
                 heuristic, *others = tunable.candidates(*choice[1])
-                works = [other for other in others if visit({**given, choice: other})]
-                options.append((choice, [heuristic, *works], given))
+                works = [other for other in others if visit({**forced, choice: other})]
+                options.append((choice, [heuristic, *works], forced))
         return True
 
     visit({})
@@ -190,8 +191,8 @@ def decide(candidates: Sequence[NamedTuple], times: Sequence[Sequence[float]]) -
     return Found(candidates[best], statistics.median(times[best]), statistics.median(times[0]))
 
 
-def _forced(way: Way, given: dict[Choice, NamedTuple]) -> None:
-    with trial(given):
+def _forced(way: Way, forced: dict[Choice, NamedTuple]) -> None:
+    with trial(forced):
         way()
 
 
@@ -227,9 +228,9 @@ def unfinished_of(path: Path) -> Path:
 
 def provenance() -> dict[str, str | None]:
     """Versions, commit and date of a measurement."""
-    here = environment()
-    versions = {name: here["versions"][name] for name in ("torch", "triton")}
-    return versions | {"driver": here["driver"], "commit": here["commit"], "date": here["time"][:10]}
+    machine = environment()
+    versions = {name: machine["versions"][name] for name in ("torch", "triton")}
+    return versions | {"driver": machine["driver"], "commit": machine["commit"], "date": machine["time"][:10]}
 
 
 def _random(device: torch.device, dtype: torch.dtype, *size: int) -> torch.Tensor:

@@ -7,13 +7,9 @@ With strips of 128 tokens what is written is 1.6 % of the bf16 that is read.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
-
-from sgtm_kernels.triton_common.variant import KernelVariant, recorded
 
 WIDTH, PARTIALS = 128, 32  # of a tile of partial sums
 
@@ -77,10 +73,3 @@ def add_partial_sums(partial, total, strips, columns, BS: tl.constexpr, BC: tl.c
         inside = (strip < strips)[:, None] & (column < columns)[None, :]
         value += tl.sum(tl.load(partial + strip[:, None] * columns + column[None, :], mask=inside, other=0.0), axis=0)
     tl.store(total + column, value.to(total.dtype.element_ty), mask=column < columns)
-
-
-def variants() -> list[KernelVariant]:
-    """Part of linear's, for all ops that sum by strips: the only block size, in bf16 and fp32."""
-    partial = torch.empty(3, 37)
-    launches = [launch for dtype in (torch.bfloat16, torch.float32) for launch in recorded(total_of, partial, dtype)]
-    return [replace(launch, width=32, narrow=1) for launch in launches]

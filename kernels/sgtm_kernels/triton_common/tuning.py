@@ -132,10 +132,10 @@ class Trial:
 
     def __init__(self, forced: dict[Choice, Any]):  # each of its tunable's own type
         self.forced = forced
-        self.asked: dict[Choice, Tunable] = {}
+        self.tunables: dict[Choice, Tunable] = {}
 
     def choose(self, tunable: Tunable[Config], key: Key) -> Config:
-        self.asked.setdefault((tunable.name, key), tunable)
+        self.tunables.setdefault((tunable.name, key), tunable)
         return self.forced.get((tunable.name, key)) or tunable.heuristic(*key)
 
 

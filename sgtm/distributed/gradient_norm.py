@@ -19,7 +19,7 @@ def never() -> bool:
     return False
 
 
-class Agreement:
+class GradientNorm:
     """Of the last step, the same on all ranks:
 
     norms     L2 norm by owner of the gradient before clipping; infinite where it is not finite. One owner of all
@@ -47,7 +47,7 @@ class Agreement:
         """1 if this rank's stop flag is set, else 0; fp32 [1] on the device."""
         return torch.full((1,), float(self.stop()), device=self.device)
 
-    def reach(
+    def reduce(
         self,
         gradients: Sequence[torch.Tensor],
         flags: torch.Tensor | None = None,
@@ -67,12 +67,12 @@ class Agreement:
             pieces = [piece for split in splits for piece in split]
         if not pieces:  # a rank without a share
             pieces, owners = [torch.zeros(1, device=self.device)], None if owners is None else [0]
-        return self.reach_by(torch.stack(torch._foreach_norm(pieces)), flags, owners)
+        return self.reduce_norms(torch.stack(torch._foreach_norm(pieces)), flags, owners)
 
-    def reach_by(
+    def reduce_norms(
         self, norms: torch.Tensor, flags: torch.Tensor | None = None, owners: Sequence[int] | None = None
     ) -> float:
-        """As `reach`, by the norms of the pieces."""
+        """As `reduce`, by the norms of the pieces."""
         squares = norms.double().square()
         if owners is None:
             squares = squares.sum().view(1)

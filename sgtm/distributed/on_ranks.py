@@ -1,6 +1,6 @@
 """Doing something on one rank so that all ranks succeed or fail together.
 
-An error that all ranks raise has the attribute `rank`, of the one that it comes from: that one says it.
+An error that all ranks raise has the attribute `rank`, of the one that it comes from: that one prints it.
 """
 
 from __future__ import annotations

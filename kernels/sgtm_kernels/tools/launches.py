@@ -1,7 +1,7 @@
-"""What a kernel can be launched as; an op's kernel.py lists its own for the ahead-of-time suite (aot.py).
+"""What kernels are launched as, recorded from the functions that launch them, for the ahead-of-time suite (aot.py).
 
-Kernels, types and flags are not written down there: an op's `variants()` calls the functions that launch, `recorded`
-takes what they launch, and `dataclasses.replace` adds what is expected of its machine code.
+`variants()` of <op>/variants.py calls those functions under `record_launches`, which takes kernels, types and flags,
+and adds what is expected of the machine code by `dataclasses.replace`. Training imports none of this.
 """
 
 from __future__ import annotations
@@ -20,51 +20,51 @@ from sgtm_kernels.triton_common.tuning import Choice, trial
 
 @dataclass(frozen=True)
 class KernelVariant:
-    """One kernel in one configuration. An op's kernel.py lists its own in `variants() -> list[KernelVariant]`.
+    """One kernel in one configuration.
 
     As launched:
 
-    kernel     the `@triton.jit` function
-    signature  type of every argument that is not a constexpr: `*bf16`, `*fp32`, `i32`, `fp32`, ...
-    constants  value of every constexpr
-    unaligned  arguments that are not multiples of 16 (pointers: of 16 bytes); all others are compiled as such
-    fp_fusion  whether a multiplication and an addition may become one instruction, with one rounding
+    kernel      the `@triton.jit` function
+    signature   type of every argument that is not a constexpr: `*bf16`, `*fp32`, `i32`, `fp32`, ...
+    constants   value of every constexpr
+    unaligned   arguments that are not multiples of 16 (pointers: of 16 bytes); all others are compiled as such
+    fp_fusion   whether a multiplication and an addition may become one instruction, with one rounding
 
-    As expected:
+    As expected of the machine code:
 
-    tensor_cores  whether it must use them
-    columns    on sm_90, those of its tensor-core instructions (HGMMA), ascending; None: any
-    width      bits of the widest access to global memory, at least
-    wide       words of so many bits that instructions access, at least; narrower accesses are no such words
-    narrow     instructions that access 8 or 16 bits of global memory, at most: single values, rows that begin anywhere
-    narrower   instructions that access words narrower than `width`, at most; None: any number
-    programs   how many a multiprocessor of sm_90 must hold at once, by their registers and shared memory
-    spill      why registers may spill here; None: they may not
-    spill_on   the architectures where they may
-    first_arch  the oldest architecture that it is launched on
+    tensor_cores      whether it must use them
+    hgmma_columns     on sm_90, those of its tensor-core instructions (HGMMA), ascending; None: any
+    widest_bits       bits of the widest access to global memory, at least
+    min_wide_words    words of so many bits that instructions access; narrower accesses are no such words
+    max_subwords      instructions that access 8 or 16 bits of global memory: single values, rows that begin anywhere
+    max_below_widest  instructions that access words narrower than `widest_bits`; None: any number
+    min_programs      that a multiprocessor of sm_90 holds at once, by their registers and shared memory
+    spill             why registers may spill here; None: they may not
+    spill_on          the architectures where they may
+    first_arch        the oldest architecture that it is launched on
     """
 
     kernel: JITFunction
     signature: Mapping[str, str]
     constants: Mapping[str, Any]
-    unaligned: tuple[str, ...]
+    unaligned: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 3
     fp_fusion: bool = True
     tensor_cores: bool = False
-    columns: tuple[int, ...] | None = None
-    width: int = 128
-    wide: int = 1
-    narrow: int = 0
-    narrower: int | None = None
-    programs: int = 1
+    hgmma_columns: tuple[int, ...] | None = None
+    widest_bits: int = 128
+    min_wide_words: int = 1
+    max_subwords: int = 0
+    max_below_widest: int | None = None
+    min_programs: int = 1
     spill: str | None = None
     spill_on: tuple[int, ...] = (80, 90, 100)
     first_arch: int = 80
 
     @staticmethod
     def words(elements: int, dtype: torch.dtype, warps: int) -> int:
-        """Of 128 bits, that each thread takes of so many elements; `wide` adds them up."""
+        """128-bit words that each thread of `warps` warps accesses to move this many elements."""
         return elements * dtype.itemsize // (16 * 32 * warps)
 
     @property
@@ -86,7 +86,7 @@ class KernelVariant:
         return f"{self.kernel.__name__} {dtypes} {values} warps={self.num_warps} stages={self.num_stages}"
 
 
-def recorded(
+def record_launches(
     call: Callable[..., object], *args: object, forced: dict[Choice, Any] | None = None
 ) -> list[KernelVariant]:
     """The kernels that `call(*args)` launches, in order; they do not run, and what they would write is not written.
@@ -114,17 +114,17 @@ def _variant(kernel: JITFunction, args: tuple[object, ...], options: dict[str, A
     from triton.backends.compiler import BaseBackend
     from triton.runtime.jit import native_specialize_impl
 
-    given = dict(zip(kernel.arg_names, args, strict=False))
-    given |= {name: value for name, value in options.items() if name in kernel.arg_names}
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values |= {name: value for name, value in options.items() if name in kernel.arg_names}
     hints, compiled = kernel.fn.__annotations__, isinstance(kernel, JITFunction)
-    constants = {name: value for name, value in given.items() if hints.get(name) in ("tl.constexpr", tl.constexpr)}
+    constants = {name: value for name, value in values.items() if hints.get(name) in ("tl.constexpr", tl.constexpr)}
     alike = kernel.do_not_specialize if compiled else kernel.kwargs["do_not_specialize"]  # the interpreter's function
     signature, unaligned = {}, []
     for name in kernel.arg_names:
         if name not in constants:
-            kind, aligned = native_specialize_impl(BaseBackend, given[name], False, name not in (alike or ()), True)
+            kind, aligned = native_specialize_impl(BaseBackend, values[name], False, name not in (alike or ()), True)
             if kind == "constexpr":
-                constants[name] = given[name]
+                constants[name] = values[name]
             else:
                 signature[name] = kind
                 if not aligned and kind[0] in "*iu":
@@ -134,8 +134,8 @@ def _variant(kernel: JITFunction, args: tuple[object, ...], options: dict[str, A
     return KernelVariant(kernel, signature, constants, tuple(unaligned), fp_fusion=fusion, **chosen)
 
 
-def masks(groups: int, seq_len: int, active: float = 1.0, update: float = 1.0, documents: bool = False) -> MaskPlan:
-    """A sequence for `recorded`, of two labels that take turns token by token, or of two documents of them.
+def plan_of(groups: int, seq_len: int, active: float = 1.0, update: float = 1.0, documents: bool = False) -> MaskPlan:
+    """A sequence for `record_launches`, of two labels that take turns token by token, or of two documents of them.
 
     active  of the second label's tokens, for every group but the first
     update  of the second label's tokens, for the first group and for joint parameters

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from sgtm.distributed import agree
+from sgtm.distributed import on_ranks
 
 
 class Group:
@@ -42,12 +42,12 @@ class Group:
 
 
 @pytest.fixture
-def on_ranks(monkeypatch):
+def with_ranks(monkeypatch):
     """Call a function of the rank on every rank; returns what each has returned, or the ValueError that it raised."""
 
     def run(size: int, function: Callable[[int], object]) -> list:
         group = Group(size)
-        monkeypatch.setattr(agree, "dist", group)
+        monkeypatch.setattr(on_ranks, "dist", group)
 
         def on(rank: int) -> object:
             group.own.rank = rank
@@ -62,14 +62,14 @@ def on_ranks(monkeypatch):
     return run
 
 
-def test_rank_zero_acts_alone_and_all_have_its_result(on_ranks):
+def test_rank_zero_acts_alone_and_all_have_its_result(with_ranks):
     acted = []
 
     def act(rank: int) -> str:
         acted.append(rank)
         return f"of rank {rank}"
 
-    assert on_ranks(3, lambda rank: agree.on_rank_zero(lambda: act(rank))) == ["of rank 0"] * 3
+    assert with_ranks(3, lambda rank: on_ranks.on_rank_zero(lambda: act(rank))) == ["of rank 0"] * 3
     assert acted == [0]
 
 
@@ -79,25 +79,25 @@ def refuse(rank: int) -> int:
     return rank
 
 
-def test_an_error_of_rank_zero_is_one_of_all(on_ranks):
-    errors = on_ranks(3, lambda rank: agree.on_rank_zero(lambda: refuse(7)))
+def test_an_error_of_rank_zero_is_one_of_all(with_ranks):
+    errors = with_ranks(3, lambda rank: on_ranks.on_rank_zero(lambda: refuse(7)))
     assert [(str(error), error.rank) for error in errors] == [("rank 7 refuses", 0)] * 3
 
 
-def test_results_of_every_rank_are_in_order_of_rank(on_ranks):
-    assert on_ranks(3, lambda rank: agree.on_every_rank(lambda: 10 * rank)) == [[0, 10, 20]] * 3
-    assert on_ranks(3, lambda rank: agree.together(lambda: 10 * rank)) == [0, 10, 20]
+def test_results_of_every_rank_are_in_order_of_rank(with_ranks):
+    assert with_ranks(3, lambda rank: on_ranks.on_every_rank(lambda: 10 * rank)) == [[0, 10, 20]] * 3
+    assert with_ranks(3, lambda rank: on_ranks.together(lambda: 10 * rank)) == [0, 10, 20]
 
 
-def test_of_several_errors_all_raise_the_lowest_ranks(on_ranks):
-    for action in (agree.on_every_rank, agree.together):
-        errors = on_ranks(3, lambda rank, action=action: action(lambda: refuse(rank)))
+def test_of_several_errors_all_raise_the_lowest_ranks(with_ranks):
+    for action in (on_ranks.on_every_rank, on_ranks.together):
+        errors = with_ranks(3, lambda rank, action=action: action(lambda: refuse(rank)))
         assert [(str(error), error.rank) for error in errors] == [("rank 1 refuses", 1)] * 3
 
 
-def test_other_settings_than_those_of_rank_zero_are_an_error_of_all(on_ranks):
+def test_other_settings_than_those_of_rank_zero_are_an_error_of_all(with_ranks):
     settings = [{"a": 1}, {"a": 1}, {"a": 1, "b": 2}]
-    assert on_ranks(2, lambda rank: agree.check_same(lambda: settings[rank])) == [None, None]
-    errors = on_ranks(3, lambda rank: agree.check_same(lambda: settings[rank]))
+    assert with_ranks(2, lambda rank: on_ranks.check_same(lambda: settings[rank])) == [None, None]
+    errors = with_ranks(3, lambda rank: on_ranks.check_same(lambda: settings[rank]))
     assert all(str(error).startswith("rank 2 on ") and error.rank == 0 for error in errors)
     assert all(" has b 2, but rank 0 on " in str(error) and " has None; start" in str(error) for error in errors)
