@@ -164,7 +164,7 @@ def test_a_run_without_checkpoint_or_corpus_is_refused(tmp_path, monkeypatch):
     opened = SimpleNamespace(fingerprint="prepared again", path="data")
     monkeypatch.setattr(evaluation, "open_corpus", lambda config, write: opened)
     monkeypatch.setattr(evaluation, "check_corpus", lambda corpus, config: None)
-    with pytest.raises(ValueError, match="was trained on other data than data holds now"):
+    with pytest.raises(ValueError, match="was trained on another corpus than data;"):
         open_target(tmp_path)
 
 

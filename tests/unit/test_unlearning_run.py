@@ -174,7 +174,7 @@ def test_an_empty_folder_is_filled(source, tmp_path):
 def test_a_corpus_that_is_gone_or_another_one_is_refused(source, tmp_path):
     moved = tmp_path / "moved"
     build(moved, records("something else"), LABELS)
-    refused("was trained on other data than .*moved holds now", source, tmp_path / "out", data=str(moved))
+    refused("was trained on another corpus than .*moved;", source, tmp_path / "out", data=str(moved))
     shutil.rmtree(moved)
     refused("no corpus at .*moved", source, tmp_path / "out", data=str(moved))
 
