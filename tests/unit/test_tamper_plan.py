@@ -169,7 +169,9 @@ def test_a_run_without_checkpoint_or_corpus_is_refused(tmp_path, monkeypatch):
 
 
 def test_other_weights_have_another_digest(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "open_corpus", lambda config, write: SimpleNamespace(fingerprint="of the run"))
+    monkeypatch.setattr(
+        evaluation, "open_corpus", lambda config, write: SimpleNamespace(path="data", fingerprint="of the run")
+    )
     monkeypatch.setattr(evaluation, "check_corpus", lambda corpus, config: None)
     one, same, other = (open_target(as_run(tmp_path / name, step)) for name, step in (("a", 1), ("b", 1), ("c", 2)))
     assert one.weights == same.weights != other.weights and one.checkpoint.name == "step_00000001"
