@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import verdicts
 from journal import Items, Journal
 from verdicts import MASKS, VARIANTS
 
@@ -18,7 +19,8 @@ HERE = Path(__file__).parent
 # Arithmetic on the CPU, which needs hypothesis; compilation for all architectures, which takes longer than the rest.
 NOT_ON_A_GPU = ("test_plan.py", "test_aot.py")
 ON_A_CPU = ("test_arguments.py", "test_dispatch.py")
-OPS = ("attention", "cross_entropy", "linear", "mlp", "norm", "adamw", "embedding")  # most of a step first
+_ORDER = ("attention", "cross_entropy", "linear", "mlp", "norm", "adamw", "embedding")  # most of a step first
+OPS = tuple(sorted(verdicts.OPS, key=lambda op: _ORDER.index(op) if op in _ORDER else len(_ORDER)))
 SHAPES = ("254m", "124m", "llama-1b")
 NAMES = ("rates", "warm", "smoke", "profile", "steps", "ops", "tune", "tests", "train")
 # Seconds of 540. On a CPU other things take long: Triton's interpreter, and starting processes.

@@ -12,9 +12,8 @@ import pytest
 import torch
 from bare import ROOT, python_path
 
+from sgtm_kernels.dispatch import OPS
 from sgtm_kernels.tools.shapes import SHAPES, plans
-
-OPS = ("linear", "mlp", "attention", "norm", "embedding", "cross_entropy", "adamw")
 
 
 @pytest.fixture(autouse=True)
@@ -121,12 +120,14 @@ def test_busy_share_and_gaps_of_a_profile():
 
 
 def test_variants_and_masks_of_the_verdicts_are_those_of_the_ops():
+    from gpu_stages import stages
     from op_cases import CASES
     from verdicts import MASKS, VARIANTS
     from verdicts import OPS as known
 
     assert {variant: op for op, variants in CASES.items() for variant in variants} == VARIANTS
-    assert set(known) == set(CASES) and set(MASKS) <= set(plans(SHAPES["254m"]))
+    assert set(known) == set(stages.OPS) == set(CASES) == set(OPS)
+    assert set(MASKS) <= set(plans(SHAPES["254m"]))
 
 
 def checks(backend: str = "triton") -> list[dict]:
