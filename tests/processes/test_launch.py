@@ -16,9 +16,27 @@ import torch
 from waiting import PATIENCE, wait_until
 
 from sgtm.distributed import env
-from sgtm.process.ranks import TORCH_VARIABLES, RankInfo, detect_launch
+from sgtm.process.ranks import TORCH_VARIABLES, RankInfo, detect_launch, on_one_machine
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("variables", "one"),
+    [
+        ({}, True),
+        ({**PLACE, **ADDRESS}, True),  # `env` does not set the ranks of a machine
+        ({**PLACE, **ADDRESS, "LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "x"}, True),
+        ({**PLACE, **ADDRESS, "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}, False),
+        (PLACE, True),  # no address, as the caller has made the process group
+    ],
+)
+def test_whether_all_ranks_are_on_one_machine(variables, one, monkeypatch):
+    for name in TORCH_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert on_one_machine() == one
 
 
 @pytest.mark.parametrize("rank", [0, 1])
