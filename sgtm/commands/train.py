@@ -70,7 +70,9 @@ def run(options) -> None:
 
     from sgtm.training.loop import train
 
-    train(config, resume=options.resume, overwrite=options.overwrite)
+    trained = train(config, resume=options.resume, overwrite=options.overwrite)
+    if rank_and_size()[0] == "0":
+        print(f"next: sgtm eval {trained}")
 
 
 def _with_keys(format_help: Callable[[], str]) -> Callable[[], str]:

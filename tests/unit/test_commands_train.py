@@ -10,11 +10,12 @@ from sgtm.config.load import load_config, save_config
 from sgtm.config.reference import keys
 
 
-def test_train_takes_overrides_anywhere(calls):
+def test_train_takes_overrides_anywhere(calls, capsys):
     assert main(["train", "--train.steps", "30", "debug", "--overwrite", "--name=mine"]) == 0
     ((function, (config,), options),) = calls
     assert (function, config.train.steps, config.name) == ("train", 30, "mine")
     assert options == {"resume": False, "overwrite": True}
+    assert capsys.readouterr().out.startswith("next: sgtm eval ")
 
 
 def test_a_run_is_resumed_by_its_directory(calls, tmp_path, capsys):
