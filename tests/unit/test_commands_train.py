@@ -73,6 +73,9 @@ def test_resuming_a_run_that_is_not_there_names_those_that_are(calls, tmp_path, 
     save_config(load_config("debug"), "runs/small/config.yaml")
     assert main(["train", name, "--resume"]) == 2
     assert problem in capsys.readouterr().err
+    assert main(["train", "small"]) == 2
+    message = "no preset or file small; runs/small is a run directory: sgtm train runs/small --resume"
+    assert capsys.readouterr().err == f"error: {message}\n" and not calls
 
 
 def test_a_preset_is_not_taken_for_a_directory_of_its_name(calls, tmp_path, monkeypatch):
