@@ -8,7 +8,9 @@ from sgtm.commands.options import DATA, Subcommands
 
 
 def add(commands: Subcommands) -> None:
-    parser = commands.add("export", run, "write a Hugging Face model, with domains removed or without")
+    about = "write a Hugging Face model, with domains removed or without"
+    usage = "%(prog)s RUN --out DIR [--remove DOMAIN [DOMAIN ...]] [--data.path DIR] [-h]"
+    parser = commands.add("export", run, about, usage=usage)
     parser.add_argument("run_dir", type=Path, metavar="RUN")
     about = "domains to remove, as bio chem or bio,chem (default: none)"
     parser.add_argument("--remove", nargs="+", default=[], metavar="DOMAIN", help=about)

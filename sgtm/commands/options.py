@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from itertools import takewhile
+from typing import NoReturn
+
+from sgtm.words import listed
 
 OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --masking.strategy none"
 SOURCE = "PRESET|FILE.yaml"
@@ -11,11 +15,39 @@ MEANING = "preset (see sgtm config) or file"
 DATA = "data of the run, where they are not in their old place (default: data.path of the run)"
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose error explains a positional that an option with several values has taken."""
+
+    arguments: tuple[str, ...] = ()
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.arguments = tuple(args or ())
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(message + self._taken(message))
+
+    def _taken(self, message: str) -> str:
+        first = next((action.metavar for action in self._actions if not action.option_strings), None)
+        if not isinstance(first, str) or not message.startswith("the following arguments are required:"):
+            return ""
+        if first not in message.partition(":")[2].strip().split(", "):
+            return ""
+        for action in self._actions:
+            for name in action.option_strings if action.nargs == "+" else ():
+                if name in self.arguments:
+                    behind = self.arguments[self.arguments.index(name) + 1 :]
+                    values = list(takewhile(lambda argument: argument[:1] != "-", behind))
+                    if len(values) > 1:
+                        return f"; {name} has taken {listed(values)}: put {first} first, or at the end after --"
+        return ""
+
+
 class Subcommands:
     """The subcommands of a parser. Names of those that take a config, and its keys as options, are in `configured`."""
 
     def __init__(self, parser: argparse.ArgumentParser):
-        self._commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+        self._commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
         self.configured: set[str] = set()
 
     def add(self, name: str, run: Callable, about: str, **options) -> argparse.ArgumentParser:

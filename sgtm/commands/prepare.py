@@ -14,7 +14,8 @@ SOURCES = (
 RULES = "YAML file: which field holds text, category and split, and the true label of each category (docs/data.md)"
 OUT = "folder of the corpus; an interrupted run with the same inputs continues where it was"
 TOKENIZER = (
-    "`train` a byte-level BPE (default), or a folder with tokenizer.json or with GPT-2's encoder.json and vocab.bpe"
+    "folder with tokenizer.json, or with GPT-2's encoder.json and vocab.bpe; the default, the word train, trains a "
+    "byte-level BPE on the data"
 )
 
 
@@ -27,7 +28,7 @@ def add(commands: Subcommands) -> None:
     data.required = False
     parser.add_argument("--rules", type=Path, metavar="FILE", help=f"{RULES} (required)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"{OUT} (required)")
-    parser.add_argument("--tokenizer", metavar="FOLDER", help=TOKENIZER)
+    parser.add_argument("--tokenizer", metavar="FOLDER|train", help=TOKENIZER)
     vocab_size = "entries of a trained tokenizer (default: 4096)"
     parser.add_argument("--vocab-size", "--vocab_size", type=COUNT, metavar="N", help=vocab_size)
     parser.add_argument("--workers", type=_workers, metavar="N", help="processes (default: 0, one per core)")

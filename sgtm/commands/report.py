@@ -14,7 +14,8 @@ BASELINE = (
 
 
 def add(commands: Subcommands) -> None:
-    parser = commands.add("report", run, "write the HTML page and the figures of a run")
+    usage = "%(prog)s RUN [--baseline RUN [RUN ...]] [-h]"
+    parser = commands.add("report", run, "write the HTML page and the figures of a run", usage=usage)
     parser.add_argument("run_dir", type=Path, metavar="RUN")
     parser.add_argument("--baseline", type=Path, nargs="+", default=[], metavar="RUN", help=BASELINE)
 

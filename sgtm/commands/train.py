@@ -35,6 +35,9 @@ def run(options) -> None:
     no_such = options.resume and not folder.exists() and folder.suffix not in (".yaml", ".yml")
     if no_such and ("/" in options.config or Path("runs", options.config).is_dir()):
         load_run_config(folder)  # it names the runs that there are
+    of_runs = Path("runs", folder)
+    if not folder.exists() and options.config not in preset_names() and (of_runs / "config.yaml").is_file():
+        raise ValueError(f"no preset or file {folder}; {of_runs} is a run directory: sgtm train {of_runs} --resume")
     if folder.is_dir() and options.config not in preset_names():
         load_run_config(folder)
         if not options.resume:
@@ -52,7 +55,7 @@ def run(options) -> None:
 
     # Errors that need nothing heavy; an environment that makes no sense is refused where the ranks meet.
     ranks = rank_and_size()[1]
-    if ranks.isdigit() and int(ranks) > 1:
+    if ranks.isdigit() and int(ranks) > 0:
         from sgtm.estimate.stages import check_divides
 
         check_divides(config, int(ranks))
@@ -70,7 +73,9 @@ def run(options) -> None:
 
     from sgtm.training.loop import train
 
-    train(config, resume=options.resume, overwrite=options.overwrite)
+    trained = train(config, resume=options.resume, overwrite=options.overwrite)
+    if rank_and_size()[0] == "0":
+        print(f"next: sgtm eval {trained}")
 
 
 def _with_keys(format_help: Callable[[], str]) -> Callable[[], str]:

@@ -239,14 +239,22 @@ def _locate(source: str, beside: Path | None = None) -> Path:
     path = (beside or Path()) / source if looks_like_file else PRESETS / f"{source}.yaml"
     if path.is_file():
         return path
-    if _is_run(path):
-        raise ConfigError(f"{path} is a run directory; its config is {path}/config.yaml")
+    for run in (path, Path("runs") / source):
+        if _is_run(run):
+            raise ConfigError(f"{run} is a run directory; its config is {run}/config.yaml")
+    presets = preset_names()
     if looks_like_file:
-        raise ConfigError(f"{path}: no such file; give a YAML file or one of the presets: {', '.join(preset_names())}")
+        slip = did_you_mean(path.name, _yaml_files(path.parent))
+        raise ConfigError(f"{path}: no such file{slip}; give a YAML file or one of the presets: {', '.join(presets)}")
+    slip = did_you_mean(source, [*presets, *_yaml_files(beside or Path())])
+    example = "" if ".yaml" in slip else f", e.g. ./{source}.yaml"
     raise ConfigError(
-        f"unknown preset {source!r}{did_you_mean(source, preset_names())}; presets: {', '.join(preset_names())}; "
-        f"a file is named by its path, e.g. ./{source}.yaml"
+        f"unknown preset {source!r}{slip}; presets: {', '.join(presets)}; a file is named by its path{example}"
     )
+
+
+def _yaml_files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.y*ml") if path.suffix in (".yaml", ".yml"))
 
 
 def _read(path: Path, chain: tuple[Path, ...] = ()) -> tuple[dict, list[str]]:

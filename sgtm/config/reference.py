@@ -19,6 +19,13 @@ NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false
 
 
 @dataclass(frozen=True)
+class Words:
+    """Beside a pattern in the annotation of a field: what it takes, in words that follow `text`."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Key:
     """One key of the schema.
 
@@ -105,8 +112,8 @@ def _nested(kind: Any) -> str:
 def _range(bounds: tuple) -> str:
     """Pydantic wraps limits in FieldInfo where they come from a nested Annotated."""
     flat = [limit for bound in bounds for limit in (bound.metadata if isinstance(bound, FieldInfo) else [bound])]
-    if pattern := next((b.pattern for b in flat if getattr(b, "pattern", None)), None):
-        return f" that matches {pattern}"
+    if words := next((bound for bound in flat if isinstance(bound, Words)), None):
+        return f" {words.text}"
     low = next((b for b in flat if isinstance(b, (Gt, Ge))), None)
     high = next((b for b in flat if isinstance(b, (Le, Lt))), None)
     if isinstance(low, Ge) and high is not None:

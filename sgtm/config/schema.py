@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from sgtm.config.reference import Words
 from sgtm.config.sections import (
     DataConfig,
     DistributedConfig,
@@ -29,13 +30,14 @@ from sgtm.words import counted, listed
 from sgtm_kernels.tables import JointKind, Tables
 
 RUN_NAME = r"^[\w][\w.+-]*$"
+NAME_WORDS = Words("of letters, digits and _ . + -, with a letter, digit or _ first")
 DERIVED_TOKENS = 16_384  # of a micro-batch whose size is derived, at most
 
 
 class Config(Section):
     """One run."""
 
-    name: Annotated[str, Field(pattern=RUN_NAME)] = "run"
+    name: Annotated[str, Field(pattern=RUN_NAME), NAME_WORDS] = "run"
     """Name of the run; its directory is `<runs>/<name>`."""
     runs: str = "runs"
     """Folder of all run directories."""
@@ -230,6 +232,11 @@ class Config(Section):
     def accumulation(self, world_size: int) -> int:
         """Micro-batches of one rank in a global step; raises ValueError when the arithmetic does not divide."""
         micro_batch = self.for_ranks(world_size).micro_batch
+        if self.sequences_per_step < micro_batch:
+            raise ValueError(
+                f"train.micro_batch {micro_batch} is more than the {counted(self.sequences_per_step, 'sequence')} of a "
+                f"step (train.tokens_per_step {self.train.tokens_per_step})"
+            )
         if self.sequences_per_step % (micro_batch * world_size):
             raise ValueError(f"{self._undivided} among {counted(world_size, 'rank')} x train.micro_batch {micro_batch}")
         steps = self.sequences_per_step // (micro_batch * world_size)

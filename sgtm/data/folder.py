@@ -20,6 +20,7 @@ from pathlib import Path
 
 from sgtm.data.store import DOCUMENTS, LOCK, MANIFEST, SPANS, TOKENIZER, Corpus
 from sgtm.files import write_atomically
+from sgtm.words import listed
 
 JOB, BLOCKS, REPLACEMENT = "job.json", "blocks", ".replacement"
 _PARTS = ("shards", "tokenizer", DOCUMENTS, SPANS, JOB, MANIFEST)
@@ -81,13 +82,22 @@ def place_to_build(out: Path, job: dict, shard_tokens: int, overwrite: bool) -> 
                 overwrite = True  # it is damaged, and this is what it was made from
         if not overwrite:
             raise ValueError(
-                f"{out} holds a corpus prepared from other inputs, rules or options; choose another --out, "
+                f"{out} holds a corpus prepared from other {_differing(stored_job(out), job)}; choose another --out, "
                 f"or replace it with --overwrite"
             )
         place = out / REPLACEMENT
         place.mkdir(exist_ok=True)
     _start_or_resume(place, job)
     return place
+
+
+def _differing(stored: dict | None, job: dict) -> str:
+    """In which of inputs, rules and options a stored job differs from this one."""
+    if not isinstance(stored, dict):
+        return "inputs, rules or options"
+    names = {"sources": "inputs", "rules": "rules", "tokenizer": "options (--tokenizer, --vocab-size)"}
+    differing = [name for key, name in names.items() if json.dumps(stored.get(key)) != json.dumps(job[key])]
+    return listed(differing) if differing else "options (--shard-tokens)"
 
 
 def put_in_place(out: Path) -> None:

@@ -357,15 +357,21 @@ def stable_id(data: bytes) -> int:
 
 
 def lookup(record: dict, field: str, where: str) -> Any:
-    """The value of a field, `a.b` going into nested ones. Raises ValueError that lists the record's fields."""
+    """The value of a field, `a.b` going into nested ones. Raises ValueError that lists the fields
+    of the record, or of the nested one."""
     value: Any = record
     if field in record:
         return record[field]
+    outer = ""
     for name in field.split("."):
         if not isinstance(value, dict) or name not in value:
-            slip, known = did_you_mean(field, map(str, record)), ", ".join(map(str, record)) or "none"
-            raise ValueError(f"{where}: no field {field!r}{slip}; the record has {known}")
-        value = value[name]
+            if not isinstance(value, dict) or not value:
+                value, outer = record, ""
+            known = [f"{outer}{key}" for key in value]
+            holder = outer.removesuffix(".") or "the record"
+            listing = ", ".join(known) or "none"
+            raise ValueError(f"{where}: no field {field!r}{did_you_mean(field, known)}; {holder} has {listing}")
+        value, outer = value[name], f"{outer}{name}."
     return value
 
 

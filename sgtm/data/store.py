@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sgtm.files import sha256_of
 from sgtm.masking.labels import LabelSpace
-from sgtm.process.names import did_you_mean, look_alike
+from sgtm.process.names import did_you_mean, look_alike, nearest
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -174,7 +174,8 @@ class Corpus:
         """int64 [categories]: index of each category's true label. Raises ValueError for one that `space` lacks."""
         foreign = {label for label in self.categories.values() if label not in space.labels}
         if foreign:
-            labelled = ", ".join(f"{label}{look_alike(label, space.labels)}" for label in sorted(foreign))
+            unused = [domain for domain in space.domains if f"forget:{domain}" not in self.categories.values()]
+            labelled = ", ".join(f"{label}{_slip_of(label, unused, space)}" for label in sorted(foreign))
             raise ValueError(
                 f"{self.path} has documents labelled {labelled}, but masking.domains is "
                 f"{list(space.domains)}; add the missing domains, or prepare the data with other labels"
@@ -185,6 +186,15 @@ class Corpus:
         if number not in self._shards:
             self._shards[number] = np.memmap(self.path / self.manifest.shards[number], self.manifest.dtype, mode="r")
         return self._shards[number]
+
+
+def _slip_of(label: str, unused: list[str], space: LabelSpace) -> str:
+    """The domain of the config without documents that this label of the corpus may be meant by."""
+    domain = label.removeprefix("forget:")
+    if note := look_alike(label, space.labels):
+        return note
+    slip = nearest(domain, unused) if domain != label else None
+    return f" and none labelled forget:{slip} (masking.domains: did you mean {domain}?)" if slip else ""
 
 
 def check_split(path: Path, splits: list[str], split: str) -> None:

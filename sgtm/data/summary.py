@@ -103,7 +103,7 @@ def warnings(corpus: Corpus, rules: Rules) -> list[str]:
     for category in m.categories:
         tokens = {split: by[category].tokens if category in by else 0 for split, by in counts.items()}
         if any(tokens.values()):
-            sentences += _split_warnings(category, tokens)
+            sentences += _split_warnings(category, tokens, rules)
         else:
             unmatched.append(category)
     if unmatched:
@@ -126,7 +126,7 @@ def trained_categories(corpus: Corpus, split: str = "train") -> dict[str, str]:
     return {category: m.categories[category] for category in {*m.counts.get(split, {}), *spanned}}
 
 
-def _split_warnings(category: str, tokens: dict[str, int]) -> list[str]:
+def _split_warnings(category: str, tokens: dict[str, int], rules: Rules) -> list[str]:
     sentences = []
     if tokens.get("train") == 0:
         sentences.append(f"category {category} has no document in split train: nothing of it is learned")
@@ -134,7 +134,11 @@ def _split_warnings(category: str, tokens: dict[str, int]) -> list[str]:
         sentences.append(f"category {category} has no document in split test: it has no loss in an evaluation")
     elif tokens.get("test", FEW_TOKENS) < FEW_TOKENS:
         few = counted(tokens["test"], "token")
-        sentences.append(f"category {category} has only {few} in split test: its loss in an evaluation is not reliable")
+        more = "raise test in split.hash" if rules.split.hash else "put more of its documents into the split"
+        sentences.append(
+            f"category {category} has only {few} in split test: its loss in an evaluation is not reliable; {more} "
+            f"(rules: split)"
+        )
     return sentences
 
 

@@ -18,10 +18,12 @@ from sgtm.config.schema import Config
 from sgtm.data.loader import check_corpus
 from sgtm.data.open import open_corpus
 from sgtm.data.summary import trained_categories
+from sgtm.estimate.stages import accumulation
 from sgtm.masking.certificate import obstacle
 from sgtm.masking.channel import LabelChannel, row_lines
 from sgtm.masking.labels import OPEN
 from sgtm.masking.partition import ENDS
+from sgtm.masking.recipes import recipe
 from sgtm.model.rows import ALWAYS, live_keys
 from sgtm.model.transformer import Transformer
 from sgtm.training.start import export_record
@@ -91,11 +93,11 @@ def print_explanation(config: Config, console: Console | None = None) -> None:
         _forward_table(config),
         _updates_table(explanation),
     ):
-        console.print(table)
+        _print(console, table)
     for start, channel in config.channels:
         shown = config.data.channel or start
         if shown:
-            console.print(_channel_table(config, start, channel))
+            _print(console, _channel_table(config, start, channel))
         lines = row_lines(channel, config.tables, strategy) if shown or strategy != "none" else []
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -104,21 +106,54 @@ def print_explanation(config: Config, console: Console | None = None) -> None:
     console.print(data, highlight=False, soft_wrap=True, markup=False)
 
 
+def _print(console: Console, table: Table) -> None:
+    """Title and caption as lines of their own: a table wraps them to its width."""
+    title, caption = table.title, table.caption
+    table.title = table.caption = None
+    console.print(title, style="table.title", highlight=False, soft_wrap=True)
+    console.print(table)
+    if caption:
+        console.print(caption, style="table.caption", highlight=False, soft_wrap=True)
+
+
 def certificate_lines(config: Config) -> list[str]:
     """Of which domains the safe model is independent, and for each other one the first reason why not.
 
-    By the labels of the corpus, or where it cannot be read by those that the config names.
+    By the labels of the corpus, or where it cannot be read by those that the config names. No lines where nothing is
+    masked, as no group can be removed then.
     """
+    if not any(config.removals):
+        return []
     initial = export_record(config)
-    try:
-        corpus = open_corpus(config, "sizes", write=False)
-        known = trained_categories(corpus), bool(len(corpus.spans)), initial
-        reasons = {domain: obstacle(config.conditions, domain, *known) for domain in config.space.domains}
-    except (ValueError, OSError):
-        reasons = {domain: obstacle(config.conditions, domain, initial=initial) for domain in config.space.domains}
+
+    def reasons_of(config: Config) -> dict[str, str | None]:
+        try:
+            corpus = open_corpus(config, "sizes", write=False)
+            known = trained_categories(corpus), bool(len(corpus.spans)), initial
+            return {domain: obstacle(config.conditions, domain, *known) for domain in config.space.domains}
+        except (ValueError, OSError):
+            return {domain: obstacle(config.conditions, domain, initial=initial) for domain in config.space.domains}
+
+    reasons = reasons_of(config)
+    remedied = reasons_of(other) if any(reasons.values()) and (other := _with_recipe(config, "certified")) else reasons
     independent = [domain for domain, reason in reasons.items() if reason is None]
     lines = [f"safe model independent of: {', '.join(independent)}"] if independent else []
-    return lines + [f"safe model depends on {domain}: {reason}" for domain, reason in reasons.items() if reason]
+    for domain, reason in reasons.items():
+        if reason:
+            remedy = "" if remedied[domain] else "; `recipe: certified` would make it independent"
+            lines.append(f"safe model depends on {domain}: {reason}{remedy}")
+    return lines
+
+
+def _with_recipe(config: Config, name: str) -> Config | None:
+    """The config with all keys that a recipe sets; None where it does not fit them."""
+    values: dict = config.model_dump() | {"recipe": name}
+    for section, own in recipe(name, config.space.domains).items():
+        values[section] |= own
+    try:
+        return Config.model_validate(values)
+    except ValueError:
+        return None
 
 
 def data_line(config: Config) -> str:
@@ -140,7 +175,7 @@ def data_line(config: Config) -> str:
     tokens = round(sum(count.tokens * passes[labels[category]] for category, count in counts.items()))
     taken = config.train.steps * config.train.tokens_per_step
     has = f"{corpus.path} has {counted(tokens, 'token')} in split train"
-    return f"data: {has}; the run takes {taken:,}, {taken / tokens:.2f} x"
+    return f"data: {has}; the run takes {taken:,}, {taken / tokens:.2f} epochs"
 
 
 def _model_table(explanation: Explanation) -> Table:
@@ -159,7 +194,7 @@ def _model_table(explanation: Explanation) -> Table:
     table.add_row("training", f"{steps} = {total:,} tokens, {total / explanation.total:.1f} per parameter")
     masking = config.masking
     joint = config.joint if isinstance(config.joint, str) else ", ".join(config.joint)
-    table.add_row("recipe", config.recipe or NOTHING)
+    table.add_row("recipe", config.recipe if config.recipe and masking.strategy != "none" else NOTHING)
     table.add_row("masking", f"strategy {masking.strategy}, joint {joint}, mixing {config.data.mixing}")
     table.add_row("embedding", f"of a domain's own: {masking.domain_embedding}")
     table.add_row("clipping", f"norm {config.optimizer.grad_clip:g}, {config.optimizer.grad_clip_scope}")
@@ -174,7 +209,7 @@ def _embedding_share(explanation: Explanation) -> float:
 
 
 def _accumulation(config: Config) -> str:
-    """Micro-batches per rank for the world sizes up to 64 that divide the step."""
+    """Micro-batches per rank for the world sizes up to 64 that divide the step. Raises ConfigError where none does."""
     fits, fixed = [], config.train.micro_batch
     for ranks in (1, 2, 4, 8, 16, 32, 64):
         try:
@@ -184,7 +219,7 @@ def _accumulation(config: Config) -> str:
             continue
     micro = "micro-batches" + (f" of {counted(fixed, 'sequence')}" if fixed else "")
     if not fits:
-        return f"{micro} divide the step on no power of 2 of ranks"
+        accumulation(config, 1)  # it names what would
     *most, (last, ranks) = fits
     shown = [f"{number} on {count}" for number, count in most] + [f"{last} on {counted(ranks, 'rank')}"]
     return f"{micro}: {', '.join(shown)}"

@@ -115,10 +115,16 @@ def check_divides(config: Config, ranks: int) -> int:
         config.distributed.check_ranks(ranks)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    return accumulation(config, ranks)
+
+
+def accumulation(config: Config, ranks: int) -> int:
+    """As `check_divides`, of the step alone."""
     try:
         return config.accumulation(ranks)
     except ValueError as error:
-        fits = [n for n in range(1, (config.train.micro_batch or 0) + 1) if _divides(config, ranks, n)]
+        most = min(config.train.micro_batch or 0, config.sequences_per_step)
+        fits = [n for n in range(1, most + 1) if _divides(config, ranks, n)]
         advice = f"train.micro_batch {listed(fits, 'or')} would" if fits else _other_steps(config, ranks)
         raise ConfigError(f"{error}; {advice}") from None
 

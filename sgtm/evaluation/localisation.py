@@ -1,8 +1,9 @@
 """Where the gradient of a kind of data wants to go: its norm on each group's weights, relative to the weights' norm.
 
-Computed with nothing masked (strategy `none`), so that it shows what a group has to learn from each true label, not
-what the masks let through; in fp32, as gradients of many micro-batches add up. If forget knowledge is localised,
-forget data pull on the forget group and little on retain.
+Computed with nothing masked (strategy `none`), so that it shows where further training without masks would change the
+weights, not what the masks let through; in fp32, as gradients of many micro-batches add up. It does not show what a
+group has learned, which the losses with and without the group do: what is learned has little gradient left. A domain's
+own embedding and head count among its weights, and take most of their norm.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from sgtm.hf.weights import to_hf_state
 from sgtm.masking.partition import Partition
 from sgtm.run.checkpoint import MANIFEST, check_same_corpus, open_run, read_manifest
 from sgtm.run.unlearned import described, read_unlearned
+from sgtm.words import listed
 
 CONFIG = "config.json"
 
@@ -73,7 +74,8 @@ def export_run(run: str | Path, remove: Sequence[str], out: str | Path, data: st
         }
         (partial / "sgtm_export.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(_card(record, place.name), encoding="utf-8")
-    print(f"exported: step {record['checkpoint']['step']} of {config.train.steps}", file=sys.stderr)
+    without = f"without {listed(record['removed'])}" if remove else "nothing removed"
+    print(f"exported: step {record['checkpoint']['step']} of {config.train.steps}, {without}", file=sys.stderr)
     if record["architecture_because"]:
         print(f"exported as {record['architecture']}: {record['architecture_because']}", file=sys.stderr)
     return Path(out)

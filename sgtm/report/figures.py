@@ -218,10 +218,10 @@ def gradient_norms(record: Record) -> Figure | None:
         axes.add_patch(cell)
         axes.add_patch(Rectangle((j + 0.03, i + 0.05), 0.94, 0.9, fill=False, edgecolor=LIGHT[GRID], linewidth=0.6))
         text = "–" if math.isnan(value) else "0" if value == 0 else f"{value:.2g}"
-        if groups[j] == list(norms)[i].removeprefix("forget:"):  # the label's own group: to be the largest of its row
+        if groups[j] == list(norms)[i].removeprefix("forget:"):  # the label's own group
             axes.add_patch(Rectangle((j + 0.03, i + 0.05), 0.94, 0.9, fill=False, edgecolor=LIGHT[INK], linewidth=1.6))
         axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=LIGHT[PAPER if strength > 0.75 else INK])
-    axes.set(xlim=(0, len(groups)), ylim=(len(norms), 0), xlabel="group of heads and neurons", ylabel="true label")
+    axes.set(xlim=(0, len(groups)), ylim=(len(norms), 0), xlabel="group", ylabel="true label")
     axes.set_xticks(np.arange(len(groups)) + 0.5, groups, color=LIGHT[INK])
     axes.set_yticks(np.arange(len(norms)) + 0.5, list(norms), color=LIGHT[INK])
     axes.tick_params(length=0)

@@ -132,7 +132,7 @@ def localisation(summary: dict) -> list[str]:
         if others[group] > 0:
             ratio = norms[own] / others[group]
             times = f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
-            sentences.append(f"{label} data: {times} times as strong on {own} as on {group}.")
+            sentences.append(f"The gradient of {label} data is {times} times as strong on {own} as on {group}.")
     return sentences
 
 

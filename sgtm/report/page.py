@@ -75,10 +75,12 @@ EXHIBITS = (
     ),
     (
         figures.gradient_norms,
-        "Rows: true label of the data. Columns: group of heads and neurons. Values: norm of the gradient on the "
-        "group's weights over the norm of these weights (no unit), with nothing masked: where what is still to be "
-        "learned would go. Shades span four decades. Good: in each row the framed cell, the label's own group, is by "
-        "far the largest. Rows that are alike: the domain is not localised.",
+        "Rows: true label of the data; framed: its own group. Columns: group of heads and neurons, with a domain's own "
+        "embedding and head where it has them. Values: norm of the gradient on the group's weights over the norm of "
+        "these weights (no unit), after training and with nothing masked, so that every group runs and learns from all "
+        "data; an embedding of its own enlarges the second norm. Shades span four decades. This shows where further "
+        "training without masks would change the weights most. It does not show what a group has learned: whether a "
+        "domain is localised, the losses with and without its group show.",
         "Gradient norms are not measured in training: sgtm eval writes them to summary.json.",
     ),
     (

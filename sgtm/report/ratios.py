@@ -46,7 +46,10 @@ def compute_ratios(run: Path, baselines: Sequence[Path]) -> Ratios:
                 try:
                     curve = LearningCurve(*zip(*mine, strict=True)) if mine else LearningCurve((), ())
                 except ValueError as error:
-                    few = "train it with --train.eval_every" if len(baselines) == 1 else "give 3 of different lengths"
+                    few = f"give {LEAST} of different lengths"
+                    if len(baselines) == 1:
+                        every = max(1, load_run_config(baselines[0]).train.steps // LEAST)
+                        few = f"train it with --train.eval_every {every}"
                     problem = problem or f"{category}: {error}" + f"; {few}" * (len(mine) < LEAST)
                     continue
                 ratios.setdefault(removal, {})[category] = curve.ratio(loss)

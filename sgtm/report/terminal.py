@@ -82,19 +82,24 @@ def _plain_table() -> Table:
 
 
 def _tokens(summary: dict) -> Table:
-    """Tokens of each category that the corpus has, and of the evaluated split those that were measured."""
+    """Tokens of each category that the corpus has, and of the evaluated split those that were measured; `left out`
+    where `data.upsample` 0 keeps a category from the training."""
     table = _plain_table()
     table.add_column("tokens of")
-    for split in summary["counts"]:
+    counts = dict(sorted(summary["counts"].items(), key=lambda item: item[0] != "train"))
+    for split in counts:
         table.add_column(f"{split}, measured" if split == summary["split"] else split, justify="right")
     for category in summary["true_labels"]:
         numbers = [
             measured_tokens(summary, category)
             if split == summary["split"]
             else by_category.get(category, {"tokens": 0})["tokens"]
-            for split, by_category in summary["counts"].items()
+            for split, by_category in counts.items()
         ]
-        table.add_row(category, *("-" if tokens is None else f"{tokens:,}" for tokens in numbers))
+        cells = ["-" if tokens is None else f"{tokens:,}" for tokens in numbers]
+        if category in summary.get("left_out", ()) and "train" in counts:
+            cells[0] += ", left out"
+        table.add_row(category, *cells)
     return table
 
 

@@ -75,6 +75,7 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
         **evaluation.sample,
         "retain_with_group": most_with_group(config.channels, config.tables),
         "counts": _counts(corpus),
+        "left_out": [category for category, factor in config.data.upsample.items() if factor == 0],
         "split": split,
         "sequences": sequences,
         "seconds": round(seconds, 3),

@@ -41,6 +41,7 @@ from sgtm.run.residual import ResidualWatch
 from sgtm.run.resume import resume_command
 from sgtm.run.saving import Saved
 from sgtm.run.wandb_id import SENT, claim
+from sgtm.words import counted
 
 WANDB_START, WANDB_FINISH = 30, 60
 """Seconds that wandb's server gets to answer the start of a run, and to take the rest at its end."""
@@ -126,8 +127,10 @@ class MetricsLog:
         if not self.active:
             return
         self._write({"kind": "eval", "step": step, "losses": losses, "norms": norms, **sample})
+        sequences = f"on up to {counted(self.config.train.eval_sequences, 'sequence')} each"
         for name, by_category in losses.items():
-            self.print(f"eval at step {step}: {name}: " + ", ".join(f"{c} {v:.3f}" for c, v in by_category.items()))
+            values = ", ".join(f"{c} {v:.3f}" for c, v in by_category.items())
+            self.print(f"eval at step {step}, {sequences}: {name}: {values}")
         if bad := not_finite(losses):
             self.print(f"warning: step {step}: not finite: the loss of {bad}; the model has diverged")
 

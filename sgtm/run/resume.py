@@ -36,6 +36,10 @@ from sgtm.run.checkpoint import (
 if TYPE_CHECKING:
     from sgtm.distributed.engine import Engine
 
+TRAIN_ON = (
+    "\nthe learning rate follows train.steps; to train on, export the run and start another from it with "
+    "--train.init_from (docs/training.md)"
+)
 # What a run must share with its checkpoint to be its continuation, less what changes no number,
 SAME = (
     "model",
@@ -116,6 +120,8 @@ def differences(saved: dict, config: Config, keys: tuple[str, ...] = SAME) -> li
     those = [key for key in now | before if f"{key}.".startswith(tuple(f"{same}." for same in keys))]
     changed = [key for key in those if before.get(key) != now.get(key) and key not in MAY_DIFFER]
     by = {"kernels.backend": " by SGTM_KERNELS"} if os.environ.get("SGTM_KERNELS") else {}
+    if (share := config.optimizer.warmup_steps) and share < 1 and "train.steps" in changed:
+        by["optimizer.warmup_steps"] = f", as {share:g} of train.steps"
     return [f"{key}: {before.get(key)} in the checkpoint, {now.get(key)} now{by.get(key, '')}" for key in changed]
 
 
@@ -135,7 +141,8 @@ def _manifest_of_this_run(directory: Path, config: Config, corpus: str) -> dict:
     manifest = read_manifest(directory)
     changed = differences(manifest["config"], config)
     own = f"\nsgtm train {directory.parents[1]} --resume takes those of the run; for others, set another --name"
-    remedy = own if changed else ""
+    longer = any(change.startswith("train.steps:") for change in changed)
+    remedy = (own + TRAIN_ON * longer) if changed else ""
     otherwise = "give its folder with --data.path, or set another --name"
     try:
         check_same_corpus(directory.parents[1], manifest, config.data.path, corpus, otherwise)

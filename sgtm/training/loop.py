@@ -209,7 +209,7 @@ def _steps(
         if stopping:
             log.print(_stopped(run, engine, done, every.steps, where))
             return
-    log.print(f"done: {run}; next: sgtm eval {run}")
+    log.print(f"done: {run}")
 
 
 def _save(writer: CheckpointWriter, log: MetricsLog, done: int, totals: StepTotals, close: bool) -> None:

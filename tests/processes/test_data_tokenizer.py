@@ -141,7 +141,7 @@ def test_a_corpus_depends_on_the_files_of_its_tokenizer(tmp_path, part):
     folder, source = tokenizer_folder(tmp_path / "mine"), write_jsonl(tmp_path / "a.jsonl", mixed_records(5))
     prepare(open_sources([source]), RULES, folder, tmp_path / "out", workers=1)
     (folder / part).unlink()
-    with pytest.raises(ValueError, match="prepared from other inputs"):
+    with pytest.raises(ValueError, match=r"prepared from other options \(--tokenizer"):
         prepare(open_sources([source]), RULES, folder, tmp_path / "out", workers=1)
 
 
@@ -160,7 +160,7 @@ def test_a_corpus_of_an_earlier_version_stays_finished(tmp_path):
         assert open_prepared(sources, RULES, folder, tmp_path / "out") is not None
     job["tokenizer"]["tokenizer.json"] = "of another tokenizer"
     (tmp_path / "out/job.json").write_text(json.dumps(job))
-    with pytest.raises(ValueError, match="prepared from other inputs"):
+    with pytest.raises(ValueError, match=r"prepared from other options \(--tokenizer"):
         prepare(sources, RULES, folder, tmp_path / "out", workers=1)
 
 

@@ -41,7 +41,7 @@ def test_a_run_without_a_curve_stands_beside_another_all_the_same(tmp_path):
     about, no_ratio = comparison.notes
     assert about == f"short: trained without masks, {50 * 512:,} tokens, at step 50 of 100."
     few = "a learning curve needs 3 evaluations or more, the baseline has 1"
-    assert no_ratio == f"No compute ratio to short: en: {few}; train it with --train.eval_every."
+    assert no_ratio == f"No compute ratio to short: en: {few}; train it with --train.eval_every 33."
 
 
 def test_losses_beside_a_run_are_of_the_same_evaluation(tmp_path):

@@ -139,3 +139,6 @@ def test_explain_prints_it():
     assert certificate_lines(config()) == ["safe model independent of: es"]
     lines = certificate_lines(config("--masking.joint=free"))
     assert len(lines) == 1 and lines[0].startswith("safe model depends on es: tokens of label forget:es train joint")
+    assert lines[0].endswith("; `recipe: certified` would make it independent")
+    (line,) = certificate_lines(config("--masking.joint=free", "--masking.masked_layers=[0]"))
+    assert line.startswith("safe model depends on es: layers") and "recipe" not in line

@@ -51,3 +51,22 @@ def test_options_have_the_function_of_their_command(parser):
 def test_options_are_not_abbreviated_and_no_config_or_command_is_left_out(parser, arguments):
     with pytest.raises(SystemExit):
         parser.parse_args(arguments)
+
+
+def test_an_option_that_has_taken_the_positional_is_named(capsys):
+    parser = argparse.ArgumentParser()
+    export = Subcommands(parser).add("export", len, "exports")
+    export.add_argument("run_dir", metavar="RUN")
+    export.add_argument("--remove", nargs="+")
+    export.add_argument("--out", required=True)
+    hint = "; --remove has taken net and runs/mine: put RUN first, or at the end after --\n"
+    for arguments, end in (
+        (["--remove", "net", "runs/mine", "--out", "x"], f"RUN{hint}"),
+        (["--remove", "net", "runs/mine"], f"RUN, --out{hint}"),
+        (["--remove", "net", "--out", "x"], "RUN\n"),
+        (["runs/mine", "--remove", "net", "bio"], "--out\n"),
+    ):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["export", *arguments])
+        assert capsys.readouterr().err.endswith(f"the following arguments are required: {end}")
+    assert parser.parse_args(["export", "--remove", "net", "--out", "x", "--", "runs/mine"]).run_dir == "runs/mine"

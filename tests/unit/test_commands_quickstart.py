@@ -11,7 +11,8 @@ def test_quickstart_trains_evaluates_reports_and_prints(calls, capsys, tmp_path)
     stages = ["train", "evaluate_run", "write_summary", "print_summary", "write_report"]
     assert [function for function, _, _ in calls] == stages
     assert calls[0][1][0].name == "quickstart" and calls[0][1][0].train.steps == 60
-    assert "report: runs/quickstart/x.html" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "report: runs/quickstart/x.html" in printed and "next:" not in printed
 
 
 def test_quickstart_prints_and_stores_the_shipped_baselines(calls, tmp_path):

@@ -10,11 +10,12 @@ from sgtm.config.load import load_config, save_config
 from sgtm.config.reference import keys
 
 
-def test_train_takes_overrides_anywhere(calls):
+def test_train_takes_overrides_anywhere(calls, capsys):
     assert main(["train", "--train.steps", "30", "debug", "--overwrite", "--name=mine"]) == 0
     ((function, (config,), options),) = calls
     assert (function, config.train.steps, config.name) == ("train", 30, "mine")
     assert options == {"resume": False, "overwrite": True}
+    assert capsys.readouterr().out.startswith("next: sgtm eval ")
 
 
 def test_a_run_is_resumed_by_its_directory(calls, tmp_path, capsys):
@@ -72,6 +73,9 @@ def test_resuming_a_run_that_is_not_there_names_those_that_are(calls, tmp_path, 
     save_config(load_config("debug"), "runs/small/config.yaml")
     assert main(["train", name, "--resume"]) == 2
     assert problem in capsys.readouterr().err
+    assert main(["train", "small"]) == 2
+    message = "no preset or file small; runs/small is a run directory: sgtm train runs/small --resume"
+    assert capsys.readouterr().err == f"error: {message}\n" and not calls
 
 
 def test_a_preset_is_not_taken_for_a_directory_of_its_name(calls, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Loading: one rule (defaults < YAML < command line), and mistakes in files and in the form of overrides."""
 
+from pathlib import Path
+
 import pytest
 from configs import message
 
@@ -109,8 +111,17 @@ def test_a_mistake_in_a_file_is_named(case, write):
     assert expected in message(write(text))
 
 
-def test_a_source_that_cannot_be_read_is_named(tmp_path):
+def test_a_source_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert "unknown preset 'quickstrat' (did you mean quickstart?); presets: debug" in message("quickstrat")
+    Path("mine.yaml").write_text("extends: debug\n")
+    named = "(did you mean mine.yaml?); presets: "
+    assert named in message("mine.yam") and "a file is named by its path" in message("mine.yam")
+    assert "mien.yaml: no such file (did you mean mine.yaml?); give a YAML file" in message("./mien.yaml")
+    (run := Path("runs/theirs")).mkdir(parents=True)
+    for name in ("config.yaml", "metrics.jsonl"):
+        (run / name).touch()
+    assert "runs/theirs is a run directory; its config is runs/theirs/config.yaml" in message("theirs")
     assert "no-such.yaml: no such file; give a YAML file or one of the presets" in message("./no-such.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
     assert "latin.yaml: not UTF-8 at byte 9" in message(str(tmp_path / "latin.yaml"))

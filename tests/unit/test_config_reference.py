@@ -8,7 +8,7 @@ import yaml
 from pydantic import Field, PositiveInt
 
 from sgtm.config import Config
-from sgtm.config.reference import Key, field_at, flat, keys, markdown, yaml_text
+from sgtm.config.reference import Key, Words, field_at, flat, keys, markdown, yaml_text
 from sgtm.config.sections import Section
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ class Outer(Section):
     """By name."""
     pair: tuple[int, float] = (1, 2.5)
     parts: list[Annotated[int, Field(ge=0)] | str] = []
-    word: Annotated[str, Field(pattern="^a$")] = "a"
+    word: Annotated[str, Field(pattern="^a$"), Words("that is an a")] = "a"
 
 
 def test_a_key_is_described_by_its_type_limits_default_and_docstring():
@@ -57,7 +57,7 @@ def test_a_key_is_described_by_its_type_limits_default_and_docstring():
         Key("rows", "mapping of text to (mapping of text to (true or false))", "{a: {b: true}}", "By name."),
         Key("pair", "list of 2: whole number, number", "[1, 2.5]", ""),
         Key("parts", "list of (whole number, 0 or more or text)", "[]", ""),
-        Key("word", "text that matches ^a$", "a", ""),
+        Key("word", "text that is an a", "a", ""),
     ]
 
 

@@ -12,7 +12,11 @@ RULES = [
     (["--masking.forget_heads", "4"], "masking.forget_heads: 4 of 4 would be forget"),
     (["--data.channel.retain.retain", "0.9"], "data.channel: label channel row 'retain'"),
     (["--train.steps", "1:30"], "train.steps: found '1:30' on the command line, but it takes: whole number"),
-    (["--name", "../x"], r"name: found '../x' on the command line, but it takes: text that matches ^[\w][\w.+-]*$"),
+    (
+        ["--name", "../x"],
+        "name: found '../x' on the command line, but it takes: text of letters, digits and _ . + -, with a letter, "
+        "digit or _ first",
+    ),
     (["--train.tokens_per_step", "100"], "tokens_per_step 100 is not a multiple of model.context 64; set 64 or 128"),
     (
         ["--optimizer.warmup_steps", "9"],

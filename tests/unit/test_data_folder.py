@@ -30,8 +30,10 @@ RECORDS = mixed_records(4)
 def test_a_finished_corpus_is_only_replaced_when_asked(tmp_path):
     before = contents(build(tmp_path / "out", RECORDS, shard_tokens=100).path)
     assert contents(build(tmp_path / "out", RECORDS, shard_tokens=100).path) == before
-    with pytest.raises(ValueError, match=r"prepared from other inputs.*--overwrite"):
+    with pytest.raises(ValueError, match=r"prepared from other options \(--shard-tokens\); .*--overwrite"):
         build(tmp_path / "out", RECORDS, shard_tokens=99)
+    with pytest.raises(ValueError, match=r"prepared from other inputs; .*--overwrite"):
+        build(tmp_path / "out", RECORDS[1:], shard_tokens=100)
     assert contents(tmp_path / "out") == before
     assert build(tmp_path / "out", RECORDS, shard_tokens=99, overwrite=True).manifest.shard_tokens == 99
 

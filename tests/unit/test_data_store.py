@@ -58,6 +58,9 @@ def test_labels_are_names_until_a_config_gives_them_numbers(prepared):
     assert prepared.label_of_category(LabelSpace(("bio", "es"))).tolist() == [1, 3, 0]
     with pytest.raises(ValueError, match=r"documents labelled forget:es, but masking\.domains is \['bio'\]"):
         prepared.label_of_category(LabelSpace(("bio",)))
+    slip = r"forget:es and none labelled forget:ess \(masking\.domains: did you mean es\?\), but masking\.domains is"
+    with pytest.raises(ValueError, match=slip):
+        prepared.label_of_category(LabelSpace(("bio", "ess")))
 
 
 def test_unknown_names_list_the_known(prepared):

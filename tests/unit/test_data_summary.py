@@ -59,9 +59,10 @@ def test_nothing_to_warn_of(printed):
 
 
 def test_a_tiny_and_a_missing_test_split(printed):
+    remedy = "put more of its documents into the split (rules: split)"
     records = [*both_splits("en", 999), *both_splits("es", 1000), record(7, "fr"), record(8, "de", 2000, "test")]
     assert printed(records, labels={**RULES["labels"], "fr": "retain", "de": "retain"})[1] == [
-        "category en has only 999 tokens in split test: its loss in an evaluation is not reliable",
+        f"category en has only 999 tokens in split test: its loss in an evaluation is not reliable; {remedy}",
         "category fr has no document in split test: it has no loss in an evaluation",
         "category de has no document in split train: nothing of it is learned",
     ]
@@ -119,7 +120,8 @@ def test_spans_are_counted_by_split_for_their_own_category(printed):
         ["train", "venom", "forget:bio", "1", "1", "1", "1"],
     ]
     assert warnings == [
-        "category en has only 801 tokens in split test: its loss in an evaluation is not reliable",
+        "category en has only 801 tokens in split test: its loss in an evaluation is not reliable; put more of its "
+        "documents into the split (rules: split)",
         "category venom has no document in split test: it has no loss in an evaluation",
     ]
 

@@ -43,7 +43,7 @@ def test_the_line_on_the_data(tmp_path):
     corpus = build(tmp_path / "corpus", [record(0), record(1, "es", 99), record(2, split="test")])
     path = f"--data.path={corpus.path}"
     line = data_line(load_config("debug", [path, "--model.vocab_size=257", "--train.steps=3"]))
-    assert line == f"data: {corpus.path} has 121 tokens in split train; the run takes 1,536, {1536 / 121:.2f} x"
+    assert line == f"data: {corpus.path} has 121 tokens in split train; the run takes 1,536, {1536 / 121:.2f} epochs"
     printed = io.StringIO()
     refusal = f"data do not fit: model.vocab_size is 512, but the tokenizer of {corpus.path} has 257"
     with pytest.raises(ValueError, match=re.escape(refusal)):
@@ -115,6 +115,23 @@ def test_tables_say_who_runs_and_who_learns():
     one = text("--train.micro_batch=1", "--train.tokens_per_step=64", "--train.steps=1", "--optimizer.warmup_steps=0")
     assert row(one, "accumulation") == ["micro-batches of 1 sequence: 1 on 1 rank"]
     assert row(one, "training")[0].startswith("1 step = 64 tokens") and "64 tokens = 1 sequence of 64" in one
+
+
+def test_a_step_that_no_ranks_divide_is_an_error_with_the_remedy():
+    with pytest.raises(ValueError, match=r"micro_batch 64 is more than .*; train\.micro_batch 1, 2, 4 or 8 would$"):
+        text("--train.micro_batch=64")
+
+
+def test_an_unmasked_config_has_no_recipe_and_no_safe_model():
+    for strategy in ("none", "gradient_routing"):
+        printed = text("--recipe=dual", f"--masking.strategy={strategy}")
+        assert ("safe model" in printed) == (strategy != "none")
+        assert row(printed, "recipe") == ["-" if strategy == "none" else "dual"]
+
+
+def test_titles_and_legend_are_not_wrapped():
+    printed = text("--data.channel={retain: {retain: 0.5, unlabeled: 0.5}}")
+    assert "label channel: what documents of a true label are trained as\n" in printed
 
 
 def test_weights_and_stopped_gradients_are_shown():

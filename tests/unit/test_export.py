@@ -113,7 +113,7 @@ def test_folder_says_what_it_is(tmp_path, capsys):
     make_run(tmp_path / "run", GPT_NEO)
     out = export_run(tmp_path / "run", ["es"], tmp_path / "deep" / "out")
     steps = load_config(tmp_path / "run" / "config.yaml").train.steps
-    assert f"exported: step 7 of {steps}\n" in capsys.readouterr().err
+    assert f"exported: step 7 of {steps}, without es\n" in capsys.readouterr().err
     record = json.loads((out / "sgtm_export.json").read_text())
     manifest = (tmp_path / "run/checkpoints/step_00000007/manifest.json").read_bytes()
     assert record["removed"] == ["es"]

@@ -71,6 +71,17 @@ def test_documents_without_a_group_are_drawn_by_their_text_where_the_rules_allow
         document(rules_of(split={**BY, "by_missing": "refuse"}))
 
 
+def test_a_nested_field_that_is_missing_lists_those_beside_it():
+    rules = rules_of(category={"field": "meta.topics"})
+    with pytest.raises(
+        ValueError, match=r"'meta\.topics' \(did you mean meta\.topic\?\); meta has meta\.topic, meta\.n$"
+    ):
+        document(rules, meta={"topic": "en", "n": 1})
+    for meta in ({}, "en"):
+        with pytest.raises(ValueError, match=r"no field 'meta\.topics'; the record has .*meta"):
+            document(rules, meta=meta)
+
+
 SURROGATE = r"half a surrogate pair \(\\ud800\) at character 1; write both halves, or remove it"
 
 
@@ -169,7 +180,7 @@ def test_of_several_categories_the_first_of_the_rules_counts(tmp_path):
 def test_another_order_of_labels_is_another_corpus(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "topics": ["en", "es"]}])
     prepared(tmp_path, source, rules_of(category={"any_of": "topics"}))
-    with pytest.raises(ValueError, match="prepared from other inputs, rules"):
+    with pytest.raises(ValueError, match="prepared from other rules;"):
         prepared(tmp_path, source, rules_of(category={"any_of": "topics"}, labels=dict(reversed(LABELS.items()))))
 
 

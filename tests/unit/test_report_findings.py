@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 
 import pytest
 from pages import SUMMARY, Page, many_categories, page_without_figures, write_run
@@ -87,12 +88,16 @@ def test_a_full_model_that_is_worse_on_retained_data_than_its_ablated_one(run, s
         assert finding is None or finding in text
 
 
-def test_what_good_gradient_norms_look_like_is_said(run):
+def test_gradient_norms_are_shown_without_a_verdict(run):
+    """The recipe dual localises a domain whose gradient is stronger on retain than on its own group."""
     page = Page(write_report(run))
-    assert "Good: in each row the framed cell, the label's own group, is by far the largest." in page.text
-    assert "forget:es data: 300 times as strong on es as on retain." in page.text
+    assert "It does not show what a group has learned" in page.text
+    assert not re.search(r"\bGood\b|not localised", page.text)
+    assert "The gradient of forget:es data is 300 times as strong on es as on retain." in page.text
     norms = {"retain": {"retain": 0.02, "es": 0.005}, "unlabeled": {"retain": 1, "es": 1}, "forget:es": {"es": 1.0}}
-    assert localisation({"gradient_norms": norms}) == ["retain data: 4 times as strong on retain as on es."]
+    assert localisation({"gradient_norms": norms}) == [
+        "The gradient of retain data is 4 times as strong on retain as on es."
+    ]
 
 
 def test_no_effect_and_no_number_are_said(run):

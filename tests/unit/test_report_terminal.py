@@ -14,12 +14,14 @@ from sgtm.report.terminal import print_summary
 
 def test_terminal_table_has_the_tokens_and_names_what_has_no_loss():
     console = Console(width=80, record=True, file=io.StringIO())
-    tokens = {"train": {"en": 1234567, "es": 40}, "test": {"en": 5}}
+    tokens = {"test": {"en": 5}, "train": {"en": 1234567, "es": 40}}
     counts = {split: {c: {"documents": 1, "tokens": n} for c, n in by.items()} for split, by in tokens.items()}
     losses = {"full": {"en": 3.0}, "without es": {"en": 3.0}}
-    print_summary({**SUMMARY, "losses": losses, "split": "test", "counts": counts}, console)
+    print_summary({**SUMMARY, "losses": losses, "split": "test", "counts": counts, "left_out": ["es"]}, console)
     text = console.export_text()
-    assert re.search(r"tokens of +train +test, measured *\n.*\n *en +1,234,567 +5 *\n *es +40 +0 *\n *fr +0 +0", text)
+    assert re.search(
+        r"tokens of +train +test, measured *\n.*\n *en +1,234,567 +5 *\n *es +40, left out +0 *\n *fr +0 +0", text
+    )
     assert "no loss of es, fr: no documents to measure in split test" in text
 
 

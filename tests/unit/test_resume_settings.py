@@ -40,7 +40,12 @@ def test_a_key_with_a_mapping(override):
 def test_a_warm_up_in_steps_resumes_as_its_share():
     config = load_config("debug", ["--optimizer.warmup_steps=0.25"])
     assert differences(saved("--optimizer.warmup_steps=2"), config) == []
-    assert differences(saved("--optimizer.warmup_steps=3"), config)
+    (changed,) = differences(saved("--optimizer.warmup_steps=3"), config)
+    assert changed == "optimizer.warmup_steps: 3 in the checkpoint, 2 now"
+    longer = load_config("debug", ["--optimizer.warmup_steps=0.25", "--train.steps=16"])
+    changed, steps = differences(saved("--optimizer.warmup_steps=2"), longer)
+    assert changed == "optimizer.warmup_steps: 2 in the checkpoint, 4 now, as 0.25 of train.steps"
+    assert steps.startswith("train.steps: ")
 
 
 def test_a_key_that_is_younger_than_the_checkpoint_had_its_default():

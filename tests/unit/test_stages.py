@@ -40,6 +40,12 @@ def test_a_derived_micro_batch_that_no_number_of_sequences_gives(ranks, options,
         check_divides(load_config("llama-1b", list(options)), ranks)
 
 
+def test_a_micro_batch_above_the_step_names_those_that_divide_it():
+    for ranks, fit in ((1, "1, 2, 4 or 8"), (2, "1, 2 or 4")):
+        with pytest.raises(ValueError, match=f"micro_batch 64 is more than the 8 sequences of a .*; .* {fit} would$"):
+            check_divides(load_config("debug", ["--train.micro_batch=64"]), ranks)
+
+
 @pytest.mark.parametrize("ranks", [3, 5, 7, 9, 21])
 @pytest.mark.parametrize("options", [(), ("--data.mixing=micro", "--data.micro_blocks=3", "--train.micro_batch=2")])
 def test_the_steps_and_ranks_that_are_named_divide_with_the_micro_batch_as_it_is(ranks, options):
