@@ -91,7 +91,7 @@ def test_one_graph_serves_every_plan(name, documents):
     for seed, layout in enumerate(("tokens", "sorted", "ragged")):
         plan = plan_number(seed, layout, documents)
         signatures.add(plan.signature)
-        for results in zip(*(results_of(way, inputs, plan) for way in (compiled, function)), strict=True):
+        for results in zip(*(results_of(version, inputs, plan) for version in (compiled, function)), strict=True):
             torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1 == len(signatures)
 

@@ -54,11 +54,11 @@ def leaf_of(dtype: torch.dtype, *shape: int, learns: bool = True) -> torch.Tenso
 
 def linear(leaf: Leaf, plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
     wide = leaf(BATCH, SEQ_LEN, BOUNDS[-1])
-    for way, biased in product(("masked", "pointers", "descriptors", "ragged"), (False, True)):
-        x = leaf(BATCH, SEQ_LEN, WIDTH // 2) if way == "ragged" else leaf(BATCH, SEQ_LEN, WIDTH)
+    for loads, biased in product(("masked", "pointers", "descriptors", "ragged"), (False, True)):
+        x = leaf(BATCH, SEQ_LEN, WIDTH // 2) if loads == "ragged" else leaf(BATCH, SEQ_LEN, WIDTH)
         weight = leaf(BOUNDS[-1], x.shape[-1])
-        monkeypatch.setenv("SGTM_LINEAR", "masked" if way == "masked" else "rectangles")
-        monkeypatch.setattr(rectangles, "has_descriptors", lambda device, way=way: way == "descriptors")
+        monkeypatch.setenv("SGTM_LINEAR", "masked" if loads == "masked" else "rectangles")
+        monkeypatch.setattr(rectangles, "has_descriptors", lambda device, loads=loads: loads == "descriptors")
         bias_in, bias_out = (leaf(n) if biased else None for n in (BOUNDS[-1], x.shape[-1]))
         yield linear_out(wide, weight, bias_out, plan, "mlp_out", BOUNDS, "triton")
         for overwrite in (False, True):

@@ -149,18 +149,18 @@ def test_one_graph_serves_every_plan(name):
         plan = plan_number(seed, layout)
         results = [
             (y, *torch.autograd.grad(y, inputs, torch.ones_like(y)))
-            for y in (way(*inputs, plan) for way in (compiled, function))
+            for y in (version(*inputs, plan) for version in (compiled, function))
         ]
         for ours, plain in zip(*results, strict=True):
             torch.testing.assert_close(ours, plain, rtol=0, atol=0)
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("way", ["as it is", "compiled"])
+@pytest.mark.parametrize("version", ["as it is", "compiled"])
 @calls
-def test_the_graph_of_autograd_has_the_plan(name, way):
+def test_the_graph_of_autograd_has_the_plan(name, version):
     function, inputs = CALLS[name][1], inputs_of(name)
-    if way == "compiled":
+    if version == "compiled":
         torch._dynamo.reset()
         function = torch.compile(function, fullgraph=True, backend="aot_eager")
     y = function(*inputs, plan_number(3))

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_layers import BOUNDS, FAST, KERNELS, SIDES, by_kernel, by_side, gradients, inputs, op, use_way
+from linear_layers import BOUNDS, FAST, KERNELS, SIDES, by_kernel, by_side, gradients, inputs, op, use_algorithm
 
 from sgtm_kernels.linear import kernel, linear_in, scaling
 from sgtm_kernels.plan import MaskPlan, merge_runs
@@ -29,8 +29,8 @@ by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 @pytest.fixture(autouse=True)
-def way(request, monkeypatch):
-    use_way(request, monkeypatch)
+def chosen_algorithm(request, monkeypatch):
+    use_algorithm(request, monkeypatch)
 
 
 def low(backend: str) -> torch.dtype:
@@ -46,7 +46,7 @@ by_backend = pytest.mark.parametrize("backend", ("reference", *FAST))
 
 
 def cases(*backends: str) -> list[tuple[str, str, torch.dtype]]:
-    """The ways of `triton` differ only where labels change from token to token."""
+    """The algorithms of `triton` differ only where labels change from token to token."""
     return [
         (layout, backend, dtype)
         for layout in LAYOUTS
@@ -273,7 +273,7 @@ def test_a_bias_of_more_partial_sums_than_a_tile_has():
     torch.testing.assert_close(total, wanted.float(), rtol=1e-5, atol=1e-4)
 
 
-def test_an_unknown_way_is_an_error(monkeypatch):
+def test_an_unknown_algorithm_is_an_error(monkeypatch):
     monkeypatch.setenv("SGTM_LINEAR", "rectangle")
     with pytest.raises(ValueError, match="SGTM_LINEAR is 'rectangle'; it takes masked or rectangles"):
-        kernel.candidate(torch.zeros(2, 4), ())
+        kernel.dw_algorithm(torch.zeros(2, 4), ())
