@@ -8,7 +8,7 @@ from collections.abc import Callable
 OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --masking.strategy none"
 SOURCE = "PRESET|FILE.yaml"
 MEANING = "preset (see sgtm config) or file"
-DATA = "data of the run, where they are not in their old place (default: data.path of the run)"
+DATA = "data of the run, where they are not in their old folder (default: data.path of the run)"
 
 
 class Subcommands:

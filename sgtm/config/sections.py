@@ -273,7 +273,7 @@ class DistributedConfig(Section):
     agree less closely. Frozen weights stay bit-identical and a resumed run is still bitwise the same.
     """
     timeout_minutes: PositiveFloat = 30
-    """How long a rank may stay in one place, as in a collective, before the run ends with a diagnosis."""
+    """How long a rank may stay in one phase of a step, as in a collective, before the run ends with a diagnosis."""
 
     @model_validator(mode="after")
     def _consistent(self):

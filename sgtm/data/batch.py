@@ -16,7 +16,7 @@ __all__ = ["IGNORE", "Batch", "Owners"]
 class Owners:
     """Whose the targets of a micro-batch of an evaluation are.
 
-    index  int64 [B, S]: the document that each target belongs to, by its place in the order of the evaluation; any
+    index  int64 [B, S]: the document that each target belongs to, by its position in the order of the evaluation; any
            where there is no target
     count  number of documents of the whole evaluation, over all ranks
     """

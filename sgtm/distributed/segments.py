@@ -1,7 +1,7 @@
 """Where every element of every parameter lives in the tensors that DeepSpeed gives to the optimizer.
 
 DeepSpeed replaces parameters by flat partitions whose borders fall anywhere. A `Fragment` is a stretch of one flattened
-parameter and its place in one such tensor; fragments come from DeepSpeed's own book-keeping (0.19):
+parameter and its offset in one such tensor; fragments come from DeepSpeed's own book-keeping (0.19):
 
     ZeRO 0                          the parameters themselves
     ZeRO 1, 2 and bf16 master      `param._hp_mapping`: the part of the parameter inside this rank's flat fp32 partition

@@ -68,7 +68,7 @@ class Note(TypedDict):
 def enter(phase: str | None, step: int | None = None) -> None:
     """Set the phase of the main thread, and the step, counted from 1. Phase None: nothing that other ranks wait for."""
     if _watchdog is not None:
-        _watchdog.place = (phase, _watchdog.place[1] if step is None else step)
+        _watchdog.phase_and_step = (phase, _watchdog.phase_and_step[1] if step is None else step)
 
 
 def start(rank: int, world_size: int, minutes: float) -> None:
@@ -88,11 +88,11 @@ def leave(status: int) -> None:
 
 
 class Watchdog:
-    """See above. store: of the ranks, used by nobody else. limit: seconds that a rank may stay in one place."""
+    """See above. store: of the ranks, for this alone. limit: seconds that a rank may stay in one phase of a step."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, limit: float):
         self.store, self.rank, self.world_size, self.limit = store, rank, world_size, limit
-        self.place: tuple[str | None, int] = ("start", 0)
+        self.phase_and_step: tuple[str | None, int] = ("start", 0)
         self.waited = 0.0
         self.failing = 0.0  # seconds since the store last worked
         self.beats = 0
@@ -120,19 +120,19 @@ class Watchdog:
         self.outside.leave()
 
     def _watch(self) -> None:
-        seen, last, listened = self.place, time.monotonic(), 0.0
+        seen, last, listened = self.phase_and_step, time.monotonic(), 0.0
         note: Note | None = None
         before: dict[int, State | None] = {}
         while not self.stopped.wait(BEAT):
-            now, place, self.silence = time.monotonic(), self.place, 0.0
+            now, phase_and_step, self.silence = time.monotonic(), self.phase_and_step, 0.0
             passed, last = min(now - last, 5 * BEAT), now
-            self.waited = self.waited + passed if place is seen and place[0] is not None else 0.0
-            seen = place
+            self.waited = self.waited + passed if phase_and_step is seen and phase_and_step[0] is not None else 0.0
+            seen = phase_and_step
             self.outside.beat()
             try:
                 self._beat()
                 self.failing = 0.0
-                if place[0] is None:  # this rank has done its part
+                if phase_and_step[0] is None:  # this rank has done its part
                     continue
                 if note is None:
                     note, listened = self._note() or self._dead_neighbour() or self._stuck(), 0.0
@@ -142,7 +142,7 @@ class Watchdog:
                     self._end(note, before)
             except RuntimeError:
                 self.failing += passed
-                if place[0] is not None:
+                if phase_and_step[0] is not None:
                     if self.neighbours is not None and self.failing > LISTEN:  # the system still shows who has died
                         note = note or self._dead_neighbour()
                     if note or self.failing > PATIENCE:
@@ -156,13 +156,13 @@ class Watchdog:
         while not self.stopped.wait(BEAT):
             now = time.monotonic()
             passed, last = min(now - last, 5 * BEAT), now
-            self.silence = self.silence + passed if self.place[0] is not None else 0.0
+            self.silence = self.silence + passed if self.phase_and_step[0] is not None else 0.0
             if self.silence > self.limit + PATIENCE:
                 self._exit_with(self._lost({"kind": GONE, "rank": None, "text": NO_STORE}))
 
     def _beat(self) -> None:
         self.beats += 1
-        phase, step = self.place
+        phase, step = self.phase_and_step
         state: State = {**self.me, "beats": self.beats, "phase": phase, "step": step, "waited": self.waited}
         self.store.set(str(self.rank), json.dumps(state))
 
@@ -264,7 +264,7 @@ class Watchdog:
                 if state and rank in silent:
                     text = f"last heard of in {text}; no sign of life (pid {state['pid']} on {state['host']})"
                 where.setdefault(text, []).append(rank)
-        phase, step = self.place
+        phase, step = self.phase_and_step
         main = threading.main_thread().ident
         assert main is not None  # it has begun
         stack = traceback.format_stack(sys._current_frames()[main])

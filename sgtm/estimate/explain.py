@@ -66,12 +66,12 @@ def explain(config: Config) -> Explanation:
     for name, parameter in model.named_parameters():
         for start, end, key in rows[name].segments(parameter.numel() // parameter.shape[0]):
             counts[key] += end - start
-    order = sorted(counts, key=lambda key: _place(key, config.partition.groups))
+    order = sorted(counts, key=lambda key: _rank_of_key(key, config.partition.groups))
     updates = {label: live_keys(config.tables, [i]) for i, label in enumerate(config.space.labels)}
     return Explanation(config, {key: counts[key] for key in order}, updates)
 
 
-def _place(key: str, groups: tuple[str, ...]) -> tuple:
+def _rank_of_key(key: str, groups: tuple[str, ...]) -> tuple:
     """Groups in their order with their parts, then the joint parameters, then what has no groups."""
     part, _, group = key.partition(".")
     if group:

@@ -53,9 +53,9 @@ def export_run(run: str | Path, remove: Sequence[str], out: str | Path, data: st
     trained without masks, the model has no Hugging Face form, `data.path` holds another corpus than that of the run, or
     `out` is not empty; then nothing is left behind.
     """
-    run, place = Path(run), Path(out).resolve()
-    _remove_leftovers(place)
-    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+    run, folder = Path(run), Path(out).resolve()
+    _remove_leftovers(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; export to a new one")
     config, checkpoint = open_run(run, data)
     if remove and not config.removals[1:]:
@@ -63,13 +63,13 @@ def export_run(run: str | Path, remove: Sequence[str], out: str | Path, data: st
             f"{run} was trained without masks: no group of it holds {', '.join(remove)}, and nothing can be removed; "
             f"leave out --remove, or export a run that was trained with masks"
         )
-    with _filled(place) as partial:
+    with _filled(folder) as partial:
         state, hf_config = to_hf_state(consolidate(checkpoint), config.model, config.partition, remove)
         tokenizer = _save_tokenizer(run, config, read_manifest(checkpoint), hf_config, partial)
         _save_model(state, hf_config, partial)
         record = _record(config, checkpoint, hf_config, sorted(set(remove)), tokenizer)
         (partial / "sgtm_export.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(_card(record, place.name), encoding="utf-8")
+        (partial / "README.md").write_text(_card(record, folder.name), encoding="utf-8")
     print(f"exported: step {record['checkpoint']['step']} of {config.train.steps}", file=sys.stderr)
     if record["architecture_because"]:
         print(f"exported as {record['architecture']}: {record['architecture_because']}", file=sys.stderr)

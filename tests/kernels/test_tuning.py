@@ -220,7 +220,7 @@ def constants(name: str, key: tuple, c) -> list[tuple[str, dict]]:
         flags = {"WEIGHTED": key[1] == "weights", "DESCRIPTORS": key[2] == "descriptors"}
         return [(name, {"BR": c.rows, "BC": c.columns, "BT": c.tokens, **flags})]
     blocks = {"BT": c.tokens, "BC": c.columns, "STRIP": c.strip}
-    writes = [(scale, place, add) for scale, place in ((0, 0), (1, 0), (1, 1)) for add in (0, 1) if scale or add]
+    writes = [(scale, in_place, add) for scale, in_place in ((0, 0), (1, 0), (1, 1)) for add in (0, 1) if scale or add]
     flags = [{"SCALE": bool(s), "IN_PLACE": bool(p), "SUM": bool(a)} for s, p, a in writes]
     return [("scale_input_and_sum", blocks), *(("scale_and_sum", blocks | f) for f in flags)]
 

@@ -27,11 +27,11 @@ def test_ranks_that_do_not_meet_are_one_message(rank, tmp_path):
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))  # and nobody listens there; rank 0 takes any free port
         port = reserved.getsockname()[1] if rank else 0
-        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        variables = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
         command = [sys.executable, "-m", "sgtm", "train", "debug", f"--runs={tmp_path}"]
         done = subprocess.run(
             [*command, "--distributed.timeout_minutes=0.03"], capture_output=True, text=True,
-            env={**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            env={**os.environ, **variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
         )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert f"error: rank {rank}: the ranks did not meet at MASTER_ADDR 127.0.0.1, MASTER_PORT {port}" in done.stderr
