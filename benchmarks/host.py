@@ -30,7 +30,7 @@ from sgtm.masking.strategy import build_tables
 from sgtm.measure.models import LABELS, Setting
 from sgtm.measure.plain import Plain
 from sgtm.model.transformer import Transformer
-from sgtm_kernels.plan import MaskPlan, Run
+from sgtm_kernels.plan import LabelRun, MaskPlan
 
 TARGET = 1.2  # times the plain eager model's host time per layer
 SHALLOW, DEEP, STEPS = 2, 10, 3  # layers; steps of a turn, of which the fastest counts
@@ -76,10 +76,10 @@ def ours(setting: Setting, ids: torch.Tensor, backend: str, masks: str) -> Step:
     """With a plan of its own for every step, as in training."""
     model = Transformer(setting.model, setting.partition, backend)
     tables = build_tables(LABELS, "none", "free")
-    runs = (Run(UNLABELED, 0, ids.numel()),)
+    runs = (LabelRun(UNLABELED, 0, ids.numel()),)
     if masks == "masked":
         tables = build_tables(LABELS, "sgtm", "masked")
-        runs = Run(FORGET, 0, SEQ_LEN), Run(UNLABELED, SEQ_LEN, ids.numel())
+        runs = LabelRun(FORGET, 0, SEQ_LEN), LabelRun(UNLABELED, SEQ_LEN, ids.numel())
     return lambda: timed(lambda: model(ids, ids, MaskPlan(tables, runs, *ids.shape), 1 / ids.numel())[0], model)
 
 

@@ -30,7 +30,7 @@ from sgtm_kernels.tools.timing import TimedCall
 
 
 def forget_share(plan: MaskPlan) -> float:
-    return sum(run.end - run.start for run in plan.runs if run.label == FORGET) / plan.tokens
+    return sum(run.end - run.start for run in plan.label_runs if run.label == FORGET) / plan.tokens
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def attend(s: Shape, make: Inputs, window: int | None = None, documents: int = 1
 
     def cut(plan: MaskPlan) -> MaskPlan:
         pieces = tuple((t, t + length) for t in range(0, s.tokens, length))
-        return MaskPlan(plan.tables, plan.runs, s.batch, s.seq_len, pieces if documents > 1 else None)
+        return MaskPlan(plan.tables, plan.label_runs, s.batch, s.seq_len, pieces if documents > 1 else None)
 
     def ours(plan, backend):
         plan = cut(plan)
@@ -214,7 +214,7 @@ def attend(s: Shape, make: Inputs, window: int | None = None, documents: int = 1
         heads = s.heads * s.batch  # where labels change inside sequences, every head of every sequence
         if plan.whole_sequences:
             active = [sum(n for n, on in zip(layout.heads, row, strict=True) if on) for row in plan.tables.active]
-            heads = sum((run.end - run.start) // s.seq_len * active[run.label] for run in plan.runs)
+            heads = sum((run.end - run.start) // s.seq_len * active[run.label] for run in plan.label_runs)
         seen = min(window or length, length)
         pairs = documents * (length * seen - seen**2 / 2)  # of queries and keys; without cuts half of the square
         return heads * 14 * pairs * s.head_dim, (3 * qkv.numel() + 3 * dy.numel()) * qkv.element_size()

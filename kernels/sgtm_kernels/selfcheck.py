@@ -213,7 +213,7 @@ def _describe(value: object) -> object:
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), value.requires_grad
     if isinstance(value, MaskPlan):
-        return _describe(value.tables), value.runs, value.batch, value.seq_len, value.documents
+        return _describe(value.tables), value.label_runs, value.batch, value.seq_len, value.documents
     if is_dataclass(value) and not isinstance(value, type):
         return type(value).__name__, astuple(value)
     return tuple(map(_describe, value)) if isinstance(value, tuple) else value

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from sgtm_kernels.cross_entropy.pytorch import IGNORE
-from sgtm_kernels.plan import MaskPlan, Tables, merge_runs
+from sgtm_kernels.plan import MaskPlan, Tables, merge_label_runs
 
 __all__ = ["IGNORE", "Batch", "Owners"]
 
@@ -52,7 +52,7 @@ class Batch:
 
     def plan(self, tables: Tables) -> MaskPlan:
         """The masks of this micro-batch under a strategy."""
-        runs = merge_runs(list(self.labels), list(self.lengths))
+        runs = merge_label_runs(list(self.labels), list(self.lengths))
         batch, seq_len = self.input_ids.shape
         return MaskPlan(tables, runs, batch, seq_len, documents=self.documents)
 

@@ -81,7 +81,7 @@ def test_what_does_not_fit(what, backend):
 @pytest.mark.parametrize("documents", [((0, 9), (9, 16)), ((0, 8),), ((0, 8), (9, 16)), ((0, 4), (4, 8), (8, 17))])
 def test_documents_that_are_not_of_the_sequences(documents):
     with pytest.raises(ValueError, match="documents must cover the 16 tokens in order, none across sequences of 8"):
-        MaskPlan(PLAN.tables, PLAN.runs, 2, 8, documents)
+        MaskPlan(PLAN.tables, PLAN.label_runs, 2, 8, documents)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan])

@@ -174,12 +174,12 @@ def test_what_flash_attn_is_handed(monkeypatch):
     assert [call["window"] for call in calls] == [(-1, -1)] * 2 + [(3, 0)]
     assert calls[0]["shape"] == ((3, 10, 6, 8), (3, 10, 3, 8))
     calls.clear()
-    cut = MaskPlan(free, whole.runs, 3, 10, ((0, 3), (3, 10), (10, 20), (20, 21), (21, 30)))
+    cut = MaskPlan(free, whole.label_runs, 3, 10, ((0, 3), (3, 10), (10, 20), (20, 21), (21, 30)))
     op(heads, cut, 4)(x), op(heads, cut, 4)(x)
     assert [call["edges"].tolist() for call in calls] == [[0, 3, 10, 20, 21, 30]] * 2
     assert calls[0]["edges"] is calls[1]["edges"] and calls[0]["window"] == (3, 0)
     calls.clear()
-    op(heads, MaskPlan(free, whole.runs, 3, 10, ((0, 10), (10, 20), (20, 30))), None)(x)
+    op(heads, MaskPlan(free, whole.label_runs, 3, 10, ((0, 10), (10, 20), (20, 30))), None)(x)
     assert all("edges" not in call for call in calls)  # every sequence is one document: nothing to cut
     assert all(call["deterministic"] is True for call in calls)
 

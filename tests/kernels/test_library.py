@@ -173,7 +173,7 @@ def test_a_plan_lives_no_longer_than_its_handle():
     plan = plan_number(3)
     before, tensors = len(_PLANS), weakref.ref(plan.factors([(1.0,) * 4], torch.device("cpu")))
     handle = plan.handle
-    assert plan_of(handle).runs == plan.runs
+    assert plan_of(handle).label_runs == plan.label_runs
     del plan
     assert plan_of(handle) is not None and tensors() is not None
     del handle
@@ -183,12 +183,12 @@ def test_a_plan_lives_no_longer_than_its_handle():
 @pytest.mark.parametrize("again", [copy, deepcopy, lambda plan: pickle.loads(pickle.dumps(plan))])
 def test_a_copy_of_a_plan_outlives_it(again):
     plan = random_plan(2, TABLES, "ragged", BATCH, SEQ_LEN, documents=True)
-    wanted = plan.tables, plan.runs, plan.batch, plan.seq_len, plan.documents
+    wanted = plan.tables, plan.label_runs, plan.batch, plan.seq_len, plan.documents
     twin = again(plan)
     del plan
     lookup = plan_of(twin.handle)
-    assert (lookup.tables, lookup.runs, lookup.batch, lookup.seq_len, lookup.documents) == wanted
-    assert lookup.runs == twin.runs and twin.documents is not None
+    assert (lookup.tables, lookup.label_runs, lookup.batch, lookup.seq_len, lookup.documents) == wanted
+    assert lookup.label_runs == twin.label_runs and twin.documents is not None
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from linear_layers import BOUNDS, FAST, KERNELS, SIDES, by_kernel, by_side, gradients, inputs, op, use_algorithm
 
 from sgtm_kernels.linear import kernel, linear_in, scaling
-from sgtm_kernels.plan import MaskPlan, merge_runs
+from sgtm_kernels.plan import MaskPlan, merge_label_runs
 from sgtm_kernels.testing import (
     BINARY,
     EXACT,
@@ -124,7 +124,7 @@ def test_masked_rows_are_zero_and_dx_is_the_plain_one(layout, side, dtype, backe
     plain_out, plain_dx, *_ = forward_backward(plain(side), *data)
     assert_same_bits(out, plain_out, "y")
     assert_same_bits(dx, plain_dx, "dx")
-    present = {run.label for run in plan.runs}
+    present = {run.label for run in plan.label_runs}
     for group, (start, end) in enumerate(pairwise(BOUNDS)):
         frozen = all(tables.contribution(SIDES[side][1], label, group) == 0 for label in present)
         assert bool((dw[start:end] == 0).all()) == frozen
@@ -160,7 +160,7 @@ def test_non_interference(layout, side, dtype, backend):
     x, weight, bias = inputs(side, 10, 13, dtype)
     dy = random_like(torch.empty(10, 13, SIDES[side][3], dtype=dtype), 0)
     before = gradients(side, plan, backend, x, weight, bias, dy)
-    for label in {run.label for run in plan.runs}:
+    for label in {run.label for run in plan.label_runs}:
         other = token_mask(plan, [label])[..., None]
         after = gradients(
             side, plan, backend, x.where(~other, 50 * x + 1), weight, bias, dy.where(~other, -30 * dy - 1)
@@ -185,7 +185,7 @@ def test_partial_sums_are_added_in_fp32(ones, side, backend):
     tables = random_tables(0, (1.0,))
     update = dict.fromkeys(tables.update, ((1.0,) * 3, (0.0,) * 3, (1.0,) * 3, (1.0,) * 3))
     tables = type(tables)(tables.labels, tables.groups, tables.active, tables.route, update, tables.update_joint)
-    plan = MaskPlan(tables, merge_runs([i % 2 for i in range(len(lengths))], lengths), 1, sum(lengths))
+    plan = MaskPlan(tables, merge_label_runs([i % 2 for i in range(len(lengths))], lengths), 1, sum(lengths))
     data = [torch.ones_like(x) for x in inputs(side, 1, sum(lengths), dtype)]
     leaves = [x.requires_grad_() for x in data]
     out = op(side, plan, backend)(*leaves)

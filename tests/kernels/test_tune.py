@@ -155,8 +155,8 @@ def test_the_table_has_every_choice_at_once_and_resuming_measures_the_others(tmp
 @pytest.mark.parametrize(("quarters", "length"), [(1, 24), (2, 7), (3, 5), (1, 64)])
 def test_spread(quarters, length):
     plan = tune.spread(SHAPES["tiny"] if length < 10 else LONG, quarters, length)
-    (first, *_), forget = plan.runs, sum(run.end - run.start for run in plan.runs if run.label == 2)
-    assert first.end == length and all(a.end == b.start for a, b in pairwise(plan.runs))
+    (first, *_), forget = plan.label_runs, sum(run.end - run.start for run in plan.label_runs if run.label == 2)
+    assert first.end == length and all(a.end == b.start for a, b in pairwise(plan.label_runs))
     assert forget / plan.tokens == pytest.approx(quarters / 4, abs=0.25 if plan.tokens < 100 else 0.06)
 
 

@@ -141,7 +141,7 @@ def test_the_algorithm_of_dw_is_tuned_and_the_environment_wins(monkeypatch, tmp_
     original = rectangles.weight_gradient
     monkeypatch.setattr(rectangles, "weight_gradient", lambda *args: used.append(1) or original(*args))
     plan = tune.spread(LONG, 1, 24)
-    assert len(plan.runs) > 2 * MAX_SLICES
+    assert len(plan.label_runs) > 2 * MAX_SLICES
     x, weight = torch.ones(2, 384, 16), torch.ones(40, 16)
 
     def times(table_path, algorithm) -> int:

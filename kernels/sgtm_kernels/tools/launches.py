@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from triton.runtime.jit import JITFunction, KernelInterface
 
-from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS, MaskPlan, Tables, merge_runs
+from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS, MaskPlan, Tables, merge_label_runs
 from sgtm_kernels.triton_common.tuning import Choice, trial
 
 
@@ -149,6 +149,6 @@ def plan_of(groups: int, seq_len: int, active: float = 1.0, update: float = 1.0,
         dict.fromkeys(PROJECTIONS, (ones, (update, *ones[1:]))),
         dict.fromkeys(JOINT_KINDS, (1.0, update)),
     )
-    runs = merge_runs([token % 2 for token in range(seq_len)], [1] * seq_len)
+    runs = merge_label_runs([token % 2 for token in range(seq_len)], [1] * seq_len)
     cut = ((0, seq_len // 2), (seq_len // 2, seq_len)) if documents else None
     return MaskPlan(tables, runs, 1, seq_len, cut)

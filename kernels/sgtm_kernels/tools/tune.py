@@ -33,7 +33,7 @@ from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.linear import linear_in, linear_out
 from sgtm_kernels.measurement import cpu_model, environment
 from sgtm_kernels.mlp import gelu, swiglu
-from sgtm_kernels.plan import MAX_SLICES, MaskPlan, merge_runs
+from sgtm_kernels.plan import MAX_SLICES, MaskPlan, merge_label_runs
 from sgtm_kernels.tools.shapes import FORGET, NONE, SGTM, SHAPES, UNLABELED, Shape
 from sgtm_kernels.tools.timing import Clock, TimedCall
 from sgtm_kernels.triton_common.tuning import Choice, Table, path_of, table_of, trial, written
@@ -286,7 +286,7 @@ def _linear(s: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Time
     for quarters in (1, 2, 3):
         for length in SLICES:
             plan = spread(s, quarters, length)
-            if len(plan.runs) > 2 * MAX_SLICES:
+            if len(plan.label_runs) > 2 * MAX_SLICES:
                 yield both_sides(plan)
 
 
@@ -296,7 +296,7 @@ def spread(s: Shape, quarters: int, length: int) -> MaskPlan:
     starts = sorted([*range(0, s.tokens, length + forget), *range(length, s.tokens, length + forget)])
     lengths = [end - start for start, end in pairwise((*starts, s.tokens))]
     labels = [(UNLABELED, FORGET)[i % 2] for i in range(len(lengths))]
-    return MaskPlan(SGTM, merge_runs(labels, lengths), s.batch, s.seq_len)
+    return MaskPlan(SGTM, merge_label_runs(labels, lengths), s.batch, s.seq_len)
 
 
 def _cross_entropy(s: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[TimedCall]:
