@@ -40,10 +40,10 @@ class Subcommands:
         return parser
 
 
-def _above_zero(kind: type, name: str, most: float = float("inf")) -> Callable[[str], float]:
+def _above_zero(number_type: type, name: str, most: float = float("inf")) -> Callable[[str], float]:
     def number(text: str) -> float:
         try:
-            value = kind(text)
+            value = number_type(text)
         except ValueError:
             value = 0
         if not 0 < value <= most or value == float("inf"):

@@ -106,9 +106,9 @@ class MaskingConfig(Section):
     """Names of the dangerous domains; each gets a group of heads and neurons."""
     strategy: Strategy = "sgtm"
     """What forget tokens may update. `sgtm`: the weights of their domain's group alone; `no_mlp_out`, `no_attn_out`,
-    `no_out`: also the retain group's output weights, of that part or both; `gradient_routing`: no gradient flows back
-    through the retain group; `activation_masking`: the retain group is off; `gram`: as `sgtm`, with joint `strict`;
-    `none`: everything, the unmasked baseline."""
+    `no_out`: also the retain group's output weights, of that sublayer or of both; `gradient_routing`: no gradient
+    flows back through the retain group; `activation_masking`: the retain group is off; `gram`: as `sgtm`, with joint
+    `strict`; `none`: everything, the unmasked baseline."""
     joint: Joint | list[JointKind] | None = None
     """Joint parameters that forget tokens leave alone besides those of the strategy: `free` (none), `masked`
     (embedding, position, head weight and the blocks' norms, as in the paper's Wikipedia models), `strict` (all), or a

@@ -264,10 +264,10 @@ class _Workers:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    def __exit__(self, kind: type | None, *error) -> None:
+    def __exit__(self, exception: type | None, *error) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-        if kind is BrokenProcessPool:  # found by a result, or when more work is handed over
+        if exception is BrokenProcessPool:  # found by a result, or when more work is handed over
             message = "a worker process died, perhaps for lack of memory; run the same command again, it resumes"
             raise OSError(message) from None
 

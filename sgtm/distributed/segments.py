@@ -59,8 +59,8 @@ def _partition_fragments(optimizer, parameters) -> Iterable[Fragment]:
 def _zero3_fragments(optimizer, parameters) -> Iterable[Fragment]:
     rank = torch.distributed.get_rank(optimizer.dp_process_group)
     for name, parameter in parameters.items():
-        group, offset, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        start, end = rank * part, min((rank + 1) * part, parameter.ds_numel)
+        group, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start, end = rank * share, min((rank + 1) * share, parameter.ds_numel)
         if start < end:
             yield Fragment(optimizer.fp32_partitioned_groups_flat[group], offset, name, start, end)
 

@@ -72,10 +72,10 @@ def explain(config: Config) -> Explanation:
 
 
 def _rank_of_key(key: str, groups: tuple[str, ...]) -> tuple:
-    """Groups in their order with their parts, then the joint parameters, then what has no groups."""
-    part, _, group = key.partition(".")
+    """Groups in their order with their projections, then the joint parameters, then what has no groups."""
+    projection, _, group = key.partition(".")
     if group:
-        return (0, groups.index(group), (*PROJECTIONS, *ENDS).index(part))
+        return (0, groups.index(group), (*PROJECTIONS, *ENDS).index(projection))
     return (2,) if key == ALWAYS else (1, key)
 
 
@@ -235,11 +235,11 @@ def _updates_table(explanation: Explanation) -> Table:
         table.add_column(label, justify="center")
     previous = None
     for key, count in explanation.counts.items():
-        part, _, group = key.partition(".")
+        projection, _, group = key.partition(".")
         if previous is not None and group != previous:
             table.add_section()
         previous = group
-        name = f"{group} {part}" if group else _joint_name(key)
+        name = f"{group} {projection}" if group else _joint_name(key)
         table.add_row(name, f"{count:,}", *(_weight(config, key, label) for label in range(len(labels))))
     table.add_section()
     table.add_row("may update", "", *(f"{explanation.updated(label):,}" for label in labels))
@@ -258,9 +258,9 @@ def _weight(config: Config, key: str, label: int) -> str:
     tables = config.tables
     if key == ALWAYS:
         return "yes"
-    part, _, group = key.partition(".")
+    projection, _, group = key.partition(".")
     if group:
-        weights = {tables.contribution(part, label, tables.groups.index(group))}
+        weights = {tables.contribution(projection, label, tables.groups.index(group))}
     else:
         weights = {tables.update_joint[kind][label] for kind in key.split("+")}
     texts = [{0.0: NOTHING, 1.0: "yes"}.get(weight, f"x {weight:g}") for weight in sorted(weights)]

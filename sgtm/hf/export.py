@@ -210,11 +210,11 @@ def _record(config: Config, checkpoint: Path, hf_config: PretrainedConfig, remov
 
 def _described(partition: Partition) -> dict:
     """The partition as JSON. Layers that are alike share an entry of `kinds`, named by position in `layers`."""
-    kinds = list(dict.fromkeys(partition.layers))
+    distinct = list(dict.fromkeys(partition.layers))
     return {
         "groups": partition.groups,
-        "layers": [kinds.index(layer) for layer in partition.layers],
-        "kinds": [asdict(kind) for kind in kinds],
+        "layers": [distinct.index(layer) for layer in partition.layers],
+        "kinds": [asdict(layer) for layer in distinct],
     }
 
 

@@ -248,13 +248,13 @@ def test_several_tiles(values, dtype, columns, bounds, side, backend):
 
 
 def test_layers_that_share_a_plan_share_no_rectangles():
-    """Bounds and part decide what is masked, and a plan keeps the tables of every layer."""
+    """Bounds and projection decide what is masked, and a plan keeps the tables of every layer."""
     shared, weight_gradients = random_plan(25, random_tables(26), "tokens", 4, 25), []
     x, weight, _ = inputs("in", 4, 25, torch.float32)
-    for part, bounds in (("mlp_in", BOUNDS), ("attn_in", BOUNDS), ("mlp_in", (0, 8, 30, 48)), ("mlp_in", BOUNDS)):
+    for projection, bounds in (("mlp_in", BOUNDS), ("attn_in", BOUNDS), ("mlp_in", (0, 8, 30, 48)), ("mlp_in", BOUNDS)):
         fresh = random_plan(25, random_tables(26), "tokens", 4, 25)
         mine, wanted = (
-            forward_backward(lambda x, w: linear_in(x, w, None, plan, part, bounds, "triton"), x, weight)[2]  # noqa: B023
+            forward_backward(lambda x, w: linear_in(x, w, None, plan, projection, bounds, "triton"), x, weight)[2]  # noqa: B023
             for plan in (shared, fresh)
         )
         assert_same_bits(mine, wanted)

@@ -52,14 +52,14 @@ def test_updaters_are_the_tokens_with_a_weight(plan, by_label):
 
 @given(plans, st.sampled_from(PROJECTIONS))
 @settings(max_examples=100, deadline=None)
-def test_rows_give_every_group_its_tokens(plan, part):
-    tables, work = plan.tables, plan.rows(part, BOUNDS)
+def test_rows_give_every_group_its_tokens(plan, projection):
+    tables, work = plan.tables, plan.rows(projection, BOUNDS)
     assert [w.start for w in work] == [0, *(w.end for w in work[:-1])] and work[-1].end == BOUNDS[-1]
     for group, (start, end) in enumerate(pairwise(BOUNDS)):
         want = []
         for label in labels_of(plan):
-            arrives = tables.active[label][group] != 0 and (part[-2:] != "in" or tables.route[label][group] != 0)
-            want.append(tables.update[part][label][group] if arrives else 0.0)
+            arrives = tables.active[label][group] != 0 and (projection[-2:] != "in" or tables.route[label][group] != 0)
+            want.append(tables.update[projection][label][group] if arrives else 0.0)
         for row in range(start, end):
             (mine,) = [w for w in work if w.start <= row < w.end]
             assert spread(mine.tokens.slices, plan.tokens) == want
@@ -71,8 +71,8 @@ def test_rows_give_every_group_its_tokens(plan, part):
 def test_nothing_masked_is_one_piece_of_work():
     tables = random_tables(0, (1.0,))
     plan = random_plan(0, tables, "tokens", 4, 20)
-    for part in PROJECTIONS:
-        (work,) = plan.rows(part, BOUNDS)
+    for projection in PROJECTIONS:
+        (work,) = plan.rows(projection, BOUNDS)
         assert (work.start, work.end) == (0, BOUNDS[-1]) and plan.plain(work.tokens)
     assert all(plan.plain(plan.joint(kind)) for kind in JOINT_KINDS)
 

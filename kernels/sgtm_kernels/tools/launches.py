@@ -70,8 +70,8 @@ class KernelVariant:
     @property
     def operands(self) -> str:
         """`half` if an operand is in half precision, else `fp32`."""
-        kinds = (*self.signature.values(), *map(str, self.constants.values()))
-        return "half" if any(kind in ("*bf16", "*fp16", "bf16", "fp16") for kind in kinds) else "fp32"
+        specs = (*self.signature.values(), *map(str, self.constants.values()))
+        return "half" if any(spec in ("*bf16", "*fp16", "bf16", "fp16") for spec in specs) else "fp32"
 
     @property
     def arches(self) -> tuple[int, ...]:
@@ -122,12 +122,12 @@ def _variant(kernel: JITFunction, args: tuple[object, ...], options: dict[str, A
     signature, unaligned = {}, []
     for name in kernel.arg_names:
         if name not in constants:
-            kind, aligned = native_specialize_impl(BaseBackend, values[name], False, name not in (alike or ()), True)
-            if kind == "constexpr":
+            spec, aligned = native_specialize_impl(BaseBackend, values[name], False, name not in (alike or ()), True)
+            if spec == "constexpr":
                 constants[name] = values[name]
             else:
-                signature[name] = kind
-                if not aligned and kind[0] in "*iu":
+                signature[name] = spec
+                if not aligned and spec[0] in "*iu":
                     unaligned.append(name)
     chosen = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
     fusion = options.get("enable_fp_fusion", True)

@@ -82,9 +82,9 @@ def tune(
     Raises ValueError without a CUDA device, for an unknown op or shape, and for a table of another device; OSError
     where the table cannot be written, before anything is measured.
     """
-    for kind, names, known in (("op", only, CASES), ("shape", shapes, SHAPES)):
+    for what, names, known in (("op", only, CASES), ("shape", shapes, SHAPES)):
         if unknown := [name for name in names if isinstance(name, str) and name not in known]:
-            raise ValueError(f"unknown {kind} {unknown[0]!r}; known: {', '.join(known)}")
+            raise ValueError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
     if device is None:
         if not torch.cuda.is_available():
             raise ValueError("tuning needs a CUDA device and there is none here; without a table the heuristics hold")
