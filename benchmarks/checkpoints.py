@@ -66,7 +66,7 @@ class Trainer:
 
 
 def measure(config: Config, rounds: int, folder: Path) -> list[dict]:
-    """One row for each way of writing."""
+    """One row for each kind of write."""
     trainer = Trainer(config, folder)
     kinds = ["none", "asynchronous", "waited for"]
     for kind in kinds:

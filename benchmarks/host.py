@@ -30,7 +30,7 @@ from sgtm.masking.strategy import build_tables
 from sgtm.measure.models import LABELS, Setting
 from sgtm.measure.plain import Plain
 from sgtm.model.transformer import Transformer
-from sgtm_kernels.plan import MaskPlan, Run
+from sgtm_kernels.plan import LabelRun, MaskPlan
 
 TARGET = 1.2  # times the plain eager model's host time per layer
 SHALLOW, DEEP, STEPS = 2, 10, 3  # layers; steps of a turn, of which the fastest counts
@@ -76,21 +76,21 @@ def ours(setting: Setting, ids: torch.Tensor, backend: str, masks: str) -> Step:
     """With a plan of its own for every step, as in training."""
     model = Transformer(setting.model, setting.partition, backend)
     tables = build_tables(LABELS, "none", "free")
-    runs = (Run(UNLABELED, 0, ids.numel()),)
+    runs = (LabelRun(UNLABELED, 0, ids.numel()),)
     if masks == "masked":
         tables = build_tables(LABELS, "sgtm", "masked")
-        runs = Run(FORGET, 0, SEQ_LEN), Run(UNLABELED, SEQ_LEN, ids.numel())
+        runs = LabelRun(FORGET, 0, SEQ_LEN), LabelRun(UNLABELED, SEQ_LEN, ids.numel())
     return lambda: timed(lambda: model(ids, ids, MaskPlan(tables, runs, *ids.shape), 1 / ids.numel())[0], model)
 
 
-def layer_times(ways: dict[str, dict[int, Step]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of a layer, of every way in every round; ways: by depth."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for name in ways:
+def layer_times(steps: dict[str, dict[int, Step]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of a layer, of every variant in every round; steps: of each variant by depth."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for name in steps:
         for depth in (SHALLOW, DEEP):
-            ways[name][depth]()
+            steps[name][depth]()
     for _ in range(rounds):
-        for name, depths in ways.items():
+        for name, depths in steps.items():
             gc.collect()
             seconds[name].append((depths[DEEP]() - depths[SHALLOW]()) / (DEEP - SHALLOW))
     return seconds
@@ -100,11 +100,11 @@ def measure(family: str, backends: list[str], rounds: int) -> list[dict]:
     """A row for the plain model, then one for each backend and mask with its ratio to it, paired by round."""
     setting, ids = FAMILIES[family], torch.randint(64, (SEQUENCES, SEQ_LEN))
     by_depth = {depth: replace(setting, model=replace(setting.model, layers=depth)) for depth in (SHALLOW, DEEP)}
-    ways = {"plain eager": {depth: plain(one, ids) for depth, one in by_depth.items()}}
+    steps = {"plain eager": {depth: plain(one, ids) for depth, one in by_depth.items()}}
     for backend in backends:
         for masks in MASKS:
-            ways[f"{backend} {masks}"] = {d: ours(one, ids, backend, masks) for d, one in by_depth.items()}
-    times = layer_times(ways, rounds)
+            steps[f"{backend} {masks}"] = {d: ours(one, ids, backend, masks) for d, one in by_depth.items()}
+    times = layer_times(steps, rounds)
     rows = []
     for name, seconds in times.items():
         row = {"row": f"host time per layer, {family}, {name}", "unit": "us", **percentiles([s * 1e6 for s in seconds])}

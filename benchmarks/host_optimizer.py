@@ -48,8 +48,8 @@ def optimizer_of(setting: Setting, backend: str, layout: str) -> SegmentedAdamW:
     flat = torch.nn.Parameter(torch.zeros(sum(numels.values())))
     offset, pieces = 0, []
     for name, numel in numels.items():
-        place = (flat, offset) if layout == "flat" else (parameters[name], 0)
-        pieces.append(Fragment(*place, name, 0, numel))
+        location = (flat, offset) if layout == "flat" else (parameters[name], 0)
+        pieces.append(Fragment(*location, name, 0, numel))
         offset += numel
     optimizer = SegmentedAdamW([flat] if layout == "flat" else parameters.values(), AdamW(), backend)
     optimizer.set_segments(segment_tables(pieces, numels, rows), {k for row in rows.values() for k in row.keys})

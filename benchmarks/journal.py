@@ -95,14 +95,14 @@ class Items:
         current = os.environ.get("SGTM_GPU_ITEM")
         self.current = Path(current) if current else None
 
-    def measure(self, item: str, way: Callable[[], list[dict]]) -> list[dict]:
-        """Rows of `way`, or of its failure, written with the item's name; none where it was finished before."""
+    def measure(self, item: str, function: Callable[[], list[dict]]) -> list[dict]:
+        """Rows of `function`, or of its failure, written with the item's name; none where it was finished before."""
         if item in self.finished:
             return []
         if self.current:
             self.current.write_text(item)
         try:
-            rows = [{"item": item, "outcome": OK} | row for row in way()]
+            rows = [{"item": item, "outcome": OK} | row for row in function()]
         except Exception as error:
             rows = [{"item": item} | failure(error)]
         if self.journal:

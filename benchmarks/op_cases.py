@@ -26,11 +26,11 @@ from sgtm_kernels.norm import layer_norm, rms_norm
 from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.testing import poisoned_memory
 from sgtm_kernels.tools.shapes import FORGET, NONE, UNLABELED, Shape
-from sgtm_kernels.tools.timing import Way
+from sgtm_kernels.tools.timing import TimedCall
 
 
 def forget_share(plan: MaskPlan) -> float:
-    return sum(run.end - run.start for run in plan.runs if run.label == FORGET) / plan.tokens
+    return sum(run.end - run.start for run in plan.label_runs if run.label == FORGET) / plan.tokens
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Case:
              that is NaN where nothing was written
     """
 
-    ours: Callable[[MaskPlan, str], Way]
-    public: dict[str, Way]
+    ours: Callable[[MaskPlan, str], TimedCall]
+    public: dict[str, TimedCall]
     work: Callable[[MaskPlan], tuple[float, float]]
     results: Callable[[MaskPlan, str, torch.dtype], dict[str, torch.Tensor]]
 
@@ -63,14 +63,16 @@ class Inputs:
     def integers(self, high: int, *size: int) -> torch.Tensor:
         return torch.randint(high, size, device=self.device)
 
-    def public(self, name: str, function: Callable, leaves: list[torch.Tensor], dy: torch.Tensor) -> dict[str, Way]:
-        ways = {name: both(function, leaves, dy)}
+    def public(
+        self, name: str, function: Callable, leaves: list[torch.Tensor], dy: torch.Tensor
+    ) -> dict[str, TimedCall]:
+        calls = {name: both(function, leaves, dy)}
         if self.compiled:
-            ways[f"{name}, compiled"] = both(torch.compile(function, fullgraph=True, dynamic=False), leaves, dy)
-        return ways
+            calls[f"{name}, compiled"] = both(torch.compile(function, fullgraph=True, dynamic=False), leaves, dy)
+        return calls
 
 
-def both(function: Callable[..., torch.Tensor], leaves: list[torch.Tensor], dy: torch.Tensor) -> Way:
+def both(function: Callable[..., torch.Tensor], leaves: list[torch.Tensor], dy: torch.Tensor) -> TimedCall:
     """Forward and backward."""
     return lambda: torch.autograd.grad(function(*leaves), leaves, dy)
 
@@ -79,12 +81,12 @@ def differentiable(
     op: Callable[[MaskPlan, str], Callable[..., torch.Tensor]],
     leaves: dict[str, torch.Tensor],
     dy: torch.Tensor,
-    public: dict[str, Way],
+    public: dict[str, TimedCall],
     work: Callable[[MaskPlan], tuple[float, float]],
 ) -> Case:
     """A case of a function of `leaves`: `op(plan, backend)` is the function."""
 
-    def ours(plan: MaskPlan, backend: str) -> Way:
+    def ours(plan: MaskPlan, backend: str) -> TimedCall:
         return both(op(plan, backend), list(leaves.values()), dy)
 
     def results(plan: MaskPlan, backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -184,7 +186,7 @@ def attend(s: Shape, make: Inputs, window: int | None = None, documents: int = 1
 
     def cut(plan: MaskPlan) -> MaskPlan:
         pieces = tuple((t, t + length) for t in range(0, s.tokens, length))
-        return MaskPlan(plan.tables, plan.runs, s.batch, s.seq_len, pieces if documents > 1 else None)
+        return MaskPlan(plan.tables, plan.label_runs, s.batch, s.seq_len, pieces if documents > 1 else None)
 
     def ours(plan, backend):
         plan = cut(plan)
@@ -192,8 +194,8 @@ def attend(s: Shape, make: Inputs, window: int | None = None, documents: int = 1
 
     visible = Visible(cut(MaskPlan.uniform(NONE, UNLABELED, s.batch, s.seq_len)), window)
 
-    def library(way):
-        return both(lambda qkv: way(*whole.split(qkv)[0], scale, visible), [qkv], dy)
+    def library(attend):
+        return both(lambda qkv: attend(*whole.split(qkv)[0], scale, visible), [qkv], dy)
 
     def sdpa(qkv, backend):
         with sdpa_kernel(backend):
@@ -212,7 +214,7 @@ def attend(s: Shape, make: Inputs, window: int | None = None, documents: int = 1
         heads = s.heads * s.batch  # where labels change inside sequences, every head of every sequence
         if plan.whole_sequences:
             active = [sum(n for n, on in zip(layout.heads, row, strict=True) if on) for row in plan.tables.active]
-            heads = sum((run.end - run.start) // s.seq_len * active[run.label] for run in plan.runs)
+            heads = sum((run.end - run.start) // s.seq_len * active[run.label] for run in plan.label_runs)
         seen = min(window or length, length)
         pairs = documents * (length * seen - seen**2 / 2)  # of queries and keys; without cuts half of the square
         return heads * 14 * pairs * s.head_dim, (3 * qkv.numel() + 3 * dy.numel()) * qkv.element_size()

@@ -2,7 +2,7 @@
 
     python benchmarks/ops.py [--only linear,mlp] [--backend torch,triton] [--shape 254m] [--mask MASK,...] [--json FILE]
 
-For every op, forward and backward of one layer: in every round each way of doing it takes its turn, ours under each
+For every op, forward and backward of one layer: in every round each call takes its turn, ours under each
 mask and the public ones, so that ratios are of times of the same round. A row is one mask in one backend:
 
     microseconds     of one call
@@ -93,8 +93,8 @@ def measure(case: Case, shape: Shape, backends: list[str], clock: Clock, rooflin
     """Rows of one op: the public calls, then every backend under every mask."""
     masks = {mask: plan for mask, plan in plans(shape).items() if mask in (BASE, *args.mask)}
     ours = {(backend, mask): case.ours(plan, backend) for backend in backends for mask, plan in masks.items()}
-    public = {name: way for name, way in case.public.items() if works(name, way)}
-    times = clock.rounds({**public, **ours, **roofline.ways}, args.rounds, args.seconds)
+    public = {name: call for name, call in case.public.items() if works(name, call)}
+    times = clock.rounds({**public, **ours, **roofline.calls}, args.rounds, args.seconds)
     best = min(public, key=lambda name: np.median(times[name]))
     peaks = [{key: times[key][i] for key in (MATMUL, COPY)} for i in range(len(times[COPY]))]
     rates = {name: percentiles(values) for name, values in roofline.rates(times).items()}
@@ -118,10 +118,10 @@ def measure(case: Case, shape: Shape, backends: list[str], clock: Clock, rooflin
     return rows
 
 
-def works(name: str, way) -> bool:
+def works(name: str, call) -> bool:
     """False, with a line on stderr, if the public call raises, as for a head size that it does not support."""
     try:
-        way()
+        call()
     except (RuntimeError, NotImplementedError) as error:
         print(f"left out: {name}: {str(error).splitlines()[0]}", file=sys.stderr)
         return False

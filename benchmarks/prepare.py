@@ -98,9 +98,9 @@ def write_short(folder: Path, size: int) -> Path:
 def write_files(folder: Path, size: int) -> Path:
     """Thousands of text files in folders of a hundred."""
     for number in range(size * 1000):
-        place = folder / f"{number // 100}" / "a"
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"{number}.txt").write_text(f"document {number} of many")
+        subfolder = folder / f"{number // 100}" / "a"
+        subfolder.mkdir(parents=True, exist_ok=True)
+        (subfolder / f"{number}.txt").write_text(f"document {number} of many")
     return folder
 
 

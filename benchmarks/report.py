@@ -73,7 +73,7 @@ def documents() -> dict[Path, str]:
     )
     by_document: dict[Path, list[Path]] = {}
     for path in paths:
-        by_document.setdefault(PLACES.get(path.stem, DOCS / "performance.md"), []).append(path)
+        by_document.setdefault(DOCUMENTS.get(path.stem, DOCS / "performance.md"), []).append(path)
     texts = {DOCS / "results.md": results + "\n\n".join(section(path, "../") for path in paths) + "\n"}
     for document, of in by_document.items():
         up = "../" if document.parent == DOCS else ""
@@ -101,13 +101,13 @@ def section(path: Path, up: str) -> str:
 
 def _sources(rows: list[dict]) -> list[str]:
     """Where the rows were measured: an entry for each machine and torch, with all commits and days."""
-    places: dict[str, list[dict]] = {}
+    devices: dict[str, list[dict]] = {}
     for row in rows:
         threads = f"{row['threads']} thread{'s' * (row['threads'] != 1)}"
-        places.setdefault(f"{row['device']}, {threads}, torch {row['versions']['torch']}", []).append(row)
+        devices.setdefault(f"{row['device']}, {threads}, torch {row['versions']['torch']}", []).append(row)
     return [
-        ", ".join([place, f"commit {_each(own, 'commit')}", _each([{"day": row["time"][:10]} for row in own], "day")])
-        for place, own in places.items()
+        ", ".join([device, f"commit {_each(own, 'commit')}", _each([{"day": row["time"][:10]} for row in own], "day")])
+        for device, own in devices.items()
     ]
 
 
@@ -130,7 +130,7 @@ PARTS = {
     "novels-lengths.sweep": "Lengths of the baselines, for the curves",
 }
 """What stands above the table of a sweep that is not the first of its file."""
-PLACES = {
+DOCUMENTS = {
     "quickstart": ROOT / "README.md",
     "steps": ROOT / "README.md",
     "novels": DOCS / "recipes.md",
@@ -147,8 +147,8 @@ def sweep(name: str, rows: list[dict]) -> str:
     about = (
         "Held-out loss in nats per token, mean and sample standard deviation over the seeds: of the full model and of "
         "the ablated one (without the domain's group), on retained and on forgotten data. Nothing is ablated from a "
-        "model that was trained without masks. The losses are those of the CPU named below the table: another one rounds "
-        "bf16 differently, so that a single seed moves."
+        "model that was trained without masks. The losses are those of the CPU named below the table: another one "
+        "rounds bf16 differently, so that a single seed moves."
     )
     if ratios:
         about += (

@@ -16,7 +16,7 @@ class Roofline:
         source, target = (torch.zeros(size, dtype=torch.int8, device=device) for _ in range(2))
         out = torch.empty_like(left)
         self.flops, self.bytes = 2 * n**3, 2 * size
-        self.ways = {MATMUL: lambda: torch.mm(left, right, out=out), COPY: lambda: target.copy_(source)}
+        self.calls = {MATMUL: lambda: torch.mm(left, right, out=out), COPY: lambda: target.copy_(source)}
 
     def ideal(self, flops: float, moved: float, times: dict[str, float]) -> float:
         """Seconds that so much work takes at the rates of these two times."""

@@ -6,7 +6,7 @@ python examples/mask_one_layer.py
 import torch
 
 from sgtm_kernels.linear import linear_in
-from sgtm_kernels.plan import MaskPlan, merge_runs
+from sgtm_kernels.plan import MaskPlan, merge_label_runs
 from sgtm_kernels.tables import JOINT_KINDS, PROJECTIONS, Tables
 
 RETAIN, FORGET = 0, 1  # labels, and groups
@@ -22,7 +22,7 @@ tables = Tables(
 weight = torch.randn(12, 8, requires_grad=True)  # rows 0:10 belong to retain, 10:12 to bio
 bounds = (0, 10, 12)
 x = torch.randn(2, 16, 8)  # two sequences: the first is retain, the second forget
-plan = MaskPlan(tables, merge_runs([RETAIN, FORGET], [16, 16]), batch=2, seq_len=16)
+plan = MaskPlan(tables, merge_label_runs([RETAIN, FORGET], [16, 16]), batch=2, seq_len=16)
 
 linear_in(x, weight, None, plan, "mlp_in", bounds).sum().backward()
 for rows, sequence, learner in ((slice(0, 10), 0, "retain"), (slice(10, 12), 1, "bio")):

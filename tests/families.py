@@ -17,7 +17,7 @@ from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition, build_partition
 from sgtm.masking.strategy import PRESETS, build_tables
 from sgtm.model.transformer import Transformer
-from sgtm_kernels.plan import MaskPlan, Tables, merge_runs
+from sgtm_kernels.plan import MaskPlan, Tables, merge_label_runs
 
 SPACE = LabelSpace(("bio", "code"))
 UNLABELED, RETAIN, BIO, CODE = range(4)
@@ -163,7 +163,7 @@ def with_content(batch: Batch, labels: Iterable[int], seed: int) -> Batch:
 
 
 def plan_of(batch: Batch, tables: Tables) -> MaskPlan:
-    return MaskPlan(tables, merge_runs(batch.labels, batch.lengths), *batch.input_ids.shape, batch.documents)
+    return MaskPlan(tables, merge_label_runs(batch.labels, batch.lengths), *batch.input_ids.shape, batch.documents)
 
 
 def gradients(model: Transformer, batches: list[Batch], tables: Tables) -> dict[str, torch.Tensor]:

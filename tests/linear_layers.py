@@ -1,4 +1,4 @@
-"""Masked linear layers as their tests make them: the sides, the ways of computing them, and inputs."""
+"""Masked linear layers as their tests make them: the sides, their algorithms, and inputs."""
 
 import pytest
 import torch
@@ -16,15 +16,15 @@ WIDTH = 16
 SIDES = {"in": (linear_in, "mlp_in", WIDTH, BOUNDS[-1]), "out": (linear_out, "attn_out", BOUNDS[-1], WIDTH)}
 
 by_side = pytest.mark.parametrize("side", SIDES)
-# Backends and, for labels that change from token to token, the ways of `triton` (see `use_way`).
+# Backends and, for labels that change from token to token, the algorithms of `triton` (see `use_algorithm`).
 KERNELS = ("triton", "rectangles", "descriptors")
 FAST = ("torch", *KERNELS)
 
 by_kernel = pytest.mark.parametrize("backend", KERNELS)
 
 
-def use_way(request, monkeypatch) -> None:
-    """`rectangles` and `descriptors` are the backend `triton` with that candidate, on masks or on descriptors."""
+def use_algorithm(request, monkeypatch) -> None:
+    """`rectangles` and `descriptors` are the backend `triton` with that algorithm, on masks or on descriptors."""
     backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
     monkeypatch.setenv("SGTM_LINEAR", "masked" if backend == "triton" else "rectangles")
     monkeypatch.setattr(rectangles, "has_descriptors", lambda device: backend == "descriptors")

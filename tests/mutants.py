@@ -63,13 +63,13 @@ class Mutant:
 
     def applied(self, text: str) -> str:
         """The source with the fault. Raises ValueError where `old` does not occur once, or `new` is no change."""
-        places = []
+        matches = []
         for indent in range(0, 41, 4):
             old, new = (textwrap.indent(part.rstrip("\n") + "\n", " " * indent) for part in (self.old, self.new))
-            places += [(i, old, new) for i in _starts(text, old)]
-        if len(places) != 1 or self.old == self.new:
-            raise ValueError(f"{self.fault}: {len(places)} places in {self.file} like\n{self.old}")
-        ((start, old, new),) = places
+            matches += [(i, old, new) for i in _starts(text, old)]
+        if len(matches) != 1 or self.old == self.new:
+            raise ValueError(f"{self.fault}: {len(matches)} places in {self.file} like\n{self.old}")
+        ((start, old, new),) = matches
         return text[:start] + new + text[start + len(old) :]
 
 

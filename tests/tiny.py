@@ -6,7 +6,7 @@ import torch
 
 from sgtm.config.schema import Config
 from sgtm.model.transformer import Transformer
-from sgtm_kernels.plan import MaskPlan, merge_runs
+from sgtm_kernels.plan import MaskPlan, merge_label_runs
 
 UNLABELED, RETAIN, FORGET = 0, 1, 2
 SEQUENCES, MICRO_BATCH, CONTEXT, VOCAB = 8, 2, 6, 37
@@ -68,7 +68,7 @@ def tiny_step(config: Config, step: int, labels: tuple[int, ...], rank: int, wor
     batches = []
     for start in range(rank * MICRO_BATCH, SEQUENCES, MICRO_BATCH * world_size):
         rows = slice(start, start + MICRO_BATCH)
-        runs = merge_runs(list(labels[rows]), [CONTEXT] * MICRO_BATCH)
+        runs = merge_label_runs(list(labels[rows]), [CONTEXT] * MICRO_BATCH)
         plan = MaskPlan(config.tables, runs, MICRO_BATCH, CONTEXT)
         batches.append((ids[rows], ids[rows].roll(-1, dims=1), plan, 1 / (SEQUENCES * CONTEXT)))
     return batches

@@ -15,7 +15,7 @@ TUNABLES = {
     t.name: t
     for t in (
         *attention_kernel.TILES.values(), *mlp_kernel.TILES.values(), cross_entropy_kernel.TILE, scaling.TILE,
-        linear_kernel.WAY, rectangles.TILE,
+        linear_kernel.DW_ALGORITHM, rectangles.TILE,
     )
 }  # fmt: skip
 SHAPE, LONG = Shape(2, 40, 16, 2, 2, 40, 97, 1, 8), Shape(2, 384, 16, 2, 2, 40, 97, 1, 8)

@@ -196,9 +196,9 @@ def _outcome(ended: Ended) -> str:
 
 
 def _where(ended: Ended, outcome: str) -> str:
-    place = f" in {ended.item}" if ended.item and outcome != DONE else ""
+    item = f" in {ended.item}" if ended.item and outcome != DONE else ""
     lines = ended.tail.strip().splitlines()
-    return place + (f": {lines[-1][:160]}" if lines and outcome not in (DONE, CUT) else "")
+    return item + (f": {lines[-1][:160]}" if lines and outcome not in (DONE, CUT) else "")
 
 
 class Processes:

@@ -29,7 +29,7 @@ def main() -> int:
     items, roofline, clock = Items(Journal(args.rows), healthy), Roofline(on, torch.bfloat16), Clock(on)
 
     def rate(name: str, unit: str, work: float) -> list[dict]:
-        times = clock.rounds({name: roofline.ways[name]}, 30, args.seconds)[name]
+        times = clock.rounds({name: roofline.calls[name]}, 30, args.seconds)[name]
         return [{"rate": name, unit: percentiles([work / t for t in times]), "rounds": len(times)}]
 
     items.measure(COPY, lambda: rate(COPY, "gb_per_second", roofline.bytes / 1e9))

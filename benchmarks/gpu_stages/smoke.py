@@ -59,7 +59,7 @@ def check_variant(items: Items, op: str, variant: str, name: str, shape: Shape, 
         for backend, dtype in backends() if mask in MASKS else ():
             item = smoke_item(variant, name, mask, backend)
 
-            def way(backend=backend, dtype=dtype, mask=mask, plan=plan, known=known) -> list[dict]:
+            def measured(backend=backend, dtype=dtype, mask=mask, plan=plan, known=known) -> list[dict]:
                 nonlocal case
                 began = time.monotonic()
                 if case is None:
@@ -69,7 +69,7 @@ def check_variant(items: Items, op: str, variant: str, name: str, shape: Shape, 
                 verdict = check(case, plan, backend, dtype, known)
                 return [head | {"dtype": str(dtype).removeprefix("torch.")} | verdict | _seconds(began)]
 
-            items.measure(item, way)
+            items.measure(item, measured)
 
 
 def _seconds(began: float) -> dict:

@@ -45,8 +45,8 @@ def main() -> int:
         return 0
     options = CPU if args.cpu else GPU
     for zero in (1, 3):
-        for name, way in ((f"zero {zero}, left alone", left_alone), (f"zero {zero}, killed", killed_and_resumed)):
-            items.measure(name, lambda way=way, zero=zero: [way(zero, args.folder, options)])
+        for name, trial in ((f"zero {zero}, left alone", left_alone), (f"zero {zero}, killed", killed_and_resumed)):
+            items.measure(name, lambda trial=trial, zero=zero: [trial(zero, args.folder, options)])
     return 0
 
 

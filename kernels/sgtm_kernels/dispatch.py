@@ -25,7 +25,7 @@ from sgtm_kernels.autograd import captured
 OPS = ("linear", "mlp", "attention", "norm", "embedding", "cross_entropy", "adamw")
 BACKENDS = ("reference", "torch", "triton")
 # Environment variables that choose inside a backend, and what they may name.
-WAYS = {"SGTM_ATTENTION": ("sdpa", "flash_attn", "flex"), "SGTM_LINEAR": ("masked", "rectangles")}
+ALGORITHMS = {"SGTM_ATTENTION": ("sdpa", "flash_attn", "flex"), "SGTM_LINEAR": ("masked", "rectangles")}
 FALLBACK = "torch"  # runs everywhere
 # Ops of a transformer block, which `torch.compile` captures: in a graph `torch` has a module of its own for them.
 CAPTURED = ("linear", "mlp", "attention", "norm")
@@ -70,11 +70,11 @@ def named(name: str = "auto") -> bool:
     return name != "auto" or os.environ.get("SGTM_KERNELS") not in (None, "", "auto")
 
 
-def way(variable: str) -> str | None:
-    """What one of WAYS names in the environment, or None. Raises ValueError for what is not known."""
+def algorithm(variable: str) -> str | None:
+    """What one of ALGORITHMS names in the environment, or None. Raises ValueError for what is not known."""
     chosen = os.environ.get(variable) or None
-    if chosen not in (None, *WAYS[variable]):
-        raise ValueError(f"{variable} is {chosen!r}; it takes {_either(*WAYS[variable])}")
+    if chosen not in (None, *ALGORITHMS[variable]):
+        raise ValueError(f"{variable} is {chosen!r}; it takes {_either(*ALGORITHMS[variable])}")
     return chosen
 
 
@@ -139,10 +139,10 @@ def replaced(modules: dict[tuple[str, str], ModuleType]) -> Iterator[None]:
 def load(backend: str) -> None:
     """Import all ops of a backend now, which else happens at their first call: a function that is compiled cannot.
 
-    Raises ValueError where an environment variable names an unknown way, of this backend or another.
+    Raises ValueError where an environment variable names an unknown algorithm, of this backend or another.
     """
-    for variable in WAYS:
-        way(variable)
+    for variable in ALGORITHMS:
+        algorithm(variable)
     for op in OPS:
         pick(op, backend)
     for op in CAPTURED:

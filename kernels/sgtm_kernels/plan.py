@@ -1,7 +1,7 @@
 """The masks of one micro-batch, as the ops need them.
 
-`MaskPlan` joins a strategy's tables (tables.py) with the *runs* of one micro-batch: maximal stretches of tokens with
-one label. Labels are known on the CPU when the batch is built, so everything here is plain Python arithmetic on a
+`MaskPlan` joins a strategy's tables (tables.py) with the *label runs* of one micro-batch: maximal stretches of tokens
+of one label. Labels are known on the CPU when the batch is built, so everything here is plain Python arithmetic on a
 handful of integers; no op ever reads a label from a device tensor to decide what to do.
 
 The promise: an op that gets its work from a plan multiplies each token's contribution to the gradient of each group's
@@ -30,7 +30,7 @@ MAX_SLICES = 8
 T = TypeVar("T")
 
 
-class Run(NamedTuple):
+class LabelRun(NamedTuple):
     """Tokens `start:end` of the flattened micro-batch, all of one label."""
 
     label: int
@@ -67,15 +67,15 @@ def check_known(what: str, name: str | None, names: Sequence[str | None]) -> Non
         raise ValueError(f"unknown {what} {name!r}; known: {', '.join(map(str, names))}")
 
 
-def merge_runs(labels: list[int], lengths: list[int]) -> tuple[Run, ...]:
+def merge_label_runs(labels: list[int], lengths: list[int]) -> tuple[LabelRun, ...]:
     """Runs of consecutive pieces with these labels and token counts; neighbours of one label become one run."""
-    runs: list[Run] = []
+    runs: list[LabelRun] = []
     position = 0
     for label, length in zip(labels, lengths, strict=True):
         if runs and runs[-1].label == label:
             runs[-1] = runs[-1]._replace(end=position + length)
         elif length:
-            runs.append(Run(label, position, position + length))
+            runs.append(LabelRun(label, position, position + length))
         position += length
     return tuple(runs)
 
@@ -84,7 +84,7 @@ def merge_runs(labels: list[int], lengths: list[int]) -> tuple[Run, ...]:
 class MaskPlan:
     """The masks of one micro-batch of `batch` sequences of `seq_len` tokens.
 
-    runs       cover `0:batch*seq_len` without gaps, in order
+    label_runs cover `0:batch*seq_len` without gaps, in order
     documents  token ranges `(start, end)` that do not attend to one another, covering the micro-batch and never
                crossing a sequence; None: every sequence attends to all of its own past
     handle     int64 scalar on the CPU that stands for this plan where an op of torch's dispatcher takes one: its
@@ -95,7 +95,7 @@ class MaskPlan:
     """
 
     tables: Tables
-    runs: tuple[Run, ...]
+    label_runs: tuple[LabelRun, ...]
     batch: int
     seq_len: int
     documents: tuple[tuple[int, int], ...] | None = None
@@ -104,9 +104,11 @@ class MaskPlan:
     _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
-        edges = [0, *(run.end for run in self.runs)]
-        if [run.start for run in self.runs] != edges[:-1] or edges[-1] != self.tokens:
-            raise ValueError(f"runs {self.runs} must cover the {self.tokens} tokens of the micro-batch in order")
+        edges = [0, *(run.end for run in self.label_runs)]
+        if [run.start for run in self.label_runs] != edges[:-1] or edges[-1] != self.tokens:
+            raise ValueError(
+                f"label runs {self.label_runs} must cover the {self.tokens} tokens of the micro-batch in order"
+            )
         if self.documents is not None:
             ends = [0, *(end for _, end in self.documents)]
             crossed = any(start // self.seq_len != (end - 1) // self.seq_len for start, end in self.documents)
@@ -115,8 +117,8 @@ class MaskPlan:
                     f"documents must cover the {self.tokens} tokens in order, none across sequences of {self.seq_len}; "
                     f"got {self.documents}"
                 )
-        if any(not 0 <= run.label < len(self.tables.labels) for run in self.runs):
-            raise ValueError(f"runs {self.runs} name a label outside {self.tables.labels}")
+        if any(not 0 <= run.label < len(self.tables.labels) for run in self.label_runs):
+            raise ValueError(f"label runs {self.label_runs} name a label outside {self.tables.labels}")
         # A plain attribute: a compiled graph has a guard on each boolean that it reads.
         signature = signature_of(self.tables, self.present, self.documents is not None)
         object.__setattr__(self, "signature", signature)
@@ -128,12 +130,12 @@ class MaskPlan:
 
     def __reduce__(self):
         """Copies and what is unpickled are plans of their own, with a handle of their own."""
-        return type(self), (self.tables, self.runs, self.batch, self.seq_len, self.documents)
+        return type(self), (self.tables, self.label_runs, self.batch, self.seq_len, self.documents)
 
     @classmethod
     def uniform(cls, tables: Tables, label: int, batch: int, seq_len: int) -> MaskPlan:
         """One label for the whole micro-batch."""
-        return cls(tables, (Run(label, 0, batch * seq_len),), batch, seq_len)
+        return cls(tables, (LabelRun(label, 0, batch * seq_len),), batch, seq_len)
 
     @cached_property
     def tokens(self) -> int:
@@ -155,12 +157,12 @@ class MaskPlan:
     @cached_property
     def present(self) -> tuple[int, ...]:
         """The labels of this micro-batch."""
-        return tuple(sorted({run.label for run in self.runs}))
+        return tuple(sorted({run.label for run in self.label_runs}))
 
     @cached_property
     def whole_sequences(self) -> bool:
         """Whether every run begins and ends at a sequence boundary."""
-        return all(run.end % self.seq_len == 0 for run in self.runs)
+        return all(run.end % self.seq_len == 0 for run in self.label_runs)
 
     def updaters(self, by_label: tuple[float, ...]) -> Updaters:
         """The tokens whose label has a non-zero weight; neighbouring runs of equal weight are one slice."""
@@ -168,7 +170,7 @@ class MaskPlan:
 
     def _updaters(self, by_label: tuple[float, ...]) -> Updaters:
         merged: list[Slice] = []
-        for run in self.runs:
+        for run in self.label_runs:
             weight = by_label[run.label]
             if weight == 0:
                 continue
@@ -225,8 +227,8 @@ class MaskPlan:
 
         def make() -> torch.Tensor:
             # Named: on a default device of the process, repeat_interleave would wait for it.
-            lengths = torch.tensor([run.end - run.start for run in self.runs], device="cpu")
-            labels = torch.tensor([run.label for run in self.runs], dtype=torch.int32, device="cpu")
+            lengths = torch.tensor([run.end - run.start for run in self.label_runs], device="cpu")
+            labels = torch.tensor([run.label for run in self.label_runs], dtype=torch.int32, device="cpu")
             return torch.repeat_interleave(labels, lengths).to(device, non_blocking=True)
 
         return self.cached(("labels", device), make)

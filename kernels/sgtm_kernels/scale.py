@@ -12,12 +12,12 @@ def scale_columns_(x: torch.Tensor, plan: MaskPlan, start: int, end: int, by_lab
 
     x [tokens, columns]. Blocks with factor 1 are not touched.
     """
-    if len(plan.runs) > MAX_SLICES:
-        if any(by_label[run.label] != 1 for run in plan.runs):
+    if len(plan.label_runs) > MAX_SLICES:
+        if any(by_label[run.label] != 1 for run in plan.label_runs):
             weights = plan.token_weights(by_label, x)[:, None]
             x[:, start:end] = torch.where(weights == 0, 0.0, x[:, start:end] * weights)
         return
-    for run in plan.runs:
+    for run in plan.label_runs:
         factor = by_label[run.label]
         if factor == 0:
             x[run.start : run.end, start:end] = 0

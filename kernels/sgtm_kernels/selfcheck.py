@@ -31,7 +31,7 @@ import torch
 
 from sgtm_kernels.accuracy import compare
 from sgtm_kernels.adamw import Slice, Tensors, prepare
-from sgtm_kernels.dispatch import OPS, WAYS, pick, replaced, way
+from sgtm_kernels.dispatch import ALGORITHMS, OPS, algorithm, pick, replaced
 from sgtm_kernels.measurement import cpu_model, driver, installed
 from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.testing import poisoned_memory, random_like
@@ -213,7 +213,7 @@ def _describe(value: object) -> object:
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape), value.requires_grad
     if isinstance(value, MaskPlan):
-        return _describe(value.tables), value.runs, value.batch, value.seq_len, value.documents
+        return _describe(value.tables), value.label_runs, value.batch, value.seq_len, value.documents
     if is_dataclass(value) and not isinstance(value, type):
         return type(value).__name__, astuple(value)
     return tuple(map(_describe, value)) if isinstance(value, tuple) else value
@@ -255,7 +255,7 @@ def facts(device: torch.device) -> dict[str, str | None]:
         "triton": installed("triton"),
         "code": _code(),
         "tuned": _tuned(device),
-        **{variable: way(variable) for variable in WAYS},
+        **{variable: algorithm(variable) for variable in ALGORITHMS},
     }
 
 

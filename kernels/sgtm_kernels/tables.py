@@ -41,13 +41,13 @@ class Tables:
         if any(len(row) != grid[0] for row in self.update_joint.values()):
             raise ValueError(f"update_joint needs one value for each of the {grid[0]} labels")
 
-    def contribution(self, part: str, label: int, group: int) -> float:
+    def contribution(self, projection: str, label: int, group: int) -> float:
         """`update` where a gradient arrives at all, else 0: an inactive group gets none, a stopped one none in-side.
-        Parts without `update` (a domain's own embedding and head) learn where the group is active."""
-        if part not in self.update:
+        Projections without `update` (a domain's own embedding and head) learn where the group is active."""
+        if projection not in self.update:
             return self.active[label][group]
-        reaches = self.active[label][group] * (self.route[label][group] if part.endswith("_in") else 1.0)
-        return self.update[part][label][group] if reaches != 0 else 0.0
+        reaches = self.active[label][group] * (self.route[label][group] if projection.endswith("_in") else 1.0)
+        return self.update[projection][label][group] if reaches != 0 else 0.0
 
     @cached_property
     def contributions(self) -> dict[str, tuple[tuple[float, ...], ...]]:

@@ -15,7 +15,7 @@ import torch
 
 from sgtm_kernels.accuracy import compare
 from sgtm_kernels.dispatch import BACKENDS
-from sgtm_kernels.plan import JOINT_KINDS, MAX_SLICES, PROJECTIONS, MaskPlan, Tables, merge_runs
+from sgtm_kernels.plan import JOINT_KINDS, MAX_SLICES, PROJECTIONS, MaskPlan, Tables, merge_label_runs
 
 BINARY = (0.0, 1.0)
 FLOATS = (0.0, 1.0, 0.5, -1.0, 2.0)
@@ -99,7 +99,7 @@ def random_plan(seed: int, tables: Tables, layout: str, batch: int, seq_len: int
         inside = {start + rng.randrange(seq_len) for start in range(0, batch * seq_len, seq_len)}
         borders = sorted({*edges, *range(0, batch * seq_len, seq_len), *inside})
         cut = tuple(pairwise(borders))
-    return MaskPlan(tables, merge_runs(labels, lengths), batch, seq_len, cut)
+    return MaskPlan(tables, merge_label_runs(labels, lengths), batch, seq_len, cut)
 
 
 def _every(rng: random.Random, labels: Sequence[int], count: int) -> list[int]:
@@ -156,6 +156,6 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, name: str = "
 def token_mask(plan: MaskPlan, labels: Sequence[int]) -> torch.Tensor:
     """bool [B, S]: the tokens of these labels."""
     mask = torch.zeros(plan.tokens, dtype=torch.bool)
-    for label, start, end in plan.runs:
+    for label, start, end in plan.label_runs:
         mask[start:end] = label in labels
     return mask.view(plan.batch, plan.seq_len)

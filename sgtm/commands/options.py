@@ -12,7 +12,7 @@ from sgtm.words import listed
 OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --masking.strategy none"
 SOURCE = "PRESET|FILE.yaml"
 MEANING = "preset (see sgtm config) or file"
-DATA = "data of the run, where they are not in their old place (default: data.path of the run)"
+DATA = "data of the run, where they are not in their old folder (default: data.path of the run)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -72,10 +72,10 @@ class Subcommands:
         return parser
 
 
-def _above_zero(kind: type, name: str, most: float = float("inf")) -> Callable[[str], float]:
+def _above_zero(number_type: type, name: str, most: float = float("inf")) -> Callable[[str], float]:
     def number(text: str) -> float:
         try:
-            value = kind(text)
+            value = number_type(text)
         except ValueError:
             value = 0
         if not 0 < value <= most or value == float("inf"):

@@ -65,7 +65,7 @@ def run(options) -> None:
 
         check_usable(Path(config.runs) / config.name, options.resume, options.overwrite)
         if config.data.path != "synthetic":
-            hint = "; if the data have moved, give their place with --data.path DIR" if options.resume else ""
+            hint = "; if the data have moved, give their folder with --data.path DIR" if options.resume else ""
             try:
                 read_manifest(Path(config.data.path))
             except ValueError as error:

@@ -53,8 +53,8 @@ def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[Key]:
 
 def section(field: FieldInfo | Any) -> type[BaseModel] | None:
     """The schema of a field that is a section of keys, else None."""
-    kind = field.annotation if isinstance(field, FieldInfo) else field
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    annotation = field.annotation if isinstance(field, FieldInfo) else field
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -85,9 +85,9 @@ def describe_field(field: FieldInfo) -> str:
     return _describe(field.annotation, tuple(field.metadata))
 
 
-def _describe(kind: Any, bounds: tuple = ()) -> str:
+def _describe(annotation: Any, bounds: tuple = ()) -> str:
     """A type in words: `whole number above 0`, `one of a, b`, `mapping of text to number`."""
-    origin, args = get_origin(kind), get_args(kind)
+    origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _describe(args[0], (*args[1:], *bounds))
     if origin in (Union, types.UnionType):
@@ -101,11 +101,11 @@ def _describe(kind: Any, bounds: tuple = ()) -> str:
         return f"list of {_nested(args[0])}"
     if origin is tuple:
         return f"list of {len(args)}: {', '.join(_describe(arg) for arg in args)}"
-    return NAMES[kind] + _range(bounds)
+    return NAMES[annotation] + _range(bounds)
 
 
-def _nested(kind: Any) -> str:
-    text = _describe(kind)
+def _nested(annotation: Any) -> str:
+    text = _describe(annotation)
     return f"({text})" if " or " in text or text.startswith("mapping") else text
 
 

@@ -106,9 +106,9 @@ class MaskingConfig(Section):
     """Names of the dangerous domains; each gets a group of heads and neurons."""
     strategy: Strategy = "sgtm"
     """What forget tokens may update. `sgtm`: the weights of their domain's group alone; `no_mlp_out`, `no_attn_out`,
-    `no_out`: also the retain group's output weights, of that part or both; `gradient_routing`: no gradient flows back
-    through the retain group; `activation_masking`: the retain group is off; `gram`: as `sgtm`, with joint `strict`;
-    `none`: everything, the unmasked baseline."""
+    `no_out`: also the retain group's output weights, of that sublayer or of both; `gradient_routing`: no gradient
+    flows back through the retain group; `activation_masking`: the retain group is off; `gram`: as `sgtm`, with joint
+    `strict`; `none`: everything, the unmasked baseline."""
     joint: Joint | list[JointKind] | None = None
     """Joint parameters that forget tokens leave alone besides those of the strategy: `free` (none), `masked`
     (embedding, position, head weight and the blocks' norms, as in the paper's Wikipedia models), `strict` (all), or a
@@ -273,7 +273,7 @@ class DistributedConfig(Section):
     agree less closely. Frozen weights stay bit-identical and a resumed run is still bitwise the same.
     """
     timeout_minutes: PositiveFloat = 30
-    """How long a rank may stay in one place, as in a collective, before the run ends with a diagnosis."""
+    """How long a rank may stay in one phase of a step, as in a collective, before the run ends with a diagnosis."""
 
     @model_validator(mode="after")
     def _consistent(self):

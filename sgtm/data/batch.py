@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from sgtm_kernels.cross_entropy.pytorch import IGNORE
-from sgtm_kernels.plan import MaskPlan, Tables, merge_runs
+from sgtm_kernels.plan import MaskPlan, Tables, merge_label_runs
 
 __all__ = ["IGNORE", "Batch", "Owners"]
 
@@ -16,7 +16,7 @@ __all__ = ["IGNORE", "Batch", "Owners"]
 class Owners:
     """Whose the targets of a micro-batch of an evaluation are.
 
-    index  int64 [B, S]: the document that each target belongs to, by its place in the order of the evaluation; any
+    index  int64 [B, S]: the document that each target belongs to, by its position in the order of the evaluation; any
            where there is no target
     count  number of documents of the whole evaluation, over all ranks
     """
@@ -52,7 +52,7 @@ class Batch:
 
     def plan(self, tables: Tables) -> MaskPlan:
         """The masks of this micro-batch under a strategy."""
-        runs = merge_runs(list(self.labels), list(self.lengths))
+        runs = merge_label_runs(list(self.labels), list(self.lengths))
         batch, seq_len = self.input_ids.shape
         return MaskPlan(tables, runs, batch, seq_len, documents=self.documents)
 

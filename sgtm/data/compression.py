@@ -68,17 +68,17 @@ def chunks(file: Path) -> Iterator[tuple[bytes, int]]:
 def check_beginning(file: Path, head: bytes) -> None:
     """Raises ValueError, with a remedy, where the first bytes are of another kind than the name states."""
     stated = compression_of(file.name)
-    kind = next((kind for kind, beginning in _BEGINNINGS.items() if re.match(beginning, head)), None)
-    if kind == stated or (not head and stated):
+    compression = next((name for name, beginning in _BEGINNINGS.items() if re.match(beginning, head)), None)
+    if compression == stated or (not head and stated):
         if not head and stated:
             raise ValueError(f"{file} is empty, but its name states {stated}; download it again")
         return
     bare = file.name if stated is None else file.name[: -len(file.suffix)]
-    content = kind or "plain text"
+    content = compression or "plain text"
     remedy = _REMEDY.get(content, f"rename it to {bare}{_SUFFIX_OF.get(content, '')}")
     if stated is None:
         raise ValueError(f"{file} is {content}, which its name does not state; {remedy}")
-    if kind is None and not _is_text(head):
+    if compression is None and not _is_text(head):
         raise ValueError(f"{file} is damaged: it does not begin as {stated} does; fetch it again")
     raise ValueError(f"{file} is not {stated}, as its name states, but {content}; {remedy}")
 

@@ -65,7 +65,7 @@ class Account:
 
 
 def _kinds(counts: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common()) or "nothing"
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common()) or "nothing"
 
 
 class Found(NamedTuple):
@@ -191,8 +191,8 @@ class _Search:
         elif not path.is_file():
             self.account.pass_over(SPECIAL, path)
         else:
-            kind = "".join(path.suffixes[-2:]) if compression_of(path.name) else path.suffix
-            self.account.unread[kind or "without a suffix"] += 1
+            suffix = "".join(path.suffixes[-2:]) if compression_of(path.name) else path.suffix
+            self.account.unread[suffix or "without a suffix"] += 1
         return False
 
     def _file(self, path: Path) -> Source:

@@ -158,9 +158,9 @@ class Encoder:
     def _control_in(self, text: str) -> str:
         """Describes the first control id that a text yields."""
         encoding = self._loaded().encode(text, add_special_tokens=False)
-        place = next(place for place, i in enumerate(encoding.ids) if self._controls[i])
-        start, end = encoding.offsets[place]
-        i = encoding.ids[place]
+        index = next(index for index, i in enumerate(encoding.ids) if self._controls[i])
+        start, end = encoding.offsets[index]
+        i = encoding.ids[index]
         return (
             f"{text[start:end]!r:.80} at character {start} becomes {self._loaded().id_to_token(i)!r} (id {i}), a "
             f"control token, and the tokenizer has no other pieces for it; take it out of the text, or prepare with "
@@ -264,10 +264,10 @@ class _Workers:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    def __exit__(self, kind: type | None, *error) -> None:
+    def __exit__(self, exception: type | None, *error) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-        if kind is BrokenProcessPool:  # found by a result, or when more work is handed over
+        if exception is BrokenProcessPool:  # found by a result, or when more work is handed over
             message = "a worker process died, perhaps for lack of memory; run the same command again, it resumes"
             raise OSError(message) from None
 

@@ -30,14 +30,14 @@ class Measured(NamedTuple):
     targets: int
     category: int | None
 
-    def number(self, place: int) -> int:
-        """The sequence of the stream at a place of `numbers`; past their end one that holds padding alone."""
+    def number(self, position: int) -> int:
+        """The sequence of the stream at a position of `numbers`; past their end one that holds padding alone."""
         past_the_end = -(-self.stream.tokens // self.stream.context)
-        return self.numbers[place] if place < len(self.numbers) else past_the_end
+        return self.numbers[position] if position < len(self.numbers) else past_the_end
 
-    def sequence(self, place: int, label: int) -> Sequence:
-        """Reads the sequence at a place of `numbers` as one of this label. Targets of other categories are `IGNORE`."""
-        read = self.stream.read(self.number(place))
+    def sequence(self, position: int, label: int) -> Sequence:
+        """The sequence at a position of `numbers`, as one of this label; other categories' targets are `IGNORE`."""
+        read = self.stream.read(self.number(position))
         targets = read.targets
         if self.category is not None:
             targets = np.where(np.repeat(np.array(read.labels) == self.category, read.lengths), targets, IGNORE)

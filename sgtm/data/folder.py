@@ -51,9 +51,9 @@ def stored_job(out: Path) -> dict | None:
         return None
 
 
-def blocks_of(place: Path, job: dict) -> Path:
+def blocks_of(folder: Path, job: dict) -> Path:
     """The folder of the blocks of this job, whose name is the beginning of the SHA-256 of the job."""
-    return place / BLOCKS / hashlib.sha256(json.dumps(job).encode()).hexdigest()[:16]
+    return folder / BLOCKS / hashlib.sha256(json.dumps(job).encode()).hexdigest()[:16]
 
 
 def same_job(one: dict | None, other: dict) -> bool:
@@ -61,7 +61,7 @@ def same_job(one: dict | None, other: dict) -> bool:
     return json.dumps(one) == json.dumps(other)
 
 
-def place_to_build(out: Path, job: dict, shard_tokens: int, overwrite: bool) -> Path | None:
+def folder_to_build(out: Path, job: dict, shard_tokens: int, overwrite: bool) -> Path | None:
     """Where the corpus of this job is to be built, ready for it; None where `out` holds it already, intact.
 
     What an interrupted run of the same job left behind is kept, what another one did is cleared.
@@ -71,7 +71,7 @@ def place_to_build(out: Path, job: dict, shard_tokens: int, overwrite: bool) -> 
     """
     if not (out / MANIFEST).is_file() and (out / REPLACEMENT / MANIFEST).is_file():
         put_in_place(out)  # a run was killed while it did
-    place = out
+    folder = out
     if (out / MANIFEST).is_file():
         if same_job(stored_job(out), job):
             try:
@@ -85,10 +85,10 @@ def place_to_build(out: Path, job: dict, shard_tokens: int, overwrite: bool) -> 
                 f"{out} holds a corpus prepared from other {_differing(stored_job(out), job)}; choose another --out, "
                 f"or replace it with --overwrite"
             )
-        place = out / REPLACEMENT
-        place.mkdir(exist_ok=True)
-    _start_or_resume(place, job)
-    return place
+        folder = out / REPLACEMENT
+        folder.mkdir(exist_ok=True)
+    _start_or_resume(folder, job)
+    return folder
 
 
 def _differing(stored: dict | None, job: dict) -> str:
@@ -117,24 +117,24 @@ def clear(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def _check_empty(place: Path) -> None:
+def _check_empty(folder: Path) -> None:
     """Raises ValueError where a folder holds what `prepare` does not write."""
     ours = {*_PARTS, BLOCKS, LOCK, REPLACEMENT}
-    foreign = {path.name for path in place.iterdir() if path.name not in ours and path.suffix != ".tmp"}
+    foreign = {path.name for path in folder.iterdir() if path.name not in ours and path.suffix != ".tmp"}
     if foreign:
-        raise ValueError(f"{place} is not empty (it holds {', '.join(sorted(foreign)[:3])}); choose another --out")
+        raise ValueError(f"{folder} is not empty (it holds {', '.join(sorted(foreign)[:3])}); choose another --out")
 
 
-def _start_or_resume(place: Path, job: dict) -> None:
-    if not same_job(stored_job(place), job):
-        _check_empty(place)
-        (place / JOB).unlink(missing_ok=True)
-        shutil.rmtree(place / BLOCKS, ignore_errors=True)  # to have the room
-        (place / TOKENIZER).unlink(missing_ok=True)
-    (place / MANIFEST).unlink(missing_ok=True)
-    blocks = blocks_of(place, job)
+def _start_or_resume(folder: Path, job: dict) -> None:
+    if not same_job(stored_job(folder), job):
+        _check_empty(folder)
+        (folder / JOB).unlink(missing_ok=True)
+        shutil.rmtree(folder / BLOCKS, ignore_errors=True)  # to have the room
+        (folder / TOKENIZER).unlink(missing_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    blocks = blocks_of(folder, job)
     blocks.mkdir(parents=True, exist_ok=True)
-    for leftover in [*place.glob("*.tmp"), *place.glob("tokenizer/*.tmp"), *blocks.glob("*.tmp")]:
+    for leftover in [*folder.glob("*.tmp"), *folder.glob("tokenizer/*.tmp"), *blocks.glob("*.tmp")]:
         leftover.unlink(missing_ok=True)
-    (place / "tokenizer").mkdir(exist_ok=True)
-    write_atomically(place / JOB, json.dumps(job))
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    write_atomically(folder / JOB, json.dumps(job))

@@ -41,7 +41,7 @@ _EPOCH_BLOCKS, _EPOCH_SEQUENCES = 3, 8  # + label
 PAD_MULTIPLE = 128
 
 
-class Place(NamedTuple):
+class SequenceRef(NamedTuple):
     """A sequence: its stream (the applied label, None for mixing `token`), the epoch, and its number in the stream."""
 
     stream: int | None
@@ -76,47 +76,47 @@ class Order:
     def blocks_per_epoch(self) -> int:
         return sum(stream.sequences // self.block for stream in self.streams.values())
 
-    def sequences(self, step: int) -> list[Place]:
+    def sequences(self, step: int) -> list[SequenceRef]:
         """The sequences of a global step, block after block."""
         per_epoch, per_step = self.blocks_per_epoch, self.per_step // self.block
-        places: list[Place] = []
+        refs: list[SequenceRef] = []
         for number in range(step * per_step, (step + 1) * per_step):
-            epoch, place = divmod(number, per_epoch)
-            places += self._block(epoch, place)
-        return places
+            epoch, position = divmod(number, per_epoch)
+            refs += self._block(epoch, position)
+        return refs
 
-    def count_targets(self, places: list[Place]) -> int:
+    def count_targets(self, refs: list[SequenceRef]) -> int:
         sequences = defaultdict(list)
-        for place in places:
-            sequences[place.stream, place.epoch].append(place.sequence)
+        for ref in refs:
+            sequences[ref.stream, ref.epoch].append(ref.sequence)
         return sum(self._stream(*of).target_count(np.array(numbers)) for of, numbers in sequences.items())
 
-    def find_labels(self, places: list[Place]) -> frozenset[int]:
+    def find_labels(self, refs: list[SequenceRef]) -> frozenset[int]:
         if None not in self.streams:
-            return frozenset(place.stream for place in places if place.stream is not None)
-        return frozenset(piece.label for place in places for piece in self.pieces(place))
+            return frozenset(ref.stream for ref in refs if ref.stream is not None)
+        return frozenset(piece.label for ref in refs for piece in self.pieces(ref))
 
-    def pieces(self, place: Place) -> list[Piece]:
-        return self._stream(place.stream, place.epoch).pieces(place.sequence)
+    def pieces(self, ref: SequenceRef) -> list[Piece]:
+        return self._stream(ref.stream, ref.epoch).pieces(ref.sequence)
 
-    def read(self, place: Place) -> Sequence:
-        return self._stream(place.stream, place.epoch).read(place.sequence)
+    def read(self, ref: SequenceRef) -> Sequence:
+        return self._stream(ref.stream, ref.epoch).read(ref.sequence)
 
     def _stream(self, label: int | None, epoch: int) -> Stream:
         """That of the first epoch where a label has drawn less than a sequence."""
         stream = self._pack(epoch).get(label)
         return stream if stream and stream.sequences else self.streams[label]
 
-    def _block(self, epoch: int, place: int) -> list[Place]:
+    def _block(self, epoch: int, position: int) -> list[SequenceRef]:
         blocks, sequences = self._epoch(epoch)
-        index = int(blocks[place])
+        index = int(blocks[position])
         for label, stream in self.streams.items():
             count = stream.sequences // self.block
             if index < count:
                 chosen = sequences[label][index * self.block : (index + 1) * self.block]
-                return [Place(label, epoch, int(sequence)) for sequence in chosen]
+                return [SequenceRef(label, epoch, int(sequence)) for sequence in chosen]
             index -= count
-        raise AssertionError(f"epoch {epoch} has no block {place}")
+        raise AssertionError(f"epoch {epoch} has no block {position}")
 
     def _build_epoch(self, epoch: int) -> tuple[np.ndarray, dict[int | None, np.ndarray]]:
         """The order of an epoch's blocks, and by label the order of the sequences they are cut from."""
@@ -188,11 +188,11 @@ class Loader:
         """Applied labels in the global step, over all ranks."""
         return self.order(step).find_labels(self.sequences(step))
 
-    def sequences(self, step: int) -> list[Place]:
+    def sequences(self, step: int) -> list[SequenceRef]:
         """The sequences of a global step, block after block; the same for any number of ranks and any micro-batch."""
         return self.order(step).sequences(step)
 
-    def micro_batches(self, step: int, rank: int) -> list[list[Place]]:
+    def micro_batches(self, step: int, rank: int) -> list[list[SequenceRef]]:
         """The sequences of each micro-batch of a rank, ordered forget, open, unlabeled, retain.
 
         A block of mixing `micro` has accumulation indices of its own; for the other mixings the step is one pool. A
@@ -209,21 +209,21 @@ class Loader:
 
     def documents(self, step: int, rank: int, micro_batch: int) -> list[int]:
         """Positions in the corpus of the documents in a micro-batch of any rank, in order; reads no token."""
-        places, order = self.micro_batches(step, rank)[micro_batch], self.order(step)
-        pieces = (piece for place in places for piece in order.pieces(place))
+        refs, order = self.micro_batches(step, rank)[micro_batch], self.order(step)
+        pieces = (piece for ref in refs for piece in order.pieces(ref))
         return list(dict.fromkeys(piece.document for piece in pieces))
 
     def _read(self, step: int) -> list[Batch]:
         order, everything = self.order(step), self.sequences(step)
         targets, labels = order.count_targets(everything), order.find_labels(everything)
         return [
-            collate([order.read(place) for place in places], self.isolated, targets, labels)
-            for places in self.micro_batches(step, self.rank)
+            collate([order.read(ref) for ref in refs], self.isolated, targets, labels)
+            for refs in self.micro_batches(step, self.rank)
         ]
 
-    def _label_order(self, place: Place) -> tuple[int, int]:
+    def _label_order(self, ref: SequenceRef) -> tuple[int, int]:
         """forget (highest domain first), open, unlabeled, retain; the order within a label stays."""
-        label = place.stream
+        label = ref.stream
         if label is None:
             return 0, 0
         return {UNLABELED: 2, RETAIN: 3}.get(label, int(label not in self.forget_labels)), -label
@@ -276,10 +276,11 @@ def evaluation_batches(
     count, stride = len(read.numbers), micro_batch * world_size
     owned = int(read.stream.owners([read.numbers[-1]])[0, -1]) + 1
     for first in range(rank * micro_batch, -(-count // stride) * stride, stride):
-        places = range(first, first + micro_batch)
-        sequences = [read.sequence(place, label) for place in places]
+        positions = range(first, first + micro_batch)
+        sequences = [read.sequence(position, label) for position in positions]
         batch = collate(sequences, read.stream.isolated, read.targets, frozenset({label}))
-        owners = np.minimum(read.stream.owners([read.number(place) for place in places]), owned - 1)  # of padding: any
+        owners = read.stream.owners([read.number(position) for position in positions])
+        owners = np.minimum(owners, owned - 1)  # of padding: any
         yield replace(batch, owners=Owners(torch.from_numpy(owners), owned))
 
 

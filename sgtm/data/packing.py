@@ -89,16 +89,16 @@ class Stream:
         """What lies in a sequence. One past the last full sequence is shorter."""
         begin, end = sequence * self.context, min((sequence + 1) * self.context, self.tokens)
         pieces: list[Piece] = []
-        place = int(np.searchsorted(self.starts, begin, side="right")) - 1
+        position = int(np.searchsorted(self.starts, begin, side="right")) - 1
         while begin < end:
-            start, stop = int(self.starts[place]), int(self.starts[place + 1])
-            document, label, until = int(self.order[place]), int(self.labels[place]), min(stop, end)
+            start, stop = int(self.starts[position]), int(self.starts[position + 1])
+            document, label, until = int(self.order[position]), int(self.labels[position]), min(stop, end)
             inner = self.spans.pieces(document, label, stop - start) if self.spans else [(0, stop - start, label)]
             for first, last, piece_label in inner:
                 first, last = max(first, begin - start), min(last, until - start)
                 if first < last:
                     pieces.append(Piece(document, first, last, piece_label, start + last == stop))
-            begin, place = until, place + 1
+            begin, position = until, position + 1
         return pieces
 
     def read(self, sequence: int) -> Sequence:
@@ -135,12 +135,12 @@ class Stream:
     def _cross_boundary(self, targets: np.ndarray, sequence: int) -> None:
         """The last target of a sequence that ends where a document ends is the first token of the next document."""
         end = (sequence + 1) * self.context
-        place = int(np.searchsorted(self.starts, end))
-        if end < self.tokens and self.starts[place] == end:
-            targets[-1] = self.corpus.tokens(int(self.order[place]), 0, 1)[0]
+        position = int(np.searchsorted(self.starts, end))
+        if end < self.tokens and self.starts[position] == end:
+            targets[-1] = self.corpus.tokens(int(self.order[position]), 0, 1)[0]
 
     def owners(self, sequences: list[int]) -> np.ndarray:
-        """int64 [n, context]: the place in `order` of the document that the target of each position belongs to; past
+        """int64 [n, context]: the position in `order` of the document that the target of each position belongs to; past
         the end of the stream the last one."""
         targets = np.array(sequences, np.int64)[:, None] * self.context + np.arange(1, self.context + 1)
         return np.searchsorted(self.starts, np.minimum(targets, self.tokens - 1), side="right") - 1

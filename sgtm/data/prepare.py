@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 
 from sgtm.data.discover import READABLE, find_sources
 from sgtm.data.encode import EncodedBlock, Encoder, block_file, encode_blocks
-from sgtm.data.folder import blocks_of, clear, locked, place_to_build, put_in_place, same_job, stored_job
+from sgtm.data.folder import blocks_of, clear, folder_to_build, locked, put_in_place, same_job, stored_job
 from sgtm.data.plain_text import plain_text, reachable
 from sgtm.data.readers import Block, Source
 from sgtm.data.rules import Rules, load_rules, stable_id
@@ -172,17 +172,17 @@ def prepare(
     job = _job(sources, rules, tokenizer, vocab_size)
     with locked(out):
         job = _as_stored(job, stored_job(out))
-        place = place_to_build(out, job, shard_tokens, overwrite)
-        if place is not None:
-            loaded, eos = _tokenizer(sources, rules, tokenizer, vocab_size, place, progress)
+        folder = folder_to_build(out, job, shard_tokens, overwrite)
+        if folder is not None:
+            loaded, eos = _tokenizer(sources, rules, tokenizer, vocab_size, folder, progress)
             eos_id = loaded.token_to_id(eos)
             assert eos_id is not None, f"{eos} is not in the vocabulary"
-            encoder = Encoder(rules, place / TOKENIZER, eos_id, vocabulary_size(loaded), shard_tokens)
-            blocks = blocks_of(place, job)
+            encoder = Encoder(rules, folder / TOKENIZER, eos_id, vocabulary_size(loaded), shard_tokens)
+            blocks = blocks_of(folder, job)
             with _bar(sources, "tokenizing", progress) as advance:
                 count = encode_blocks(encoder, _all_blocks(sources, rules), blocks, workers, advance)
-            _merge(place, encoder, blocks, count)
-            if place != out:
+            _merge(folder, encoder, blocks, count)
+            if folder != out:
                 put_in_place(out)
             clear(out)
         elif progress:
@@ -310,9 +310,9 @@ def _merge(out: Path, encoder: Encoder, blocks: Path, count: int) -> None:
         )
     have = counted(nul, "document has", "documents have")
     notes = [f"{have} NUL characters; the first is {first_nul}"] if nul else []
-    repeated, documents, place = repeated_names(names)
-    if place is not None:
-        name = EncodedBlock.load(block_file(blocks, place[0])).names[place[1]]
+    repeated, documents, first = repeated_names(names)
+    if first is not None:
+        name = EncodedBlock.load(block_file(blocks, first[0])).names[first[1]]
         occur = counted(repeated, f"value of {encoder.rules.id} occurs", f"values of {encoder.rules.id} occur")
         notes.append(f"{occur} more than once, in {documents:,} documents; the first is {str(name)!r} (rules: id)")
     writer.finish(encoder.eos_id, encoder.rules.categories, splits, empty, dropped, notes)

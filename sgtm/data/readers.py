@@ -39,7 +39,7 @@ class Block(Protocol):
         """What it stands for, in the unit of `Source.size`."""
 
     def records(self) -> Iterator[Record]:
-        """The records in order. Raises ValueError naming the place of one that cannot be read."""
+        """The records in order. Raises ValueError naming file and line of one that cannot be read."""
 
 
 class Source(ABC):

@@ -38,15 +38,20 @@ def category_counts(corpus: Corpus) -> dict[str, dict[str, CategoryCount]]:
     shape = len(m.splits), len(names)
     of, lengths = corpus.documents[spans["document"]], spans["end"] - spans["start"]
 
-    def by_place(category: np.ndarray, chosen: np.ndarray | slice, weights: np.ndarray | None = None) -> np.ndarray:
-        place = of["split"][chosen].astype(np.int64) * len(names) + category[chosen]
-        return np.bincount(place, None if weights is None else weights[chosen], shape[0] * shape[1]).reshape(shape)
+    def by_split_and_category(
+        category: np.ndarray, chosen: np.ndarray | slice, weights: np.ndarray | None = None
+    ) -> np.ndarray:
+        cell = of["split"][chosen].astype(np.int64) * len(names) + category[chosen]
+        return np.bincount(cell, None if weights is None else weights[chosen], shape[0] * shape[1]).reshape(shape)
 
     everywhere = slice(None)
-    number, inside = by_place(spans["category"], everywhere), by_place(spans["category"], everywhere, lengths)
-    taken = by_place(of["category"], everywhere, lengths)  # from the document's own category
+    number, inside = (
+        by_split_and_category(spans["category"], everywhere),
+        by_split_and_category(spans["category"], everywhere, lengths),
+    )
+    taken = by_split_and_category(of["category"], everywhere, lengths)  # from the document's own category
     _, first = np.unique(np.stack([spans["document"], spans["category"]]), axis=1, return_index=True)
-    guests = by_place(spans["category"], first[of["category"][first] != spans["category"][first]])
+    guests = by_split_and_category(spans["category"], first[of["category"][first] != spans["category"][first]])
     by_split: dict[str, dict[str, CategoryCount]] = {}
     for s, split in enumerate(m.splits):
         by_split[split] = {}
@@ -170,14 +175,14 @@ def repeated_texts(corpus: Corpus) -> list[str]:
 def repeated_names(names: list[np.ndarray]) -> tuple[int, int, tuple[int, int] | None]:
     """Of 64-bit hashes of names, by block: names that occur more than once, their documents, and where the first is.
 
-    The place is (block, position in it), None where every name is another.
+    The first is (block, position in it), None where every name is another.
     """
     joined = np.concatenate([np.empty(0, np.uint64), *names])
     _, first, counts = np.unique(joined, return_index=True, return_counts=True)
     repeated = counts > 1
     if not repeated.any():
         return 0, 0, None
-    place = int(first[repeated].min())
+    position = int(first[repeated].min())
     starts = np.cumsum([0, *map(len, names)])
-    block = int(np.searchsorted(starts, place, side="right")) - 1
-    return int(repeated.sum()), int(counts[repeated].sum()), (block, place - int(starts[block]))
+    block = int(np.searchsorted(starts, position, side="right")) - 1
+    return int(repeated.sum()), int(counts[repeated].sum()), (block, position - int(starts[block]))

@@ -55,8 +55,8 @@ class Delimited(File):
                     yield line, {field: fields[field] for field in wanted}, lines.characters - size, lines.read
                 line, size = rows.line_num + 1, lines.characters
         except csv.Error as error:
-            kind = "CSV" if self.delimiter == "," else "TSV"
-            raise ValueError(f"{name}:{line}: not {kind}: {error}; the record begins in this line") from None
+            table_format = "CSV" if self.delimiter == "," else "TSV"
+            raise ValueError(f"{name}:{line}: not {table_format}: {error}; the record begins in this line") from None
 
     def _check_delimiter(self, names: list[str], columns: Sequence[str], where: str) -> None:
         """Raises ValueError where the first row is one field that another delimiter would divide into the columns."""

@@ -154,7 +154,7 @@ class SegmentedAdamW(torch.optim.Optimizer):
             if len(self._prepared) == PREPARED:
                 self._prepared.clear()
             keys = sorted(key for key in self._live if self.owners[key] == owner)
-            counters = {key: place for place, key in enumerate(keys)}
+            counters = {key: index for index, key in enumerate(keys)}
             slices = [
                 Slice(number, start, end, counters[key], self.config.weight_decay if decay else 0.0)
                 for number, tensor in enumerate(tensors)
@@ -167,17 +167,17 @@ class SegmentedAdamW(torch.optim.Optimizer):
 
     def cut(self, tensor: torch.Tensor, gradients: list[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
         """The gradient of a tensor, given in consecutive pieces, as pieces of one owner each; padding is left out."""
-        table, offset, place = self.tables[tensor], 0, 0
+        table, offset, index = self.tables[tensor], 0, 0
         pieces: list[tuple[torch.Tensor, int]] = []
         for gradient in gradients:
             flat = gradient.reshape(-1)
             end = offset + flat.numel()
-            while place < len(table) and table[place].start < end:
-                low, high = max(table[place].start, offset), min(table[place].end, end)
-                pieces.append((flat[low - offset : high - offset], self.owners[table[place].key]))
-                if table[place].end > end:
+            while index < len(table) and table[index].start < end:
+                low, high = max(table[index].start, offset), min(table[index].end, end)
+                pieces.append((flat[low - offset : high - offset], self.owners[table[index].key]))
+                if table[index].end > end:
                     break
-                place += 1
+                index += 1
             offset = end
         return pieces
 
@@ -186,11 +186,11 @@ class SegmentedAdamW(torch.optim.Optimizer):
         return [(start, end) for start, end, key, _ in self.tables.get(tensor, ()) if key in self._live]
 
     def _measure(self, squares: torch.Tensor, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:
-        places = {key: place for place, key in enumerate(self.steps)}
+        indices = {key: index for index, key in enumerate(self.steps)}
         for tensor, grad in zip(tensors, grads, strict=True):
             table = self.tables[tensor]
             borders = [border for start, end, _, _ in table for border in (start, end)]
             pieces = grad.reshape(-1).tensor_split(borders)[1::2]
             norms = torch.stack(torch._foreach_norm(pieces)).double()
-            index = torch.tensor([places[segment.key] for segment in table], device=norms.device)
+            index = torch.tensor([indices[segment.key] for segment in table], device=norms.device)
             squares.index_add_(0, index, norms.square())

@@ -1,7 +1,7 @@
 """Where every element of every parameter lives in the tensors that DeepSpeed gives to the optimizer.
 
 DeepSpeed replaces parameters by flat partitions whose borders fall anywhere. A `Fragment` is a stretch of one flattened
-parameter and its place in one such tensor; fragments come from DeepSpeed's own book-keeping (0.19):
+parameter and its offset in one such tensor; fragments come from DeepSpeed's own book-keeping (0.19):
 
     ZeRO 0                          the parameters themselves
     ZeRO 1, 2 and bf16 master      `param._hp_mapping`: the part of the parameter inside this rank's flat fp32 partition
@@ -59,8 +59,8 @@ def _partition_fragments(optimizer, parameters) -> Iterable[Fragment]:
 def _zero3_fragments(optimizer, parameters) -> Iterable[Fragment]:
     rank = torch.distributed.get_rank(optimizer.dp_process_group)
     for name, parameter in parameters.items():
-        group, offset, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        start, end = rank * part, min((rank + 1) * part, parameter.ds_numel)
+        group, offset, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start, end = rank * share, min((rank + 1) * share, parameter.ds_numel)
         if start < end:
             yield Fragment(optimizer.fp32_partitioned_groups_flat[group], offset, name, start, end)
 

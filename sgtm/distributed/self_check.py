@@ -116,7 +116,7 @@ def _small(config: Config) -> Config:
 
 def _kinds(config: Config) -> list[int]:
     """The first layer of every kind: partition and window."""
-    kinds: dict[tuple[LayerPartition, int | None], int] = {}
+    first: dict[tuple[LayerPartition, int | None], int] = {}
     for i in range(config.model.layers):
-        kinds.setdefault((config.partition.layers[i], config.model.window_of(i)), i)
-    return list(kinds.values())
+        first.setdefault((config.partition.layers[i], config.model.window_of(i)), i)
+    return list(first.values())

@@ -64,7 +64,7 @@ class Stored:
         for name, piece in self._find(groups):
             self._pieces[name].append(piece)
 
-    def read(self, name: str, part: str, start: int = 0, end: int | None = None) -> torch.Tensor:
+    def read(self, name: str, state: str, start: int = 0, end: int | None = None) -> torch.Tensor:
         """fp32 [end - start]: elements of a state tensor of a flattened parameter. Raises ValueError for a gap."""
         end = self.shapes[name].numel() if end is None else end
         out, filled = torch.empty(end - start), 0
@@ -72,11 +72,11 @@ class Stored:
             low, high = max(start, piece.start), min(end, piece.end)
             if low < high:
                 offset = piece.offset + low - piece.start
-                source = self._tensor(name, piece, part)
+                source = self._tensor(name, piece, state)
                 out[low - start : high - start] = source[offset : offset + high - low]
                 filled += high - low
         if filled != end - start:
-            raise ValueError(f"the checkpoint holds {filled} of elements {start}:{end} of {part} of {name!r}")
+            raise ValueError(f"the checkpoint holds {filled} of elements {start}:{end} of {state} of {name!r}")
         return out
 
     def _find(self, groups: list[dict]) -> Iterator[tuple[str, ShardRange]]:
@@ -90,10 +90,10 @@ class Stored:
             for name, piece in cut(len(self._files), size, by_name):
                 yield name, piece._replace(group=group)
 
-    def _tensor(self, name: str, piece: ShardRange, part: str) -> torch.Tensor:
+    def _tensor(self, name: str, piece: ShardRange, state: str) -> torch.Tensor:
         """Flattened."""
-        if part != "fp32":
-            tensor = self._state(piece.shard)[piece.group][part]
+        if state != "fp32":
+            tensor = self._state(piece.shard)[piece.group][state]
         elif not self._files:
             tensor = self.model["module"][name]
         else:
@@ -143,12 +143,12 @@ def _of_parts(ranks: int, size: int, by_name: dict) -> Iterator[tuple[str, Shard
     """ZeRO 3: every parameter is cut into as many equal parts as there are ranks, the last ones padded."""
     offset = 0
     for name, shape in by_name.items():
-        part = math.ceil(shape.numel() / ranks)
+        share = math.ceil(shape.numel() / ranks)
         for rank in range(ranks):
-            start, end = rank * part, min((rank + 1) * part, shape.numel())
+            start, end = rank * share, min((rank + 1) * share, shape.numel())
             if start < end:
                 yield name, ShardRange(start, end, rank, 0, offset)
-        offset += part
+        offset += share
 
 
 def _read(file: Path) -> dict:

@@ -58,9 +58,9 @@ class State(Process):
 
 
 class Note(TypedDict):
-    """Why the run ends, as JSON in the store. kind: GONE or END. rank: whose fault it is, where that is known."""
+    """Why the run ends, as JSON in the store. cause: GONE or END. rank: whose fault it is, where that is known."""
 
-    kind: str
+    cause: str
     rank: int | None
     text: str
 
@@ -68,7 +68,7 @@ class Note(TypedDict):
 def enter(phase: str | None, step: int | None = None) -> None:
     """Set the phase of the main thread, and the step, counted from 1. Phase None: nothing that other ranks wait for."""
     if _watchdog is not None:
-        _watchdog.place = (phase, _watchdog.place[1] if step is None else step)
+        _watchdog.phase_and_step = (phase, _watchdog.phase_and_step[1] if step is None else step)
 
 
 def start(rank: int, world_size: int, minutes: float) -> None:
@@ -88,11 +88,11 @@ def leave(status: int) -> None:
 
 
 class Watchdog:
-    """See above. store: of the ranks, used by nobody else. limit: seconds that a rank may stay in one place."""
+    """See above. store: of the ranks, for this alone. limit: seconds that a rank may stay in one phase of a step."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, limit: float):
         self.store, self.rank, self.world_size, self.limit = store, rank, world_size, limit
-        self.place: tuple[str | None, int] = ("start", 0)
+        self.phase_and_step: tuple[str | None, int] = ("start", 0)
         self.waited = 0.0
         self.failing = 0.0  # seconds since the store last worked
         self.beats = 0
@@ -120,19 +120,19 @@ class Watchdog:
         self.outside.leave()
 
     def _watch(self) -> None:
-        seen, last, listened = self.place, time.monotonic(), 0.0
+        seen, last, listened = self.phase_and_step, time.monotonic(), 0.0
         note: Note | None = None
         before: dict[int, State | None] = {}
         while not self.stopped.wait(BEAT):
-            now, place, self.silence = time.monotonic(), self.place, 0.0
+            now, phase_and_step, self.silence = time.monotonic(), self.phase_and_step, 0.0
             passed, last = min(now - last, 5 * BEAT), now
-            self.waited = self.waited + passed if place is seen and place[0] is not None else 0.0
-            seen = place
+            self.waited = self.waited + passed if phase_and_step is seen and phase_and_step[0] is not None else 0.0
+            seen = phase_and_step
             self.outside.beat()
             try:
                 self._beat()
                 self.failing = 0.0
-                if place[0] is None:  # this rank has done its part
+                if phase_and_step[0] is None:  # this rank has done its part
                     continue
                 if note is None:
                     note, listened = self._note() or self._dead_neighbour() or self._stuck(), 0.0
@@ -142,11 +142,11 @@ class Watchdog:
                     self._end(note, before)
             except RuntimeError:
                 self.failing += passed
-                if place[0] is not None:
+                if phase_and_step[0] is not None:
                     if self.neighbours is not None and self.failing > LISTEN:  # the system still shows who has died
                         note = note or self._dead_neighbour()
                     if note or self.failing > PATIENCE:
-                        self._end(note or {"kind": GONE, "rank": None, "text": NO_STORE}, None)
+                        self._end(note or {"cause": GONE, "rank": None, "text": NO_STORE}, None)
                 with suppress(RuntimeError):
                     self.store = _clone(self.store)
 
@@ -156,13 +156,13 @@ class Watchdog:
         while not self.stopped.wait(BEAT):
             now = time.monotonic()
             passed, last = min(now - last, 5 * BEAT), now
-            self.silence = self.silence + passed if self.place[0] is not None else 0.0
+            self.silence = self.silence + passed if self.phase_and_step[0] is not None else 0.0
             if self.silence > self.limit + PATIENCE:
-                self._exit_with(self._lost({"kind": GONE, "rank": None, "text": NO_STORE}))
+                self._exit_with(self._lost({"cause": GONE, "rank": None, "text": NO_STORE}))
 
     def _beat(self) -> None:
         self.beats += 1
-        phase, step = self.place
+        phase, step = self.phase_and_step
         state: State = {**self.me, "beats": self.beats, "phase": phase, "step": step, "waited": self.waited}
         self.store.set(str(self.rank), json.dumps(state))
 
@@ -170,9 +170,9 @@ class Watchdog:
         """Why the run ends; None while it does not."""
         return json.loads(self.store.get(END)) if self.store.check([END]) else None
 
-    def _end_run(self, kind: str, rank: int | None, text: str) -> Note:
+    def _end_run(self, cause: str, rank: int | None, text: str) -> Note:
         """Write why the run ends, for all ranks; the first note wins."""
-        note = json.dumps({"kind": kind, "rank": rank, "text": text})
+        note = json.dumps({"cause": cause, "rank": rank, "text": text})
         return json.loads(self.store.compare_set(END, "", note))
 
     def _stuck(self) -> Note | None:
@@ -199,16 +199,16 @@ class Watchdog:
                     if self.store.get(str(rank)) != LEFT.encode():
                         return self._note() or self._end_run(GONE, rank, text)
                 except RuntimeError:  # it held the store
-                    return {"kind": GONE, "rank": rank, "text": text}
+                    return {"cause": GONE, "rank": rank, "text": text}
         return None
 
-    def _excepthook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    def _excepthook(self, exception: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """Print one line where this rank has lost another; else the traceback, before the others read the note."""
         if not _connection_lost(error):
-            self.previous(kind, error, trace)
+            self.previous(exception, error, trace)
             first = (str(error).splitlines() or [""])[0]
             with suppress(RuntimeError):
-                self._end_run(GONE, self.rank, f"{kind.__name__}: {first}")
+                self._end_run(GONE, self.rank, f"{exception.__name__}: {first}")
             return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher sends it to all that are left
         note: Note | None = None
@@ -221,17 +221,17 @@ class Watchdog:
             if note is None:
                 silent = self._silent(before)
                 who = f"no sign of life from {_ranks(silent)}; " if silent else ""
-                note = {"kind": GONE, "rank": None, "text": f"{who}{str(error).splitlines()[0]}"}
+                note = {"cause": GONE, "rank": None, "text": f"{who}{str(error).splitlines()[0]}"}
         except RuntimeError:
             time.sleep(BEAT)
-            note = self._dead_neighbour() or {"kind": GONE, "rank": None, "text": NO_STORE}
-        if note["kind"] == END:
+            note = self._dead_neighbour() or {"cause": GONE, "rank": None, "text": NO_STORE}
+        if note["cause"] == END:
             time.sleep(4 * LISTEN)  # the watchdog thread prints the diagnosis and ends this process
         self._exit_with(self._lost(note))
 
     def _end(self, note: Note, before: dict[int, State | None] | None) -> NoReturn:
         """End this rank from the watchdog thread; before: states some beats ago."""
-        if note["kind"] == GONE or before is None:
+        if note["cause"] == GONE or before is None:
             self._exit_with(self._lost(note))
         silent = self._silent(before)
         self._exit_with(self._diagnosis(silent), silent)
@@ -264,7 +264,7 @@ class Watchdog:
                 if state and rank in silent:
                     text = f"last heard of in {text}; no sign of life (pid {state['pid']} on {state['host']})"
                 where.setdefault(text, []).append(rank)
-        phase, step = self.place
+        phase, step = self.phase_and_step
         main = threading.main_thread().ident
         assert main is not None  # it has begun
         stack = traceback.format_stack(sys._current_frames()[main])

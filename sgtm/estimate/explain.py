@@ -68,16 +68,16 @@ def explain(config: Config) -> Explanation:
     for name, parameter in model.named_parameters():
         for start, end, key in rows[name].segments(parameter.numel() // parameter.shape[0]):
             counts[key] += end - start
-    order = sorted(counts, key=lambda key: _place(key, config.partition.groups))
+    order = sorted(counts, key=lambda key: _rank_of_key(key, config.partition.groups))
     updates = {label: live_keys(config.tables, [i]) for i, label in enumerate(config.space.labels)}
     return Explanation(config, {key: counts[key] for key in order}, updates)
 
 
-def _place(key: str, groups: tuple[str, ...]) -> tuple:
-    """Groups in their order with their parts, then the joint parameters, then what has no groups."""
-    part, _, group = key.partition(".")
+def _rank_of_key(key: str, groups: tuple[str, ...]) -> tuple:
+    """Groups in their order with their projections, then the joint parameters, then what has no groups."""
+    projection, _, group = key.partition(".")
     if group:
-        return (0, groups.index(group), (*PROJECTIONS, *ENDS).index(part))
+        return (0, groups.index(group), (*PROJECTIONS, *ENDS).index(projection))
     return (2,) if key == ALWAYS else (1, key)
 
 
@@ -270,11 +270,11 @@ def _updates_table(explanation: Explanation) -> Table:
         table.add_column(label, justify="center")
     previous = None
     for key, count in explanation.counts.items():
-        part, _, group = key.partition(".")
+        projection, _, group = key.partition(".")
         if previous is not None and group != previous:
             table.add_section()
         previous = group
-        name = f"{group} {part}" if group else _joint_name(key)
+        name = f"{group} {projection}" if group else _joint_name(key)
         table.add_row(name, f"{count:,}", *(_weight(config, key, label) for label in range(len(labels))))
     table.add_section()
     table.add_row("may update", "", *(f"{explanation.updated(label):,}" for label in labels))
@@ -293,9 +293,9 @@ def _weight(config: Config, key: str, label: int) -> str:
     tables = config.tables
     if key == ALWAYS:
         return "yes"
-    part, _, group = key.partition(".")
+    projection, _, group = key.partition(".")
     if group:
-        weights = {tables.contribution(part, label, tables.groups.index(group))}
+        weights = {tables.contribution(projection, label, tables.groups.index(group))}
     else:
         weights = {tables.update_joint[kind][label] for kind in key.split("+")}
     texts = [{0.0: NOTHING, 1.0: "yes"}.get(weight, f"x {weight:g}") for weight in sorted(weights)]

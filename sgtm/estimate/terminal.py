@@ -90,7 +90,7 @@ def _sum_table(rows: list[Row], ranks: int) -> Table:
         stage = "0, 1" if same and row.stage == 1 else str(row.stage)
         for c in row.moved:
             product = f"{c.elements:,} x {c.width} x {c.times} x {c.passes}"
-            table.add_row(stage, product, _in(one, c.sent(ranks)), f"{c.kind}, {c.what}")
+            table.add_row(stage, product, _in(one, c.sent(ranks)), f"{c.collective}, {c.what}")
             stage = ""
     return table
 

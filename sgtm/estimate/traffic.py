@@ -27,12 +27,12 @@ WIDTHS = {"bf16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of collective of a step: `times` times `elements` of `width` bytes; `elements` of the whole tensor.
+    """A collective of a step: `times` times `elements` of `width` bytes; `elements` of the whole tensor.
 
     overlapped  whether the ranks compute meanwhile
     """
 
-    kind: str
+    collective: str
     what: str
     elements: int
     width: int
@@ -41,18 +41,18 @@ class Collective:
 
     def sent(self, ranks: int) -> float:
         """Bytes that each rank sends in a step: elements x width x times x passes x (ranks - 1) / ranks."""
-        return self.times * ring_bytes(self.kind, self.elements * self.width, ranks)
+        return self.times * ring_bytes(self.collective, self.elements * self.width, ranks)
 
     @property
     def passes(self) -> int:
-        return PASSES[self.kind]
+        return PASSES[self.collective]
 
 
-def ring_bytes(kind: str, size: int, ranks: int) -> float:
+def ring_bytes(collective: str, size: int, ranks: int) -> float:
     """Bytes each rank sends in a ring collective over `size` bytes, the whole tensor on one rank (Patarasuk and Yuan,
     2009): an all-reduce is a reduce-scatter and an all-gather. In a reduce every rank but one sends the tensor on: the
     mean."""
-    return PASSES[kind] * size * (ranks - 1) / ranks
+    return PASSES[collective] * size * (ranks - 1) / ranks
 
 
 def width_of(config: Config) -> int:
@@ -94,8 +94,8 @@ def collectives(config: Config, stage: int, ranks: int, limits: Limits | None = 
         return [Collective(REDUCE_SCATTER, "gradients", whole, sent), Collective(ALL_GATHER, "weights", whole, width)]
     if stage < 3:
         times = accumulation if stage == 2 else 1
-        kind = REDUCE if config.distributed.reduces_to_owners(total, ranks) else ALL_REDUCE
-        reduced = Collective(kind, "gradients", total, sent, times, overlapped=stage == 2)
+        collective = REDUCE if config.distributed.reduces_to_owners(total, ranks) else ALL_REDUCE
+        reduced = Collective(collective, "gradients", total, sent, times, overlapped=stage == 2)
         return [reduced, Collective(ALL_GATHER, "weights", padded(total, ranks), width)]
     persistent_names = persistent(sizes, limits)
     gathered = split((sizes[name] for name in gathers(config, limits).names), ranks)

@@ -55,9 +55,9 @@ def export_run(run: str | Path, remove: Sequence[str], out: str | Path, data: st
     trained without masks, the model has no Hugging Face form, `data.path` holds another corpus than that of the run, or
     `out` is not empty; then nothing is left behind.
     """
-    run, place = Path(run), Path(out).resolve()
-    _remove_leftovers(place)
-    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+    run, folder = Path(run), Path(out).resolve()
+    _remove_leftovers(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; export to a new one")
     config, checkpoint = open_run(run, data)
     if remove and not config.removals[1:]:
@@ -65,7 +65,7 @@ def export_run(run: str | Path, remove: Sequence[str], out: str | Path, data: st
             f"{run} was trained without masks: no group of it holds {', '.join(remove)}, and nothing can be removed; "
             f"leave out --remove, or export a run that was trained with masks"
         )
-    with _filled(place) as partial:
+    with _filled(folder) as partial:
         state, hf_config = to_hf_state(consolidate(checkpoint), config.model, config.partition, remove)
         tokenizer = _save_tokenizer(run, config, read_manifest(checkpoint), hf_config, partial)
         _save_model(state, hf_config, partial)
@@ -73,7 +73,7 @@ def export_run(run: str | Path, remove: Sequence[str], out: str | Path, data: st
             "unlearned": read_unlearned(run)
         }
         (partial / "sgtm_export.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(_card(record, place.name), encoding="utf-8")
+        (partial / "README.md").write_text(_card(record, folder.name), encoding="utf-8")
     without = f"without {listed(record['removed'])}" if remove else "nothing removed"
     print(f"exported: step {record['checkpoint']['step']} of {config.train.steps}, {without}", file=sys.stderr)
     if record["architecture_because"]:
@@ -215,11 +215,11 @@ def _record(config: Config, checkpoint: Path, hf_config: PretrainedConfig, remov
 
 def _described(partition: Partition) -> dict:
     """The partition as JSON. Layers that are alike share an entry of `kinds`, named by position in `layers`."""
-    kinds = list(dict.fromkeys(partition.layers))
+    distinct = list(dict.fromkeys(partition.layers))
     return {
         "groups": partition.groups,
-        "layers": [kinds.index(layer) for layer in partition.layers],
-        "kinds": [asdict(kind) for kind in kinds],
+        "layers": [distinct.index(layer) for layer in partition.layers],
+        "kinds": [asdict(layer) for layer in distinct],
     }
 
 

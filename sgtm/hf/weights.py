@@ -116,11 +116,11 @@ class Units:
         """Rows in the original order, those of `removed` groups left out (`drop`) or exactly 0."""
         units = rows.unflatten(0, (len(self.order), self.rows_each))
         group_of = [group for group, count in enumerate(self.counts) for _ in range(count)]
-        places = sorted(range(len(self.order)), key=self.order.__getitem__)
+        indices = sorted(range(len(self.order)), key=self.order.__getitem__)
         if drop:
-            places = [place for place in places if group_of[place] not in removed]
-        original = units[places]
-        original[[group_of[place] in removed for place in places]] = 0
+            indices = [index for index in indices if group_of[index] not in removed]
+        original = units[indices]
+        original[[group_of[index] in removed for index in indices]] = 0
         return original.flatten(0, 1)
 
     def to_groups(self, rows: Tensor) -> Tensor:

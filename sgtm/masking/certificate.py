@@ -141,8 +141,8 @@ def _trained_besides(conditions: Conditions, label: int, own: int) -> str | None
     """Weights outside group `own` that tokens of this label train, the first of them; None if there are none."""
     tables, owned = conditions.tables, ENDS if conditions.partition.embedding != "none" else ()
     for group, name in enumerate(tables.groups):
-        for part in (*PROJECTIONS, *(owned if group else ())):
-            if group != own and tables.contribution(part, label, group) != 0:
-                return f"{part} of group {name}"
+        for projection in (*PROJECTIONS, *(owned if group else ())):
+            if group != own and tables.contribution(projection, label, group) != 0:
+                return f"{projection} of group {name}"
     kinds = [kind for kind in JOINT_KINDS if tables.update_joint[kind][label] != 0]
     return f"joint parameters ({', '.join(kinds)})" if kinds else None

@@ -145,7 +145,7 @@ def build_tables(
                   (`joint_kinds`)
     cross_domain  whether tokens of one domain run with the other domains' groups `inactive` or `active`
     overrides     single entries, for titration and weighted contributions: `active.<label>.<group>`,
-                  `route.<label>.<group>`, `update.<label>.<group>.<part>`, `update_joint.<label>.<kind>`
+                  `route.<label>.<group>`, `update.<label>.<group>.<projection>`, `update_joint.<label>.<kind>`
 
     Raises ValueError for an unknown strategy, a `joint` that the strategy does not have, or an override that names
     nothing.
@@ -185,8 +185,8 @@ def _override(draft: _Draft, key: str, value: float) -> None:
     except (ValueError, KeyError, IndexError):
         raise ValueError(
             f"override {key!r} names no table entry; write active.LABEL.GROUP, route.LABEL.GROUP, "
-            f"update.LABEL.GROUP.PART or update_joint.LABEL.KIND with labels {', '.join(space.labels)}; groups "
-            f"{', '.join(space.groups)}; parts {', '.join(PROJECTIONS)}; kinds {', '.join(JOINT_KINDS)}"
+            f"update.LABEL.GROUP.PROJECTION or update_joint.LABEL.KIND with labels {', '.join(space.labels)}; groups "
+            f"{', '.join(space.groups)}; projections {', '.join(PROJECTIONS)}; kinds {', '.join(JOINT_KINDS)}"
         ) from None
 
 

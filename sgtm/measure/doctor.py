@@ -203,14 +203,14 @@ def _dispatch() -> dict:
         return f"{chosen} for every op: {why}"
 
     def attention() -> str:
-        named = dispatch.way("SGTM_ATTENTION")
+        named = dispatch.algorithm("SGTM_ATTENTION")
         by_itself = "SDPA; windows and documents on a GPU by flash_attn where it imports, else by FlexAttention"
         return f"{named} (SGTM_ATTENTION)" if named else by_itself
 
     def linear() -> str:
-        named = dispatch.way("SGTM_LINEAR")
-        way = f"{named} (SGTM_LINEAR)" if named else "as tuned, else masked (SGTM_LINEAR names one)"
-        return f"dW of labels that change from token to token: {way}"
+        named = dispatch.algorithm("SGTM_LINEAR")
+        algorithm = f"{named} (SGTM_LINEAR)" if named else "as tuned, else masked (SGTM_LINEAR names one)"
+        return f"dW of labels that change from token to token: {algorithm}"
 
     rows = {"auto": auto, "torch, attention": attention}
     if find_spec("triton") is not None:

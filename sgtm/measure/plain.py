@@ -15,8 +15,8 @@ from sgtm.masking.shape import ModelShape
 
 
 def norm(shape: ModelShape) -> nn.Module:
-    kind = nn.LayerNorm if shape.family == "gpt_neo" else nn.RMSNorm
-    return kind(shape.hidden_size, eps=shape.norm_eps)
+    layer = nn.LayerNorm if shape.family == "gpt_neo" else nn.RMSNorm
+    return layer(shape.hidden_size, eps=shape.norm_eps)
 
 
 class Attention(nn.Module):

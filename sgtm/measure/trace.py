@@ -102,8 +102,8 @@ class _Phases:
         self.starts = [start for start, _, _ in self.ranges]
 
     def phase_of(self, time: float) -> str:
-        place = bisect_right(self.starts, time) - 1
-        return self.ranges[place][2] if place >= 0 and time < self.ranges[place][1] else OTHER
+        index = bisect_right(self.starts, time) - 1
+        return self.ranges[index][2] if index >= 0 and time < self.ranges[index][1] else OTHER
 
 
 def _threads(events: list[dict], categories: tuple[str, ...]) -> Iterable[list[dict]]:

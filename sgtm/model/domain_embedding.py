@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional
 
 from sgtm.model.domain_parts import ends
-from sgtm_kernels.plan import MaskPlan, Tables, merge_runs, table_on
+from sgtm_kernels.plan import MaskPlan, Tables, merge_label_runs, table_on
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ def _subsets(plan: MaskPlan, device: torch.device) -> Iterator[Subset]:
             own = plan if tables is plan.tables else replace(plan, tables=tables)
             yield Subset(active, learns, own, None)
             continue
-        runs = [run for run in plan.runs if run.label in labels]
+        runs = [run for run in plan.label_runs if run.label in labels]
         lengths = [run.end - run.start for run in runs]
-        own = MaskPlan(tables, merge_runs([run.label for run in runs], lengths), 1, sum(lengths))
+        own = MaskPlan(tables, merge_label_runs([run.label for run in runs], lengths), 1, sum(lengths))
         own.arrived(plan.labels(device)[index[i]][None])
         yield Subset(active, learns, own, index[i])
 
@@ -112,7 +112,7 @@ def _indices(plan: MaskPlan, subsets: Sequence[set[int]], device: torch.device) 
     table = table_on(
         device, torch.float32, (tuple(number.get(label, -1.0) for label in range(len(plan.tables.labels))),)
     )
-    sizes = [sum(run.end - run.start for run in plan.runs if run.label in labels) for labels in subsets]
+    sizes = [sum(run.end - run.start for run in plan.label_runs if run.label in labels) for labels in subsets]
     return table[0].index_select(0, plan.labels(device)).argsort(stable=True).split(sizes)
 
 

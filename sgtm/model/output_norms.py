@@ -66,7 +66,7 @@ class OutputNorms:
     @torch.no_grad()
     def outputs(
         self,
-        part: Sublayer,
+        sublayer: Sublayer,
         out: torch.Tensor,
         inner: torch.Tensor,
         weight: torch.Tensor,
@@ -88,13 +88,13 @@ class OutputNorms:
             if group != largest:
                 left.append(inner[:, rows])
                 right.append(weight[rows])
-                self._add(part, group, left[-1] @ right[-1])
+                self._add(sublayer, group, left[-1] @ right[-1])
         if bias is not None:
             left.append(inner.new_ones(len(inner), 1))
             right.append(bias[None])
         if left:  # one pass over the output
             out = torch.addmm(out, torch.cat(left, dim=1), torch.cat(right), alpha=-1)
-        self._add(part, largest, out)
+        self._add(sublayer, largest, out)
 
     def end(self) -> None:
         """The forward pass is over."""
@@ -103,8 +103,8 @@ class OutputNorms:
         self._sums = sums if self._sums is None else self._sums + sums
         self._by_token, self._open = [], False
 
-    def _add(self, part: Literal["residual"] | Sublayer, group: int, x: torch.Tensor) -> None:
-        self._keys.append((part, group))
+    def _add(self, source: Literal["residual"] | Sublayer, group: int, x: torch.Tensor) -> None:
+        self._keys.append((source, group))
         self._by_token.append(torch.linalg.vector_norm(x, dim=-1).flatten())
 
     def take(self, all_reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums) -> Norms:
@@ -122,10 +122,10 @@ class OutputNorms:
                 continue
             mine: LabelNorms = {"residual": []}
             norms[name] = mine
-            for (part, group), row in zip(self._keys, rows, strict=True):
+            for (source, group), row in zip(self._keys, rows, strict=True):
                 mean = float(f"{row[label] / counts[label]:.5g}")
-                if part == "residual":
-                    mine[part].append(mean)
+                if source == "residual":
+                    mine[source].append(mean)
                 elif self.tables.active[label][group] != 0:
-                    mine.setdefault(part, {}).setdefault(self.tables.groups[group], []).append(mean)
+                    mine.setdefault(source, {}).setdefault(self.tables.groups[group], []).append(mean)
         return norms

@@ -53,11 +53,11 @@ def mlp_in_bounds(layer: LayerPartition, gated: bool) -> tuple[int, ...]:
     return tuple(neuron * (2 if gated else 1) for neuron in layer.neuron_bounds)
 
 
-def group_rows(part: str, groups: tuple[str, ...], bounds: tuple[int, ...], decay: bool = True) -> Rows:
+def group_rows(projection: str, groups: tuple[str, ...], bounds: tuple[int, ...], decay: bool = True) -> Rows:
     """Rows owned by the groups of a layer, or by nobody where the layer has a single group."""
     if len(bounds) == 2:
         return Rows((ALWAYS,), bounds, decay)
-    return Rows(tuple(f"{part}.{group}" for group in groups), bounds, decay)
+    return Rows(tuple(f"{projection}.{group}" for group in groups), bounds, decay)
 
 
 def joint_rows(kind: str, rows: int, masked: bool = True, decay: bool = False) -> Rows:
@@ -74,10 +74,11 @@ def live_keys(tables: Tables, labels: Iterable[int]) -> frozenset[str]:
     """Keys that a global step with tokens of these labels may update; every other key is frozen in that step."""
     labels = tuple(labels)
     live = {ALWAYS} if labels else set()
-    for part in (*tables.update, *ENDS):
+    for projection in (*tables.update, *ENDS):
         for g, group in enumerate(tables.groups):
-            if (g or part in tables.update) and any(tables.contribution(part, label, g) != 0 for label in labels):
-                live.add(f"{part}.{group}")
+            learned = any(tables.contribution(projection, label, g) != 0 for label in labels)
+            if learned and (g or projection in tables.update):
+                live.add(f"{projection}.{group}")
     kinds = {kind for kind, by_label in tables.update_joint.items() if any(by_label[label] != 0 for label in labels)}
     live |= kinds
     if kinds & {"embedding", "head"}:

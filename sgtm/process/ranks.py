@@ -1,6 +1,6 @@
-"""Who launched this process, and its place among the ranks, from the environment alone.
+"""Who launched this process, and its rank, from the environment alone.
 
-Alone, a process is rank 0 of 1 and needs nothing. Under `torchrun`, the `deepspeed` launcher or `srun` its place comes
+Alone, a process is rank 0 of 1 and needs nothing. Under `torchrun`, the `deepspeed` launcher or `srun` its rank comes
 from the variables they set. Nothing here imports torch, as every printed error asks for the rank.
 """
 
@@ -15,7 +15,7 @@ TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PO
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Place of this process; `launcher` is `none`, `torchrun`, `deepspeed`, `srun` or `env` (set by hand)."""
+    """Rank of this process; `launcher` is `none`, `torchrun`, `deepspeed`, `srun` or `env` (set by hand)."""
 
     launcher: str
     rank: int = 0
@@ -25,7 +25,7 @@ class RankInfo:
 
 
 def detect_launch(environ: dict[str, str] | None = None) -> RankInfo:
-    """Place of this process, from the environment.
+    """Rank of this process, from the environment.
 
     Raises ValueError that names the variables where only some of what a launcher sets is there, or one is not a number.
     """

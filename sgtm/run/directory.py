@@ -21,7 +21,7 @@ from sgtm.distributed.on_ranks import on_every_rank, on_rank_zero
 from sgtm.files import sync_directory, write_atomically
 from sgtm.run.checkpoint import remove_unfinished
 from sgtm.run.environment import record_environment
-from sgtm.run.located import record_place
+from sgtm.run.located import record_folder
 from sgtm.run.metrics import MetricsLog
 from sgtm.run.usable import check_usable
 
@@ -124,7 +124,7 @@ def begin(run: Path, config: Config, log: MetricsLog, resume: bool, overwrite: b
         if aside:
             aside.rename(run)
         raise
-    record_place(run)
+    record_folder(run)
     record_environment(run)
     remove_unfinished(run)
     if aside:

@@ -24,7 +24,7 @@ from sgtm.files import write_atomically
 from sgtm.masking.channel import most_with_group
 from sgtm.model.transformer import Transformer
 from sgtm.run.checkpoint import check_same_corpus, open_run, read_manifest
-from sgtm.run.located import places_tried
+from sgtm.run.located import folders_tried
 from sgtm.run.metrics import read_metrics
 from sgtm.run.unlearned import read_unlearned
 
@@ -122,10 +122,10 @@ def _corpus_of(config: Config, run: Path) -> Corpus:
     try:
         return open_corpus(config, write=False)
     except ValueError as error:
-        tried = places_tried(config, run)
+        tried = folders_tried(config, run)
         if not tried or Path(config.data.path).exists():
             raise
-        raise ValueError(f"{error}; not found in {tried}: give its place with --data.path DIR") from None
+        raise ValueError(f"{error}; not found in {tried}: give its folder with --data.path DIR") from None
 
 
 def write_summary(run: Path, summary: dict) -> None:

@@ -53,12 +53,12 @@ def losses(rows: list[Row]) -> Figure | None:
     figure, axes = _panel("retain loss (nats per token)", "forget loss (nats per token)")
     names = []
     for number, row in enumerate(rows):
-        places = {model: place for model in ("full", "ablated") if (place := _place(row, model))}
-        if "full" not in places or (row.masks and len(places) < 2):
+        points = {model: point for model in ("full", "ablated") if (point := _point(row, model))}
+        if "full" not in points or (row.masks and len(points) < 2):
             continue
         colour = _colour(number)
-        axes.plot(*zip(*places.values(), strict=True), color=colour, linestyle=_dashes(number), linewidth=0.8)
-        for model, (retain, forget) in places.items():
+        axes.plot(*zip(*points.values(), strict=True), color=colour, linestyle=_dashes(number), linewidth=0.8)
+        for model, (retain, forget) in points.items():
             axes.errorbar(
                 retain,
                 forget,
@@ -77,7 +77,7 @@ def losses(rows: list[Row]) -> Figure | None:
     return _finished(figure, axes, handles)
 
 
-def _place(row: Row, model: str) -> tuple[float, float] | None:
+def _point(row: Row, model: str) -> tuple[float, float] | None:
     """(retain, forget) loss of a model; None where one was not measured or is not finite."""
     retain, forget = row.mean(f"{model}_retain"), row.mean(f"{model}_forget")
     if retain is None or forget is None or not (math.isfinite(retain) and math.isfinite(forget)):

@@ -56,16 +56,16 @@ def describe_skipped(
 
 def _reason(losses: list[list[float]], loader: Loader, corpus: Corpus, step: int) -> str:
     """What was not finite, and the documents of the worst micro-batch; losses: by rank and micro-batch."""
-    places = {(rank, index): loss for rank, mine in enumerate(losses) for index, loss in enumerate(mine)}
-    wrong = [place for place, loss in places.items() if not math.isfinite(loss)]
-    rank, index = wrong[0] if wrong else max(places, key=lambda place: places[place])
+    by_position = {(rank, index): loss for rank, mine in enumerate(losses) for index, loss in enumerate(mine)}
+    wrong = [position for position, loss in by_position.items() if not math.isfinite(loss)]
+    rank, index = wrong[0] if wrong else max(by_position, key=lambda position: by_position[position])
     micro_batch = f"micro-batch {index + 1} of rank {rank}"
     documents = loader.documents(step, rank, index)
     named = ", ".join(_name(corpus, document) for document in documents[:NAMED])
     more = f" and {len(documents) - NAMED} more" if len(documents) > NAMED else ""
     if wrong:
         others = f" and {len(wrong) - 1} more micro-batches" if len(wrong) > 1 else ""
-        what = f"the loss is {places[rank, index]} in {micro_batch}{others}"
+        what = f"the loss is {by_position[rank, index]} in {micro_batch}{others}"
     else:
         what = f"the gradient is not finite, the losses are; the largest is that of {micro_batch}"
     return f"{what}, which reads documents {named}{more}"

@@ -40,10 +40,10 @@ def arguments(runs: Path, name: str, *extra: str) -> list[str]:
 
 def torchrun(hosts: Hosts, runs: Path, name: str, *extra: str, **variables: str) -> list[Process]:
     """launch/torchrun.sh on both hosts."""
-    place = {"NNODES": "2", "RDZV": "node-0:29400", "JOB": name, **NETWORK, **variables}
+    environment = {"NNODES": "2", "RDZV": "node-0:29400", "JOB": name, **NETWORK, **variables}
     script = ROOT / "launch" / "torchrun.sh"
     return [
-        hosts.start(node, script, *arguments(runs, name, *extra), log=f"torchrun-{name}.{node}", **place)
+        hosts.start(node, script, *arguments(runs, name, *extra), log=f"torchrun-{name}.{node}", **environment)
         for node in NODES
     ]
 

@@ -61,18 +61,18 @@ def weights(block: torch.nn.Module) -> list[StorageWeakRef]:
     return [StorageWeakRef(p.untyped_storage()) for p in block.parameters() if p.numel()]
 
 
-def every_way(stage: int, family: str) -> list[tuple]:
+def every_mode(stage: int, family: str) -> list[tuple]:
     from sgtm.distributed.process_group import init_distributed
 
     config = run_config(stage, family, "torch", "sequence")
     init_distributed(config.distributed, config.kernels)
-    return [train(stage, family, *way) for way in ((False, False), (True, False), (True, True))]
+    return [train(stage, family, *mode) for mode in ((False, False), (True, False), (True, True))]
 
 
 @pytest.mark.parametrize(("stage", "family"), [(1, "gpt_neo"), (2, "llama"), (3, "gpt_neo")])
 def test_compiled_blocks_on_two_ranks(stage, family):
     layers = {"gpt_neo": 2, "llama": 1}[family]
-    for (plain, _, _), *compiled in run_ranks(every_way, 2, stage, family):
+    for (plain, _, _), *compiled in run_ranks(every_mode, 2, stage, family):
         assert plain[0] != plain[-1]
         for losses, graphs, held in compiled:
             assert losses == pytest.approx(plain, abs=2e-6)

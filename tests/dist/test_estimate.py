@@ -112,7 +112,7 @@ def measured(cases: list[str]) -> dict[str, tuple[float, float]]:
     from sgtm.distributed.process_group import init_distributed
     from sgtm.model.rows import live_keys
     from sgtm.model.transformer import Transformer
-    from sgtm_kernels.plan import MaskPlan, Run
+    from sgtm_kernels.plan import LabelRun, MaskPlan
 
     configured, measurements = engine_module.deepspeed_config, {}
     gc.freeze()  # what the imports have made need not be looked through every time
@@ -128,7 +128,7 @@ def measured(cases: list[str]) -> dict[str, tuple[float, float]]:
             with counted if step == 2 else nullcontext():  # before, ranks of ZeRO-3 compare what they have traced
                 for micro_batch in range(engine.accumulation):
                     ids = torch.randint(config.model.vocab_size, (1, size))
-                    plan = MaskPlan(config.tables, [Run(0, 0, size)], 1, size)
+                    plan = MaskPlan(config.tables, [LabelRun(0, 0, size)], 1, size)
                     loss, _ = engine(ids, ids, plan, 1 / config.train.tokens_per_step)
                     engine.backward(loss)
                     del loss

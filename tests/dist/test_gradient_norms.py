@@ -91,7 +91,7 @@ def check_case(stage: int, precision: str, offload: bool) -> None:
         train_step(other, batches, config.tables, 1e-2, totals[1])
         assert engine.grad_norm() == other.grad_norm(), case
     ours, theirs = state_of(engine), state_of(other)
-    assert all(torch.equal(ours[place], theirs[place]) for place in theirs), f"{case}: the probe changes the run"
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs), f"{case}: the probe changes the run"
     assert engine.optimizer.steps == other.optimizer.steps
     ours, theirs = (t.state() for t in totals)
     assert all(torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(theirs[name])) for name in theirs), case

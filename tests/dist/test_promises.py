@@ -139,7 +139,7 @@ def train_step(engine, batches) -> None:
 
 def moved_keys(old: dict, new: dict) -> set[str]:
     """Keys of which any element differs in any bit, on any rank."""
-    mine = {key for key, place in old if not torch.equal(old[key, place], new[key, place])}
+    mine = {key for key, index in old if not torch.equal(old[key, index], new[key, index])}
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return set().union(*everyone)

@@ -34,10 +34,10 @@ def train(runs: str, backend: str, *cases: tuple[str, ...]) -> list[dict]:
     start.compile_blocks = partial(start.compile_blocks, backend=backend)
     results = []
     for options in cases:
-        for way in ("off", "blocks"):
+        for mode in ("off", "blocks"):
             counters.clear()
             torch._dynamo.reset()
-            every = (*OPTIONS, *options, f"--runs={runs}", f"--name={way}", f"--train.compile={way}")
+            every = (*OPTIONS, *options, f"--runs={runs}", f"--name={mode}", f"--train.compile={mode}")
             run = loop.train(load_config("debug", list(every)), overwrite=True)
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             results.append({"losses": [loss for line in lines for loss in losses(line)], "graphs": graphs[-2:]})

@@ -91,9 +91,9 @@ def start(run: Path, stage: int, ranks: int, log: Path, before: Callable[[int], 
                 os.dup2(descriptor, 2)
                 os.write(descriptor, b"ATTEMPT\n" if rank == 0 else b"")
                 if ranks > 1:
-                    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+                    launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
                     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                    os.environ.update({name: str(value) for name, value in (place | address).items()})
+                    os.environ.update({name: str(value) for name, value in (launch | address).items()})
                 sys.argv = command
                 before(rank)
                 status = sgtm_process()

@@ -47,7 +47,7 @@ def on_the_gpu(request):
 
 @pytest.fixture(autouse=True)
 def no_table(monkeypatch):
-    """No test is launched by a table of the machine, or a way of the shell, that it runs in."""
+    """No test is launched by a table of the machine, or a variable of the shell, that it runs in."""
     monkeypatch.delenv("SGTM_TUNED", raising=False)
     monkeypatch.delenv("SGTM_LINEAR", raising=False)
     table_of.cache_clear()
@@ -69,7 +69,9 @@ def others(monkeypatch):
         monkeypatch.setitem(TUNABLES[name].others, ("fp32", "plain"), (SMALL,))
     monkeypatch.setitem(TUNABLES["linear_sums"].others, ("fp32",), (scaling.Tile(16, 16, 64, 4),))
     for length in linear_kernel.LENGTHS:
-        monkeypatch.setitem(TUNABLES["linear_dw"].others, ("fp32", 4, length), (linear_kernel.Way("rectangles"),))
+        monkeypatch.setitem(
+            TUNABLES["linear_dw"].others, ("fp32", 4, length), (linear_kernel.DwAlgorithm("rectangles"),)
+        )
     monkeypatch.setitem(
         TUNABLES["dw_rectangles"].others, ("fp32", "ones", "ragged"), (rectangles.Tile(16, 16, 16, 4, 1),)
     )

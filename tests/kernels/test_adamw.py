@@ -229,7 +229,7 @@ def test_a_factor_is_as_good_as_a_clipped_gradient(backend, factor):
     for name in ("weight", "exp_avg", "exp_avg_sq"):
         assert torch.equal(folded[name], clipped[name]), name
     grad = flat_tensors(3000)["grad"]
-    assert all(folded["grad"][place] == grad[place] for place in (0, 1500, 2999))
+    assert all(folded["grad"][index] == grad[index] for index in (0, 1500, 2999))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

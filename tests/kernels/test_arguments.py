@@ -52,8 +52,8 @@ WRONG = {
     "linear_gelu": (lambda b: linear_gelu(x(5), w(11, 5), w(11), PLAN, BOUNDS, b), "must cut 11"),
     "rows in": (lambda b: linear_in(x(5), w(11, 5), None, PLAN, "mlp_in", BOUNDS, b), "must cut 11"),
     "rows out": (lambda b: linear_out(x(11), w(11, 5), None, PLAN, "mlp_out", BOUNDS, b), "must cut 11"),
-    "part in": (lambda b: linear_in(x(5), w(12, 5), None, PLAN, "mlp_out", BOUNDS, b), "known: attn_in, mlp_in"),
-    "part out": (lambda b: linear_out(x(12), w(12, 5), None, PLAN, "mlp", BOUNDS, b), "known: attn_out, mlp_out"),
+    "projection in": (lambda b: linear_in(x(5), w(12, 5), None, PLAN, "mlp_out", BOUNDS, b), "known: attn_in, mlp_in"),
+    "projection out": (lambda b: linear_out(x(12), w(12, 5), None, PLAN, "mlp", BOUNDS, b), "known: attn_out, mlp_out"),
     "kind of norm": (lambda b: rms_norm(x(5), w(5), 1e-5, PLAN, "head", b), "known: norm, final_norm, None"),
     "weight of norm": (lambda b: rms_norm(x(5), w(4), 1e-5, PLAN, "norm", b), "norm of 5 columns"),
     "bias of norm": (lambda b: layer_norm(x(5), w(5), w(6), 1e-5, PLAN, "norm", b), "norm of 5 columns"),
@@ -81,7 +81,7 @@ def test_what_does_not_fit(what, backend):
 @pytest.mark.parametrize("documents", [((0, 9), (9, 16)), ((0, 8),), ((0, 8), (9, 16)), ((0, 4), (4, 8), (8, 17))])
 def test_documents_that_are_not_of_the_sequences(documents):
     with pytest.raises(ValueError, match="documents must cover the 16 tokens in order, none across sequences of 8"):
-        MaskPlan(PLAN.tables, PLAN.runs, 2, 8, documents)
+        MaskPlan(PLAN.tables, PLAN.label_runs, 2, 8, documents)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.nan])

@@ -12,7 +12,7 @@ from sgtm_kernels.attention.op import rotate
 from sgtm_kernels.attention.reference import visible_keys
 from sgtm_kernels.dispatch import BACKENDS
 from sgtm_kernels.mlp.reference import mask_groups
-from sgtm_kernels.plan import MaskPlan, merge_runs
+from sgtm_kernels.plan import MaskPlan, merge_label_runs
 from sgtm_kernels.testing import (
     BINARY,
     EXACT,
@@ -94,7 +94,7 @@ def rotary_tables(seq_len: int, head_dim: int) -> tuple[torch.Tensor, torch.Tens
 
 def by_hand(qkv, heads: HeadLayout, plan: MaskPlan, window, rotary: bool, backwards: bool = False) -> torch.Tensor:
     """Query by query, head by head; `backwards` builds the function whose gradient is that of the masked op."""
-    label = [run.label for run in plan.runs for _ in range(run.start, run.end)]
+    label = [run.label for run in plan.label_runs for _ in range(run.start, run.end)]
     document = list(range(plan.tokens))
     for i, (start, end) in enumerate(
         plan.documents or [(b * plan.seq_len, (b + 1) * plan.seq_len) for b in range(plan.batch)]
@@ -247,13 +247,13 @@ def test_binary_masks_are_exact(window, layout, dtype, backend):
     heads, batch, seq_len = size(backend)
     tables = random_tables(5, BINARY)
     plan = random_plan(6, tables, layout, batch, seq_len, documents=True)
-    free = MaskPlan(random_tables(7, (1.0,)), plan.runs, batch, seq_len, plan.documents)
+    free = MaskPlan(random_tables(7, (1.0,)), plan.label_runs, batch, seq_len, plan.documents)
     x = data(heads, batch, seq_len, dtype)
     results = [forward_backward(op(heads, p, backend, window), x) for p in (plan, free)]
     widths = [n * heads.head_dim for n in heads.heads]
     in_widths = [(q + 2 * kv) * heads.head_dim for q, kv in zip(heads.heads, heads.kv_heads, strict=True)]
     (y, d), (y_free, d_free) = ((out.split(widths, -1), dx.split(in_widths, -1)) for out, dx in results)
-    for label in {run.label for run in plan.runs}:
+    for label in {run.label for run in plan.label_runs}:
         mine = token_mask(plan, [label])
         for group in range(3):
             on, passes = tables.active[label][group], tables.route[label][group]
@@ -269,7 +269,7 @@ def test_documents_do_not_see_one_another(window, layout, dtype, backend):
     plan = random_plan(9, random_tables(10), layout, batch, seq_len, documents=True)
     x = data(heads, batch, seq_len, dtype)
     before = forward_backward(op(heads, plan, backend, window), x)
-    for label in sorted({run.label for run in plan.runs})[: 1 if backend == "triton" else None]:
+    for label in sorted({run.label for run in plan.label_runs})[: 1 if backend == "triton" else None]:
         mine = token_mask(plan, [label])[..., None]
         after = forward_backward(op(heads, plan, backend, window), x.where(~mine, 1 - 3 * x))
         for old, new in zip(before, after, strict=True):
@@ -336,7 +336,7 @@ def test_the_kernels_skip_what_is_inactive_or_stopped(monkeypatch):
         masks = [((1.0, 1.0), (1.0, value)) for value in (active, route)]
         tables = type(free)(free.labels, free.groups, *masks, free.update, free.update_joint)
         done.clear()
-        out = op(heads, MaskPlan(tables, merge_runs([0, 1], [start, 80 - start]), 2, 40), "triton")(x)
+        out = op(heads, MaskPlan(tables, merge_label_runs([0, 1], [start, 80 - start]), 2, 40), "triton")(x)
         forward = len(done)
         out.backward(torch.ones_like(out))
         return forward, len(done) - forward

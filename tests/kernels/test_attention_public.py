@@ -38,7 +38,7 @@ SCALE = 0.7
 BF16, FP32 = torch.bfloat16, torch.float32
 CUDA = Facts("cuda", BF16, 64)
 HEADS = HeadLayout((4, 0, 2), (2, 0, 2), 8)
-by_way = pytest.mark.parametrize("way", ["flex", "flash_attn"])
+by_library = pytest.mark.parametrize("library", ["flex", "flash_attn"])
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def data(heads: HeadLayout, plan: MaskPlan, dtype=torch.float64) -> torch.Tensor
     return random_like(torch.empty(plan.batch, plan.seq_len, columns, dtype=FP32), 1).to(dtype)
 
 
-@by_way
+@by_library
 @pytest.mark.parametrize(
     ("layout", "heads", "batch", "seq_len", "window", "documents", "turned"),
     [
@@ -126,10 +126,10 @@ def data(heads: HeadLayout, plan: MaskPlan, dtype=torch.float64) -> torch.Tensor
     ],
 )
 def test_they_are_as_accurate_as_the_reference(
-    layout, heads, batch, seq_len, window, documents, turned, way, monkeypatch
+    layout, heads, batch, seq_len, window, documents, turned, library, monkeypatch
 ):
     """Through the whole op, its masks included, forward and backward."""
-    monkeypatch.setenv("SGTM_ATTENTION", way)
+    monkeypatch.setenv("SGTM_ATTENTION", library)
     plan = random_plan(3, random_tables(4, FLOATS), layout, batch, seq_len, documents)
     angles = torch.arange(seq_len)[:, None] * 0.1 ** torch.arange(heads.head_dim // 2).repeat(2)
     rotary = (angles.cos(), angles.sin()) if turned else None
@@ -140,11 +140,11 @@ def test_they_are_as_accurate_as_the_reference(
         assert_accurate(*values, name=name)
 
 
-@by_way
+@by_library
 @pytest.mark.parametrize("layout", ["sorted", "tokens"])
-def test_binary_masks_and_documents_are_exact(layout, way, monkeypatch):
+def test_binary_masks_and_documents_are_exact(layout, library, monkeypatch):
     """Other content in the documents of one label leaves every bit of the others; NaN of what is inactive stays out."""
-    monkeypatch.setenv("SGTM_ATTENTION", way)
+    monkeypatch.setenv("SGTM_ATTENTION", library)
     plan = random_plan(9, random_tables(10, BINARY), layout, 4, 40, documents=True)
     x = data(HEADS, plan, FP32)
     before = forward_backward(op(HEADS, plan, 16), x)
@@ -174,12 +174,12 @@ def test_what_flash_attn_is_handed(monkeypatch):
     assert [call["window"] for call in calls] == [(-1, -1)] * 2 + [(3, 0)]
     assert calls[0]["shape"] == ((3, 10, 6, 8), (3, 10, 3, 8))
     calls.clear()
-    cut = MaskPlan(free, whole.runs, 3, 10, ((0, 3), (3, 10), (10, 20), (20, 21), (21, 30)))
+    cut = MaskPlan(free, whole.label_runs, 3, 10, ((0, 3), (3, 10), (10, 20), (20, 21), (21, 30)))
     op(heads, cut, 4)(x), op(heads, cut, 4)(x)
     assert [call["edges"].tolist() for call in calls] == [[0, 3, 10, 20, 21, 30]] * 2
     assert calls[0]["edges"] is calls[1]["edges"] and calls[0]["window"] == (3, 0)
     calls.clear()
-    op(heads, MaskPlan(free, whole.runs, 3, 10, ((0, 10), (10, 20), (20, 30))), None)(x)
+    op(heads, MaskPlan(free, whole.label_runs, 3, 10, ((0, 10), (10, 20), (20, 30))), None)(x)
     assert all("edges" not in call for call in calls)  # every sequence is one document: nothing to cut
     assert all(call["deterministic"] is True for call in calls)
 
@@ -264,7 +264,7 @@ def test_what_is_taken_by_itself(facts, whole, want, monkeypatch):
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize(
-    ("way", "facts", "problem"),
+    ("library", "facts", "problem"),
     [
         ("sdpa", CUDA, None),
         ("sdpa", Facts("cpu", torch.float64, 4), None),
@@ -282,12 +282,12 @@ def test_what_is_taken_by_itself(facts, whole, want, monkeypatch):
         ("flex", Facts("cpu", FP32, 64), "on the device 'cpu'"),
     ],
 )
-def test_what_is_named_is_taken_or_refused(way, facts, problem, whole, monkeypatch):
-    monkeypatch.setenv("SGTM_ATTENTION", way)
+def test_what_is_named_is_taken_or_refused(library, facts, problem, whole, monkeypatch):
+    monkeypatch.setenv("SGTM_ATTENTION", library)
     if problem is None:
-        assert choose(facts, whole) == way
+        assert choose(facts, whole) == library
     else:
-        with pytest.raises(ValueError, match=f"^SGTM_ATTENTION={way} was requested, but .*{problem}"):
+        with pytest.raises(ValueError, match=f"^SGTM_ATTENTION={library} was requested, but .*{problem}"):
             choose(facts, whole)
 
 
@@ -319,16 +319,16 @@ class BuiltForAnotherTorch(ModuleType):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("way", ["", "flex", "flash_attn"])  # unset first: what a user gets
+@pytest.mark.parametrize("library", ["", "flex", "flash_attn"])  # unset first: what a user gets
 @pytest.mark.parametrize(
     ("layout", "window", "documents"), [("sorted", None, False), ("sorted", 100, False), ("tokens", None, True)]
 )
-def test_on_a_gpu_twice_the_same_bits_and_as_accurate_as_torch(layout, window, documents, way, monkeypatch):
+def test_on_a_gpu_twice_the_same_bits_and_as_accurate_as_torch(layout, window, documents, library, monkeypatch):
     """Under `torch.use_deterministic_algorithms(True)`, as in training: `forward_backward` sets it."""
     monkeypatch.undo()
-    if way == "flash_attn" and (problem := public._flash_attn_problem()):
+    if library == "flash_attn" and (problem := public._flash_attn_problem()):
         pytest.skip(problem)  # optional
-    monkeypatch.setenv("SGTM_ATTENTION", way)
+    monkeypatch.setenv("SGTM_ATTENTION", library)
     heads = HeadLayout((4, 2), (2, 1), 32)
     plan = random_plan(3, random_tables(4, FLOATS, groups=2), layout, 6, 300, documents)
     x = data(heads, plan, BF16)

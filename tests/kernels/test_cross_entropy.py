@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.cross_entropy import pytorch as cross_entropy_pytorch
 from sgtm_kernels.dispatch import BACKENDS, pick
-from sgtm_kernels.plan import MaskPlan, merge_runs
+from sgtm_kernels.plan import MaskPlan, merge_label_runs
 from sgtm_kernels.testing import (
     BINARY,
     EXACT,
@@ -134,7 +134,7 @@ def test_non_interference(layout, dtype, backend):
 
     t, other_t = targets(9, 5), targets(9, 5, seed=8)
     before, sums = learned(x, t)
-    for label in {run.label for run in plan.runs}:
+    for label in {run.label for run in plan.label_runs}:
         mine = token_mask(plan, [label])
         after, new_sums = learned(x.detach().where(~mine[..., None], 1 - 3 * x), t.where(~mine, other_t))
         for kind, old, new in zip(("head", "head_bias"), before, after, strict=True):
@@ -152,7 +152,7 @@ def test_partial_sums_are_added_in_fp32(monkeypatch, backend):
     lengths, tables = [256, *[1] * 12], random_tables(0, (1.0,))
     joint = dict.fromkeys(tables.update_joint, (1.0, 0.0, 1.0, 1.0))
     tables = type(tables)(tables.labels, tables.groups, tables.active, tables.route, tables.update, joint)
-    plan = MaskPlan(tables, merge_runs([i % 2 for i in range(13)], lengths), 1, sum(lengths))
+    plan = MaskPlan(tables, merge_label_runs([i % 2 for i in range(13)], lengths), 1, sum(lengths))
     x, weight = torch.ones(1, plan.tokens, WIDTH).to(dtype), torch.zeros(VOCAB, WIDTH).to(dtype).requires_grad_()
     x[:, :256] = first
     bias = torch.eye(VOCAB)[0].mul(200).to(dtype).requires_grad_()
@@ -274,7 +274,7 @@ def test_chunks_that_may_not_update_the_head_skip_its_matmul(monkeypatch, backen
     tables = random_tables(0, (1.0,))
     joint = tables.update_joint | {"head": (0.0, 1.0, 1.0, 1.0)}
     tables = type(tables)(tables.labels, tables.groups, tables.active, tables.route, tables.update, joint)
-    plan = MaskPlan(tables, merge_runs([int(i in (4, 5)) for i in range(16)], [6] * 16), 16, 6)
+    plan = MaskPlan(tables, merge_label_runs([int(i in (4, 5)) for i in range(16)], [6] * 16), 16, 6)
     forward_backward(op(plan, backend, targets(16, 6)), *inputs(16, 6, torch.float32)[:2])
     assert added == [(VOCAB, WIDTH)]
 

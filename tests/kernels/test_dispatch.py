@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from sgtm_kernels.dispatch import (
+    ALGORITHMS,
     BACKENDS,
     CAPTURED,
     FALLBACK,
     OPS,
-    WAYS,
+    algorithm,
     explain,
     load,
     module_name,
@@ -20,7 +21,6 @@ from sgtm_kernels.dispatch import (
     pick,
     resolve,
     unusable,
-    way,
 )
 from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.testing import random_tables
@@ -138,16 +138,17 @@ def test_triton_in_its_interpreter_is_not_taken_in_bf16(monkeypatch):
         resolve("triton", torch.bfloat16)
 
 
-@pytest.mark.parametrize("variable", WAYS)
+@pytest.mark.parametrize("variable", ALGORITHMS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_unknown_way_is_an_error_of_every_backend(variable, backend, monkeypatch):
+def test_an_unknown_algorithm_is_an_error_of_every_backend(variable, backend, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for known in WAYS[variable]:
+    for known in ALGORITHMS[variable]:
         monkeypatch.setenv(variable, known)
         load(backend)
-        assert way(variable) == known
+        assert algorithm(variable) == known
     monkeypatch.setenv(variable, "bogus")
     with pytest.raises(
-        ValueError, match=f"^{variable} is 'bogus'; it takes {', '.join(WAYS[variable][:-1])} or {WAYS[variable][-1]}$"
+        ValueError,
+        match=f"^{variable} is 'bogus'; it takes {', '.join(ALGORITHMS[variable][:-1])} or {ALGORITHMS[variable][-1]}$",
     ):
         load(backend)

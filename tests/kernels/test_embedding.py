@@ -123,7 +123,7 @@ def test_non_interference(layout, dtype, backend):
     i, weight = ids(10, 13), table(dtype).requires_grad_()
     dy = random_like(torch.empty(10, 13, WIDTH, dtype=dtype), 0)
     (before,) = torch.autograd.grad(op(plan, backend)(i, weight), weight, dy)
-    for label in {run.label for run in plan.runs}:
+    for label in {run.label for run in plan.label_runs}:
         mine = token_mask(plan, [label])
         other_ids, other_dy = i.where(~mine, ids(10, 13, seed=5)), dy.where(~mine[..., None], 1 - 9 * dy)
         (after,) = torch.autograd.grad(op(plan, backend)(other_ids, weight), weight, other_dy)

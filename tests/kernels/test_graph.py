@@ -18,7 +18,7 @@ from sgtm_kernels.linear import linear_in, linear_out
 from sgtm_kernels.linear.compiled import joint_sum, masked_product, row_sum
 from sgtm_kernels.mlp import gelu, linear_gelu, swiglu
 from sgtm_kernels.norm import layer_norm, rms_norm
-from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS, MaskPlan, Run, Tables
+from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS, LabelRun, MaskPlan, Tables
 from sgtm_kernels.signature import Signature
 from sgtm_kernels.testing import random_plan, random_tables
 
@@ -95,7 +95,7 @@ def test_one_graph_serves_every_plan(name, documents):
     for seed, layout in enumerate(("tokens", "sorted", "ragged")):
         plan = plan_number(seed, layout, documents)
         signatures.add(plan.signature)
-        for results in zip(*(results_of(way, inputs, plan) for way in (compiled, function)), strict=True):
+        for results in zip(*(results_of(version, inputs, plan) for version in (compiled, function)), strict=True):
             torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1 == len(signatures)
 
@@ -136,6 +136,6 @@ IN, OUT = {"attn_in": True, "mlp_in": True}, {"attn_out": True, "mlp_out": True}
 def test_signature(changes, masked):
     tables = replace(ONES, **changes)
     for label, documents in product((0, 1), (None, ((0, 3), (3, 6)))):
-        plan = MaskPlan(tables, (Run(label, 0, 6),), 1, 6, documents)
+        plan = MaskPlan(tables, (LabelRun(label, 0, 6),), 1, 6, documents)
         expected = masked if label == 1 else {}
         assert plan.signature == PLAIN._replace(**expected, documents=documents is not None)

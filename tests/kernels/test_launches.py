@@ -20,7 +20,7 @@ from sgtm_kernels.embedding import embedding
 from sgtm_kernels.linear import linear_in, linear_out, rectangles
 from sgtm_kernels.mlp import gelu, linear_gelu, swiglu
 from sgtm_kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from sgtm_kernels.plan import JOINT_KINDS, MAX_SLICES, PROJECTIONS, MaskPlan, Tables, merge_runs
+from sgtm_kernels.plan import JOINT_KINDS, MAX_SLICES, PROJECTIONS, MaskPlan, Tables, merge_label_runs
 from sgtm_kernels.tools.aot import all_variants
 from sgtm_kernels.tools.launches import KernelVariant, record_launches
 from sgtm_kernels.triton_common.tuning import DTYPES
@@ -40,7 +40,7 @@ def plans() -> Iterator[MaskPlan]:
     for factors in ((1, 1, 1), (0, 1, 1), (0.5, 1, 1), (1, 0, 1), (1, 0.5, 1), (1, 1, 0), (1, 1, 0.5)):
         masks = tables(*map(float, factors))
         yield MaskPlan.uniform(masks, 1, BATCH, SEQ_LEN)
-        runs = merge_runs([0, 1] * (BATCH * SEQ_LEN // 2), [1] * (BATCH * SEQ_LEN))
+        runs = merge_label_runs([0, 1] * (BATCH * SEQ_LEN // 2), [1] * (BATCH * SEQ_LEN))
         assert len(runs) > 2 * MAX_SLICES
         yield MaskPlan(masks, runs, BATCH, SEQ_LEN)
 
@@ -54,11 +54,11 @@ def leaf_of(dtype: torch.dtype, *shape: int, learns: bool = True) -> torch.Tenso
 
 def linear(leaf: Leaf, plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
     wide = leaf(BATCH, SEQ_LEN, BOUNDS[-1])
-    for way, biased in product(("masked", "pointers", "descriptors", "ragged"), (False, True)):
-        x = leaf(BATCH, SEQ_LEN, WIDTH // 2) if way == "ragged" else leaf(BATCH, SEQ_LEN, WIDTH)
+    for loads, biased in product(("masked", "pointers", "descriptors", "ragged"), (False, True)):
+        x = leaf(BATCH, SEQ_LEN, WIDTH // 2) if loads == "ragged" else leaf(BATCH, SEQ_LEN, WIDTH)
         weight = leaf(BOUNDS[-1], x.shape[-1])
-        monkeypatch.setenv("SGTM_LINEAR", "masked" if way == "masked" else "rectangles")
-        monkeypatch.setattr(rectangles, "has_descriptors", lambda device, way=way: way == "descriptors")
+        monkeypatch.setenv("SGTM_LINEAR", "masked" if loads == "masked" else "rectangles")
+        monkeypatch.setattr(rectangles, "has_descriptors", lambda device, loads=loads: loads == "descriptors")
         bias_in, bias_out = (leaf(n) if biased else None for n in (BOUNDS[-1], x.shape[-1]))
         yield linear_out(wide, weight, bias_out, plan, "mlp_out", BOUNDS, "triton")
         for overwrite in (False, True):
@@ -76,7 +76,7 @@ def mlp(leaf: Leaf, plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
 
 def attend(leaf: Leaf, plan: MaskPlan, monkeypatch) -> Iterator[torch.Tensor]:
     cuts = tuple((start, start + 10) for start in range(0, plan.tokens, 10))
-    cut = MaskPlan(plan.tables, plan.runs, plan.batch, plan.seq_len, cuts)
+    cut = MaskPlan(plan.tables, plan.label_runs, plan.batch, plan.seq_len, cuts)
     grouped, alone = HeadLayout((2, 1), (1, 1), 8), HeadLayout((2,), (1,), 8)
     for masks, window, layout in product((plan, cut), (None, 4), (grouped, alone)):
         qkv = leaf(BATCH, SEQ_LEN, 8 * (sum(layout.heads) + 2 * sum(layout.kv_heads)))

@@ -149,18 +149,18 @@ def test_one_graph_serves_every_plan(name):
         plan = plan_number(seed, layout)
         results = [
             (y, *torch.autograd.grad(y, inputs, torch.ones_like(y)))
-            for y in (way(*inputs, plan) for way in (compiled, function))
+            for y in (version(*inputs, plan) for version in (compiled, function))
         ]
         for ours, plain in zip(*results, strict=True):
             torch.testing.assert_close(ours, plain, rtol=0, atol=0)
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("way", ["as it is", "compiled"])
+@pytest.mark.parametrize("version", ["as it is", "compiled"])
 @calls
-def test_the_graph_of_autograd_has_the_plan(name, way):
+def test_the_graph_of_autograd_has_the_plan(name, version):
     function, inputs = CALLS[name][1], inputs_of(name)
-    if way == "compiled":
+    if version == "compiled":
         torch._dynamo.reset()
         function = torch.compile(function, fullgraph=True, backend="aot_eager")
     y = function(*inputs, plan_number(3))
@@ -173,7 +173,7 @@ def test_a_plan_lives_no_longer_than_its_handle():
     plan = plan_number(3)
     before, tensors = len(_PLANS), weakref.ref(plan.factors([(1.0,) * 4], torch.device("cpu")))
     handle = plan.handle
-    assert plan_of(handle).runs == plan.runs
+    assert plan_of(handle).label_runs == plan.label_runs
     del plan
     assert plan_of(handle) is not None and tensors() is not None
     del handle
@@ -183,12 +183,12 @@ def test_a_plan_lives_no_longer_than_its_handle():
 @pytest.mark.parametrize("again", [copy, deepcopy, lambda plan: pickle.loads(pickle.dumps(plan))])
 def test_a_copy_of_a_plan_outlives_it(again):
     plan = random_plan(2, TABLES, "ragged", BATCH, SEQ_LEN, documents=True)
-    wanted = plan.tables, plan.runs, plan.batch, plan.seq_len, plan.documents
+    wanted = plan.tables, plan.label_runs, plan.batch, plan.seq_len, plan.documents
     twin = again(plan)
     del plan
     lookup = plan_of(twin.handle)
-    assert (lookup.tables, lookup.runs, lookup.batch, lookup.seq_len, lookup.documents) == wanted
-    assert lookup.runs == twin.runs and twin.documents is not None
+    assert (lookup.tables, lookup.label_runs, lookup.batch, lookup.seq_len, lookup.documents) == wanted
+    assert lookup.label_runs == twin.label_runs and twin.documents is not None
 
 
 @pytest.mark.gpu

@@ -5,10 +5,10 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_layers import BOUNDS, FAST, KERNELS, SIDES, by_kernel, by_side, gradients, inputs, op, use_way
+from linear_layers import BOUNDS, FAST, KERNELS, SIDES, by_kernel, by_side, gradients, inputs, op, use_algorithm
 
 from sgtm_kernels.linear import kernel, linear_in, scaling
-from sgtm_kernels.plan import MaskPlan, merge_runs
+from sgtm_kernels.plan import MaskPlan, merge_label_runs
 from sgtm_kernels.testing import (
     BINARY,
     EXACT,
@@ -29,8 +29,8 @@ by_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 @pytest.fixture(autouse=True)
-def way(request, monkeypatch):
-    use_way(request, monkeypatch)
+def chosen_algorithm(request, monkeypatch):
+    use_algorithm(request, monkeypatch)
 
 
 def low(backend: str) -> torch.dtype:
@@ -46,7 +46,7 @@ by_backend = pytest.mark.parametrize("backend", ("reference", *FAST))
 
 
 def cases(*backends: str) -> list[tuple[str, str, torch.dtype]]:
-    """The ways of `triton` differ only where labels change from token to token."""
+    """The algorithms of `triton` differ only where labels change from token to token."""
     return [
         (layout, backend, dtype)
         for layout in LAYOUTS
@@ -124,7 +124,7 @@ def test_masked_rows_are_zero_and_dx_is_the_plain_one(layout, side, dtype, backe
     plain_out, plain_dx, *_ = forward_backward(plain(side), *data)
     assert_same_bits(out, plain_out, "y")
     assert_same_bits(dx, plain_dx, "dx")
-    present = {run.label for run in plan.runs}
+    present = {run.label for run in plan.label_runs}
     for group, (start, end) in enumerate(pairwise(BOUNDS)):
         frozen = all(tables.contribution(SIDES[side][1], label, group) == 0 for label in present)
         assert bool((dw[start:end] == 0).all()) == frozen
@@ -160,7 +160,7 @@ def test_non_interference(layout, side, dtype, backend):
     x, weight, bias = inputs(side, 10, 13, dtype)
     dy = random_like(torch.empty(10, 13, SIDES[side][3], dtype=dtype), 0)
     before = gradients(side, plan, backend, x, weight, bias, dy)
-    for label in {run.label for run in plan.runs}:
+    for label in {run.label for run in plan.label_runs}:
         other = token_mask(plan, [label])[..., None]
         after = gradients(
             side, plan, backend, x.where(~other, 50 * x + 1), weight, bias, dy.where(~other, -30 * dy - 1)
@@ -185,7 +185,7 @@ def test_partial_sums_are_added_in_fp32(ones, side, backend):
     tables = random_tables(0, (1.0,))
     update = dict.fromkeys(tables.update, ((1.0,) * 3, (0.0,) * 3, (1.0,) * 3, (1.0,) * 3))
     tables = type(tables)(tables.labels, tables.groups, tables.active, tables.route, update, tables.update_joint)
-    plan = MaskPlan(tables, merge_runs([i % 2 for i in range(len(lengths))], lengths), 1, sum(lengths))
+    plan = MaskPlan(tables, merge_label_runs([i % 2 for i in range(len(lengths))], lengths), 1, sum(lengths))
     data = [torch.ones_like(x) for x in inputs(side, 1, sum(lengths), dtype)]
     leaves = [x.requires_grad_() for x in data]
     out = op(side, plan, backend)(*leaves)
@@ -248,13 +248,13 @@ def test_several_tiles(values, dtype, columns, bounds, side, backend):
 
 
 def test_layers_that_share_a_plan_share_no_rectangles():
-    """Bounds and part decide what is masked, and a plan keeps the tables of every layer."""
+    """Bounds and projection decide what is masked, and a plan keeps the tables of every layer."""
     shared, weight_gradients = random_plan(25, random_tables(26), "tokens", 4, 25), []
     x, weight, _ = inputs("in", 4, 25, torch.float32)
-    for part, bounds in (("mlp_in", BOUNDS), ("attn_in", BOUNDS), ("mlp_in", (0, 8, 30, 48)), ("mlp_in", BOUNDS)):
+    for projection, bounds in (("mlp_in", BOUNDS), ("attn_in", BOUNDS), ("mlp_in", (0, 8, 30, 48)), ("mlp_in", BOUNDS)):
         fresh = random_plan(25, random_tables(26), "tokens", 4, 25)
         mine, wanted = (
-            forward_backward(lambda x, w: linear_in(x, w, None, plan, part, bounds, "triton"), x, weight)[2]  # noqa: B023
+            forward_backward(lambda x, w: linear_in(x, w, None, plan, projection, bounds, "triton"), x, weight)[2]  # noqa: B023
             for plan in (shared, fresh)
         )
         assert_same_bits(mine, wanted)
@@ -273,7 +273,7 @@ def test_a_bias_of_more_partial_sums_than_a_tile_has():
     torch.testing.assert_close(total, wanted.float(), rtol=1e-5, atol=1e-4)
 
 
-def test_an_unknown_way_is_an_error(monkeypatch):
+def test_an_unknown_algorithm_is_an_error(monkeypatch):
     monkeypatch.setenv("SGTM_LINEAR", "rectangle")
     with pytest.raises(ValueError, match="SGTM_LINEAR is 'rectangle'; it takes masked or rectangles"):
-        kernel.candidate(torch.zeros(2, 4), ())
+        kernel.dw_algorithm(torch.zeros(2, 4), ())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from linear_layers import BOUNDS, SIDES, by_kernel, by_side, gradients, inputs, op, use_way
+from linear_layers import BOUNDS, SIDES, by_kernel, by_side, gradients, inputs, op, use_algorithm
 from torch.utils.checkpoint import checkpoint
 
 from sgtm_kernels.linear import scaling
@@ -20,8 +20,8 @@ from sgtm_kernels.triton_common import tiles
 
 
 @pytest.fixture(autouse=True)
-def way(request, monkeypatch):
-    use_way(request, monkeypatch)
+def chosen_algorithm(request, monkeypatch):
+    use_algorithm(request, monkeypatch)
 
 
 @by_kernel
@@ -31,7 +31,7 @@ def way(request, monkeypatch):
 def test_masked_content_changes_nothing(groups, layout, side, backend):
     """NaN in the masked entries of the operand whose columns are the rows of dW, and at the bias, goes nowhere: where
     whole tokens are masked, and where a kernel reads the entry beside it. Nor does NaN in the other operand where
-    tokens are left out; the way `masked` multiplies all of them."""
+    tokens are left out; the algorithm `masked` multiplies all of them."""
     ones = random_tables(17, (1.0,))
     update = {
         part: (tuple(float(g not in groups) for g in range(3)), *table[1:]) for part, table in ones.update.items()

@@ -69,7 +69,7 @@ def data(name: str, batch: int, seq_len: int, dtype=torch.float64) -> torch.Tens
 
 def factors(plan, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`active` and `route` of every token and column, fp64 [B, S, columns]."""
-    labels = torch.tensor([run.label for run in plan.runs for _ in range(run.start, run.end)])
+    labels = torch.tensor([run.label for run in plan.label_runs for _ in range(run.start, run.end)])
     fold = columns // NEURONS
     groups = torch.tensor([g for g in range(3) for _ in range(fold * BOUNDS[g], fold * BOUNDS[g + 1])])
     tables = [torch.tensor(table, dtype=torch.float64) for table in (plan.tables.active, plan.tables.route)]
@@ -142,7 +142,7 @@ def test_tokens_do_not_touch_one_another(layout, name, backend):
     plan = random_plan(9, random_tables(10), layout, 6, 5)
     x = data(name, 6, 5, low_precision(backend))
     before = forward_backward(op(name, plan, backend), x)
-    for label in {run.label for run in plan.runs}:
+    for label in {run.label for run in plan.label_runs}:
         mine = token_mask(plan, [label])[..., None]
         after = forward_backward(op(name, plan, backend), x.where(mine, 7 - x))
         for old, new in zip(before, after, strict=True):
@@ -191,7 +191,7 @@ def layer(batch: int, seq_len: int, dtype=torch.float64) -> list[torch.Tensor]:
 
 def bias_rows(plan, updated: bool) -> torch.Tensor:
     """Rows of the bias that some token of the plan may update, or that none may."""
-    live = [any(by_label[run.label] for run in plan.runs) for by_label in plan.contributions("mlp_in", 3)]
+    live = [any(by_label[run.label] for run in plan.label_runs) for by_label in plan.contributions("mlp_in", 3)]
     return torch.tensor([live[g] == updated for g in range(3) for _ in range(*BOUNDS[g : g + 2])])
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS, MaskPlan, Run, Slice, Tables, merge_runs
+from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS, LabelRun, MaskPlan, Slice, Tables, merge_label_runs
 from sgtm_kernels.testing import BINARY, FLOATS, LAYOUTS, random_plan, random_tables
 
 BOUNDS = (0, 5, 6, 9)
@@ -23,7 +23,7 @@ plans = st.builds(
 
 
 def labels_of(plan: MaskPlan) -> list[int]:
-    return [run.label for run in plan.runs for _ in range(run.start, run.end)]
+    return [run.label for run in plan.label_runs for _ in range(run.start, run.end)]
 
 
 def spread(slices, tokens: int) -> list[float]:
@@ -52,14 +52,14 @@ def test_updaters_are_the_tokens_with_a_weight(plan, by_label):
 
 @given(plans, st.sampled_from(PROJECTIONS))
 @settings(max_examples=100, deadline=None)
-def test_rows_give_every_group_its_tokens(plan, part):
-    tables, work = plan.tables, plan.rows(part, BOUNDS)
+def test_rows_give_every_group_its_tokens(plan, projection):
+    tables, work = plan.tables, plan.rows(projection, BOUNDS)
     assert [w.start for w in work] == [0, *(w.end for w in work[:-1])] and work[-1].end == BOUNDS[-1]
     for group, (start, end) in enumerate(pairwise(BOUNDS)):
         want = []
         for label in labels_of(plan):
-            arrives = tables.active[label][group] != 0 and (part[-2:] != "in" or tables.route[label][group] != 0)
-            want.append(tables.update[part][label][group] if arrives else 0.0)
+            arrives = tables.active[label][group] != 0 and (projection[-2:] != "in" or tables.route[label][group] != 0)
+            want.append(tables.update[projection][label][group] if arrives else 0.0)
         for row in range(start, end):
             (mine,) = [w for w in work if w.start <= row < w.end]
             assert spread(mine.tokens.slices, plan.tokens) == want
@@ -71,8 +71,8 @@ def test_rows_give_every_group_its_tokens(plan, part):
 def test_nothing_masked_is_one_piece_of_work():
     tables = random_tables(0, (1.0,))
     plan = random_plan(0, tables, "tokens", 4, 20)
-    for part in PROJECTIONS:
-        (work,) = plan.rows(part, BOUNDS)
+    for projection in PROJECTIONS:
+        (work,) = plan.rows(projection, BOUNDS)
         assert (work.start, work.end) == (0, BOUNDS[-1]) and plan.plain(work.tokens)
     assert all(plan.plain(plan.joint(kind)) for kind in JOINT_KINDS)
 
@@ -89,32 +89,39 @@ def test_sorted_sgtm_batch_is_two_pieces_of_work():
         dict.fromkeys(PROJECTIONS, update),
         dict.fromkeys(JOINT_KINDS, (1.0,) * 3),
     )
-    plan = MaskPlan(tables, merge_runs([2, 2, 0, 1], [10] * 4), 4, 10)
+    plan = MaskPlan(tables, merge_label_runs([2, 2, 0, 1], [10] * 4), 4, 10)
     retain, forget = plan.rows("mlp_in", (0, 6, 8))
     assert (retain.start, retain.end, retain.tokens.slices) == (0, 6, (Slice(20, 40, 1.0),))
     assert (forget.start, forget.end, forget.tokens.slices) == (6, 8, (Slice(0, 30, 1.0),))
 
 
-def test_merge_runs():
-    assert merge_runs([1, 1, 0, 2, 0], [3, 4, 5, 0, 2]) == (Run(1, 0, 7), Run(0, 7, 14))
-    assert merge_runs([0, 2, 1], [0, 1, 1]) == (Run(2, 0, 1), Run(1, 1, 2))
+def test_merge_label_runs():
+    assert merge_label_runs([1, 1, 0, 2, 0], [3, 4, 5, 0, 2]) == (LabelRun(1, 0, 7), LabelRun(0, 7, 14))
+    assert merge_label_runs([0, 2, 1], [0, 1, 1]) == (LabelRun(2, 0, 1), LabelRun(1, 1, 2))
     with pytest.raises(ValueError):
-        merge_runs([0, 1], [3])
+        merge_label_runs([0, 1], [3])
 
 
 @pytest.mark.parametrize(("cuts", "whole"), [([8, 4], True), ([12], True), ([7, 5], False), ([4, 6, 2], False)])
 def test_whole_sequences(cuts, whole):
-    plan = MaskPlan(random_tables(0), merge_runs([0, 1, 2][: len(cuts)], cuts), 3, 4)
+    plan = MaskPlan(random_tables(0), merge_label_runs([0, 1, 2][: len(cuts)], cuts), 3, 4)
     assert plan.whole_sequences == whole
 
 
 def test_uniform_plan():
     plan = MaskPlan.uniform(random_tables(0), 2, 3, 5)
-    assert plan.runs == (Run(2, 0, 15),) and plan.tokens == 15
+    assert plan.label_runs == (LabelRun(2, 0, 15),) and plan.tokens == 15
 
 
 @pytest.mark.parametrize(
-    "runs", [(), (Run(0, 0, 5),), (Run(0, 0, 3), Run(1, 4, 6)), (Run(0, 1, 6),), (Run(0, 0, 4), Run(1, 3, 6))]
+    "runs",
+    [
+        (),
+        (LabelRun(0, 0, 5),),
+        (LabelRun(0, 0, 3), LabelRun(1, 4, 6)),
+        (LabelRun(0, 1, 6),),
+        (LabelRun(0, 0, 4), LabelRun(1, 3, 6)),
+    ],
 )
 def test_runs_must_cover_the_micro_batch(runs):
     with pytest.raises(ValueError, match="must cover the 6 tokens"):

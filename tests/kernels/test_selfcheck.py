@@ -16,7 +16,7 @@ from sgtm_kernels.embedding import embedding
 from sgtm_kernels.linear import linear_in, linear_out
 from sgtm_kernels.mlp import linear_gelu
 from sgtm_kernels.norm import layer_norm
-from sgtm_kernels.plan import MaskPlan, Run
+from sgtm_kernels.plan import LabelRun, MaskPlan
 from sgtm_kernels.selfcheck import Passed, check, record_op_calls
 from sgtm_kernels.tools.shapes import FORGET, RETAIN, SGTM, UNLABELED
 from sgtm_kernels.triton_common.tuning import table_of
@@ -27,7 +27,7 @@ BOUNDS, QKV, ROWS = (0, 24, 32), (0, 72, 96), (0, 24, 32)
 
 
 def plans() -> list[MaskPlan]:
-    mixed = (Run(FORGET, 0, 5), Run(UNLABELED, 5, 20), Run(RETAIN, 20, 40))
+    mixed = (LabelRun(FORGET, 0, 5), LabelRun(UNLABELED, 5, 20), LabelRun(RETAIN, 20, 40))
     return [MaskPlan.uniform(SGTM, FORGET, 2, 20), MaskPlan(SGTM, mixed, 2, 20)]
 
 

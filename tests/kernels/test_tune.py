@@ -27,28 +27,28 @@ def test_the_choice_needs_more_than_noise():
 
 
 class FakeClock:
-    """Every way is run once; then a configuration takes as long as `seconds` says, others 1 s."""
+    """Calls everything once; then a configuration takes as long as `seconds` says, others 1 s."""
 
     def __init__(self, seconds: dict[str, float]):
         self.answers, self.compared = seconds, []
 
-    def rounds(self, ways, rounds, seconds):
-        self.compared.append(list(ways))
-        for way in ways.values():
-            way()
-        return {name: [self.answers.get(name, 1.0)] * rounds for name in ways}
+    def rounds(self, calls, rounds, seconds):
+        self.compared.append(list(calls))
+        for call in calls.values():
+            call()
+        return {name: [self.answers.get(name, 1.0)] * rounds for name in calls}
 
 
 @in_the_interpreter
 @pytest.mark.slow
 def test_the_tuner_decides_every_choice_once(others):
-    tile, way = rectangles.Tile(16, 16, 16, 4, 1), linear_kernel.Way("rectangles")
-    clock, decisions, lines = FakeClock({str(tile): 0.5, str(way): 0.9}), {}, []
+    tile, algorithm = rectangles.Tile(16, 16, 16, 4, 1), linear_kernel.DwAlgorithm("rectangles")
+    clock, decisions, lines = FakeClock({str(tile): 0.5, str(algorithm): 0.9}), {}, []
     for call in tune.CASES["linear"](LONG, torch.device("cpu"), torch.float32):
         tune.tune_call(call, clock, decisions, 5, 1.0, lines.append)
     names = [choice[0] for choice in decisions]
-    assert names == ["linear_sums", "dw_rectangles", "linear_dw"]  # the tile of a way before the way
-    assert [f.config for f in decisions.values()] == [scaling.TILE.heuristic("fp32"), tile, way]
+    assert names == ["linear_sums", "dw_rectangles", "linear_dw"]  # the tile of an algorithm before the algorithm
+    assert [f.config for f in decisions.values()] == [scaling.TILE.heuristic("fp32"), tile, algorithm]
     decision = decisions["linear_dw", ("fp32", 4, 64)]
     assert (decision.p50, decision.heuristic_p50) == (0.9, 1.0)
     assert len(lines) == len(clock.compared) == 3 and all(len(names) == 2 for names in clock.compared)
@@ -123,9 +123,9 @@ def test_the_table_has_every_choice_at_once_and_resuming_measures_the_others(tmp
         def __init__(self, device):
             super().__init__({str(SMALL): 0.5})
 
-        def rounds(self, ways, rounds, seconds):
-            timed.append(list(ways))
-            return super().rounds(ways, rounds, seconds)
+        def rounds(self, calls, rounds, seconds):
+            timed.append(list(calls))
+            return super().rounds(calls, rounds, seconds)
 
     def entries() -> dict:
         return json.loads(path.read_text())["entries"]
@@ -155,8 +155,8 @@ def test_the_table_has_every_choice_at_once_and_resuming_measures_the_others(tmp
 @pytest.mark.parametrize(("quarters", "length"), [(1, 24), (2, 7), (3, 5), (1, 64)])
 def test_spread(quarters, length):
     plan = tune.spread(SHAPES["tiny"] if length < 10 else LONG, quarters, length)
-    (first, *_), forget = plan.runs, sum(run.end - run.start for run in plan.runs if run.label == 2)
-    assert first.end == length and all(a.end == b.start for a, b in pairwise(plan.runs))
+    (first, *_), forget = plan.label_runs, sum(run.end - run.start for run in plan.label_runs if run.label == 2)
+    assert first.end == length and all(a.end == b.start for a, b in pairwise(plan.label_runs))
     assert forget / plan.tokens == pytest.approx(quarters / 4, abs=0.25 if plan.tokens < 100 else 0.06)
 
 

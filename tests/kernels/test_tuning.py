@@ -109,13 +109,13 @@ def test_a_table_overrides_the_heuristic_in_a_launch(monkeypatch, tmp_path, othe
 def test_every_choice_forced_gives_the_same_result(op, others):
     """Each candidate in turn against the heuristic, in the calls that the tuner times."""
     tried = Counter()
-    for way in tune.CASES[op](LONG if op == "linear" else SHAPE, torch.device("cpu"), torch.float32):
+    for call in tune.CASES[op](LONG if op == "linear" else SHAPE, torch.device("cpu"), torch.float32):
         with trial():
-            expected = flat(way())
-        for choice, candidates, needed in tune.choices(way):
+            expected = flat(call())
+        for choice, candidates, needed in tune.choices(call):
             for config in candidates[1:]:
                 with trial({**needed, choice: config}) as seen:
-                    for got, want in zip(flat(way()), expected, strict=True):
+                    for got, want in zip(flat(call()), expected, strict=True):
                         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
                 assert choice in seen.tunables
                 tried[choice[0]] += 1
@@ -136,23 +136,23 @@ def flat(result) -> list[torch.Tensor]:
     return [x for part in result for x in flat(part)]
 
 
-def test_the_way_of_dw_is_tuned_and_the_environment_wins(monkeypatch, tmp_path, others):
+def test_the_algorithm_of_dw_is_tuned_and_the_environment_wins(monkeypatch, tmp_path, others):
     used = []
     original = rectangles.weight_gradient
     monkeypatch.setattr(rectangles, "weight_gradient", lambda *args: used.append(1) or original(*args))
     plan = tune.spread(LONG, 1, 24)
-    assert len(plan.runs) > 2 * MAX_SLICES
+    assert len(plan.label_runs) > 2 * MAX_SLICES
     x, weight = torch.ones(2, 384, 16), torch.ones(40, 16)
 
-    def times(table_path, way) -> int:
-        for name, value in (("SGTM_TUNED", str(table_path)), ("SGTM_LINEAR", way)):
+    def times(table_path, algorithm) -> int:
+        for name, value in (("SGTM_TUNED", str(table_path)), ("SGTM_LINEAR", algorithm)):
             monkeypatch.setenv(name, value)
         table_of.cache_clear()
         used.clear()
         forward_backward(lambda x, w: linear_in(x, w, None, plan, "mlp_in", (0, 32, 40), "triton"), x, weight)
         return len(used)
 
-    path = table(tmp_path / "t.json", "linear_dw", "fp32 4 64", {"way": "rectangles"})
+    path = table(tmp_path / "t.json", "linear_dw", "fp32 4 64", {"algorithm": "rectangles"})
     assert (times("off", ""), times(path, ""), times(path, "masked"), times("off", "rectangles")) == (0, 1, 0, 1)
 
 
@@ -220,8 +220,8 @@ def constants(name: str, key: tuple, c) -> list[tuple[str, dict]]:
         flags = {"WEIGHTED": key[1] == "weights", "DESCRIPTORS": key[2] == "descriptors"}
         return [(name, {"BR": c.rows, "BC": c.columns, "BT": c.tokens, **flags})]
     blocks = {"BT": c.tokens, "BC": c.columns, "STRIP": c.strip}
-    ways = [(scale, place, add) for scale, place in ((0, 0), (1, 0), (1, 1)) for add in (0, 1) if scale or add]
-    flags = [{"SCALE": bool(s), "IN_PLACE": bool(p), "SUM": bool(a)} for s, p, a in ways]
+    writes = [(scale, in_place, add) for scale, in_place in ((0, 0), (1, 0), (1, 1)) for add in (0, 1) if scale or add]
+    flags = [{"SCALE": bool(s), "IN_PLACE": bool(p), "SUM": bool(a)} for s, p, a in writes]
     return [("scale_input_and_sum", blocks), *(("scale_and_sum", blocks | f) for f in flags)]
 
 

@@ -28,7 +28,7 @@ from sgtm.hf.weights import from_hf_state, to_hf_state
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.strategy import build_tables
 from sgtm.model.transformer import Transformer
-from sgtm_kernels.plan import JOINT_KINDS, MaskPlan, merge_runs
+from sgtm_kernels.plan import JOINT_KINDS, MaskPlan, merge_label_runs
 
 GOLDEN = np.load(Path(__file__).parent / "gptneo_small.npz")
 META = json.loads(str(GOLDEN["meta"]))
@@ -107,7 +107,7 @@ def run(backend: str, strategy: str, labels: list[str], joint: str = "free"):
     ids = torch.from_numpy(GOLDEN["input_ids"]).repeat(len(labels), 1)
     targets = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE)], dim=1)
     batch, seq_len = ids.shape
-    runs = merge_runs([LABEL[label] for label in labels], [batch // len(labels) * seq_len] * len(labels))
+    runs = merge_label_runs([LABEL[label] for label in labels], [batch // len(labels) * seq_len] * len(labels))
     joint = joint if joint in NAMED else JOINT[joint]
     plan = MaskPlan(build_tables(SPACE, STRATEGY.get(strategy, strategy), joint), runs, batch, seq_len)
     loss, sums = model(ids, targets, plan, 1 / int((targets != IGNORE).sum()))

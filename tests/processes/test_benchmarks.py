@@ -167,12 +167,12 @@ def test_ours_and_public_attention_see_the_same_keys(variant, window, documents,
     make = op_cases.Inputs(torch.device("cpu"), torch.float32)
     make.compiled = True  # as on CUDA
     case = op_cases.CASES["attention"][f"attention, {variant}"](shape, make)
-    for way in (
+    for call in (
         case.ours(plans(shape)["25 % forget"], "torch"),
         case.public["SDPA"],
         case.public["FlexAttention"],
     ):
-        way()
+        call()
     pieces = tuple((t, t + 3) for t in range(0, shape.tokens, 3)) if documents > 1 else None
     assert seen == [(window, pieces)] * 3
 
@@ -181,12 +181,12 @@ def test_rounds_are_paired_and_their_order_changes():
     from sgtm_kernels.tools.timing import Clock
 
     calls = []
-    ways = {name: lambda name=name: calls.append(name) for name in "abcd"}
-    times = Clock(torch.device("cpu")).rounds(ways, 20, seconds=60)
+    calls_by_name = {name: lambda name=name: calls.append(name) for name in "abcd"}
+    times = Clock(torch.device("cpu")).rounds(calls_by_name, 20, seconds=60)
     assert {name: len(seconds) for name, seconds in times.items()} == dict.fromkeys("abcd", 20)
     rounds = ["".join(calls[i : i + 4]) for i in range(8, len(calls), 4)]
     assert all(sorted(order) == list("abcd") for order in rounds) and len(set(rounds)) > 5
-    assert len(Clock(torch.device("cpu")).rounds(ways, 20, seconds=0)["a"]) == 3
+    assert len(Clock(torch.device("cpu")).rounds(calls_by_name, 20, seconds=0)["a"]) == 3
 
 
 def test_the_roofline_is_the_slower_of_the_two_rates():
@@ -208,9 +208,9 @@ def test_a_row_is_a_call_against_calls_of_the_same_round():
     from sgtm_kernels.tools.shapes import SHAPES
 
     class TwoRounds:
-        def rounds(self, ways, rounds, seconds):
+        def rounds(self, calls_by_name, rounds, seconds):
             once = {"slow": 8.0, "fast": 2.0, MATMUL: 1.0, COPY: 1.0} | {("torch", "unmasked"): 4.0}
-            return {name: [once.get(name, 1.0), 2 * once.get(name, 1.0)] for name in ways}
+            return {name: [once.get(name, 1.0), 2 * once.get(name, 1.0)] for name in calls_by_name}
 
     roofline = Roofline(torch.device("cpu"), torch.float32)
     public = {"slow": lambda: 0, "fast": lambda: 0, "broken": lambda: torch.ones(2) @ torch.ones(3)}

@@ -52,10 +52,10 @@ ITEMS = """
 
     items = Items(Journal(Path({folder!r}) / {rows!r}))
     for name in {names!r}:
-        def way():
+        def rows():
             {body}
             return [{{"value": name}}]
-        items.measure(name, way)
+        items.measure(name, rows)
 """
 
 

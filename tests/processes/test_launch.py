@@ -16,27 +16,9 @@ import torch
 from waiting import PATIENCE, wait_until
 
 from sgtm.distributed import env
-from sgtm.process.ranks import TORCH_VARIABLES, RankInfo, detect_launch, on_one_machine
+from sgtm.process.ranks import TORCH_VARIABLES, RankInfo, detect_launch
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.mark.parametrize(
-    ("variables", "one"),
-    [
-        ({}, True),
-        ({**PLACE, **ADDRESS}, True),  # `env` does not set the ranks of a machine
-        ({**PLACE, **ADDRESS, "LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "x"}, True),
-        ({**PLACE, **ADDRESS, "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}, False),
-        (PLACE, True),  # no address, as the caller has made the process group
-    ],
-)
-def test_whether_all_ranks_are_on_one_machine(variables, one, monkeypatch):
-    for name in TORCH_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert on_one_machine() == one
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -45,11 +27,11 @@ def test_ranks_that_do_not_meet_are_one_message(rank, tmp_path):
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))  # and nobody listens there; rank 0 takes any free port
         port = reserved.getsockname()[1] if rank else 0
-        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        variables = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
         command = [sys.executable, "-m", "sgtm", "train", "debug", f"--runs={tmp_path}"]
         done = subprocess.run(
             [*command, "--distributed.timeout_minutes=0.03"], capture_output=True, text=True,
-            env={**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            env={**os.environ, **variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
         )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert f"error: rank {rank}: the ranks did not meet at MASTER_ADDR 127.0.0.1, MASTER_PORT {port}" in done.stderr

@@ -69,7 +69,7 @@ MISTAKES = {
     "sweep lost.sweep.yaml": "base: no such file: nosuch/my.yaml; relative to the sweep file that is nosuch/my.yaml",
     "train runs/mine/checkpoints --resume": "is inside the run directory runs/mine; give runs/mine",
     "train runs/renamed --resume": "checkpoints holds best, and no checkpoint named step_",
-    "train runs/mine --resume --data.path moved": "if the data have moved, give their place with --data.path DIR",
+    "train runs/mine --resume --data.path moved": "if the data have moved, give their folder with --data.path DIR",
     "bench debug --rounds 0": "expected a whole number above 0",
     "profile slip.yaml": "did you mean train.steps?",
     "quickstart --train.stepz 3": "did you mean train.steps?",

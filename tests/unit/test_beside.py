@@ -74,12 +74,12 @@ def test_losses_beside_a_run_are_of_the_same_evaluation(tmp_path):
     assert comparison.losses["other"]["en"] == 2.0 and "other sequences" not in comparison.notes[0]
 
 
-def test_two_runs_of_one_name_are_told_apart_by_their_place(tmp_path):
+def test_two_runs_of_one_name_are_distinguished_by_their_folder(tmp_path):
     run = write_run(tmp_path, "run", evaluations(40))
     others = []
-    for place in ("a", "b"):
-        (tmp_path / place).mkdir()
-        others.append(write_run(tmp_path / place, "same", evaluations(40), f"--data.path={tmp_path}"))
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        others.append(write_run(tmp_path / folder, "same", evaluations(40), f"--data.path={tmp_path}"))
     save_config(
         load_config("debug", ["--name=run", "--train.steps=100", f"--data.path={tmp_path}"]), run / "config.yaml"
     )

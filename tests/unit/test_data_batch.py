@@ -25,14 +25,14 @@ BATCHES = {
 def test_neighbours_of_one_label_are_one_run_of_the_plan():
     documents = ((0, 7), (7, 14), (14, 21))
     plan = batch_of((2, 2, 0, 0, 2), (3, 4, 0, 8, 6), documents).plan(TABLES)
-    assert [tuple(run) for run in plan.runs] == [(2, 0, 7), (0, 7, 15), (2, 15, 21)]
+    assert [tuple(run) for run in plan.label_runs] == [(2, 0, 7), (0, 7, 15), (2, 15, 21)]
     assert (plan.batch, plan.seq_len, plan.documents, plan.tables) == (3, 7, documents, TABLES)
 
 
 def test_on_a_cpu_nothing_is_copied():
     batch = BATCHES["whole sequences"]
     ids, targets, plan = batch.on(torch.device("cpu"), TABLES)
-    assert ids is batch.input_ids and targets is batch.targets and plan.runs == batch.plan(TABLES).runs
+    assert ids is batch.input_ids and targets is batch.targets and plan.label_runs == batch.plan(TABLES).label_runs
 
 
 @pytest.mark.parametrize("name", BATCHES)

@@ -26,10 +26,10 @@ def test_sequences_meet_others_in_every_epoch_and_under_every_label(tmp_path):
     assert {stream.sequences for stream in loader.order(0).streams.values()} == {40}
     blocks: dict[tuple[int, int], set[frozenset]] = {}
     for step in range(2 * loader.order(0).blocks_per_epoch):
-        places = loader.sequences(step)
-        (label,) = {place.stream for place in places}
+        refs = loader.sequences(step)
+        (label,) = {ref.stream for ref in refs}
         key = (step // loader.order(0).blocks_per_epoch, label)
-        blocks.setdefault(key, set()).add(frozenset(place.sequence for place in places))
+        blocks.setdefault(key, set()).add(frozenset(ref.sequence for ref in refs))
     assert [len(epoch_blocks) for epoch_blocks in blocks.values()] == [10] * 4
     assert len({frozenset(epoch_blocks) for epoch_blocks in blocks.values()}) == 4
 
@@ -40,15 +40,15 @@ def test_an_epoch_holds_every_block_once(tmp_path, mixing):
     loader = Loader(corpus, config_for(mixing=mixing, channel=CHANNEL, micro_blocks=2))
     blocks = loader.order(0).blocks_per_epoch * loader.order(0).block
     steps = 2 * blocks // loader.per_step
-    places = [place for step in range(steps + 1) for place in loader.sequences(step)]
-    first, second = places[:blocks], places[blocks : 2 * blocks]
+    refs = [ref for step in range(steps + 1) for ref in loader.sequences(step)]
+    first, second = refs[:blocks], refs[blocks : 2 * blocks]
     assert len(set(first)) == len(set(second)) == blocks
     assert first != second
     if mixing != "token":
-        assert [place.stream for place in first] != [place.stream for place in second]
+        assert [ref.stream for ref in first] != [ref.stream for ref in second]
     if loader.order(0).block == 1:
         assert blocks == sum(stream.sequences for stream in loader.order(0).streams.values())
-        assert {place[::2] for place in first} == {place[::2] for place in second}
+        assert {ref[::2] for ref in first} == {ref[::2] for ref in second}
 
 
 @pytest.mark.parametrize(("factor", "mixing"), [(0.3, "sequence"), (2.5, "sequence"), (0.5, "token")])
@@ -60,8 +60,8 @@ def test_a_fraction_of_the_documents_is_another_one_in_every_epoch(tmp_path, fac
     order = Loader(corpus, config_for(mixing=mixing, context=16, sequences=8, upsample={"en": factor})).order(0)
     epochs = [Counter() for _ in range(10)]
     for step in range(10 * order.blocks_per_epoch // 8):
-        for place in order.sequences(step):
-            epochs[place.epoch].update(piece.document for piece in order.pieces(place))
+        for ref in order.sequences(step):
+            epochs[ref.epoch].update(piece.document for piece in order.pieces(ref))
     english = set(np.flatnonzero(corpus.documents["category"] == 0)) - {0}
     counts = Counter(dict.fromkeys(english, 0))
     for epoch in epochs:
@@ -113,6 +113,6 @@ def test_no_document_lies_in_the_tail_of_every_epoch(tmp_path):
     assert stream.tokens % 32 > 15  # a document at least
     seen = Counter()
     for step in range(20 * order.blocks_per_epoch // 2):
-        seen.update({(place.epoch, piece.document) for place in order.sequences(step) for piece in order.pieces(place)})
+        seen.update({(ref.epoch, piece.document) for ref in order.sequences(step) for piece in order.pieces(ref)})
     missed = Counter(document for epoch in range(20) for document in stream.order if (epoch, document) not in seen)
     assert 20 <= missed.total() <= 40 and max(missed.values()) < 10

@@ -93,7 +93,9 @@ def plain(tmp_path_factory) -> Corpus:
 
 
 def measured_targets(measured) -> int:
-    return sum(int((measured.sequence(place, 7).targets != IGNORE).sum()) for place in range(len(measured.numbers)))
+    return sum(
+        int((measured.sequence(position, 7).targets != IGNORE).sum()) for position in range(len(measured.numbers))
+    )
 
 
 @pytest.mark.parametrize("isolated", [False, True])

@@ -16,8 +16,8 @@ from sgtm.data.folder import (
     REPLACEMENT,
     blocks_of,
     clear,
+    folder_to_build,
     locked,
-    place_to_build,
     put_in_place,
     same_job,
     stored_job,
@@ -89,21 +89,21 @@ def finished(tmp_path):
 def test_a_finished_corpus_of_the_same_job_is_not_built(finished):
     out, job = finished
     (out / BLOCKS).mkdir()
-    assert place_to_build(out, job, 100, overwrite=False) is None
+    assert folder_to_build(out, job, 100, overwrite=False) is None
     assert not (out / BLOCKS).exists(), "what it needs no more has gone"
 
 
 def test_another_job_is_built_inside_the_corpus_that_it_replaces(finished):
     out, job = finished
     before, other = contents(out), {**job, "sources": ["others"]}
-    place = place_to_build(out, other, 100, overwrite=True)
-    assert place == out / REPLACEMENT and stored_job(place) == other and blocks_of(place, other).is_dir()
+    folder = folder_to_build(out, other, 100, overwrite=True)
+    assert folder == out / REPLACEMENT and stored_job(folder) == other and blocks_of(folder, other).is_dir()
     assert contents(out).items() >= before.items() and Corpus.open(out)
-    (block := blocks_of(place, other) / "00000000.npz").touch()
-    (half := blocks_of(place, other) / "00000001.npz.1.tmp").touch()
-    assert place_to_build(out, other, 100, overwrite=True) == place
+    (block := blocks_of(folder, other) / "00000000.npz").touch()
+    (half := blocks_of(folder, other) / "00000001.npz.1.tmp").touch()
+    assert folder_to_build(out, other, 100, overwrite=True) == folder
     assert block.exists() and not half.exists()
-    place_to_build(out, {**job, "sources": ["third"]}, 100, overwrite=True)
+    folder_to_build(out, {**job, "sources": ["third"]}, 100, overwrite=True)
     assert not block.exists()
 
 
@@ -125,6 +125,6 @@ def test_a_replacement_that_was_put_in_place_in_part_is_put_there_in_whole(tmp_p
         patch.setattr(type(out), "replace", ended)
         put_in_place(out)
     assert MANIFEST not in done and not (out / MANIFEST).exists()
-    assert place_to_build(out, json.loads((new / JOB).read_text()), 2**26, overwrite=False) is None
+    assert folder_to_build(out, json.loads((new / JOB).read_text()), 2**26, overwrite=False) is None
     clear(out)
     assert contents(out) == expected

@@ -145,8 +145,8 @@ def test_sequence_mixing_is_sorted_and_even(corpus, world_size):
             shares = [count[label] for count in counts]
             assert max(shares) - min(shares) <= 1
         for batch in batches:
-            places = [(FORGET, UNLABELED, RETAIN).index(label) for label in batch.labels]
-            assert places == sorted(places)
+            order = [(FORGET, UNLABELED, RETAIN).index(label) for label in batch.labels]
+            assert order == sorted(order)
 
 
 def test_of_several_domains_the_highest_comes_first(tmp_path):
@@ -159,8 +159,8 @@ def test_of_several_domains_the_highest_comes_first(tmp_path):
     for step in range(5):
         (batch,) = global_step(corpus, run, step, 1)
         seen |= set(batch.labels)
-        places = [(FORGET + 1, FORGET, UNLABELED, RETAIN).index(label) for label in batch.labels]
-        assert places == sorted(places)
+        order = [(FORGET + 1, FORGET, UNLABELED, RETAIN).index(label) for label in batch.labels]
+        assert order == sorted(order)
     assert seen == {UNLABELED, RETAIN, FORGET, FORGET + 1}
 
 

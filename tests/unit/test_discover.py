@@ -152,7 +152,7 @@ def test_each_real_record_is_read_once_and_everything_else_is_counted(steps):
         root = Path(folder).resolve() / "data"
         root.mkdir()
         contents = make(root, steps)
-        seen = [child for place in reachable(root) for child in place.iterdir()]
+        seen = [child for folder in reachable(root) for child in folder.iterdir()]
         by_file = {(path.stat().st_dev, path.stat().st_ino): texts for path, texts in contents.items()}
         visible = [child for child in seen if child.name[0] != "." and child.is_file()]
         inodes = {(child.stat().st_dev, child.stat().st_ino) for child in visible}

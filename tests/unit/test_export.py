@@ -261,14 +261,14 @@ def link_in_the_path(folder: Path) -> Path:
     return folder / "link" / "new"
 
 
-PLACES = [linked, dangling, working_directory, link_in_the_path]
+FOLDERS = [linked, dangling, working_directory, link_in_the_path]
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_a_folder_may_be_reached_through_a_link_or_be_the_working_directory(tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_may_be_reached_through_a_link_or_be_the_working_directory(tmp_path, monkeypatch, folder):
     make_run(tmp_path / "run", GPT_NEO)
     monkeypatch.chdir(tmp_path)
-    out = place(tmp_path)
+    out = folder(tmp_path)
     before, is_link = os.stat(out) if out.exists() else None, out.is_symlink()
     assert export_run(tmp_path / "run", [], out) == out
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(os.listdir(out))
@@ -279,11 +279,11 @@ def test_a_folder_may_be_reached_through_a_link_or_be_the_working_directory(tmp_
         export_run(tmp_path / "run", [], out)
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_failures_leave_an_empty_folder_empty(tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_failures_leave_an_empty_folder_empty(tmp_path, monkeypatch, folder):
     make_run(tmp_path / "run", GPT_NEO)
     monkeypatch.chdir(tmp_path)
-    out = place(tmp_path)
+    out = folder(tmp_path)
     replace = os.replace
 
     def full(source, target):

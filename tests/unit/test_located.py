@@ -8,7 +8,7 @@ import pytest
 
 from sgtm.config import load_config, save_config
 from sgtm.config.load import load_run_config
-from sgtm.run.located import locate_data, overrides_of, places_tried, record_place
+from sgtm.run.located import folders_tried, locate_data, overrides_of, record_folder
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def add_run(runs: str, data: str = "data/text", record: bool = True) -> Path:
     run.mkdir(parents=True)
     save_config(load_config("debug", [f"--runs={runs}", "--name=mine", f"--data.path={data}"]), run / "config.yaml")
     if record:
-        record_place(run)
+        record_folder(run)
     return run
 
 
@@ -88,10 +88,10 @@ def test_absolute_paths_and_data_that_are_gone_are_left(project: Path, monkeypat
     (project / "data/text").rmdir()
     config = locate_data(load_run_config(run), run)
     assert config.data.path == "data/text"
-    assert places_tried(config, run) == f"{project}, {Path.cwd()}"
+    assert folders_tried(config, run) == f"{project}, {Path.cwd()}"
     monkeypatch.chdir(project)
     absolute = add_run("absolute", str(project / "data"))
-    assert located(absolute) == project / "data" and places_tried(load_run_config(absolute), absolute) == ""
+    assert located(absolute) == project / "data" and folders_tried(load_run_config(absolute), absolute) == ""
 
 
 def test_the_synthetic_corpus_lies_beside_the_run_or_where_it_was_written(project: Path, monkeypatch, tmp_path: Path):

@@ -12,7 +12,7 @@ from sgtm.estimate.shapes import parameter_sizes
 from sgtm.estimate.speed import Machine
 from sgtm.estimate.stages import check_fits, estimate
 from sgtm.model.transformer import Transformer
-from sgtm_kernels.plan import MaskPlan, Run
+from sgtm_kernels.plan import LabelRun, MaskPlan
 
 
 def saved_bytes(config) -> int:
@@ -22,7 +22,7 @@ def saved_bytes(config) -> int:
     tensors = []
     size = config.train.micro_batch, config.model.context
     ids = torch.randint(config.model.vocab_size, size)
-    masks = MaskPlan(config.tables, [Run(0, 0, ids.numel())], *size)
+    masks = MaskPlan(config.tables, [LabelRun(0, 0, ids.numel())], *size)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
         model(ids, ids, masks, 1.0)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

@@ -2,10 +2,10 @@
 
 import pytest
 
-from sgtm.process.ranks import RankInfo, detect_launch, on_one_machine, rank_and_size
+from sgtm.process.ranks import TORCH_VARIABLES, RankInfo, detect_launch, on_one_machine, rank_and_size
 
 ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
-PLACE = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+RANKS = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 STEP = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", **ADDRESS}
 
 
@@ -17,11 +17,11 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_L
         ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, RankInfo("none")),  # interactive
         ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, RankInfo("none")),  # srun of one: alone
         (
-            {**PLACE, **ADDRESS, "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"},
+            {**RANKS, **ADDRESS, "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"},
             RankInfo("torchrun", 5, 8, 1, 4),
         ),
-        ({**PLACE, **ADDRESS, "LOCAL_SIZE": "4", "CROSS_RANK": "1"}, RankInfo("deepspeed", 5, 8, 1, 4)),
-        ({**PLACE, **ADDRESS}, RankInfo("env", 5, 8, 1, 1)),
+        ({**RANKS, **ADDRESS, "LOCAL_SIZE": "4", "CROSS_RANK": "1"}, RankInfo("deepspeed", 5, 8, 1, 4)),
+        ({**RANKS, **ADDRESS}, RankInfo("env", 5, 8, 1, 1)),
         (
             {
                 **ADDRESS,
@@ -54,27 +54,27 @@ def test_slurm_counts_the_ranks_of_each_node(tasks, counts):
 
 def test_half_a_launch_names_what_is_missing():
     with pytest.raises(ValueError, match=r"MASTER_ADDR, MASTER_PORT not set.*unset RANK, WORLD_SIZE, LOCAL_RANK"):
-        detect_launch(PLACE)
+        detect_launch(RANKS)
     with pytest.raises(ValueError, match=r"srun, but MASTER_ADDR, MASTER_PORT not set.*or unset SLURM_STEP_ID to run"):
         detect_launch({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
     with pytest.raises(ValueError, match=r"whole numbers.*'RANK': 'one'"):
-        detect_launch({**PLACE, **ADDRESS, "RANK": "one"})
+        detect_launch({**RANKS, **ADDRESS, "RANK": "one"})
 
 
 @pytest.mark.parametrize(("rank", "size"), [("8", "8"), ("-1", "8"), ("0", "0")])
 def test_a_rank_that_there_is_not(rank, size):
     with pytest.raises(ValueError, match=f"RANK {rank} is none of the ranks.* WORLD_SIZE is {size}"):
-        detect_launch({**PLACE, **ADDRESS, "RANK": rank, "WORLD_SIZE": size})
+        detect_launch({**RANKS, **ADDRESS, "RANK": rank, "WORLD_SIZE": size})
 
 
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
         ({}, True),
-        ({**PLACE, **ADDRESS}, True),  # set by hand, who says nothing of machines
-        (PLACE, True),  # incomplete
-        ({**PLACE, **ADDRESS, "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "8"}, True),
-        ({**PLACE, **ADDRESS, "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4"}, False),
+        ({**RANKS, **ADDRESS}, True),  # set by hand, who says nothing of machines
+        (RANKS, True),  # incomplete
+        ({**RANKS, **ADDRESS, "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "8"}, True),
+        ({**RANKS, **ADDRESS, "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4"}, False),
         ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "8"}, True),
         ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, False),
     ],
@@ -89,3 +89,21 @@ def test_rank_and_size_for_messages():
     assert rank_and_size({}) == ("0", "1")
     assert rank_and_size({"RANK": "one", "WORLD_SIZE": "8"}) == ("one", "8")
     assert rank_and_size(STEP) == ("5", "8")
+
+
+@pytest.mark.parametrize(
+    ("variables", "one"),
+    [
+        ({}, True),
+        ({**RANKS, **ADDRESS}, True),  # `env` does not set the ranks of a machine
+        ({**RANKS, **ADDRESS, "LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "x"}, True),
+        ({**RANKS, **ADDRESS, "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}, False),
+        (RANKS, True),  # no address, as the caller has made the process group
+    ],
+)
+def test_whether_all_ranks_are_on_one_machine(variables, one, monkeypatch):
+    for name in TORCH_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert on_one_machine() == one

@@ -95,7 +95,7 @@ def changed(policy: str, before: list[Batch], after: list[Batch]) -> set[str]:
     assert [batch.lengths for batch in before] == [batch.lengths for batch in after]
     assert any(not torch.equal(a.targets, b.targets) for a, b in zip(before, after, strict=True))
     a, b = (by_key(model, gradients(model, batches, config.tables)) for batches in (before, after))
-    return {place[0] for place in a if not torch.equal(a[place], b[place])}
+    return {key[0] for key in a if not torch.equal(a[key], b[key])}
 
 
 def promised(policy: str) -> set[str]:

@@ -54,7 +54,7 @@ def test_all_masks_that_the_mixing_makes(monkeypatch, mixing, sequences, isolate
         assert plan.present == tuple(labels)
         assert plan.whole_sequences == (mixing == "sequence")
         if mixing == "token":
-            assert all(sum(run.label == label for run in plan.runs) > MAX_SLICES for label in labels)
+            assert all(sum(run.label == label for run in plan.label_runs) > MAX_SLICES for label in labels)
 
 
 @pytest.mark.parametrize("mixing", ["step", "micro", "sequence", "token"])

@@ -19,7 +19,7 @@ from families import (
 
 from sgtm.data.batch import IGNORE
 from sgtm.masking.strategy import removal_tables
-from sgtm_kernels.plan import MaskPlan, Run
+from sgtm_kernels.plan import LabelRun, MaskPlan
 from sgtm_kernels.testing import EXACT, assert_accurate, poisoned_memory
 
 by_family = pytest.mark.parametrize("family", FAMILIES)
@@ -194,7 +194,7 @@ def test_an_isolated_document_is_computed_as_if_it_were_alone(family, backend):
         removal_tables(SPACE, ()),
         ((0, 3), (3, CONTEXT), (CONTEXT, CONTEXT + 7), (CONTEXT + 7, 2 * CONTEXT)),
     )
-    plan = MaskPlan(tables, (Run(UNLABELED, 0, 2 * CONTEXT),), 2, CONTEXT, documents=documents)
+    plan = MaskPlan(tables, (LabelRun(UNLABELED, 0, 2 * CONTEXT),), 2, CONTEXT, documents=documents)
     logits = model.logits(ids, plan).flatten(0, 1)
     for start, end in documents:
         alone = ids.flatten()[start:end][None]

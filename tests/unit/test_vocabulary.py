@@ -49,5 +49,5 @@ def test_vague_names_are_absent(folder):
         "if (kept := 1): pass",
     ],
 )
-def test_every_way_to_name_something_is_seen(source):
+def test_every_binding_is_seen(source):
     assert VAGUE & {name for _, name in names(source)}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 BLOCK = 1024  # elements
 BORDER = tl.constexpr(4)  # elements of fp32 between 16-byte borders
 ROW = tl.constexpr(5)  # int64 of a slice: tensor, first element, end, numbers, first block
-PLACE = tl.constexpr(6)  # int64 of a tensor: 4 addresses at or before its begin, elements from there or -1, unused
+LOCATION = tl.constexpr(6)  # int64 of a tensor: 4 addresses at or before its begin, elements from there or -1, unused
 GRADS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -39,7 +39,7 @@ class _Step:
 
     def __init__(self, slices: Sequence[Slice], betas: tuple[float, float], eps: float):
         self.betas, self.eps = betas, eps
-        self.pairs: dict[tuple[int, float], int] = {}  # (counter, decay): place of its numbers
+        self.pairs: dict[tuple[int, float], int] = {}  # (counter, decay): index of its numbers
         rows: list[list[int]] = []
         lengths: list[int] = []
         first = 0
@@ -75,7 +75,7 @@ class _Step:
         )  # fmt: skip
 
     def table(self, tensors: Sequence[Tensors], counts: Sequence[int], lr: float) -> tuple[torch.Tensor, int]:
-        """Places of the tensors and numbers of the pairs, int64 on the CPU, and the first number in units of fp32.
+        """Locations of the tensors and numbers of the pairs, int64 on the CPU, and the first number in units of fp32.
 
         Raises ValueError for tensors that are not of the documented dtype, not contiguous or of another length.
         """
@@ -93,12 +93,12 @@ class _Step:
             for counter, decay in self.pairs
         ]
         numbers = torch.tensor(rows, dtype=torch.float32, device="cpu").view(torch.int64)
-        places = _places(columns.view(4, n), grads[0].element_size())
-        return torch.cat([places.view(-1), numbers.view(-1)]), 2 * places.numel()
+        locations = _locations(columns.view(4, n), grads[0].element_size())
+        return torch.cat([locations.view(-1), numbers.view(-1)]), 2 * locations.numel()
 
 
-def _places(addresses: torch.Tensor, grad_size: int) -> torch.Tensor:
-    """Rows as PLACE says, int64 [tensors, 6], of addresses int64 [4, tensors]; grad_size: bytes of its element."""
+def _locations(addresses: torch.Tensor, grad_size: int) -> torch.Tensor:
+    """Rows as LOCATION says, int64 [tensors, 6], of addresses int64 [4, tensors]; grad_size: bytes of its element."""
     sizes = torch.tensor([4, grad_size, 4, 4], device="cpu")[:, None]
     shifts = addresses // sizes % BORDER.value
     alike = ((shifts == shifts[0]) & (addresses % sizes == 0)).all(0)
@@ -144,17 +144,17 @@ def _update_block(
 
 @triton.jit
 def adamw_update(
-    rows, blocks, places, numbers, beta1, rest1, beta2, rest2, eps, factor, GRAD: tl.constexpr, BLOCK: tl.constexpr
+    rows, blocks, locations, numbers, beta1, rest1, beta2, rest2, eps, factor, GRAD: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """rows, places: as ROW and PLACE say; blocks: int32, the slice of every block; numbers: fp32, four for a pair."""
+    """rows, locations: as ROW and LOCATION say; blocks: int32, slice of each block; numbers: fp32, four for a pair."""
     block = tl.program_id(0)
     row = rows + tl.load(blocks + block) * ROW
-    place = places + tl.load(row) * PLACE
-    weights = tl.load(place).to(tl.pointer_type(tl.float32))
-    grads = tl.load(place + 1).to(tl.pointer_type(GRAD))
-    exp_avgs = tl.load(place + 2).to(tl.pointer_type(tl.float32))
-    exp_avg_sqs = tl.load(place + 3).to(tl.pointer_type(tl.float32))
-    shift = tl.load(place + 4)
+    location = locations + tl.load(row) * LOCATION
+    weights = tl.load(location).to(tl.pointer_type(tl.float32))
+    grads = tl.load(location + 1).to(tl.pointer_type(GRAD))
+    exp_avgs = tl.load(location + 2).to(tl.pointer_type(tl.float32))
+    exp_avg_sqs = tl.load(location + 3).to(tl.pointer_type(tl.float32))
+    shift = tl.load(location + 4)
     aligned = shift >= 0
     shift = tl.maximum(shift, 0)
     start, end = tl.load(row + 1) + shift, tl.load(row + 2) + shift

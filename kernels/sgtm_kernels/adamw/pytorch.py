@@ -30,8 +30,8 @@ class _Step:
             self.borders.setdefault(tensor, []).extend((start, end))
         order = [s for tensor in self.borders for s in slices if s.tensor == tensor]
         self.by_decay: dict[float, list[int]] = {}
-        for place, piece in enumerate(order):
-            self.by_decay.setdefault(piece.decay, []).append(place)
+        for index, piece in enumerate(order):
+            self.by_decay.setdefault(piece.decay, []).append(index)
         self.counters = [piece.counter for piece in order]
         self.addresses: list[int] = []
         self.views: list[list[torch.Tensor]] = []  # of the weights, of either moment
@@ -51,8 +51,8 @@ class _Step:
         numbers = torch.tensor(counts, dtype=torch.float32, device="cpu")
         scalars = numbers.to(weights[0].device, non_blocking=True).unbind()
         columns = (*self.views, pieces, list(map(scalars.__getitem__, self.counters)))
-        for decay, places in self.by_decay.items():
-            weight, exp_avg, exp_avg_sq, grad, step = (list(map(column.__getitem__, places)) for column in columns)
+        for decay, indices in self.by_decay.items():
+            weight, exp_avg, exp_avg_sq, grad, step = (list(map(column.__getitem__, indices)) for column in columns)
             torch._fused_adamw_(
                 weight,
                 grad,

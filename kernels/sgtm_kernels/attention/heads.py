@@ -57,8 +57,8 @@ def cut(layout: HeadLayout, together: bool, turned: bool, device: torch.device) 
     first = 2 * len(sizes) // 3 if turned else 0
     if order == sorted(order):
         return Cut(layout.head_dim, sizes[:first], sizes[first:], None, None)
-    places, places_back = (table_on(device, torch.int64, (tuple(numbers),))[0] for numbers in (order, back))
-    return Cut(layout.head_dim, sizes[:first], sizes[first:], places, places_back)
+    indices, indices_back = (table_on(device, torch.int64, (tuple(numbers),))[0] for numbers in (order, back))
+    return Cut(layout.head_dim, sizes[:first], sizes[first:], indices, indices_back)
 
 
 def _forward(qkv, cos, sin, plan, cut):

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from sgtm_kernels.attention import blocks
 from sgtm_kernels.attention.visible import Visible
-from sgtm_kernels.dispatch import way
+from sgtm_kernels.dispatch import algorithm
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -63,7 +63,7 @@ def facts_of(device: torch.device, dtype: torch.dtype, head_dim: int) -> Facts:
 
 def choose(facts: Facts, whole: bool) -> str:
     """One of LIBRARIES. whole: neither windows nor documents."""
-    if chosen := way("SGTM_ATTENTION"):
+    if chosen := algorithm("SGTM_ATTENTION"):
         if problem := obstacle(chosen, facts):
             raise ValueError(f"SGTM_ATTENTION={chosen} was requested, but {problem}")
         return chosen

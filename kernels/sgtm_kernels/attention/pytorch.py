@@ -27,7 +27,7 @@ def attention(qkv, layout, plan: MaskPlan, scale, window, rotary, overwrite=Fals
         q, k, v = pieces
         out = attend(q, k, v, scale, Visible(plan, window))
     else:
-        masked = _by_sequences if plan.whole_sequences and len(plan.runs) <= MAX_SLICES else _by_tokens
+        masked = _by_sequences if plan.whole_sequences and len(plan.label_runs) <= MAX_SLICES else _by_tokens
         groups, learned = pieces_of.by_group(pieces), plan.contributions("attn_in", len(layout.heads))
         if not below:  # no gradient for heads whose projection learns nothing either
             stopped = [all(by_label[label] == 0 for label in plan.present) for by_label in learned]
@@ -65,7 +65,7 @@ def _by_sequences(q, k, v, scale, window, plan: MaskPlan, group: int) -> torch.T
     """[B, S, heads * head_dim] of one group; runs are ranges of sequences."""
     active, route = plan.column("active", group), plan.column("route", group)
     parts = []
-    for (on, passes), alike in groupby(plan.runs, key=lambda run: (active[run.label], route[run.label])):
+    for (on, passes), alike in groupby(plan.label_runs, key=lambda run: (active[run.label], route[run.label])):
         runs = list(alike)
         first, last = runs[0].start // plan.seq_len, runs[-1].end // plan.seq_len
         if on == 0:
@@ -85,10 +85,10 @@ def _by_sequences(q, k, v, scale, window, plan: MaskPlan, group: int) -> torch.T
 def _by_tokens(q, k, v, scale, window, plan: MaskPlan, group: int) -> torch.Tensor:
     """The same where labels change inside sequences."""
     active, route = plan.column("active", group), plan.column("route", group)
-    if all(active[run.label] == 0 for run in plan.runs):
+    if all(active[run.label] == 0 for run in plan.label_runs):
         return q.new_zeros(plan.batch, plan.seq_len, q.shape[1] * q.shape[3])
     out = attend(q, k, v, scale, Visible(plan, window))
-    if all(active[run.label] == route[run.label] == 1 for run in plan.runs):
+    if all(active[run.label] == route[run.label] == 1 for run in plan.label_runs):
         return out
     return _ScaleTokens.apply(out, plan, active, products(active, route))
 

@@ -42,10 +42,10 @@ def variants() -> list[KernelVariant]:
         variants += _variants(torch.bfloat16, plain, plan_of(1, seq_len), None, others)
         for dtype in half_and_full:
             variants += _variants(dtype, grouped, plan_of(3, seq_len, active=0.5, documents=True), 256, others)
-            ways = ((False, True), (False, False), (True, True)) if head_dim in (24, 64, 128) else ()
+            flags = ((False, True), (False, False), (True, True)) if head_dim in (24, 64, 128) else ()
             x = torch.empty(1, seq_len, _columns(grouped)["STRIDE"], dtype=dtype)
             angles = torch.empty(seq_len, head_dim)
-            for backward, in_place in ways:
+            for backward, in_place in flags:
                 to = x if in_place else torch.empty_like(x)
                 programs = 4 if _half(grouped) <= 32 else 2
                 launches = record_launches(_rotated, x, to, grouped, angles, angles, backward)

@@ -152,7 +152,7 @@ def embedding_backward(
     dy, starts, order, factors, partials, dw, rows, WEIGHTED: tl.constexpr, WIDTH: tl.constexpr, SEGMENT: tl.constexpr,
     BR: tl.constexpr, BD: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """starts int32 [rows + 1]: place of each id's first token in `order`, the token numbers sorted by id."""
+    """starts int32 [rows + 1]: position of each id's first token in `order`, the token numbers sorted by id."""
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     column = tl.program_id(1) * BD + tl.arange(0, BD)
     start = tl.load(starts + row, mask=row < rows, other=0)
@@ -169,8 +169,8 @@ def embedding_backward(
     for base in range(0, tl.max(count, 0), UNROLL):
         for i in tl.static_range(UNROLL):
             inside = (base + i < count)[:, None] & (column < WIDTH)[None, :]
-            place = 2 * (first + base + i) + (base + i == 0)
-            offsets = place.to(tl.int64)[:, None] * WIDTH + column[None, :]
+            partial = 2 * (first + base + i) + (base + i == 0)
+            offsets = partial.to(tl.int64)[:, None] * WIDTH + column[None, :]
             total += tl.load(partials + offsets, mask=inside, other=0.0)
     offsets = row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     inside = (row < rows)[:, None] & (column < WIDTH)[None, :]

@@ -2,7 +2,7 @@
 
 Forward, dX, and dW where nothing is masked or the tokens form few slices, are the matmuls of pytorch.py. The bias sums
 of a layer are one launch over all row ranges, which does not read what is masked, and a small one that adds the partial
-sums. For labels that change from token to token there are two candidates for dW, chosen by SGTM_LINEAR, else by what
+sums. For labels that change from token to token there are two algorithms for dW, chosen by SGTM_LINEAR, else by what
 has been tuned:
 
 `masked` (default)  the entries that may not update are zeroed (or scaled) in the pass that sums the bias: linear_in
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.library import custom_op
 
 from sgtm_kernels.autograd import captured, eager, existing, register
-from sgtm_kernels.dispatch import way
+from sgtm_kernels.dispatch import algorithm
 from sgtm_kernels.linear import rectangles, scaling
 from sgtm_kernels.linear.pytorch import BIAS_KIND, weight_gradient
 from sgtm_kernels.plan import MAX_SLICES, MaskPlan, RowWork, plan_of
@@ -29,26 +29,26 @@ from sgtm_kernels.triton_common.tiles import total_of
 from sgtm_kernels.triton_common.tuning import DTYPES, Tunable
 
 
-class Way(NamedTuple):
-    way: str
+class DwAlgorithm(NamedTuple):
+    algorithm: str
 
 
 # By dtype; the share of dW's work that the masks leave, in quarters rounded up; the mean length of the slices, up to.
 LENGTHS = (64, 256, 1024)  # the last one: and above
-WAY = Tunable(
+DW_ALGORITHM = Tunable(
     "linear_dw",
-    lambda dtype, quarters, length: Way("masked"),
-    {key: (Way("rectangles"),) for key in product(("bf16",), (2, 3, 4), LENGTHS)},
+    lambda dtype, quarters, length: DwAlgorithm("masked"),
+    {key: (DwAlgorithm("rectangles"),) for key in product(("bf16",), (2, 3, 4), LENGTHS)},
 )
 
 
-def candidate(x: torch.Tensor, buckets: tuple[int, int]) -> str:
-    """How dW is computed for labels that change from token to token; x: an operand, buckets: of the masks."""
-    return way("SGTM_LINEAR") or WAY(x.device, DTYPES[x.dtype], *buckets).way
+def dw_algorithm(x: torch.Tensor, buckets: tuple[int, int]) -> str:
+    """The algorithm of dW for labels that change from token to token; x: an operand, buckets: of the masks."""
+    return algorithm("SGTM_LINEAR") or DW_ALGORITHM(x.device, DTYPES[x.dtype], *buckets).algorithm
 
 
 def _share_and_length(work: tuple[RowWork, ...], tokens: int) -> tuple[int, int]:
-    """The buckets of `WAY`; slices count where they are too many for matmuls of their own."""
+    """The buckets of `DW_ALGORITHM`; slices count where they are too many for matmuls of their own."""
     counts = [sum(end - start for start, end, _ in rows.tokens.slices) for rows in work]
     done = sum((rows.end - rows.start) * n for rows, n in zip(work, counts, strict=True))
     whole = tokens * sum(rows.end - rows.start for rows in work)
@@ -75,7 +75,7 @@ def linear_out(x, weight, bias, plan: MaskPlan, projection: str, bounds):
 def _work(
     plan: MaskPlan, projection: str, bounds: tuple[int, ...]
 ) -> tuple[tuple[RowWork, ...], tuple[int, int] | None]:
-    """The work of dW; and the buckets of `WAY` where the tokens of some rows are too many slices for matmuls."""
+    """The work of dW; and the buckets of `DW_ALGORITHM` where the tokens of some rows form too many slices."""
 
     def make():
         rows = plan.rows(projection, bounds)
@@ -111,7 +111,7 @@ def in_backward(dy, x, weight, plan, projection, bounds, overwrite, wanted):
     if wanted[1]:
         if buckets is None:
             dw = weight_gradient(dy2, x2, plan, rows)
-        elif candidate(dy2, buckets) == "rectangles":
+        elif dw_algorithm(dy2, buckets) == "rectangles":
             dw = rectangles.weight_gradient(dy2, x2.contiguous(), plan, rows)
         else:
             # autograd may hand one tensor to several ops. Only a copy made here, and what the caller promises that
@@ -135,7 +135,7 @@ def _out_backward(dy, x, weight, plan, projection, bounds, wanted):
     if wanted[1]:
         if buckets is None:
             dw = weight_gradient(x2, dy2, plan, rows)
-        elif candidate(dy2, buckets) == "rectangles":
+        elif dw_algorithm(dy2, buckets) == "rectangles":
             dw = rectangles.weight_gradient(x2, dy2, plan, rows)
         else:
             out = torch.empty_like(x2)  # never in place: X belongs to the forward pass

@@ -35,7 +35,7 @@ def linear_in(
                 on the tensor that its other input gets too), and nothing looks at it later (`retain_grad`, a hook,
                 `autograd.grad` with respect to the result)
     """
-    check_known("part of linear_in", projection, ("attn_in", "mlp_in"))
+    check_known("projection of linear_in", projection, ("attn_in", "mlp_in"))
     plan.check(x)
     plan.check_bounds(bounds, weight.shape[0])
     op = pick("linear", backend_of(backend, plan, projection))
@@ -56,7 +56,7 @@ def linear_out(
     projection  `attn_out` or `mlp_out`. The bias is joint, of kind `<projection>_bias`.
     bounds      group boundaries in the rows; two entries mean no groups: nothing is masked, the bias neither
     """
-    check_known("part of linear_out", projection, ("attn_out", "mlp_out"))
+    check_known("projection of linear_out", projection, ("attn_out", "mlp_out"))
     plan.check(x)
     plan.check_bounds(bounds, weight.shape[0])
     op = pick("linear", backend_of(backend, plan, projection))

@@ -69,7 +69,7 @@ def weight_gradient(left: torch.Tensor, right: torch.Tensor, plan: MaskPlan, wor
 
 
 def _launch(left, right, plan: MaskPlan, work: tuple[RowWork, ...], loads: str) -> torch.Tensor:
-    """`weight_gradient` with the operands read in one of the ways of `_loads`."""
+    """`weight_gradient` with the operands read as one variant of `_loads` does."""
     rows, columns = left.shape[1], right.shape[1]
     weighted = any(piece.weight != 1 for _, _, tokens in work for piece in tokens.slices)
     tile, descriptors = TILE(left.device, *_key(DTYPES[left.dtype], weighted, loads)), loads == "descriptors"

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sgtm_kernels.triton_common.tiles import any_factor_but, factor_of, partial_sums, place, total_of
+from sgtm_kernels.triton_common.tiles import any_factor_but, factor_of, group_of_column, partial_sums, total_of
 from sgtm_kernels.triton_common.tuning import DTYPES, Tunable
 
 
@@ -81,7 +81,7 @@ def _strip(
     columns: tl.constexpr = BOUNDS[len(BOUNDS) - 1]
     first, last = block * BC, tl.minimum(block * BC + BC, columns) - 1
     column = first + tl.arange(0, BC)
-    group, _, _ = place(BOUNDS, column)
+    group, _, _ = group_of_column(BOUNDS, column)
     total = tl.zeros([BC], dtype=tl.float32)
     for start in range(0, STRIP, BT):
         token = strip.to(tl.int64) * STRIP + start + tl.arange(0, BT)

@@ -23,7 +23,7 @@ def variants() -> list[KernelVariant]:
 def _scaling() -> list[KernelVariant]:
     """Every block size and flag, at some bounds, in bf16 and fp32."""
     variants: list[KernelVariant] = []
-    ways = [flags for flags in product((False, True), repeat=3) if flags[0] >= flags[1] and flags[0] | flags[2]]
+    passes = [flags for flags in product((False, True), repeat=3) if flags[0] >= flags[1] and flags[0] | flags[2]]
     for dtype, bounds in product((torch.bfloat16, torch.float32), ((0, 4096), (0, 960, 1024), (0, 24, 48, 771, 3000))):
         x, dy = torch.empty(37, bounds[-1], dtype=dtype), torch.empty(37, 1024, dtype=dtype)
         copy, factors, partial = torch.empty_like(x), torch.empty(len(bounds) - 1, 37), torch.empty(1, bounds[-1])
@@ -31,7 +31,7 @@ def _scaling() -> list[KernelVariant]:
         for tile in scaling.TILE.candidates(*key):
             forced = {(scaling.TILE.name, key): tile}
             words = KernelVariant.words(tile.tokens * tile.columns, dtype, tile.warps)
-            for scale, in_place, add in ways if len(bounds) > 2 else [(False, False, True)]:
+            for scale, in_place, add in passes if len(bounds) > 2 else [(False, False, True)]:
                 out = (x if in_place else copy) if scale else None
                 launches = record_launches(
                     scaling.scale_sum, x, out, partial if add else None, factors, bounds, forced=forced

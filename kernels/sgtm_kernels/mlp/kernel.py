@@ -18,7 +18,7 @@ from torch.library import custom_op
 from sgtm_kernels.autograd import captured, eager, existing, register
 from sgtm_kernels.linear.kernel import in_backward, linear_in
 from sgtm_kernels.plan import MaskPlan, plan_of
-from sgtm_kernels.triton_common.tiles import factor_of, partial_sums, place, total_of
+from sgtm_kernels.triton_common.tiles import factor_of, group_of_column, partial_sums, total_of
 from sgtm_kernels.triton_common.tuning import DTYPES, Key, Tunable
 
 
@@ -171,7 +171,7 @@ def activation_forward(
     neuron = tl.program_id(1) * BN + tl.arange(0, BN)
     neurons: tl.constexpr = BOUNDS[len(BOUNDS) - 1]
     inside = (token < tokens)[:, None] & (neuron < neurons)[None, :]
-    group, start, width = place(BOUNDS, neuron)
+    group, start, width = group_of_column(BOUNDS, neuron)
     if GATED:
         gate_at = x + token[:, None] * (2 * neurons) + (start + neuron)[None, :]
         gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
@@ -198,7 +198,7 @@ def activation_backward(
     strip = tl.program_id(0).to(tl.int64)
     neuron = tl.program_id(1) * BN + tl.arange(0, BN)
     neurons: tl.constexpr = BOUNDS[len(BOUNDS) - 1]
-    group, start, width = place(BOUNDS, neuron)
+    group, start, width = group_of_column(BOUNDS, neuron)
     shift = tl.zeros([BN], dtype=tl.float32)
     if BIASED:
         shift = tl.load(bias + neuron, mask=neuron < neurons, other=0.0).to(tl.float32)

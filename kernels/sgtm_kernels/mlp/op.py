@@ -38,7 +38,7 @@ def linear_gelu(
     bounds: tuple[int, ...],
     backend: str = "torch",
 ) -> torch.Tensor:
-    """`gelu` of `linear_in(x, weight, bias)`, part `mlp_in`: x [B, S, in], weight [F, in], bias [F] -> [B, S, F].
+    """`gelu` of `linear_in(x, weight, bias)`, projection `mlp_in`: x [B, S, in], weight [F, in], bias [F] -> [B, S, F].
 
     As one op, a kernel can sum the bias's gradient in the backward pass of the activation.
     """

@@ -25,7 +25,7 @@ class Sums(NamedTuple):
 
 def variants() -> list[KernelVariant]:
     """Every block size and flag, at some bounds, in bf16 and fp32; candidates besides the heuristic bare and with the
-    most groups, all ways to sum the bias with few groups."""
+    most groups, every form of the bias sums with few groups."""
     variants: list[KernelVariant] = []
     bare, most = ((0, 1024), False), (MANY, True)
     for dtype, gated, name in product((torch.bfloat16, torch.float32), (False, True), TILES):
@@ -34,14 +34,14 @@ def variants() -> list[KernelVariant]:
         cases += [(heuristic, *form) for form in ((FEW, False), (FEW, True), (MANY, False))]
         for tile, bounds, masked in cases:
             backward = name == activation_backward.__name__
-            ways = [Sums(False)]
+            sums = [Sums(False)]
             if not gated:
-                all_ways = bounds == FEW and backward
-                ways += (
-                    [Sums(True), Sums(True, True), Sums(True, True, True)] if all_ways else [Sums(True, True, masked)]
+                all_forms = bounds == FEW and backward
+                sums += (
+                    [Sums(True), Sums(True, True), Sums(True, True, True)] if all_forms else [Sums(True, True, masked)]
                 )
-            for way in ways:
-                variants += _launched(name, dtype, tile, bounds, gated, masked, way)
+            for each in sums:
+                variants += _launched(name, dtype, tile, bounds, gated, masked, each)
     return variants
 
 

@@ -100,7 +100,7 @@ def _compile(variant: KernelVariant, arch: int):
     from triton.compiler import ASTSource
 
     names = variant.kernel.arg_names
-    aligned = [n for n, kind in variant.signature.items() if n not in variant.unaligned and kind[0] in "*iu"]
+    aligned = [n for n, type_name in variant.signature.items() if n not in variant.unaligned and type_name[0] in "*iu"]
     source = ASTSource(
         variant.kernel,
         {n: variant.signature.get(n, "constexpr") for n in names},

@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from triton.runtime.jit import JITFunction, KernelInterface
 
-from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS, MaskPlan, Tables, merge_runs
+from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS, MaskPlan, Tables, merge_label_runs
 from sgtm_kernels.triton_common.tuning import Choice, trial
 
 
@@ -70,8 +70,8 @@ class KernelVariant:
     @property
     def operands(self) -> str:
         """`half` if an operand is in half precision, else `fp32`."""
-        kinds = (*self.signature.values(), *map(str, self.constants.values()))
-        return "half" if any(kind in ("*bf16", "*fp16", "bf16", "fp16") for kind in kinds) else "fp32"
+        specs = (*self.signature.values(), *map(str, self.constants.values()))
+        return "half" if any(spec in ("*bf16", "*fp16", "bf16", "fp16") for spec in specs) else "fp32"
 
     @property
     def arches(self) -> tuple[int, ...]:
@@ -122,12 +122,12 @@ def _variant(kernel: JITFunction, args: tuple[object, ...], options: dict[str, A
     signature, unaligned = {}, []
     for name in kernel.arg_names:
         if name not in constants:
-            kind, aligned = native_specialize_impl(BaseBackend, values[name], False, name not in (alike or ()), True)
-            if kind == "constexpr":
+            spec, aligned = native_specialize_impl(BaseBackend, values[name], False, name not in (alike or ()), True)
+            if spec == "constexpr":
                 constants[name] = values[name]
             else:
-                signature[name] = kind
-                if not aligned and kind[0] in "*iu":
+                signature[name] = spec
+                if not aligned and spec[0] in "*iu":
                     unaligned.append(name)
     chosen = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
     fusion = options.get("enable_fp_fusion", True)
@@ -149,6 +149,6 @@ def plan_of(groups: int, seq_len: int, active: float = 1.0, update: float = 1.0,
         dict.fromkeys(PROJECTIONS, (ones, (update, *ones[1:]))),
         dict.fromkeys(JOINT_KINDS, (1.0, update)),
     )
-    runs = merge_runs([token % 2 for token in range(seq_len)], [1] * seq_len)
+    runs = merge_label_runs([token % 2 for token in range(seq_len)], [1] * seq_len)
     cut = ((0, seq_len // 2), (seq_len // 2, seq_len)) if documents else None
     return MaskPlan(tables, runs, 1, seq_len, cut)

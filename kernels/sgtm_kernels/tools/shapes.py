@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sgtm_kernels.attention import HeadLayout
-from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS, MaskPlan, Run, Tables, merge_runs
+from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS, LabelRun, MaskPlan, Tables, merge_label_runs
 
 UNLABELED, RETAIN, FORGET = 0, 1, 2
 ONES = ((1.0, 1.0),) * 3
@@ -84,11 +84,11 @@ def plans(shape: Shape) -> dict[str, MaskPlan]:
         if not rest:
             labels = [FORGET] * n + [UNLABELED] * (shape.batch - n)
             by_name[f"{percent} % forget"] = MaskPlan(
-                SGTM, merge_runs(labels, [shape.seq_len] * shape.batch), shape.batch, shape.seq_len
+                SGTM, merge_label_runs(labels, [shape.seq_len] * shape.batch), shape.batch, shape.seq_len
             )
     edges = range(0, shape.tokens, shape.seq_len // 4)
-    runs = tuple(Run(UNLABELED if i % 4 else FORGET, t, t + shape.seq_len // 4) for i, t in enumerate(edges))
-    merged = merge_runs([run.label for run in runs], [run.end - run.start for run in runs])
+    runs = tuple(LabelRun(UNLABELED if i % 4 else FORGET, t, t + shape.seq_len // 4) for i, t in enumerate(edges))
+    merged = merge_label_runs([run.label for run in runs], [run.end - run.start for run in runs])
     by_name["25 % forget in every sequence"] = MaskPlan(SGTM, merged, shape.batch, shape.seq_len)
     by_name["pure forget"] = MaskPlan.uniform(SGTM, FORGET, shape.batch, shape.seq_len)
     by_name["pure retain"] = MaskPlan.uniform(SGTM, RETAIN, shape.batch, shape.seq_len)

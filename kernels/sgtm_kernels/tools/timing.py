@@ -1,4 +1,4 @@
-"""Time of single calls, in rounds in which every way of doing a thing takes its turn."""
+"""Time of single calls, in rounds in which every call takes its turn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-Way = Callable[[], object]  # one way of doing a thing: called once, it has done it once
+TimedCall = Callable[[], object]  # does once what is timed
 
 
 class Clock:
@@ -20,31 +20,31 @@ class Clock:
         if self.cuda:
             self.cache = torch.empty(2**28, dtype=torch.int8, device=device)
 
-    def seconds(self, way: Way) -> float:
+    def seconds(self, call: TimedCall) -> float:
         if not self.cuda:
             began = time.perf_counter()
-            way()
+            call()
             return time.perf_counter() - began
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.cache.zero_()
         torch.cuda._sleep(5_000_000)  # cycles: some 3 ms
         start.record()
-        way()
+        call()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1000
 
-    def rounds(self, ways: Mapping[str, Way], rounds: int, seconds: float) -> dict[str, list[float]]:
-        """Times of every way, each once a round, in an order that changes from round to round (what ran before leaves
+    def rounds(self, calls: Mapping[str, TimedCall], rounds: int, seconds: float) -> dict[str, list[float]]:
+        """Times of every call, each once a round, in an order that changes from round to round (what ran before leaves
         its traces); fewer rounds, but at least three, where `seconds` are over before."""
-        for way in ways.values():
+        for call in calls.values():
             for _ in range(2):
-                way()
-        times: dict[str, list[float]] = {name: [] for name in ways}
+                call()
+        times: dict[str, list[float]] = {name: [] for name in calls}
         order, until = random.Random(0), time.monotonic() + seconds
         for done in range(rounds):
             if done >= 3 and time.monotonic() > until:
                 break
-            for name in order.sample(list(ways), len(ways)):
-                times[name].append(self.seconds(ways[name]))
+            for name in order.sample(list(calls), len(calls)):
+                times[name].append(self.seconds(calls[name]))
         return times

@@ -33,9 +33,9 @@ from sgtm_kernels.cross_entropy import linear_cross_entropy
 from sgtm_kernels.linear import linear_in, linear_out
 from sgtm_kernels.measurement import cpu_model, environment
 from sgtm_kernels.mlp import gelu, swiglu
-from sgtm_kernels.plan import MAX_SLICES, MaskPlan, merge_runs
+from sgtm_kernels.plan import MAX_SLICES, MaskPlan, merge_label_runs
 from sgtm_kernels.tools.shapes import FORGET, NONE, SGTM, SHAPES, UNLABELED, Shape
-from sgtm_kernels.tools.timing import Clock, Way
+from sgtm_kernels.tools.timing import Clock, TimedCall
 from sgtm_kernels.triton_common.tuning import Choice, Table, path_of, table_of, trial, written
 
 SHAPE_NAMES = ("124m", "254m", "llama-1b")
@@ -44,7 +44,7 @@ HEAD_WIDTH = 64  # of the hidden states before the LM head: its matmul is not wh
 
 
 class Rounds(Protocol):
-    def rounds(self, ways: Mapping[str, Way], rounds: int, seconds: float) -> dict[str, list[float]]: ...
+    def rounds(self, calls: Mapping[str, TimedCall], rounds: int, seconds: float) -> dict[str, list[float]]: ...
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def tune(
     Raises ValueError without a CUDA device, for an unknown op or shape, and for a table of another device; OSError
     where the table cannot be written, before anything is measured.
     """
-    for kind, names, known in (("op", only, CASES), ("shape", shapes, SHAPES)):
+    for what, names, known in (("op", only, CASES), ("shape", shapes, SHAPES)):
         if unknown := [name for name in names if isinstance(name, str) and name not in known]:
-            raise ValueError(f"unknown {kind} {unknown[0]!r}; known: {', '.join(known)}")
+            raise ValueError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
     if device is None:
         if not torch.cuda.is_available():
             raise ValueError("tuning needs a CUDA device and there is none here; without a table the heuristics hold")
@@ -108,8 +108,8 @@ def tune(
     torch.manual_seed(0)
     for shape in shapes:
         for op in only or CASES:
-            for way in CASES[op](SHAPES[shape] if isinstance(shape, str) else shape, device, dtype):
-                tune_call(way, Clock(device), decisions, rounds, seconds, report, resumed, save)
+            for call in CASES[op](SHAPES[shape] if isinstance(shape, str) else shape, device, dtype):
+                tune_call(call, Clock(device), decisions, rounds, seconds, report, resumed, save)
     write(path, name, earlier_entries, measured, source)
     table_of.cache_clear()
     report(f"wrote {path}")
@@ -117,7 +117,7 @@ def tune(
 
 
 def tune_call(
-    way: Way,
+    call: TimedCall,
     clock: Rounds,
     decisions: dict[Choice, Found],
     rounds: int,
@@ -131,15 +131,15 @@ def tune_call(
     table  entries of a table: a choice that it has is taken from there, not measured
     save   called with a choice that was measured
     """
-    for choice, candidates, needed in choices(way):
+    for choice, candidates, needed in choices(call):
         if choice in decisions or len(candidates) == 1:
             continue
         if before := recalled(table or {}, choice, candidates):
             decisions[choice] = before
             continue
         best = {decided: result.config for decided, result in decisions.items()}
-        ways = {str(c): partial(_forced, way, {**best, **needed, choice: c}) for c in candidates}
-        times = clock.rounds(ways, rounds, seconds)
+        calls = {str(c): partial(_forced, call, {**best, **needed, choice: c}) for c in candidates}
+        times = clock.rounds(calls, rounds, seconds)
         decisions[choice] = result = decide(candidates, [times[str(c)] for c in candidates])
         report(
             f"{choice[0]:26} {written(choice[1]):22} {result.p50 * 1e6:9.1f} us, "
@@ -148,7 +148,7 @@ def tune_call(
         save(choice)
 
 
-def choices(way: Way) -> list[tuple[Choice, list[NamedTuple], dict[Choice, NamedTuple]]]:
+def choices(call: TimedCall) -> list[tuple[Choice, list[NamedTuple], dict[Choice, NamedTuple]]]:
     """Every choice that a call makes: the candidates that this device can launch, and what must be chosen elsewhere for
     it to come up. A choice that comes up under a candidate of another precedes it."""
     seen: set[Choice] = set()
@@ -157,7 +157,7 @@ def choices(way: Way) -> list[tuple[Choice, list[NamedTuple], dict[Choice, Named
     def visit(forced: dict[Choice, NamedTuple]) -> bool:
         with trial(forced) as attempt:
             try:
-                way()
+                call()
             except OutOfResources:
                 if not forced:
                     raise
@@ -191,9 +191,9 @@ def decide(candidates: Sequence[NamedTuple], times: Sequence[Sequence[float]]) -
     return Found(candidates[best], statistics.median(times[best]), statistics.median(times[0]))
 
 
-def _forced(way: Way, forced: dict[Choice, NamedTuple]) -> None:
+def _forced(call: TimedCall, forced: dict[Choice, NamedTuple]) -> None:
     with trial(forced):
-        way()
+        call()
 
 
 def entries_of(path: Path, device_name: str) -> dict[str, dict[str, dict]]:
@@ -237,7 +237,7 @@ def _random(device: torch.device, dtype: torch.dtype, *size: int) -> torch.Tenso
     return torch.randn(size, device=device, dtype=dtype).mul_(0.1)
 
 
-def _directions(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Iterator[Way]:
+def _directions(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Iterator[TimedCall]:
     """The forward pass alone, then the backward pass alone."""
 
     def forward() -> torch.Tensor:
@@ -248,7 +248,7 @@ def _directions(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tenso
     yield _backward(function, x)
 
 
-def _backward(function: Callable[[torch.Tensor], torch.Tensor], leaf: torch.Tensor) -> Way:
+def _backward(function: Callable[[torch.Tensor], torch.Tensor], leaf: torch.Tensor) -> TimedCall:
     leaf = leaf.detach().requires_grad_()
     with trial():
         out = function(leaf)
@@ -256,21 +256,21 @@ def _backward(function: Callable[[torch.Tensor], torch.Tensor], leaf: torch.Tens
     return lambda: torch.autograd.grad(out, leaf, dy, retain_graph=True)
 
 
-def _attention(s: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Way]:
+def _attention(s: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[TimedCall]:
     plan = MaskPlan.uniform(NONE, UNLABELED, s.batch, s.seq_len)
     qkv = _random(device, dtype, s.batch, s.seq_len, (s.heads + 2 * s.kv_heads) * s.head_dim)
     call = partial(attention, layout=s.layout, plan=plan, scale=s.head_dim**-0.5, backend="triton")
     return _directions(call, qkv)
 
 
-def _mlp(s: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Way]:
+def _mlp(s: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[TimedCall]:
     plan = MaskPlan.uniform(NONE, UNLABELED, s.batch, s.seq_len)
     bounds = (0, s.neurons - s.forget_neurons, s.neurons)
     x = _random(device, dtype, s.batch, s.seq_len, s.neurons * (1 + s.gated))
     return _directions(lambda x: (swiglu if s.gated else gelu)(x, plan, bounds, "triton"), x)
 
 
-def _linear(s: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Way]:
+def _linear(s: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[TimedCall]:
     """The bias sums alone; then dW of both sides, under masks from a few long slices to many short ones."""
     rows, bounds = s.neurons, (0, s.neurons - s.forget_neurons, s.neurons)
     x, h = (_random(device, dtype, s.batch, s.seq_len, columns) for columns in (s.width, rows))
@@ -278,7 +278,7 @@ def _linear(s: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Way]
     pure = MaskPlan.uniform(SGTM, FORGET, s.batch, s.seq_len)
     yield _backward(lambda b: linear_in(x, weight, b, pure, "mlp_in", bounds, "triton"), bias)
 
-    def both_sides(plan: MaskPlan) -> Way:
+    def both_sides(plan: MaskPlan) -> TimedCall:
         dw_in = _backward(lambda w: linear_in(x, w, None, plan, "mlp_in", bounds, "triton"), weight)
         dw_out = _backward(lambda w: linear_out(h, w, None, plan, "mlp_out", bounds, "triton"), weight)
         return lambda: [dw_in(), dw_out()]
@@ -286,7 +286,7 @@ def _linear(s: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Way]
     for quarters in (1, 2, 3):
         for length in SLICES:
             plan = spread(s, quarters, length)
-            if len(plan.runs) > 2 * MAX_SLICES:
+            if len(plan.label_runs) > 2 * MAX_SLICES:
                 yield both_sides(plan)
 
 
@@ -296,10 +296,10 @@ def spread(s: Shape, quarters: int, length: int) -> MaskPlan:
     starts = sorted([*range(0, s.tokens, length + forget), *range(length, s.tokens, length + forget)])
     lengths = [end - start for start, end in pairwise((*starts, s.tokens))]
     labels = [(UNLABELED, FORGET)[i % 2] for i in range(len(lengths))]
-    return MaskPlan(SGTM, merge_runs(labels, lengths), s.batch, s.seq_len)
+    return MaskPlan(SGTM, merge_label_runs(labels, lengths), s.batch, s.seq_len)
 
 
-def _cross_entropy(s: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[Way]:
+def _cross_entropy(s: Shape, device: torch.device, dtype: torch.dtype) -> Iterator[TimedCall]:
     plan = MaskPlan.uniform(NONE, UNLABELED, s.batch, s.seq_len)
     x = _random(device, dtype, s.batch, s.seq_len, HEAD_WIDTH).requires_grad_()
     weight, targets = _random(device, dtype, s.vocab, HEAD_WIDTH), torch.randint(s.vocab, (s.batch, s.seq_len))
@@ -307,7 +307,7 @@ def _cross_entropy(s: Shape, device: torch.device, dtype: torch.dtype) -> Iterat
     yield lambda: linear_cross_entropy(x, weight, None, targets, plan, 1.0, "triton")
 
 
-CASES: dict[str, Callable[[Shape, torch.device, torch.dtype], Iterator[Way]]] = {
+CASES: dict[str, Callable[[Shape, torch.device, torch.dtype], Iterator[TimedCall]]] = {
     "linear": _linear,
     "mlp": _mlp,
     "attention": _attention,

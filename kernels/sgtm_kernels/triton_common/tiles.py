@@ -15,7 +15,7 @@ WIDTH, PARTIALS = 128, 32  # of a tile of partial sums
 
 
 @triton.jit
-def place(bounds: tl.constexpr, column):
+def group_of_column(bounds: tl.constexpr, column):
     """Group of each column, the group's first column and its width."""
     group = tl.zeros_like(column)
     start = tl.zeros_like(column)

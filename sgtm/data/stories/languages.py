@@ -53,10 +53,10 @@ def language(code: str) -> Language:
     name, noun = {"en": ("english", EnglishNoun), "es": ("spanish", SpanishNoun)}[code]
     content = yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8"))
     words: dict[str, list] = {key: _items(text) for key, text in content["phrases"].items()}
-    for section, kind in (("names", Word), ("nouns", noun), ("pairs", SpanishPair)):
+    for section, word_type in (("names", Word), ("nouns", noun), ("pairs", SpanishPair)):
         for key, lists in content.get(section, {}).items():
             by_gender = lists if isinstance(lists, dict) else {"m": lists}
-            words[key] = [_word(kind, item, gender) for gender, text in by_gender.items() for item in _items(text)]
+            words[key] = [_word(word_type, item, gender) for gender, text in by_gender.items() for item in _items(text)]
     cast = {who: key for key, names in content["cast"].items() for who in _items(names)}
     return Language(words, cast, content["scenes"], [plot.split() for plot in content["plots"]])
 
@@ -65,6 +65,6 @@ def _items(text: str) -> list[str]:
     return [item.strip() for item in text.split(",")]
 
 
-def _word(kind: type[Word], item: str, gender: str) -> Word:
+def _word(word_type: type[Word], item: str, gender: str) -> Word:
     text, _, other_form = item.partition("/")
-    return kind(text, gender, other_form)
+    return word_type(text, gender, other_form)
