@@ -16,7 +16,7 @@ from sgtm.data.loader import evaluation_batches
 from sgtm.data.store import Corpus
 from sgtm.masking.strategy import removal_tables
 from sgtm.model.transformer import Transformer
-from sgtm_kernels.plan import MaskPlan, Run, Tables
+from sgtm_kernels.plan import LabelRun, MaskPlan, Tables
 
 LOGITS = 2**25  # at a time: 128 MiB in fp32
 
@@ -78,7 +78,7 @@ class Subject:
     def plan(self, input_ids: torch.Tensor) -> MaskPlan:
         """Masks for sequences that are not of the corpus: each attends to all of its own past."""
         batch, seq_len = input_ids.shape
-        return MaskPlan(self.tables, (Run(0, 0, batch * seq_len),), batch, seq_len)
+        return MaskPlan(self.tables, (LabelRun(0, 0, batch * seq_len),), batch, seq_len)
 
     def batches(self, split: str, category: str, sequences: int | None) -> Iterator[Batch]:
         """Raises ValueError for a split or category that the corpus does not have, or without a target."""

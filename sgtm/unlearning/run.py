@@ -27,7 +27,7 @@ from sgtm.process.names import did_you_mean
 from sgtm.run.checkpoint import MANIFEST, open_run, read_manifest
 from sgtm.run.environment import record_environment
 from sgtm.run.evaluate import load_model, open_run_corpus
-from sgtm.run.located import SYNTHETIC, record_place
+from sgtm.run.located import SYNTHETIC, record_folder
 from sgtm.run.unlearned import described, read_unlearned, write_unlearned
 from sgtm.run.weights_only import save_weights
 from sgtm.unlearning.loop import unlearn
@@ -100,7 +100,7 @@ def unlearn_run(
             unlearn(model, method, forget_text, retain_text, tables, options=all_options, steps=steps, lr=lr, log=log)
         save_weights(folder, model.state_dict(), own, step=manifest["step"], corpus=manifest["corpus"])
         write_unlearned(folder, record)
-        record_place(folder)
+        record_folder(folder)
         record_environment(folder)
         save_config(own, folder / "config.yaml")
     print(described(record).replace("`", ""), file=sys.stderr)

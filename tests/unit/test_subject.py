@@ -68,6 +68,6 @@ def test_labels_with_different_heads_are_not_read_at_once(subject):
     tables = subject.config.tables
     ids, _, _ = batch.on(subject.device, tables)
     half = ids.numel() // 2
-    mixed = module.MaskPlan(tables, (module.Run(1, 0, half), module.Run(2, half, ids.numel())), *ids.shape)
+    mixed = module.MaskPlan(tables, (module.LabelRun(1, 0, half), module.LabelRun(2, half, ids.numel())), *ids.shape)
     with pytest.raises(ValueError, match="evaluate one category at a time"):
         subject.model.last_hidden(ids, mixed)
