@@ -58,5 +58,5 @@ SHAPE = {"hidden_size": 32, "heads": 4, "intermediate_size": 48, "vocab_size": 6
 )
 def test_a_shape_comes_back_as_it_went(changes):
     config = ModelConfig(**SHAPE | changes)
-    there = hf_config(config, heads=config.heads, kv_heads=config.num_kv_heads, neurons=config.intermediate_size)
-    assert model_config_from_hf(there) == config
+    exported = hf_config(config, heads=config.heads, kv_heads=config.num_kv_heads, neurons=config.intermediate_size)
+    assert model_config_from_hf(exported) == config
