@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.adamw import adamw as torch_adamw
 
-from sgtm_kernels.adamw import Slice, Tensors, prepare
+from sgtm_kernels.adamw import Tensors, WeightSlice, prepare
 from sgtm_kernels.attention import HeadLayout, attention
 from sgtm_kernels.attention.public import by_flash_attn, by_flex, by_sdpa, facts_of, obstacle
 from sgtm_kernels.attention.visible import Visible
@@ -34,7 +34,7 @@ def forget_share(plan: MaskPlan) -> float:
 
 
 @dataclass(frozen=True)
-class Case:
+class OpCase:
     """One op on its inputs, forward and backward.
 
     ours     (plan, backend) -> a call of ours
@@ -83,7 +83,7 @@ def differentiable(
     dy: torch.Tensor,
     public: dict[str, TimedCall],
     work: Callable[[MaskPlan], tuple[float, float]],
-) -> Case:
+) -> OpCase:
     """A case of a function of `leaves`: `op(plan, backend)` is the function."""
 
     def ours(plan: MaskPlan, backend: str) -> TimedCall:
@@ -96,14 +96,14 @@ def differentiable(
             gradients = torch.autograd.grad(out, inputs, dy.to(out.dtype))
         return {"out": out.detach()} | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
 
-    return Case(ours, public, work, results)
+    return OpCase(ours, public, work, results)
 
 
 def _updating(tokens) -> int:
     return sum(end - start for start, end, _ in tokens.slices)
 
 
-def linear(s: Shape, make: Inputs, side: str) -> Case:
+def linear(s: Shape, make: Inputs, side: str) -> OpCase:
     """The MLP's linear layers; the rows are the neurons (gates and ups of a gated one), `w_out` is input-major."""
     fold = 2 if s.gated and side == "in" else 1
     rows = fold * s.neurons
@@ -128,7 +128,7 @@ def linear(s: Shape, make: Inputs, side: str) -> Case:
     return differentiable(ours, leaves, dy, {"F.linear": both(plain, list(leaves.values()), dy)}, work)
 
 
-def mlp(s: Shape, make: Inputs) -> Case:
+def mlp(s: Shape, make: Inputs) -> OpCase:
     bounds = (0, s.neurons - s.forget_neurons, s.neurons)
     x = make.random(s.batch, s.seq_len, s.neurons * (1 + s.gated))
     dy = make.random(s.batch, s.seq_len, s.neurons, learned=False)
@@ -149,7 +149,7 @@ def mlp(s: Shape, make: Inputs) -> Case:
     )
 
 
-def mlp_in(s: Shape, make: Inputs) -> Case:
+def mlp_in(s: Shape, make: Inputs) -> OpCase:
     """The linear layer before a GELU and the GELU, whose backward pass gives the bias's gradient too."""
     bounds = (0, s.neurons - s.forget_neurons, s.neurons)
     x, weight, bias = make.random(s.batch, s.seq_len, s.width), make.random(s.neurons, s.width), make.random(s.neurons)
@@ -173,7 +173,7 @@ def mlp_in(s: Shape, make: Inputs) -> Case:
     )
 
 
-def attend(s: Shape, make: Inputs, window: int | None = None, documents: int = 1) -> Case:
+def attend(s: Shape, make: Inputs, window: int | None = None, documents: int = 1) -> OpCase:
     """Causal; a public call gets the heads as views of one projection, as ours does.
 
     window     keys a query sees at most; None: all of its past
@@ -222,7 +222,7 @@ def attend(s: Shape, make: Inputs, window: int | None = None, documents: int = 1
     return differentiable(ours, {"qkv": qkv}, dy, public, work)
 
 
-def norm(s: Shape, make: Inputs) -> Case:
+def norm(s: Shape, make: Inputs) -> OpCase:
     x, weight = make.random(s.batch, s.seq_len, s.width), make.random(s.width)
     dy = make.random(s.batch, s.seq_len, s.width, learned=False)
     leaves = {"x": x, "weight": weight}
@@ -241,7 +241,7 @@ def norm(s: Shape, make: Inputs) -> Case:
     return differentiable(ours, leaves, dy, public, lambda plan: (0, 5 * x.numel() * x.element_size()))
 
 
-def embed(s: Shape, make: Inputs) -> Case:
+def embed(s: Shape, make: Inputs) -> OpCase:
     ids, weight = make.integers(s.vocab, s.batch, s.seq_len), make.random(s.vocab, s.width)
     dy = make.random(s.batch, s.seq_len, s.width, learned=False)
 
@@ -258,7 +258,7 @@ def embed(s: Shape, make: Inputs) -> Case:
     )
 
 
-def cross_entropy(s: Shape, make: Inputs) -> Case:
+def cross_entropy(s: Shape, make: Inputs) -> OpCase:
     x, weight = make.random(s.batch, s.seq_len, s.width), make.random(s.vocab, s.width)
     targets, one = make.integers(s.vocab, s.batch, s.seq_len), torch.ones((), device=make.device)
 
@@ -283,7 +283,7 @@ def cross_entropy(s: Shape, make: Inputs) -> Case:
     return differentiable(ours, {"x": x, "weight": weight}, one, public, work)
 
 
-def optimize(s: Shape, make: Inputs) -> Case:
+def optimize(s: Shape, make: Inputs) -> OpCase:
     """AdamW on the MLP's weights of four layers, fp32; rows that no token of the micro-batch may update are out."""
     rows, bounds = s.neurons, (0, s.neurons - s.forget_neurons, s.neurons)
     sets = [[torch.rand(rows, s.width, device=make.device) for _ in range(4)] for _ in range(8)]
@@ -296,7 +296,7 @@ def optimize(s: Shape, make: Inputs) -> Case:
     def ours(plan, backend, sets=sets, lr=1e-6):
         tensors = [Tensors(*(t.view(-1) for t in each)) for each in sets]
         edges = [(start * s.width, end * s.width) for start, end in live(plan)]
-        slices = [Slice(i, start, end, 0, 0.1) for i in range(len(tensors)) for start, end in edges]
+        slices = [WeightSlice(i, start, end, 0, 0.1) for i in range(len(tensors)) for start, end in edges]
         step = prepare(slices, betas, 1e-8, backend)  # once for a live set, as in training
         return lambda: step(tensors, [10], lr, 1.0)
 
@@ -317,10 +317,10 @@ def optimize(s: Shape, make: Inputs) -> Case:
     def work(plan):
         return 0, 7 * 4 * len(sets) * s.width * sum(end - start for start, end in live(plan))
 
-    return Case(ours, {"torch AdamW, fused": plain}, work, results)
+    return OpCase(ours, {"torch AdamW, fused": plain}, work, results)
 
 
-CASES: dict[str, dict[str, Callable[[Shape, Inputs], Case]]] = {
+CASES: dict[str, dict[str, Callable[[Shape, Inputs], OpCase]]] = {
     "linear": {"linear_in": partial(linear, side="in"), "linear_out": partial(linear, side="out")},
     "mlp": {"activation": mlp, "linear_gelu": mlp_in},
     "attention": {

@@ -28,7 +28,7 @@ import torch
 from arguments import FAST, add_measuring, one_of
 from environment import environment, healthy, percentiles
 from journal import ENVIRONMENT, FAILED, Items, Journal
-from op_cases import CASES, Case, Inputs, forget_share
+from op_cases import CASES, Inputs, OpCase, forget_share
 from roofline import COPY, MATMUL, Roofline
 
 from sgtm_kernels.dispatch import module_name, unusable
@@ -89,7 +89,7 @@ def missing(op: str, backend: str) -> str | None:
     return None if find_spec(module_name(op, backend)) else f"op {op!r} has no backend {backend!r}"
 
 
-def measure(case: Case, shape: Shape, backends: list[str], clock: Clock, roofline: Roofline, args) -> list[dict]:
+def measure(case: OpCase, shape: Shape, backends: list[str], clock: Clock, roofline: Roofline, args) -> list[dict]:
     """Rows of one op: the public calls, then every backend under every mask."""
     masks = {mask: plan for mask, plan in plans(shape).items() if mask in (BASE, *args.mask)}
     ours = {(backend, mask): case.ours(plan, backend) for backend in backends for mask, plan in masks.items()}

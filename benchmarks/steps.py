@@ -32,7 +32,7 @@ from environment import RESULTS
 
 sys.path.insert(0, str(RESULTS.parents[1]))
 
-from sgtm.measure.mixings import Sweep
+from sgtm.measure.mixings import MixingSweep
 from sgtm.measure.models import SETTINGS
 from sgtm.measure.rounds import described, release_memory
 from sgtm.measure.rows import RowFile, failure, table
@@ -71,7 +71,7 @@ def measure(name: str, backends: list[str], args: argparse.Namespace):
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     torch.manual_seed(0)
     try:
-        yield from Sweep(name, SETTINGS[name](), args.device, dtype, backends).rows(args.rounds, args.seconds)
+        yield from MixingSweep(name, SETTINGS[name](), args.device, dtype, backends).rows(args.rounds, args.seconds)
     except Exception as error:
         yield [failure("all", described(error))]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sgtm.config.schema import Config
 from sgtm.data.prepare import prepare
-from sgtm.data.readers import Block, Record, Source
+from sgtm.data.readers import Record, Source, SourceBlock
 from sgtm.data.rules import Rules
 from sgtm.data.store import Corpus
 
@@ -32,7 +32,7 @@ class Records(Source):
     def fingerprint(self) -> Any:
         return list(self.records_)
 
-    def blocks(self, columns: Sequence[str]) -> Iterator[Block]:
+    def blocks(self, columns: Sequence[str]) -> Iterator[SourceBlock]:
         yield self
 
     def records(self) -> Iterator[Record]:

@@ -15,7 +15,7 @@ from sgtm.data.batch import IGNORE, Batch
 from sgtm.distributed.segments import full_numel
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition, build_partition
-from sgtm.masking.strategy import PRESETS, build_tables
+from sgtm.masking.strategy import STRATEGY_TABLES, build_tables
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import MaskPlan, Tables, merge_label_runs
 
@@ -56,7 +56,7 @@ OPEN_BIO, OPEN_CODE = 4, 5
 
 # Every preset, the one that masks nothing last; those of the paper with its masked joint parameters too.
 WITH_JOINT = {name: [f"{name}+masked"] for name in ("sgtm", "no_mlp_out", "no_attn_out", "no_out")}
-BY_PRESET = [[name, *WITH_JOINT.get(name, [])] for name in sorted(PRESETS, key=lambda name: name == "none")]
+BY_PRESET = [[name, *WITH_JOINT.get(name, [])] for name in sorted(STRATEGY_TABLES, key=lambda name: name == "none")]
 STRATEGIES = {
     name: partial(build_tables, SPACE, *name.split("+"))
     for name in (*chain(*BY_PRESET), "sgtm+strict", "gradient_routing+strict")

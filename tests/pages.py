@@ -6,7 +6,7 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
-from sgtm.report.beside import Comparison
+from sgtm.report.beside import RunComparison
 from sgtm.report.page import render
 from sgtm.report.record import read_record
 
@@ -95,7 +95,7 @@ class Page(HTMLParser):
             self.rows[-1][-1] = " ".join((self.rows[-1][-1] + data).split())
 
 
-def page_without_figures(run: Path, comparison: Comparison | None = None) -> Page:
+def page_without_figures(run: Path, comparison: RunComparison | None = None) -> Page:
     """In a fraction of the time."""
     file = run / "page.html"
     file.write_text(render(read_record(run), [], comparison), encoding="utf-8")

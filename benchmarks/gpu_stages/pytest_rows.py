@@ -29,7 +29,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.pluginmanager.register(Worker(), "rows-worker")
     if config.getoption("--rows") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Rows(Journal(Path(config.getoption("--rows")))), "rows")
+        config.pluginmanager.register(RowsPlugin(Journal(Path(config.getoption("--rows")))), "rows")
 
 
 def op_of(file: str, ops: tuple[str, ...]) -> str | None:
@@ -38,7 +38,7 @@ def op_of(file: str, ops: tuple[str, ...]) -> str | None:
     return max((op for op in ops if name == op or name.startswith(f"{op}_")), key=len, default=None)
 
 
-class Rows:
+class RowsPlugin:
     """Counts of every file, in the process that collects the results."""
 
     def __init__(self, journal: Journal):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from device import backends, device_of, healthy
 from journal import FAILED, OK, Items, Journal
-from op_cases import CASES, Case, Inputs
+from op_cases import CASES, Inputs, OpCase
 from verdicts import MASKS, smoke_item
 
 from sgtm_kernels.accuracy import compare
@@ -76,7 +76,7 @@ def _seconds(began: float) -> dict:
     return {"seconds": round(time.monotonic() - began, 3)}
 
 
-def check(case: Case, plan: MaskPlan, backend: str, dtype: torch.dtype, known: dict) -> dict:
+def check(case: OpCase, plan: MaskPlan, backend: str, dtype: torch.dtype, known: dict) -> dict:
     """Errors and their budgets by name of the result, and whether all are within them.
 
     known  results of the reference by dtype, kept for the other backends

@@ -30,7 +30,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 
 from sgtm_kernels.accuracy import compare
-from sgtm_kernels.adamw import Slice, Tensors, prepare
+from sgtm_kernels.adamw import Tensors, WeightSlice, prepare
 from sgtm_kernels.dispatch import ALGORITHMS, OPS, algorithm, pick, replaced
 from sgtm_kernels.measurement import cpu_model, driver, installed
 from sgtm_kernels.plan import MaskPlan
@@ -169,7 +169,7 @@ def _compare(name: str, ours: torch.Tensor, plain: torch.Tensor, exact: torch.Te
 
 def _check_adamw(backend: str, device: torch.device) -> None:
     """Two clipped updates of slices that begin and end anywhere; what lies between them stays."""
-    slices = [Slice(0, 3, 5, 0, 0.1), Slice(0, 8, 2068, 1, 0.1), Slice(0, 2069, 3000, 0, 0.0)]
+    slices = [WeightSlice(0, 3, 5, 0, 0.1), WeightSlice(0, 8, 2068, 1, 0.1), WeightSlice(0, 2069, 3000, 0, 0.0)]
 
     def updated(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         like = torch.empty(3001, dtype=torch.float32, device=device)

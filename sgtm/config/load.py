@@ -34,7 +34,7 @@ YAML_REMEDIES = {
     "but found another document": "write one document, without a second `---`",
 }
 """By the words of the YAML library."""
-PRESETS = Path(__file__).parent / "presets"
+PRESET_FOLDER = Path(__file__).parent / "presets"
 Pairs = list[tuple[tuple[str, ...], Any]]
 """Values by path, in the order in which they are set."""
 
@@ -65,7 +65,7 @@ _Loader.add_implicit_resolver(
 
 def preset_names() -> list[str]:
     """Names of the shipped presets."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    return sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))
 
 
 def load_config(source: str | os.PathLike, overrides: list[str] | None = None) -> Config:
@@ -236,7 +236,7 @@ def _set(values: dict, path: tuple[str, ...], value: Any, dashes: str, origin: s
 def _locate(source: str, beside: Path | None = None) -> Path:
     """The file of a preset name or path; a path in a file is relative to that file."""
     looks_like_file = source.endswith((".yaml", ".yml")) or "/" in source or os.sep in source
-    path = (beside or Path()) / source if looks_like_file else PRESETS / f"{source}.yaml"
+    path = (beside or Path()) / source if looks_like_file else PRESET_FOLDER / f"{source}.yaml"
     if path.is_file():
         return path
     for run in (path, Path("runs") / source):

@@ -68,7 +68,7 @@ def _kinds(counts: Counter[str]) -> str:
     return ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common()) or "nothing"
 
 
-class Found(NamedTuple):
+class Sources(NamedTuple):
     sources: list[Source]
     account: Account
 
@@ -78,7 +78,7 @@ def open_sources(paths: Iterable[str | Path]) -> list[Source]:
     return find_sources(paths).sources
 
 
-def find_sources(paths: Iterable[str | Path]) -> Found:
+def find_sources(paths: Iterable[str | Path]) -> Sources:
     """Finds what can be read under these files and folders, in the order given, folders in sorted order.
 
     Raises ValueError for a path that does not exist, a file of unknown format or of another than its name states, or a
@@ -104,7 +104,7 @@ def find_sources(paths: Iterable[str | Path]) -> Found:
             passed = "".join(f"\n  {line}" for line in own.lines()[1:])
             raise ValueError(f"nothing to read in {shown(path)}: expected {READABLE}{passed}")
         account.add(own)
-    return Found(sources, account)
+    return Sources(sources, account)
 
 
 class _Names:

@@ -22,7 +22,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from sgtm.data.plain_text import as_text, control_ids
-from sgtm.data.readers import Block
+from sgtm.data.readers import SourceBlock
 from sgtm.data.rules import Document, Rules
 from sgtm.data.store import DOCUMENT, SPAN, token_dtype
 from sgtm.data.tokenizer import PIECE_CHARACTERS, can_be_cut, cut
@@ -76,14 +76,14 @@ class Encoder:
     def __getstate__(self):
         return {name: value for name, value in vars(self).items() if name not in ("_tokenizer", "_controls")}
 
-    def encode_to(self, path: Path, block: Block) -> None:
+    def encode_to(self, path: Path, block: SourceBlock) -> None:
         """Encodes a block into a file.
 
         Raises ValueError naming the record for anything the rules refuse, and for text that yields a control id.
         """
         self.encode(block).save(path)
 
-    def encode(self, block: Block) -> EncodedBlock:
+    def encode(self, block: SourceBlock) -> EncodedBlock:
         documents, wheres, empty, dropped = [], [], 0, 0
         for path, where, fields in block.records():
             document = self.rules.document(fields, path, where)
@@ -205,7 +205,7 @@ def token_spans(
 
 
 def encode_blocks(
-    encoder: Encoder, blocks: Iterator[Block], folder: Path, workers: int, advance: Callable[[int], None]
+    encoder: Encoder, blocks: Iterator[SourceBlock], folder: Path, workers: int, advance: Callable[[int], None]
 ) -> int:
     """Encodes the blocks that `folder` does not hold yet; returns how many there are in all.
 
@@ -253,7 +253,7 @@ class _Workers:
     def __enter__(self) -> _Workers:
         return self
 
-    def submit(self, encoder: Encoder, path: Path, block: Block) -> Future:
+    def submit(self, encoder: Encoder, path: Path, block: SourceBlock) -> Future:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.workers, context, _start_worker, (encoder,))
@@ -292,5 +292,5 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _work(path: Path, block: Block) -> None:
+def _work(path: Path, block: SourceBlock) -> None:
     _encoder.encode_to(path, block)

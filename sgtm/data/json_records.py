@@ -17,7 +17,7 @@ from typing import Any
 
 from sgtm.data import readers
 from sgtm.data.compression import chunks, format_of
-from sgtm.data.readers import Block, File, Record, in_blocks, shown
+from sgtm.data.readers import File, Record, SourceBlock, in_blocks, shown
 
 SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json")
 _NOT_BLANK = re.compile(r"[^ \t\r\n]")
@@ -31,7 +31,7 @@ Chunk = tuple[bytes, int]
 class Json(File):
     """Plain or compressed. Blank lines are skipped."""
 
-    def blocks(self, columns: Sequence[str]) -> Iterator[Block]:
+    def blocks(self, columns: Sequence[str]) -> Iterator[SourceBlock]:
         content, ahead, first = chunks(self.file), [], b""
         for chunk in content:
             ahead.append(chunk)
@@ -57,7 +57,7 @@ def _is_cut_by_line_end(first: bytes) -> bool:
     return False
 
 
-def _lines(file: Path, content: Iterable[Chunk]) -> Iterator[Block]:
+def _lines(file: Path, content: Iterable[Chunk]) -> Iterator[SourceBlock]:
     """Blocks of lines: each ends with the first line end at or after `BLOCK_BYTES`."""
     pending: list[bytes] = []
     size, line, before, read = 0, 1, 0, 0

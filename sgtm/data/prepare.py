@@ -31,7 +31,7 @@ from sgtm.data.discover import READABLE, find_sources
 from sgtm.data.encode import EncodedBlock, Encoder, block_file, encode_blocks
 from sgtm.data.folder import blocks_of, clear, folder_to_build, locked, put_in_place, same_job, stored_job
 from sgtm.data.plain_text import plain_text, reachable
-from sgtm.data.readers import Block, Source
+from sgtm.data.readers import Source, SourceBlock
 from sgtm.data.rules import Rules, load_rules, stable_id
 from sgtm.data.store import MANIFEST, TOKEN_NAMES, TOKENIZER, Corpus
 from sgtm.data.summary import repeated_names, summary, warnings
@@ -281,7 +281,7 @@ def _training_texts(sources: Sequence[Source], rules: Rules, advance: Advance, s
         advance(block.progress)
 
 
-def _all_blocks(sources: Sequence[Source], rules: Rules) -> Iterator[Block]:
+def _all_blocks(sources: Sequence[Source], rules: Rules) -> Iterator[SourceBlock]:
     for source in sources:
         yield from source.blocks(rules.columns)
 

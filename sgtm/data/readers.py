@@ -31,7 +31,7 @@ class Record(NamedTuple):
     fields: dict[str, Any]
 
 
-class Block(Protocol):
+class SourceBlock(Protocol):
     """A piece of a source: picklable, a few megabytes."""
 
     @property
@@ -55,7 +55,7 @@ class Source(ABC):
         """What changes when the input changes; JSON."""
 
     @abstractmethod
-    def blocks(self, columns: Sequence[str]) -> Iterator[Block]:
+    def blocks(self, columns: Sequence[str]) -> Iterator[SourceBlock]:
         """The source in blocks; `columns` are the fields that will be asked for."""
 
 
@@ -94,7 +94,7 @@ class RecordBlock:
         yield from self.read
 
 
-def in_blocks(file: Path, values: Iterable[tuple[int, Any, int, int]]) -> Iterator[Block]:
+def in_blocks(file: Path, values: Iterable[tuple[int, Any, int, int]]) -> Iterator[SourceBlock]:
     """Blocks of the records of a file.
 
     values  line, fields, size in characters, and bytes of the file read so far, of each record
@@ -128,7 +128,7 @@ class TextFiles(Source):
     def fingerprint(self) -> Any:
         return [file_fingerprint(file) for file in self.files]
 
-    def blocks(self, columns: Sequence[str]) -> Iterator[Block]:
+    def blocks(self, columns: Sequence[str]) -> Iterator[SourceBlock]:
         group, size = [], 0
         for file in self.files:
             group.append(file)

@@ -40,11 +40,11 @@ _SPLIT_SEED = 2**32 + 1  # label draws use the seeds of configs, which are small
 _ROUNDING = 1e-9  # 0.33 + 0.56 + 0.11 is 1.0000000000000002
 
 
-class Section(BaseModel):
+class RuleSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class Selector(Section):
+class Selector(RuleSection):
     """Where a value comes from: exactly one of the keys."""
 
     KEY: ClassVar[str]
@@ -193,7 +193,7 @@ def _known_label(label: Any) -> str:
     raise ValueError(f"found {label!r:.80}, but it takes: retain, unlabeled, forget:<domain> or drop{slip}")
 
 
-class Rules(Section):
+class Rules(RuleSection):
     """A rule file. Raises ValidationError, a ValueError, for a key or value that makes no sense."""
 
     text: str = "text"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sgtm.data.prepare import open_prepared, prepare
-from sgtm.data.readers import Block, Record, Source
+from sgtm.data.readers import Record, Source, SourceBlock
 from sgtm.data.rules import Rules
 from sgtm.data.store import Corpus
 from sgtm.data.stories.grammar import Dice, Teller
@@ -45,7 +45,7 @@ class StorySource(Source):
     def fingerprint(self) -> Any:
         return ["stories", EDITION, self.code, self.split, self.count]
 
-    def blocks(self, columns: Sequence[str]) -> Iterator[Block]:
+    def blocks(self, columns: Sequence[str]) -> Iterator[SourceBlock]:
         for first in range(0, self.count, STORIES_PER_BLOCK):
             yield StoryBlock(self.code, self.split, first, min(first + STORIES_PER_BLOCK, self.count))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from sgtm.data import readers
 from sgtm.data.compression import chunks
-from sgtm.data.readers import Block, File, Record, Source, file_fingerprint, in_blocks, shown
+from sgtm.data.readers import File, Record, Source, SourceBlock, file_fingerprint, in_blocks, shown
 from sgtm.words import counted
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -28,7 +28,7 @@ class Delimited(File):
 
     delimiter: str
 
-    def blocks(self, columns: Sequence[str]) -> Iterator[Block]:
+    def blocks(self, columns: Sequence[str]) -> Iterator[SourceBlock]:
         yield from in_blocks(self.file, self._rows(columns))
 
     def _rows(self, columns: Sequence[str]) -> Iterator[tuple[int, dict, int, int]]:
@@ -103,7 +103,7 @@ class _Lines:
 
 
 class Parquet(File):
-    def blocks(self, columns: Sequence[str]) -> Iterator[Block]:
+    def blocks(self, columns: Sequence[str]) -> Iterator[SourceBlock]:
         import pyarrow as pa
         from pyarrow import parquet
 
@@ -153,7 +153,7 @@ class SavedDataset(Source):
     def fingerprint(self) -> Any:
         return [file_fingerprint(file) for file in self.files]
 
-    def blocks(self, columns: Sequence[str]) -> Iterator[Block]:
+    def blocks(self, columns: Sequence[str]) -> Iterator[SourceBlock]:
         from datasets import load_from_disk
 
         try:

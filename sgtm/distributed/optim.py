@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from sgtm_kernels.adamw import Slice, Tensors, prepare
+from sgtm_kernels.adamw import Tensors, WeightSlice, prepare
 from sgtm_kernels.adamw.op import Step
 
 PREPARED = 64  # launches kept; a run has as many live sets as its steps have mixtures of labels
@@ -156,7 +156,7 @@ class SegmentedAdamW(torch.optim.Optimizer):
             keys = sorted(key for key in self._live if self.owners[key] == owner)
             counters = {key: index for index, key in enumerate(keys)}
             slices = [
-                Slice(number, start, end, counters[key], self.config.weight_decay if decay else 0.0)
+                WeightSlice(number, start, end, counters[key], self.config.weight_decay if decay else 0.0)
                 for number, tensor in enumerate(tensors)
                 for start, end, key, decay in self.tables[tensor]
                 if key in counters

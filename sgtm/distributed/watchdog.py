@@ -40,7 +40,7 @@ PATIENCE = 10 * LISTEN  # for a store that fails, or, beyond the limit, for a ca
 _watchdog: Watchdog | None = None
 
 
-class Process(TypedDict):
+class ProcessInfo(TypedDict):
     """Where a rank runs. machine: as of `_machine`."""
 
     host: str
@@ -48,7 +48,7 @@ class Process(TypedDict):
     machine: str
 
 
-class State(Process):
+class State(ProcessInfo):
     """A beat of a rank, as JSON in the store. waited: seconds in this phase of this step."""
 
     beats: int
@@ -97,7 +97,7 @@ class Watchdog:
         self.failing = 0.0  # seconds since the store last worked
         self.beats = 0
         self.exiting, self.stopped = threading.Lock(), threading.Event()
-        self.me: Process = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
+        self.me: ProcessInfo = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
         self.previous, sys.excepthook = sys.excepthook, self._excepthook
         faulthandler.enable()  # a crash in C shows its stack
         self.neighbours: dict[int, State] | None = None

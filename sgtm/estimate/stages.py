@@ -21,7 +21,7 @@ STAGES = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
-class Row:
+class StageEstimate:
     """What one ZeRO stage needs and, by the stated model, how fast it is.
 
     whole, best  the run in time, with nothing hidden behind the computation and at best
@@ -37,7 +37,7 @@ class Row:
     checkpoint: int
 
 
-def estimate(config: Config, machine: Machine) -> list[Row]:
+def estimate(config: Config, machine: Machine) -> list[StageEstimate]:
     """A row for each stage, with `distributed.offload_optimizer` from 1.
 
     Raises ValueError where the step, or the ranks themselves, do not divide.
@@ -49,11 +49,11 @@ def estimate(config: Config, machine: Machine) -> list[Row]:
         pace = speed(config, machine, moved)
         whole, best = (duration(config, machine, step) for step in (pace.step, pace.best_step))
         held = memory(config, stage, machine.ranks)
-        rows.append(Row(stage, held, moved, pace, whole, best, checkpoint_bytes(config, stage)))
+        rows.append(StageEstimate(stage, held, moved, pace, whole, best, checkpoint_bytes(config, stage)))
     return rows
 
 
-def recommended(rows: list[Row], machine: Machine) -> Row | None:
+def recommended(rows: list[StageEstimate], machine: Machine) -> StageEstimate | None:
     """Of the stages that fit the fastest with nothing hidden, which is the same assumption for all; None: none fits.
 
     Of equal ones the lower stage, but ZeRO 1 before 0: it sends as much and holds no more.
@@ -62,7 +62,7 @@ def recommended(rows: list[Row], machine: Machine) -> Row | None:
     return min(fit, key=lambda row: (row.speed.step, row.stage or 1.5), default=None)
 
 
-def as_json(config: Config, machine: Machine, rows: list[Row]) -> str:
+def as_json(config: Config, machine: Machine, rows: list[StageEstimate]) -> str:
     """Bytes, seconds and shares, under the names that the code has."""
     choice = recommended(rows, machine)
     return json.dumps(

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from sgtm.config.schema import Config
 from sgtm.estimate.speed import PEAK, Machine
-from sgtm.estimate.stages import Row, arithmetic, check_fits, recommended
+from sgtm.estimate.stages import StageEstimate, arithmetic, check_fits, recommended
 from sgtm.estimate.units import GB, amount, unit
 from sgtm.estimate.zero3 import Limits, gathered_times
 from sgtm.words import counted, listed
@@ -29,7 +29,7 @@ SAME = (
 )
 
 
-def print_estimate(config: Config, machine: Machine, rows: list[Row], console: Console | None = None) -> None:
+def print_estimate(config: Config, machine: Machine, rows: list[StageEstimate], console: Console | None = None) -> None:
     console = console or Console()
     console.print(arithmetic(config, machine), highlight=False, soft_wrap=True)
     print_memory(console, rows, machine.memory * GB)
@@ -42,14 +42,14 @@ def print_estimate(config: Config, machine: Machine, rows: list[Row], console: C
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def print_memory(console: Console, rows: list[Row], limit: float | None) -> None:
+def print_memory(console: Console, rows: list[StageEstimate], limit: float | None) -> None:
     """Memory of a rank; `limit` bytes, or None where it is not known."""
     console.print(_memory_table(rows, limit))
     if [row.stage for row in rows[:2]] == [0, 1] and rows[0].memory == rows[1].memory:
         console.print(SAME, highlight=False, soft_wrap=True)
 
 
-def _memory_table(rows: list[Row], limit: float | None) -> Table:
+def _memory_table(rows: list[StageEstimate], limit: float | None) -> Table:
     hosts = any(row.memory.host for row in rows)
     name, one = unit(max(size for row in rows for size in (row.memory.peak, sum(row.memory.host.values()))))
     of = "" if limit is None else f", of {amount(limit)}"
@@ -65,7 +65,7 @@ def _memory_table(rows: list[Row], limit: float | None) -> Table:
     return table
 
 
-def _speed_table(rows: list[Row], machine: Machine) -> Table:
+def _speed_table(rows: list[StageEstimate], machine: Machine) -> Table:
     traffic = [(sum(c.sent(machine.ranks) for c in row.moved), row.speed.inside, row.speed.between) for row in rows]
     name, one = unit(max(size for sizes in traffic for size in sizes))
     columns = (f"{name} sent", "in node", "between", "compute s", "comm. s", "ratio", "step s", "best s")
@@ -79,7 +79,7 @@ def _speed_table(rows: list[Row], machine: Machine) -> Table:
     return table
 
 
-def _sum_table(rows: list[Row], ranks: int) -> Table:
+def _sum_table(rows: list[StageEstimate], ranks: int) -> Table:
     """A row for each collective: the product of its numbers is what a rank sends."""
     name, one = unit(max(collective.sent(ranks) for row in rows for collective in row.moved))
     title = f"sent: elements x bytes x times a step x passes x {ranks - 1}/{ranks}"
@@ -95,7 +95,7 @@ def _sum_table(rows: list[Row], ranks: int) -> Table:
     return table
 
 
-def _gathers(config: Config, rows: list[Row]) -> str:
+def _gathers(config: Config, rows: list[StageEstimate]) -> str:
     """Which weights ZeRO 3 gathers how often, so that its elements can be summed by hand."""
     elements_by_times, limits = gathered_times(config), Limits()
     note = (
@@ -118,7 +118,7 @@ def _times(number: int) -> str:
     return {1: "once", 2: "twice"}.get(number, f"{number} times")
 
 
-def _run_table(config: Config, rows: list[Row], machine: Machine) -> Table:
+def _run_table(config: Config, rows: list[StageEstimate], machine: Machine) -> Table:
     train = config.train
     title = f"the run: {counted(train.steps, 'step')}, {train.steps * train.tokens_per_step:,} tokens"
     columns = ("tokens/s", "MFU", "days", "at best", "GPU-hours", "at best", "checkpoint")
@@ -146,7 +146,7 @@ def _checkpoints(config: Config) -> str:
     )
 
 
-def _recommendation(config: Config, machine: Machine, rows: list[Row]) -> str:
+def _recommendation(config: Config, machine: Machine, rows: list[StageEstimate]) -> str:
     """The stage to take and why, or what would fit where none does."""
     choice = recommended(rows, machine)
     if choice is None:
@@ -177,7 +177,7 @@ def _in(one: float, size: float) -> str:
     return f"{size / one:,.2f}"
 
 
-def _assumptions(config: Config, machine: Machine, rows: list[Row]) -> str:
+def _assumptions(config: Config, machine: Machine, rows: list[StageEstimate]) -> str:
     peak = machine.tflops or PEAK[config.train.precision]
     lines = [
         "Sent: by each rank; in node: of that to ranks of its own node, mean; between: what a node sends to "

@@ -87,7 +87,7 @@ def _gram(draft: _Draft) -> None:
             draft.update[projection][label][0] = 0.0
 
 
-PRESETS: dict[Strategy, Callable[[_Draft], None]] = {
+STRATEGY_TABLES: dict[Strategy, Callable[[_Draft], None]] = {
     "none": lambda draft: None,
     "sgtm": _sgtm,
     "no_mlp_out": lambda draft: _sgtm(draft, ("mlp_out",)),
@@ -150,8 +150,8 @@ def build_tables(
     Raises ValueError for an unknown strategy, a `joint` that the strategy does not have, or an override that names
     nothing.
     """
-    if strategy not in PRESETS:
-        raise ValueError(f"unknown strategy {strategy!r}; known strategies: {', '.join(PRESETS)}")
+    if strategy not in STRATEGY_TABLES:
+        raise ValueError(f"unknown strategy {strategy!r}; known strategies: {', '.join(STRATEGY_TABLES)}")
     kinds = joint_kinds(strategy, joint)
     draft = _Draft(space)
     if strategy != "none":
@@ -160,7 +160,7 @@ def build_tables(
         draft.other_domains_inactive(space.open_groups.items())
         if cross_domain == "inactive":
             draft.other_domains_inactive(draft.forget)
-        PRESETS[strategy](draft)
+        STRATEGY_TABLES[strategy](draft)
         for label in space.forget_labels:
             for kind in kinds:
                 draft.update_joint[kind][label] = 0.0

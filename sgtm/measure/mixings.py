@@ -36,7 +36,7 @@ Key = tuple[str, str]  # backend, name of the case
 Step = Key | str  # of ours; `PLAIN` or `MATMUL`
 
 
-class Sweep:
+class MixingSweep:
     """Our model on one device, and every step of it that is timed."""
 
     def __init__(self, name: str, setting: Setting, device: torch.device, dtype: torch.dtype, backends: list[str]):

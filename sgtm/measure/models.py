@@ -11,7 +11,7 @@ from sgtm.masking.partition import Partition, build_partition
 from sgtm.masking.shape import ModelShape
 from sgtm.masking.strategy import Joint
 
-PRESETS = Path(__file__).parents[1] / "config" / "presets"
+PRESET_FOLDER = Path(__file__).parents[1] / "config" / "presets"
 LABELS = LabelSpace(("forget",))
 
 
@@ -67,7 +67,7 @@ def _scalar(text: str) -> object:
 
 def preset(name: str, micro_batch: int, accumulation: int) -> Setting:
     """Of sgtm/config/presets, with activations kept: these micro-batches fit into 80 GB beside the plain model."""
-    sections = sections_of((PRESETS / f"{name}.yaml").read_text())
+    sections = sections_of((PRESET_FOLDER / f"{name}.yaml").read_text())
     masking, model = sections["masking"], ModelShape(**sections["model"])
     return Setting(
         replace(model, activation_checkpointing=False),

@@ -19,7 +19,7 @@ def norm(shape: ModelShape) -> nn.Module:
     return layer(shape.hidden_size, eps=shape.norm_eps)
 
 
-class Attention(nn.Module):
+class PlainAttention(nn.Module):
     band: torch.Tensor  # only with a window
 
     def __init__(self, shape: ModelShape, window: int | None):
@@ -71,7 +71,7 @@ def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.
     return x * rotary[0] + torch.cat((-second, first), dim=-1) * rotary[1]
 
 
-class MLP(nn.Module):
+class PlainMLP(nn.Module):
     def __init__(self, shape: ModelShape):
         super().__init__()
         self.gated = shape.family == "llama"
@@ -86,11 +86,11 @@ class MLP(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
-class Block(nn.Module):
+class PlainBlock(nn.Module):
     def __init__(self, shape: ModelShape, index: int):
         super().__init__()
         self.attention_norm, self.mlp_norm = norm(shape), norm(shape)
-        self.attention, self.mlp = Attention(shape, shape.window_of(index)), MLP(shape)
+        self.attention, self.mlp = PlainAttention(shape, shape.window_of(index)), PlainMLP(shape)
 
     def forward(self, x: torch.Tensor, rotary) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), rotary)
@@ -110,7 +110,7 @@ class Plain(nn.Module):
         neo = shape.family == "gpt_neo"
         self.embedding = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.position = nn.Embedding(shape.context, shape.hidden_size) if neo else None
-        self.blocks = nn.ModuleList(Block(shape, i) for i in range(shape.layers))
+        self.blocks = nn.ModuleList(PlainBlock(shape, i) for i in range(shape.layers))
         self.final_norm = norm(shape)
         self.head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         if shape.tie_embeddings:

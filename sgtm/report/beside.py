@@ -10,12 +10,12 @@ from pathlib import Path
 from sgtm.config.load import load_run_config
 from sgtm.config.schema import Config
 from sgtm.report.ratios import Ratios, check_comparable, compute_ratios
-from sgtm.report.record import Record, read_record
+from sgtm.report.record import RunRecord, read_record
 from sgtm.words import counted
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """Runs to show beside another, under the names of their columns.
 
     losses  of each run's full model, by category, nats per token
@@ -30,7 +30,7 @@ class Comparison:
     notes: list[str]
 
 
-def compare(run: Path, others: Sequence[Path]) -> Comparison:
+def compare(run: Path, others: Sequence[Path]) -> RunComparison:
     """`others` beside `run`.
 
     Losses are those of the same evaluation: of `sgtm eval` on the same sequences where all have it, else of the last
@@ -48,7 +48,7 @@ def compare(run: Path, others: Sequence[Path]) -> Comparison:
             raise ValueError(f"--baseline {other} is given twice")
         seen.add(other.resolve())
         check_comparable(run, config, other)
-    names, compared = _names(others), Comparison({}, {}, {}, [])
+    names, compared = _names(others), RunComparison({}, {}, {}, [])
     curves: dict[str, list[Path]] = {}
     for other, name in names.items():
         other_config, record = load_run_config(other), read_record(other)
@@ -78,7 +78,7 @@ def _names(others: Sequence[Path]) -> dict[Path, str]:
     return {o: name if own.count(name) == 1 else str(o) for o, name in zip(others, own, strict=True)}
 
 
-def _evaluation(mine: Record, other: Record) -> tuple[dict, str]:
+def _evaluation(mine: RunRecord, other: RunRecord) -> tuple[dict, str]:
     """The evaluation of `other` to show beside that of `mine`, and how it differs."""
     measured, split = (mine.summary.get(key) for key in ("measured", "split"))
     if measured and measured == other.summary.get("measured") and split == other.summary.get("split"):

@@ -24,7 +24,7 @@ from sgtm.masking.labels import removed_domains
 from sgtm.masking.partition import LayerPartition
 from sgtm.report.findings import conditions, error_of, loss_rows, signed
 from sgtm.report.palette import GRID, INK, LIGHT, MUTED, PAPER, RETAIN, of_label, of_removal, themed
-from sgtm.report.record import Record, is_forgotten
+from sgtm.report.record import RunRecord, is_forgotten
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -66,7 +66,7 @@ class Drawing:
     svg: str
 
 
-def draw(name: str, record: Record, paint: Callable[[Record], Figure | None]) -> Drawing | None:
+def draw(name: str, record: RunRecord, paint: Callable[[RunRecord], Figure | None]) -> Drawing | None:
     """The figure as PNG bytes and as an `<svg>` element to inline; None where `paint` has nothing to show."""
     with rc_context(STYLE):
         figure = paint(record)
@@ -90,7 +90,7 @@ def _inline(svg: str, name: str) -> str:
     return themed(re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 var(--sans)", svg))
 
 
-def loss_curves(record: Record) -> Figure | None:
+def loss_curves(record: RunRecord) -> Figure | None:
     """Training loss of each applied label against the optimizer step."""
     labels = sorted({key.removeprefix("loss/") for line in record.steps for key in line if key.startswith("loss/")})
     if not labels:
@@ -106,7 +106,7 @@ def loss_curves(record: Record) -> Figure | None:
     return figure
 
 
-def evaluations(record: Record) -> Figure | None:
+def evaluations(record: RunRecord) -> Figure | None:
     """Held-out loss of each category while training: full (solid) and with domains removed (dashed)."""
     if len(record.evals) < 2:
         return None
@@ -130,7 +130,7 @@ def evaluations(record: Record) -> Figure | None:
     return figure
 
 
-def residual_norms(record: Record) -> Figure | None:
+def residual_norms(record: RunRecord) -> Figure | None:
     """Mean norm of the residual stream by applied label (colour), after the first, a middle and the last layer."""
     lines = [line for line in record.steps if line.get("norms")]
     if not lines:
@@ -158,7 +158,7 @@ def residual_norms(record: Record) -> Figure | None:
     return figure
 
 
-def ablation(record: Record) -> Figure | None:
+def ablation(record: RunRecord) -> Figure | None:
     """Held-out loss of each category: the full model (ring) and the model without a domain (dot)."""
     rows, removals = loss_rows(record.summary), conditions(record.summary)
     if not rows or not removals:
@@ -202,7 +202,7 @@ def ablation(record: Record) -> Figure | None:
     return figure
 
 
-def gradient_norms(record: Record) -> Figure | None:
+def gradient_norms(record: RunRecord) -> Figure | None:
     """Gradient norm of each group, relative to its weights' norm, by the true label of the data."""
     norms = record.summary.get("gradient_norms")
     if not norms:
@@ -230,7 +230,7 @@ def gradient_norms(record: Record) -> Figure | None:
     return figure
 
 
-def partition(record: Record) -> Figure | None:
+def partition(record: RunRecord) -> Figure | None:
     """Heads and neurons of every layer at their original indices, coloured by group."""
     if record.config is None:
         return None
@@ -259,7 +259,7 @@ def partition(record: Record) -> Figure | None:
     return figure
 
 
-def speed(record: Record) -> Figure | None:
+def speed(record: RunRecord) -> Figure | None:
     """Throughput and global gradient norm against the optimizer step."""
     panels = [("tokens_per_second", "tokens per second"), ("grad_norm", "gradient norm")]
     panels = [(key, label) for key, label in panels if any(line.get(key) is not None for line in record.steps)]
@@ -300,7 +300,7 @@ def _curve(axes: Axes, points: list[tuple[float, float]], colour: str, label: st
     axes.plot(x, y, "-" if len(x) > 1 else "o", color=colour, label=label)
 
 
-def _domains(record: Record) -> tuple[str, ...]:
+def _domains(record: RunRecord) -> tuple[str, ...]:
     if record.config is not None:
         return record.config.space.domains
     named = {domain: None for key in conditions(record.summary) for domain in removed_domains(key)}

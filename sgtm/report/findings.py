@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from sgtm.data.summary import FEW_TOKENS
 from sgtm.masking.labels import removed_domains
-from sgtm.report.record import Record, is_forgotten
+from sgtm.report.record import RunRecord, is_forgotten
 from sgtm.run.unlearned import described
 from sgtm.words import counted, listed
 
@@ -146,7 +146,7 @@ def error_of(error: float) -> str:
     return f"{max(error, 1e-3) if error else 0:.3f}"
 
 
-def sentences(record: Record) -> list[str]:
+def sentences(record: RunRecord) -> list[str]:
     """What happened, the first sentence first; code words in backticks."""
     summary = record.summary
     rows = loss_rows(summary)
@@ -166,7 +166,7 @@ def sentences(record: Record) -> list[str]:
     return [f"Not evaluated yet: {done} trained, training loss {last['loss']:.2f} nats."]
 
 
-def _origin(record: Record) -> list[str]:
+def _origin(record: RunRecord) -> list[str]:
     """Which evaluation the losses are of, where it is not the whole of `sgtm eval` after the last step."""
     summary = record.summary
     steps, of_steps = summary.get("steps"), summary.get("of_steps")

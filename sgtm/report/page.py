@@ -18,11 +18,11 @@ from sgtm.files import write_atomically
 from sgtm.masking.channel import row_lines
 from sgtm.masking.labels import OPEN, removed_domains
 from sgtm.report import figures, palette
-from sgtm.report.beside import Comparison
+from sgtm.report.beside import RunComparison
 from sgtm.report.figures import Drawing, draw
 from sgtm.report.findings import SMALL, cautions, conditions, error_of, localisation, loss_rows, sentences, signed
 from sgtm.report.ratios import categories_of
-from sgtm.report.record import Record, is_forgotten, read_record
+from sgtm.report.record import RunRecord, is_forgotten, read_record
 from sgtm.run.environment import last_environment
 from sgtm_kernels.tables import JOINT_KINDS, PROJECTIONS, Tables
 
@@ -97,7 +97,7 @@ EXHIBITS = (
 )
 
 
-def write_report(run: Path, comparison: Comparison | None = None) -> Path:
+def write_report(run: Path, comparison: RunComparison | None = None) -> Path:
     """Write `report/index.html` and its PNGs into the run directory and return the page's path.
 
     comparison  other runs to show beside it, in place of the baselines that ship with its preset
@@ -119,7 +119,7 @@ def write_report(run: Path, comparison: Comparison | None = None) -> Path:
     return page
 
 
-def render(record: Record, exhibits: list[Exhibit], comparison: Comparison | None = None) -> str:
+def render(record: RunRecord, exhibits: list[Exhibit], comparison: RunComparison | None = None) -> str:
     """The page as HTML."""
     environment = Environment(
         loader=PackageLoader("sgtm.report", "."),
@@ -190,7 +190,7 @@ def channel_grids(config: Config) -> list[tuple[Grid, list[str]]]:
     return grids
 
 
-def _provenance(record: Record) -> dict[str, str]:
+def _provenance(record: RunRecord) -> dict[str, str]:
     """Where the newest start of the training ran, and the versions there; else those of the evaluation."""
     trained = last_environment(record.run) or {}
     values = {key: trained.get(key) for key in ("device", "threads", "commit", "python", "driver", "time")}
@@ -198,7 +198,7 @@ def _provenance(record: Record) -> dict[str, str]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _facts(record: Record) -> list[tuple[str, str]]:
+def _facts(record: RunRecord) -> list[tuple[str, str]]:
     """(what, value) of the run as a whole; only what is known."""
     last = record.steps[-1] if record.steps else {}
     known = {**{key: last.get(key) for key in ("tokens", "tokens_per_second", "seconds")}, "steps": last.get("step")}

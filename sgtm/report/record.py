@@ -22,7 +22,7 @@ from sgtm.run.metrics import read_metrics
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """One run directory.
 
     config, config_text  the schema and the file as written, or None and "" where there is no `config.yaml`
@@ -47,7 +47,7 @@ class Record:
         return self.summary.get("name") or (self.config.name if self.config else self.run.resolve().name)
 
 
-def read_record(run: Path) -> Record:
+def read_record(run: Path) -> RunRecord:
     """Everything a run directory holds about the run. Raises ValueError if it is none, or a file in it is damaged."""
     if not run.is_dir():
         raise ValueError(f"{run} is not a run directory; `sgtm train` makes one at <runs>/<name>")
@@ -60,7 +60,7 @@ def read_record(run: Path) -> Record:
         summary = _in_training(run, config, evals[-1], summary)
     if config and summary.get("losses"):
         summary = {"retain_with_group": most_with_group(config.channels, config.tables), **summary}
-    return Record(
+    return RunRecord(
         run,
         config,
         config_file.read_text(encoding="utf-8") if has_config else "",

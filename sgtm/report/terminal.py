@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sgtm.masking.labels import removed_domains
-from sgtm.report.beside import Comparison
+from sgtm.report.beside import RunComparison
 from sgtm.report.findings import LossRow, cautions, conditions, error_of, loss_rows, measured_tokens, signed
 from sgtm.report.ratios import Ratios, categories_of
 from sgtm.report.record import is_forgotten
@@ -53,7 +53,7 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
             console.print(f"no loss of {', '.join(unmeasured)}: no documents to measure in split {summary['split']}")
 
 
-def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+def print_comparison(comparison: RunComparison, console: Console | None = None) -> None:
     """Print what the runs beside a run are, and the compute ratios to them."""
     console = console or Console()
     for note in comparison.notes:

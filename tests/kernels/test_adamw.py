@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sgtm_kernels.adamw import Slice, Tensors, Update, adamw, prepare
+from sgtm_kernels.adamw import Tensors, Update, WeightSlice, adamw, prepare
 from sgtm_kernels.dispatch import BACKENDS, pick
 
 LR, BETAS, EPS = 3e-3, (0.9, 0.95), 1e-8
@@ -118,7 +118,7 @@ def test_aligned_tensors_are_addressed_from_a_border(offset, grad_offset, aligne
     flat = flat_tensors(100)
     weight, _, *moments = (t[offset : offset + 50] for t in flat.values())
     grad = flat["grad"].to(dtype)[grad_offset : grad_offset + 50]
-    step = pick("adamw", "triton").prepare([Slice(0, 0, 50, 0, 0.1)], BETAS, EPS)
+    step = pick("adamw", "triton").prepare([WeightSlice(0, 0, 50, 0, 0.1)], BETAS, EPS)
     table, numbers = step.table([Tensors(weight, grad, *moments)], [1], LR)
     *addresses, shift, _ = table[:6].tolist()
     assert (numbers, shift >= 0, len(step.blocks)) == (12, aligned, 1)
@@ -143,7 +143,7 @@ def test_the_kernel_promises_the_compiler_what_holds(monkeypatch, dtype):
     monkeypatch.setattr(TensorHandle, "set_attr", set_attr)
     flat = flat_tensors(9000)
     tensors = Tensors(*(t[1:] for t in flat.values()))._replace(grad=flat["grad"].to(dtype)[1:])
-    slices = [Slice(0, 0, 1030, 0, 0.1), Slice(0, 1030, 1031, 0, 0.0), Slice(0, 1033, 8999, 0, 0.1)]
+    slices = [WeightSlice(0, 0, 1030, 0, 0.1), WeightSlice(0, 1030, 1031, 0, 0.0), WeightSlice(0, 1033, 8999, 0, 0.1)]
     prepare(slices, BETAS, EPS, "triton")([tensors], [1], LR, 1.0)
     assert set(promised) == {4, 16} | ({8} if dtype == torch.float16 else set())
 
@@ -193,10 +193,10 @@ def test_the_kernel_refuses_what_its_addresses_cannot_describe(wrong):
 
 
 def test_the_kernel_refuses_what_its_slices_cannot_address():
-    step, flat = prepare([Slice(0, 0, 11, 0, 0.1)], BETAS, EPS, "triton"), flat_tensors(10)
+    step, flat = prepare([WeightSlice(0, 0, 11, 0, 0.1)], BETAS, EPS, "triton"), flat_tensors(10)
     with pytest.raises(ValueError, match="ends at 11, behind the 10 elements"):
         step([Tensors(*flat.values())], [1], LR, 1.0)
-    step = prepare([Slice(0, 0, 10, 0, 0.1), Slice(1, 0, 10, 0, 0.1)], BETAS, EPS, "triton")
+    step = prepare([WeightSlice(0, 0, 10, 0, 0.1), WeightSlice(1, 0, 10, 0, 0.1)], BETAS, EPS, "triton")
     half = Tensors(flat["weight"], flat["grad"].half(), flat["exp_avg"], flat["exp_avg_sq"])
     with pytest.raises(ValueError, match=r"one dtype, got torch\.float32 and torch\.float16"):
         step([Tensors(*flat.values()), half], [1], LR, 1.0)
@@ -204,7 +204,7 @@ def test_the_kernel_refuses_what_its_slices_cannot_address():
 
 def test_tables_are_built_on_the_cpu_whatever_the_default_device():
     tensors = [Tensors(*flat_tensors(n).values()) for n in (7, 2000)]
-    slices = [Slice(0, 0, 7, 1, 0.1), Slice(1, 3, 1999, 0, 0.0)]
+    slices = [WeightSlice(0, 0, 7, 1, 0.1), WeightSlice(1, 3, 1999, 0, 0.0)]
 
     def tables():
         step = pick("adamw", "triton").prepare(slices, BETAS, EPS)
@@ -237,7 +237,7 @@ def test_prepared_steps_are_single_ones(backend):
     """Bit for bit over several steps: gradients at new addresses, other counts and rates, tensors that move, slices of
     one tensor between those of another."""
     ranges = [(0, 3, 1027, 0, 0.1), (1, 0, 1025, 2, 0.0), (0, 1027, 2051, 1, 0.1), (0, 2060, 2100, 0, 0.0)]
-    slices = [Slice(*r) for r in ranges]
+    slices = [WeightSlice(*r) for r in ranges]
     ours, theirs = ([flat_tensors(n, seed=n) for n in (2100, 1030)] for _ in range(2))
     step = prepare(slices, BETAS, EPS, backend)
     for number in range(1, 5):

@@ -18,12 +18,12 @@ def test_the_choice_needs_more_than_noise():
     a, b, c = (mlp_kernel.Tile(i, i, i) for i in (1, 2, 3))
     base = [10.0] * 10
     often, mostly, always = [9.0] * 8 + [20.0] * 2, [5.0] * 7 + [10.1] * 3, [9.5] * 10
-    assert tune.decide([a, b], [base, mostly]) == tune.Found(a, 10.0, 10.0)
-    assert tune.decide([a, b], [base, often]) == tune.Found(b, 9.0, 10.0)
-    assert tune.decide([a, b, c], [base, always, often]) == tune.Found(c, 9.0, 10.0)
+    assert tune.decide([a, b], [base, mostly]) == tune.Decision(a, 10.0, 10.0)
+    assert tune.decide([a, b], [base, often]) == tune.Decision(b, 9.0, 10.0)
+    assert tune.decide([a, b, c], [base, always, often]) == tune.Decision(c, 9.0, 10.0)
     assert tune.decide([a, b], [base, base]).config == a
     drift = [1.0, 2.0, 4.0, 8.0, 16.0]  # paired: half the time in every round, whatever the round
-    assert tune.decide([a, b], [drift, [t / 2 for t in drift]]) == tune.Found(b, 2.0, 4.0)
+    assert tune.decide([a, b], [drift, [t / 2 for t in drift]]) == tune.Decision(b, 2.0, 4.0)
 
 
 class FakeClock:
@@ -73,7 +73,7 @@ def test_what_is_written_is_what_is_read(tmp_path, monkeypatch, others):
         path,
         "T0",
         {"token_losses": {"bf16 8192": {"config": {"block": 8192, "warps": 32}}}},
-        {choice: tune.Found(SMALL, 5e-6, 7e-6)},
+        {choice: tune.Decision(SMALL, 5e-6, 7e-6)},
         tune.provenance(),
     )
     entry = json.loads(path.read_text())["entries"]["activation_forward"]["fp32 plain"]
@@ -81,7 +81,7 @@ def test_what_is_written_is_what_is_read(tmp_path, monkeypatch, others):
     assert {"torch", "triton", "driver", "commit", "date"} <= set(entry) and entry["torch"] == torch.__version__
     assert list(path.parent.iterdir()) == [path]
     earlier_entries = tune.entries_of(path, "T0")
-    tune.write(path, "T0", earlier_entries, {choice: tune.Found(mlp_kernel.Tile(32, 64, 4), 6e-6, 6e-6)}, {})
+    tune.write(path, "T0", earlier_entries, {choice: tune.Decision(mlp_kernel.Tile(32, 64, 4), 6e-6, 6e-6)}, {})
     again = json.loads(path.read_text())["entries"]
     assert set(again) == {"token_losses", "activation_forward"}
     assert again["activation_forward"]["fp32 plain"]["config"]["tokens"] == 32

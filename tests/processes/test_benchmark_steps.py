@@ -92,10 +92,10 @@ def test_model_flops():
 )
 def test_the_parameters_that_count(name, parameters):
     """Positions do not, nor an embedding that is not the head."""
-    from sgtm.measure.mixings import Sweep
+    from sgtm.measure.mixings import MixingSweep
     from sgtm.measure.models import SETTINGS
 
-    steps = Sweep(name, SETTINGS[name](), CPU, torch.float32, ["torch"])
+    steps = MixingSweep(name, SETTINGS[name](), CPU, torch.float32, ["torch"])
     assert steps.flops == SETTINGS[name]().model.flops_per_token(parameters)
 
 

@@ -222,10 +222,10 @@ def test_a_choice_of_the_tuner_is_a_row_before_the_next_is_made(tmp_path, monkey
     from journal import Journal
 
     from sgtm_kernels.mlp.kernel import TILES
-    from sgtm_kernels.tools.tune import Found
+    from sgtm_kernels.tools.tune import Decision
 
     rows, counts = tmp_path / "tune.jsonl", []
-    choice = Found(TILES["activation_forward"].candidates("fp32", "plain")[0], 1e-6, 2e-6)
+    choice = Decision(TILES["activation_forward"].candidates("fp32", "plain")[0], 1e-6, 2e-6)
 
     def tune(*args, decided, **options):
         for _ in range(3):
@@ -240,9 +240,9 @@ def test_a_choice_of_the_tuner_is_a_row_before_the_next_is_made(tmp_path, monkey
 
 def test_a_test_file_is_a_row_before_the_next_runs(tmp_path):
     from journal import Journal
-    from pytest_rows import Rows
+    from pytest_rows import RowsPlugin
 
-    rows, journal = Rows(Journal(tmp_path / "rows.jsonl")), Journal(tmp_path / "rows.jsonl")
+    rows, journal = RowsPlugin(Journal(tmp_path / "rows.jsonl")), Journal(tmp_path / "rows.jsonl")
     tests = [f"test_{op}.py::test_{i}" for op in ("mlp", "norm") for i in range(2)]
     rows.pytest_collection_finish(SimpleNamespace(items=[SimpleNamespace(nodeid=test) for test in tests]))
     counts = []

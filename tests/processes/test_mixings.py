@@ -54,13 +54,13 @@ def test_what_fails_is_a_row_and_the_rest_is_measured(tmp_path, monkeypatch):
 def test_rows_are_on_the_disk_when_the_run_is_killed(tmp_path, monkeypatch):
     import steps
 
-    from sgtm.measure.mixings import Sweep
+    from sgtm.measure.mixings import MixingSweep
 
     def killed(self, rounds, seconds):
         yield [{"row": "none", "error": "one"}]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Sweep, "rows", killed)
+    monkeypatch.setattr(MixingSweep, "rows", killed)
     to = tmp_path / "steps.jsonl"
     monkeypatch.setattr(sys, "argv", ["steps.py", "--device", "cpu", "--backend", "torch", "--json", str(to)])
     with pytest.raises(KeyboardInterrupt):
@@ -89,7 +89,7 @@ def test_a_row_is_a_step_against_the_unmasked_one_of_the_same_round(name, monkey
 
     monkeypatch.setattr(mixings, "take_rounds", two_rounds)
     setting = SETTINGS[name]()
-    measured = mixings.Sweep(name, setting, CPU, torch.float32, ["torch"])
+    measured = mixings.MixingSweep(name, setting, CPU, torch.float32, ["torch"])
     measured.targets = GPU_TARGETS
     rows = {r["row"]: r for group in measured.rows(2, 1) for r in group}
     wanted = {"nothing masked": 1, "pure forget": 0.5, "25 %, step": 0.875, "25 %, micro": 0.25,
@@ -150,10 +150,10 @@ def test_tokens_per_second_agree_with_the_ratio_whatever_the_machine_did():
 
 
 def test_steps_that_do_not_train_are_not_reported():
-    from sgtm.measure.mixings import Sweep
+    from sgtm.measure.mixings import MixingSweep
     from sgtm.measure.models import SETTINGS
 
-    steps = Sweep("tiny-llama", SETTINGS["tiny-llama"](), CPU, torch.float32, ["torch"])
+    steps = MixingSweep("tiny-llama", SETTINGS["tiny-llama"](), CPU, torch.float32, ["torch"])
     with torch.no_grad():
         steps.ours.mixed.masters["blocks.1.mlp_norm.weight"].fill_(float("nan"))
     rows = next(steps.rows(1, 1))
@@ -165,7 +165,7 @@ def test_rows_of_a_group_are_written_before_the_next_is_measured(tmp_path, monke
 
     to, counts = tmp_path / "steps.jsonl", []
 
-    class Sweep:
+    class MixingSweep:
         def __init__(self, *args):
             pass
 
@@ -174,7 +174,7 @@ def test_rows_of_a_group_are_written_before_the_next_is_measured(tmp_path, monke
                 yield [{"row": name, "error": "not measured"}]
                 counts.append(len(to.read_text().splitlines()))
 
-    monkeypatch.setattr(steps, "Sweep", Sweep)
+    monkeypatch.setattr(steps, "MixingSweep", MixingSweep)
     options = ["--shape", "tiny", "--device", "cpu", "--backend", "torch", "--json", str(to)]
     monkeypatch.setattr(sys, "argv", ["steps.py", *options])
     steps.main()

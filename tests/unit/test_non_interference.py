@@ -32,7 +32,7 @@ from families import (
     with_content,
 )
 
-from sgtm.masking.strategy import PRESETS, build_tables
+from sgtm.masking.strategy import STRATEGY_TABLES, build_tables
 from sgtm_kernels.testing import EXACT
 
 by_backend = pytest.mark.parametrize("backend", EXACT)
@@ -128,7 +128,7 @@ def test_what_holds_the_retain_group_by_name(mixing):
         "sgtm+strict": set(),
         "none": {f"{part}.retain" for part in ("attn_in", "attn_out", "mlp_in", "mlp_out")},
     }
-    assert set(exempt) >= set(PRESETS)
+    assert set(exempt) >= set(STRATEGY_TABLES)
     model, batches = model_of("gpt_neo"), random_step(mixing, seed=5)
     others = [with_content(batch, [BIO, CODE], seed=6) for batch in batches]
     for strategy, reached in exempt.items():

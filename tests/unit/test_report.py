@@ -14,7 +14,7 @@ from rich.console import Console
 
 from sgtm.evaluation.compute_ratio import ComputeRatio
 from sgtm.report import print_comparison, print_summary, write_report
-from sgtm.report.beside import Comparison
+from sgtm.report.beside import RunComparison
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_runs_beside_a_run_are_on_page_and_terminal(run):
         "without es": {"en": ComputeRatio(0.5, 0.4, 0.6, False), "es": ComputeRatio(0.01, 0.0, 0.02, True)},
     }
     losses = {"none": {"en": 3.0, "es": 3.1}, "strict": {"en": 2.9}}
-    comparison = Comparison(
+    comparison = RunComparison(
         losses, {"none": {"en": 0.01}}, {"none": ratios}, ["none: as it is.", "No ratio to strict."]
     )
     page = page_without_figures(run, comparison)

@@ -15,7 +15,7 @@ from sgtm.report import figures, write_report
 from sgtm.report.figures import draw
 from sgtm.report.page import EXHIBITS
 from sgtm.report.palette import LIGHT, MUTED
-from sgtm.report.record import Record, read_record
+from sgtm.report.record import RunRecord, read_record
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def test_residual_norms_are_drawn_by_label_and_layer(run):
     assert "No norms of the residual stream" in Page(write_report(run)).text
 
 
-def empty(tmp_path: Path) -> Record:
-    return Record(tmp_path, None, "", [], [], {}, [])
+def empty(tmp_path: Path) -> RunRecord:
+    return RunRecord(tmp_path, None, "", [], [], {}, [])
 
 
 @pytest.mark.parametrize("paint", [paint for paint, *_ in EXHIBITS], ids=lambda paint: paint.__name__)

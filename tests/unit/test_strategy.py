@@ -13,7 +13,7 @@ from rooms import ROOT
 from sgtm.config import Config, load_config
 from sgtm.config.reference import keys
 from sgtm.masking.labels import LabelSpace
-from sgtm.masking.strategy import JOINT_PRESETS, PRESETS, Joint, Strategy, build_tables, removal_tables
+from sgtm.masking.strategy import JOINT_PRESETS, STRATEGY_TABLES, Joint, Strategy, build_tables, removal_tables
 from sgtm_kernels.plan import JOINT_KINDS, PROJECTIONS
 
 SPACE = LabelSpace(("bio", "code"))
@@ -77,15 +77,15 @@ def assert_tables(tables, active, route, updates, joint):
 
 
 def test_every_preset_is_spelled_out():
-    assert set(EXPECTED) == set(PRESETS)
-    assert get_args(Strategy) == tuple(PRESETS) and get_args(Joint) == tuple(JOINT_PRESETS)
+    assert set(EXPECTED) == set(STRATEGY_TABLES)
+    assert get_args(Strategy) == tuple(STRATEGY_TABLES) and get_args(Joint) == tuple(JOINT_PRESETS)
 
 
 def test_the_documentation_names_every_preset():
     field = next(key.doc for key in keys(Config) if key.name == "masking.strategy")
     method = (ROOT / "docs/method.md").read_text("utf-8").partition("\nStrategies: ")[2].partition("\n\n")[0]
     for text in (field, method):
-        assert set(PRESETS) <= set(re.findall("`([a-z_]+)`", text))
+        assert set(STRATEGY_TABLES) <= set(re.findall("`([a-z_]+)`", text))
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -1,4 +1,4 @@
-"""Names that neither help a reader nor can be searched for stand nowhere, tests included."""
+"""Names that neither help a reader nor can be searched for are absent, tests included; a class name is defined once."""
 
 import ast
 from collections.abc import Iterator
@@ -7,8 +7,28 @@ from pathlib import Path
 import pytest
 from rooms import ROOT
 
-VAGUE = {"asked", "at", "found", "given", "here", "kept", "said", "there", "told"}
+VAGUE = {
+    "Place",
+    "WAYS",
+    "Way",
+    "asked",
+    "at",
+    "found",
+    "given",
+    "here",
+    "kept",
+    "place",
+    "said",
+    "there",
+    "told",
+    "way",
+}
 FOLDERS = ("sgtm", "kernels", "benchmarks", "examples", "tests")
+# Class names that several modules may define.
+SHARED = {
+    "Tile": "the launch parameters of an op's kernels: each op has its own, chosen by its own tuned table",
+    "_Step": "the AdamW step of a backend: the backends of an op have the same names",
+}
 
 
 def names(source: str) -> Iterator[tuple[int, str]]:
@@ -51,3 +71,15 @@ def test_vague_names_are_absent(folder):
 )
 def test_every_binding_is_seen(source):
     assert VAGUE & {name for _, name in names(source)}
+
+
+def test_a_class_name_is_defined_once():
+    files_of: dict[str, set[str]] = {}
+    for folder in ("sgtm", "kernels", "benchmarks"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+                if isinstance(node, ast.ClassDef):
+                    files_of.setdefault(node.name, set()).add(file.relative_to(ROOT).as_posix())
+    several = {name: files for name, files in files_of.items() if len(files) > 1}
+    assert {name: files for name, files in several.items() if name not in SHARED} == {}
+    assert several.keys() == SHARED.keys(), "a name that only one module defines needs no exception"

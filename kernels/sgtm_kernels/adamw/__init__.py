@@ -1,3 +1,3 @@
-from sgtm_kernels.adamw.op import Slice, Tensors, Update, adamw, prepare
+from sgtm_kernels.adamw.op import Tensors, Update, WeightSlice, adamw, prepare
 
-__all__ = ["Slice", "Tensors", "Update", "adamw", "prepare"]
+__all__ = ["Tensors", "Update", "WeightSlice", "adamw", "prepare"]

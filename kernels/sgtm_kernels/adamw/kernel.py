@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
-    from sgtm_kernels.adamw.op import Slice, Step, Tensors
+    from sgtm_kernels.adamw.op import Step, Tensors, WeightSlice
 
 BLOCK = 1024  # elements
 BORDER = tl.constexpr(4)  # elements of fp32 between 16-byte borders
@@ -30,14 +30,14 @@ LOCATION = tl.constexpr(6)  # int64 of a tensor: 4 addresses at or before its be
 GRADS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def prepare(slices: Sequence[Slice], betas: tuple[float, float], eps: float) -> Step:
+def prepare(slices: Sequence[WeightSlice], betas: tuple[float, float], eps: float) -> Step:
     return _Step(slices, betas, eps)
 
 
 class _Step:
     """The launch of these slices: `rows` and `blocks` are made once, `table` is that of a step."""
 
-    def __init__(self, slices: Sequence[Slice], betas: tuple[float, float], eps: float):
+    def __init__(self, slices: Sequence[WeightSlice], betas: tuple[float, float], eps: float):
         self.betas, self.eps = betas, eps
         self.pairs: dict[tuple[int, float], int] = {}  # (counter, decay): index of its numbers
         rows: list[list[int]] = []

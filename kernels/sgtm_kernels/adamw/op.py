@@ -18,7 +18,7 @@ import torch
 from sgtm_kernels.dispatch import pick
 
 
-class Slice(NamedTuple):
+class WeightSlice(NamedTuple):
     """Elements `start:end` of one of the tensors of a step.
 
     tensor   position of the tensor among those of a step
@@ -63,7 +63,7 @@ class Update(NamedTuple):
 Step = Callable[[Sequence[Tensors], Sequence[int], float, float], None]
 
 
-def prepare(slices: Sequence[Slice], betas: tuple[float, float], eps: float, backend: str = "torch") -> Step:
+def prepare(slices: Sequence[WeightSlice], betas: tuple[float, float], eps: float, backend: str = "torch") -> Step:
     """A function `(tensors, counts, lr, factor)` that updates these slices, in place, with `grad * factor`.
 
     slices   those of one tensor in order, without overlap
@@ -96,6 +96,6 @@ def adamw(
     for update in updates:
         by_dtype.setdefault(update.grad.dtype, []).append(update)
     for group in by_dtype.values():
-        slices = [Slice(i, 0, update.weight.numel(), i, update.decay) for i, update in enumerate(group)]
+        slices = [WeightSlice(i, 0, update.weight.numel(), i, update.decay) for i, update in enumerate(group)]
         step = prepare(slices, betas, eps, backend)
         step([Tensors(*update[:4]) for update in group], [update.step for update in group], lr, factor)

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from sgtm_kernels.adamw.op import Slice, Step, Tensors
+    from sgtm_kernels.adamw.op import Step, Tensors, WeightSlice
 
 
-def prepare(slices: Sequence[Slice], betas: tuple[float, float], eps: float) -> Step:
+def prepare(slices: Sequence[WeightSlice], betas: tuple[float, float], eps: float) -> Step:
     return _Step(slices, betas, eps)
 
 
 class _Step:
     """Views of weights and moments are kept while these stay where they are; gradients are often new in every step."""
 
-    def __init__(self, slices: Sequence[Slice], betas: tuple[float, float], eps: float):
+    def __init__(self, slices: Sequence[WeightSlice], betas: tuple[float, float], eps: float):
         self.betas, self.eps = betas, eps
         self.borders: dict[int, list[int]] = {}
         for tensor, start, end, _, _ in slices:

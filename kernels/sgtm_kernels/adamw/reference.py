@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sgtm_kernels.adamw.op import Slice, Step, Tensors
+    from sgtm_kernels.adamw.op import Step, Tensors, WeightSlice
 
 
-def prepare(slices: Sequence[Slice], betas: tuple[float, float], eps: float) -> Step:
+def prepare(slices: Sequence[WeightSlice], betas: tuple[float, float], eps: float) -> Step:
     beta1, beta2 = betas
 
     def step(tensors: Sequence[Tensors], counts: Sequence[int], lr: float, factor: float) -> None:

@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 
 from sgtm_kernels.adamw.kernel import BLOCK, GRADS, prepare
-from sgtm_kernels.adamw.op import Slice, Tensors
+from sgtm_kernels.adamw.op import Tensors, WeightSlice
 from sgtm_kernels.tools.launches import KernelVariant, record_launches
 
 
 def variants() -> list[KernelVariant]:
     """Every dtype of a gradient."""
-    update, weight, variants = prepare([Slice(0, 0, 8, 0, 0.1)], (0.9, 0.95), 1e-8), torch.empty(8), []
+    update, weight, variants = prepare([WeightSlice(0, 0, 8, 0, 0.1)], (0.9, 0.95), 1e-8), torch.empty(8), []
     threads = 32 * KernelVariant.num_warps
     for dtype in GRADS:
         tensors = [Tensors(weight, torch.empty(8, dtype=dtype), weight, weight)]

@@ -77,7 +77,7 @@ def _by_sequences(q, k, v, scale, window, plan: MaskPlan, group: int) -> torch.T
         if passes == 0:
             out = out.detach() * on
         elif (on, passes) != (1, 1):
-            out = _Scale.apply(out, on, on * passes)
+            out = _ScaleGroup.apply(out, on, on * passes)
         parts.append(out)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -93,7 +93,7 @@ def _by_tokens(q, k, v, scale, window, plan: MaskPlan, group: int) -> torch.Tens
     return _ScaleTokens.apply(out, plan, active, products(active, route))
 
 
-class _Scale(torch.autograd.Function):
+class _ScaleGroup(torch.autograd.Function):
     """x * forward_factor, whose gradient is scaled by `backward_factor`."""
 
     @staticmethod

@@ -50,7 +50,7 @@ BULK = re.compile(r"\b(?:UTMALDG|UBLKCP)\b")  # tiles fetched by the copy engine
 
 
 @dataclass
-class Outcome:
+class CompileOutcome:
     """What the compiler made of one variant on one architecture; `problems` is empty where all is well."""
 
     name: str
@@ -74,9 +74,9 @@ def _of(op: str) -> list[KernelVariant]:
     return import_module(f"sgtm_kernels.{op}.variants").variants()
 
 
-def examine(variants: Sequence[KernelVariant], arch: int) -> list[Outcome]:
+def examine(variants: Sequence[KernelVariant], arch: int) -> list[CompileOutcome]:
     """Compile each variant for one architecture and check it."""
-    outcomes, cubins = [Outcome(variant.name, arch) for variant in variants], {}
+    outcomes, cubins = [CompileOutcome(variant.name, arch) for variant in variants], {}
     for i, variant in enumerate(variants):
         try:
             compiled = _compile(variant, arch)
@@ -123,7 +123,7 @@ def access_widths(code: str) -> dict[int, int]:
     return dict(sorted(counts.items()))
 
 
-def _problems(o: Outcome, variant: KernelVariant) -> Iterator[str]:
+def _problems(o: CompileOutcome, variant: KernelVariant) -> Iterator[str]:
     if o.shared > SHARED_BYTES[o.arch]:
         yield f"{o.shared} bytes of shared memory, {SHARED_BYTES[o.arch]} there are"
     if o.stack and (variant.spill is None or o.arch not in variant.spill_on):
@@ -194,7 +194,7 @@ def _run_tool(name: str, code: bytes, *options: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _examine(job: tuple[str, list[int], int]) -> list[Outcome]:
+def _examine(job: tuple[str, list[int], int]) -> list[CompileOutcome]:
     op, indices, arch = job
     variants = _of(op)
     return examine([variants[i] for i in indices], arch)

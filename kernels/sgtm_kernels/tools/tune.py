@@ -43,12 +43,12 @@ SLICES = (64, 256, 1024)  # tokens between two stretches of forget tokens
 HEAD_WIDTH = 64  # of the hidden states before the LM head: its matmul is not what is tuned
 
 
-class Rounds(Protocol):
+class RoundTimer(Protocol):
     def rounds(self, calls: Mapping[str, TimedCall], rounds: int, seconds: float) -> dict[str, list[float]]: ...
 
 
 @dataclass(frozen=True)
-class Found:
+class Decision:
     """Result of a choice: the chosen configuration, its median time and the heuristic's, in seconds."""
 
     config: NamedTuple
@@ -67,7 +67,7 @@ def tune(
     resume: bool = False,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    decided: Callable[[Choice, Found], None] = lambda choice, result: None,
+    decided: Callable[[Choice, Decision], None] = lambda choice, result: None,
     report: Callable[[str], None] = print,
 ) -> Path:
     """Tune the ops `only` (default: all that have candidates) on this CUDA device; returns the table that was written.
@@ -94,8 +94,8 @@ def tune(
     earlier_entries = entries_of(path, name)
     unfinished_of(path).touch()
     unfinished_of(path).unlink()
-    decisions: dict[Choice, Found] = {}
-    measured: dict[Choice, Found] = {}
+    decisions: dict[Choice, Decision] = {}
+    measured: dict[Choice, Decision] = {}
     source = {**provenance(), **({"commit": commit} if commit else {})}
 
     def save(choice: Choice) -> None:
@@ -118,8 +118,8 @@ def tune(
 
 def tune_call(
     call: TimedCall,
-    clock: Rounds,
-    decisions: dict[Choice, Found],
+    clock: RoundTimer,
+    decisions: dict[Choice, Decision],
     rounds: int,
     seconds: float,
     report: Callable[[str], None],
@@ -174,21 +174,21 @@ def choices(call: TimedCall) -> list[tuple[Choice, list[NamedTuple], dict[Choice
     return options
 
 
-def recalled(entries: dict[str, dict[str, dict]], choice: Choice, candidates: Sequence[NamedTuple]) -> Found | None:
+def recalled(entries: dict[str, dict[str, dict]], choice: Choice, candidates: Sequence[NamedTuple]) -> Decision | None:
     """The table's entry for a choice; None if it has none, or if the entry is no longer a candidate."""
     entry = entries.get(choice[0], {}).get(written(choice[1]))
     for config in candidates:
         if entry and config._asdict() == entry["config"]:
-            return Found(config, *(entry[f"{which}p50_microseconds"] / 1e6 for which in ("", "heuristic_")))
+            return Decision(config, *(entry[f"{which}p50_microseconds"] / 1e6 for which in ("", "heuristic_")))
     return None
 
 
-def decide(candidates: Sequence[NamedTuple], times: Sequence[Sequence[float]]) -> Found:
+def decide(candidates: Sequence[NamedTuple], times: Sequence[Sequence[float]]) -> Decision:
     """The rule: times[i][r] is candidate i in round r, the heuristic first."""
     ratios = [sorted(t / base for t, base in zip(each, times[0], strict=True)) for each in times]
     faster = [i for i, ratio in enumerate(ratios) if i > 0 and ratio[-(-8 * len(ratio) // 10) - 1] < 1]
     best = min(faster, key=lambda i: statistics.median(ratios[i]), default=0)
-    return Found(candidates[best], statistics.median(times[best]), statistics.median(times[0]))
+    return Decision(candidates[best], statistics.median(times[best]), statistics.median(times[0]))
 
 
 def _forced(call: TimedCall, forced: dict[Choice, NamedTuple]) -> None:
@@ -205,7 +205,7 @@ def entries_of(path: Path, device_name: str) -> dict[str, dict[str, dict]]:
     return json.loads(path.read_text("utf-8"))["entries"]
 
 
-def write(path: Path, device_name: str, earlier_entries: dict, decisions: dict[Choice, Found], source: dict) -> None:
+def write(path: Path, device_name: str, earlier_entries: dict, decisions: dict[Choice, Decision], source: dict) -> None:
     """The table with what was found, over what it had before."""
     entries = {name: dict(rows) for name, rows in earlier_entries.items()}
     for (name, key), result in decisions.items():
