@@ -147,8 +147,8 @@ def sweep(name: str, rows: list[dict]) -> str:
     about = (
         "Held-out loss in nats per token, mean and sample standard deviation over the seeds: of the full model and of "
         "the ablated one (without the domain's group), on retained and on forgotten data. Nothing is ablated from a "
-        "model that was trained without masks. The losses are those of the CPU named below the table: another one rounds "
-        "bf16 differently, so that a single seed moves."
+        "model that was trained without masks. The losses are those of the CPU named below the table: another one "
+        "rounds bf16 differently, so that a single seed moves."
     )
     if ratios:
         about += (
