@@ -125,7 +125,8 @@ def accumulation(config: Config, ranks: int) -> int:
     except ValueError as error:
         most = min(config.train.micro_batch or 0, config.sequences_per_step)
         fits = [n for n in range(1, most + 1) if _divides(config, ranks, n)]
-        advice = f"train.micro_batch {listed(fits, 'or')} would" if fits else _other_steps(config, ranks)
+        too_large = " divide them" * ((config.train.micro_batch or 0) > config.sequences_per_step)
+        advice = f"train.micro_batch {listed(fits, 'or')} would{too_large}" if fits else _other_steps(config, ranks)
         raise ConfigError(f"{error}; {advice}") from None
 
 

@@ -63,7 +63,7 @@ def test_other_settings_are_listed_with_both_values(finished: Path):
     assert done.stderr.splitlines() == [
         f"error: {finished}/checkpoints/step_{STEPS:08d} was written with other settings:",
         "  optimizer.lr: 0.001 in the checkpoint, 0.5 now",
-        "  optimizer.warmup_steps: 1 in the checkpoint, 2 now, as 0.2 of train.steps",
+        "  optimizer.warmup_steps: 1 in the checkpoint, 2 now, as 0.25 of train.steps",
         f"  train.steps: {STEPS} in the checkpoint, 9 now",
         f"sgtm train {finished} --resume takes those of the run; for others, set another --name",
         "the learning rate follows train.steps; to train on, export the run and start another from it with "

@@ -118,7 +118,9 @@ def test_tables_say_who_runs_and_who_learns():
 
 
 def test_a_step_that_no_ranks_divide_is_an_error_with_the_remedy():
-    with pytest.raises(ValueError, match=r"micro_batch 64 is more than .*; train\.micro_batch 1, 2, 4 or 8 would$"):
+    with pytest.raises(
+        ValueError, match=r"micro_batch 64 is more than .*; train\.micro_batch 1, 2, 4 or 8 would divide them$"
+    ):
         text("--train.micro_batch=64")
 
 

@@ -42,7 +42,9 @@ def test_a_derived_micro_batch_that_no_number_of_sequences_gives(ranks, options,
 
 def test_a_micro_batch_above_the_step_names_those_that_divide_it():
     for ranks, fit in ((1, "1, 2, 4 or 8"), (2, "1, 2 or 4")):
-        with pytest.raises(ValueError, match=f"micro_batch 64 is more than the 8 sequences of a .*; .* {fit} would$"):
+        with pytest.raises(
+            ValueError, match=f"micro_batch 64 is more than the 8 sequences of a .*; .* {fit} would divide them$"
+        ):
             check_divides(load_config("debug", ["--train.micro_batch=64"]), ranks)
 
 
