@@ -112,9 +112,9 @@ def test_a_run_directory_is_launched_with_its_own_config(tmp_path, monkeypatch, 
     [
         (
             ["--gpus=3"],
-            "train.micro_batch 2 x 3 ranks; train.tokens_per_step 384 or 768 would, and so would 1 or 2 ranks",
+            "3 ranks x train.micro_batch 2; train.tokens_per_step 384 or 768 would, and so would 1 or 2 ranks",
         ),
-        (["--gpus=8"], "train.micro_batch 2 x 8 ranks; train.micro_batch 1 would"),
+        (["--gpus=8"], "8 ranks x train.micro_batch 2; train.micro_batch 1 would"),
         (["--memory=0.0001"], "distributed.zero_stage 1 with train.micro_batch 2 on 1 rank needs about 2.3 MB on each"),
         (
             ["--gpus=4", "--distributed.zero_stage=3", "--distributed.zero_hpz_partition_size=3", "--memory=80"],
