@@ -281,7 +281,7 @@ class DistributedConfig(Section):
             raise ValueError("offload_optimizer: ZeRO 0 keeps the optimizer with the weights; set zero_stage 1, 2 or 3")
         if self.zero_quantized_gradients:
             raise ValueError(
-                "zero_quantized_gradients true: DeepSpeed's kernels for it take fp16 alone, gradients are in bf16 and "
+                "zero_quantized_gradients: DeepSpeed's kernels for it take fp16 alone, gradients are in bf16 and "
                 "fp32 here; set it false"
             )
         for key in ("zero_hpz_partition_size", "zero_quantized_weights"):
