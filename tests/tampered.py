@@ -11,12 +11,12 @@ from random_models import moved_model
 
 from sgtm.data.store import Corpus
 from sgtm.run import tamper_plan
-from sgtm.run.tamper_plan import Target
+from sgtm.run.tamper_plan import AttackedRun
 
 
 def tampered(
     monkeypatch: pytest.MonkeyPatch, run: Path, corpus: Corpus, group: int | None = None, name: str = "w", **sections
-) -> Target:
+) -> AttackedRun:
     """group: seed of what the domain's group holds; name: of the weights; sections: as `config_for` takes them."""
     config = config_for(optimizer={"lr": 1e-2}, **sections)
     run.mkdir(exist_ok=True)
@@ -32,4 +32,4 @@ def tampered(
 
     monkeypatch.setattr(tamper_plan, "load_model", load)
     monkeypatch.setattr(tamper_plan, "check_precision", lambda *rest: None)
-    return Target(run, config, Path("step_00000001"), corpus, name)
+    return AttackedRun(run, config, Path("step_00000001"), corpus, name)

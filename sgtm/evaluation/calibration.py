@@ -27,7 +27,7 @@ PRIOR = 3.0  # nats
 ITERATIONS = 100  # of L-BFGS, at most; 20 to 40 are enough
 
 
-class Sample(NamedTuple):
+class FitSample(NamedTuple):
     """Targets of a category, with the hidden states that they are predicted from.
 
     targets, documents  int64 [tokens]
@@ -47,7 +47,7 @@ class Sample(NamedTuple):
 
 
 @torch.no_grad()
-def sample_of(subject: Subject, split: str, category: str, sequences: int | None) -> Sample:
+def sample_of(subject: Subject, split: str, category: str, sequences: int | None) -> FitSample:
     """Raises ValueError where the split has nothing of the category."""
     states, targets, documents = [], [], []
     for batch in subject.batches(split, category, sequences):
@@ -57,10 +57,10 @@ def sample_of(subject: Subject, split: str, category: str, sequences: int | None
         states.append(hidden.x[chosen])
         targets.append(goals.flatten()[chosen])
         documents.append(batch.owners.index.flatten().to(subject.device)[chosen])
-    return Sample(hidden._replace(x=torch.cat(states)), torch.cat(targets), torch.cat(documents))
+    return FitSample(hidden._replace(x=torch.cat(states)), torch.cat(targets), torch.cat(documents))
 
 
-def fit(forget: Sequence[Sample], retain: Sequence[Sample], weight: float = RETAIN_WEIGHT) -> torch.Tensor:
+def fit(forget: Sequence[FitSample], retain: Sequence[FitSample], weight: float = RETAIN_WEIGHT) -> torch.Tensor:
     """Biases fp32 [V] at the optimum. Raises ValueError without forget data."""
     if not forget:
         raise ValueError("a calibration needs forget data to be fitted on")
@@ -85,7 +85,7 @@ def fit(forget: Sequence[Sample], retain: Sequence[Sample], weight: float = RETA
     return bias.detach()
 
 
-def _loss_and_slope(sample: Sample, bias: torch.Tensor) -> tuple[float, torch.Tensor]:
+def _loss_and_slope(sample: FitSample, bias: torch.Tensor) -> tuple[float, torch.Tensor]:
     """Sum of the losses, and its gradient [V] by the biases: predicted minus true counts of every token."""
     total, slope = 0.0, -sample.targets.bincount(minlength=len(bias)).to(bias)
     for part, logits in sample.hidden.logits():

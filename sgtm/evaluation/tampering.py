@@ -137,8 +137,8 @@ class Reader:
         """Sequences `first` to `first + count` of all passes together."""
         sequences = []
         for number in range(first, first + count):
-            epoch, place = divmod(number, int(self.ends[-1]))
-            chosen = int(self._order(epoch)[place])
+            epoch, position = divmod(number, int(self.ends[-1]))
+            chosen = int(self._order(epoch)[position])
             category = int(np.searchsorted(self.ends, chosen, side="right"))
             read, label = self.streams[category]
             sequences.append(read.sequence(chosen - int(self.ends[category]) + len(read.numbers), label))

@@ -32,7 +32,7 @@ SEQUENCES = 64  # of each category, held out
 
 
 @dataclass(frozen=True)
-class Target:
+class AttackedRun:
     """A run that is attacked, or whose full model is measured.
 
     weights  digest of the checkpoint's files
@@ -75,7 +75,7 @@ class Plan:
         return held_out(subject, self.forget, self.retain, sequences=self.sequences)
 
 
-def open_target(run: str | Path, data: str | None = None) -> Target:
+def open_target(run: str | Path, data: str | None = None) -> AttackedRun:
     """The newest whole checkpoint of a run, with its corpus; data: `data.path` to take instead of the run's.
 
     Raises ValueError for a folder that is no run, one without checkpoint, and a corpus that is gone or another one.
@@ -84,10 +84,10 @@ def open_target(run: str | Path, data: str | None = None) -> Target:
     config, checkpoint = open_run(run, data)
     manifest = read_manifest(checkpoint)
     weights = hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
-    return Target(run, config, checkpoint, open_run_corpus(config, run, manifest), weights)
+    return AttackedRun(run, config, checkpoint, open_run_corpus(config, run, manifest), weights)
 
 
-def check_comparable(target: Target, other: Target) -> None:
+def check_comparable(target: AttackedRun, other: AttackedRun) -> None:
     """Raises ValueError unless losses of the two runs are of the same sequences."""
     if target.corpus.fingerprint != other.corpus.fingerprint:
         raise ValueError(
@@ -103,7 +103,7 @@ def check_comparable(target: Target, other: Target) -> None:
 
 
 def make_plan(
-    target: Target,
+    target: AttackedRun,
     *,
     domains: Sequence[str] | None = None,
     data: Sequence[str] = (FORGET, MIXED),
@@ -170,21 +170,21 @@ def make_plan(
     return Plan(domains, measured[0], measured[1], sequences, tuple(attacks))
 
 
-def count_sequences(target: Target, split: str, category: str, limit: int) -> int:
+def count_sequences(target: AttackedRun, split: str, category: str, limit: int) -> int:
     """Sequences of a category, at most `limit`; 0 also where they have no target."""
     isolated = isolates_documents(target.config.data)
     read = sequences_of(target.corpus, split, category, target.config.model.context, isolated, limit)
     return len(read.numbers) if read.targets else 0
 
 
-def small_samples(target: Target, plan: Plan) -> str:
+def small_samples(target: AttackedRun, plan: Plan) -> str:
     """Of which categories split test has fewer sequences than the plan samples: `12 of es`; empty for none."""
     counts = {name: count_sequences(target, "test", name, plan.sequences) for name in (*plan.forget, *plan.retain)}
     small = [f"{count} of {name}" for name, count in counts.items() if count < plan.sequences]
     return listed(small) if small else ""
 
 
-def _domains(target: Target, domains: Sequence[str] | None) -> tuple[str, ...]:
+def _domains(target: AttackedRun, domains: Sequence[str] | None) -> tuple[str, ...]:
     known = target.config.masking.domains
     for domain in domains or ():
         if domain not in known:
@@ -200,7 +200,7 @@ def _domains(target: Target, domains: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _mixtures(
-    target: Target, data: Sequence[str], forget: tuple[str, ...], retain: tuple[str, ...], adjacent: Sequence[str]
+    target: AttackedRun, data: Sequence[str], forget: tuple[str, ...], retain: tuple[str, ...], adjacent: Sequence[str]
 ) -> dict[str, tuple[tuple[str, ...], ...]]:
     """Parts of every mixture of data; a domain's categories without text to train on are left out."""
     corpus = target.corpus

@@ -86,17 +86,17 @@ class Sequences:
 
     def batch(self, step: int) -> Batch:
         """The micro-batch of a step, counted from 0."""
-        places = [self._place(number) for number in range(step * self.size, (step + 1) * self.size)]
-        sequences = [self.parts[part].sequence(place, self.label) for part, place in places]
+        numbers = [self._located(number) for number in range(step * self.size, (step + 1) * self.size)]
+        sequences = [self.parts[part].sequence(number, self.label) for part, number in numbers]
         targets = sum(int((sequence.targets != IGNORE).sum()) for sequence in sequences)
         return collate(sequences, self.isolated, targets, frozenset({self.label}))
 
     def text(self, step: int, device: torch.device, tables: Tables) -> Text:
         return Text(*self.batch(step).on(device, tables))
 
-    def _place(self, number: int) -> tuple[int, int]:
-        epoch, place = divmod(number, len(self))
-        index = int(self._order(epoch)[place])
+    def _located(self, number: int) -> tuple[int, int]:
+        epoch, position = divmod(number, len(self))
+        index = int(self._order(epoch)[position])
         part = int(np.searchsorted(self.ends, index, side="right"))
         return part, index - int(self.ends[part - 1] if part else 0)
 

@@ -8,7 +8,7 @@ from corpora import build, config_for, record
 from random_models import moved_model
 from subjects import bigram
 
-from sgtm.evaluation.calibration import Sample, calibrated_losses, fit
+from sgtm.evaluation.calibration import FitSample, calibrated_losses, fit
 from sgtm.evaluation.subject import Subject
 
 VOCAB, FORGET = 16, range(8, 16)
@@ -24,14 +24,14 @@ def knowing() -> torch.Tensor:
     return logits
 
 
-def sample(logits: torch.Tensor, truth: torch.Tensor, first: int, count: int = 20_000, seed: int = 0) -> Sample:
+def sample(logits: torch.Tensor, truth: torch.Tensor, first: int, count: int = 20_000, seed: int = 0) -> FitSample:
     """Text drawn from `truth`, which begins with token `first`, as `logits` see it."""
     generator, text = torch.Generator().manual_seed(seed), [first]
     likelihood = truth.softmax(-1)
     while len(text) <= count:
         text.append(int(torch.multinomial(likelihood[text[-1]], 1, generator=generator)))
     ids = torch.tensor([text])
-    return Sample(bigram(logits).hidden(ids[:, :-1]), ids[0, 1:], torch.zeros(count, dtype=torch.int64))
+    return FitSample(bigram(logits).hidden(ids[:, :-1]), ids[0, 1:], torch.zeros(count, dtype=torch.int64))
 
 
 def calibrated(logits: torch.Tensor, truth: torch.Tensor) -> tuple[float, float, float]:
