@@ -32,7 +32,7 @@ if [[ -z "${PYTORCH_CUDA_ALLOC_CONF:-}" ]]; then
     export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 fi
 
-# NCCL says why it failed, once it has; by default it says nothing, and torch only "unhandled system error". What ends a
+# NCCL prints why it failed; by default it prints nothing, and torch only "unhandled system error". What ends a
 # rank whose collective hangs, and writes down what each rank was in, is torch's default
 # (TORCH_NCCL_ASYNC_ERROR_HANDLING, TORCH_NCCL_DUMP_ON_TIMEOUT).
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"

@@ -16,7 +16,7 @@ from device import healthy
 from journal import Items, Journal
 
 from sgtm_kernels.mlp.kernel import TILES
-from sgtm_kernels.tools.tune import CASES, Found, tune
+from sgtm_kernels.tools.tune import CASES, Decision, tune
 from sgtm_kernels.triton_common.tuning import Choice, written
 
 import torch  # isort: skip
@@ -36,7 +36,7 @@ def main() -> int:
     if args.cpu:
         candidates_in_fp32()
 
-    def decided(choice: Choice, result: Found) -> None:
+    def decided(choice: Choice, result: Decision) -> None:
         times = {"microseconds": result.p50 * 1e6, "heuristic_microseconds": result.heuristic_p50 * 1e6}
         rounded = {name: round(value, 2) for name, value in times.items()}
         journal.add({"choice": choice[0], "key": written(choice[1]), "config": result.config._asdict(), **rounded})

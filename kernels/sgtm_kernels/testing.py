@@ -41,7 +41,7 @@ def low_precision(backend: str) -> torch.dtype:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fresh memory (torch.empty and its kin) is NaN, or the largest integer: an output row nobody wrote shows."""
+    """Fresh memory (torch.empty and its kin) is NaN, or the largest integer: a row left unwritten shows."""
     deterministic: Any = torch.utils.deterministic  # a class of module with this property, which mypy does not see
     before = torch.get_deterministic_debug_mode()
     filled, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, True
@@ -76,7 +76,7 @@ def random_tables(seed: int, values: Sequence[float] = FLOATS, labels: int = 4, 
 
 
 def random_plan(seed: int, tables: Tables, layout: str, batch: int, seq_len: int, documents: bool = False) -> MaskPlan:
-    """Labels laid out as one of `LAYOUTS` says, every label among them where there is room.
+    """Labels in one of `LAYOUTS`, every label among them where there is room.
 
     documents  whether the pieces between the cuts below do not attend to one another: they are label-pure, and where a
                label holds for a whole sequence it is cut into documents all the same

@@ -137,7 +137,7 @@ class MaskingConfig(Section):
     label of the token it predicts. Either way tokens of different labels attend to one another in such a document.
     `position` leaks: the loss of a forget token flows back to the earlier retain positions it reads and updates retain
     weights. `conservative` has no such path, but what follows the last forget token reads it, so its gradient depends
-    on what the forget text says."""
+    on the content of the forget text."""
 
 
 class DataConfig(Section):

@@ -10,7 +10,7 @@ the last are left out. Where the label channel changes (`data.schedule`) another
 blocks; it is a permutation of its own, so documents of the epoch in progress may come a second time or not at all.
 
 The promise: the set of sequences in a global step is the same for any number of ranks and any micro-batch, and so are
-its targets and labels, which every rank knows without reading the others' tokens (`tests/unit/test_data_loader.py`).
+its targets and labels, which every rank computes without reading the others' tokens (`tests/unit/test_data_loader.py`).
 """
 
 from __future__ import annotations

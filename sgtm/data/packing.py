@@ -248,7 +248,7 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
 
 
 def _upsampled(corpus: Corpus, documents: np.ndarray, upsample: dict[str, float], seed: int, epoch: int) -> np.ndarray:
-    """Documents repeated as `upsample` says: whole copies, and one more where a draw passes a whole number.
+    """Documents repeated by `upsample`: whole copies, and one more where a draw passes a whole number.
 
     The draws of a category's documents are evenly spaced, in the order of a hash, and grow by the fraction with every
     epoch: an epoch has its share of the documents, rounded, and in any N epochs a document comes N times the factor,

@@ -1,7 +1,7 @@
 """`sgtm prepare`: from labelled text to a corpus.
 
 Three stages: a tokenizer (trained on a sample, or loaded), the blocks (in parallel, each a file of its own), and the
-merge of the blocks, in order, into shards and index; the manifest comes last. `job.json` beside them says from what:
+merge of the blocks, in order, into shards and index; the manifest comes last. `job.json` beside them records from what:
 run again with the same inputs, rules and tokenizer, the stages that were finished are reused
 (`sgtm/data/folder.py`).
 

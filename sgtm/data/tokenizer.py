@@ -97,7 +97,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def eos_token(tokenizer: Tokenizer, folder: str | Path | None = None) -> str:
-    """The token that ends a document: as `tokenizer_config.json` says, else the first of the usual names it knows.
+    """The token that ends a document: that of `tokenizer_config.json`, else the first usual name in the vocabulary.
 
     Raises ValueError where there is none, or that file is damaged.
     """

@@ -1,4 +1,4 @@
-"""DeepSpeed, and the one place that knows it: the engine, the segments of its partitions, its files, its launchers."""
+"""The only package that depends on DeepSpeed: engine, segments of its partitions, its files, its launchers."""
 
 import torch
 

@@ -137,7 +137,7 @@ def compose(where: Settled, arguments: list[str]) -> tuple[dict[str, str], list[
 def memory_limit(where: Settled, memory: float | None) -> tuple[float, str] | None:
     """(bytes for one rank, whose they are): `memory` in GB, else that of the GPU here, else a share of this machine's.
 
-    None where there is no `memory` and nothing here says what the ranks will have: under Slurm, and on several nodes
+    None where there is no `memory` and nothing here shows what the ranks will have: under Slurm, and on several nodes
     where this one, perhaps a login node, has no GPU.
     """
     if memory is not None:

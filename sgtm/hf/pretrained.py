@@ -35,7 +35,7 @@ def load_pretrained(folder: Path | str, config: ModelConfig, partition: Partitio
     Its context may be longer than that of `config`; learned positions beyond are left out.
 
     Raises ValueError for a folder that is none, for a model that `config` does not describe, naming every key that
-    differs, and for tensors that are missing, too many, or not of the shape that config.json says.
+    differs, and for tensors that are missing, too many, or not of the shape in config.json.
     """
     folder = Path(folder)
     try:

@@ -5,7 +5,7 @@ false positives, undiscovered forget data), the share of retain data trained in 
 core share, and documents that are trained twice, under two labels. The draw never depends on order, process or library
 version.
 
-`row_lines` says in a line what each row of a channel buys and what it costs, wherever a channel is shown.
+`row_lines` describes in a line what each row of a channel buys and costs, wherever a channel is shown.
 
 The facts are those of docs/recipes.md, which has each of the sentences below in its table; which of them hold for a
 share follows from the strategy's tables.

@@ -1,6 +1,6 @@
 """Labels and groups: the two alphabets of the method.
 
-A token's *label* says what it is trained as: `unlabeled` (0), `retain` (1), `forget:<domain>` (2, 3, ...), then
+A token's *label* is what it is trained as: `unlabeled` (0), `retain` (1), `forget:<domain>` (2, 3, ...), then
 `open:<domain>` of the domains that have one: the retain group and the domain's run and learn, other domains' do not
 run. A head or neuron belongs to a *group*: `retain` (0), then one group per domain (1, 2, ...).
 """

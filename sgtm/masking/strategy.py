@@ -103,7 +103,7 @@ JOINT_PRESETS: dict[Joint, tuple[JointKind, ...]] = {
     "masked": ("embedding", "position", "head", "norm"),
     "strict": JOINT_KINDS,
 }
-"""Joint kinds that forget tokens leave alone besides what the strategy says itself (the output biases of `sgtm`)."""
+"""Joint kinds that forget tokens leave alone besides those of the strategy itself (the output biases of `sgtm`)."""
 
 
 def own_joint(strategy: Strategy) -> Joint:

@@ -1,4 +1,4 @@
-"""What a trace of torch.profiler (Chrome's format) says: time by kernel and by range.
+"""Time by kernel and by range, from a trace of torch.profiler (Chrome's format).
 
 On a GPU the time is that of kernels and copies on the device. A kernel belongs to the phase that its launch falls into,
 on whatever thread, because the backward pass has threads of its own, and to the innermost module range around the

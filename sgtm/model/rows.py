@@ -1,7 +1,7 @@
-"""Which rows of which parameter belong to whom: the one place that knows the row layout.
+"""Which rows of which parameter belong to whom: the only module that depends on the row layout.
 
 Weights are stored so that every group is one contiguous range of rows: in-side weights (`w_qkv`, `w_in`) as [out, in]
-with rows `[q k v of retain | q k v of domain 1 | ...]` (gate/up likewise), out-side weights (`w_o`, `w_out`)
+with rows `[q k v of retain | q k v of domain 1 | ...]` (gate/up in the same order), out-side weights (`w_o`, `w_out`)
 input-major as [in, out]. A gradient mask, an optimizer freeze, a ZeRO segment, an ablation and a pruning are then the
 same thing: a row range.
 
@@ -54,7 +54,7 @@ def mlp_in_bounds(layer: LayerPartition, gated: bool) -> tuple[int, ...]:
 
 
 def group_rows(projection: str, groups: tuple[str, ...], bounds: tuple[int, ...], decay: bool = True) -> Rows:
-    """Rows owned by the groups of a layer, or by nobody where the layer has a single group."""
+    """Rows owned by the groups of a layer, or by no group where the layer has a single group."""
     if len(bounds) == 2:
         return Rows((ALWAYS,), bounds, decay)
     return Rows(tuple(f"{projection}.{group}" for group in groups), bounds, decay)

@@ -217,7 +217,7 @@ class Transformer(nn.Module):
         return sum(losses), sum(sums)
 
     def embed(self, input_ids: torch.Tensor, plan: MaskPlan) -> torch.Tensor:
-        """[B, S, D] embeddings of tokens and, in the GPT-Neo family, positions. Part of `forward`, likewise.
+        """[B, S, D] embeddings of tokens and, in the GPT-Neo family, positions. Part of `forward` too.
 
         Isolated documents each begin at position 0, as they do when the model is used.
         """

@@ -1,6 +1,6 @@
 """The figures of a report, each drawn once and given as a PNG (light) and as an SVG that follows the page's colours.
 
-A figure whose data a run does not have is None; the page then says what is missing. Sizes suit a phone: one column of
+A figure whose data a run does not have is None; the page then names what is missing. Sizes suit a phone: one column of
 4.6 inches, text of 9 points.
 """
 

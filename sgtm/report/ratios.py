@@ -70,7 +70,7 @@ def _evaluations(run: Path) -> list[tuple[int, dict]]:
 
 
 def check_comparable(run: Path, config: Config, baseline: Path) -> None:
-    """Raises ValueError where a loss of one says nothing about the compute of the other."""
+    """Raises ValueError where a loss of one cannot be compared with the compute of the other."""
     other = load_run_config(baseline)
     facts = {
         **{f"model.{key}": (ours, getattr(other.model, key)) for key, ours in config.model},

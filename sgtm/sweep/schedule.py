@@ -40,7 +40,7 @@ class Room:
     """What this machine has room for.
 
     jobs     runs at once, at most
-    threads  of each on a CPU (OMP_NUM_THREADS); None on a GPU: as the environment says
+    threads  of each on a CPU (OMP_NUM_THREADS); None on a GPU: that of the environment
     memory   bytes that all together may take of this machine; infinite on GPUs, and where `--jobs` decides
     devices  values of CUDA_VISIBLE_DEVICES, one for each run at a time; empty on a CPU
     """

@@ -201,7 +201,7 @@ def test_the_roofline_is_the_slower_of_the_two_rates():
 
 def test_a_row_is_a_call_against_calls_of_the_same_round():
     """Two rounds, the second at half the speed: ratios and shares of the roofline do not see it."""
-    from op_cases import Case
+    from op_cases import OpCase
     from ops import measure
     from roofline import COPY, MATMUL, Roofline
 
@@ -214,7 +214,7 @@ def test_a_row_is_a_call_against_calls_of_the_same_round():
 
     roofline = Roofline(torch.device("cpu"), torch.float32)
     public = {"slow": lambda: 0, "fast": lambda: 0, "broken": lambda: torch.ones(2) @ torch.ones(3)}
-    case = Case(lambda plan, backend: lambda: 0, public, lambda plan: (roofline.flops, 0), lambda *arguments: {})
+    case = OpCase(lambda plan, backend: lambda: 0, public, lambda plan: (roofline.flops, 0), lambda *arguments: {})
     args = type("Args", (), {"rounds": 2, "seconds": 1, "mask": ["pure forget"]})
     rows = {r["mask"]: r for r in measure(case, SHAPES["tiny"], ["torch"], TwoRounds(), roofline, args)}
     assert "broken" not in rows and {r["public"] for r in rows.values()} == {"fast"}

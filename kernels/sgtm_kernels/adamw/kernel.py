@@ -98,7 +98,7 @@ class _Step:
 
 
 def _locations(addresses: torch.Tensor, grad_size: int) -> torch.Tensor:
-    """Rows as LOCATION says, int64 [tensors, 6], of addresses int64 [4, tensors]; grad_size: bytes of its element."""
+    """Rows laid out as LOCATION, int64 [tensors, 6], of addresses int64 [4, tensors]; grad_size: its bytes."""
     sizes = torch.tensor([4, grad_size, 4, 4], device="cpu")[:, None]
     shifts = addresses // sizes % BORDER.value
     alike = ((shifts == shifts[0]) & (addresses % sizes == 0)).all(0)

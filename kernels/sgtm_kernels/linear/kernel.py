@@ -115,7 +115,7 @@ def in_backward(dy, x, weight, plan, projection, bounds, overwrite, wanted):
             dw = rectangles.weight_gradient(dy2, x2.contiguous(), plan, rows)
         else:
             # autograd may hand one tensor to several ops. Only a copy made here, and what the caller promises that
-            # nobody else uses, may be written to; from here on dy2 must not be read as the gradient.
+            # no other op uses, may be written to; from here on dy2 must not be read as the gradient.
             out = dy2 if overwrite or packed is not dy else torch.empty_like(dy2)
             partial = scaling.sums_of(dy2) if wanted[2] else None
             scaling.scale_sum(dy2, out, partial, factors, bounds)
