@@ -66,7 +66,9 @@ def test_an_evaluation_that_is_not_finite_is_a_warning(tmp_path, capsys):
     with log:
         log.evaluation(3, {"full": {"en": 2.0, "es": math.nan}, "without es": {"en": math.inf, "es": math.nan}}, {}, {})
         log.evaluation(4, {"full": {"en": 2.0}}, {}, {})
-    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    lines = capsys.readouterr().out.splitlines()
+    assert "eval at step 4, on up to 64 sequences each: full: en 2.000" in lines
+    warnings = [line for line in lines if "warning" in line]
     bad = "es (full); en, es (without es)"
     assert warnings == [f"warning: step 3: not finite: the loss of {bad}; the model has diverged"]
 
