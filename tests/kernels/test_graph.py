@@ -55,7 +55,11 @@ CALLS = {
         [(BATCH, SEQ_LEN, 36)],
         lambda x, plan: attention(x, LAYOUT, plan, scale=0.5, rotary=(ANGLES.cos(), ANGLES.sin())),
     ),
-    "attention, window": ([(BATCH, SEQ_LEN, 36)], lambda x, plan: attention(x, LAYOUT, plan, scale=0.5, window=3)),
+    "window": ([(BATCH, SEQ_LEN, 36)], lambda x, plan: attention(x, LAYOUT, plan, scale=0.5, window=3)),
+    "widest_window": (
+        [(BATCH, SEQ_LEN, 36)],
+        lambda x, plan: attention(x, LAYOUT, plan, scale=0.5, window=SEQ_LEN - 1),
+    ),
     "layer_norm": ([X, (8,), (8,)], lambda x, w, b, plan: layer_norm(x, w, b, 1e-5, plan, "norm")),
     "rms_norm": ([X, (8,)], lambda x, w, plan: rms_norm(x, w, 1e-5, plan, "norm")),
 }
