@@ -36,6 +36,16 @@ def test_what_was_written_is_read(prepared):
             assert counts[split][category].tokens == prepared.documents["length"][documents].sum()
     assert len(np.unique(prepared.documents["id"])) == len(prepared.documents)
     assert prepared.tokens(0, 2, 5).tolist() == prepared.tokens(0)[2:5].tolist()
+    assert len(prepared.tokens(0, 0, 0)) == 0
+    for array in (prepared.documents, prepared.spans, prepared.tokens(0)):
+        assert isinstance(array, np.memmap) and array.mode == "r"
+    assert prepared.tokens(0).dtype == np.dtype("<u2")
+
+
+def test_fingerprints_are_equal_for_equal_corpora_alone(prepared, folder):
+    assert Corpus.open(folder).fingerprint == prepared.fingerprint
+    rewrite(folder, SPANS, np.load(folder / SPANS)[:0])
+    assert Corpus.open(folder).fingerprint != prepared.fingerprint
 
 
 def test_ids_depend_on_the_text_alone(prepared, tmp_path):
@@ -118,13 +128,23 @@ def rewrite(folder, name, array):
 @pytest.mark.parametrize(
     ("column", "value"),
     [("offset", 10**6), ("offset", -1), ("length", 10**6), ("length", 0), ("shard", 999), ("shard", -1),
-     ("category", 3), ("split", 2)],
+     ("category", 3), ("category", -1), ("split", 2), ("split", -1)],
 )  # fmt: skip
 def test_an_index_that_points_outside_is_refused(folder, column, value):
     documents = np.load(folder / DOCUMENTS)
     documents[column][1] = value
     rewrite(folder, DOCUMENTS, documents)
     with pytest.raises(ValueError, match=r"documents\.npy does not fit the shards and the manifest"):
+        Corpus.open(folder)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_document_that_ends_a_token_behind_its_shard_is_refused(folder, last):
+    documents = np.load(folder / DOCUMENTS)
+    document = len(documents) - 1 if last else np.flatnonzero(np.diff(documents["shard"]))[0]
+    documents["length"][document] += 1
+    rewrite(folder, DOCUMENTS, documents)
+    with pytest.raises(ValueError, match=r"documents\.npy "):
         Corpus.open(folder)
 
 
@@ -137,7 +157,10 @@ def test_an_index_of_another_kind_is_refused(folder):
         Corpus.open(folder)
 
 
-@pytest.mark.parametrize(("column", "value"), [("document", 999), ("end", 99), ("start", 6), ("category", 5)])
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("document", 999), ("document", -1), ("end", 99), ("start", 6), ("start", -1), ("category", 5), ("category", -1)],
+)
 def test_a_span_that_points_outside_is_refused(folder, column, value):
     spans = np.load(folder / SPANS)
     assert len(spans) == 1

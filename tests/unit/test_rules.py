@@ -139,6 +139,14 @@ def test_the_documentation_has_exactly_the_mixings_there_are():
     assert re.findall(r"^\| `([a-z]+)`", text, re.M) == list(get_args(DataConfig.model_fields["mixing"].annotation))
 
 
+def test_keys_that_are_not_set_leave_the_identity_of_older_rules():
+    """Else `prepare` would begin again what an earlier version has begun."""
+    plain = Rules(labels={"a": "retain"}).identity()
+    assert "id" not in plain and "any_of" not in plain["category"] and "by_missing" not in plain["split"]
+    several = Rules(labels={"a": "retain"}, category={"any_of": "topics"}, id="name").identity()
+    assert (several["category"]["any_of"], several["id"]) == ("topics", "name")
+
+
 def splits_of(shares: dict[str, float], count: int = 20_000) -> np.ndarray:
     rules = Rules(split={"hash": shares}, labels={"a": "retain"})
     return np.array([rules.split.split({}, "", "", i * 0x9E3779B97F4A7C15 % 2**64) for i in range(count)])
