@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 from sgtm.config.sections import KernelsConfig
-from sgtm.distributed.env import cpu_threads, kernel_backend
+from sgtm.distributed.env import cpu_threads, kernel_backend, use_deterministic_algorithms
 from sgtm.process import cores
 from sgtm.process.ranks import RankInfo
 
@@ -43,3 +44,11 @@ def test_kernels_follow_the_device_of_the_run_and_its_precision(monkeypatch):
         ValueError, match=r"'triton' was requested, but Triton's interpreter gives wrong results in bf16; use fp32"
     ):
         backend("cpu", "triton", "bf16")
+
+
+def test_a_cublas_workspace_that_the_user_has_set_stands(monkeypatch):
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    use_deterministic_algorithms()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"

@@ -10,7 +10,7 @@ from sgtm.config.schema import ModelConfig
 from sgtm.data.rules import Rules
 from sgtm.hf.weights import to_hf_state
 from sgtm.masking.labels import LabelSpace
-from sgtm.process.names import look_alike
+from sgtm.process.names import did_you_mean, look_alike
 
 NAME = "naïveté"
 ONE, TWO = (unicodedata.normalize(form, NAME) for form in ("NFC", "NFD"))
@@ -29,6 +29,11 @@ def test_names_that_look_the_same_are_shown_in_ascii(name, twin):
 @pytest.mark.parametrize("name", ["web", "naivete", ONE])
 def test_other_names_and_the_name_itself_get_no_note(name):
     assert look_alike(name, ["biology", ONE]) == ""
+
+
+def test_a_slip_is_found_in_any_case_and_shown_as_the_known_name():
+    assert "QuickStart" in did_you_mean("QUICKSTRAT", ["debug", "QuickStart"])
+    assert did_you_mean("xyzzy", ["debug", "QuickStart"]) == ""
 
 
 def test_messages_about_domains_labels_categories_and_splits_have_it(tmp_path):
