@@ -47,6 +47,7 @@ MISTAKES = {
     "eval runs/mine --split tset": "no split 'tset' (did you mean test?); its splits are",
     "export runs/none --out x": "not a run directory",
     "report runs/none": "not a run directory",
+    "report runs/mine --baseline runs/none": "not a run directory",
     "checkpoint verify runs/none": "holds no checkpoint",
     "explain slip.yaml": "did you mean train.steps?",
     "config nosuch": "unknown preset",

@@ -286,20 +286,24 @@ def test_steps_done_of_a_log_that_was_cut_short(tmp_path):
     assert steps_done(tmp_path) == 7
 
 
-def test_unfinished_runs_are_submitted_once(sweep_file, tmp_path, monkeypatch, capsys):
-    file = sweep_file("variants: {a: , b: , c: }")
-    sweep = read_sweep(file)
-    finish(sweep.runs[0], LOSSES)
-    tools = tmp_path / "bin"
+def slurm(tools: Path, monkeypatch, **commands: str) -> None:
+    """The working directory has launch/, and the PATH these commands, in Python."""
     tools.mkdir()
-    jobs = tmp_path / "jobs"
-    note = f"open({str(jobs)!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n'); print('Submitted batch job 7')"
-    queue = "print('42' if any(word.endswith('.b-s0') for word in sys.argv) else '')"
-    for name, does in {"sbatch": note, "squeue": queue}.items():
+    for name, does in commands.items():
         (tools / name).write_text(f"#!{sys.executable}\nimport json, sys\n{does}\n")
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.chdir(ROOT)
+
+
+def test_unfinished_runs_are_submitted_once(sweep_file, tmp_path, monkeypatch, capsys):
+    file = sweep_file("variants: {a: , b: , c: }")
+    sweep = read_sweep(file)
+    finish(sweep.runs[0], LOSSES)
+    jobs = tmp_path / "jobs"
+    note = f"open({str(jobs)!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n'); print('Submitted batch job 7')"
+    queue = "print('42' if any(word.endswith('.b-s0') for word in sys.argv) else '')"
+    slurm(tmp_path / "bin", monkeypatch, sbatch=note, squeue=queue)
     assert main(["sweep", str(file), "--launcher", "slurm", "--gpus", "2"]) == 0
     (job,) = map(json.loads, jobs.read_text().splitlines())
     config, log = sweep.folder / "configs" / "c-s0.yaml", sweep.folder / "logs" / "c-s0.log"
@@ -310,11 +314,23 @@ def test_unfinished_runs_are_submitted_once(sweep_file, tmp_path, monkeypatch, c
     assert "c-s0: Submitted batch job 7" in printed and "b-s0 is in the queue already: job 42" in printed
 
 
+def test_a_submission_that_slurm_refuses_is_an_error(sweep_file, tmp_path, monkeypatch, capsys):
+    """With what SLURM prints, and no later run is submitted."""
+    refusal = f"open({str(tmp_path / 'jobs')!r}, 'a').write('one '); sys.exit('QOSMaxSubmitJobPerUserLimit')"
+    slurm(tmp_path / "bin", monkeypatch, sbatch=refusal, squeue="")
+    file = sweep_file("variants: {a: , b: }")
+    assert main(["sweep", str(file), "--launcher", "slurm", "--gpus", "2"]) == 2
+    assert "QOSMaxSubmitJobPerUserLimit" in capsys.readouterr().err
+    assert (tmp_path / "jobs").read_text() == "one "
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--nodes", "2"], "--nodes and --gpus belong to --launcher slurm"),
         (["--gpus", "2"], "--nodes and --gpus belong to --launcher slurm"),
         (["--launcher", "slurm", "--jobs", "2"], "--jobs and --threads are for runs on this machine"),
+        (["--launcher", "slurm", "--threads", "2"], "--jobs and --threads are for runs on this machine"),
     ],
 )
 def test_options_of_the_other_place_are_refused(options, message, sweep_file, capsys):

@@ -93,6 +93,33 @@ def test_verifying_a_run_or_one_checkpoint(tmp_path: Path, capsys):
     assert "holds no checkpoint" in capsys.readouterr().err
 
 
+def test_what_a_killed_run_had_begun_to_write_is_removed(tmp_path: Path):
+    (saved,) = make(tmp_path, 1)
+    (unfinished := saved.with_name(".tmp-step_00000002")).mkdir()
+    (pointer := saved.with_name("latest.4711.tmp")).write_text("step_0000")  # as write_atomically leaves it
+    checkpoint.remove_unfinished(tmp_path)
+    assert not unfinished.exists() and not pointer.exists()
+    assert finished(tmp_path) == [saved] and saved.with_name("latest").exists()
+
+
+def test_reshape_takes_the_newest_valid_one_and_names_what_is_damaged(tmp_path: Path, monkeypatch, capsys):
+    written = []
+    monkeypatch.setattr("sgtm.distributed.universal.write_universal", lambda *paths: written.append(paths))
+    older, newest = make(tmp_path, 1, 2)
+    command = ["checkpoint", "reshape", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{tmp_path / 'out'}\n" and not printed.err
+    (newest / "weights").write_text("no")
+    assert main(command) == 0
+    assert str(newest / "weights") in capsys.readouterr().err
+    assert written == [(newest, tmp_path / "out"), (older, tmp_path / "out")]
+    (older / "weights").unlink()
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert str(newest / "weights") in error and str(older / "weights") in error and len(written) == 2
+
+
 @pytest.mark.parametrize(
     ("files", "problem"),
     [

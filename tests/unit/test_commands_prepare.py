@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 
 from sgtm.commands.main import main
+from sgtm.data.prepare import PrepareOptions
 
 
 def test_prepare_passes_its_options(monkeypatch):
     noted = []
     monkeypatch.setattr("sgtm.data.prepare.run_prepare", noted.append)
-    arguments = "prepare a.jsonl b --rules r.yaml --out corpus --vocab-size 300 --overwrite"
-    assert main(arguments.split()) == 0
-    (options,) = noted
-    assert tuple(options.sources) == (Path("a.jsonl"), Path("b"))
-    assert (options.rules, options.out, options.vocab_size) == (Path("r.yaml"), Path("corpus"), 300)
-    assert options.overwrite
+    required = "prepare a.jsonl b --rules r.yaml --out corpus"
+    more = "--tokenizer folder --vocab-size 300 --workers 0 --shard-tokens 99 --overwrite"
+    assert main(required.split()) == main(f"{required} {more}".split()) == 0
+    paths = [Path("a.jsonl"), Path("b")], Path("r.yaml"), Path("corpus")
+    assert noted == [PrepareOptions(*paths), PrepareOptions(*paths, "folder", 300, 0, 99, True)]
 
 
 @pytest.mark.parametrize(

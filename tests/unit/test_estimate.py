@@ -38,6 +38,16 @@ def test_the_command_prints_a_row_for_every_stage(capsys):
     assert max(map(len, text.splitlines()[:40])) > 80 and not any("…" in line for line in text.splitlines())
 
 
+def test_every_number_of_the_machine_is_used(capsys):
+    machine = {"nodes": 2, "gpus": 4, "memory": 7.0, "tflops": 8.0, "inside": 9.0, "between": 10.0}
+    machine |= {"reached": 0.25, "sustained": 0.5}
+    assert set(machine) == set(Machine.__dataclass_fields__)
+    options = [f"--{name}={value}" for name, value in machine.items()]
+    assert main(["estimate", "debug", *options, "--train.micro_batch=1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["machine"] == machine and report["accumulation"] == 1
+
+
 @pytest.mark.parametrize("arguments", ["estimate", "estimate debug --preset debug", "launch --dry-run"])
 def test_one_config_is_named(arguments, capsys):
     assert main(arguments.split()) == 2
