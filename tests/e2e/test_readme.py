@@ -1,7 +1,6 @@
 """The commands of README and docs, page by page, with the README's rules and `my.yaml`, on a small corpus.
 
-Not run: NOT_RUN, and what begins with `make` or `launch/` (tests/processes/test_page_commands.py). Tried and seen to
-fail: a preset whose micro-batch holds a whole step, on two ranks; a flag that does not exist in docs/checkpoints.md.
+Not run: NOT_RUN, and what begins with `make` or `launch/` (tests/processes/test_page_commands.py).
 """
 
 from __future__ import annotations

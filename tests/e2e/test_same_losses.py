@@ -2,8 +2,7 @@
 
 In fp32 the runs differ only by the order in which gradients are summed; in bf16 also by where partial sums are rounded
 (seen: 5e-7 and 8e-4). `BOUND` holds for every loss logged in 20 steps. A broken mask exceeds it by far: every fault
-below changes table entries, and the losses differ by at least `BROKEN` times the bound. Tried by hand and seen to fail:
-one of four ranks whose gradient is lost.
+below changes table entries, and the losses differ by at least `BROKEN` times the bound.
 """
 
 from __future__ import annotations

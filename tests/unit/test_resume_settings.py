@@ -1,8 +1,4 @@
-"""Which settings differ between a checkpoint and the config that resumes it.
-
-Seen to fail with: defaults merged into the saved settings after mappings were flattened, which refused to resume every
-run whose groups are given by domain.
-"""
+"""Which settings differ between a checkpoint and the config that resumes it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Parameters and FLOPs from a config: against the model, and by hand.
-
-Seen to fail with: a bias too few; the gate of SwiGLU left out.
-"""
+"""Parameters and FLOPs from a config: against the model, and by hand."""
 
 import pytest
 import torch
@@ -31,3 +28,10 @@ def test_flops_of_a_token_by_hand():
     assert recomputed_flops(config.model) == 0
     again = load_config("debug", ["--model.activation_checkpointing=true"])
     assert recomputed_flops(again.model) == 2 * (35_392 - looked_up - 512 * 32) + 4 * (64 + 16) * 32
+
+
+def test_an_embedding_that_is_no_head_is_looked_up():
+    """Llama's, of 2,048 columns: it multiplies nothing."""
+    config = load_config("llama-1b", ["--model.vocab_size=128", "--model.tie_embeddings=false"])
+    fewer = load_config("llama-1b", ["--model.vocab_size=64", "--model.tie_embeddings=false"])
+    assert model_flops(config.model) - model_flops(fewer.model) == 6 * 64 * config.model.hidden_size

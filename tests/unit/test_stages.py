@@ -1,8 +1,4 @@
-"""What divides and what fits, and what an error advises where it does not.
-
-Seen to fail with: hpZ's groups not checked against the ranks; advice that changes the micro-batch without need, or does
-not count micro_blocks; plurals of one.
-"""
+"""What divides and what fits, and what an error advises where it does not."""
 
 import re
 from dataclasses import replace

@@ -1,8 +1,4 @@
-"""A sweep file becomes named runs with checked configs; a mistake in it names the file, the variant and the key.
-
-Seen to fail with: no seed in the name; axes of one name not told apart; two variants of one name; `set` above a
-variant; the data seed not set; a section of a variant that the grid sets too.
-"""
+"""A sweep file becomes named runs with checked configs; a mistake in it names the file, the variant and the key."""
 
 from __future__ import annotations
 
