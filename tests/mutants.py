@@ -90,9 +90,20 @@ def _starts(text: str, lines: str) -> Iterator[int]:
         start = text.find(lines, start + 1)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML whose mappings have each key once: of two entries that a merge made one, the first would be lost."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key) for key, _ in node.value]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"a key stands twice in {keys}: {node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
 def load() -> list[Mutant]:
+    """All entries. Raises ValueError where a key of one stands twice."""
     files = sorted((ROOT / "tests" / "mutations").glob("*.yaml"))
-    return [Mutant(**entry) for file in files for entry in yaml.safe_load(file.read_text("utf-8"))]
+    return [Mutant(**entry) for file in files for entry in yaml.load(file.read_text("utf-8"), _UniqueKeys)]
 
 
 class Tree:
