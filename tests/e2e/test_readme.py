@@ -92,7 +92,7 @@ def test_every_command_of_the_readme(folder):
 def test_no_command_is_overlooked():
     """Every line of a block with commands is one, and the commands of `sgtm` are these."""
     names = (
-        "prepare explain train eval export report train eval report sweep",  # README
+        "prepare explain train eval export report train eval report tamper sweep",  # README
         "train checkpoint checkpoint launch estimate estimate bench bench bench profile profile sweep sweep",
     )
     assert [command.split()[1] for command in COMMANDS] == " ".join(names).split()
@@ -104,6 +104,8 @@ def test_no_command_is_overlooked():
 
 def test_the_torchrun_command_on_two_ranks(folder):
     words = shlex.split(TORCHRUN.replace("--nproc_per_node 8", "--nproc_per_node 2"))
+    prepare = ["prepare", "DATA.jsonl", "--rules", "rules.yaml", "--out", "data/mine", "--vocab-size", "300"]
+    subprocess.run([sys.executable, "-m", "sgtm", *prepare], cwd=folder, check=True, capture_output=True)
     command = [sys.executable, "-m", "torch.distributed.run", *words[1:], "--name=two", *SHORT["train"]]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -25,12 +25,12 @@ def test_a_mask_has_the_share_of_forget_tokens_that_it_is_named_for(name):
     shares |= {"25 % forget in every sequence": 25, "pure forget": 100, "pure retain": 0}
     for mask, plan in by_name.items():
         tokens = Counter()
-        for run in plan.runs:
+        for run in plan.label_runs:
             tokens[run.label] += run.end - run.start
         assert plan.tokens == shape.tokens == sum(tokens.values())
         assert 100 * tokens[FORGET] == shares[mask] * plan.tokens
         assert set(tokens) <= {FORGET, RETAIN if mask == "pure retain" else UNLABELED}
-    starts = {run.start for run in by_name["25 % forget in every sequence"].runs if run.label == FORGET}
+    starts = {run.start for run in by_name["25 % forget in every sequence"].label_runs if run.label == FORGET}
     assert starts == set(range(0, shape.tokens, shape.seq_len))
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bare import python_path
 
 TESTS = Path(__file__).parents[1]
 STARTS = """
@@ -54,7 +55,8 @@ def test_no_way_to_start_a_process_is_left(tmp_path):
     shutil.copy(TESTS / "unit" / "conftest.py", tmp_path / "unit")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-rfp", "-p", "no:cacheprovider", "unit", "processes"],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path), "COLUMNS": "200"}, capture_output=True, text=True,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": python_path(tmp_path), "COLUMNS": "200"}, capture_output=True,
+        text=True,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     for line in STARTS.splitlines():
