@@ -111,7 +111,7 @@ def calibrated_losses(
     retain: Sequence[str],
     split: str = "test",
     sequences: int | None = None,
-    fit_sequences: int | None = 400,
+    fit_sequences: int | None = 100,
 ) -> Calibrated:
     """Of categories: biases are fitted on up to `fit_sequences` sequences of each in the training split.
 

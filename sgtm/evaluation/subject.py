@@ -18,7 +18,7 @@ from sgtm.masking.strategy import removal_tables
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import LabelRun, MaskPlan, Tables
 
-LOGITS = 2**25  # at a time: 128 MiB in fp32
+LOGITS = 2**22  # at a time: 16 MiB in fp32, which stay in the allocator
 
 
 class Hidden(NamedTuple):
