@@ -110,8 +110,9 @@ def read_manifest(directory: Path) -> dict:
             raise ValueError(f"{path} is damaged: the SHA-256 in it does not match its content")
         manifest = {
             **{key: manifest[key] for key in ("step", "ranks", "corpus", "config", "files")},
-            "independent_of": manifest.get("independent_of", []),  # younger than the first checkpoints
-            "kind": manifest.get("kind", TRAINING),  # likewise
+            # Keys that the first checkpoints lack:
+            "independent_of": manifest.get("independent_of", []),
+            "kind": manifest.get("kind", TRAINING),
         }
         sizes = [(entry["bytes"], entry["sha256"]) for entry in manifest["files"].values()]
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """Methods of post-hoc unlearning: a loss for each, from the model, a frozen copy of it as it was, and two texts.
 
 Each function is f(model, reference, forget, retain, *, its options) -> `Loss`. What a method does not read is not
-touched and may be None; `METHODS` says what it reads, for how many steps it runs and at which learning rate. The
+touched and may be None; `METHODS` holds what it reads, its number of steps and its learning rate. The
 options are the keywords of the function, with the paper's values.
 
 A sequence of the losses below is a packed one, of `model.context` tokens. The papers' are answers of a few dozen tokens

@@ -6,7 +6,7 @@ Hidden states of forget text after one layer l are steered to a random direction
 
 h, h_ref: residual stream [D] after layer l of the model and of the reference, at every position that has a target; u:
 a unit vector whose elements are uniform in [0, 1) before it is normalised; c: coefficient. Only output matrices of the
-MLPs of layers l - 2, l - 1 and l learn, as in the authors' code; the paper says that gradients of these layers suffice.
+MLPs of layers l - 2, l - 1 and l learn, as in the authors' code; by the paper, gradients of these layers suffice.
 
 Values of the paper for Zephyr-7B: l = 7 of 32 layers, c = 6.5, alpha = 1200, rate 5e-5, 150 batches of 4. The layer
 here is at the same share of the depth. Its rate is a sixth of the peak of Llama-2 7B, as Mistral's is not public. c is

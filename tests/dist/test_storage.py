@@ -1,4 +1,4 @@
-"""A checkpoint of any stage and number of ranks goes on in any other, and as DeepSpeed's universal checkpoint."""
+"""A checkpoint of any stage and number of ranks resumes in any other, and as DeepSpeed's universal checkpoint."""
 
 from __future__ import annotations
 

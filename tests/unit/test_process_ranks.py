@@ -2,7 +2,7 @@
 
 import pytest
 
-from sgtm.process.ranks import TORCH_VARIABLES, RankInfo, detect_launch, on_one_machine, rank_and_size
+from sgtm.process.ranks import RankInfo, detect_launch, on_one_machine, rank_and_size
 
 ADDRESS = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 RANKS = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
@@ -71,7 +71,7 @@ def test_a_rank_that_there_is_not(rank, size):
     ("variables", "expected"),
     [
         ({}, True),
-        ({**RANKS, **ADDRESS}, True),  # set by hand, who says nothing of machines
+        ({**RANKS, **ADDRESS}, True),  # set by hand: the ranks of a machine are not set
         (RANKS, True),  # incomplete
         ({**RANKS, **ADDRESS, "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "8"}, True),
         ({**RANKS, **ADDRESS, "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4"}, False),
@@ -89,21 +89,3 @@ def test_rank_and_size_for_messages():
     assert rank_and_size({}) == ("0", "1")
     assert rank_and_size({"RANK": "one", "WORLD_SIZE": "8"}) == ("one", "8")
     assert rank_and_size(STEP) == ("5", "8")
-
-
-@pytest.mark.parametrize(
-    ("variables", "one"),
-    [
-        ({}, True),
-        ({**RANKS, **ADDRESS}, True),  # `env` does not set the ranks of a machine
-        ({**RANKS, **ADDRESS, "LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_RUN_ID": "x"}, True),
-        ({**RANKS, **ADDRESS, "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "x"}, False),
-        (RANKS, True),  # no address, as the caller has made the process group
-    ],
-)
-def test_whether_all_ranks_are_on_one_machine(variables, one, monkeypatch):
-    for name in TORCH_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert on_one_machine() == one
