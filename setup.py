@@ -30,6 +30,7 @@ setup(
         "sgtm.config": ["presets/*.yaml"],
         "sgtm.data.stories": ["*.yaml"],
         "sgtm.report": ["*.j2"],
+        "sgtm.sweep": ["*.j2"],
         "sgtm.report.baselines": ["*.json"],
         "sgtm_kernels": ["py.typed", "tuned/*"],
     },

@@ -11,7 +11,8 @@ losses on the curve of `unmasked`, of the ablated model's retain loss on that of
 the last evaluations of `unmasked`, `unmasked-450` and so on: the same baseline trained for other numbers of steps. Rows
 of other sweeps in FILE stay, and all ratios are recomputed from all rows. Device, commit, versions and time are those
 of the training (`environment.jsonl` of each run), not of this script. Unfinished runs are an error unless `--partial`
-is given.
+is given. The worst-case tamper curves of runs in the sweeps' folders (`sgtm tamper`) follow, with the environment of
+this script. `sgtm report FILE` draws the figures of all of it.
 
 `--shipped` also writes the losses of the first sweep's `unmasked` and `filtered` by category to
 sgtm/report/baselines/NAME.json, which `sgtm quickstart` shows beside its own.
@@ -26,13 +27,14 @@ import statistics
 import sys
 from pathlib import Path
 
-from environment import read_rows
+from environment import environment, read_rows
 
 from sgtm.evaluation.compute_ratio import LEAST, LearningCurve
 from sgtm.report.baselines import FOLDER, basis
 from sgtm.run.environment import last_environment
 from sgtm.sweep.file import read_sweep
 from sgtm.sweep.table import LOSSES
+from sgtm.sweep.tampered import tamper_rows
 
 BASELINES = ("unmasked", "filtered")
 RATIOS = {"full_retain": "unmasked", "full_forget": "unmasked", "ablated_retain": "filtered"}
@@ -50,14 +52,13 @@ def main() -> None:
     rows = [row for row in read_rows(args.json) if row["sweep"] not in names] if args.json.exists() else []
     for sweep, name in zip(sweeps, names, strict=True):
         variants = finished(sweep.folder, args.partial)
-        unmasked = {run.variant for run in sweep.runs if run.config.masking.strategy == "none"}
-        rows += [
-            {"sweep": name, "masks": row["variant"] not in unmasked, **short(row), **trained(row, sweep.folder)}
-            for row in variants
-        ]
-    text = "".join(json.dumps({**row, "ratios": ratios(row, rows)}) + "\n" for row in rows)
+        rows += [{"sweep": name, **short(row), **trained(row, sweep.folder)} for row in variants]
+        rows += [{"sweep": name, **row, **environment()} for row in tamper_rows(sweep.folder)]
+    with_losses = [row for row in rows if "variant" in row]
+    lines = [{**row, "ratios": ratios(row, with_losses)} for row in with_losses]
+    lines += [row for row in rows if "variant" not in row]
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(text)
+    args.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
     if args.shipped:
         baselines = [row for row in finished(sweeps[0].folder, args.partial) if row["variant"] in BASELINES]
         losses = {row["variant"]: by_category(row) for row in baselines}
@@ -85,8 +86,9 @@ def trained(row: dict, folder: Path) -> dict:
 
 
 def short(row: dict) -> dict:
-    """A row of table.jsonl without the runs' names and categories."""
-    seeds = [{key: seed[key] for key in ("seed", *LOSSES)} for seed in row["seeds"]]
+    """A row of table.jsonl without the runs' names and losses by category."""
+    keys = ("seed", *LOSSES, "evaluations", "residual")
+    seeds = [{key: seed[key] for key in keys if key in seed} for seed in row["seeds"]]
     return {**row, "seeds": seeds}
 
 

@@ -14,20 +14,45 @@ BASELINE = (
 
 
 def add(commands: Subcommands) -> None:
-    usage = "%(prog)s RUN [--baseline RUN [RUN ...]] [-h]"
-    parser = commands.add("report", run, "write the HTML page and the figures of a run", usage=usage)
-    parser.add_argument("run_dir", type=Path, metavar="RUN")
+    usage = "%(prog)s RUN|SWEEP [--baseline RUN [RUN ...]] [--out DIR] [-h]"
+    parser = commands.add("report", run, "write the HTML page and the figures of a run or a sweep", usage=usage)
+    about = "run directory; folder of a sweep, or a file of rows such as its table.jsonl"
+    parser.add_argument("path", type=Path, metavar="RUN|SWEEP", help=about)
     parser.add_argument("--baseline", type=Path, nargs="+", default=[], metavar="RUN", help=BASELINE)
+    out = "folder of a sweep's page (default: report in its folder; NAME-report here for a file NAME.jsonl)"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=out)
 
 
 def run(options) -> None:
+    path: Path = options.path
+    if path.is_file() or (path / "table.jsonl").is_file():
+        _write_study(path, options)
+    else:
+        _write_run(path, options)
+
+
+def _write_study(path: Path, options) -> None:
+    if options.baseline:
+        raise ValueError("--baseline belongs to the page of a run; a sweep has its baselines among its variants")
+    from sgtm.sweep.study import read_study
+
+    study = read_study(path)
+    from sgtm.sweep.page import write_study
+
+    default = path / "report" if path.is_dir() else Path(f"{path.stem}-report")
+    print(write_study(study, options.out or default))
+
+
+def _write_run(path: Path, options) -> None:
+    if options.out:
+        raise ValueError("--out is for the page of a sweep; that of a run is written into the run directory")
     from sgtm.config.load import load_run_config
 
-    for folder in (options.run_dir, *options.baseline):
+    for folder in (path, *options.baseline):
         load_run_config(folder)  # before anything heavy is imported
     from sgtm.report import compare, print_comparison, write_report
 
-    comparison = compare(options.run_dir, options.baseline) if options.baseline else None
+    comparison = compare(path, options.baseline) if options.baseline else None
     if comparison:
         print_comparison(comparison)
-    print(write_report(options.run_dir, comparison))
+    print(write_report(path, comparison))

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from matplotlib import rc_context
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
 WIDTH = 4.6  # inches
+Shown = TypeVar("Shown")  # what a figure is of
 Dashes = Literal["-", "--", ":", "-."]
 DASHES: tuple[Dashes, ...] = ("-", "--", ":", "-.")
 STYLE: dict[RcKeyType, Any] = {
@@ -66,7 +67,7 @@ class Drawing:
     svg: str
 
 
-def draw(name: str, record: RunRecord, paint: Callable[[RunRecord], Figure | None]) -> Drawing | None:
+def draw(name: str, record: Shown, paint: Callable[[Shown], Figure | None]) -> Drawing | None:
     """The figure as PNG bytes and as an `<svg>` element to inline; None where `paint` has nothing to show."""
     with rc_context(STYLE):
         figure = paint(record)

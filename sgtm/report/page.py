@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from sgtm.config.schema import Config
@@ -107,7 +107,11 @@ def write_report(run: Path, comparison: RunComparison | None = None) -> Path:
     """
     record = read_record(run)
     exhibits = [Exhibit(p.__name__, caption, missing, draw(p.__name__, record, p)) for p, caption, missing in EXHIBITS]
-    folder = run / "report"
+    return write_page(run / "report", exhibits, render(record, exhibits, comparison))
+
+
+def write_page(folder: Path, exhibits: list[Exhibit], html: str) -> Path:
+    """Write `index.html` and the PNGs of its figures into a folder, which is made, and return the page's path."""
     folder.mkdir(exist_ok=True)
     for exhibit in exhibits:
         picture = folder / f"{exhibit.name}.png"
@@ -115,23 +119,15 @@ def write_report(run: Path, comparison: RunComparison | None = None) -> Path:
         if exhibit.drawing:
             picture.write_bytes(exhibit.drawing.png)
     page = folder / "index.html"
-    write_atomically(page, render(record, exhibits, comparison))
+    write_atomically(page, html)
     return page
 
 
 def render(record: RunRecord, exhibits: list[Exhibit], comparison: RunComparison | None = None) -> str:
     """The page as HTML."""
-    environment = Environment(
-        loader=PackageLoader("sgtm.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"code": _code, "svg": lambda drawing: Markup(drawing.svg)}
     texts, summary = sentences(record), record.summary
     notes = comparison.notes if comparison else [SHIPPED] if summary.get("baselines") else []
-    return environment.get_template("page.html.j2").render(
+    return template("page.html.j2").render(
         record=record,
         headline=texts[0],
         others=[*texts[1:], *cautions(summary), *(f"Warning: {text}." for text in record.warnings)],
@@ -154,9 +150,21 @@ def render(record: RunRecord, exhibits: list[Exhibit], comparison: RunComparison
         exhibits=exhibits,
         grids=strategy_grids(record.config.tables) if record.config else [],
         channels=channel_grids(record.config) if record.config else [],
-        light=palette.css(palette.LIGHT),
-        dark=palette.css(palette.DARK),
     )
+
+
+def template(name: str, package: str = "sgtm.report") -> Template:
+    """A template of a package, which can include those of this one; what a page needs of colours is set."""
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader(package, "."), PackageLoader("sgtm.report", ".")]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"code": _code, "svg": lambda drawing: Markup(drawing.svg)}
+    environment.globals |= {"light": palette.css(palette.LIGHT), "dark": palette.css(palette.DARK)}
+    return environment.get_template(name)
 
 
 def strategy_grids(tables: Tables) -> list[Grid]:

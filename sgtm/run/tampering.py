@@ -50,6 +50,24 @@ def attack_run(
     return reached
 
 
+def read_reached(run: Path) -> dict[str, list[Reached]]:
+    """What the attacks in a run's `tamper.jsonl` have reached, by what the run was attacked without.
+
+    Attacks on another checkpoint, or measured on other held-out text, than the last of a condition are left out.
+    Raises ValueError for a damaged file.
+    """
+    by_condition: dict[str, list[list[dict]]] = {}
+    for rows in _read(run / FILE).values():
+        by_condition.setdefault(rows[0]["condition"], []).append(rows)
+    measured = [name for name in IDENTITY if name != "attack"]
+    reached: dict[str, list[Reached]] = {}
+    for condition, attacks in by_condition.items():
+        last = attacks[-1][0]
+        alike = [rows for rows in attacks if all(rows[0][name] == last[name] for name in measured)]
+        reached[condition] = [_reached(_attack_of(row), row) for rows in alike for row in rows]
+    return reached
+
+
 def full_loss(target: AttackedRun, plan: Plan) -> float:
     """Held-out loss of a run's full model on what the plan's curves are of."""
     return plan.measure(target.subject(())).forget.value
@@ -58,6 +76,12 @@ def full_loss(target: AttackedRun, plan: Plan) -> float:
 def _reached(attack: Attack, row: dict) -> Reached:
     loss = math.nan if row["forget"] is None else row["forget"]
     return Reached(attack, row["step"], loss, row["forget_error"], row["retain"])
+
+
+def _attack_of(row: dict) -> Attack:
+    stored = row["attack"]
+    parts, evaluated = tuple(map(tuple, stored["parts"])), tuple(stored["evaluated"])
+    return Attack(**{**stored, "parts": parts, "evaluated": evaluated})
 
 
 def _attack(subject: Subject, plan: Plan, attack: Attack, identity: dict) -> list[dict]:

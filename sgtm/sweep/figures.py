@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.artist import Artist
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sgtm.files import replacing
-from sgtm.report.figures import DASHES, STYLE, WIDTH, Dashes
+from sgtm.report.figures import DASHES, STYLE, WIDTH
 from sgtm.report.palette import DOMAINS, LIGHT, PAPER, RETAIN, UNLABELED
 from sgtm.run.metrics import read_metrics
 from sgtm.sweep.file import Sweep
@@ -39,25 +40,25 @@ def write_figures(sweep: Sweep, rows: list[Row]) -> None:
 
 def training(rows: list[Row]) -> Figure | None:
     """Training loss against tokens, a line for each variant: the mean over its finished seeds."""
-    figure, axes = _panel("tokens", "training loss (nats per token)")
+    figure, axes = panel("tokens", "training loss (nats per token)")
     for number, row in enumerate(rows):
         points = _curve(row)
         if points:
-            axes.plot(*zip(*points, strict=True), color=_colour(number), linestyle=_dashes(number), label=row.variant)
-    return _finished(figure, axes) if axes.lines else None
+            axes.plot(*zip(*points, strict=True), **line_of(number), label=row.variant)
+    return with_legend(figure, axes) if axes.lines else None
 
 
 def losses(rows: list[Row]) -> Figure | None:
     """Forget loss against retain loss: the full model (ring) and the ablated one (dot), with the spread over seeds; the
     full one alone where nothing is masked."""
-    figure, axes = _panel("retain loss (nats per token)", "forget loss (nats per token)")
+    figure, axes = panel("retain loss (nats per token)", "forget loss (nats per token)")
     names = []
     for number, row in enumerate(rows):
         points = {model: point for model in ("full", "ablated") if (point := _point(row, model))}
         if "full" not in points or (row.masks and len(points) < 2):
             continue
-        colour = _colour(number)
-        axes.plot(*zip(*points.values(), strict=True), color=colour, linestyle=_dashes(number), linewidth=0.8)
+        colour = colour_of(number)
+        axes.plot(*zip(*points.values(), strict=True), **line_of(number), linewidth=0.8)
         for model, (retain, forget) in points.items():
             axes.errorbar(
                 retain,
@@ -73,8 +74,8 @@ def losses(rows: list[Row]) -> Figure | None:
         names.append((number, row.variant))
     if not names:
         return None
-    handles = [Line2D([], [], color=_colour(n), linestyle=_dashes(n), marker="o", label=name) for n, name in names]
-    return _finished(figure, axes, handles)
+    handles = [Line2D([], [], **line_of(n), marker="o", label=name) for n, name in names]
+    return with_legend(figure, axes, handles)
 
 
 def _point(row: Row, model: str) -> tuple[float, float] | None:
@@ -99,7 +100,7 @@ def _curve(row: Row) -> list[tuple[int, float]]:
     ]
 
 
-def _panel(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+def panel(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(1.4 * WIDTH, WIDTH), layout="constrained")
     axes = figure.subplots()
     axes.grid(axis="y")
@@ -108,16 +109,17 @@ def _panel(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _finished(figure: Figure, axes: Axes, handles: Sequence[Artist] = ()) -> Figure:
+def with_legend(figure: Figure, axes: Axes, handles: Sequence[Artist] = ()) -> Figure:
     figure.legend(
         handles=handles or axes.get_legend_handles_labels()[0], loc="outside upper left", ncols=3, handlelength=1.6
     )
     return figure
 
 
-def _colour(number: int) -> str:
+def colour_of(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-def _dashes(number: int) -> Dashes:
-    return DASHES[number // len(COLOURS) % len(DASHES)]
+def line_of(number: int) -> dict[str, Any]:
+    """Colour and dashes of a line; the same for the same number, another for each of the first 32."""
+    return {"color": colour_of(number), "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}

@@ -4,6 +4,11 @@ Losses are those of the evaluation after a run's last step (`train.eval_sequence
 nats per token. `retain` is the mean over the categories that no domain owns, unlabeled ones too, `forget` over those of
 the domains, each category counting the same; `full` is the model as trained, `ablated` the one without any domain.
 Nothing is ablated from a model that was trained without masks.
+
+`table.jsonl` is all that the page of a sweep is made of (page.py). It has more than the table: for each variant
+`settings` (dotted keys of the config) and `trained` (tokens by true and applied label, sgtm/data/trained.py); for each
+seed `evaluations` (tokens so far and the four losses) and `residual` (norm of the residual stream after the last layer,
+by applied label, at the last step that has it).
 """
 
 from __future__ import annotations
@@ -13,15 +18,18 @@ import io
 import json
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from sgtm.config.reference import flat
 from sgtm.data.store import Corpus
+from sgtm.data.trained import trained_tokens
 from sgtm.files import write_atomically
 from sgtm.masking.labels import removal_name
+from sgtm.run.metrics import read_metrics
 from sgtm.sweep.file import Run, Sweep
 from sgtm.sweep.state import final_losses
 
@@ -35,12 +43,18 @@ class Row:
     runs        of the variant, finished or not
     losses      the four losses of each finished run, by its name; NaN for one that was not finite or not measured
     categories  of each finished run: losses by condition and category, as the run has them
+    trained     tokens by true and applied label; empty without a finished run
+    evaluations of each finished run: tokens so far and the four losses
+    residual    of each finished run: norm of the residual stream after the last layer, by applied label
     """
 
     variant: str
     runs: tuple[Run, ...]
     losses: dict[str, dict[str, float]]
     categories: dict[str, dict[str, dict[str, float | None]]]
+    trained: dict[str, dict[str, float]] = field(default_factory=dict)
+    evaluations: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    residual: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -71,14 +85,32 @@ def read_rows(sweep: Sweep, corpora: dict[str, Corpus | None]) -> list[Row]:
     rows = []
     for variant in sweep.variants:
         runs = tuple(run for run in sweep.runs if run.variant == variant)
-        four: dict[str, dict[str, float]] = {}
-        categories: dict[str, dict[str, dict[str, float | None]]] = {}
+        row = Row(variant, runs, {}, {})
         for run in runs:
             losses, corpus = final_losses(run.directory, run.config), corpora[run.name]
             if losses and corpus:
-                four[run.name], categories[run.name] = four_losses(losses, corpus.categories, run), losses
-        rows.append(Row(variant, runs, four, categories))
+                row.losses[run.name] = four_losses(losses, corpus.categories, run)
+                row.categories[run.name] = losses
+                if not row.trained:
+                    row.trained.update(trained_tokens(corpus, run.config))
+                _read_log(row, run, corpus.categories)
+        rows.append(row)
     return rows
+
+
+def _read_log(row: Row, run: Run, true_labels: dict[str, str]) -> None:
+    """Adds the evaluations and the residual norms of a run."""
+    size = run.config.train.tokens_per_step
+    residual: dict[str, float] = {}
+    evaluations = row.evaluations[run.name] = []
+    for line in read_metrics(run.directory / "metrics.jsonl"):
+        if line["kind"] == "eval":
+            four = four_losses(line["losses"], true_labels, run)
+            evaluations.append({"tokens": line["step"] * size, **four})
+        elif line["kind"] == "step":
+            norms = {label: norm["residual"][-1] for label, norm in line.get("norms", {}).items()}
+            residual |= {label: norm for label, norm in norms.items() if norm is not None}
+    row.residual[run.name] = residual
 
 
 def four_losses(losses: dict, true_labels: dict[str, str], run: Run) -> dict[str, float]:
@@ -140,14 +172,27 @@ def _record(row: Row) -> dict:
         {
             "run": run.name,
             "seed": run.seed,
-            **{key: _json(value) for key, value in row.losses[run.name].items()},
+            **_finite(row.losses[run.name]),
             "losses": row.categories[run.name],
+            "evaluations": [_finite(line) for line in row.evaluations.get(run.name, ())],
+            "residual": row.residual.get(run.name, {}),
         }
         for run in row.runs
         if run.name in row.losses
     ]
     counts = {"finished": len(row.losses), "runs": len(row.runs), "tokens": row.tokens}
-    return {"variant": row.variant, **counts, **statistic, "seeds": each}
+    about = {"masks": row.masks, "trained": row.trained, "settings": _settings(row)}
+    return {"variant": row.variant, **counts, **statistic, **about, "seeds": each}
+
+
+def _settings(row: Row) -> dict:
+    """Of the first seed, without what names the run."""
+    values = flat(row.runs[0].config.spelled_out())
+    return {key: value for key, value in values.items() if key not in ("name", "runs")}
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {key: _json(value) for key, value in values.items()}
 
 
 def _json(value: float | None) -> float | None:

@@ -82,11 +82,15 @@ def test_compute_ratios_of_a_sweep_are_those_of_a_power_law():
     assert ratios(mine, rows[:2]) == {}  # two lengths are no curve
 
 
+TAMPERED = {"tampered": "dual", "seed": 0, "condition": "without es", "curve": []}
+
+
 def test_losses_to_ship_are_means_over_the_seeds_and_rows_of_other_sweeps_stay(tmp_path, monkeypatch):
     import recipes
 
     rows = [variant("unmasked", 100, 3.0, 4.0), variant("filtered", 75, 3.5, 9.0), variant("dual", 100, 3.1, 4.1, 3.2)]
     for row in rows:
+        row["masks"] = row["variant"] == "dual"
         row["seeds"][1]["losses"] = {"full": {"en": row["full_retain"] + 0.5, "es": row["full_forget"] + 1}}
     folder = tmp_path / "runs" / "tiny"
     folder.mkdir(parents=True)
@@ -97,6 +101,8 @@ def test_losses_to_ship_are_means_over_the_seeds_and_rows_of_other_sweeps_stay(t
         (run / "environment.jsonl").write_text(json.dumps(environment) + "\n")
     file = tmp_path / "tiny.yaml"
     file.write_text(f"base: debug\nruns: {tmp_path / 'runs'}\nvariants: {{unmasked: {{masking.strategy: none}}}}\n")
+    monkeypatch.setattr(recipes, "tamper_rows", lambda folder: [TAMPERED])
+    monkeypatch.setattr(recipes, "environment", lambda: HERE)
     monkeypatch.setattr(recipes, "FOLDER", tmp_path)
     monkeypatch.setattr(baselines, "FOLDER", tmp_path)
     earlier = [
@@ -112,8 +118,10 @@ def test_losses_to_ship_are_means_over_the_seeds_and_rows_of_other_sweeps_stay(t
     }
     written = [json.loads(line) for line in (tmp_path / "r.jsonl").open()]
     assert written[0] == earlier[0]  # of another sweep
-    assert [row["variant"] for row in written[1:]] == ["unmasked", "filtered", "dual"] and written[3]["sweep"] == "tiny"
-    assert [row["masks"] for row in written[1:]] == [False, True, True]  # as the sweep's configs have it
+    assert [row["variant"] for row in written[1:4]] == ["unmasked", "filtered", "dual"]
+    assert written[3]["sweep"] == "tiny"
+    assert [row["masks"] for row in written[1:4]] == [False, False, True]
+    assert written[4] == TAMPERED | HERE | {"sweep": "tiny"}
     assert (written[1]["commit"], written[1]["time"], written[1]["device"]) == ("c0, c1", "1", "a device")
     assert "losses" not in written[1]["seeds"][0] and written[1]["seeds"][1]["full_retain"] == 3.0
     assert json.loads((tmp_path / "debug.json").read_text())["basis"] == basis(load_config("debug"))

@@ -13,7 +13,7 @@ from sgtm.evaluation.losses import evaluate
 from sgtm.evaluation.tampering import worst_case
 from sgtm.run import tampering
 from sgtm.run.tamper_plan import make_plan
-from sgtm.run.tampering import FILE, attack_run, full_loss
+from sgtm.run.tampering import FILE, attack_run, full_loss, read_reached
 
 GRID = {"budgets": [1, 3], "multiples": [0.5, 2], "data": ["forget"], "tokens": 32, "sequences": 3}
 
@@ -129,6 +129,16 @@ def test_a_model_that_has_not_seen_the_domain_is_its_own_control(corpus, tmp_pat
         target = tampered(monkeypatch, tmp_path / name, corpus, group, name)
         full.append(full_loss(target, make_plan(target, **GRID)))
     assert full[0] != full[1]
+
+
+def test_what_was_reached_is_read_back(target):
+    reached = attack_run(target, make_plan(target, **GRID))
+    assert read_reached(target.run) == {"without es": reached}
+    newer = replace(target, weights="newer")
+    more = attack_run(newer, make_plan(newer, **GRID | {"multiples": [1]}))
+    assert read_reached(target.run) == {"without es": more}  # of the newest weights alone
+    (target.run / FILE).unlink()
+    assert read_reached(target.run) == {}
 
 
 def test_the_loss_of_a_baseline_is_that_of_its_full_model(target):

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 from sweeps import evaluation, step, sweep_of, write_run
 
+from sgtm.sweep import table
 from sgtm.sweep.table import LOSSES, Row, four_losses, print_table, read_rows, write_table
 
 LABELS = {"en": "retain", "web": "unlabeled", "es": "forget:es"}
@@ -45,14 +46,19 @@ def test_spread_is_that_of_a_sample_and_needs_two_finite_losses(sweep):
     assert math.isnan(row(1.0, math.nan).spread("full_retain"))
 
 
+TRAINED = {"retain": {"unlabeled": 1024.0}}
+
+
 @pytest.fixture
-def rows(sweep) -> list[Row]:
+def rows(sweep, monkeypatch) -> list[Row]:
     """Of `a` two seeds are finished, of which one has a loss that is not finite; of `b` none."""
+    monkeypatch.setattr(table, "trained_tokens", lambda corpus, config: TRAINED)
     for run in sweep.runs:
+        norms = {"retain": {"residual": [1.0, run.seed + 7.0]}, "forget:es": {"residual": [1.0, None]}}
         write_run(run, step(4))
         if run.variant == "a" and run.seed < 2:
             full = {**FOUND["full"], "en": None} if run.seed else FOUND["full"]
-            write_run(run, evaluation(4, FOUND | {"full": full}))
+            write_run(run, step(4) | {"norms": norms}, step(4), evaluation(4, FOUND | {"full": full}))
     corpus = SimpleNamespace(categories=LABELS)
     return read_rows(sweep, dict.fromkeys((run.name for run in sweep.runs), corpus))
 
@@ -73,6 +79,10 @@ def test_files_have_null_or_nothing_for_what_is_not_finite(sweep, rows):
     assert (a["finished"], a["full_retain"], a["full_forget"], a["full_forget_sd"]) == (2, None, 4.0, 0.0)
     first, second = a["seeds"]
     assert (first["run"], first["seed"], first["full_retain"], first["losses"]) == ("a-s0", 0, 1.5, FOUND)
+    assert a["trained"] == TRAINED and b["trained"] == {} and a["masks"] is True
+    assert a["settings"]["train.steps"] == 4 and not {"name", "runs"} & set(a["settings"])
+    assert first["evaluations"] == [{"tokens": 2048, **{loss: first[loss] for loss in LOSSES}}]
+    assert second["evaluations"][0]["full_retain"] is None and second["residual"] == {"retain": 8.0}
     assert second["full_retain"] is None and b["seeds"] == []
     a, b = csv.DictReader((sweep.folder / "table.csv").read_text().splitlines())
     assert (a["full_retain"], a["full_forget"], a["tokens"]) == ("", "4.0", "2048")

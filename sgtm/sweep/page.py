@@ -1,0 +1,90 @@
+"""The page of a study: one HTML file that needs nothing else, and its figures as PNGs beside it.
+
+Everything on it follows from the rows (study.py). Promises, each in `tests/unit/test_sweep_page.py`: the page asks the
+network for nothing; its table holds exactly the means of the rows; a figure that the rows do not allow is missing from
+the page, with the reason in its place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sgtm.report.figures import draw
+from sgtm.report.page import Exhibit, template, write_page
+from sgtm.sweep import study_figures as figures
+from sgtm.sweep.study import Study, differing_settings, leakages
+from sgtm.sweep.table import LOSSES
+
+SERIES = (
+    "Dots: the last losses of models with masks; rings: of models that were trained without; bars: 95 % confidence "
+    "intervals over the seeds. Line: the evaluations in training, mean over the seeds."
+)
+EXHIBITS = (
+    (
+        figures.ablated,
+        "Ablated: forget loss against retain loss of the models that are served without the domains. Up and left is "
+        f"better. {SERIES}",
+        "No losses.",
+    ),
+    (figures.full, f"Full: the same of the full models. Down and left is better. {SERIES}", "No losses."),
+    (
+        figures.undiscovered,
+        "Undiscovered data: forget loss of the served models against the forget tokens that were trained without their "
+        "label. Line: models that were trained without masks. A dot above the line has forgotten some of what it was "
+        "not told to; the distance to the line at its left is the leakage.",
+        "No forget loss against unlabelled forget tokens: it takes models with masks and without, and rows with "
+        "`trained`.",
+    ),
+    (
+        figures.leaked,
+        "Leakage: forget tokens that a model without masks has to see to reach the ablated model's forget loss, as a "
+        "share of those that were trained without their label. 0: nothing has leaked; 1: masks had no effect. Bars: "
+        "95 % confidence intervals over the seeds; the error of the curve is not in them.",
+        "No leakage: it takes masked models with unlabelled forget tokens, and models without masks that saw none and "
+        "three other numbers of them.",
+    ),
+    (
+        figures.residual,
+        "Norm of the residual stream after the last layer (L2, mean over the tokens of the label that has the largest; "
+        "mean over the seeds), at the end of training. Many times that of training without masks means that the "
+        "groups out-shout one another.",
+        "No norms of the residual stream.",
+    ),
+    (
+        figures.tampering,
+        "Tampering: the lowest held-out forget loss that any attack of the grid has reached by a number of steps of "
+        "fine-tuning, a line for each seed. Compare with the model that was trained without the domain, to which an "
+        "attack has to teach all of it.",
+        "No tamper curves: `sgtm tamper` writes them to the runs.",
+    ),
+)
+
+
+def write_study(study: Study, folder: Path) -> Path:
+    """Write `index.html` and its PNGs into a folder, which is made, and return the page's path."""
+    exhibits = [Exhibit(p.__name__, caption, missing, draw(p.__name__, study, p)) for p, caption, missing in EXHIBITS]
+    return write_page(folder, exhibits, render(study, exhibits))
+
+
+def render(study: Study, exhibits: list[Exhibit]) -> str:
+    """The page as HTML."""
+    seeds = sorted({len(variant.seeds) for variant in study.variants})
+    origins = {key: list(dict.fromkeys(v.origin.get(key, "") for v in study.variants)) for key in ("device", "commit")}
+    return template("study.html.j2", "sgtm.sweep").render(
+        study=study,
+        seeds="no" if not seeds else str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}",
+        losses=LOSSES,
+        leakages=leakages(study.variants),
+        settings=differing_settings(study.variants),
+        common=_common(study),
+        provenance={key: ", ".join(filter(None, values)) for key, values in origins.items() if any(values)},
+        exhibits=exhibits,
+    )
+
+
+def _common(study: Study) -> dict[str, object]:
+    """Settings that all variants share."""
+    if not study.variants:
+        return {}
+    differ = differing_settings(study.variants)[study.variants[0].name]
+    return {key: value for key, value in study.variants[0].settings.items() if key not in differ}

@@ -1,0 +1,203 @@
+"""A study: rows of sweeps, read back from a sweep's folder or a results file, with intervals over the seeds.
+
+Everything here follows from the rows alone (sgtm/sweep/table.py), so that a committed file gives the figures again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from sgtm.evaluation.leakage import TokenCurve, leakage
+from sgtm.run.environment import last_environment
+from sgtm.sweep.table import LOSSES
+from sgtm.sweep.tampered import tamper_rows
+
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5 % quantiles of Student's t by degrees of freedom, from 1; more of them take the last, which is too wide."""
+
+
+class Interval(NamedTuple):
+    """Mean over seeds, and half of its 95 % confidence interval by Student's t; None with one seed."""
+
+    mean: float
+    half: float | None
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
+
+
+def interval(values: Sequence[float]) -> Interval | None:
+    """None without a value, or where one is not finite."""
+    if not values or not all(math.isfinite(value) for value in values):
+        return None
+    if len(values) == 1:
+        return Interval(values[0], None)
+    quantile = STUDENT[min(len(values) - 1, len(STUDENT)) - 1]
+    return Interval(statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values)))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of a table.
+
+    masks     whether domains can be removed; else the full model is a baseline for the ablated ones
+    tokens    of a run
+    trained   tokens by true and applied label; empty in rows of older versions
+    settings  dotted keys of the config; empty likewise
+    seeds     for each finished run its seed, four losses, and where they were kept evaluations and residual
+    origin    device, commit and time of the training, where they are recorded
+    """
+
+    name: str
+    masks: bool
+    tokens: int
+    trained: dict[str, dict[str, float]]
+    settings: dict[str, object]
+    seeds: tuple[dict, ...]
+    origin: dict[str, str]
+
+    @property
+    def served(self) -> str:
+        """The model that is served without the domains: `ablated`, or `full` of one that was trained without masks."""
+        return "ablated" if self.masks else "full"
+
+    def values(self, loss: str) -> list[float]:
+        return [math.nan if seed.get(loss) is None else seed[loss] for seed in self.seeds]
+
+    def loss(self, loss: str) -> Interval | None:
+        return interval(self.values(loss))
+
+    def curve(self, model: str) -> list[tuple[int, Interval, Interval]]:
+        """(tokens, retain loss, forget loss) of a model at the evaluations that all seeds have."""
+        by_tokens: dict[int, list[dict]] = {}
+        for seed in self.seeds:
+            for line in seed.get("evaluations", ()):
+                by_tokens.setdefault(line["tokens"], []).append(line)
+        points = []
+        for tokens, lines in sorted(by_tokens.items()):
+            retain, forget = (
+                interval([math.nan if line[name] is None else line[name] for line in lines])
+                for name in (f"{model}_retain", f"{model}_forget")
+            )
+            if retain and forget and len(lines) == len(self.seeds):
+                points.append((tokens, retain, forget))
+        return points
+
+    @property
+    def unlabelled(self) -> float | None:
+        """Forget tokens that were trained without their label; None where that is not recorded."""
+        if not self.trained:
+            return None
+        rows = {true: row for true, row in self.trained.items() if true.startswith("forget:")}
+        labelled = sum(row.get(true, 0.0) for true, row in rows.items()) if self.masks else 0.0
+        return sum(sum(row.values()) for row in rows.values()) - labelled
+
+
+class Study(NamedTuple):
+    """
+    name      of the folder or file
+    variants  in the order of the rows
+    tampered  worst-case tamper curves (sgtm/sweep/tampered.py)
+    """
+
+    name: str
+    variants: tuple[Variant, ...]
+    tampered: tuple[dict, ...]
+
+
+def read_study(path: Path) -> Study:
+    """Of a sweep's folder, with the tamper curves of the runs in it, or of a file of rows.
+
+    Raises ValueError for a folder without a table, and for damaged files.
+    """
+    folder = path if path.is_dir() else None
+    file = path / "table.jsonl" if folder else path
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}; `sgtm sweep FILE.yaml --table` writes a sweep's table") from None
+    variants, tampered = [], tamper_rows(folder) if folder else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if "tampered" in row:
+                tampered.append(row)
+            elif row["seeds"]:
+                variants.append(_variant(row, folder))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}, line {number}: not a row of a sweep's table.jsonl ({error!r})") from None
+    return Study(path.name, tuple(variants), tuple(tampered))
+
+
+def _variant(row: dict, folder: Path | None) -> Variant:
+    origin = row if "commit" in row else _origin(folder, row) if folder else {}
+    return Variant(
+        name=row["variant"],
+        masks=row["masks"],
+        tokens=row["tokens"],
+        trained=row.get("trained", {}),
+        settings=row.get("settings", {}),
+        seeds=tuple({**dict.fromkeys(LOSSES), **seed} for seed in row["seeds"]),
+        origin={key: str(origin[key]) for key in ("device", "commit", "time") if origin.get(key)},
+    )
+
+
+def _origin(folder: Path, row: dict) -> dict:
+    starts = filter(None, (last_environment(folder / seed["run"]) for seed in row["seeds"]))
+    return max(starts, key=lambda one: one["time"], default={})
+
+
+def standard_curve(variants: Iterable[Variant]) -> TokenCurve | None:
+    """Forget loss of the models trained without masks by the forget tokens they saw: what leakage is read from.
+
+    None where they are too few, or where none saw no forget token.
+    """
+    points = [
+        (variant.unlabelled, loss.mean)
+        for variant in variants
+        if not variant.masks and variant.unlabelled is not None and (loss := variant.loss("full_forget"))
+    ]
+    try:
+        return TokenCurve(*zip(*sorted(points), strict=True)) if points else None
+    except ValueError:
+        return None
+
+
+class VariantLeakage(NamedTuple):
+    """tokens  token equivalent of the ablated model's forget loss; ratio to the unlabelled forget tokens, None where
+    there were none; extrapolated: for a seed or more."""
+
+    tokens: Interval
+    ratio: Interval | None
+    extrapolated: bool
+
+
+def leakages(variants: Sequence[Variant]) -> dict[str, VariantLeakage]:
+    """Of each masked variant; empty without a curve. The curve's own error is not in the intervals."""
+    curve = standard_curve(variants)
+    by_name = {}
+    for variant in variants:
+        losses = variant.values("ablated_forget")
+        if curve is None or not variant.masks or variant.unlabelled is None or not all(map(math.isfinite, losses)):
+            continue
+        seeds = [leakage(loss, curve, variant.unlabelled) for loss in losses]
+        tokens = interval([seed.tokens for seed in seeds])
+        ratios = [seed.ratio for seed in seeds if seed.ratio is not None]
+        if tokens:
+            extrapolated = any(seed.extrapolated for seed in seeds)
+            by_name[variant.name] = VariantLeakage(tokens, interval(ratios), extrapolated)
+    return by_name
+
+
+def differing_settings(variants: Sequence[Variant]) -> dict[str, dict[str, object]]:
+    """By variant the keys in which any two variants differ, `train.seed` and `data.seed` aside."""
+    keys = dict.fromkeys(key for variant in variants for key in variant.settings)
+    ours = [key for key in keys if key not in ("train.seed", "data.seed")]
+    differ = [key for key in ours if len({json.dumps(variant.settings.get(key)) for variant in variants}) > 1]
+    return {variant.name: {key: variant.settings.get(key) for key in differ} for variant in variants}

@@ -1,0 +1,144 @@
+"""The figures of a study's page. None where its rows do not have what a figure shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sgtm.report.figures import WIDTH
+from sgtm.report.palette import GRID, LIGHT, MUTED, PAPER
+from sgtm.sweep.figures import colour_of, line_of, panel, with_legend
+from sgtm.sweep.study import Interval, Study, Variant, leakages
+
+
+def ablated(study: Study) -> Figure | None:
+    """Forget loss against retain loss over training, of the models that are served without the domains."""
+    return _trade_off(study, [(variant, variant.served) for variant in study.variants])
+
+
+def full(study: Study) -> Figure | None:
+    """The same of the full models."""
+    return _trade_off(study, [(variant, "full") for variant in study.variants])
+
+
+def undiscovered(study: Study) -> Figure | None:
+    """Forget loss of the served model against the forget tokens that were trained without their label."""
+    points = [
+        (number, variant, variant.unlabelled, loss)
+        for number, variant in enumerate(study.variants)
+        if variant.unlabelled is not None and (loss := variant.loss(f"{variant.served}_forget"))
+    ]
+    standard = sorted((tokens, loss.mean) for _, variant, tokens, loss in points if not variant.masks)
+    if not standard or all(not variant.masks for _, variant, _, _ in points):
+        return None
+    figure, axes = panel("forget tokens trained without their label", "forget loss (nats per token)")
+    axes.plot(*zip(*standard, strict=True), color=LIGHT[MUTED], linewidth=0.8, zorder=1)
+    for number, variant, tokens, loss in points:
+        _dot(axes, number, (Interval(tokens, None), loss), variant.name, filled=variant.masks)
+    smallest = min((tokens for tokens, _ in standard if tokens), default=1.0)
+    axes.set_xscale("symlog", linthresh=smallest)
+    return with_legend(figure, axes)
+
+
+def leaked(study: Study) -> Figure | None:
+    """Leakage of every variant that has unlabelled forget tokens."""
+    shown = [
+        (number, variant.name, by_name.ratio)
+        for number, variant in enumerate(study.variants)
+        if (by_name := leakages(study.variants).get(variant.name)) and by_name.ratio
+    ]
+    bars = [(number, name, ratio.mean, ratio.half) for number, name, ratio in shown]
+    return _bars(bars, "leakage")
+
+
+def residual(study: Study) -> Figure | None:
+    """Norm of the residual stream after the last layer, the largest of any label, mean over the seeds."""
+    bars = []
+    for number, variant in enumerate(study.variants):
+        largest = [max(seed["residual"].values()) for seed in variant.seeds if seed.get("residual")]
+        if largest:
+            bars.append((number, variant.name, sum(largest) / len(largest), None))
+    return _bars(bars, "norm of the residual stream")
+
+
+def tampering(study: Study) -> Figure | None:
+    """Worst-case forget loss against the steps of an attack: a line for each seed."""
+    if not study.tampered:
+        return None
+    figure, axes = panel("steps of fine-tuning", "lowest forget loss (nats per token)")
+    names = list(dict.fromkeys((row["tampered"], row["condition"]) for row in study.tampered))
+    named: set[int] = set()
+    for row in study.tampered:
+        number = names.index((row["tampered"], row["condition"]))
+        points = [(point["step"], point["forget"]) for point in row["curve"]]
+        label = None if number in named else f"{row['tampered']} ({row['condition']})"
+        named.add(number)
+        axes.plot(*zip(*points, strict=True), **line_of(number), label=label, marker=".")
+    axes.set_xscale("symlog", linthresh=1)
+    return with_legend(figure, axes)
+
+
+def _trade_off(study: Study, models: list[tuple[Variant, str]]) -> Figure | None:
+    """A line through the evaluations of each model, and its last losses with their intervals. The axes are for these:
+    of the lines they show the end."""
+    figure, axes = panel("retain loss (nats per token)", "forget loss (nats per token)")
+    last = []
+    for number, (variant, model) in enumerate(models):
+        retain, forget = variant.loss(f"{model}_retain"), variant.loss(f"{model}_forget")
+        if retain is None or forget is None:
+            continue
+        points = [(retain.mean, forget.mean) for _, retain, forget in variant.curve(model)]
+        if len(points) > 1:
+            axes.plot(*zip(*points, strict=True), **line_of(number), linewidth=0.9)
+        _dot(axes, number, (retain, forget), variant.name, filled=variant.masks)
+        last.append((retain.mean, forget.mean))
+    if not last:
+        return None
+    axes.set(xlim=_limits([retain for retain, _ in last]), ylim=_limits([forget for _, forget in last]))
+    return with_legend(figure, axes)
+
+
+def _limits(losses: list[float]) -> tuple[float, float]:
+    """Of an axis that shows these losses, and more room above them, from where the lines come."""
+    room = max(0.25 * (max(losses) - min(losses)), 0.1)
+    return min(losses) - room, max(losses) + 2 * room
+
+
+def _dot(axes: Axes, number: int, point: tuple[Interval, Interval], name: str, filled: bool) -> None:
+    """Filled: of a masked model; a ring: of one that was trained without masks."""
+    x, y = point
+    axes.errorbar(
+        x.mean,
+        y.mean,
+        xerr=x.half or 0.0,
+        yerr=y.half or 0.0,
+        fmt="o",
+        color=colour_of(number),
+        markerfacecolor=colour_of(number) if filled else LIGHT[PAPER],
+        markersize=6,
+        linewidth=1,
+        label=name,
+        zorder=2,
+    )
+
+
+def _bars(bars: Sequence[tuple[int, str, float, float | None]], xlabel: str) -> Figure | None:
+    """(number of the variant, name, value, half of its interval) of each bar; None without one."""
+    if not bars:
+        return None
+    figure = Figure(figsize=(WIDTH, 0.75 + 0.26 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    for y, (number, _, value, half) in enumerate(bars):
+        axes.barh(
+            y, value, 0.62, color=colour_of(number), xerr=half, error_kw={"elinewidth": 1, "ecolor": LIGHT[MUTED]}
+        )
+    axes.set_yticks(range(len(bars)), [name for _, name, _, _ in bars])
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color=LIGHT[GRID])
+    axes.set_axisbelow(True)
+    axes.set_xlabel(xlabel)
+    axes.set_xlim(left=0)
+    return figure

@@ -1,0 +1,97 @@
+"""A study read back from rows: intervals over the seeds, curves, and leakage of models whose leakage is known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from studies import loss_of, row, rows, standard, write_rows
+
+from sgtm.sweep.study import Interval, differing_settings, interval, leakages, read_study, standard_curve
+
+
+def study_of(tmp_path, lines):
+    return read_study(write_rows(tmp_path / "mine.jsonl", lines))
+
+
+def test_the_interval_of_three_seeds_is_that_of_students_t():
+    mean, half = interval([1.0, 2.0, 3.0])
+    assert mean == 2.0 and half == pytest.approx(4.303 / math.sqrt(3))  # the quantile of 2 degrees of freedom
+    assert interval([1.0, 3.0]).half == pytest.approx(12.706)
+    assert interval([5.0]) == Interval(5.0, None) and str(Interval(5.0, None)) == "5.000"
+    assert interval([]) is None and interval([1.0, math.nan]) is None
+    many = interval([0.0, 1.0] * 20)
+    assert many.half == pytest.approx(2.262 * 0.5063697 / math.sqrt(40), rel=1e-6)
+
+
+def test_a_variant_has_the_losses_of_its_seeds_and_the_curve_that_all_share(tmp_path):
+    line = row("paper", (3.0, 4.0, 5.0, 6.0))
+    del line["seeds"][2]["evaluations"][0]
+    (variant,) = study_of(tmp_path, [line]).variants
+    assert variant.loss("ablated_forget").mean == pytest.approx(6.0) and variant.served == "ablated"
+    ((tokens, retain, forget),) = variant.curve("ablated")
+    assert (tokens, retain.mean, forget.mean) == (1000, pytest.approx(5.0), pytest.approx(6.0))
+    line["seeds"][0]["ablated_forget"] = None
+    assert study_of(tmp_path, [line]).variants[0].loss("ablated_forget") is None
+    assert variant.origin == {"device": "a device", "commit": "c0ffee", "time": "2026-11-29T00:00:00Z"}
+
+
+def test_forget_tokens_without_their_label(tmp_path):
+    lines = [row("a", (1, 1, 1, 1), unlabelled=2e5), row("b", (1, 1, 1, 1)), standard(3e4), standard(0.0)]
+    assert [variant.unlabelled for variant in study_of(tmp_path, lines).variants] == [2e5, 0.0, 3e4, 0.0]
+    lines[0]["trained"] = {}
+    assert study_of(tmp_path, lines).variants[0].unlabelled is None
+
+
+def test_leakage_of_models_whose_leakage_is_known(tmp_path):
+    by_name = leakages(study_of(tmp_path, rows()).variants)
+    assert list(by_name) == ["safe", "ignored", "complete"]
+    assert by_name["safe"].tokens == (0.0, 0.0) and by_name["safe"].ratio == (0.0, 0.0)
+    assert by_name["ignored"].ratio.mean == pytest.approx(1, rel=0.02) and by_name["ignored"].ratio.half > 0
+    assert by_name["complete"].ratio is None and by_name["complete"].tokens.mean == pytest.approx(1e4, rel=0.02)
+
+
+def test_leakage_is_marked_where_a_seed_is_beyond_the_curve(tmp_path):
+    beyond = row("mine", (3.0, 3.0, 3.0, loss_of(1e8)), unlabelled=1e5)
+    by_name = leakages(study_of(tmp_path, [*rows(), beyond]).variants)
+    assert by_name["mine"].extrapolated and not by_name["ignored"].extrapolated
+
+
+def test_no_curve_without_a_model_that_saw_nothing(tmp_path):
+    lines = [standard(tokens) for tokens in (1e4, 3e4, 1e5)]
+    assert standard_curve(study_of(tmp_path, lines).variants) is None
+    assert leakages(study_of(tmp_path, [*lines, row("a", (1, 1, 1, 1), unlabelled=9.0)]).variants) == {}
+    assert standard_curve(study_of(tmp_path, [*lines, standard(0.0)]).variants).unseen == pytest.approx(7.0)
+
+
+def test_settings_in_which_variants_differ(tmp_path):
+    lines = [row("a", (1, 1, 1, 1)), standard(0.0)]
+    lines[1]["settings"]["train.seed"] = 5
+    assert differing_settings(study_of(tmp_path, lines).variants) == {
+        "a": {"masking.strategy": "sgtm"},
+        "standard-0": {"masking.strategy": "none"},
+    }
+
+
+def test_a_folder_has_the_table_of_its_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr("sgtm.sweep.study.tamper_rows", lambda folder: [{"tampered": "a", "folder": folder}])
+    line = row("a", (1, 1, 1, 1)) | {"finished": 1}
+    unfinished = row("b", (1, 1, 1, 1), seeds=0)
+    write_rows(tmp_path / "table.jsonl", [line, unfinished])
+    study = read_study(tmp_path)
+    assert [variant.name for variant in study.variants] == ["a"]
+    assert study.tampered == ({"tampered": "a", "folder": tmp_path},)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"variant": "a", "seeds": [1]}'])
+def test_a_damaged_file_is_an_error_with_its_line(tmp_path, text):
+    file = tmp_path / "mine.jsonl"
+    write_rows(file, [standard(0.0)])
+    file.write_text(file.read_text() + text + "\n")
+    with pytest.raises(ValueError, match=r"mine\.jsonl, line 2: not a row of a sweep's table\.jsonl"):
+        read_study(file)
+
+
+def test_a_folder_without_a_table_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"table\.jsonl: No such file or directory; `sgtm sweep FILE\.yaml --table`"):
+        read_study(tmp_path)

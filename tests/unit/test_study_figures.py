@@ -1,0 +1,52 @@
+"""The figures of a study show the rows."""
+
+from __future__ import annotations
+
+import pytest
+from studies import FORGET, loss_of, rows, write_rows
+
+from sgtm.sweep.study import leakages, read_study
+from sgtm.sweep.study_figures import ablated, full, leaked, residual, tampering, undiscovered
+
+
+@pytest.fixture
+def study(tmp_path):
+    return read_study(write_rows(tmp_path / "mine.jsonl", rows()))
+
+
+def test_a_trade_off_leads_to_the_last_losses(study):
+    axes = ablated(study).axes[0]
+    lines = [
+        line.get_xydata().tolist() for line in axes.lines if line.get_marker() == "None" and len(line.get_xydata()) == 2
+    ]
+    assert [pytest.approx(3.3 * 1.5), pytest.approx(1.5 * (loss_of(0) + 1))] in [line[0] for line in lines]
+    assert [pytest.approx(3.3), pytest.approx(loss_of(0) + 1)] in [line[1] for line in lines]
+    x = [container.lines[0].get_xdata()[0] for container in full(study).axes[0].containers]
+    assert x == pytest.approx([3.0] * 5 + [3.1] * 3)  # of masked models too the full one
+    assert [text.get_text() for text in ablated(study).legends[0].get_texts()] == [v.name for v in study.variants]
+
+
+def test_the_standard_models_make_the_line_of_undiscovered_data(study):
+    axes = undiscovered(study).axes[0]
+    tokens = (0.0, 1e4, 3e4, 1e5, FORGET)
+    assert axes.lines[0].get_xydata().tolist() == [[t, pytest.approx(loss_of(t))] for t in tokens]
+    dots = [container.lines[0].get_xydata()[0].tolist() for container in axes.containers]
+    assert dots[5] == [1e5, pytest.approx(loss_of(0) + 1)] and dots[7] == [0.0, pytest.approx(loss_of(1e4))]
+    assert undiscovered(study._replace(variants=study.variants[:5])) is None
+
+
+def test_bars_are_leakages_and_the_largest_residual_norms(study):
+    by_name = leakages(study.variants)
+    assert [bar.get_width() for bar in leaked(study).axes[0].patches] == [
+        by_name[name].ratio.mean for name in ("safe", "ignored")
+    ]
+    assert [bar.get_width() for bar in residual(study).axes[0].patches] == [11.0] * 8
+
+
+def test_a_tamper_curve_for_each_seed_and_a_name_for_each_variant(study):
+    figure = tampering(study)
+    lines = [line.get_xydata().tolist() for line in figure.axes[0].lines]
+    assert lines == [[[0, 8], [1, 7], [2, 6]], [[0, 7], [1, 6], [2, 5]]]
+    assert len({line.get_color() for line in figure.axes[0].lines}) == 1
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["paper (without es)"]
+    assert tampering(study._replace(tampered=())) is None

@@ -1,0 +1,46 @@
+"""Tamper curves of the runs in a folder: named by variant and method, the worst case at every step."""
+
+from __future__ import annotations
+
+import pytest
+
+from sgtm.config.load import load_config, save_config
+from sgtm.evaluation.tampering import Attack, Reached
+from sgtm.run.unlearned import write_unlearned
+from sgtm.sweep import tampered
+from sgtm.sweep.tampered import tamper_rows
+
+GENTLE, HARD = (Attack("forget", (("es",),), lr, "constant", 4, 0, 100, (0, 2, 4)) for lr in (1e-3, 1e-2))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A run of a sweep with seed 3, and one that was unlearned from it."""
+    for name in ("paper-s3", "rmu-of-it", "untouched"):
+        run = tmp_path / name
+        run.mkdir()
+        save_config(load_config("debug", ["--train.seed", "3"]), run / "config.yaml")
+        if name != "untouched":
+            (run / "tamper.jsonl").touch()
+    record = {"options": {}, "domain": "es", "method": "rmu", "steps": 1, "lr": 1.0, "seed": 0}
+    write_unlearned(tmp_path / "rmu-of-it", record | {"source": {"run": "unmasked-s3", "step": 9}})
+    reached = [Reached(GENTLE, 0, 9.0, 0.1, 3.0), Reached(GENTLE, 2, 8.0, 0.1, 3.5), Reached(GENTLE, 4, 7.0, 0.1, 3.5)]
+    reached += [Reached(HARD, 0, 9.0, 0.1, 3.0), Reached(HARD, 2, 7.5, 0.2, 4.0), Reached(HARD, 4, 9.5, 0.2, 5.0)]
+    monkeypatch.setattr(tampered, "read_reached", lambda run: {"without es": reached})
+    return tmp_path
+
+
+def test_rows_have_the_worst_case_by_variant_and_seed(folder):
+    paper, rmu = tamper_rows(folder)
+    assert (paper["tampered"], paper["seed"], paper["condition"]) == ("paper", 3, "without es")
+    assert [(p["step"], p["tokens"], p["forget"], p["error"], p["retain"]) for p in paper["curve"]] == [
+        (0, 0, 9.0, 0.1, 3.0),
+        (2, 200, 7.5, 0.2, 4.0),
+        (4, 400, 7.0, 0.1, 3.5),
+    ]
+    assert (rmu["tampered"], rmu["seed"], rmu["curve"]) == ("unmasked + rmu", 3, paper["curve"])
+
+
+def test_a_run_whose_attacks_all_failed_has_no_row(folder, monkeypatch):
+    monkeypatch.setattr(tampered, "read_reached", lambda run: {"full": [Reached(HARD, 0, float("nan"))]})
+    assert tamper_rows(folder) == []
