@@ -66,6 +66,16 @@ WRONG = {
     "groups of heads": (lambda b: attention(x(36), HeadLayout((3, 1), (3, 1), 3), PLAN, scale=1.0, backend=b), "for 3"),
     "targets": (lambda b: linear_cross_entropy(x(5), w(7, 5), None, IDS[:, :7], PLAN, 1.0, b), "[B, S]"),
     "head": (lambda b: linear_cross_entropy(x(5), w(7, 4), None, IDS, PLAN, 1.0, b), "[V, D]"),
+    "columns in": (lambda b: linear_in(x(4), w(12, 5), None, PLAN, "mlp_in", BOUNDS, b), "the weight takes 5 columns"),
+    "columns out": (lambda b: linear_out(x(5), w(12, 5), None, PLAN, "mlp_out", BOUNDS, b), "weight takes 12 columns"),
+    "columns of linear_gelu": (lambda b: linear_gelu(x(4), w(12, 5), w(12), PLAN, BOUNDS, b), "weight takes 5 columns"),
+    "bias in": (
+        lambda b: linear_in(x(5), w(12, 5), w(11), PLAN, "mlp_in", BOUNDS, b),
+        "12 columns, the bias has shape",
+    ),
+    "bias out": (lambda b: linear_out(x(12), w(12, 5), w(12), PLAN, "mlp_out", BOUNDS, b), "5 columns, the bias has"),
+    "bias of linear_gelu": (lambda b: linear_gelu(x(5), w(12, 5), w(1), PLAN, BOUNDS, b), "the bias has shape (1,)"),
+    "bias of the head": (lambda b: linear_cross_entropy(x(5), w(7, 5), w(6), IDS, PLAN, 1.0, b), "gives 7 columns"),
 }
 
 
