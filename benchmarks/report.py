@@ -16,11 +16,14 @@ import re
 import sys
 from pathlib import Path
 
+import claims
 import gpu_run
 from environment import RESULTS, read_rows
 from journal import ENVIRONMENT
 from step_table import steps
 from tables import markdown, spread
+
+from sgtm.sweep.study import read_study
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -73,7 +76,8 @@ def documents() -> dict[Path, str]:
     )
     by_document: dict[Path, list[Path]] = {}
     for path in paths:
-        by_document.setdefault(DOCUMENTS.get(path.stem, DOCS / "performance.md"), []).append(path)
+        if path.stem != "claims":  # in docs/results.md alone
+            by_document.setdefault(DOCUMENTS.get(path.stem, DOCS / "performance.md"), []).append(path)
     texts = {DOCS / "results.md": results + "\n\n".join(section(path, "../") for path in paths) + "\n"}
     for document, of in by_document.items():
         up = "../" if document.parent == DOCS else ""
@@ -94,7 +98,10 @@ def section(path: Path, up: str) -> str:
         text = gpu_run.section(rows)
     else:
         own = OWN.get(path.stem)
-        text = own(rows) if own else sweep(path.stem, rows)
+        text = own(rows) if own else sweep(path.stem, [row for row in rows if "variant" in row])
+        if path.stem == "claims":
+            page = f"`sgtm report {path.relative_to(ROOT).as_posix()}` draws the figures."
+            text += f"\n\n{claims.section(read_study(path))}\n\n{page}"
     link = f"([{path.name}]({up}{path.relative_to(ROOT).as_posix()}))"
     return f"{text}\n\n" + "; ".join(_sources(rows)) + f" {link}"
 
@@ -122,6 +129,7 @@ def domain_embedding(rows: list[dict]) -> str:
 SWEEPS = {
     "quickstart": "Quickstart: the embedded stories",
     "novels": "English and Spanish novels",
+    "claims": "The papers' claims on English and Spanish novels",
 }
 PARTS = {
     "novels-groups.sweep": "Sizes of the domain's group, and Spanish trained both ways",

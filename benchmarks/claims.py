@@ -1,0 +1,261 @@
+"""The claims of the papers, each against what a results file measured: confirmed, refuted or undecided.
+
+    sgtm sweep launch/recipes/claims.sweep.yaml
+    python benchmarks/recipes.py launch/recipes/claims.sweep.yaml --json benchmarks/results/DEVICE/claims.jsonl
+    python benchmarks/report.py
+
+`report.py` writes the table into docs/results.md. What is measured is a difference or a ratio for each seed, paired by
+seed, as mean and 95 % confidence interval over the seeds (Student's t). A claim is confirmed where the whole interval
+is on its side of a limit, refuted where it is all on the other, and undecided else. A claim whose runs are missing is
+not tested. P: arXiv 2512.05648; G: GRAM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+from tables import markdown
+
+from sgtm.evaluation.compute_ratio import LEAST, LearningCurve
+from sgtm.sweep.study import Interval, Study, Variant, interval, leakages
+
+STEPS = 64
+"""Of the attacks that are compared."""
+
+
+class Claim(NamedTuple):
+    """limit: what the measured quantity has to be above, or below where `below`; unit: of quantity and limit."""
+
+    source: str
+    text: str
+    quantity: str
+    limit: float
+    below: bool
+    measure: Callable[[Study], Iterable[float]]
+    unit: str = " nats"
+
+
+def section(study: Study) -> str:
+    """Markdown: a row for each claim."""
+    table = [["source", "claim", "measured", "confirmed", "result"]]
+    for claim in CLAIMS:
+        measured = _interval(claim, study)
+        bound = f"{'<' if claim.below else '>'} {claim.limit:g}{claim.unit}"
+        value = "" if measured is None else f": {measured}{claim.unit}"
+        table.append([claim.source, claim.text, f"{claim.quantity}{value}", bound, verdict(claim, measured)])
+    return f"Claims of the papers on these models. {ABOUT}\n\n{markdown(table)}"
+
+
+ABOUT = (
+    "Measured: mean over the seeds ± half of the 95 % confidence interval, paired by seed. A claim is confirmed where "
+    "the whole interval is on the stated side of the limit, refuted where it is all on the other, undecided else. "
+    "P: arXiv 2512.05648; G: GRAM. The models have 1.07 M parameters and 600 steps: a result holds for them."
+)
+
+
+def verdict(claim: Claim, measured: Interval | None) -> str:
+    if measured is None or measured.half is None:
+        return "not tested"
+    low, high = measured.mean - measured.half, measured.mean + measured.half
+    inside, outside = (
+        (high < claim.limit, low > claim.limit) if claim.below else (low > claim.limit, high < claim.limit)
+    )
+    return "**confirmed**" if inside else "**refuted**" if outside else "undecided"
+
+
+def _interval(claim: Claim, study: Study) -> Interval | None:
+    """None where a run that the claim needs is missing."""
+    try:
+        return interval(list(claim.measure(study)))
+    except LookupError:
+        return None
+
+
+def variant(study: Study, name: str) -> Variant:
+    """Raises LookupError for one that the study lacks."""
+    return next(filter(lambda each: each.name == name, study.variants), None) or _missing(name)
+
+
+def _missing(name: str):
+    raise LookupError(name)
+
+
+def by_seed(study: Study, name: str) -> dict[int, dict]:
+    return {seed["seed"]: seed for seed in variant(study, name).seeds}
+
+
+def difference(first: tuple[str, str], second: tuple[str, str]) -> Callable[[Study], list[float]]:
+    """Of two (variant, loss), for every seed that both have."""
+
+    def measure(study: Study) -> list[float]:
+        ours, theirs = by_seed(study, first[0]), by_seed(study, second[0])
+        return [ours[seed][first[1]] - theirs[seed][second[1]] for seed in ours if seed in theirs]
+
+    return measure
+
+
+def beyond_the_weak_filter(name: str, weak: str) -> Callable[[Study], list[float]]:
+    """The ablated forget loss minus that of the weak filter at the same retain loss, on the line through the filter's
+    evaluations in training; where it never was at so low a retain loss, at its last."""
+
+    def measure(study: Study) -> list[float]:
+        filters = by_seed(study, weak)
+        differences = []
+        for seed, ours in by_seed(study, name).items():
+            line = sorted((e["full_retain"], e["full_forget"]) for e in filters[seed]["evaluations"])
+            retain, forget = zip(*line, strict=True)
+            differences.append(ours["ablated_forget"] - float(np.interp(ours["ablated_retain"], retain, forget)))
+        return differences
+
+    return measure
+
+
+def leakage_of(name: str) -> Callable[[Study], list[float]]:
+    def measure(study: Study) -> list[float]:
+        seeds = variant(study, name).seeds
+        alone = [variant_with(variant(study, name), seed) for seed in seeds]
+        others = [each for each in study.variants if not each.masks]
+        ratios = [leakages([*others, each])[name].ratio for each in alone]
+        return [ratio.mean for ratio in ratios if ratio]
+
+    return measure
+
+
+def variant_with(each: Variant, seed: dict) -> Variant:
+    """With this seed alone."""
+    return Variant(each.name, each.masks, each.tokens, each.trained, each.settings, (seed,), each.origin)
+
+
+def penalty(name: str, loss: str, baseline: str) -> Callable[[Study], list[float]]:
+    """1 - the share of the baseline's training at which it reaches the loss, in percent; through the last losses of the
+    baseline at several lengths (`NAME-STEPS`)."""
+
+    def measure(study: Study) -> list[float]:
+        whole = variant(study, baseline)
+        points = [each for each in study.variants if each.name == baseline or each.name.startswith(f"{baseline}-")]
+        points = [each for each in points if each.name.removeprefix(f"{baseline}-").isdigit() or each is whole]
+        if len(points) < LEAST:
+            raise LookupError(f"{baseline} of {LEAST} lengths")
+        full = f"full_{loss.partition('_')[2]}"
+        means = [each.loss(full) for each in points]
+        curve = LearningCurve([each.tokens / whole.tokens for each in points], [mean.mean for mean in means if mean])
+        longest = max(each.tokens for each in points) / whole.tokens
+        return [100 * (1 - curve.ratio(value).value * longest) for value in variant(study, name).values(loss)]
+
+    return measure
+
+
+def attacked(first: str, second: str) -> Callable[[Study], list[float]]:
+    """Lowest forget loss that any attack of up to 64 steps has reached, of the first minus of the second."""
+
+    def losses(study: Study, name: str) -> dict[int, float]:
+        rows = [row for row in study.tampered if row["tampered"] == name] or _missing(name)
+        return {row["seed"]: min(point["forget"] for point in row["curve"] if point["step"] <= STEPS) for row in rows}
+
+    def measure(study: Study) -> list[float]:
+        ours, theirs = losses(study, first), losses(study, second)
+        return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+    return measure
+
+
+def _not_tested(study: Study) -> list[float]:
+    raise LookupError
+
+
+WEAK = "filtered-undiscovered"
+PAPER, DUAL = "paper-undiscovered", "dual"
+CLAIMS = (
+    *(
+        Claim(
+            "P" if name == PAPER else "",
+            f"{name}: with a fifth of the forget data undiscovered, the ablated model has forgotten more than a weak "
+            f"filter at the same retain loss",
+            "forget loss, ablated, minus that of the filter",
+            0,
+            False,
+            beyond_the_weak_filter(name, WEAK),
+        )
+        for name in (PAPER, DUAL)
+    ),
+    *(
+        Claim(
+            "P" if name == PAPER else "",
+            f"{name}: the fifth that was undiscovered hardly leaks into the ablated model",
+            "leakage",
+            0.1,
+            True,
+            leakage_of(name),
+            "",
+        )
+        for name in (PAPER, DUAL)
+    ),
+    Claim("P", "leakage falls with the size of the model", "leakage at three sizes", 0, True, _not_tested, ""),
+    *(
+        Claim(
+            "P" if name == "paper" else "",
+            f"{name}: masks cost the full model little on retained data",
+            "compute penalty",
+            5,
+            True,
+            penalty(name, "full_retain", "unmasked"),
+            " %",
+        )
+        for name in ("paper", DUAL)
+    ),
+    Claim(
+        "P",
+        "gradient routing, which lets forget data train what is shared, forgets less than masked updates",
+        "forget loss, ablated, of paper-undiscovered minus gradient_routing-undiscovered",
+        0,
+        False,
+        difference((PAPER, "ablated_forget"), ("gradient_routing-undiscovered", "ablated_forget")),
+    ),
+    *(
+        Claim(
+            "P" if name == "paper" else "",
+            f"{name}: fine-tuning brings the domain back no sooner than into a filtered model",
+            f"lowest forget loss of any attack of {STEPS} steps, minus that on filtered",
+            -0.1,
+            False,
+            attacked(name, "filtered"),
+        )
+        for name in ("paper", DUAL)
+    ),
+    Claim(
+        "P",
+        "paper: fine-tuning brings the domain back later than after RMU",
+        f"lowest forget loss of any attack of {STEPS} steps, minus that after RMU",
+        0,
+        False,
+        attacked("paper", "unmasked + rmu"),
+    ),
+    Claim(
+        "G",
+        "gram: the full model keeps 88 % of the compute on retained data (26M to 100M parameters)",
+        "compute penalty",
+        12,
+        True,
+        penalty("gram", "full_retain", "unmasked"),
+        " %",
+    ),
+    Claim(
+        "G",
+        "gram: without the domain's module the model knows no more of it than a filtered one",
+        "forget loss, ablated, minus that of filtered",
+        -0.1,
+        False,
+        difference(("gram", "ablated_forget"), ("filtered", "full_forget")),
+    ),
+)
+
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    from sgtm.sweep.study import read_study
+
+    print(section(read_study(Path(sys.argv[1]))))

@@ -1,0 +1,91 @@
+"""The claims of the papers: what is measured of constructed rows, and when a claim counts as confirmed."""
+
+from __future__ import annotations
+
+import pytest
+from studies import loss_of, row, rows, tampered, write_rows
+
+from sgtm.sweep.study import Interval, read_study
+
+
+@pytest.fixture
+def claims(benchmarks):
+    import claims
+
+    return claims
+
+
+def study_of(tmp_path, lines):
+    return read_study(write_rows(tmp_path / "mine.jsonl", lines))
+
+
+@pytest.mark.parametrize(
+    ("below", "mean", "half", "expected"),
+    [
+        (True, 0.5, 0.4, "**confirmed**"),
+        (True, 0.5, 0.6, "undecided"),
+        (True, 1.5, 0.4, "**refuted**"),
+        (False, 1.5, 0.4, "**confirmed**"),
+        (False, 1.5, 0.6, "undecided"),
+        (False, 0.5, 0.4, "**refuted**"),
+        (False, 1.5, None, "not tested"),  # one seed
+    ],
+)
+def test_a_claim_is_decided_where_the_whole_interval_is_on_one_side(claims, below, mean, half, expected):
+    claim = claims.Claim("P", "text", "quantity", 1.0, below, lambda study: [])
+    assert claims.verdict(claim, Interval(mean, half)) == expected
+    assert claims.verdict(claim, None) == "not tested"
+
+
+def test_a_difference_is_paired_by_seed(claims, tmp_path):
+    lines = [row("a", (1.0, 2.0, 3.0, 4.0)), row("b", (1.0, 2.0, 3.0, 3.5), seeds=2)]
+    lines[0]["seeds"].reverse()
+    measure = claims.difference(("a", "ablated_forget"), ("b", "ablated_forget"))
+    assert sorted(measure(study_of(tmp_path, lines))) == pytest.approx([0.495, 0.495])  # seeds 0 and 1
+    with pytest.raises(LookupError):
+        claims.difference(("a", "full_retain"), ("c", "full_retain"))(study_of(tmp_path, lines))
+
+
+def test_the_weak_filter_is_read_at_the_same_retain_loss(claims, tmp_path):
+    """Its losses fall on a line from (4.5, 9) to (3, 6), so at a retain loss of 3.5 its forget loss is 7."""
+    lines = [row("weak", (3.0, 6.0, 3.0, 6.0), masks=False, unlabelled=1e5), row("mine", (1.0, 1.0, 3.5, 8.0))]
+    measure = claims.beyond_the_weak_filter("mine", "weak")
+    assert measure(study_of(tmp_path, lines))[1] == pytest.approx(1.0)
+    lines[1] = row("mine", (1.0, 1.0, 2.0, 8.0))  # better than the filter ever was
+    assert measure(study_of(tmp_path, lines))[1] == pytest.approx(2.0)
+
+
+def test_leakage_of_each_seed(claims, tmp_path):
+    ratios = claims.leakage_of("ignored")(study_of(tmp_path, rows()))
+    assert len(ratios) == 3 and ratios[1] == pytest.approx(1, rel=0.02) and ratios[0] > ratios[2]
+    assert claims.leakage_of("complete")(study_of(tmp_path, rows())) == []
+
+
+def test_a_penalty_is_the_rest_of_the_baselines_training(claims, tmp_path):
+    """Baselines on L = 3 C ** -1/2: the loss of 0.81 of the whole costs 19 %."""
+    lines = [
+        row(f"unmasked{end}", (3 * share**-0.5, 5.0, 3.0, 5.0), masks=False) | {"tokens": int(1000 * share)}
+        for end, share in (("-500", 0.5), ("", 1.0), ("-1500", 1.5))
+    ]
+    lines += [row("unmasked-x", (9.0, 9.0, 9.0, 9.0), masks=False), row("mine", (3 / 0.9, 5.0, 5.0, 5.0))]
+    assert claims.penalty("mine", "full_retain", "unmasked")(study_of(tmp_path, lines))[1] == pytest.approx(19, abs=0.1)
+    with pytest.raises(LookupError):
+        claims.penalty("mine", "full_retain", "unmasked")(study_of(tmp_path, lines[1:]))
+
+
+def test_attacks_count_up_to_the_steps_that_are_compared(claims, tmp_path):
+    late = tampered("safe", seed=1, start=9.0)
+    late["curve"].append({"step": 65, "tokens": 0, "forget": 0.0, "error": 0.1, "retain": 3.0})
+    study = study_of(tmp_path, [*rows(), late])
+    assert claims.attacked("safe", "paper")(study) == [7.0 - 5.0]  # seed 1 of both
+    with pytest.raises(LookupError):
+        claims.attacked("paper", "unmasked + rmu")(study)
+
+
+def test_every_claim_has_a_row_with_what_was_measured(claims, tmp_path):
+    lines = [*rows(), row("paper-undiscovered", (3.1, 3.2, 3.3, loss_of(0)), unlabelled=1e5)]
+    table = claims.section(study_of(tmp_path, lines)).splitlines()[-len(claims.CLAIMS) :]
+    assert [line.split(" | ")[1] for line in table] == [claim.text for claim in claims.CLAIMS]
+    (leaks,) = (line for line in table if "hardly leaks" in line and line.startswith("| P "))
+    assert "leakage: 0.0" in leaks and leaks.endswith("| < 0.1 | **confirmed** |")
+    assert sum(line.endswith("| not tested |") for line in table) == len(claims.CLAIMS) - 1
