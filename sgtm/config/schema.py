@@ -93,6 +93,7 @@ class Config(Section):
                 "masking.cross_domain active: strategy gram has other domains' groups inactive; set inactive, or "
                 "another masking.strategy"
             )
+        self._check_token_filter()
         tokens, context = self.train.tokens_per_step, self.model.context
         if tokens % context:
             nearest = [n * context for n in (tokens // context, tokens // context + 1) if n]
@@ -108,6 +109,18 @@ class Config(Section):
         _ = self.space, self.tables, self.partition, self.channels  # their errors are the user's
         check_certified(self.conditions)
         return self
+
+    def _check_token_filter(self) -> None:
+        needed = (
+            ("data.mixing", self.data.mixing, "token"),
+            ("masking.span_policy", self.masking.span_policy, "position"),
+            ("masking.strategy", self.masking.strategy, "none"),
+        )
+        wrong = [(f"{key} {value}", f"{key} {right}") for key, value, right in needed if value != right]
+        if self.data.token_filter != "off" and wrong:
+            values, remedies = map(listed, zip(*wrong, strict=True))
+            key = f"data.token_filter {self.data.token_filter}"
+            raise ValueError(f"{key} does not go with {values}; set {remedies}, or token_filter off")
 
     @cached_property
     def space(self) -> LabelSpace:
@@ -138,9 +151,11 @@ class Config(Section):
 
     @property
     def method(self) -> str:
-        """`strategy sgtm`, with `, recipe dual` where one is set; the unmasked baseline has nothing of a recipe."""
+        """`strategy sgtm`, with `, recipe dual` where one is set; the unmasked baseline has nothing of a recipe, and
+        `, token filter loss` where one is set."""
         recipe = f", recipe {self.recipe}" if self.recipe and self.masking.strategy != "none" else ""
-        return f"strategy {self.masking.strategy}{recipe}"
+        token_filter = f", token filter {self.data.token_filter}" if self.data.token_filter != "off" else ""
+        return f"strategy {self.masking.strategy}{recipe}{token_filter}"
 
     def spelled_out(self) -> dict:
         """The values as JSON has them, with what other keys decide: `masking.joint`, and `warmup_steps` in steps."""

@@ -166,6 +166,11 @@ class DataConfig(Section):
     below 1, or after that many steps. `{0.8: {retain: {"forget:bio": 0.2}}}` is for the last fifth."""
     upsample: dict[str, NonNegativeFloat] = {}
     """How often a category's documents are seen per epoch; 0 leaves it out, fractions are drawn by document."""
+    token_filter: Literal["off", "loss", "hide"] = "off"
+    """Filter single tokens in place of whole documents, the baseline of Rathi and Radford (arXiv 2601.21571): tokens
+    that are trained as `forget:<domain>`, by span or document and after the label channel. `loss`: they are read, but
+    are no targets; `hide`: the model reads the EOS id in their place, too. Needs mixing: token, masking.span_policy:
+    position and masking.strategy: none."""
     seed: NonNegativeInt = 0
     """Of the order of the data and of the label channel's draws."""
 

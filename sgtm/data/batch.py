@@ -36,7 +36,7 @@ class Batch:
     documents     token ranges (start, end) over the flattened tokens that must not attend to one another, or None where
                   sequences attend freely within themselves
     step_targets  number of targets that are not `IGNORE` in the whole global step, all ranks and micro-batches: the
-                  denominator of the loss
+                  denominator of the loss. 0 where `data.token_filter` leaves none
     step_labels   labels present anywhere in the global step: what may be updated follows from it, alike on all ranks
     owners        documents of the targets; in an evaluation only
     """

@@ -61,7 +61,8 @@ class Order:
     streams   those of the first epoch
     block     sequences of a label-pure block
 
-    Raises ValueError where a label has too few sequences for a block, or all together for a step.
+    Raises ValueError where a label has too few sequences for a block, or all together for a step, or where
+    `data.token_filter` leaves no target in an epoch.
     """
 
     def __init__(self, pack: Callable[[int], Streams], data: DataConfig, per_step: int, labels: tuple[str, ...]):
@@ -70,6 +71,8 @@ class Order:
         self.per_step = per_step
         self.block = {"micro": per_step // data.micro_blocks, "step": per_step}.get(data.mixing, 1)
         self._check_enough(data.mixing, labels)
+        if data.token_filter != "off":
+            self._check_targets(data.token_filter)
         self._epoch = lru_cache(maxsize=2)(self._build_epoch)
 
     @property
@@ -143,6 +146,14 @@ class Order:
                 f"of a step; add data, or lower train.tokens_per_step"
             )
 
+    def _check_targets(self, token_filter: str) -> None:
+        stream = self.streams[None]
+        if not any(stream.target_count(np.array([sequence])) for sequence in range(stream.sequences)):
+            raise ValueError(
+                f"data.token_filter {token_filter} leaves no target in split train of {stream.corpus.path}: all tokens "
+                f"are trained as forget:<domain>; add other data, or change data.channel or data.upsample"
+            )
+
 
 class Loader:
     """Micro-batches of one rank.
@@ -150,7 +161,7 @@ class Loader:
     corpus  with a split `train`
     config  model, masking, data and train decide what a step is
 
-    Raises ValueError where corpus and config do not fit (`check_corpus`), or a label has too few sequences for a block.
+    Raises ValueError where corpus and config do not fit (`check_corpus`), or as of `Order`.
     """
 
     def __init__(self, corpus: Corpus, config: Config, rank: int = 0, world_size: int = 1):
@@ -242,6 +253,7 @@ def _streams(corpus: Corpus, config: Config, channel: LabelChannel, isolated: bo
         upsample=config.data.upsample,
         isolate_documents=isolated,
         span_policy=config.masking.span_policy,
+        token_filter=config.data.token_filter,
     )
 
 
@@ -264,7 +276,7 @@ def evaluation_batches(
 
     A category's loss is of that category's tokens alone. Documents with labelled spans are read where they have any, in
     a span or outside; tokens of other categories are read and have target `IGNORE`. Where no token of this category is
-    in the split there are no batches.
+    in the split there are no batches. `data.token_filter` takes nothing out of an evaluation.
 
     Raises ValueError for a split or category that the corpus does not have.
     """

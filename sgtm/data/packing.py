@@ -8,7 +8,8 @@ of `upsample`: 0.3 lets in three tenths of the documents, others in each epoch, 
 
 The promises: every token of a document that `upsample` lets in is in one sequence per copy, label and epoch, but for
 the tail of a stream that fills no sequence; where labels mix or documents are isolated, no target crosses from one
-document into the next (`tests/unit/test_data_packing.py`).
+document into the next (`tests/unit/test_data_packing.py`). A token filter takes targets, or tokens, out of the
+sequences; it moves none (`tests/unit/test_token_filter.py`).
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ class Stream:
     labels    int16 [n] applied label of each
     spans     labelled stretches inside documents, or None
     isolated  whether documents neither attend to nor predict one another
+    filtered  labels whose tokens are no targets: isolated documents and the span policy `position` only
+    hidden    whether such tokens are read as EOS, too
     """
 
     corpus: Corpus
@@ -75,6 +78,8 @@ class Stream:
     context: int
     isolated: bool
     spans: SpanLabels | None = None
+    filtered: range = range(0)
+    hidden: bool = False
 
     @property
     def tokens(self) -> int:
@@ -85,15 +90,15 @@ class Stream:
         """How many sequences the stream fills."""
         return self.tokens // self.context
 
-    def pieces(self, sequence: int) -> list[Piece]:
-        """What lies in a sequence. One past the last full sequence is shorter."""
+    def pieces(self, sequence: int, own: bool = False) -> list[Piece]:
+        """What lies in a sequence. One past the last full sequence is shorter. own: as of `SpanLabels.pieces`."""
         begin, end = sequence * self.context, min((sequence + 1) * self.context, self.tokens)
         pieces: list[Piece] = []
         position = int(np.searchsorted(self.starts, begin, side="right")) - 1
         while begin < end:
             start, stop = int(self.starts[position]), int(self.starts[position + 1])
             document, label, until = int(self.order[position]), int(self.labels[position]), min(stop, end)
-            inner = self.spans.pieces(document, label, stop - start) if self.spans else [(0, stop - start, label)]
+            inner = self.spans.pieces(document, label, stop - start, own) if self.spans else [(0, stop - start, label)]
             for first, last, piece_label in inner:
                 first, last = max(first, begin - start), min(last, until - start)
                 if first < last:
@@ -102,7 +107,7 @@ class Stream:
         return pieces
 
     def read(self, sequence: int) -> Sequence:
-        """Reads a sequence; past the end of the stream it is padded with EOS and has no targets."""
+        """Reads a sequence, and filters it; past the end of the stream it is padded with EOS and has no targets."""
         input_ids = np.full(self.context, self.corpus.eos_id, np.int64)
         targets = np.full(self.context, IGNORE, np.int64)
         labels: list[int] = []
@@ -117,6 +122,8 @@ class Stream:
             targets[position : position + len(ahead) - 1] = ahead[1:]
             if position and not self.isolated and piece.start == 0:
                 targets[position - 1] = ahead[0]
+            if piece.label in self.filtered:
+                targets[position:end] = IGNORE
             labels.append(piece.label)
             lengths.append(end - position)
             if piece.start and documents and documents[-1][0] == piece.document:
@@ -126,6 +133,8 @@ class Stream:
             position = end
         if position == self.context and not self.isolated:
             self._cross_boundary(targets, sequence)
+        if self.hidden:
+            self._hide(input_ids, sequence)
         if position < self.context:
             labels.append(labels[-1] if labels else int(self.labels[-1]))
             lengths.append(self.context - position)
@@ -139,6 +148,15 @@ class Stream:
         if end < self.tokens and self.starts[position] == end:
             targets[-1] = self.corpus.tokens(int(self.order[position]), 0, 1)[0]
 
+    def _hide(self, input_ids: np.ndarray, sequence: int) -> None:
+        """A token is hidden by its own label: that of the position before it, where there is one in its document."""
+        position = 0
+        for piece in self.pieces(sequence, own=True):
+            end = position + piece.end - piece.start
+            if piece.label in self.filtered:
+                input_ids[position:end] = self.corpus.eos_id
+            position = end
+
     def owners(self, sequences: list[int]) -> np.ndarray:
         """int64 [n, context]: the position in `order` of the document that the target of each position belongs to; past
         the end of the stream the last one."""
@@ -147,6 +165,10 @@ class Stream:
 
     def target_count(self, sequences: np.ndarray) -> int:
         """Number of targets in these sequences (int64 [n]), without reading a token."""
+        if self.filtered:
+            pieces = [piece for sequence in sequences for piece in self.pieces(int(sequence))]
+            trained = [piece for piece in pieces if piece.label not in self.filtered]
+            return sum(piece.end - piece.start - piece.last for piece in trained)
         begin = np.asarray(sequences, np.int64) * self.context
         end = np.minimum(begin + self.context, self.tokens)
         missing = (
@@ -174,15 +196,17 @@ class SpanLabels:
         """Document of each, end to end: a search in the field of the records would copy it every time."""
         return np.ascontiguousarray(self.spans["document"])
 
-    def pieces(self, document: int, label: int, length: int) -> list[tuple[int, int, int]]:
+    def pieces(self, document: int, label: int, length: int, own: bool = False) -> list[tuple[int, int, int]]:
         """(start, end, label) covering a document of `length` tokens whose own label is `label`.
 
         `position`: a position has the label of the token it predicts, its target. `conservative`: everything up to the
         document's last forget token is that forget label, so that no earlier position, to which a forget token attends,
         is trained as anything else.
+
+        own  with `position`, by the label of the token that a position reads, in place of its target's
         """
         first, last = np.searchsorted(self._documents, [document, document + 1])
-        ahead = int(self.policy == "position")
+        ahead = int(self.policy == "position" and not own)
         pieces, position = [], 0
         for span, span_label in zip(self.spans[first:last], self.labels[first:last], strict=True):
             start, end = max(0, int(span["start"]) - ahead), int(span["end"]) - ahead
@@ -209,15 +233,19 @@ def pack(
     upsample: dict[str, float] | None = None,
     isolate_documents: bool = False,
     span_policy: str = "conservative",
+    token_filter: str = "off",
 ) -> dict[int | None, Stream]:
     """Streams of `context`-token sequences: one per applied label, or for mixing `token` a single one under None.
 
     documents          int64 positions in the corpus
     isolate_documents  no target crosses from one document into the next; mixing `token` needs it
+    token_filter       what of forget tokens is filtered: `off`, `loss` or `hide` (`data.token_filter`)
 
     Raises ValueError where a corpus with labelled spans is packed into label-pure sequences, where `upsample` names an
     unknown category, or where the conservative policy meets a document of two forget domains.
     """
+    filtered = space.forget_labels if token_filter != "off" else range(0)
+    assert not filtered or (isolate_documents and mixing == "token" and span_policy == "position")
     spans = _applied_spans(corpus, documents, space, channel, seed, mixing, span_policy)
     documents = _upsampled(corpus, documents, upsample or {}, seed, epoch)
     records = corpus.documents[documents]
@@ -230,7 +258,15 @@ def pack(
     chosen = {None: order} if mixing == "token" else {int(l): order[labels[order] == l] for l in np.unique(labels)}
     return {
         label: Stream(
-            corpus, documents[of], _starts(records["length"][of]), labels[of], context, isolate_documents, spans
+            corpus,
+            documents[of],
+            _starts(records["length"][of]),
+            labels[of],
+            context,
+            isolate_documents,
+            spans,
+            filtered,
+            hidden=token_filter == "hide",
         )
         for label, of in chosen.items()
     }

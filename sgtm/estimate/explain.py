@@ -17,7 +17,8 @@ from rich.table import Table
 from sgtm.config.schema import Config
 from sgtm.data.loader import check_corpus
 from sgtm.data.open import open_corpus
-from sgtm.data.summary import trained_categories
+from sgtm.data.store import Corpus
+from sgtm.data.summary import category_counts, trained_categories
 from sgtm.estimate.stages import accumulation
 from sgtm.masking.certificate import obstacle
 from sgtm.masking.channel import LabelChannel, row_lines
@@ -175,7 +176,19 @@ def data_line(config: Config) -> str:
     tokens = round(sum(count.tokens * passes[labels[category]] for category, count in counts.items()))
     taken = config.train.steps * config.train.tokens_per_step
     has = f"{corpus.path} has {counted(tokens, 'token')} in split train"
-    return f"data: {has}; the run takes {taken:,}, {taken / tokens:.2f} epochs"
+    return f"data: {has}; the run takes {taken:,}, {taken / tokens:.2f} epochs{_filtered(config, corpus, tokens)}"
+
+
+def _filtered(config: Config, corpus: Corpus, tokens: int) -> str:
+    """What the token filter takes of this many tokens, under the first label channel; empty without one."""
+    token_filter, (_, channel) = config.data.token_filter, config.channels[0]
+    if token_filter == "off":
+        return ""
+    shares = channel.matrix[:, config.space.forget_labels].sum(1)
+    counts = category_counts(corpus)["train"].items()
+    taken = round(sum(count.tokens * shares[config.space.label(corpus.categories[name])] for name, count in counts))
+    does = "have no loss" + (" and are read as EOS" if token_filter == "hide" else "")
+    return f"; data.token_filter {token_filter}: {counted(taken, 'forget token')} ({taken / tokens:.1%}) {does}"
 
 
 def _model_table(explanation: Explanation) -> Table:

@@ -39,7 +39,9 @@ ABSORBS = (
 )
 STAYS = "the retain group learns it, and it stays after the removal"
 UNKNOWN = "documents of a domain among them are absorbed by its group, at a price in quality that has to be measured"
-UNMASKED = "nothing is masked: a channel changes nothing but how often a document is trained"
+UNMASKED = (
+    "nothing is masked: a channel changes nothing but how often a document is trained, and what data.token_filter takes"
+)
 
 
 @dataclass(frozen=True, eq=False)

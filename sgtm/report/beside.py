@@ -99,6 +99,7 @@ def _about(config: Config, evaluation: dict) -> str:
     steps, all_steps = evaluation.get("step", evaluation.get("steps", config.train.steps)), config.train.steps
     words = ["trained without masks" if strategy == "none" else f"trained with strategy {strategy}"]
     words += [f"{', '.join(left_out)} left out"] if left_out else []
+    words += [f"token filter {config.data.token_filter}"] if config.data.token_filter != "off" else []
     words.append(counted(steps * config.train.tokens_per_step, "token"))
     words += [f"at step {steps} of {all_steps}"] if steps != all_steps else []
     return ", ".join(words)
@@ -106,5 +107,5 @@ def _about(config: Config, evaluation: dict) -> str:
 
 def _training(config: Config) -> str:
     """What a run trains on and how, whatever its length and seed."""
-    data = config.data.model_dump(mode="json", include={"upsample", "channel", "both_ways", "schedule"})
+    data = config.data.model_dump(mode="json", include={"upsample", "channel", "both_ways", "schedule", "token_filter"})
     return json.dumps([config.masking.strategy, data], sort_keys=True)

@@ -215,6 +215,8 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     if record.config:
         masking = record.config.masking
         facts += [("strategy", masking.strategy), ("domains", ", ".join(masking.domains))]
+        token_filter = record.config.data.token_filter
+        facts += [("token filter", token_filter)] if token_filter != "off" else []
         facts += [("recipe", record.config.recipe)] if record.config.recipe and masking.strategy != "none" else []
     written = {
         "parameters": lambda n: f"{n / 1e6:,.2f} M" if n < 1e9 else f"{n / 1e9:,.2f} B",

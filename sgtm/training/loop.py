@@ -231,7 +231,8 @@ def _evaluation_due(config: Config, done: int) -> bool:
 
 
 def _losses(totals: StepTotals, engine: Engine, labels: tuple[str, ...]) -> dict[str, float]:
-    """Mean loss over all targets and by applied label, of the labels that occurred; NaN if all steps were skipped."""
+    """Mean loss over all targets and by applied label, of the labels that occurred; NaN if there was none, or in
+    skipped steps alone."""
     sums, counts = totals.take(engine)
     if not counts.any():
         return {"loss": math.nan}

@@ -127,16 +127,18 @@ def train_step(
     """Forward, backward and update for this rank's micro-batches of one global step.
 
     What the step may update follows from the labels in the whole global step, so all ranks agree. `totals` None:
-    nothing is counted and nothing is updated (the dry run, the probe). measure: as in `Engine.step`. norms: takes the
-    output norms of all micro-batches, if given.
+    nothing is counted and nothing is updated (the dry run, the probe). A step without any target has loss 0 and updates
+    nothing either, moments and decay included. measure: as in `Engine.step`. norms: takes the output norms of all
+    micro-batches, if given.
     """
+    learns = totals is not None and batches[0].step_targets > 0
     for batch in batches:
         ids, targets, plan = batch.on(engine.device, tables)
-        loss, sums = engine(ids, targets, plan, 1.0 / batch.step_targets, norms)
+        loss, sums = engine(ids, targets, plan, 1.0 / max(1, batch.step_targets), norms)
         engine.backward(loss)
         if totals is not None:
             totals.add(sums, target_counts(batch, len(tables.labels)))
-    live = frozenset() if totals is None else live_keys(tables, batches[0].step_labels)
+    live = live_keys(tables, batches[0].step_labels) if learns else frozenset()
     engine.step(live, lr, measure)
     if totals is not None:
         retain = RETAIN_GROUP not in engine.skipped

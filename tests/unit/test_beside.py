@@ -34,6 +34,17 @@ def test_unmasked_and_filtered_runs_beside_a_run(tmp_path):
     assert comparison.notes[1] == f"f20: trained without masks, es left out, {20 * 512:,} tokens."
 
 
+def test_runs_with_a_token_filter_make_a_curve_of_their_own(tmp_path):
+    none = (NONE, "--data.mixing=token")
+    run = write_run(tmp_path, "run", evaluations(40), "--data.mixing=token")
+    unmasked = write_run(tmp_path, "unmasked", evaluations(10, 20, 40, 100), *none)
+    options = (*none, "--masking.span_policy=position", "--data.token_filter=loss")
+    filtered = write_run(tmp_path, "filtered", evaluations(10, 20, 40, 100), *options)
+    comparison = compare(run, [unmasked, filtered])
+    assert list(comparison.ratios) == ["unmasked", "filtered"]
+    assert comparison.notes[1] == f"filtered: trained without masks, token filter loss, {100 * 512:,} tokens."
+
+
 def test_a_run_without_a_curve_stands_beside_another_all_the_same(tmp_path):
     run = write_run(tmp_path, "run", evaluations(40))
     comparison = compare(run, [write_run(tmp_path, "short", evaluations(50), NONE)])

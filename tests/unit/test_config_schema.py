@@ -47,13 +47,39 @@ RULES = [
         "data.schedule 1 begins at step 1, but must begin after step 1 and",
     ),
     (["--data.schedule={3: {retain: {retain: 0.9}}}"], "data.schedule.3: label channel row 'retain'"),
+    (
+        ["--data.token_filter=loss"],
+        "data.token_filter loss does not go with data.mixing sequence, masking.span_policy conservative and "
+        "masking.strategy sgtm; set data.mixing token, masking.span_policy position and masking.strategy none, or "
+        "token_filter off",
+    ),
+    (
+        ["--data.token_filter=hide", "--data.mixing=token", "--masking.strategy=none"],
+        "data.token_filter hide does not go with masking.span_policy conservative; set masking.span_policy position, "
+        "or token_filter off",
+    ),
+    (
+        ["--data.token_filter=hide", "--masking.span_policy=position", "--masking.strategy=none"],
+        "data.token_filter hide does not go with data.mixing sequence; set",
+    ),
+    (
+        ["--data.token_filter=loss", "--masking.span_policy=position", "--data.mixing=token"],
+        "data.token_filter loss does not go with masking.strategy sgtm; set",
+    ),
+    (["--data.token_filter=on"], "data.token_filter: found 'on' on the command line, but it takes: one of off, loss,"),
 ]
+FILTERS = ["--masking.span_policy=position", "--data.mixing=token", "--masking.strategy=none"]
 
 
 @pytest.mark.parametrize("overrides, expected", RULES)
 def test_a_broken_rule_is_named_with_its_keys(overrides, expected):
     error = message("debug", *overrides)
     assert expected in error and "\n" not in error
+
+
+def test_the_method_names_the_token_filter():
+    methods = [load_config("debug", [*FILTERS, f"--data.token_filter={name}"]).method for name in ("off", "hide")]
+    assert methods == ["strategy none", "strategy none, token filter hide"]
 
 
 def test_a_warm_up_in_steps_and_its_share_are_the_same_run():

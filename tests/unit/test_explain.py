@@ -44,6 +44,13 @@ def test_the_line_on_the_data(tmp_path):
     path = f"--data.path={corpus.path}"
     line = data_line(load_config("debug", [path, "--model.vocab_size=257", "--train.steps=3"]))
     assert line == f"data: {corpus.path} has 121 tokens in split train; the run takes 1,536, {1536 / 121:.2f} epochs"
+    unmasked = ["--masking.strategy=none", "--masking.span_policy=position", "--data.mixing=token"]
+    for name, does in (("loss", "have no loss"), ("hide", "have no loss and are read as EOS")):
+        options = [path, "--model.vocab_size=257", "--train.steps=3", *unmasked, f"--data.token_filter={name}"]
+        filtered = f"{line}; data.token_filter {name}: 100 forget tokens (82.6%) {does}"
+        assert data_line(load_config("debug", options)) == filtered
+        missed = '--data.channel={"forget:es": {"forget:es": 0.25, "retain": 0.75}}'
+        assert ": 25 forget tokens (20.7%) have" in data_line(load_config("debug", [*options, missed]))
     printed = io.StringIO()
     refusal = f"data do not fit: model.vocab_size is 512, but the tokenizer of {corpus.path} has 257"
     with pytest.raises(ValueError, match=re.escape(refusal)):

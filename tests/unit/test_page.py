@@ -108,6 +108,13 @@ def test_an_evaluation_of_the_full_model_alone(run):
     )
 
 
+def test_a_token_filter_is_on_the_page(run):
+    unfiltered = CONFIG.replace("masking: {", "masking: {strategy: none, span_policy: position, ")
+    for keys, shown in (("", False), (", token_filter: hide", True)):
+        (run / "config.yaml").write_text(f"{unfiltered}data: {{mixing: token{keys}}}\n")
+        assert ("token filter" in page_without_figures(run).text) == shown
+
+
 def test_a_warning_of_the_run_is_on_the_page(run):
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"kind": "warning", "step": 90, "text": "the residual stream <grows>"}) + "\n")

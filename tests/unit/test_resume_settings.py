@@ -56,6 +56,16 @@ def test_a_key_that_is_younger_than_the_checkpoint_had_its_default():
     assert differences(older, now) == ["masking.domain_embedding: none in the checkpoint, 4 now"]
 
 
+def test_a_token_filter_is_neither_added_nor_taken_off():
+    unmasked = ("--masking.strategy=none", "--masking.span_policy=position", "--data.mixing=token")
+    older, filtered = saved(*unmasked), load_config("debug", [*unmasked, "--data.token_filter=loss"])
+    del older["data"]["token_filter"]
+    assert differences(older, load_config("debug", list(unmasked))) == []
+    assert differences(older, filtered) == ["data.token_filter: off in the checkpoint, loss now"]
+    hidden = saved(*unmasked, "--data.token_filter=hide")
+    assert differences(hidden, filtered) == ["data.token_filter: hide in the checkpoint, loss now"]
+
+
 def test_a_run_is_not_resumed_on_other_data(tmp_path: Path):
     """Wherever the same data are."""
     (saved,) = make(tmp_path, 1)

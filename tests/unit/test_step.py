@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sgtm.config import load_config
 from sgtm.config.schema import OptimizerConfig
 from sgtm.data.batch import IGNORE, Batch
 from sgtm.training.loop import _losses
-from sgtm.training.step import StepTotals, group_norms, learning_rate, only, target_counts
+from sgtm.training.step import StepTotals, group_norms, learning_rate, only, target_counts, train_step
 
 CONFIG = OptimizerConfig(lr=2e-3, warmup_steps=10, warmup_start=0.1, final_lr=0.05)
 TOTAL = 110
@@ -103,6 +105,25 @@ def test_a_batch_of_one_label_alone_has_the_same_tokens_and_its_targets():
     assert batch.targets.tolist() == [ignored, [5, 6, IGNORE, IGNORE]]
     assert batch.input_ids is BATCH.input_ids and batch.step_targets == 6
     assert only(BATCH, 1).targets.tolist() == [ignored, ignored]
+
+
+@pytest.mark.parametrize("targets", [0, 6])
+def test_a_step_without_targets_updates_nothing(targets):
+    """As `data.token_filter` may leave one: it counts as a step, and its scale is a number."""
+    calls, totals, config = [], StepTotals(3, torch.device("cpu")), load_config("debug", ["--masking.strategy=none"])
+    batch = replace(BATCH, step_targets=targets, targets=BATCH.targets if targets else torch.full((2, 4), IGNORE))
+
+    def engine(ids, targets, plan, scale, norms):
+        calls.append(scale)
+        return torch.zeros(()), torch.zeros(3, dtype=torch.float64)
+
+    engine.device, engine.skipped, engine.finite = torch.device("cpu"), (), True
+    engine.backward, engine.clip_factor = lambda loss: None, lambda: torch.tensor(1.0)
+    engine.step = lambda live, lr, measure: calls.append(live)
+    train_step(engine, [batch], config.tables, 1e-3, totals)
+    scale, live = calls
+    assert scale == 1 / max(1, targets) and bool(live) == bool(targets)
+    assert totals.counts.tolist() == ([4, 0, 2] if targets else [0, 0, 0]) and not totals.skipped
 
 
 def test_norms_of_keys_add_up_by_group_and_without_one_to_joint():
