@@ -17,18 +17,21 @@ def trained_tokens(corpus: Corpus, config: Config) -> dict[str, dict[str, float]
     """Tokens of the whole run by true label and by the label that they are trained as.
 
     Shares are those of the first epoch of each label channel, so that a run that ends inside an epoch differs from them
-    by what its own sequences happen to hold. Labels without tokens are left out.
+    by what its own sequences happen to hold. Labels without tokens are left out, and what `data.token_filter` filters.
 
     Raises ValueError where corpus and config do not fit, as the loader does.
     """
     orders, train = Loader(corpus, config).orders, config.train
     starts = [start for start, _ in orders]
     labels, true_labels = config.space.labels, corpus.label_of_category(config.space)
+    filtered = config.space.forget_labels if config.data.token_filter != "off" else ()
     tokens: dict[str, dict[str, float]] = {}
     for (start, order), end in zip(orders, [*starts[1:], train.steps], strict=True):
         epoch = sum((_stream_tokens(stream, true_labels) for stream in order.streams.values()), Counter())
         run = (end - start) * train.tokens_per_step
         for (true, applied), count in sorted(epoch.items()):
+            if applied in filtered:
+                continue
             row = tokens.setdefault(labels[true], {})
             row[labels[applied]] = row.get(labels[applied], 0) + run * count / epoch.total()
     return tokens

@@ -56,3 +56,14 @@ def test_tokens_of_spans_have_the_label_of_their_span(tmp_path, policy):
     assert by_applied(tokens) == pytest.approx(dict(applied_tokens(corpus, config)), rel=0.03)
     outside = set(tokens) - {"forget:es"}
     assert all(("forget:es" in tokens[true]) == (policy == "conservative") for true in outside & {"retain"})
+
+
+def test_filtered_tokens_are_not_trained(tmp_path):
+    corpus = spanned_corpus(tmp_path / "corpus")
+    masking = {"span_policy": "position", "strategy": "none"}
+    of_all, of_rest = (
+        trained_tokens(corpus, config_for(mixing="token", steps=200, masking=masking, token_filter=how))
+        for how in ("off", "loss")
+    )
+    assert "forget:es" in of_all
+    assert of_rest == {true: row for true, row in of_all.items() if true != "forget:es"}
