@@ -33,7 +33,7 @@ from sgtm.evaluation.compute_ratio import LEAST, LearningCurve
 from sgtm.report.baselines import FOLDER, basis
 from sgtm.run.environment import last_environment
 from sgtm.sweep.file import read_sweep
-from sgtm.sweep.table import LOSSES
+from sgtm.sweep.table import SIX
 from sgtm.sweep.tampered import tamper_rows
 
 BASELINES = ("unmasked", "filtered")
@@ -87,7 +87,7 @@ def trained(row: dict, folder: Path) -> dict:
 
 def short(row: dict) -> dict:
     """A row of table.jsonl without the runs' names and losses by category."""
-    keys = ("seed", *LOSSES, "evaluations", "residual")
+    keys = ("seed", *SIX, "evaluations", "residual")
     seeds = [{key: seed[key] for key in keys if key in seed} for seed in row["seeds"]]
     return {**row, "seeds": seeds}
 

@@ -68,6 +68,18 @@ def check_ranks(sweep: Sweep, ranks: int) -> None:
             raise ConfigError(f"{sweep.file}: run {run.name}: {error}") from None
 
 
+def check_adjacent(sweep: Sweep, corpora: dict[str, Corpus | None]) -> None:
+    """Raise ConfigError where an adjacent category is not in a corpus, or is a domain's."""
+    for corpus in {corpus.path: corpus for corpus in corpora.values() if corpus is not None}.values():
+        retained = [name for name, label in corpus.categories.items() if not label.startswith("forget:")]
+        for category in sweep.adjacent:
+            if category not in retained:
+                raise ConfigError(
+                    f"{sweep.file}: adjacent: {category!r} is no category of {corpus.path} that is retained; those are "
+                    f"{', '.join(retained)}"
+                )
+
+
 def check_comparable(sweep: Sweep, corpora: dict[str, Corpus | None]) -> None:
     """Raise ConfigError naming two runs and the key where their losses cannot be compared.
 

@@ -42,6 +42,8 @@ class SweepFile(Section):
     """Default: the seed of the base."""
     seed_keys: list[Literal["train.seed", "data.seed"]] = ["train.seed"]
     """Keys that a seed sets."""
+    adjacent: list[str] = []
+    """Categories close to a domain, not of one: their loss has columns of its own and does not count as retained."""
     may_differ: list[Aspect] | dict[str, list[Aspect]] = {}
     """What may differ on purpose: in all variants, or in those named."""
 
@@ -69,12 +71,14 @@ class Sweep:
     folder      `<runs>/<name>`, which holds the run directories
     runs        all seeds of one variant are not neighbours: the first seed of every variant comes first
     may_differ  by variant, what may differ from the others on purpose
+    adjacent    categories whose loss is shown apart from the retained ones
     """
 
     file: Path
     folder: Path
     runs: tuple[Run, ...]
     may_differ: dict[str, frozenset[str]]
+    adjacent: tuple[str, ...] = ()
 
     @property
     def variants(self) -> list[str]:
@@ -103,7 +107,7 @@ def read_sweep(file: Path) -> Sweep:
         own = {"name": f"{variant}-s{seed}", "runs": str(folder)} | dict.fromkeys(spec.seed_keys, seed)
         config = load_variant(base, [spec.set, keys, own], f"{file}: variant {variant}")
         runs.append(Run(variant, seed, config))
-    return Sweep(file, folder, tuple(runs), _may_differ(file, spec, list(points)))
+    return Sweep(file, folder, tuple(runs), _may_differ(file, spec, list(points)), tuple(spec.adjacent))
 
 
 def _read(file: Path) -> SweepFile:

@@ -13,7 +13,6 @@ from sgtm.report.figures import draw
 from sgtm.report.page import Exhibit, template, write_page
 from sgtm.sweep import study_figures as figures
 from sgtm.sweep.study import Study, differing_settings, leakages
-from sgtm.sweep.table import LOSSES
 
 SERIES = (
     "Dots: the last losses of models with masks; rings: of models that were trained without; bars: 95 % confidence "
@@ -25,6 +24,12 @@ EXHIBITS = (
         "Ablated: forget loss against retain loss of the models that are served without the domains. Up and left is "
         f"better. {SERIES}",
         "No losses.",
+    ),
+    (
+        figures.adjacent,
+        "Adjacent: forget loss of the served models against their loss on the categories that are close to a domain. "
+        f"{SERIES}",
+        "No losses on adjacent categories: `adjacent` in the sweep file chooses them.",
     ),
     (figures.full, f"Full: the same of the full models. Down and left is better. {SERIES}", "No losses."),
     (
@@ -73,7 +78,6 @@ def render(study: Study, exhibits: list[Exhibit]) -> str:
     return template("study.html.j2", "sgtm.sweep").render(
         study=study,
         seeds="no" if not seeds else str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}",
-        losses=LOSSES,
         leakages=leakages(study.variants),
         settings=differing_settings(study.variants),
         common=_common(study),

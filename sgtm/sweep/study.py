@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from sgtm.evaluation.leakage import TokenCurve, leakage
 from sgtm.run.environment import last_environment
-from sgtm.sweep.table import LOSSES
+from sgtm.sweep.table import LOSSES, SIX
 from sgtm.sweep.tampered import tamper_rows
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -73,20 +73,20 @@ class Variant:
     def loss(self, loss: str) -> Interval | None:
         return interval(self.values(loss))
 
-    def curve(self, model: str) -> list[tuple[int, Interval, Interval]]:
-        """(tokens, retain loss, forget loss) of a model at the evaluations that all seeds have."""
+    def curve(self, model: str, data: str = "retain") -> list[tuple[int, Interval, Interval]]:
+        """(tokens, loss on `data`, forget loss) of a model at the evaluations that all seeds have."""
         by_tokens: dict[int, list[dict]] = {}
         for seed in self.seeds:
             for line in seed.get("evaluations", ()):
                 by_tokens.setdefault(line["tokens"], []).append(line)
         points = []
         for tokens, lines in sorted(by_tokens.items()):
-            retain, forget = (
-                interval([math.nan if line[name] is None else line[name] for line in lines])
-                for name in (f"{model}_retain", f"{model}_forget")
+            other, forget = (
+                interval([math.nan if line.get(name) is None else line[name] for line in lines])
+                for name in (f"{model}_{data}", f"{model}_forget")
             )
-            if retain and forget and len(lines) == len(self.seeds):
-                points.append((tokens, retain, forget))
+            if other and forget and len(lines) == len(self.seeds):
+                points.append((tokens, other, forget))
         return points
 
     @property
@@ -109,6 +109,11 @@ class Study(NamedTuple):
     name: str
     variants: tuple[Variant, ...]
     tampered: tuple[dict, ...]
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """Names of those that the page shows: four, or six where a variant has adjacent ones."""
+        return SIX if any(variant.loss("full_adjacent") for variant in self.variants) else LOSSES
 
 
 def read_study(path: Path) -> Study:
@@ -143,7 +148,7 @@ def _variant(row: dict, folder: Path | None) -> Variant:
         tokens=row["tokens"],
         trained=row.get("trained", {}),
         settings=row.get("settings", {}),
-        seeds=tuple({**dict.fromkeys(LOSSES), **seed} for seed in row["seeds"]),
+        seeds=tuple({**dict.fromkeys(SIX), **seed} for seed in row["seeds"]),
         origin={key: str(origin[key]) for key in ("device", "commit", "time") if origin.get(key)},
     )
 

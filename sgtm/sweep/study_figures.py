@@ -18,6 +18,11 @@ def ablated(study: Study) -> Figure | None:
     return _trade_off(study, [(variant, variant.served) for variant in study.variants])
 
 
+def adjacent(study: Study) -> Figure | None:
+    """Of these models, forget loss against the loss on categories close to a domain."""
+    return _trade_off(study, [(variant, variant.served) for variant in study.variants], "adjacent")
+
+
 def full(study: Study) -> Figure | None:
     """The same of the full models."""
     return _trade_off(study, [(variant, "full") for variant in study.variants])
@@ -80,23 +85,23 @@ def tampering(study: Study) -> Figure | None:
     return with_legend(figure, axes)
 
 
-def _trade_off(study: Study, models: list[tuple[Variant, str]]) -> Figure | None:
+def _trade_off(study: Study, models: list[tuple[Variant, str]], data: str = "retain") -> Figure | None:
     """A line through the evaluations of each model, and its last losses with their intervals. The axes are for these:
     of the lines they show the end."""
-    figure, axes = panel("retain loss (nats per token)", "forget loss (nats per token)")
+    figure, axes = panel(f"{data} loss (nats per token)", "forget loss (nats per token)")
     last = []
     for number, (variant, model) in enumerate(models):
-        retain, forget = variant.loss(f"{model}_retain"), variant.loss(f"{model}_forget")
-        if retain is None or forget is None:
+        other, forget = variant.loss(f"{model}_{data}"), variant.loss(f"{model}_forget")
+        if other is None or forget is None:
             continue
-        points = [(retain.mean, forget.mean) for _, retain, forget in variant.curve(model)]
+        points = [(x.mean, y.mean) for _, x, y in variant.curve(model, data)]
         if len(points) > 1:
             axes.plot(*zip(*points, strict=True), **line_of(number), linewidth=0.9)
-        _dot(axes, number, (retain, forget), variant.name, filled=variant.masks)
-        last.append((retain.mean, forget.mean))
+        _dot(axes, number, (other, forget), variant.name, filled=variant.masks)
+        last.append((other.mean, forget.mean))
     if not last:
         return None
-    axes.set(xlim=_limits([retain for retain, _ in last]), ylim=_limits([forget for _, forget in last]))
+    axes.set(xlim=_limits([x for x, _ in last]), ylim=_limits([y for _, y in last]))
     return with_legend(figure, axes)
 
 

@@ -1,9 +1,10 @@
-"""The result of a sweep: a row for each variant, mean and spread over the seeds of four losses.
+"""The result of a sweep: a row for each variant, mean and spread over the seeds of four losses, or of six.
 
 Losses are those of the evaluation after a run's last step (`train.eval_sequences` of each category of split test), in
 nats per token. `retain` is the mean over the categories that no domain owns, unlabeled ones too, `forget` over those of
 the domains, each category counting the same; `full` is the model as trained, `ablated` the one without any domain.
-Nothing is ablated from a model that was trained without masks.
+Nothing is ablated from a model that was trained without masks. Where the sweep has `adjacent` categories, their mean is
+a loss of its own, and they do not count as retained.
 
 `table.jsonl` is all that the page of a sweep is made of (page.py). It has more than the table: for each variant
 `settings` (dotted keys of the config) and `trained` (tokens by true and applied label, sgtm/data/trained.py); for each
@@ -18,6 +19,7 @@ import io
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rich.box import SIMPLE_HEAD
@@ -34,18 +36,21 @@ from sgtm.sweep.file import Run, Sweep
 from sgtm.sweep.state import final_losses
 
 CAPTION = "retain: mean over the categories that no domain owns, unlabeled ones too"
-LOSSES = ("full_retain", "full_forget", "ablated_retain", "ablated_forget")
+MODELS, DATA = ("full", "ablated"), ("retain", "adjacent", "forget")
+SIX = tuple(f"{model}_{data}" for model in MODELS for data in DATA)
+LOSSES = tuple(name for name in SIX if not name.endswith("_adjacent"))
 
 
 @dataclass(frozen=True)
 class Row:
     """
     runs        of the variant, finished or not
-    losses      the four losses of each finished run, by its name; NaN for one that was not finite or not measured
+    losses      those of each finished run, by its name: four or six; NaN for one that was not finite or not measured
     categories  of each finished run: losses by condition and category, as the run has them
     trained     tokens by true and applied label; empty without a finished run
     evaluations of each finished run: tokens so far and the four losses
     residual    of each finished run: norm of the residual stream after the last layer, by applied label
+    names       of the losses
     """
 
     variant: str
@@ -55,6 +60,7 @@ class Row:
     trained: dict[str, dict[str, float]] = field(default_factory=dict)
     evaluations: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     residual: dict[str, dict[str, float]] = field(default_factory=dict)
+    names: tuple[str, ...] = LOSSES
 
     @property
     def tokens(self) -> int:
@@ -85,44 +91,47 @@ def read_rows(sweep: Sweep, corpora: dict[str, Corpus | None]) -> list[Row]:
     rows = []
     for variant in sweep.variants:
         runs = tuple(run for run in sweep.runs if run.variant == variant)
-        row = Row(variant, runs, {}, {})
+        row = Row(variant, runs, {}, {}, names=SIX if sweep.adjacent else LOSSES)
         for run in runs:
             losses, corpus = final_losses(run.directory, run.config), corpora[run.name]
             if losses and corpus:
-                row.losses[run.name] = four_losses(losses, corpus.categories, run)
+                row.losses[run.name] = losses_of(losses, corpus.categories, run, sweep.adjacent)
                 row.categories[run.name] = losses
                 if not row.trained:
                     row.trained.update(trained_tokens(corpus, run.config))
-                _read_log(row, run, corpus.categories)
+                _read_log(row, run, corpus.categories, sweep.adjacent)
         rows.append(row)
     return rows
 
 
-def _read_log(row: Row, run: Run, true_labels: dict[str, str]) -> None:
+def _read_log(row: Row, run: Run, true_labels: dict[str, str], adjacent: Sequence[str]) -> None:
     """Adds the evaluations and the residual norms of a run."""
     size = run.config.train.tokens_per_step
     residual: dict[str, float] = {}
     evaluations = row.evaluations[run.name] = []
     for line in read_metrics(run.directory / "metrics.jsonl"):
         if line["kind"] == "eval":
-            four = four_losses(line["losses"], true_labels, run)
-            evaluations.append({"tokens": line["step"] * size, **four})
+            means = losses_of(line["losses"], true_labels, run, adjacent)
+            evaluations.append({"tokens": line["step"] * size, **means})
         elif line["kind"] == "step":
             norms = {label: norm["residual"][-1] for label, norm in line.get("norms", {}).items()}
             residual |= {label: norm for label, norm in norms.items() if norm is not None}
     row.residual[run.name] = residual
 
 
-def four_losses(losses: dict, true_labels: dict[str, str], run: Run) -> dict[str, float]:
-    """The four losses of one run; NaN where nothing is ablated, no category was measured or one is not finite."""
-    forgotten = {category for category, label in true_labels.items() if label.startswith("forget:")}
+def losses_of(losses: dict, true_labels: dict[str, str], run: Run, adjacent: Sequence[str] = ()) -> dict[str, float]:
+    """The four losses of one run, with adjacent categories six; NaN where nothing is ablated, no category was measured
+    or one is not finite."""
+    data_of = {name: "forget" if label.startswith("forget:") else "retain" for name, label in true_labels.items()}
+    data_of |= dict.fromkeys(adjacent, "adjacent")
     means = {}
-    for model, removed in (("full", ()), ("ablated", run.config.space.domains)):
+    for name in SIX if adjacent else LOSSES:
+        model, data = name.split("_")
+        removed = run.config.space.domains if model == "ablated" else ()
         by_category = losses[removal_name(removed)] if removed in run.config.removals else {}
-        for data in ("retain", "forget"):
-            mine = [loss for name, loss in by_category.items() if (name in forgotten) == (data == "forget")]
-            known = mine and all(loss is not None for loss in mine)
-            means[f"{model}_{data}"] = statistics.fmean(mine) if known else math.nan
+        mine = [loss for category, loss in by_category.items() if data_of[category] == data]
+        known = mine and all(loss is not None for loss in mine)
+        means[name] = statistics.fmean(mine) if known else math.nan
     return means
 
 
@@ -130,7 +139,8 @@ def write_table(sweep: Sweep, rows: list[Row]) -> None:
     """`table.csv` and `table.jsonl` in the sweep's folder; floats are written in full."""
     write_atomically(sweep.folder / "table.jsonl", "".join(json.dumps(_record(row)) + "\n" for row in rows))
     text = io.StringIO()
-    spreads = [name for loss in LOSSES for name in (loss, f"{loss}_sd")]
+    names = rows[0].names
+    spreads = [name for loss in names for name in (loss, f"{loss}_sd")]
     table = csv.DictWriter(text, ["variant", "finished", "runs", "tokens", *spreads], lineterminator="\n")
     table.writeheader()
     for row in rows:
@@ -146,11 +156,11 @@ def print_table(rows: list[Row], console: Console) -> None:
     table.add_column("variant", overflow="fold")
     table.add_column("runs", justify="right", no_wrap=True)
     table.add_column("tokens", justify="right", no_wrap=True)
-    for loss in LOSSES:
+    for loss in rows[0].names:
         table.add_column(loss.replace("_", "\n"), justify="right")
     for row in rows:
         of = len(row.runs) if len(row.losses) == len(row.runs) else f"{len(row.losses)} of {len(row.runs)}"
-        table.add_row(row.variant, str(of), f"{row.tokens:,}", *(_cell(row, loss) for loss in LOSSES))
+        table.add_row(row.variant, str(of), f"{row.tokens:,}", *(_cell(row, loss) for loss in row.names))
     console.print(table)
     console.print(CAPTION, highlight=False, soft_wrap=True)
 
@@ -165,7 +175,7 @@ def _cell(row: Row, loss: str) -> str:
 def _record(row: Row) -> dict:
     statistic = {
         name: _json(value)
-        for loss in LOSSES
+        for loss in row.names
         for name, value in ((loss, row.mean(loss)), (f"{loss}_sd", row.spread(loss)))
     }
     each = [

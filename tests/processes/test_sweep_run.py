@@ -28,7 +28,7 @@ from sgtm.sweep.file import read_sweep
 from sgtm.sweep.run import run_sweep
 from sgtm.sweep.schedule import _fits
 from sgtm.sweep.state import FINISHED, state_of, steps_done
-from sgtm.sweep.table import four_losses, print_table, read_rows
+from sgtm.sweep.table import losses_of, print_table, read_rows
 
 BASE = """
 extends: debug
@@ -214,7 +214,7 @@ def test_nothing_is_ablated_from_a_variant_without_masks(sweep_file):
 def test_loss_that_is_not_finite_has_no_mean(sweep_file):
     (run,) = read_sweep(sweep_file("variants: {a: }")).runs
     losses = {**LOSSES, "full": {"en": None, "web": 2.0, "es": 4.0}}
-    means = four_losses(losses, LABELS, run)
+    means = losses_of(losses, LABELS, run)
     assert math.isnan(means["full_retain"]) and means["full_forget"] == 4.0
 
 

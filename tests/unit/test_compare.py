@@ -10,7 +10,7 @@ from sweeps import sweep_of
 
 from sgtm.config import ConfigError
 from sgtm.sweep import compare
-from sgtm.sweep.compare import _held_out, check_comparable, check_ranks, open_corpora
+from sgtm.sweep.compare import _held_out, check_adjacent, check_comparable, check_ranks, open_corpora
 
 
 def test_runs_of_one_corpus_share_it_and_a_synthetic_one_may_be_missing(tmp_path: Path, monkeypatch):
@@ -60,3 +60,14 @@ def test_the_run_that_does_not_divide_among_the_ranks_is_named(tmp_path: Path):
     check_ranks(sweep, 2)
     with pytest.raises(ConfigError, match=r"mine\.yaml: run b-s0: train\.tokens_per_step 512"):
         check_ranks(sweep, 4)
+
+
+@pytest.mark.parametrize("category", ["fr", "es"])
+def test_an_adjacent_category_is_one_that_is_retained(tmp_path: Path, category):
+    corpus = build(tmp_path / "corpus", [record(n, name) for n in range(3) for name in LABELS], LABELS)
+    sweep = sweep_of(tmp_path, f"variants: {{a: }}\nadjacent: [web, {category}]")
+    with pytest.raises(
+        ConfigError, match=rf"mine\.yaml: adjacent: '{category}' is no category of .* those are en, web"
+    ):
+        check_adjacent(sweep, {"a-s0": corpus})
+    check_adjacent(sweep_of(tmp_path, "variants: {a: }\nadjacent: [web]"), {"a-s0": corpus, "b": None})

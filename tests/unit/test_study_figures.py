@@ -6,7 +6,8 @@ import pytest
 from studies import FORGET, loss_of, rows, write_rows
 
 from sgtm.sweep.study import leakages, read_study
-from sgtm.sweep.study_figures import ablated, full, leaked, residual, tampering, undiscovered
+from sgtm.sweep.study_figures import ablated, adjacent, full, leaked, residual, tampering, undiscovered
+from sgtm.sweep.table import LOSSES, SIX
 
 
 @pytest.fixture
@@ -24,6 +25,18 @@ def test_a_trade_off_leads_to_the_last_losses(study):
     x = [container.lines[0].get_xdata()[0] for container in full(study).axes[0].containers]
     assert x == pytest.approx([3.0] * 5 + [3.1] * 3)  # of masked models too the full one
     assert [text.get_text() for text in ablated(study).legends[0].get_texts()] == [v.name for v in study.variants]
+
+
+def test_adjacent_losses_have_a_figure_of_their_own(study, tmp_path):
+    assert adjacent(study) is None and study.losses == LOSSES
+    lines = rows()
+    for seed in (seed for line in lines[5:8] for seed in line["seeds"]):
+        for losses in (seed, *seed["evaluations"]):
+            losses |= {"full_adjacent": 2.0, "ablated_adjacent": 2.5}
+    study = read_study(write_rows(tmp_path / "mine.jsonl", lines))
+    axes = adjacent(study).axes[0]
+    assert [container.lines[0].get_xdata()[0] for container in axes.containers] == [2.5] * 3
+    assert axes.get_xlabel() == "adjacent loss (nats per token)" and study.losses == SIX
 
 
 def test_the_standard_models_make_the_line_of_undiscovered_data(study):

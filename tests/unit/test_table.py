@@ -14,7 +14,7 @@ from rich.console import Console
 from sweeps import evaluation, step, sweep_of, write_run
 
 from sgtm.sweep import table
-from sgtm.sweep.table import LOSSES, Row, four_losses, print_table, read_rows, write_table
+from sgtm.sweep.table import LOSSES, Row, losses_of, print_table, read_rows, write_table
 
 LABELS = {"en": "retain", "web": "unlabeled", "es": "forget:es"}
 FOUND = {"full": {"en": 1.0, "web": 2.0, "es": 4.0}, "without es": {"en": 1.5, "web": 2.5, "es": 8.0}}
@@ -26,12 +26,33 @@ def sweep(tmp_path: Path):
 
 
 def test_a_category_that_no_domain_owns_counts_as_retained(sweep):
-    assert four_losses(FOUND, LABELS, sweep.runs[0]) == {
+    assert losses_of(FOUND, LABELS, sweep.runs[0]) == {
         "full_retain": 1.5, "full_forget": 4.0, "ablated_retain": 2.0, "ablated_forget": 8.0,
     }  # fmt: skip
     nothing_forgotten = {name: {"en": 1.0} for name in FOUND}
-    losses = four_losses(nothing_forgotten, LABELS, sweep.runs[0])
+    losses = losses_of(nothing_forgotten, LABELS, sweep.runs[0])
     assert losses["full_retain"] == 1.0 and math.isnan(losses["full_forget"])
+
+
+def test_adjacent_categories_have_losses_of_their_own(sweep):
+    assert losses_of(FOUND, LABELS, sweep.runs[0], ["web"]) == {
+        "full_retain": 1.0, "full_adjacent": 2.0, "full_forget": 4.0,
+        "ablated_retain": 1.5, "ablated_adjacent": 2.5, "ablated_forget": 8.0,
+    }  # fmt: skip
+
+
+def test_a_table_has_columns_for_adjacent_categories_where_the_sweep_names_some(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(table, "trained_tokens", lambda corpus, config: TRAINED)
+    sweep = sweep_of(tmp_path, "variants: {a: }\nadjacent: [web]")
+    write_run(sweep.runs[0], step(4), evaluation(4, FOUND))
+    rows = read_rows(sweep, {sweep.runs[0].name: SimpleNamespace(categories=LABELS)})
+    write_table(sweep, rows)
+    (record,) = map(json.loads, (sweep.folder / "table.jsonl").read_text().splitlines())
+    assert (record["ablated_adjacent"], record["ablated_retain"]) == (2.5, 1.5)
+    assert record["seeds"][0]["evaluations"][0]["full_adjacent"] == 2.0
+    assert "ablated_adjacent_sd" in (sweep.folder / "table.csv").read_text().splitlines()[0]
+    print_table(rows, Console(width=140))
+    assert capsys.readouterr().out.count("adjacent") == 2
 
 
 def test_spread_is_that_of_a_sample_and_needs_two_finite_losses(sweep):
