@@ -36,10 +36,17 @@ $(FOUR)/.installed: tests/transformers-4.txt $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --no-compile --upgrade --target $(FOUR) -r tests/transformers-4.txt
 	touch $@
 
+# For the test of examples/lm_eval: EleutherAI's lm-eval in a folder of its own, as nothing else needs what it imports.
+LM_EVAL := .venv/lm-eval
+
+$(LM_EVAL)/.installed: tests/lm-eval.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --upgrade --target $(LM_EVAL) -r tests/lm-eval.txt
+	touch $@
+
 # Three processes for two cores: tests use one thread each, and some wait. What one has not begun, another takes.
 PYTEST_ARGS ?= -n 3 --dist worksteal
 
-test: install $(FOUR)/.installed
+test: install $(FOUR)/.installed $(LM_EVAL)/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 quick: lint

@@ -16,14 +16,9 @@ def add(commands: Subcommands) -> None:
 
 
 def run(options) -> None:
-    from sgtm.config.load import load_run_config
-    from sgtm.data.store import check_split, read_manifest
-    from sgtm.run.located import locate_data
+    from sgtm.run.located import check_run
 
-    config = load_run_config(options.run_dir)
-    folder = Path(locate_data(config, options.run_dir, options.data_path).data.path)
-    if folder.is_dir():  # mistakes come before anything heavy is imported
-        check_split(folder, read_manifest(folder).splits, options.split)
+    config = check_run(options.run_dir, options.data_path, options.split)  # before anything heavy is imported
     from sgtm.report import print_summary
     from sgtm.report.baselines import with_shipped
     from sgtm.run.evaluate import evaluate_run, write_summary

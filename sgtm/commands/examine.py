@@ -23,9 +23,11 @@ def add(commands: Subcommands) -> None:
 
 
 def run(options) -> None:
-    texts = [] if options.texts is None else list(filter(None, options.texts.read_text("utf-8").splitlines()))
-    if options.texts is not None and not texts:
-        raise ValueError(f"{options.texts} has no line of text: one passage a line is expected")
+    from sgtm.run.located import check_run
+
+    for folder in filter(None, (options.run_dir, options.against)):
+        check_run(folder, options.data_path, options.split)  # before anything heavy is imported
+    texts = _passages(options.texts) if options.texts else []
     from sgtm.report.examination import print_examination
     from sgtm.run.examine import examine_run, write_examination
 
@@ -42,3 +44,13 @@ def run(options) -> None:
     )
     write_examination(options.run_dir, results)
     print_examination(results)
+
+
+def _passages(file: Path) -> list[str]:
+    try:
+        texts = list(filter(None, file.read_text("utf-8").splitlines()))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    if not texts:
+        raise ValueError(f"{file} has no line of text: one passage a line is expected")
+    return texts

@@ -45,15 +45,16 @@ def add(commands: Subcommands) -> None:
 
 
 def run(options) -> None:
-    from sgtm.config.load import load_run_config
+    from sgtm.run.located import check_run
 
     for folder in filter(None, (options.run_dir, options.against, options.baseline)):
-        load_run_config(folder)  # mistakes come before anything heavy is imported
+        check_run(folder, options.data_path)  # mistakes come before anything heavy is imported
 
     from sgtm.evaluation.tampering import worst_case
     from sgtm.masking.labels import removal_name
     from sgtm.report.tampering import Curve, print_tampering
-    from sgtm.run.tamper_plan import check_comparable, make_plan, open_target, small_samples
+    from sgtm.run.evaluate import small_samples
+    from sgtm.run.tamper_plan import check_comparable, make_plan, open_target
     from sgtm.run.tampering import attack_run, full_loss
 
     attacked = open_target(options.run_dir, options.data_path)
@@ -76,12 +77,10 @@ def run(options) -> None:
         "seed": options.seed,
     }
     plan = make_plan(attacked, **{name: value for name, value in settings.items() if value is not None})
-    if options.sequences and (small := small_samples(attacked, plan)):
-        print(
-            f"warning: --sequences {options.sequences}: split test of {attacked.corpus.path} has {small}, and all of "
-            f"them are taken",
-            file=sys.stderr,
-        )
+    if options.sequences:
+        measured = (*plan.forget, *plan.retain)
+        if small := small_samples(attacked.corpus, attacked.config, "test", measured, options.sequences):
+            print(f"warning: {small}", file=sys.stderr)
     goal = ("the target loss", options.target_loss) if options.target_loss else None
     if baseline:
         goal = f"the loss of {baseline.config.name} (full)", full_loss(baseline, plan)

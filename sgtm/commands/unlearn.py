@@ -54,9 +54,9 @@ def add(commands: Subcommands) -> None:
 
 
 def run(options) -> None:
-    from sgtm.config.load import load_run_config
+    from sgtm.run.located import check_run
 
-    load_run_config(options.run_dir)  # before anything heavy is imported
+    check_run(options.run_dir, options.data_path)  # before anything heavy is imported
     from sgtm.unlearning.run import unlearn_run
 
     own = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}

@@ -109,7 +109,7 @@ def open_synthetic(
         relative = f"; runs: {runs} is relative to the directory it ran in, and this is {Path.cwd()}"
         raise ValueError(
             f"no synthetic corpus of this version at {out}, where `sgtm train` writes it"
-            f"{'' if out.is_absolute() else relative}"
+            f"{'' if out.is_absolute() else relative}; give the folder of the run's corpus with --data.path DIR"
         )
     return write_synthetic_corpus(out, vocab_size, *STORIES)
 

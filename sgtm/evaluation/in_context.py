@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from sgtm.data.batch import IGNORE
+from sgtm.data.store import Corpus
 from sgtm.evaluation.memorisation import Estimate, mean
 from sgtm.evaluation.subject import Subject, scored
+from sgtm.words import counted
 
 BATCH = 16  # sequences of a forward pass
 
@@ -52,18 +54,22 @@ def context_gain(
     return ContextGain(alone, behind_other, behind_own, mean(gain), count)
 
 
-def _pieces(subject: Subject, split: str, category: str, length: int, seed: int) -> np.ndarray:
-    """The first `length` tokens of each document that has as many, int64 [documents, length], in random order."""
-    corpus = subject.corpus
+def long_documents(corpus: Corpus, split: str, category: str, length: int) -> np.ndarray:
+    """Those with `length` tokens or more, half of a context. Raises ValueError for fewer than two."""
     documents = corpus.select(split, category)
     documents = documents[corpus.documents["length"][documents] >= length]
     if len(documents) < 2:
         raise ValueError(
-            f"split {split} of {corpus.path} has {len(documents)} documents of {category} with {length} tokens or "
-            f"more, half of the context; passages in context need two"
+            f"split {split} of {corpus.path} has {counted(len(documents), 'document')} of {category} with {length} "
+            f"tokens or more, half of the context; the measure context needs two"
         )
-    order = np.random.default_rng(seed).permutation(documents)
-    return np.stack([corpus.tokens(int(document), 0, length).astype(np.int64) for document in order])
+    return documents
+
+
+def _pieces(subject: Subject, split: str, category: str, length: int, seed: int) -> np.ndarray:
+    """The first `length` tokens of each document that has as many, int64 [documents, length], in random order."""
+    order = np.random.default_rng(seed).permutation(long_documents(subject.corpus, split, category, length))
+    return np.stack([subject.corpus.tokens(int(document), 0, length).astype(np.int64) for document in order])
 
 
 def _losses(subject: Subject, tokens: np.ndarray, first: int) -> torch.Tensor:

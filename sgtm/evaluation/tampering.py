@@ -217,15 +217,26 @@ def _optimizer(subject: Subject, attack: Attack) -> SegmentedAdamW:
     return optimizer
 
 
+class Documents(NamedTuple):
+    """Held-out forget documents, in the order of the evaluation, which depends on corpus, context and packing alone.
+
+    losses   in nats, summed over the targets of each; targets: their numbers
+    """
+
+    losses: tuple[float, ...]
+    targets: tuple[int, ...]
+
+
 class HeldOut(NamedTuple):
     """Losses in nats per target token with standard errors over documents; `retain` None without such a category.
 
-    forget, retain  over the tokens of all their categories; categories  by category
+    forget, retain  over the tokens of all their categories; categories  by category; documents  those of `forget`
     """
 
     forget: Estimate
     retain: Estimate | None
     categories: dict[str, Estimate]
+    documents: Documents
 
 
 def held_out(
@@ -243,10 +254,12 @@ def held_out(
         count = int(scores.document.max()) + 1
         sums = torch.zeros(count, dtype=torch.float64).index_add_(0, scores.document, scores.losses.double())
         by_document[category] = sums, scores.document.bincount(minlength=count).double()
+    losses, targets = (torch.cat(parts) for parts in zip(*(by_document[name] for name in forget), strict=True))
     return HeldOut(
         _estimate([by_document[category] for category in forget]),
         _estimate([by_document[category] for category in retain]) if retain else None,
         {category: _estimate([pair]) for category, pair in by_document.items()},
+        Documents(tuple(losses.tolist()), tuple(targets.long().tolist())),
     )
 
 
@@ -261,6 +274,7 @@ class Reached(NamedTuple):
 
     loss, error  on forget data, NaN after a divergence; its standard error
     retain       loss on retain data, None where none is measured
+    documents    of the loss; None where they were not stored
     """
 
     attack: Attack
@@ -268,6 +282,31 @@ class Reached(NamedTuple):
     loss: float
     error: float | None = None
     retain: float | None = None
+    documents: Documents | None = None
+
+
+class Difference(NamedTuple):
+    """Of two losses, in nats.
+
+    error   its standard error, None for a single document
+    paired  whether it is that of the differences by document; else the losses count as measured on other documents,
+            independent of each other: too large an error where it is the same ones
+    """
+
+    value: float
+    error: float | None
+    paired: bool
+
+
+def difference(mine: Reached, other: Reached) -> Difference:
+    """`mine` minus `other`, measured on the same documents; error as in sgtm/evaluation/losses.py."""
+    value, one, two = mine.loss - other.loss, mine.documents, other.documents
+    if one and two and one.targets == two.targets:
+        sums = [torch.tensor(documents.losses, dtype=torch.float64) for documents in (one, two)]
+        counts = torch.tensor(one.targets, dtype=torch.float64)
+        return Difference(value, standard_error(sums[0] - sums[1], counts), paired=True)
+    independent = None if mine.error is None or other.error is None else math.hypot(mine.error, other.error)
+    return Difference(value, independent, paired=False)
 
 
 def worst_case(losses: Iterable[Reached]) -> dict[int, Reached]:

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from sgtm.evaluation.tampering import Attack, Reached, relearned
+from sgtm.evaluation.tampering import Attack, Difference, Reached, difference, relearned
 from sgtm.report.findings import error_of, signed
 from sgtm.words import counted
 
@@ -43,15 +43,21 @@ def print_tampering(
         soft_wrap=True,
     )
     letters = _letters([curve.worst.values(), control.worst.values() if control else ()])
-    console.print(_table(curve, control, letters), "")
+    others = control.worst if control else {}
+    differences = {step: difference(reached, others[step]) for step, reached in curve.worst.items() if step in others}
+    console.print(_table(curve, control, differences, letters), "")
     for attack, letter in letters.items():
         console.print(f"{letter}: {attack}", highlight=False, markup=False)
     console.print("±: standard error over documents; seeds of the training are not in it", highlight=False)
     if control:
+        how = "paired by document"
+        if not all(each.paired for each in differences.values()):
+            how += " where both rows have losses by document, else as of independent samples; --again adds them"
         console.print(
-            f"difference: from {control.name} ({control.condition}) under the same attacks",
+            f"difference: from {control.name} ({control.condition}) under the same attacks, ± {how}",
             highlight=False,
             markup=False,
+            soft_wrap=True,
         )
     if target:
         for each in filter(None, (curve, control)):
@@ -65,7 +71,9 @@ def _letters(curves: Iterable[Iterable[Reached]]) -> dict[Attack, str]:
     return dict(zip(attacks, names, strict=False))
 
 
-def _table(curve: Curve, control: Curve | None, letters: dict[Attack, str]) -> Table:
+def _table(
+    curve: Curve, control: Curve | None, differences: dict[int, Difference], letters: dict[Attack, str]
+) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading in ("steps", "tokens", "forget", "by", "retain"):
         table.add_column(heading, justify="left" if heading == "by" else "right")
@@ -76,7 +84,7 @@ def _table(curve: Curve, control: Curve | None, letters: dict[Attack, str]) -> T
         cells = [
             f"{step:,}",
             f"{step * reached.attack.tokens:,}",
-            _loss(reached),
+            _with_error(f"{reached.loss:.3f}", reached.error),
             _by(reached, letters),
             "-" if reached.retain is None else f"{reached.retain:.3f}",
         ]
@@ -85,13 +93,18 @@ def _table(curve: Curve, control: Curve | None, letters: dict[Attack, str]) -> T
             if other is None:
                 cells += ["-", "", "-"]
             else:
-                cells += [_loss(other), _by(other, letters), signed(reached.loss - other.loss, 3)]
+                value, error, _ = differences[step]
+                cells += [
+                    _with_error(f"{other.loss:.3f}", other.error),
+                    _by(other, letters),
+                    _with_error(signed(value, 3), error),
+                ]
         table.add_row(*cells)
     return table
 
 
-def _loss(reached: Reached) -> str:
-    return f"{reached.loss:.3f}" + ("" if reached.error is None else f"±{error_of(reached.error)}")
+def _with_error(value: str, error: float | None) -> str:
+    return value if error is None else f"{value}±{error_of(error)}"
 
 
 def _by(reached: Reached, letters: dict[Attack, str]) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from sgtm.config import Config
-from sgtm.data.loader import check_corpus
+from sgtm.data.evaluation import sequences_of
+from sgtm.data.loader import check_corpus, isolates_documents
 from sgtm.data.open import open_corpus
 from sgtm.data.store import Corpus
 from sgtm.data.summary import category_counts
@@ -24,9 +26,10 @@ from sgtm.files import write_atomically
 from sgtm.masking.channel import most_with_group
 from sgtm.model.transformer import Transformer
 from sgtm.run.checkpoint import check_same_corpus, open_run, read_manifest
-from sgtm.run.located import folders_tried
+from sgtm.run.located import check_data
 from sgtm.run.metrics import read_metrics
 from sgtm.run.unlearned import read_unlearned
+from sgtm.words import listed
 
 LIBRARIES = ("torch", "deepspeed", "transformers", "numpy")
 
@@ -58,6 +61,8 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
     config, checkpoint = open_run(run, data)
     manifest, unlearned = read_manifest(checkpoint), read_unlearned(run)
     corpus, steps = open_run_corpus(config, run, manifest), manifest["step"]
+    if sequences and (small := small_samples(corpus, config, split, tuple(corpus.categories), sequences)):
+        print(f"warning: {small}", file=sys.stderr)
     lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step" and line["step"] <= steps]
     seconds = max((line["seconds"] for line in lines), default=0.0)
     for precision in {"fp32", config.train.precision}:
@@ -104,10 +109,31 @@ def open_run_corpus(config: Config, run: Path, manifest: dict) -> Corpus:
 
     Raises ValueError where it is missing, does not fit the config, or is another than the run was trained on.
     """
-    corpus = _corpus_of(config, run)
+    try:
+        corpus = open_corpus(config, write=False)
+    except ValueError:
+        check_data(config, run)  # whose message has the remedy
+        raise
     check_corpus(corpus, config)
     check_same_corpus(run, manifest, corpus.path, corpus.fingerprint)
     return corpus
+
+
+def count_sequences(corpus: Corpus, config: Config, split: str, category: str, limit: int) -> int:
+    """Sequences of a category, at most `limit`; 0 also where they have no target."""
+    read = sequences_of(corpus, split, category, config.model.context, isolates_documents(config.data), limit)
+    return len(read.numbers) if read.targets else 0
+
+
+def small_samples(corpus: Corpus, config: Config, split: str, categories: Sequence[str], sequences: int) -> str:
+    """Of which categories a split has fewer sequences than were asked for, as a warning; empty for none."""
+    counts = {name: count_sequences(corpus, config, split, name, sequences) for name in categories}
+    small = [f"{count} of {name}" for name, count in counts.items() if count < sequences]
+    return (
+        f"--sequences {sequences}: split {split} of {corpus.path} has {listed(small)}, and all of them are taken"
+        if small
+        else ""
+    )
 
 
 def check_precision(config: Config, precision: str) -> None:
@@ -115,17 +141,6 @@ def check_precision(config: Config, precision: str) -> None:
     train = config.train.model_copy(update={"precision": precision})
     for warning in check_kernels(config.model_copy(update={"train": train}), lambda action: [action()]):
         print(warning, file=sys.stderr)
-
-
-def _corpus_of(config: Config, run: Path) -> Corpus:
-    """Raises ValueError as `open_corpus`, with the places where a relative `data.path` was looked for."""
-    try:
-        return open_corpus(config, write=False)
-    except ValueError as error:
-        tried = folders_tried(config, run)
-        if not tried or Path(config.data.path).exists():
-            raise
-        raise ValueError(f"{error}; not found in {tried}: give its folder with --data.path DIR") from None
 
 
 def write_summary(run: Path, summary: dict) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sgtm.evaluation.calibration import calibrated_losses
-from sgtm.evaluation.in_context import context_gain
+from sgtm.evaluation.in_context import context_gain, long_documents
 from sgtm.evaluation.memorisation import Estimate, Recital, membership, recital
 from sgtm.evaluation.pair import guided_recital
 from sgtm.evaluation.probes import probes
@@ -22,8 +22,8 @@ from sgtm.evaluation.quantisation import quantised
 from sgtm.evaluation.subject import Subject
 from sgtm.files import write_atomically
 from sgtm.masking.labels import FULL, removal_name
-from sgtm.run.checkpoint import open_run, read_manifest
-from sgtm.run.evaluate import load_model, open_run_corpus
+from sgtm.run.evaluate import load_model, small_samples
+from sgtm.run.tamper_plan import AttackedRun, check_comparable, open_target
 
 BITS = (8, 4)
 STRENGTHS = (0.5, 1.0, 2.0)  # of guided decoding
@@ -135,23 +135,29 @@ def examine_run(
                domain, each as long as the context
     data       `data.path` to take, of the same corpus; None: that of the run
 
-    Raises ValueError for a folder that is no run, data that are not those of the run, an unknown measure, a run without
-    domains, a domain or retain data without text in the split, and a control of another corpus or with other domains.
+    Raises ValueError before any model is loaded for a folder that is no run, data that are not those of the run, an
+    unknown measure, a run without domains, a domain or retain data without text in the split or too little of it for a
+    measure, a passage without a second token, and a control of another corpus or context.
     """
     names = list(measures) or [*MEASURES, GUIDED]
     if unknown := [name for name in names if name not in (*MEASURES, GUIDED)]:
         raise ValueError(f"unknown measure {unknown[0]!r}; the measures are {', '.join((*MEASURES, GUIDED))}")
-    full = _subject(Path(run), data)
-    if not full.config.removals[1:]:
+    target = open_target(run, data)
+    if not target.config.removals[1:]:
         raise ValueError(f"{run} was trained without masks: there is no domain to remove, and nothing to examine")
-    other = _subject(Path(control), data) if control else None
-    if other and other.corpus.fingerprint != full.corpus.fingerprint:
-        raise ValueError(f"{control} was trained on another corpus than {run}: their losses cannot be compared")
+    beside = open_target(control, data) if control else None
+    if beside:
+        check_comparable(target, beside)
+    domains = target.config.masking.domains
+    questions = {domain: _question(target, domain, split, sequences, texts, passages) for domain in domains}
+    for about in questions.values():
+        _check_text(target, about, names, log)
+    full = _subject(target)
+    other = _subject(beside) if beside else None
     results: dict[str, Any] = {"split": split, "sequences": sequences, "domains": {}}
     if control:
         results["control"] = str(control)
-    for domain in full.config.masking.domains:
-        about = _question(full, domain, split, sequences, texts, passages)
+    for domain, about in questions.items():
         ablated = replace(full, removed=(domain,))
         models = {FULL: full, removal_name((domain,)): ablated, **({"control": other} if other else {})}
         by_measure: dict[str, Any] = {}
@@ -168,16 +174,25 @@ def examine_run(
     return results
 
 
-def _subject(run: Path, data: str | None) -> Subject:
-    config, checkpoint = open_run(run, data)
-    corpus = open_run_corpus(config, run, read_manifest(checkpoint))
-    return Subject(load_model(config, checkpoint), corpus, config)
+def _subject(target: AttackedRun) -> Subject:
+    return Subject(load_model(target.config, target.checkpoint), target.corpus, target.config)
+
+
+def _check_text(target: AttackedRun, about: Question, measures: Sequence[str], log: Callable[[str], None]) -> None:
+    """Raises ValueError where there is too little text for a measure; logs where a sample is smaller than asked for."""
+    if "context" in measures:
+        for category in (*about.forget, about.retain[0]):
+            long_documents(target.corpus, about.split, category, target.config.model.context // 2)
+    if about.sequences:
+        categories = (*about.forget, *about.retain)
+        if small := small_samples(target.corpus, target.config, about.split, categories, about.sequences):
+            log(f"warning: {small}")
 
 
 def _question(
-    subject: Subject, domain: str, split: str, sequences: int | None, texts: Sequence[str], passages: int
+    target: AttackedRun, domain: str, split: str, sequences: int | None, texts: Sequence[str], passages: int
 ) -> Question:
-    corpus, context = subject.corpus, subject.config.model.context
+    corpus, context = target.corpus, target.config.model.context
     by_label: dict[str, list[str]] = {}
     for category, label in corpus.categories.items():
         if len(corpus.select(split, category)) and len(corpus.select("train", category)):
@@ -188,6 +203,8 @@ def _question(
             raise ValueError(f"{corpus.path} has no category labelled {label} with documents in train and {split}")
     if texts:
         ids = [tuple(encoding.ids) for encoding in corpus.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        if short := [text for text, tokens in zip(texts, ids, strict=True) if len(tokens) < 2]:
+            raise ValueError(f"the passage {short[0]!r} is a single token or none: nothing of it can be predicted")
     else:
         documents = [document for category in forget for document in corpus.select("train", category).tolist()]
         long = [document for document in documents if corpus.documents["length"][document] >= context]

@@ -15,6 +15,7 @@ from pathlib import Path
 from sgtm.config.errors import ConfigError
 from sgtm.config.load import load_run_config
 from sgtm.config.schema import RUN_NAME, Config
+from sgtm.data.store import check_split, read_manifest
 from sgtm.files import write_atomically
 
 FILE = "trained_in"
@@ -54,6 +55,36 @@ def folders_tried(config: Config, run: Path) -> str:
     if config.data.path == SYNTHETIC or Path(config.data.path).is_absolute():
         return ""
     return ", ".join(dict.fromkeys(str(folder) for folder in _folders(config, run)))
+
+
+def check_data(config: Config, run: Path, data: str | None = None) -> None:
+    """Raises ValueError where the corpus of a run is gone; `synthetic` is looked for where it is opened.
+
+    config  as `locate_data` gives it; data: as it took it
+    """
+    if config.data.path == SYNTHETIC or Path(config.data.path).exists():
+        return
+    tried = "" if data is not None else folders_tried(config, run)
+    raise ValueError(
+        f"no corpus at {config.data.path}{f', relative to {tried}' if tried else ''}: the folder does not exist; "
+        f"restore it, or give the folder of the run's corpus with --data.path DIR"
+    )
+
+
+def check_run(run: Path, data: str | None = None, split: str | None = None) -> Config:
+    """The config of a run that is to be measured, before anything heavy is imported.
+
+    data  `data.path` to take instead of the run's
+
+    Raises ConfigError or ValueError for a folder that is no run, data that are gone, and a split that they lack.
+    """
+    config = load_run_config(run)
+    located = locate_data(config, run, data)
+    check_data(located, run, data)
+    if split is not None and located.data.path != SYNTHETIC:
+        folder = Path(located.data.path)
+        check_split(folder, read_manifest(folder).splits, split)
+    return config
 
 
 def overrides_of(run: Path) -> list[str]:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from sgtm.config import Config
 from sgtm.config.errors import ConfigError
-from sgtm.data.evaluation import sequences_of
 from sgtm.data.loader import isolates_documents
 from sgtm.data.store import Corpus
 from sgtm.distributed.env import device_type, use_deterministic_algorithms
@@ -22,7 +21,7 @@ from sgtm.evaluation.subject import Subject
 from sgtm.evaluation.tampering import SCHEDULES, Attack, AttackData, HeldOut, evaluated_steps, held_out
 from sgtm.process.names import did_you_mean
 from sgtm.run.checkpoint import open_run, read_manifest
-from sgtm.run.evaluate import check_precision, load_model, open_run_corpus
+from sgtm.run.evaluate import check_precision, count_sequences, load_model, open_run_corpus
 from sgtm.words import listed
 
 FORGET, MIXED, ADJACENT = "forget", "forget+retain", "adjacent"
@@ -33,7 +32,7 @@ SEQUENCES = 64  # of each category, held out
 
 @dataclass(frozen=True)
 class AttackedRun:
-    """A run that is attacked, or whose full model is measured.
+    """A run that is attacked or examined, or whose full model is measured.
 
     weights  digest of the checkpoint's files
     """
@@ -91,7 +90,7 @@ def check_comparable(target: AttackedRun, other: AttackedRun) -> None:
     """Raises ValueError unless losses of the two runs are of the same sequences."""
     if target.corpus.fingerprint != other.corpus.fingerprint:
         raise ValueError(
-            f"{other.run} was trained on {other.corpus.path}, {target.run} on {target.corpus.path}: curves are "
+            f"{other.run} was trained on {other.corpus.path}, {target.run} on {target.corpus.path}: losses are "
             f"compared on one corpus; leave categories out of a run with data.upsample"
         )
     settings = [(t.config.model.context, isolates_documents(t.config.data)) for t in (target, other)]
@@ -161,7 +160,7 @@ def make_plan(
     ]
     for attack in {attack.parts: attack for attack in attacks}.values():
         AttackData(target.corpus, target.config, attack)
-    measured = [tuple(name for name in names if count_sequences(target, "test", name, 1)) for names in (forget, retain)]
+    measured = [tuple(name for name in names if _has_text(target, "test", name)) for names in (forget, retain)]
     if not measured[0]:
         raise ValueError(
             f"split test of {target.corpus.path} has nothing of {listed(forget)} to measure {listed(domains)} by; hold "
@@ -170,18 +169,8 @@ def make_plan(
     return Plan(domains, measured[0], measured[1], sequences, tuple(attacks))
 
 
-def count_sequences(target: AttackedRun, split: str, category: str, limit: int) -> int:
-    """Sequences of a category, at most `limit`; 0 also where they have no target."""
-    isolated = isolates_documents(target.config.data)
-    read = sequences_of(target.corpus, split, category, target.config.model.context, isolated, limit)
-    return len(read.numbers) if read.targets else 0
-
-
-def small_samples(target: AttackedRun, plan: Plan) -> str:
-    """Of which categories split test has fewer sequences than the plan samples: `12 of es`; empty for none."""
-    counts = {name: count_sequences(target, "test", name, plan.sequences) for name in (*plan.forget, *plan.retain)}
-    small = [f"{count} of {name}" for name, count in counts.items() if count < plan.sequences]
-    return listed(small) if small else ""
+def _has_text(target: AttackedRun, split: str, category: str) -> bool:
+    return count_sequences(target.corpus, target.config, split, category, 1) > 0
 
 
 def _domains(target: AttackedRun, domains: Sequence[str] | None) -> tuple[str, ...]:
@@ -212,9 +201,7 @@ def _mixtures(
             )
     if (ADJACENT in data) != bool(adjacent):
         raise ConfigError("the mixture adjacent and categories for it (--adjacent CATEGORY) go together; give both")
-    forget, retain = (
-        tuple(name for name in names if count_sequences(target, "train", name, 1)) for names in (forget, retain)
-    )
+    forget, retain = (tuple(name for name in names if _has_text(target, "train", name)) for names in (forget, retain))
     parts = {FORGET: (forget,), MIXED: (forget, retain), ADJACENT: (tuple(dict.fromkeys(adjacent)),)}
     if unknown := [name for name in data if name not in parts]:
         raise ConfigError(f"unknown data of an attack: {listed(unknown)}; known: {listed([*parts])}")

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sgtm.evaluation.subject import Subject
-from sgtm.evaluation.tampering import Attack, HeldOut, Reached, tamper
+from sgtm.evaluation.tampering import Attack, Documents, HeldOut, Reached, tamper
 from sgtm.files import write_atomically
 from sgtm.masking.labels import removal_name
 from sgtm.run.tamper_plan import AttackedRun, Plan
@@ -75,7 +75,16 @@ def full_loss(target: AttackedRun, plan: Plan) -> float:
 
 def _reached(attack: Attack, row: dict) -> Reached:
     loss = math.nan if row["forget"] is None else row["forget"]
-    return Reached(attack, row["step"], loss, row["forget_error"], row["retain"])
+    return Reached(attack, row["step"], loss, row["forget_error"], row["retain"], _documents(row))
+
+
+def _documents(row: dict) -> Documents | None:
+    """Raises TypeError, KeyError or ValueError for what is no list of documents."""
+    if (stored := row.get("documents")) is None:
+        return None
+    losses, targets = zip(*zip(stored["losses"], stored["targets"], strict=True), strict=True)
+    math.fsum((*losses, *targets))
+    return Documents(losses, targets)
 
 
 def _attack_of(row: dict) -> Attack:
@@ -101,6 +110,7 @@ def _losses(measured: HeldOut | None, attack: Attack, step: int) -> dict:
         "retain_error": retain.error if retain else None,
         "losses": {name: _finite(loss.value) for name, loss in by_category.items()},
         "errors": {name: loss.error for name, loss in by_category.items()},
+        "documents": measured.documents._asdict() if measured and math.isfinite(measured.forget.value) else None,
     }
 
 
@@ -141,6 +151,7 @@ def _read(path: Path) -> dict[str, list[dict]]:
         try:
             row = json.loads(line)
             math.fsum(row[name] or 0 for name in ("step", "forget", "forget_error", "retain"))  # numbers or None
+            _documents(row)
             stored.setdefault(_key(row), []).append(row)
         except (ValueError, KeyError, TypeError):
             raise ValueError(

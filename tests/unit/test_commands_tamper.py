@@ -13,7 +13,7 @@ from sgtm.config.load import load_config, save_config
 from sgtm.evaluation.tampering import Attack, Reached
 
 ATTACK = Attack("forget", (("es",),), 1e-3, "constant", 1, 0, 64, (0, 1))
-PLAN = SimpleNamespace(domains=("es",))
+PLAN = SimpleNamespace(domains=("es",), forget=("es",), retain=("en",))
 
 
 @pytest.fixture
@@ -38,7 +38,8 @@ def events(monkeypatch, tmp_path):
 
     curve = [Reached(ATTACK, 0, 5.0), Reached(ATTACK, 1, 4.0)]
     modules = {
-        "tamper_plan": {"open_target": opened, "check_comparable": None, "make_plan": PLAN, "small_samples": "2 of es"},
+        "tamper_plan": {"open_target": opened, "check_comparable": None, "make_plan": PLAN},
+        "evaluate": {"small_samples": "2 of es"},
         "tampering": {"attack_run": curve, "full_loss": 4.5},
     }
     for module, results in modules.items():
@@ -61,6 +62,7 @@ def test_defaults_are_those_of_the_grid(events, capsys):
 
 
 def test_options_reach_the_grid(events):
+    Path("moved").mkdir()
     options = "--domain es --lr 0.5 2 --schedule cosine --steps 3 9 --tokens 64 --warmup 0 --weight-decay 0.1 --seed 3"
     assert main(["tamper", "a", *options.split(), "--data", "forget", "--again", "--data.path", "moved"]) == 0
     assert events[0][1] == (Path("a"), "moved")
@@ -79,8 +81,8 @@ def test_adjacent_categories_are_attacked_with_too(events):
 def test_a_small_split_is_warned_of_where_a_sample_was_asked_for(events, capsys):
     assert main(["tamper", "a", "--sequences", "9"]) == 0
     assert events[1][2]["sequences"] == 9
-    warning = "warning: --sequences 9: split test of corpus has 2 of es, and all of them are taken\n"
-    assert capsys.readouterr().err == warning
+    assert events[2][0] == "small_samples" and events[2][1][2:] == ("test", ("es", "en"), 9)
+    assert capsys.readouterr().err == "warning: 2 of es\n"
 
 
 def test_control_and_baseline_are_checked_before_anything_is_trained(events, capsys):

@@ -19,8 +19,10 @@ def noted(monkeypatch):
     return noted
 
 
-def test_options_are_handed_on(noted, run, capsys):
+def test_options_are_handed_on(noted, run, capsys, monkeypatch):
     out = run / "out"
+    monkeypatch.chdir(run)
+    (run / "copy").mkdir()
     arguments = ["--method", "npo", "--out", str(out), "--beta", "0.2", "--retain-weight", "0", "--seed", "4"]
     assert main(["unlearn", str(run), *arguments, "--steps", "9", "--lr", "1e-4", "--data.path", "copy"]) == 0
     options = {"domain": None, "options": {"beta": 0.2, "retain_weight": 0.0}, "steps": 9, "lr": 1e-4}
@@ -58,3 +60,9 @@ def test_values_that_make_no_sense_are_refused(noted, run, capsys, arguments, me
 def test_a_folder_that_is_no_run_is_refused_first(noted, tmp_path, capsys):
     assert main(["unlearn", str(tmp_path / "no"), "--method", "npo", "--out", str(tmp_path / "out")]) == 2
     assert not noted and "not a run directory" in capsys.readouterr().err
+
+
+def test_a_corpus_that_is_gone_is_an_error_first(noted, run, capsys):
+    (run / "config.yaml").write_text("extends: debug\ndata: {path: /nowhere/corpus}\n")
+    assert main(["unlearn", str(run), "--method", "npo", "--out", str(run / "out")]) == 2
+    assert not noted and "error: no corpus at /nowhere/corpus: the folder does not exist" in capsys.readouterr().err

@@ -9,9 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 from checkpoints import CONFIG, make
+from corpora import build, config_for, mixed_records, record
+from exports import make_run
 
+from sgtm.config import save_config
 from sgtm.run import evaluate as evaluation
-from sgtm.run.evaluate import evaluate_run, write_summary
+from sgtm.run.evaluate import count_sequences, evaluate_run, small_samples, write_summary
+
+LABELS = {"en": "retain", "es": "forget:es"}
+SPLITS = ("train", "test")
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
@@ -27,6 +33,30 @@ def test_losses_that_are_not_finite_are_an_error_and_no_summary(tmp_path, loss: 
     summary["losses"]["without es"]["en"] = 3.0
     write_summary(tmp_path, summary)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+def test_a_small_split_is_described(tmp_path: Path):
+    corpus, config = build(tmp_path / "corpus", mixed_records()), config_for()
+    counts = {name: count_sequences(corpus, config, "test", name, 1000) for name in ("es", "en")}
+    less = min(counts.values())
+    assert small_samples(corpus, config, "test", ["es", "en"], less) == ""
+    assert small_samples(corpus, config, "test", ["es", "en"], 1000) == (
+        f"--sequences 1000: split test of {corpus.path} has {counts['es']} of es and {counts['en']} of en, and all of "
+        f"them are taken"
+    )
+    nothing = build(tmp_path / "nothing", [record(0, "en", split="test"), record(1, "es")])
+    assert "has 2 of en and 0 of es" in small_samples(nothing, config, "test", ["en", "es"], 3)
+
+
+def test_a_sample_that_the_split_does_not_have_is_warned_of(tmp_path: Path, capsys):
+    corpus = build(tmp_path / "corpus", [record(n, c, 40, s) for n in range(2) for c in LABELS for s in SPLITS], LABELS)
+    save_config(config_for(path=str(corpus.path)), tmp_path / "config.yaml")
+    make_run(tmp_path / "run", (tmp_path / "config.yaml").read_text(), corpus.fingerprint)
+    evaluate_run(tmp_path / "run", sequences=6)
+    assert "warning: --sequences" not in capsys.readouterr().err
+    evaluate_run(tmp_path / "run", sequences=7)
+    small = f"--sequences 7: split test of {corpus.path} has 6 of en and 6 of es, and all of them are taken"
+    assert f"warning: {small}\n" in capsys.readouterr().err
 
 
 def test_a_run_is_not_evaluated_on_other_data(tmp_path: Path, monkeypatch):

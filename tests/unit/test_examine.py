@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from corpora import build, config_for, record
@@ -12,6 +14,7 @@ from sgtm.evaluation.subject import Subject
 from sgtm.report.examination import examination_rows
 from sgtm.run import examine as module
 from sgtm.run.examine import examine_run, write_examination
+from sgtm.run.tamper_plan import AttackedRun
 
 
 @pytest.fixture
@@ -25,7 +28,12 @@ def runs(tmp_path, monkeypatch) -> dict[str, Subject]:
         "run": Subject(moved_model(config, 0.1), corpus, config),
         "filtered": Subject(moved_model(unmasked, 0.2), corpus, unmasked),
     }
-    monkeypatch.setattr(module, "_subject", lambda run, data: by_name[run.name])
+
+    def opened(run: str, data: str | None) -> AttackedRun:
+        return AttackedRun(Path(run), by_name[run].config, Path(run), by_name[run].corpus, run)
+
+    monkeypatch.setattr(module, "open_target", opened)
+    monkeypatch.setattr(module, "load_model", lambda config, checkpoint: by_name[checkpoint.name].model)
     return by_name
 
 
@@ -61,7 +69,8 @@ def test_passages_are_the_beginnings_of_training_documents(runs, monkeypatch):
     assert [len(text) for text in questions[-1].texts] == [3, 2]
 
 
-def test_what_is_refused(runs, tmp_path):
+def test_what_is_refused_before_a_model_is_loaded(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "load_model", lambda *rest: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="unknown measure 'probe'; the measures are calibrated, recital"):
         examine_run("run", measures=["probe"])
     with pytest.raises(ValueError, match="filtered was trained without masks: there is no domain to remove"):
@@ -70,8 +79,39 @@ def test_what_is_refused(runs, tmp_path):
         examine_run("run", split="validation")
     other = build(tmp_path / "other", [record(n, "en", 40, s) for n in range(4) for s in ("train", "test")])
     runs["elsewhere"] = Subject(runs["filtered"].model, other, runs["filtered"].config)
-    with pytest.raises(ValueError, match="elsewhere was trained on another corpus than run"):
+    with pytest.raises(
+        ValueError, match=r"elsewhere was trained on .*other, run on .*corpus: losses are compared on one"
+    ):
         examine_run("run", control="elsewhere")
     runs["english"] = Subject(runs["run"].model, other, runs["run"].config)
     with pytest.raises(ValueError, match="no category labelled forget:es with documents in train and test"):
         examine_run("english")
+    longer = config_for(context=64, masking={"strategy": "none"})
+    runs["longer"] = replace(runs["filtered"], config=longer)
+    with pytest.raises(ValueError, match=r"longer has model\.context 64, run 32: their losses are of other sequences"):
+        examine_run("run", control="longer")
+    with pytest.raises(ValueError, match="the passage 'a' is a single token or none: nothing of it can be predicted"):
+        examine_run("run", measures=["calibrated"], texts=["abc", "a"])
+    single = build(tmp_path / "single", [record(0, c, 40, s) for c in ("en", "es") for s in ("train", "test")])
+    runs["single"] = replace(runs["run"], corpus=single)
+    message = "split test of .*single has 1 document of es with 16 tokens or more, .* the measure context needs two"
+    with pytest.raises(ValueError, match=message):
+        examine_run("single")
+
+
+def test_too_little_text_for_a_measure_leaves_the_others(runs, tmp_path):
+    single = build(tmp_path / "single", [record(0, c, 40, s) for c in ("en", "es") for s in ("train", "test")])
+    runs["single"] = replace(runs["run"], corpus=single)
+    assert "recital" in examine_run("single", measures=["recital"])["domains"]["es"]["measures"]
+
+
+def test_a_sample_that_the_split_does_not_have_is_warned_of(runs):
+    lines: list[str] = []
+    examine_run("run", measures=["recital"], sequences=4, log=lines.append)
+    assert lines == ["es: recital"]
+    examine_run("run", measures=["recital"], sequences=40, passages=1, log=lines.append)
+    corpus = runs["run"].corpus.path
+    assert lines[1:] == [
+        f"warning: --sequences 40: split test of {corpus} has 11 of es and 11 of en, and all of them are taken",
+        "es: recital",
+    ]

@@ -8,7 +8,7 @@ import pytest
 
 from sgtm.config import load_config, save_config
 from sgtm.config.load import load_run_config
-from sgtm.run.located import folders_tried, locate_data, overrides_of, record_folder
+from sgtm.run.located import check_run, folders_tried, locate_data, overrides_of, record_folder
 
 
 @pytest.fixture
@@ -107,3 +107,18 @@ def test_the_synthetic_corpus_lies_beside_the_run_or_where_it_was_written(projec
 def test_a_run_is_resumed_with_its_data_from_anywhere(project: Path):
     run = project / "runs/mine"
     assert overrides_of(run) == [f"--runs={run.parent}", "--name=mine", f"--data.path={project / 'data/text'}"]
+
+
+def test_data_that_are_gone_are_an_error_with_where_they_were_looked_for(project: Path):
+    run = project / "runs/mine"
+    assert check_run(run) == load_run_config(run)
+    (project / "data/text").rmdir()
+    remedy = "the folder does not exist; restore it, or give the folder of the run's corpus with --data.path DIR"
+    with pytest.raises(ValueError, match=f"^no corpus at data/text, relative to {project}, {Path.cwd()}: {remedy}$"):
+        check_run(run)
+    with pytest.raises(ValueError, match=f"^no corpus at gone: {remedy}$"):
+        check_run(run, "gone")
+    absolute = add_run("absolute", "/nowhere/text")
+    with pytest.raises(ValueError, match=f"^no corpus at /nowhere/text: {remedy}$"):
+        check_run(absolute)
+    check_run(add_run("synthetic", "synthetic"))  # it is looked for where it is opened

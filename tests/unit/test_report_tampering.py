@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from sgtm.evaluation.tampering import Attack, Reached, worst_case
+from sgtm.evaluation.tampering import Attack, Documents, Reached, worst_case
 from sgtm.report.tampering import Curve, print_tampering
 
 SLOW = Attack("forget+retain", (("es",), ("en",)), 5e-4, "cosine", 4, 0, 65536, (0, 1, 2, 4))
@@ -14,7 +14,15 @@ FAST = Attack("forget", (("es",),), 2e-3, "constant", 4, 0, 65536, (0, 1, 2, 4))
 
 
 def curve(name: str, condition: str, *losses: tuple[Attack, int, float]) -> Curve:
-    return Curve(name, condition, worst_case(Reached(a, step, loss, 0.0123, 2.5) for a, step, loss in losses))
+    """Of two documents with one target each: the loss is theirs minus and plus a quarter of it."""
+    return Curve(
+        name,
+        condition,
+        worst_case(
+            Reached(a, step, loss, 0.0123, 2.5, Documents((loss * 3 / 4, loss * 5 / 4), (1, 1)))
+            for a, step, loss in losses
+        ),
+    )
 
 
 MINE = curve("mine", "without es", (SLOW, 0, 6.0), (FAST, 1, 4.5), (FAST, 2, 4.75), (SLOW, 4, 3.25))
@@ -45,12 +53,22 @@ def test_the_control_stands_beside_with_the_difference():
     lines = printed(MINE, FILTERED)
     assert lines[1:6] == [
         "steps tokens forget by retain filtered by difference",
-        "0 0 6.000±0.012 none 2.500 6.250±0.012 none −0.250",
-        "1 65,536 4.500±0.012 a 2.500 4.500±0.012 a +0.000",
-        "2 131,072 4.500±0.012 a 2.500 4.250±0.012 a +0.250",
-        "4 262,144 3.250±0.012 b 2.500 3.500±0.012 b −0.250",
+        "0 0 6.000±0.012 none 2.500 6.250±0.012 none −0.250±0.062",
+        "1 65,536 4.500±0.012 a 2.500 4.500±0.012 a +0.000±0.000",
+        "2 131,072 4.500±0.012 a 2.500 4.250±0.012 a +0.250±0.062",
+        "4 262,144 3.250±0.012 b 2.500 3.500±0.012 b −0.250±0.062",
     ]
-    assert lines[-1] == "difference: from filtered (full) under the same attacks"
+    assert lines[-1] == "difference: from filtered (full) under the same attacks, ± paired by document"
+
+
+def test_a_difference_that_is_not_paired_is_described():
+    worst = {step: reached._replace(documents=None) for step, reached in FILTERED.worst.items()}
+    lines = printed(MINE, FILTERED._replace(worst=worst))
+    assert lines[2] == "0 0 6.000±0.012 none 2.500 6.250±0.012 none −0.250±0.017"
+    assert lines[-1] == (
+        "difference: from filtered (full) under the same attacks, ± paired by document where both rows have losses by "
+        "document, else as of independent samples; --again adds them"
+    )
 
 
 def test_when_a_loss_is_reached():

@@ -10,7 +10,7 @@ from corpora import build, mixed_records
 from tampered import tampered
 
 from sgtm.evaluation.losses import evaluate
-from sgtm.evaluation.tampering import worst_case
+from sgtm.evaluation.tampering import difference, worst_case
 from sgtm.run import tampering
 from sgtm.run.tamper_plan import make_plan
 from sgtm.run.tampering import FILE, attack_run, full_loss, read_reached
@@ -58,6 +58,10 @@ def test_rows_are_those_of_the_grid(target, attacks):
         assert row["tokens"] == 32 * row["step"] and row["condition"] == "without es" and row["domains"] == ["es"]
         assert row["losses"] == {"es": row["forget"], "en": row["retain"]}
         assert row["errors"] == {"es": row["forget_error"], "en": row["retain_error"]}
+        assert sum(row["documents"]["losses"]) / sum(row["documents"]["targets"]) == row["forget"]
+    assert [r.documents and r.documents._asdict() for r in reached] == [
+        {name: tuple(values) for name, values in row["documents"].items()} for row in rows
+    ]
     assert attacks == list(plan.attacks)
 
 
@@ -117,6 +121,19 @@ def test_rows_of_something_else_are_kept_and_not_taken(target, attacks, change, 
     assert after == before if change == "rows" else (after[:4] == before and len(after) == 8)
 
 
+def test_rows_without_documents_stay_and_are_not_paired(target, attacks):
+    """As those written by `sgtm tamper` before rows had them."""
+    plan = make_plan(target, **GRID | {"multiples": [1], "schedules": ["constant"]})
+    first = attack_run(target, plan)
+    rows = [{name: value for name, value in row.items() if name != "documents"} for row in rows_of(target)]
+    (target.run / FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    del attacks[:]
+    older = attack_run(target, plan)
+    assert attacks == [] and older == [reached._replace(documents=None) for reached in first]
+    assert difference(older[-1], first[0]).paired is False
+    assert attack_run(target, plan, again=True) == first
+
+
 def test_a_model_that_has_not_seen_the_domain_is_its_own_control(corpus, tmp_path, monkeypatch):
     """Two safe models that are the same, with groups that differ: the difference of the curves is exactly 0."""
     curves = []
@@ -124,6 +141,7 @@ def test_a_model_that_has_not_seen_the_domain_is_its_own_control(corpus, tmp_pat
         target = tampered(monkeypatch, tmp_path / name, corpus, group, name)
         curves.append(worst_case(attack_run(target, make_plan(target, **GRID))))
     assert curves[0] == curves[1] and len({r.loss for r in curves[0].values()}) == 4
+    assert {difference(curves[0][step], curves[1][step]) for step in curves[0]} == {(0.0, 0.0, True)}
     full = []
     for name, group in (("a", None), ("b", 7)):
         target = tampered(monkeypatch, tmp_path / name, corpus, group, name)
@@ -157,7 +175,7 @@ def test_an_attack_that_diverges_has_rows_without_losses(target):
     reached = attack_run(target, plan, note=lines.append)
     rows = rows_of(target)
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and rows[-1]["forget"] is rows[-1]["retain"] is None
-    assert rows[-1]["losses"] == {} and lines[0].endswith("; diverged")
+    assert rows[-1]["losses"] == {} and rows[-1]["documents"] is None and lines[0].endswith("; diverged")
     assert {r.loss for r in worst_case(reached).values()} == {rows[0]["forget"]}
     assert attack_run(target, plan)[0] == reached[0]
 
@@ -172,3 +190,13 @@ def test_a_damaged_file_is_an_error_and_stays(target, line, attacks):
     with pytest.raises(ValueError, match=r"tamper\.jsonl, line 5: not a row of an attack"):
         attack_run(target, plan)
     assert not attacks and (target.run / FILE).read_text() == content
+
+
+@pytest.mark.parametrize("documents", [{"losses": [1.0], "targets": [2, 3]}, {"losses": [1.0]}, 7, {}, [[1.0], [2]]])
+def test_damaged_documents_are_an_error(target, documents, attacks):
+    plan = make_plan(target, **GRID | {"multiples": [1], "schedules": ["constant"]})
+    attack_run(target, plan)
+    rows = [{**row, "documents": documents} for row in rows_of(target)]
+    (target.run / FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"tamper\.jsonl, line 1: not a row of an attack"):
+        attack_run(target, plan)

@@ -17,9 +17,11 @@ from sgtm.evaluation.subject import Subject
 from sgtm.evaluation.tampering import (
     Attack,
     AttackData,
+    Documents,
     HeldOut,
     Reached,
     Reader,
+    difference,
     evaluated_steps,
     held_out,
     relearned,
@@ -156,6 +158,23 @@ def test_held_out_losses_are_those_of_the_evaluation(corpus):
     assert held_out(attacked, ["es"]).retain is None
 
 
+def test_held_out_documents_pair_two_models(corpus):
+    """Full and ablated model: the error of their difference is that of the evaluation, which pairs documents too."""
+    ablated = subject(corpus)
+    sample = evaluate(
+        ablated.model, corpus, ablated.config, split="test", sequences=None, device=torch.device("cpu")
+    ).sample
+    measured = [held_out(each, ["es"]) for each in (ablated, replace(ablated, removed=()))]
+    for estimates in measured:
+        assert sum(estimates.documents.losses) / sum(estimates.documents.targets) == estimates.forget.value
+        assert len(estimates.documents.targets) == sample["measured"]["es"]["documents"] > 2
+    pair = [Reached(ATTACK, 0, each.forget.value, documents=each.documents) for each in measured]
+    error = sample["difference_errors"]["without es"]["es"]
+    assert difference(*pair) == (pair[0].loss - pair[1].loss, pytest.approx(error, rel=1e-3), True)
+    es, web, both = (held_out(ablated, names).documents for names in (["es"], ["web"], ["es", "web"]))
+    assert both == (es.losses + web.losses, es.targets + web.targets)
+
+
 def sequences_in(batches) -> Counter:
     return Counter(tuple(ids.tolist()) for batch in batches for ids in batch.input_ids)
 
@@ -286,6 +305,35 @@ def test_a_longer_attack_says_nothing_of_fewer_steps():
 def test_no_finite_loss_is_an_error():
     with pytest.raises(ValueError, match="diverged before it was attacked"):
         worst_case(reached(math.nan, math.inf))
+
+
+def of_documents(losses: list[float], targets: list[int], error: float | None = None) -> Reached:
+    return Reached(ATTACK, 1, sum(losses) / sum(targets), error, documents=Documents(tuple(losses), tuple(targets)))
+
+
+def test_a_difference_that_is_the_same_for_every_document_has_no_error():
+    targets = [1, 3, 4]
+    other = of_documents([1.0, 9.0, 2.0], targets, 0.9)
+    mine = of_documents([1.25, 9.75, 3.0], targets, 0.9)
+    assert difference(mine, other) == (0.25, 0.0, True)
+
+
+def test_the_error_of_a_difference_by_hand():
+    """Differences of 1 and 7 over 1 and 3 targets: the mean is 2, which misses them by -1 and 1, and the error is
+    sqrt(2 / 1 * (1 + 1)) / 4."""
+    mine, other = of_documents([6.0, 8.0], [1, 3], 0.3), of_documents([5.0, 1.0], [1, 3], 0.4)
+    assert difference(mine, other) == (2.0, 0.5, True)
+    assert difference(other, mine) == (-2.0, 0.5, True)
+    assert difference(of_documents([6.0], [2]), of_documents([5.0], [2])) == (0.5, None, True)
+
+
+def test_losses_without_documents_are_those_of_independent_samples():
+    mine, other = of_documents([6.0, 8.0], [1, 3], 0.3), of_documents([5.0, 1.0], [1, 3], 0.4)
+    expected = (2.0, pytest.approx(0.5), False)
+    assert difference(mine._replace(documents=None), other) == expected
+    assert difference(mine, other._replace(documents=None)) == expected
+    assert difference(mine, other._replace(documents=Documents((5.0, 1.0), (2, 2)))) == expected
+    assert difference(mine._replace(documents=None), other._replace(error=None)) == (2.0, None, False)
 
 
 @pytest.mark.parametrize(("loss", "step"), [(6.0, 0), (5.0, 0), (4.9, 1), (3.0, 1), (2.5, 8), (2.0, 8), (1.9, None)])
