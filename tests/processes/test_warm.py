@@ -89,15 +89,18 @@ def test_what_a_fork_starts_is_its_own_child_and_a_fork_too(script):
     assert is_warm == "True" and len({process.pid, int(parent), int(pid), os.getpid()}) == 4
 
 
-def test_no_server_outlives_its_process():
+def test_no_server_outlives_its_process(tmp_path):
+    """Its process id goes to a file: to read it from a pipe, which the server has too, would be to wait for its end."""
+    file = tmp_path / "server"
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(warm.__file__).parent)!r})
 import warm
 assert warm.Popen([sys.executable, "-m", "sgtm", "--version"], stdout=-3).wait() == 0
-print(warm._server.pid)
+open({str(file)!r}, "w").write(str(warm._server.pid))
 """
-    server = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    subprocess.run([sys.executable, "-c", code], check=True)
+    server = int(file.read_text())
     wait_until(lambda: not psutil.pid_exists(server))
 
 
