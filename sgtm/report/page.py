@@ -19,6 +19,7 @@ from sgtm.masking.channel import row_lines
 from sgtm.masking.labels import OPEN, removed_domains
 from sgtm.report import figures, palette
 from sgtm.report.beside import RunComparison
+from sgtm.report.coloured import coloured
 from sgtm.report.figures import Drawing, draw
 from sgtm.report.findings import SMALL, cautions, conditions, error_of, localisation, loss_rows, sentences, signed
 from sgtm.report.ratios import categories_of
@@ -141,6 +142,7 @@ def render(record: RunRecord, exhibits: list[Exhibit], comparison: RunComparison
         ratios=comparison.ratios if comparison else {},
         categories_of=categories_of,
         localisation=localisation(summary),
+        passages=coloured(summary),
         small=SMALL,
         provenance=_provenance(record),
         signed=signed,

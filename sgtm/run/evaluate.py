@@ -22,6 +22,8 @@ from sgtm.distributed.self_check import check_kernels
 from sgtm.distributed.storage import consolidate
 from sgtm.evaluation.localisation import gradient_norms
 from sgtm.evaluation.losses import evaluate, not_finite
+from sgtm.evaluation.passages import passages
+from sgtm.evaluation.subject import Subject
 from sgtm.files import write_atomically
 from sgtm.masking.channel import most_with_group
 from sgtm.model.transformer import Transformer
@@ -91,6 +93,7 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
         "parameters": sum(p.numel() for p in model.parameters()),
         "gradient_norms": norms,
         "output_norms": evaluation.norms,
+        "passages": passages(Subject(model, corpus, config), split),
         **({"unlearned": unlearned} if unlearned else {}),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }

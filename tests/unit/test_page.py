@@ -135,3 +135,12 @@ def test_strategy_grids_hold_the_tables(run):
     (run / "config.yaml").write_text(CONFIG.replace("masking: {", "masking: {strategy: no_mlp_out, "))
     titles = [grid.title for grid in strategy_grids(read_record(run).config.tables)]
     assert titles == ["active", "route", "update (attn_in, attn_out, mlp_in)", "update (mlp_out)", "update_joint"]
+
+
+def test_tokens_of_passages_are_coloured_and_escaped(run):
+    losses = {"full": [None, 1.0], "without es": [None, 3.0]}
+    passage = {"category": "es", "tokens": ["<b>", " sí"], "losses": losses}
+    (run / "summary.json").write_text(json.dumps(SUMMARY | {"passages": [passage]}))
+    page = page_without_figures(run)
+    assert "es, full against without es" in page.text and "<b> sí" in page.text and page.open == []
+    assert '<span class="up" style="--shade: 50%" title="1.00 full, 3.00 without es"> sí</span>' in page.source
