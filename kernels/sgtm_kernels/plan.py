@@ -67,14 +67,6 @@ def check_known(what: str, name: str | None, names: Sequence[str | None]) -> Non
         raise ValueError(f"unknown {what} {name!r}; known: {', '.join(map(str, names))}")
 
 
-def check_product(x: torch.Tensor, bias: torch.Tensor | None, inner: int, outer: int) -> None:
-    """Raises ValueError unless x is [B, S, inner] and bias, where there is one, [outer], as the weight has it."""
-    if x.shape[-1] != inner:
-        raise ValueError(f"the weight takes {inner} columns, the tensor has shape {tuple(x.shape)}")
-    if bias is not None and tuple(bias.shape) != (outer,):
-        raise ValueError(f"the weight gives {outer} columns, the bias has shape {tuple(bias.shape)}")
-
-
 def merge_label_runs(labels: list[int], lengths: list[int]) -> tuple[LabelRun, ...]:
     """Runs of consecutive pieces with these labels and token counts; neighbours of one label become one run."""
     runs: list[LabelRun] = []
@@ -155,6 +147,14 @@ class MaskPlan:
             raise ValueError(
                 f"the plan is of {self.batch} sequences of {self.seq_len} tokens, the tensor of shape {tuple(shape)}"
             )
+
+    def check_product(self, x: torch.Tensor, bias: torch.Tensor | None, inner: int, outer: int) -> None:
+        """`check` for a weight from `inner` columns to `outer`: also where x or the bias has other columns."""
+        if x.shape != (self.batch, self.seq_len, inner):
+            self.check(x)
+            raise ValueError(f"the weight takes {inner} columns, the tensor has shape {tuple(x.shape)}")
+        if bias is not None and bias.shape != (outer,):
+            raise ValueError(f"the weight gives {outer} columns, the bias has shape {tuple(bias.shape)}")
 
     def check_bounds(self, bounds: Sequence[int], size: int) -> None:
         """Raises ValueError where these are not the boundaries of one group or of all in `size` rows or columns."""

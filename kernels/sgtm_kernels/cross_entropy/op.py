@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from sgtm_kernels.dispatch import pick
-from sgtm_kernels.plan import MaskPlan, check_product
+from sgtm_kernels.plan import MaskPlan
 
 
 def linear_cross_entropy(
@@ -26,9 +26,8 @@ def linear_cross_entropy(
     Returns the loss, `scale` times the sum of the token losses in nats (fp32 scalar; fp64 for fp64 inputs), and the
     sums by applied label, [labels], unscaled and detached.
     """
-    plan.check(x)
     if targets.shape != x.shape[:2] or weight.shape[1] != x.shape[2]:
         shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, targets))
         raise ValueError(f"hidden states, weight and targets must be [B, S, D], [V, D] and [B, S]; got {shapes}")
-    check_product(x, bias, weight.shape[1], weight.shape[0])
+    plan.check_product(x, bias, weight.shape[1], weight.shape[0])
     return pick("cross_entropy", backend).linear_cross_entropy(x, weight, bias, targets, plan, scale)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from sgtm_kernels.dispatch import pick
-from sgtm_kernels.plan import MaskPlan, check_known, check_product
+from sgtm_kernels.plan import MaskPlan, check_known
 from sgtm_kernels.signature import backend_of
 
 
@@ -36,9 +36,8 @@ def linear_in(
                 `autograd.grad` with respect to the result)
     """
     check_known("projection of linear_in", projection, ("attn_in", "mlp_in"))
-    plan.check(x)
+    plan.check_product(x, bias, weight.shape[1], weight.shape[0])
     plan.check_bounds(bounds, weight.shape[0])
-    check_product(x, bias, weight.shape[1], weight.shape[0])
     op = pick("linear", backend_of(backend, plan, projection))
     return op.linear_in(x, weight, bias, plan, projection, bounds, overwrite)
 
@@ -58,8 +57,7 @@ def linear_out(
     bounds      group boundaries in the rows; two entries mean no groups: nothing is masked, the bias neither
     """
     check_known("projection of linear_out", projection, ("attn_out", "mlp_out"))
-    plan.check(x)
+    plan.check_product(x, bias, weight.shape[0], weight.shape[1])
     plan.check_bounds(bounds, weight.shape[0])
-    check_product(x, bias, weight.shape[0], weight.shape[1])
     op = pick("linear", backend_of(backend, plan, projection))
     return op.linear_out(x, weight, bias, plan, projection, bounds)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from sgtm_kernels.dispatch import pick
-from sgtm_kernels.plan import MaskPlan, check_product
+from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.signature import backend_of
 
 
@@ -42,9 +42,8 @@ def linear_gelu(
 
     As one op, a kernel can sum the bias's gradient in the backward pass of the activation.
     """
-    plan.check(x)
+    plan.check_product(x, bias, weight.shape[1], weight.shape[0])
     plan.check_bounds(bounds, weight.shape[0])
-    check_product(x, bias, weight.shape[1], weight.shape[0])
     return pick("mlp", backend_of(backend, plan, *_masks(bounds, "mlp_in", "outputs"))).linear_gelu(
         x, weight, bias, plan, bounds
     )
