@@ -21,7 +21,7 @@ def test_the_domains_to_remove_may_be_separated_by_spaces_or_commas(calls, tmp_p
     assert calls == [("export_run", (tmp_path, domains, tmp_path / "out", "copy"), {})]
 
 
-@pytest.mark.parametrize(("command", "start"), [("export", "RUN --out DIR"), ("report", "RUN [--baseline")])
+@pytest.mark.parametrize(("command", "start"), [("export", "RUN --out DIR"), ("report", "RUN|SWEEP [--baseline")])
 def test_the_usage_begins_with_the_run(capsys, command, start):
     """An option that takes several values would take the run too."""
     with pytest.raises(SystemExit):
