@@ -150,13 +150,18 @@ def penalty(name: str, loss: str, baseline: str) -> Callable[[Study], list[float
 def attacked(first: str, second: str) -> Callable[[Study], list[float]]:
     """Lowest forget loss that any attack of up to 64 steps has reached, of the first minus of the second."""
 
-    def losses(study: Study, name: str) -> dict[int, float]:
+    def losses(study: Study, name: str) -> dict[int, tuple[int, float]]:
+        """By seed, the tokens of so many steps and the loss."""
         rows = [row for row in study.tampered if row["tampered"] == name] or _missing(name)
-        return {row["seed"]: min(point["forget"] for point in row["curve"] if point["step"] <= STEPS) for row in rows}
+        curves = {row["seed"]: [point for point in row["curve"] if point["step"] <= STEPS] for row in rows}
+        return {seed: (curve[-1]["tokens"], min(point["forget"] for point in curve)) for seed, curve in curves.items()}
 
     def measure(study: Study) -> list[float]:
         ours, theirs = losses(study, first), losses(study, second)
-        return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+        if any(one[0] != other[0] for one, other in pairs):
+            raise LookupError(f"attacks of {first} and {second} on as many tokens")
+        return [one[1] - other[1] for one, other in pairs]
 
     return measure
 

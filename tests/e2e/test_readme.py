@@ -93,7 +93,8 @@ def test_no_command_is_overlooked():
     """Every line of a block with commands is one, and the commands of `sgtm` are these."""
     names = (
         "prepare explain train eval export report train eval report tamper sweep",  # README
-        "train checkpoint checkpoint launch estimate estimate bench bench bench profile profile sweep sweep",
+        "train checkpoint checkpoint launch estimate estimate bench bench bench profile profile",
+        "sweep sweep report report",
     )
     assert [command.split()[1] for command in COMMANDS] == " ".join(names).split()
     assert set(NOT_RUN) <= set(COMMANDS)

@@ -80,6 +80,9 @@ def test_attacks_count_up_to_the_steps_that_are_compared(claims, tmp_path):
     assert claims.attacked("safe", "paper")(study) == [7.0 - 5.0]  # seed 1 of both
     with pytest.raises(LookupError):
         claims.attacked("paper", "unmasked + rmu")(study)
+    late["curve"][2]["tokens"] = 9  # steps of other sizes are not compared
+    with pytest.raises(LookupError):
+        claims.attacked("safe", "paper")(study_of(tmp_path, [*rows(), late]))
 
 
 def test_every_claim_has_a_row_with_what_was_measured(claims, tmp_path):
