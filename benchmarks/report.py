@@ -191,6 +191,8 @@ RATIOS = LOSSES[:3]
 
 def _loss(row: dict, loss: str) -> str:
     spread = row[f"{loss}_sd"]
+    if row[loss] is None:  # nothing is ablated from a model without masks
+        return ""
     return f"{row[loss]:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
 

@@ -90,6 +90,11 @@ class Variant:
         return points
 
     @property
+    def retained(self) -> float:
+        """Tokens that are not a domain's."""
+        return sum(sum(row.values()) for true, row in self.trained.items() if not true.startswith("forget:"))
+
+    @property
     def unlabelled(self) -> float | None:
         """Forget tokens that were trained without their label; None where that is not recorded."""
         if not self.trained:
@@ -161,12 +166,16 @@ def _origin(folder: Path, row: dict) -> dict:
 def standard_curve(variants: Iterable[Variant]) -> TokenCurve | None:
     """Forget loss of the models trained without masks by the forget tokens they saw: what leakage is read from.
 
-    None where they are too few, or where none saw no forget token.
+    Models that were trained on 5 % more or less retain tokens than the median variant are left out, such as the same
+    baseline trained for other numbers of steps. None where the rest are too few, or where none saw no forget token.
     """
+    variants = [variant for variant in variants if variant.trained]
+    median = statistics.median([variant.retained for variant in variants] or [0.0])
     points = [
         (variant.unlabelled, loss.mean)
         for variant in variants
-        if not variant.masks and variant.unlabelled is not None and (loss := variant.loss("full_forget"))
+        if not variant.masks and abs(variant.retained - median) < 0.05 * median
+        if variant.unlabelled is not None and (loss := variant.loss("full_forget"))
     ]
     try:
         return TokenCurve(*zip(*sorted(points), strict=True)) if points else None

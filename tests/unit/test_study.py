@@ -64,6 +64,11 @@ def test_no_curve_without_a_model_that_saw_nothing(tmp_path):
     assert standard_curve(study_of(tmp_path, [*lines, standard(0.0)]).variants).unseen == pytest.approx(7.0)
 
 
+def test_a_baseline_of_another_length_is_not_on_the_curve(tmp_path):
+    longer = standard(0.0) | {"trained": {"retain": {"retain": 3e6}}}
+    assert list(leakages(study_of(tmp_path, [*rows(), longer]).variants)) == ["safe", "ignored", "complete"]
+
+
 def test_settings_in_which_variants_differ(tmp_path):
     lines = [row("a", (1, 1, 1, 1)), standard(0.0)]
     lines[1]["settings"]["train.seed"] = 5
