@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from corpora import build, config_for, mixed_records, spanned_corpus
+from corpora import build, config_for, mixed_records, record, spanned_corpus
 
 from sgtm.data.loader import Loader
 from sgtm.data.trained import trained_tokens
@@ -34,6 +34,18 @@ def test_tokens_are_those_of_the_batches(tmp_path, mixing):
     assert set(tokens["retain"]) == {"retain", "unlabeled"} and set(tokens["forget:es"]) == {"forget:es"}
     assert by_applied(tokens) == pytest.approx(dict(applied_tokens(corpus, config)), rel=0.03)
     assert sum(by_applied(tokens).values()) == pytest.approx(200 * config.train.tokens_per_step)
+
+
+def test_tokens_count_and_not_documents(tmp_path):
+    lengths = {"en": 60, "es": 15}
+    documents = [
+        record(n, name, length, "test" if n % 9 == 0 else "train")
+        for n in range(90)
+        for name, length in lengths.items()
+    ]
+    tokens = trained_tokens(build(tmp_path / "corpus", documents), config_for(steps=200))
+    ratio = tokens["retain"]["retain"] / tokens["forget:es"]["forget:es"]
+    assert ratio == pytest.approx(61 / 16, rel=1e-9)  # with the end of each document
 
 
 def test_a_channel_counts_for_the_steps_it_is_in_use(tmp_path):
