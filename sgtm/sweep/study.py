@@ -48,8 +48,8 @@ class Variant:
 
     masks     whether domains can be removed; else the full model is a baseline for the ablated ones
     tokens    of a run
-    trained   tokens by true and applied label; empty in rows of older versions
-    settings  dotted keys of the config; empty likewise
+    trained   tokens by true and applied label; rows of older versions have none
+    settings  values by dotted key of the config; rows of older versions have none
     seeds     for each finished run its seed, four losses, and where they were kept evaluations and residual
     origin    device, commit and time of the training, where they are recorded
     """

@@ -145,6 +145,8 @@ def test_the_table_of_a_sweep(tmp_path):
     rows[0]["ablated_retain"] = 3.0
     text = sweep("novels", rows)
     assert "| mine | 2 | 4,000 | 3.123 ± 0.010 | 4.000 ± 0.010 | 3.250 | 9.000 ± 0.010 | 0.91* |  |  |" in text
+    nothing = {"masks": False, "ablated_retain": None, "ablated_forget": None}  # as a table has it
+    assert sweep("novels", [rows[1] | nothing]) == sweep("novels", [rows[1] | {"masks": False}])
     unmasked = sweep("novels", [rows[1] | {"masks": False}])
     assert "| mine | 2 | 4,000 | 3.123 ± 0.010 | 4.000 ± 0.010 |  |  | 0.91* |  |  |" in unmasked
     environments = [

@@ -68,7 +68,10 @@ def test_a_penalty_is_the_rest_of_the_baselines_training(claims, tmp_path):
         for end, share in (("-500", 0.5), ("", 1.0), ("-1500", 1.5))
     ]
     lines += [row("unmasked-x", (9.0, 9.0, 9.0, 9.0), masks=False), row("mine", (3 / 0.9, 5.0, 5.0, 5.0))]
-    assert claims.penalty("mine", "full_retain", "unmasked")(study_of(tmp_path, lines))[1] == pytest.approx(19, abs=0.1)
+    study = study_of(tmp_path, lines)
+    assert claims.penalty("mine", "full_retain", "unmasked")(study)[1] == pytest.approx(19, abs=0.1)
+    assert not claims.beyond("mine", "full_retain", "unmasked")(study)
+    assert claims.beyond("unmasked-x", "full_retain", "unmasked")(study)
     with pytest.raises(LookupError):
         claims.penalty("mine", "full_retain", "unmasked")(study_of(tmp_path, lines[1:]))
 
