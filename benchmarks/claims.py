@@ -210,7 +210,7 @@ CLAIMS = (
     *(
         Claim(
             "P" if name == "paper" else "",
-            f"{name}: masks cost the full model little on retained data (254M)",
+            f"{name}: masks cost the full model little on retained data{' (254M)' if name == 'paper' else ''}",
             "compute penalty",
             5,
             True,
