@@ -74,7 +74,8 @@ def enter(phase: str | None, step: int | None = None) -> None:
 def start(rank: int, world_size: int, minutes: float) -> None:
     """Watch this rank, one of a process group that is up, from now on."""
     global _watchdog
-    _watchdog = Watchdog(_connect(), rank, world_size, 60 * minutes)
+    store = _connect()
+    _watchdog = Watchdog(store, rank, world_size, 60 * minutes, _neighbours(store, rank, world_size))
 
 
 def started() -> bool:
@@ -88,19 +89,23 @@ def leave(status: int) -> None:
 
 
 class Watchdog:
-    """See above. store: of the ranks, for this alone. limit: seconds that a rank may stay in one phase of a step."""
+    """See above.
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, limit: float):
+    store       of the ranks, for this alone
+    limit       seconds that a rank may stay in one phase of a step
+    neighbours  the other ranks of this machine
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, limit: float, neighbours: dict[int, ProcessInfo]):
         self.store, self.rank, self.world_size, self.limit = store, rank, world_size, limit
         self.phase_and_step: tuple[str | None, int] = ("start", 0)
         self.waited = 0.0
         self.failing = 0.0  # seconds since the store last worked
         self.beats = 0
         self.exiting, self.stopped = threading.Lock(), threading.Event()
-        self.me: ProcessInfo = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
+        self.me, self.neighbours = _process_info(), neighbours
         self.previous, sys.excepthook = sys.excepthook, self._excepthook
         faulthandler.enable()  # a crash in C shows its stack
-        self.neighbours: dict[int, State] | None = None
         self.silence = 0.0  # seconds since a call to the store last returned, with an error or without
         self.outside = Guard(limit + 60)  # should all threads be held up, by C code that keeps the interpreter
         self.thread = threading.Thread(target=self._watch, name="sgtm-watchdog", daemon=True)
@@ -143,7 +148,7 @@ class Watchdog:
             except RuntimeError:
                 self.failing += passed
                 if phase_and_step[0] is not None:
-                    if self.neighbours is not None and self.failing > LISTEN:  # the system still shows who has died
+                    if self.failing > LISTEN:  # the system still shows who has died
                         note = note or self._dead_neighbour()
                     if note or self.failing > PATIENCE:
                         self._end(note or {"cause": GONE, "rank": None, "text": NO_STORE}, None)
@@ -185,18 +190,12 @@ class Watchdog:
 
     def _dead_neighbour(self) -> Note | None:
         """A rank of this machine whose process is gone though it has not left."""
-        if self.neighbours is None:
-            if not self.store.check([str(rank) for rank in range(self.world_size)]):
-                return None
-            others = {rank: state for rank, state in self._states().items() if state and rank != self.rank}
-            self.neighbours = {r: state for r, state in others.items() if state["machine"] == self.me["machine"]}
-            return None
-        for rank, state in self.neighbours.items():
-            how = _death(state["pid"])
+        for rank, process in self.neighbours.items():
+            how = _death(process["pid"])
             if how:
-                text = f"{how} (pid {state['pid']} on {state['host']})"
+                text = f"{how} (pid {process['pid']} on {process['host']})"
                 try:
-                    if self.store.get(str(rank)) != LEFT.encode():
+                    if not self.store.check([str(rank)]) or self.store.get(str(rank)) != LEFT.encode():
                         return self._note() or self._end_run(GONE, rank, text)
                 except RuntimeError:  # it held the store
                     return {"cause": GONE, "rank": rank, "text": text}
@@ -245,14 +244,13 @@ class Watchdog:
 
     def _wake(self, silent: list[int]) -> None:
         """End the silent ranks of this machine, each with its stack: a launcher waits long for one that is stopped."""
-        neighbours = self.neighbours or {}
-        on_host = {self.rank, *neighbours}
+        on_host = {self.rank, *self.neighbours}
         if self.rank == min(on_host - set(silent)):
             for rank in on_host & set(silent):
                 with suppress(ProcessLookupError):
                     os.write(2, f"rank {self.rank} ends rank {rank}, which was here:\n".encode())
-                    os.kill(neighbours[rank]["pid"], signal.SIGABRT)
-                    os.kill(neighbours[rank]["pid"], signal.SIGCONT)
+                    os.kill(self.neighbours[rank]["pid"], signal.SIGABRT)
+                    os.kill(self.neighbours[rank]["pid"], signal.SIGCONT)
                     time.sleep(BEAT / 4)  # one stack after the other
 
     def _diagnosis(self, silent: list[int]) -> str:
@@ -306,6 +304,21 @@ def _connect() -> dist.Store:
     store = dist.PrefixStore("watchdog", _clone(dist.distributed_c10d._get_default_store()))
     store.set_timeout(timedelta(seconds=LISTEN))  # a clone tries to connect for so long, or twice that
     return store
+
+
+def _neighbours(store: dist.Store, rank: int, world_size: int) -> dict[int, ProcessInfo]:
+    """The other ranks of this machine; none where a rank does not come."""
+    keys = [f"process of {other}" for other in range(world_size)]
+    with suppress(RuntimeError):
+        store.set(keys[rank], json.dumps(_process_info()))
+        store.wait(keys, timedelta(seconds=PATIENCE))
+        processes = {other: json.loads(store.get(key)) for other, key in enumerate(keys) if other != rank}
+        return {other: process for other, process in processes.items() if process["machine"] == _machine()}
+    return {}
+
+
+def _process_info() -> ProcessInfo:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
 
 
 def _clone(store: dist.Store) -> dist.Store:

@@ -36,7 +36,7 @@ def sleep(folder: str) -> None:
 
 def fail_on_rank_1(folder: str) -> None:
     if dist.get_rank() == 1:
-        while not Path(folder, "pid0").exists():
+        while not pids(Path(folder)):
             time.sleep(0.01)
         raise ValueError("of rank 1")
     sleep(folder)

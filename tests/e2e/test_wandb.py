@@ -22,6 +22,9 @@ from sgtm.config import load_config
 from sgtm.process.signals import Stopped
 from sgtm.run.metrics import read_metrics
 
+# As `python -m sgtm`, with as long as its server needs on a busy machine, and 3 seconds for one that has died.
+PATIENT = f"""from sgtm.run import metrics; metrics.WANDB_START, metrics.WANDB_FINISH = {PATIENCE:.0f}, 3
+from sgtm.commands.main import run; exit(run())"""
 OVERRIDES = ["--train.steps=4", "--train.eval_every=2", "--wandb.mode=offline", "--wandb.project=offline-test"]
 
 
@@ -145,14 +148,14 @@ def test_what_wandb_refuses_is_an_error_before_training(tmp_path: Path, words: s
     port_file = tmp_path / "port"
     server = subprocess.Popen([sys.executable, Path(__file__).with_name("wandb_server.py"), port_file, "403"])
     try:
-        wait_until(port_file.exists)
+        wait_until(lambda: port_file.exists() and port_file.read_text() != "", server)
         environ = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
         environ |= {"HOME": str(tmp_path), "WANDB_API_KEY": "0" * 40}
         environ |= {"WANDB_BASE_URL": f"http://127.0.0.1:{port_file.read_text()}"}
         options = [word for word in words.split() if word.startswith("--")]
         environ |= dict(word.split("=") for word in words.split() if not word.startswith("--"))
         done = subprocess.run(
-            [sys.executable, "-m", "sgtm", "train", "debug", f"--runs={tmp_path}", *options],
+            [sys.executable, "-c", PATIENT, "train", "debug", f"--runs={tmp_path}", *options],
             env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True,
         )  # fmt: skip
     finally:
@@ -167,11 +170,10 @@ def test_what_wandb_refuses_is_an_error_before_training(tmp_path: Path, words: s
 def test_what_dies_in_the_middle_does_not_stop_the_training(tmp_path: Path, dies: str):
     port_file, runs, steps = tmp_path / "port", tmp_path / "runs", 150
     server = subprocess.Popen([sys.executable, Path(__file__).with_name("wandb_server.py"), port_file])
-    code = "from sgtm.run import metrics; metrics.WANDB_FINISH = 3; from sgtm.commands.main import run; exit(run())"
     environ = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    command = [sys.executable, "-c", code, "train", "debug", f"--runs={runs}", f"--train.steps={steps}"]
+    command = [sys.executable, "-c", PATIENT, "train", "debug", f"--runs={runs}", f"--train.steps={steps}"]
     try:
-        wait_until(port_file.exists)
+        wait_until(lambda: port_file.exists() and port_file.read_text() != "", server)
         url = f"http://127.0.0.1:{port_file.read_text()}"
         process = subprocess.Popen(
             [*command, "--wandb.mode=online"],

@@ -1,6 +1,7 @@
 """Ranks that add up a number in each step as a run does, one of which breaks: python lost_ranks.py HOW RANK [OTHERS].
 
-OTHERS: what the other ranks do then. With APART=1 in the environment each rank is on a machine of its own.
+OTHERS: what the other ranks do then. With APART=1 in the environment each rank is on a machine of its own. STEP in the
+environment: the step, counted from 1, in which the rank breaks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sgtm.distributed import watchdog
 from sgtm.distributed.process_group import init_distributed
 from sgtm.distributed.watchdog import enter
 
-STEP = 40
+STEP = int(os.environ.get("STEP", "40"))
 
 
 def hold_the_interpreter() -> None:

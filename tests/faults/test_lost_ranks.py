@@ -114,16 +114,21 @@ def by_hand(*arguments: str, **environment: str) -> list[subprocess.Popen]:
     ]  # fmt: skip
 
 
+EXITED = r"ended with exit status 3 \(pid \d+ on \S+\)"
+
+
 @pytest.mark.parametrize(
-    ("others", "apart", "known"),
+    ("others", "environment", "known"),
     [
-        ((), "", r"ended with exit status 3 \(pid \d+ on \S+\)"),
-        (("sleep",), "", r"ended with exit status 3 \(pid \d+ on \S+\)"),  # no collective fails there
-        (("sleep",), "1", "the store of the run does not answer"),  # nor is its process to be seen
+        ((), {}, EXITED),
+        (("sleep",), {}, EXITED),  # no collective fails there
+        (("sleep",), {"STEP": "1"}, EXITED),  # before its first beat
+        (("sleep",), {"APART": "1"}, "the store of the run does not answer"),  # nor is its process to be seen
     ],
+    ids=str,
 )
-def test_rank_0_takes_the_store_with_it(others, apart, known):
-    ranks = by_hand("exit", "0", *others, APART=apart)
+def test_rank_0_takes_the_store_with_it(others, environment, known):
+    ranks = by_hand("exit", "0", *others, **environment)
     output, _ = ranks[1].communicate(timeout=PATIENCE)
     assert ranks[1].returncode == 1
     lines = [line for line in output.splitlines() if line.startswith("error")]

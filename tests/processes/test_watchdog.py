@@ -40,7 +40,7 @@ def test_the_last_beat_does_not_take_back_that_a_rank_has_left(monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(watchdog, "BEAT", 0.01)
     store = SlowStore()
-    rank = Watchdog(store, rank=0, world_size=1, limit=60.0)
+    rank = Watchdog(store, rank=0, world_size=1, limit=60.0, neighbours={})
     try:
         assert store.beating.wait(30)
         threading.Timer(0.3, store.go_on.set).start()
