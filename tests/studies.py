@@ -31,7 +31,8 @@ def row(name: str, four: tuple[float, ...], *, unlabelled: float | None = None, 
     trained = {"retain": {"retain": 2e6}, "forget:es": shares}
     settings = {"masking.strategy": "sgtm" if masks else "none", "train.seed": 0, "train.steps": 10}
     origin = {"device": "a device", "commit": "c0ffee", "time": "2026-11-29T00:00:00Z"}
-    about = {"variant": name, "finished": seeds, "runs": seeds, "tokens": 1000, "masks": masks}
+    counts = {"finished": seeds, "runs": seeds, "tokens": 1000, "parameters": 1_000_000}
+    about = {"variant": name, "masks": masks, **counts}
     return {**about, "trained": trained, "settings": settings, "seeds": each, **origin}
 
 
@@ -55,6 +56,17 @@ def rows() -> list[dict]:
     models.append(row("ignored", (3.1, 3.2, 3.3, loss_of(1e5)), unlabelled=1e5))
     models.append(row("complete", (3.1, 3.2, 3.3, loss_of(1e4)), unlabelled=0.0))
     return [*models, tampered(), tampered(seed=1, start=7.0)]
+
+
+def two_sizes() -> list[dict]:
+    """The models of `rows`, and models of another shape with the same leakage, all of whose losses are a nat higher."""
+    lines = rows()[:-2]
+    for line in rows()[:-2]:
+        settings = {**line["settings"], "model.hidden_size": 512}
+        seeds = [{**seed, **{loss: seed[loss] + 1 for loss in LOSSES}} for seed in line["seeds"]]
+        name = f"large-{line['variant']}"
+        lines.append({**line, "variant": name, "settings": settings, "seeds": seeds, "parameters": 4_000_000})
+    return lines
 
 
 def write_rows(file: Path, lines: list[dict]) -> Path:

@@ -49,6 +49,12 @@ EXHIBITS = (
         "three other numbers of them.",
     ),
     (
+        figures.sizes,
+        "Leakage against the size of the model. Each is read from models of its own shape that were trained without "
+        "masks.",
+        "No leakage at two sizes.",
+    ),
+    (
         figures.residual,
         "Norm of the residual stream after the last layer (L2, mean over the tokens of the label that has the largest; "
         "mean over the seeds), at the end of training. Many times that of training without masks means that the "

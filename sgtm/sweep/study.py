@@ -46,17 +46,19 @@ def interval(values: Sequence[float]) -> Interval | None:
 class Variant:
     """A row of a table.
 
-    masks     whether domains can be removed; else the full model is a baseline for the ablated ones
-    tokens    of a run
-    trained   tokens by true and applied label; rows of older versions have none
-    settings  values by dotted key of the config; rows of older versions have none
-    seeds     for each finished run its seed, four losses, and where they were kept evaluations and residual
-    origin    device, commit and time of the training, where they are recorded
+    masks       whether domains can be removed; else the full model is a baseline for the ablated ones
+    tokens      of a run
+    parameters  of the full model; rows of older versions have none
+    trained     tokens by true and applied label; rows of older versions have none
+    settings    values by dotted key of the config; rows of older versions have none
+    seeds       for each finished run its seed, four losses, and where they were kept evaluations and residual
+    origin      device, commit and time of the training, where they are recorded
     """
 
     name: str
     masks: bool
     tokens: int
+    parameters: int | None
     trained: dict[str, dict[str, float]]
     settings: dict[str, object]
     seeds: tuple[dict, ...]
@@ -88,6 +90,11 @@ class Variant:
             if other and forget and len(lines) == len(self.seeds):
                 points.append((tokens, other, forget))
         return points
+
+    @property
+    def shape(self) -> tuple[str, ...]:
+        """Settings of the model: equal for models of one shape."""
+        return tuple(f"{key} {value}" for key, value in sorted(self.settings.items()) if key.startswith("model."))
 
     @property
     def retained(self) -> float:
@@ -151,6 +158,7 @@ def _variant(row: dict, folder: Path | None) -> Variant:
         name=row["variant"],
         masks=row["masks"],
         tokens=row["tokens"],
+        parameters=row.get("parameters"),
         trained=row.get("trained", {}),
         settings=row.get("settings", {}),
         seeds=tuple({**dict.fromkeys(SIX), **seed} for seed in row["seeds"]),
@@ -164,7 +172,8 @@ def _origin(folder: Path, row: dict) -> dict:
 
 
 def standard_curve(variants: Iterable[Variant]) -> TokenCurve | None:
-    """Forget loss of the models trained without masks by the forget tokens they saw: what leakage is read from.
+    """Forget loss of the models trained without masks by the forget tokens they saw: what leakage is read from. The
+    variants are of one shape.
 
     Models that were trained on 5 % more or less retain tokens than the median variant are left out, such as the same
     baseline trained for other numbers of steps. None where the rest are too few, or where none saw no forget token.
@@ -193,10 +202,15 @@ class VariantLeakage(NamedTuple):
 
 
 def leakages(variants: Sequence[Variant]) -> dict[str, VariantLeakage]:
-    """Of each masked variant; empty without a curve. The curve's own error is not in the intervals."""
-    curve = standard_curve(variants)
+    """Of each masked variant for which there is a curve of models of its shape, whose own error is not in the
+    intervals."""
+    by_shape: dict[tuple[str, ...], list[Variant]] = {}
+    for variant in variants:
+        by_shape.setdefault(variant.shape, []).append(variant)
+    curves = {shape: standard_curve(alike) for shape, alike in by_shape.items()}
     by_name = {}
     for variant in variants:
+        curve = curves[variant.shape]
         losses = variant.values("ablated_forget")
         if curve is None or not variant.masks or variant.unlabelled is None or not all(map(math.isfinite, losses)):
             continue

@@ -58,6 +58,24 @@ def leaked(study: Study) -> Figure | None:
     return _bars(bars, "leakage")
 
 
+def sizes(study: Study) -> Figure | None:
+    """Leakage against the parameters of the model; None where all have one size."""
+    by_name = leakages(study.variants)
+    shown = [
+        (number, variant, ratio)
+        for number, variant in enumerate(study.variants)
+        if variant.parameters and variant.name in by_name and (ratio := by_name[variant.name].ratio)
+    ]
+    if len({variant.shape for _, variant, _ in shown}) < 2:
+        return None
+    figure, axes = panel("parameters", "leakage")
+    for number, variant, ratio in shown:
+        _dot(axes, number, (Interval(float(variant.parameters or 0), None), ratio), variant.name, filled=True)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    return with_legend(figure, axes)
+
+
 def residual(study: Study) -> Figure | None:
     """Norm of the residual stream after the last layer, the largest of any label, mean over the seeds."""
     bars = []

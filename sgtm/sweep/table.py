@@ -7,9 +7,9 @@ Nothing is ablated from a model that was trained without masks. Where the sweep 
 a loss of its own, and they do not count as retained.
 
 `table.jsonl` is all that the page of a sweep is made of (page.py). It has more than the table: for each variant
-`settings` (dotted keys of the config) and `trained` (tokens by true and applied label, sgtm/data/trained.py); for each
-seed `evaluations` (tokens so far and the four losses) and `residual` (norm of the residual stream after the last layer,
-by applied label, at the last step that has it).
+`settings` (dotted keys of the config), `parameters` (of the full model) and `trained` (tokens by true and applied
+label, sgtm/data/trained.py); for each seed `evaluations` (tokens so far and the four losses) and `residual` (norm of
+the residual stream after the last layer, by applied label, at the last step that has it).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rich.table import Table
 from sgtm.config.reference import flat
 from sgtm.data.store import Corpus
 from sgtm.data.trained import trained_tokens
+from sgtm.estimate.shapes import parameter_sizes
 from sgtm.files import write_atomically
 from sgtm.masking.labels import removal_name
 from sgtm.run.metrics import read_metrics
@@ -191,7 +192,8 @@ def _record(row: Row) -> dict:
         if run.name in row.losses
     ]
     counts = {"finished": len(row.losses), "runs": len(row.runs), "tokens": row.tokens}
-    about = {"masks": row.masks, "trained": row.trained, "settings": _settings(row)}
+    parameters = sum(parameter_sizes(row.runs[0].config).values())
+    about = {"masks": row.masks, "parameters": parameters, "trained": row.trained, "settings": _settings(row)}
     return {"variant": row.variant, **counts, **statistic, **about, "seeds": each}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from studies import loss_of, row, rows, standard, write_rows
+from studies import loss_of, row, rows, standard, two_sizes, write_rows
 
 from sgtm.sweep.study import Interval, differing_settings, interval, leakages, read_study, standard_curve
 
@@ -49,6 +49,12 @@ def test_leakage_of_models_whose_leakage_is_known(tmp_path):
     assert by_name["safe"].tokens == (0.0, 0.0) and by_name["safe"].ratio == (0.0, 0.0)
     assert by_name["ignored"].ratio.mean == pytest.approx(1, rel=0.02) and by_name["ignored"].ratio.half > 0
     assert by_name["complete"].ratio is None and by_name["complete"].tokens.mean == pytest.approx(1e4, rel=0.02)
+
+
+def test_leakage_is_read_from_models_of_the_same_shape(tmp_path):
+    by_name = leakages(study_of(tmp_path, two_sizes()).variants)
+    for name in ("safe", "ignored"):
+        assert by_name[f"large-{name}"].ratio.mean == pytest.approx(by_name[name].ratio.mean, rel=0.02), name
 
 
 def test_leakage_is_marked_where_a_seed_is_beyond_the_curve(tmp_path):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from studies import FORGET, loss_of, rows, write_rows
+from studies import FORGET, loss_of, rows, two_sizes, write_rows
 
 from sgtm.sweep.study import leakages, read_study
-from sgtm.sweep.study_figures import ablated, adjacent, full, leaked, residual, tampering, undiscovered
+from sgtm.sweep.study_figures import ablated, adjacent, full, leaked, residual, sizes, tampering, undiscovered
 from sgtm.sweep.table import LOSSES, SIX
 
 
@@ -54,6 +54,14 @@ def test_bars_are_leakages_and_the_largest_residual_norms(study):
         by_name[name].ratio.mean for name in ("safe", "ignored")
     ]
     assert [bar.get_width() for bar in residual(study).axes[0].patches] == [11.0] * 8
+
+
+def test_leakage_against_size(tmp_path, study):
+    assert sizes(study) is None  # all have one
+    both = read_study(write_rows(tmp_path / "both.jsonl", two_sizes()))
+    points = [container.lines[0].get_xydata().tolist()[0] for container in sizes(both).axes[0].containers]
+    ratios = [leakages(both.variants)[name].ratio.mean for name in ("safe", "ignored", "large-safe", "large-ignored")]
+    assert points == [[size, ratio] for size, ratio in zip([1e6, 1e6, 4e6, 4e6], ratios, strict=True)]
 
 
 def test_a_tamper_curve_for_each_seed_and_a_name_for_each_variant(study):
