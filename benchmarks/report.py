@@ -1,4 +1,4 @@
-"""Writes docs/results.md, and the results blocks of README.md and of other documents, from the committed results files.
+"""Writes docs/results.md with its figures, and the results blocks of other documents, from the committed results files.
 
     python benchmarks/report.py [--check] [--add DIR]
 
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import claims
+import experiments
 import gpu_run
 from environment import RESULTS, read_rows
 from journal import ENVIRONMENT
@@ -39,12 +40,19 @@ def main() -> int:
     if args.add:
         print(f"wrote {add(args.add)}")
     stale = [path for path, text in documents().items() if not path.exists() or path.read_text() != text]
-    for path in stale:
-        if check:
-            print(f"{path} does not match the results files; run python benchmarks/report.py", file=sys.stderr)
-        else:
+    figures = experiments.figure_files(results_files())
+    old = [image for image, (rows, _) in figures.items() if not experiments.is_current(image, rows)]
+    surplus = [image for image in experiments.FIGURES.glob("*.png") if image not in figures]
+    for path in [*stale, *old, *surplus] if check else ():
+        print(f"{path} does not match the results files; run python benchmarks/report.py", file=sys.stderr)
+    if not check:
+        for path in stale:
             path.write_text(documents()[path])
-    return int(check and bool(stale))
+        for image in old:
+            experiments.draw(image, *figures[image])
+        for image in surplus:
+            image.unlink()
+    return int(check and bool(stale or old or surplus))
 
 
 def add(folder: Path) -> Path:
@@ -67,18 +75,26 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
+def results_files() -> list[Path]:
+    """In the order of the documents: experiments, then costs."""
+    order = {name: number for number, name in enumerate(experiments.EXPERIMENTS)}
+    return sorted(RESULTS.glob("*/*.jsonl"), key=lambda path: (order.get(path.stem, len(order)), path))
+
+
 def documents() -> dict[Path, str]:
     """Text of every document that holds results."""
-    paths = sorted(RESULTS.glob("*/*.jsonl"), key=lambda path: (path.stem not in SWEEPS, path))
+    paths = results_files()
     results = (
         "# Results\n\nWritten by `benchmarks/report.py` from `benchmarks/results/`; do not edit by hand. "
         "How to repeat them stands at the top of each script in `benchmarks/`.\n\n"
     )
+    studies = {path.stem: read_study(path) for path in paths if path.stem in experiments.EXPERIMENTS}
+    results += f"### The papers' claims\n\n{claims.section(studies)}\n\n"
     by_document: dict[Path, list[Path]] = {}
     for path in paths:
-        if path.stem != "claims":  # in docs/results.md alone
-            by_document.setdefault(DOCUMENTS.get(path.stem, DOCS / "performance.md"), []).append(path)
-    texts = {DOCS / "results.md": results + "\n\n".join(section(path, "../") for path in paths) + "\n"}
+        if document := document_of(path.stem):
+            by_document.setdefault(document, []).append(path)
+    texts = {DOCS / "results.md": results + "\n\n".join(section(path, "../", True) for path in paths) + "\n"}
     for document, of in by_document.items():
         up = "../" if document.parent == DOCS else ""
         texts[document] = _filled(document, [section(path, up) for path in of])
@@ -91,19 +107,31 @@ def _filled(document: Path, sections: list[str]) -> str:
     return "\n\n".join([before + BEGIN, *sections, END + rest.split(END)[1]])
 
 
-def section(path: Path, up: str) -> str:
-    """Markdown of one results file; `up` leads from the document to the root of the repository."""
-    rows = read_rows(path)
+def document_of(stem: str) -> Path | None:
+    """The document beside docs/results.md that has the tables of a results file."""
+    if stem in experiments.EXPERIMENTS:
+        return DOCUMENTS.get(stem)
+    return DOCUMENTS.get(stem, DOCS / "performance.md")
+
+
+def section(path: Path, up: str, described: bool = False) -> str:
+    """Markdown of one results file; `up` leads from the document to the root of the repository.
+
+    described  with question, figures and meaning, where it is an experiment's
+    """
+    rows, relative = read_rows(path), path.relative_to(ROOT).as_posix()
     if "stage" in rows[0]:
         text = gpu_run.section(rows)
+    elif path.stem in OWN:
+        text = OWN[path.stem](rows)
     else:
-        own = OWN.get(path.stem)
-        text = own(rows) if own else sweep(path.stem, [row for row in rows if "variant" in row])
-        if path.stem == "claims":
-            page = f"`sgtm report {path.relative_to(ROOT).as_posix()}` draws the figures."
-            text += f"\n\n{claims.section(read_study(path))}\n\n{page}"
-    link = f"([{path.name}]({up}{path.relative_to(ROOT).as_posix()}))"
-    return f"{text}\n\n" + "; ".join(_sources(rows)) + f" {link}"
+        rows_of_variants = [row for row in rows if "variant" in row]
+        text = f"### {experiments.EXPERIMENTS[path.stem].title}\n\n"
+        if described:
+            text += experiments.described(path.stem, rows_of_variants, relative, "figures")
+        else:
+            text += experiments.tables(path.stem, rows_of_variants)
+    return f"{text}\n\n" + "; ".join(_sources(rows)) + f" ([{path.name}]({up}{relative}))"
 
 
 def _sources(rows: list[dict]) -> list[str]:
@@ -126,18 +154,6 @@ def domain_embedding(rows: list[dict]) -> str:
     return steps(rows, "What a domain's own embedding costs, a quarter of the sequences forget")
 
 
-SWEEPS = {
-    "quickstart": "Quickstart: the embedded stories",
-    "novels": "English and Spanish novels",
-    "claims": "The papers' claims on English and Spanish novels",
-}
-PARTS = {
-    "novels-groups.sweep": "Sizes of the domain's group, and Spanish trained both ways",
-    "novels-combined.sweep": "A small group with Spanish trained both ways; certified, 35 % of the English both ways",
-    "novels-undiscovered.sweep": "Shares of the Spanish undiscovered",
-    "novels-lengths.sweep": "Lengths of the baselines, for the curves",
-}
-"""What stands above the table of a sweep that is not the first of its file."""
 DOCUMENTS = {
     "quickstart": ROOT / "README.md",
     "steps": ROOT / "README.md",
@@ -145,55 +161,7 @@ DOCUMENTS = {
     "prepare": DOCS / "data.md",
     "checkpoints": DOCS / "checkpoints.md",
 }
-"""The document of a results file; of the others it is docs/performance.md."""
-
-
-def sweep(name: str, rows: list[dict]) -> str:
-    """Four losses of each variant, mean and spread over the seeds, and compute ratios where they were computed; a table
-    for each sweep."""
-    ratios = any(row["ratios"] for row in rows)
-    about = (
-        "Held-out loss in nats per token, mean and sample standard deviation over the seeds: of the full model and of "
-        "the ablated one (without the domain's group), on retained and on forgotten data. Nothing is ablated from a "
-        "model that was trained without masks. The losses are those of the CPU named below the table: another one "
-        "rounds bf16 differently, so that a single seed moves."
-    )
-    if ratios:
-        about += (
-            " Compute: the share of a baseline's training at which it reaches this loss, of `unmasked` for the full "
-            "model, of `filtered` for the ablated one, by the curve through the baseline's rows of several lengths "
-            "(`-450`: steps), whatever the tokens of the run itself; * outside that curve."
-        )
-    parts = [f"### {SWEEPS[name]}", about]
-    for kind in dict.fromkeys(row.get("sweep") for row in rows):
-        parts += [PARTS[kind]] if kind in PARTS else []
-        parts.append(markdown(_variants([row for row in rows if row.get("sweep") == kind], ratios)))
-    return "\n\n".join(parts)
-
-
-def _variants(rows: list[dict], ratios: bool) -> list[list[str]]:
-    table = [["recipe", "seeds", "tokens", *(f"{model}, {data}" for model, data in LOSSES)]]
-    table[0] += [f"compute, {model} {data}" for model, data in RATIOS] if ratios else []
-    for row in rows:
-        cells = [row["variant"], str(row["finished"]), f"{row['tokens']:,}"]
-        shown = [model == "full" or row.get("masks", True) for model, _ in LOSSES]
-        cells += [_loss(row, f"{model}_{data}") * show for (model, data), show in zip(LOSSES, shown, strict=True)]
-        shown_ratios = [row["ratios"].get(f"{model}_{data}") for model, data in RATIOS] if ratios else []
-        shown_ratios = [ratio if show else None for ratio, show in zip(shown_ratios, shown, strict=False)]
-        cells += [f"{ratio['value']:.2f}{'*' * ratio['extrapolated']}" if ratio else "" for ratio in shown_ratios]
-        table.append(cells)
-    return table
-
-
-LOSSES = tuple((model, data) for model in ("full", "ablated") for data in ("retain", "forget"))
-RATIOS = LOSSES[:3]
-
-
-def _loss(row: dict, loss: str) -> str:
-    spread = row[f"{loss}_sd"]
-    if row[loss] is None:  # nothing is ablated from a model without masks
-        return ""
-    return f"{row[loss]:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+"""Of a results file, beside docs/results.md; of other costs it is docs/performance.md, of other experiments none."""
 
 
 def checkpoints(rows: list[dict]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
-from studies import loss_of, row, rows, tampered, write_rows
+from studies import loss_of, row, rows, tampered, two_sizes, write_rows
 
 from sgtm.sweep.study import Interval, read_study
 
@@ -61,6 +63,17 @@ def test_leakage_of_each_seed(claims, tmp_path):
     assert claims.leakage_of("complete")(study_of(tmp_path, rows())) == []
 
 
+def test_leakage_that_falls_with_size_has_a_negative_slope(claims, tmp_path):
+    """A tenth at a million parameters and nothing at four: the line falls by 0.1 in log10(4)."""
+    lines = two_sizes()
+    leaks = row("small", (3.1, 3.2, 3.3, loss_of(1e5)), unlabelled=1e6)
+    study = study_of(tmp_path, [*lines, leaks])
+    slopes = claims.change_with_size(["small", "large-safe"])(study)
+    assert len(slopes) == 3 and slopes[1] == pytest.approx(-0.1 / math.log10(4), rel=0.05)
+    with pytest.raises(LookupError):
+        claims.change_with_size(["small", "medium", "large-safe"])(study)
+
+
 def test_a_penalty_is_the_rest_of_the_baselines_training(claims, tmp_path):
     """Baselines on L = 3 C ** -1/2: the loss of 0.81 of the whole costs 19 %."""
     lines = [
@@ -90,8 +103,8 @@ def test_attacks_count_up_to_the_steps_that_are_compared(claims, tmp_path):
 
 def test_every_claim_has_a_row_with_what_was_measured(claims, tmp_path):
     lines = [*rows(), row("paper-undiscovered", (3.1, 3.2, 3.3, loss_of(0)), unlabelled=1e5)]
-    table = claims.section(study_of(tmp_path, lines)).splitlines()[-len(claims.CLAIMS) :]
+    table = claims.section({"claims": study_of(tmp_path, lines)}).splitlines()[-len(claims.CLAIMS) :]
     assert [line.split(" | ")[1] for line in table] == [claim.text for claim in claims.CLAIMS]
     (leaks,) = (line for line in table if "hardly leaks" in line and line.startswith("| P "))
-    assert "leakage: 0.0" in leaks and leaks.endswith("| < 0.1 | **confirmed** |")
-    assert sum(line.endswith("| not tested |") for line in table) == len(claims.CLAIMS) - 1
+    assert "leakage: 0.0" in leaks and leaks.endswith("| < 0.1 | **confirmed** | `claims` |")
+    assert sum("| not tested |" in line for line in table) == len(claims.CLAIMS) - 1

@@ -1,0 +1,185 @@
+"""The sections of the documents on sweeps: tables and, in docs/results.md, what each experiment asks and what it shows.
+
+The figures in docs/figures are those of `sgtm report FILE` for the committed file of rows; each carries the SHA-256 of
+that file, so that `report.py --check` finds one that is out of date.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib import rc_context
+from PIL import Image
+from tables import markdown
+
+from sgtm.files import sha256_of
+from sgtm.report.figures import STYLE
+from sgtm.sweep import study_figures
+from sgtm.sweep.study import read_study
+
+FIGURES = Path(__file__).parent.parent / "docs" / "figures"
+
+
+class Experiment(NamedTuple):
+    """A file of rows.
+
+    title     of its section
+    question  what it asks; "" where docs/results.md has the tables alone, as the following are then
+    commands  that train it, and write the file of rows
+    figures   of sgtm/sweep/study_figures.py, by name
+    meaning   what the rows show, and whether that agrees with the papers
+    """
+
+    title: str
+    question: str = ""
+    commands: str = ""
+    figures: tuple[str, ...] = ()
+    meaning: str = ""
+
+
+NOVELS = "sgtm prepare NOVELS --rules launch/recipes/novels.rules.yaml --out data/novels --vocab-size 2048"
+
+
+def trained(prepare: str, *sweeps: str, stem: str, after: str = "") -> str:
+    """The commands that train these sweeps and write the file of their rows."""
+    files = [f"launch/recipes/{sweep}.sweep.yaml" for sweep in sweeps]
+    collect = f"python benchmarks/recipes.py {' '.join(files)} --json benchmarks/results/DEVICE/{stem}.jsonl"
+    return "\n".join(filter(None, [prepare, *(f"sgtm sweep {file}" for file in files), after, collect]))
+
+
+EXPERIMENTS = {
+    "claims": Experiment(
+        "English and Spanish novels: the papers' methods",
+        "What is left of Spanish in the model without its group, and what do masks cost the model with it, when all "
+        "Spanish is labelled, and when a fifth of it is not?",
+        trained(
+            NOVELS,
+            "claims",
+            "novels-lengths",
+            stem="claims",
+            after="for run in runs/claims.sweep/{filtered,paper,dual}-s?; do\n"
+            "  sgtm tamper $run --data forget --lr 0.25 1 --steps 16 64 --tokens 4096\ndone",
+        ),
+        ("ablated", "full", "undiscovered", "leaked", "residual", "tampering"),
+        "Masks remove far more than a filter that misses the same fifth, at any retain loss that the filter "
+        "reached, and little of that fifth leaks, as the paper reports. Activation masking leaks most of it, and "
+        "masks that leave the output matrices alone are as safe as those that do not. At this size the paper's "
+        "masks cost the full model many times the paper's five percent; `dual`, whose domain has an embedding and "
+        "a head of its own, loses a fifth of that and forgets more. No masked model of this table is as ignorant "
+        "of Spanish as `filtered`. Fine-tuning brings Spanish back into a filtered model about as fast as into a "
+        "masked one; see the reservations above the claims.",
+    ),
+    "sizes": Experiment("Three sizes: leakage against parameters"),
+    "arxiv": Experiment("Abstracts of arXiv: biology, and fields close to it"),
+    "batch": Experiment("Batch composition"),
+    "novels": Experiment("English and Spanish novels: recipes, groups and shares"),
+    "quickstart": Experiment("Quickstart: the embedded stories"),
+}
+"""By the stem of the file, in the order of the documents."""
+PARTS = {
+    "novels-groups.sweep": "Sizes of the domain's group, and Spanish trained both ways",
+    "novels-combined.sweep": "A small group with Spanish trained both ways; certified, 35 % of the English both ways",
+    "novels-undiscovered.sweep": "Shares of the Spanish undiscovered",
+    "novels-lengths.sweep": "Lengths of the baselines, for the curves",
+    "sizes-filtered.sweep": "The filtered models that leakage is read from",
+}
+"""What stands above the table of a sweep that is not the first of its file."""
+DATA = ("retain", "adjacent", "forget")
+RATIOS = (("full", "retain"), ("full", "forget"), ("ablated", "retain"))
+
+
+def tables(name: str, rows: list[dict]) -> str:
+    """Markdown: losses of each variant, mean and spread over the seeds, and compute ratios where they were computed; a
+    table for each sweep."""
+    ratios, adjacent = any(row["ratios"] for row in rows), any("full_adjacent" in row for row in rows)
+    data = "on retained, adjacent and forgotten data" if adjacent else "on retained and on forgotten data"
+    about = (
+        "Held-out loss in nats per token, mean and sample standard deviation over the seeds: of the full model and of "
+        f"the ablated one (without the domain's group), {data}. Nothing is ablated from a model that was trained "
+        "without masks. The losses are those of the CPU named below the table: another one rounds bf16 differently, "
+        "so that a single seed moves."
+    )
+    if ratios:
+        about += (
+            " Compute: the share of a baseline's training at which it reaches this loss, of `unmasked` for the full "
+            "model, of `filtered` for the ablated one, by the curve through the baseline's rows of several lengths "
+            "(`-450`: steps), whatever the tokens of the run itself; * outside that curve."
+        )
+    parts = [about]
+    for kind in dict.fromkeys(row.get("sweep") for row in rows):
+        parts += [PARTS[kind]] if kind in PARTS else []
+        parts.append(markdown(_variants([row for row in rows if row.get("sweep") == kind], ratios)))
+    return "\n\n".join(parts)
+
+
+def described(name: str, rows: list[dict], path: str, figures: str) -> str:
+    """The tables, below what the experiment asks and above what it shows.
+
+    path     of the file of rows, from the root of the repository
+    figures  of their folder, from the document
+    """
+    experiment = EXPERIMENTS[name]
+    if not experiment.question:
+        return tables(name, rows)
+    images = [f"![{figure} of {name}]({figures}/{name}-{figure}.png)" for figure in experiment.figures]
+    page = f"sgtm report {path}"
+    return "\n\n".join(
+        [
+            f"**Question.** {experiment.question}",
+            f"```sh\n{experiment.commands}\n{page}    # the figures\n```",
+            tables(name, rows),
+            *images,
+            f"**Result.** {experiment.meaning}",
+        ]
+    )
+
+
+def _variants(rows: list[dict], ratios: bool) -> list[list[str]]:
+    losses = [(model, data) for model in ("full", "ablated") for data in DATA if f"full_{data}" in rows[0]]
+    table = [["recipe", "seeds", "tokens", *(f"{model}, {data}" for model, data in losses)]]
+    table[0] += [f"compute, {model} {data}" for model, data in RATIOS] if ratios else []
+    for row in rows:
+        cells = [row["variant"], str(row["finished"]), f"{row['tokens']:,}"]
+        masks = row.get("masks", True)
+        cells += [_loss(row, f"{model}_{data}") * (model == "full" or masks) for model, data in losses]
+        for model, data in RATIOS if ratios else ():
+            ratio = row["ratios"].get(f"{model}_{data}") if model == "full" or masks else None
+            cells.append(f"{ratio['value']:.2f}{'*' * ratio['extrapolated']}" if ratio else "")
+        table.append(cells)
+    return table
+
+
+def _loss(row: dict, loss: str) -> str:
+    spread = row[f"{loss}_sd"]
+    if row[loss] is None:  # nothing is ablated from a model without masks
+        return ""
+    return f"{row[loss]:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+
+
+def figure_files(results: list[Path]) -> dict[Path, tuple[Path, str]]:
+    """For each figure of the documents the file of rows and the figure's name."""
+    return {
+        FIGURES / f"{path.stem}-{figure}.png": (path, figure)
+        for path in results
+        if path.stem in EXPERIMENTS
+        for figure in EXPERIMENTS[path.stem].figures
+    }
+
+
+def is_current(image: Path, results: Path) -> bool:
+    """Whether the figure was drawn from this very file."""
+    if not image.exists():
+        return False
+    with Image.open(image) as picture:
+        return picture.info.get("Source") == sha256_of(results)
+
+
+def draw(image: Path, results: Path, figure: str) -> None:
+    """Write the figure. Raises LookupError where the rows do not have what it shows."""
+    with rc_context(STYLE):
+        drawn = getattr(study_figures, figure)(read_study(results))
+        if drawn is None:
+            raise LookupError(f"{results} has no figure {figure}")
+        image.parent.mkdir(exist_ok=True)
+        drawn.savefig(image, dpi=120, metadata={"Source": sha256_of(results), "Software": None})
