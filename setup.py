@@ -65,6 +65,7 @@ setup(
             "types-psutil",
             "types-PyYAML",
             "setuptools>=77",
+            "scikit-learn>=1.5",  # of examples/classifier
             'triton>=3.6; platform_system == "Linux"',  # its interpreter and its compiler, which need no GPU
         ],
     },

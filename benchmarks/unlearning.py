@@ -1,0 +1,117 @@
+"""Post-hoc unlearning of a sweep's unmasked model, at settings chosen from a grid, as a baseline for masks.
+
+    sgtm sweep launch/recipes/claims.sweep.yaml
+    python benchmarks/unlearning.py launch/recipes/claims.sweep.yaml --json benchmarks/results/DEVICE/unlearning.jsonl
+
+Every setting of GRID is tried on the variant's first seed and measured on split train, never on test. Chosen is, for
+each method, the setting with the highest forget loss among those whose retain loss is at most BUDGET nats above that
+of the model before; a method without one is left out. The chosen settings are then applied to every seed, into the
+sweep's folder as VARIANT-sSEED-METHOD, where `sgtm tamper` and benchmarks/recipes.py take them, and measured on split
+test. Runs that are there are kept.
+
+Rows: one for each setting (`method`, `options`, `lr` and `steps`, `retain` and `forget` after, `retain_before`,
+`forget_before`, `chosen`), and one for each chosen setting as benchmarks/recipes.py writes a variant's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from itertools import product
+from pathlib import Path
+
+from environment import write_rows
+
+from sgtm.config.load import load_run_config
+from sgtm.run.evaluate import evaluate_run
+from sgtm.sweep.file import Run, Sweep, read_sweep
+from sgtm.sweep.table import LOSSES
+from sgtm.unlearning.methods import METHODS
+from sgtm.unlearning.run import unlearn_run
+
+BUDGET = 0.1  # nats
+RMU = [{"layer": 2, "coefficient": c, "alpha": a} for c in (20.0, 40.0) for a in (1.0, 10.0, 100.0)]
+GRID: dict[str, list[tuple[dict, float]]] = {
+    "rmu": [*product(RMU, (1.0, 3.0))],
+    "npo": [*product([{"beta": 0.1}, {"beta": 1.0}], (1.0, 3.0, 10.0))],
+    "grad_diff": [*product([{}], (1.0, 3.0, 10.0))],
+}
+"""By method its options, and the learning rate as a multiple of the method's default."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sweep", type=Path, metavar="SWEEP")
+    parser.add_argument("--variant", default="unmasked", metavar="NAME", help="a variant without masks")
+    parser.add_argument("--sequences", type=int, default=128, metavar="N", help="of split train, for the choice")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    args = parser.parse_args()
+    sweep = read_sweep(args.sweep)
+    runs = [run for run in sweep.runs if run.variant == args.variant]
+    before = measured(runs[0].directory, "train", args.sequences)
+    tried = []
+    for method, settings in GRID.items():
+        for number, (options, factor) in enumerate(settings):
+            out = sweep.folder.with_name(f"{sweep.folder.name}-unlearning") / f"{runs[0].name}-{method}-{number}"
+            lr = apply(runs[0], method, options, factor, out)
+            retain, forget = measured(out, "train", args.sequences)
+            losses = {"retain": retain, "forget": forget, "retain_before": before[0], "forget_before": before[1]}
+            setting = {"method": method, "options": options, "factor": factor, "lr": lr, "steps": METHODS[method].steps}
+            tried.append({**setting, **losses, "chosen": False})
+            print(json.dumps({key: tried[-1][key] for key in ("method", "options", "factor", "retain", "forget")}))
+    rows = []
+    for method in GRID:
+        best = choice([row for row in tried if row["method"] == method])
+        if best is None:
+            print(f"{method}: no setting within {BUDGET} nats")
+            continue
+        best["chosen"] = True
+        rows.append(variant_row(sweep, runs, best))
+    write_rows(args.json, [*rows, *tried])
+
+
+def choice(rows: list[dict]) -> dict | None:
+    """The row of the highest forget loss within the budget."""
+    within = [row for row in rows if row["retain"] <= row["retain_before"] + BUDGET]
+    return max(within, key=lambda row: row["forget"], default=None)
+
+
+def apply(run: Run, method: str, options: dict, factor: float, out: Path) -> float:
+    """Unlearn a run at so many times the method's rate; returns the rate."""
+    lr = factor * load_run_config(run.directory).optimizer.lr / METHODS[method].divisor
+    if not out.exists():
+        unlearn_run(run.directory, method, out, options=options, lr=lr)
+    return lr
+
+
+def measured(run: Path, split: str, sequences: int | None) -> tuple[float, float]:
+    """Mean loss over the retain categories and over the forget ones, of the full model."""
+    summary = evaluate_run(run, split, sequences)
+    by_data: dict[bool, list[float]] = {False: [], True: []}
+    for category, loss in summary["losses"]["full"].items():
+        by_data[summary["true_labels"][category].startswith("forget:")].append(loss)
+    return statistics.fmean(by_data[False]), statistics.fmean(by_data[True])
+
+
+def variant_row(sweep: Sweep, runs: list[Run], best: dict) -> dict:
+    """The chosen setting on every seed, measured on split test as at the end of the training."""
+    seeds = []
+    for run in runs:
+        out = sweep.folder / f"{run.name}-{best['method']}"
+        apply(run, best["method"], best["options"], best["factor"], out)
+        retain, forget = measured(out, "test", run.config.train.eval_sequences)
+        values = {"full_retain": retain, "full_forget": forget, "ablated_retain": None, "ablated_forget": None}
+        seeds.append({"seed": run.seed, **values})
+    row = {"sweep": "unlearning", "variant": f"{runs[0].variant} + {best['method']}", "masks": False, "trained": {}}
+    for loss in LOSSES:
+        values = [seed[loss] for seed in seeds if seed[loss] is not None]
+        row |= {loss: statistics.fmean(values) if values else None}
+        row |= {f"{loss}_sd": statistics.stdev(values) if len(values) > 1 else None}
+    train = runs[0].config.train
+    counts = {"finished": len(seeds), "runs": len(runs), "tokens": train.steps * train.tokens_per_step}
+    return {**row, **counts, "seeds": seeds, "ratios": {}}
+
+
+if __name__ == "__main__":
+    main()
