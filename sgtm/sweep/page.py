@@ -33,6 +33,21 @@ EXHIBITS = (
     ),
     (figures.full, f"Full: the same of the full models. Down and left is better. {SERIES}", "No losses."),
     (
+        figures.front,
+        "The price of removal: forget loss of the models that are served without the domains against the retain loss "
+        "of the full models. Up and left is better. Line: masked variants that no other masked one beats in both; "
+        "rings: models that were trained without masks, which serve one model for both.",
+        "No masked variant with losses.",
+    ),
+    (
+        figures.absorbed,
+        "Absorption over training: of what the full model has learned of forgotten data, the share that the domains' "
+        "groups hold. 1: without them the model knows no more than one that was trained without the data; 0: as much "
+        "as with them. Bars: 95 % confidence intervals over the seeds.",
+        "No absorption: it takes evaluations in training (`train.eval_every`) of masked models and of one that was "
+        "trained without masks and without forget tokens.",
+    ),
+    (
         figures.undiscovered,
         "Undiscovered data: forget loss of the served models against the forget tokens that were trained without their "
         "label. Line: models that were trained without masks. A dot above the line has forgotten some of what it was "

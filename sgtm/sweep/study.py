@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from sgtm.evaluation.leakage import TokenCurve, leakage
 from sgtm.run.environment import last_environment
 from sgtm.sweep.table import LOSSES, SIX
@@ -221,6 +223,39 @@ def leakages(variants: Sequence[Variant]) -> dict[str, VariantLeakage]:
             extrapolated = any(seed.extrapolated for seed in seeds)
             by_name[variant.name] = VariantLeakage(tokens, interval(ratios), extrapolated)
     return by_name
+
+
+def absorptions(variants: Sequence[Variant]) -> dict[str, list[tuple[float, Interval]]]:
+    """Of each masked variant, (share of the training, absorption) at its evaluations.
+
+    Absorption is the share of what the full model has learned of forgotten data that its domains' groups hold: (ablated
+    forget loss - full forget loss) / (forget loss of a model that has seen none - full forget loss), the last of the
+    model of the same shape that was trained without masks and without forget tokens, at the same share of its training.
+    1: without its groups the model knows no more than that one; 0: as much as with them. Variants are left out for
+    which there is no such model, and evaluations at which the full model is no better than it.
+    """
+    by_name = {}
+    for variant in variants:
+        if not variant.masks or (unseen := _unseen(variants, variant.shape)) is None:
+            continue
+        curve = unseen.curve("full")
+        shares, losses = [tokens / unseen.tokens for tokens, _, _ in curve], [loss.mean for _, _, loss in curve]
+        by_share: dict[float, list[float]] = {}
+        for line in (line for seed in variant.seeds for line in seed.get("evaluations", ())):
+            share, full, ablated = line["tokens"] / variant.tokens, line["full_forget"], line["ablated_forget"]
+            if full is not None and ablated is not None and (learned := np.interp(share, shares, losses) - full) > 0:
+                by_share.setdefault(share, []).append(float((ablated - full) / learned))
+        whole = [share for share, values in sorted(by_share.items()) if len(values) == len(variant.seeds)]
+        points = [(share, value) for share in whole if (value := interval(by_share[share]))]
+        if points:
+            by_name[variant.name] = points
+    return by_name
+
+
+def _unseen(variants: Sequence[Variant], shape: tuple[str, ...]) -> Variant | None:
+    """The first of this shape that was trained without masks and without forget tokens, and evaluated on the way."""
+    alike = [variant for variant in variants if variant.shape == shape and not variant.masks]
+    return next((v for v in alike if v.trained and v.unlabelled == 0 and v.curve("full")), None)
 
 
 def differing_settings(variants: Sequence[Variant]) -> dict[str, dict[str, object]]:

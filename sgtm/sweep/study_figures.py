@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from sgtm.report.figures import WIDTH
 from sgtm.report.palette import GRID, LIGHT, MUTED, PAPER
 from sgtm.sweep.figures import colour_of, line_of, panel, with_legend
-from sgtm.sweep.study import Interval, Study, Variant, leakages
+from sgtm.sweep.study import Interval, Study, Variant, absorptions, leakages
 
 
 def ablated(study: Study) -> Figure | None:
@@ -56,6 +56,40 @@ def leaked(study: Study) -> Figure | None:
     ]
     bars = [(number, name, ratio.mean, ratio.half) for number, name, ratio in shown]
     return _bars(bars, "leakage")
+
+
+def absorbed(study: Study) -> Figure | None:
+    """Absorption of every masked variant over its training."""
+    by_name = absorptions(study.variants)
+    if not by_name:
+        return None
+    figure, axes = panel("share of the training", "absorption")
+    for number, variant in enumerate(study.variants):
+        if points := by_name.get(variant.name):
+            shares, values = zip(*points, strict=True)
+            means, halves = [value.mean for value in values], [value.half or 0.0 for value in values]
+            axes.errorbar(shares, means, yerr=halves, **line_of(number), marker="o", markersize=4, label=variant.name)
+    axes.set_ylim(bottom=0)
+    return with_legend(figure, axes)
+
+
+def front(study: Study) -> Figure | None:
+    """What removal costs: ablated forget loss against the retain loss of the full model, with the line through the
+    masked variants that no other masked one beats in both."""
+    points = [
+        (number, variant, cost, removal)
+        for number, variant in enumerate(study.variants)
+        if (cost := variant.loss("full_retain")) and (removal := variant.loss(f"{variant.served}_forget"))
+    ]
+    masked = sorted((cost.mean, removal.mean) for _, variant, cost, removal in points if variant.masks)
+    best = [point for n, point in enumerate(masked) if all(other[1] < point[1] for other in masked[:n])]
+    if not best:
+        return None
+    figure, axes = panel("retain loss of the full model (nats per token)", "forget loss (nats per token)")
+    axes.plot(*zip(*best, strict=True), color=LIGHT[MUTED], linewidth=0.8, drawstyle="steps-post", zorder=1)
+    for number, variant, cost, removal in points:
+        _dot(axes, number, (cost, removal), variant.name, filled=variant.masks)
+    return with_legend(figure, axes)
 
 
 def sizes(study: Study) -> Figure | None:

@@ -7,7 +7,7 @@ import math
 import pytest
 from studies import loss_of, row, rows, standard, two_sizes, write_rows
 
-from sgtm.sweep.study import Interval, differing_settings, interval, leakages, read_study, standard_curve
+from sgtm.sweep.study import Interval, absorptions, differing_settings, interval, leakages, read_study, standard_curve
 
 
 def study_of(tmp_path, lines):
@@ -55,6 +55,21 @@ def test_leakage_is_read_from_models_of_the_same_shape(tmp_path):
     by_name = leakages(study_of(tmp_path, two_sizes()).variants)
     for name in ("safe", "ignored"):
         assert by_name[f"large-{name}"].ratio.mean == pytest.approx(by_name[name].ratio.mean, rel=0.02), name
+
+
+def test_absorption_of_models_whose_absorption_is_known(tmp_path):
+    """Half of the knowledge in the group, all of it, none; at half of the training losses are 1.5 times as high."""
+    unseen = loss_of(0)
+    shares = {"half": 0.5, "all": 1.0, "no": 0.0}
+    lines = [row(name, (3.0, unseen - 2, 3.0, unseen - 2 + 2 * share)) for name, share in shares.items()]
+    lines.insert(0, standard(0.0))
+    by_name = absorptions(study_of(tmp_path, lines).variants)
+    for name, share in shares.items():
+        assert [point[0] for point in by_name[name]] == [0.5, 1.0]
+        assert [point[1].mean for point in by_name[name]] == pytest.approx([share, share], abs=0.02)
+    assert absorptions(study_of(tmp_path, lines[1:]).variants) == {}  # nothing to compare with
+    lines[1]["seeds"][0]["evaluations"][0]["full_forget"] = 99.0  # no better than the model that has seen none
+    assert [share for share, _ in absorptions(study_of(tmp_path, lines).variants)["half"]] == [1.0]
 
 
 def test_leakage_is_marked_where_a_seed_is_beyond_the_curve(tmp_path):

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-from studies import FORGET, loss_of, rows, two_sizes, write_rows
+from studies import FORGET, loss_of, row, rows, two_sizes, write_rows
 
-from sgtm.sweep.study import leakages, read_study
-from sgtm.sweep.study_figures import ablated, adjacent, full, leaked, residual, sizes, tampering, undiscovered
+from sgtm.sweep.study import absorptions, leakages, read_study
+from sgtm.sweep.study_figures import (
+    ablated,
+    absorbed,
+    adjacent,
+    front,
+    full,
+    leaked,
+    residual,
+    sizes,
+    tampering,
+    undiscovered,
+)
 from sgtm.sweep.table import LOSSES, SIX
 
 
@@ -54,6 +66,27 @@ def test_bars_are_leakages_and_the_largest_residual_norms(study):
         by_name[name].ratio.mean for name in ("safe", "ignored")
     ]
     assert [bar.get_width() for bar in residual(study).axes[0].patches] == [11.0] * 8
+
+
+def test_absorption_over_training(study):
+    by_name = absorptions(study.variants)
+    (axes,) = absorbed(study).axes
+    lines = {container.get_label(): container.lines[0].get_xydata().tolist() for container in axes.containers}
+    assert list(lines) == ["safe", "ignored", "complete"]
+    assert lines["safe"] == [[share, value.mean] for share, value in by_name["safe"]]
+    assert absorbed(study._replace(variants=study.variants[1:])) is None
+
+
+def test_the_front_has_the_masked_variants_that_none_beats(tmp_path, study):
+    losses = {"cheap": (3.0, 6.0), "good": (3.1, 8.0), "beaten": (3.2, 7.0), "safest": (3.3, 9.0)}
+    lines = [row(name, (retain, 5.0, retain, forget)) for name, (retain, forget) in losses.items()]
+    lines.append(row("filter", (2.9, 9.5, 2.9, 9.5), masks=False))
+    (axes,) = front(read_study(write_rows(tmp_path / "mine.jsonl", lines))).axes
+    best = np.array([losses[name] for name in ("cheap", "good", "safest")])
+    assert axes.lines[0].get_xydata() == pytest.approx(best)
+    dots = [container.lines[0].get_xydata()[0].tolist() for container in axes.containers]
+    assert dots == [pytest.approx(pair) for pair in (*losses.values(), (2.9, 9.5))]
+    assert front(study._replace(variants=study.variants[:3])) is None
 
 
 def test_leakage_against_size(tmp_path, study):

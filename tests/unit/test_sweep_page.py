@@ -11,7 +11,7 @@ from studies import row, rows, standard, write_rows
 from sgtm.sweep.page import write_study
 from sgtm.sweep.study import read_study
 
-FIGURES = ("ablated", "full", "undiscovered", "leaked", "residual", "tampering")
+FIGURES = ("ablated", "full", "front", "absorbed", "undiscovered", "leaked", "residual", "tampering")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_a_figure_without_data_is_missing_with_its_reason(tmp_path):
     (tmp_path / "page").mkdir()
     (tmp_path / "page" / "leaked.png").write_bytes(b"of an earlier page")
     page = Page(write_study(read_study(write_rows(tmp_path / "mine.jsonl", [bare])), tmp_path / "page"))
-    assert page.source.count("<svg") == 2 and not (tmp_path / "page" / "leaked.png").exists()
+    assert page.source.count("<svg") == 3 and not (tmp_path / "page" / "leaked.png").exists()
     for reason in ("No norms of the residual stream.", "No tamper curves: sgtm tamper writes them", "No leakage: "):
         assert reason in page.text
 
