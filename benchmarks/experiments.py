@@ -61,7 +61,7 @@ EXPERIMENTS = {
             after="for run in runs/claims.sweep/{filtered,paper,dual}-s?; do\n"
             "  sgtm tamper $run --data forget --lr 0.25 1 --steps 16 64 --tokens 4096\ndone",
         ),
-        ("ablated", "full", "undiscovered", "leaked", "residual", "tampering"),
+        ("ablated", "front", "undiscovered", "leaked", "absorbed", "residual", "tampering"),
         "Masks remove far more than a filter that misses the same fifth, at any retain loss that the filter "
         "reached, and little of that fifth leaks, as the paper reports. Activation masking leaks most of it, and "
         "masks that leave the output matrices alone are as safe as those that do not. At this size the paper's "
@@ -71,7 +71,24 @@ EXPERIMENTS = {
         "masked one; see the reservations above the claims.",
     ),
     "sizes": Experiment("Three sizes: leakage against parameters"),
-    "arxiv": Experiment("Abstracts of arXiv: biology, and fields close to it"),
+    "arxiv": Experiment(
+        "Abstracts of arXiv: biology, and fields close to it",
+        "Do masks keep the fields close to biology that a filter has to drop or to keep, when both are in one language "
+        "and all labels are true?",
+        trained(
+            "sgtm prepare ARXIV --rules launch/recipes/arxiv.rules.yaml --out data/arxiv --vocab-size 2048",
+            "arxiv",
+            stem="arxiv",
+        ),
+        ("ablated", "adjacent", "front"),
+        "Biology is close to what is retained: after a filter its loss is a quarter of a nat higher, half of which "
+        "is that of all text, as the filtered model has seen less. With the paper's Wikipedia setting (`paper- "
+        "masked`) and with `dual`, the ablated model forgets a little more biology than a weak filter at the same "
+        "retain loss; with joint parameters that stay free (`paper`) it forgets less. So the paper's claim holds "
+        "in the setting that it was made for. On the adjacent fields the ablated models lose no more than on other "
+        "text, the strictly filtered one does. At this size and with these tokens the differences are small: a "
+        "model that has learned little has little to forget.",
+    ),
     "batch": Experiment("Batch composition"),
     "novels": Experiment("English and Spanish novels: recipes, groups and shares"),
     "quickstart": Experiment("Quickstart: the embedded stories"),

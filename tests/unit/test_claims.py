@@ -48,6 +48,14 @@ def test_a_difference_is_paired_by_seed(claims, tmp_path):
         claims.difference(("a", "full_retain"), ("c", "full_retain"))(study_of(tmp_path, lines))
 
 
+def test_a_gap_is_the_same_for_a_model_that_is_better_on_all_text(claims, tmp_path):
+    lines = [row("mine", (1.0, 1.0, 3.0, 8.0)), row("strict", (4.0, 6.0, 4.0, 6.0), masks=False)]
+    for line, name, adjacent in ((lines[0], "ablated_adjacent", 3.1), (lines[1], "full_adjacent", 4.5)):
+        for seed in line["seeds"]:
+            seed[name] = adjacent + 0.01 * (seed["seed"] - 1)
+    assert claims.gap("mine", "strict")(study_of(tmp_path, lines)) == pytest.approx([0.1 - 0.5] * 3)
+
+
 def test_the_weak_filter_is_read_at_the_same_retain_loss(claims, tmp_path):
     """Its losses fall on a line from (4.5, 9) to (3, 6), so at a retain loss of 3.5 its forget loss is 7."""
     lines = [row("weak", (3.0, 6.0, 3.0, 6.0), masks=False, unlabelled=1e5), row("mine", (1.0, 1.0, 3.5, 8.0))]
