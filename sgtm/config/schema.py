@@ -115,6 +115,7 @@ class Config(Section):
             ("data.mixing", self.data.mixing, "token"),
             ("masking.span_policy", self.masking.span_policy, "position"),
             ("masking.strategy", self.masking.strategy, "none"),
+            ("masking.overrides", self.masking.overrides, {}),
         )
         wrong = [(f"{key} {value}", f"{key} {right}") for key, value, right in needed if value != right]
         if self.data.token_filter != "off" and wrong:

@@ -170,7 +170,7 @@ class DataConfig(Section):
     """Filter single tokens in place of whole documents, the baseline of Rathi and Radford (arXiv 2601.21571): tokens
     that are trained as `forget:<domain>`, by span or document and after the label channel. `loss`: they are read, but
     are no targets; `hide`: the model reads the EOS id in their place, too. Needs mixing: token, masking.span_policy:
-    position and masking.strategy: none."""
+    position and masking.strategy: none, without overrides."""
     seed: NonNegativeInt = 0
     """Of the order of the data and of the label channel's draws."""
 

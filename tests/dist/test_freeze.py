@@ -5,11 +5,15 @@ With the optimizer on its device and in the host's memory.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from families import model_of, random_step, run_config, state_of
 from ranks import run_ranks
 from tiny import FORGET, MIXED, STAGES, tiny_config, tiny_model, tiny_step
 
+from sgtm.data.batch import IGNORE
 from sgtm.model.rows import live_keys
 from sgtm_kernels.adamw import Update, adamw
 
@@ -129,3 +133,41 @@ def all_cases() -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_frozen_keys_keep_every_bit(world_size):
     run_ranks(all_cases, world_size)
+
+
+def check_step_without_targets(stage: int, precision: str, offload: bool = False, masked_update: str = "exact") -> None:
+    """As `data.token_filter` makes one, on all ranks or on one of them."""
+    from sgtm.distributed.engine import Engine
+    from sgtm.distributed.process_group import init_distributed
+    from sgtm.training.step import StepTotals, train_step
+
+    case = f"ZeRO {stage} {precision} {masked_update}{' offloaded' * offload}"
+    config = run_config(stage, "gpt_neo", "torch", "sequence", precision=precision, offload=offload)
+    config = config.model_copy(
+        update={"optimizer": config.optimizer.model_copy(update={"masked_update": masked_update})}
+    )
+    init_distributed(config.distributed, config.kernels)
+    engine = Engine(model_of("gpt_neo"), config)
+    totals = StepTotals(len(config.space.labels), engine.device)
+    mine = random_step("sequence")[engine.rank :: engine.world_size]
+    empty = [replace(batch, targets=torch.full_like(batch.targets, IGNORE)) for batch in mine]
+    train_step(engine, mine, config.tables, 1e-2, totals)
+    old, steps = state_of(engine), dict(engine.optimizer.steps)
+    train_step(engine, [replace(batch, step_targets=0) for batch in empty], config.tables, 1e-2, totals)
+    new = state_of(engine)
+    assert all(torch.equal(old[key], new[key]) for key in old), f"{case}: something moved"
+    assert engine.optimizer.steps == steps and totals.skipped == 0, case
+    train_step(engine, empty if engine.rank else mine, config.tables, 1e-2, totals)
+    moved = [not torch.equal(new[key], piece) for key, piece in state_of(engine).items() if key[1][0] == "weight"]
+    assert any(moved) and engine.finite, f"{case}: rank 0 has targets"
+
+
+def steps_without_targets() -> None:
+    for stage, precision, offload in STAGES:
+        check_step_without_targets(stage, precision, offload)
+    check_step_without_targets(2, "fp32", masked_update="zero_grad")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_step_without_targets_changes_nothing(world_size):
+    run_ranks(steps_without_targets, world_size)
