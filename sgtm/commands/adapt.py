@@ -15,8 +15,7 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("--rank", type=natural, default=16, metavar="R", help="of every adapter (default: 16)")
     parser.add_argument("--alpha", type=AMOUNT, default=32.0, metavar="A", help="scale times rank (default: 32)")
     parser.add_argument("--steps", type=COUNT, metavar="N", help="updates (default: one pass over the domain's text)")
-    share = "learning rate, constant (default: the run's peak * 10 / 3)"
-    parser.add_argument("--lr", type=AMOUNT, metavar="LR", help=share)
+    parser.add_argument("--lr", type=AMOUNT, metavar="LR", help="learning rate, constant (default: the run's peak)")
     about = "weight of the loss on retain text; 0 reads none (default: 1)"
     parser.add_argument("--retain-weight", type=weight, default=1.0, metavar="W", help=about)
     parser.add_argument("--seed", type=natural, default=0, help="of the adapters, and order of the text (default: 0)")

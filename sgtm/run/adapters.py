@@ -48,7 +48,7 @@ class DomainAdapters(NamedTuple):
 def adapted_domain(checkpoint: Path | str) -> str | None:
     """Whose adapters a checkpoint holds; None for one without any."""
     metadata = _metadata(Path(checkpoint) / ADAPTERS)
-    return metadata and metadata["domain"]
+    return None if metadata is None else metadata["domain"]
 
 
 def read_adapters(checkpoint: Path | str) -> DomainAdapters | None:

@@ -30,9 +30,8 @@ from sgtm.unlearning.loop import descend
 from sgtm.unlearning.text import Loss, mean_loss
 
 RANK, ALPHA, RETAIN_WEIGHT = 16, 32.0, 1.0
-LR_FACTOR = 10 / 3
-"""2e-4 for the adapters of GPT-3 (arXiv 2106.09685, table 12), which was pretrained at a peak of 6e-5 (arXiv
-2005.14165, table 2.1): the learning rate is the run's peak times this."""
+"""The learning rate is the run's own peak. The paper's is 2e-4 for GPT-2 medium and large (table 11), and GPT-3 was
+pretrained at 3e-4 and 2.5e-4 in these sizes (arXiv 2005.14165, table 2.1)."""
 
 
 def adapt_run(
@@ -54,7 +53,7 @@ def adapt_run(
                    labelled `retain`, both of the split train
     rank, alpha    of the adapters: their product is scaled by alpha / rank
     retain_weight  of the loss on retain text; with 0 none is read
-    steps          None: one pass over the forget text; lr: None: the run's peak learning rate times `LR_FACTOR`
+    steps          None: one pass over the forget text; lr: None: the run's peak learning rate
     seed           of A, and of the order of the sequences
     data           `data.path` to take, of the same corpus; None: that of the run
 
@@ -77,7 +76,7 @@ def adapt_run(
     if steps is None:
         steps = -(-len(forget_text) // forget_text.size)
         print(f"one pass over {domain}: {len(forget_text):,} sequences, {steps:,} steps of {forget_text.size}")
-    lr = lr or config.optimizer.lr * LR_FACTOR
+    lr = lr or config.optimizer.lr
     tokens = {"forget": 0, "retain": 0}
     record = {
         "domain": domain,
