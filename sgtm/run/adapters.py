@@ -46,13 +46,13 @@ class DomainAdapters(NamedTuple):
 
 
 def adapted_domain(checkpoint: Path | str) -> str | None:
-    """Whose adapters a checkpoint holds; None for one without any."""
+    """Whose adapters a checkpoint holds; None for one without any. Raises ValueError for a file of another kind."""
     metadata = _metadata(Path(checkpoint) / ADAPTERS)
     return None if metadata is None else metadata["domain"]
 
 
 def read_adapters(checkpoint: Path | str) -> DomainAdapters | None:
-    """None for a checkpoint without any."""
+    """None for a checkpoint without any. Raises ValueError for a file of another kind."""
     file = Path(checkpoint) / ADAPTERS
     metadata = _metadata(file)
     if metadata is None:
@@ -81,4 +81,7 @@ def _metadata(file: Path) -> dict | None:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as stored:
-        return json.loads(stored.metadata()[_ENTRY])
+        entries = stored.metadata() or {}
+    if _ENTRY not in entries:
+        raise ValueError(f"{file} was not written by sgtm adapt: its metadata lack {_ENTRY!r}; move it away")
+    return json.loads(entries[_ENTRY])

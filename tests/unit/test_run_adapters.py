@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import tiny_config, tiny_model
 
 from sgtm.model.adapters import Adapter, new_adapters, with_adapters
@@ -56,6 +57,13 @@ def test_the_manifest_covers_them(saved):
     (checkpoint / ADAPTERS).write_bytes(b"\0" * size)
     with pytest.raises(ValueError, match=rf"{ADAPTERS} is damaged"):
         open_run(checkpoint.parents[1])
+
+
+def test_a_file_of_another_kind_is_refused(saved):
+    checkpoint, weights, _ = saved
+    save_file(dict(weights), checkpoint / ADAPTERS)
+    with pytest.raises(ValueError, match=rf"{ADAPTERS} was not written by sgtm adapt: its metadata lack 'adapters'"):
+        adapted_domain(checkpoint)
 
 
 def test_another_checkpoint_has_none(tmp_path):
