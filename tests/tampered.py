@@ -21,7 +21,7 @@ def tampered(
     config = config_for(optimizer={"lr": 1e-2}, **sections)
     run.mkdir(exist_ok=True)
 
-    def load(config, checkpoint):
+    def load(config, checkpoint, adapters=True):
         model = moved_model(config, 0.1)
         if group is not None:
             torch.manual_seed(group)

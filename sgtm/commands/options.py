@@ -15,6 +15,24 @@ MEANING = "preset (see sgtm config) or file"
 DATA = "data of the run, where they are not in their old folder (default: data.path of the run)"
 
 
+def natural(text: str) -> int:
+    """The type of an option that is a whole number, 0 too."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, got {text!r}")
+    return int(text)
+
+
+def weight(text: str) -> float:
+    """The type of an option that is a finite number, 0 too."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number from 0 on, got {text!r}")
+    return value
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose error explains a positional that an option with several values has taken."""
 

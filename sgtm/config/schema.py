@@ -111,7 +111,7 @@ class Config(Section):
         return self
 
     def _check_token_filter(self) -> None:
-        needed = (
+        needed: tuple[tuple[str, object, object], ...] = (
             ("data.mixing", self.data.mixing, "token"),
             ("masking.span_policy", self.masking.span_policy, "position"),
             ("masking.strategy", self.masking.strategy, "none"),

@@ -1,5 +1,6 @@
 """Loss of every category, for the full model and for every set of removed domains, and the norms of what layers add.
-Of a model that was trained without masks nothing is removed (`Config.removals`).
+Of a model that was trained without masks nothing is removed (`Config.removals`), unless a domain is in adapters: then
+the model without it is another one, its base.
 
 An ablated loss is a forward pass with those groups inactive: no weight is edited, so it works on a sharded model in
 training as on a loaded one. Losses are nats per target token, a mean over all tokens of the category; in a document
@@ -20,7 +21,7 @@ far smaller than the errors of the two losses. Other seeds of the training are n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -65,18 +66,22 @@ def evaluate(
     world_size: int = 1,
     all_reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda t: t,
     check: Callable[[], None] = lambda: None,
+    bases: Mapping[str, Callable] | None = None,
 ) -> Evaluation:
     """Losses of every category for every removed set of the config, and what they rest on.
 
     forward    `Transformer.forward` or an engine around it
     split      of the corpus; sequences: at most this many of each category, None: all
     check      is called before every batch, on all ranks, and may raise to end the evaluation
+    bases      by domain, the forward pass of the model without its adapters, all groups active: where there are some,
+               these domains are removed, one at a time, and no group is
     Every rank takes its share of the sequences, with the same number of forward passes.
 
     Raises ValueError where the split has no target at all.
     """
-    subsets = config.removals
-    tables = [removal_tables(config.space, removed) for removed in subsets]
+    subsets = [(), *((domain,) for domain in bases)] if bases else config.removals
+    tables = [removal_tables(config.space, () if bases else removed) for removed in subsets]
+    passes = [forward, *bases.values()] if bases else [forward] * len(subsets)
     losses: Losses = {removal_name(removed): {} for removed in subsets}
     norms: dict[str, Norms] = {name: {} for name in losses}
     sample: dict[str, Any] = {
@@ -98,10 +103,10 @@ def evaluate(
             assert batch.owners is not None  # it is of an evaluation
             by_document = by_document or DocumentLosses(len(losses), batch.owners.count, device)
             by_document.count(batch.targets, batch.owners)
-            for i, table in enumerate(tables):
+            for i, (table, condition) in enumerate(zip(tables, passes, strict=True)):
                 plan = batch.plan(table)
                 token_losses = kept_losses(plan, keep=True)
-                sums[i] += forward(ids, targets, plan, 1.0, by_table[i])[1].sum()
+                sums[i] += condition(ids, targets, plan, 1.0, by_table[i])[1].sum()
                 assert token_losses is not None  # they are to be kept
                 by_document.add(i, token_losses[0])  # of one label, so the head is called once
         *totals, count = all_reduce_sum(sums).tolist()

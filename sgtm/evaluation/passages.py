@@ -6,7 +6,6 @@ all others with the model without any.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TypedDict
 
 import torch
@@ -33,13 +32,13 @@ def passages(full: Subject, split: str, count: int = 2) -> list[Passage]:
 
     full  the model with all domains
     """
-    domains, shown = full.config.space.domains, []
-    if len(full.config.removals) < 2:
+    removals, shown = full.removals, []
+    if len(removals) < 2:
         return []
     for category, label in full.corpus.categories.items():
-        own = label.removeprefix("forget:")
-        removed = (own,) if own in domains else domains
-        models = {removal_name(which): replace(full, removed=which) for which in ((), removed)}
+        own = (label.removeprefix("forget:"),)
+        removed = own if own in removals else removals[-1]
+        models = {removal_name(which): full.without(*which) for which in ((), removed)}
         rows: list[Passage] = []
         for batch in evaluation_batches(full.corpus, full.config, split, category, max_sequences=count):
             losses = {name: _losses(model, batch) for name, model in models.items()}

@@ -12,10 +12,10 @@ from collections.abc import Iterable
 
 import torch
 
+from sgtm.model.rows import IN_SIDE, OUT_SIDE
 from sgtm.model.transformer import Transformer
 
 GROUP = 64  # inputs of one scale
-IN_SIDE, OUT_SIDE = ("w_qkv", "w_in"), ("w_o", "w_out")
 
 
 def rounded(weight: torch.Tensor, bits: int, group: int = GROUP) -> torch.Tensor:

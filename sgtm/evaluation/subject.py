@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -55,12 +55,28 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """`model` without the groups of `removed`, on the data of `corpus` as `config` packs them."""
+    """`model` without the groups of `removed`, on the data of `corpus` as `config` packs them.
+
+    bases  by domain, the model without its adapters: where there are some, these domains can be removed and no group
+    """
 
     model: Transformer
     corpus: Corpus
     config: Config
     removed: tuple[str, ...] = ()
+    bases: Mapping[str, Transformer] = field(default_factory=dict)
+
+    @property
+    def removals(self) -> list[tuple[str, ...]]:
+        """The sets of domains without which there is a model, the empty one first."""
+        return [(), *((domain,) for domain in self.bases)] if self.bases else self.config.removals
+
+    def without(self, *domains: str) -> Subject:
+        """The model without these domains, a set of `removals`."""
+        if domains and self.bases:
+            (domain,) = domains
+            return replace(self, model=self.bases[domain], bases={})
+        return replace(self, removed=domains)
 
     @cached_property
     def tables(self) -> Tables:

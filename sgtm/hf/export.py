@@ -26,11 +26,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from sgtm.config import Config
 from sgtm.data.open import open_corpus
 from sgtm.data.plain_text import plain_text, unknown_token
-from sgtm.distributed.storage import consolidate
 from sgtm.files import sha256_of
 from sgtm.hf.config import why_mistral
 from sgtm.hf.weights import to_hf_state
 from sgtm.masking.partition import Partition
+from sgtm.run.adapted import described_adapters, read_adapted
+from sgtm.run.adapters import adapted_domain, weights_of
 from sgtm.run.checkpoint import MANIFEST, check_same_corpus, open_run, read_manifest
 from sgtm.run.unlearned import described, read_unlearned
 from sgtm.words import listed
@@ -41,7 +42,8 @@ log = logging.getLogger(__name__)
 
 
 def export_run(run: str | Path, remove: Sequence[str], out: str | Path, data: str | None = None) -> Path:
-    """Write the newest checkpoint of a run as a Hugging Face folder without the groups of the domains in `remove`.
+    """Write the newest checkpoint of a run as a Hugging Face folder without the groups of the domains in `remove`; of
+    an adapted run with the adapters of its domain, or without them, which is an export of its base.
 
     The folder holds config.json, model.safetensors (fp32), the tokenizer of the prepared corpus, a model card, and
     sgtm_export.json: what was removed and how, from which checkpoint (by hash), and the partition.
@@ -60,18 +62,28 @@ def export_run(run: str | Path, remove: Sequence[str], out: str | Path, data: st
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; export to a new one")
     config, checkpoint = open_run(run, data)
-    if remove and not config.removals[1:]:
+    adapted = adapted_domain(checkpoint)
+    if adapted and (others := sorted(set(remove) - {adapted})):
+        raise ValueError(
+            f"{run} has adapters of {adapted}, which --remove {adapted} leaves out; nothing of it holds "
+            f"{listed(others)} alone: export the run that it was made from to remove that"
+        )
+    if remove and not (adapted or config.removals[1:]):
         raise ValueError(
             f"{run} was trained without masks: no group of it holds {', '.join(remove)}, and nothing can be removed; "
             f"leave out --remove, or export a run that was trained with masks"
         )
     with _filled(folder) as partial:
-        state, hf_config = to_hf_state(consolidate(checkpoint), config.model, config.partition, remove)
+        weights, groups = weights_of(checkpoint, adapters=not remove), () if adapted else remove
+        state, hf_config = to_hf_state(weights, config.model, config.partition, groups)
         tokenizer = _save_tokenizer(run, config, read_manifest(checkpoint), hf_config, partial)
         _save_model(state, hf_config, partial)
         record = _record(config, checkpoint, hf_config, sorted(set(remove)), tokenizer) | {
-            "unlearned": read_unlearned(run)
+            "unlearned": read_unlearned(run),
+            "adapted": read_adapted(run),
         }
+        if adapted and remove:
+            record["how"] = {"adapters": "left out"}
         (partial / "sgtm_export.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(_card(record, folder.name), encoding="utf-8")
     without = f"without {listed(record['removed'])}" if remove else "nothing removed"
@@ -230,14 +242,15 @@ def _card(record: dict, name: str) -> str:
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
         f"Run `{record['run']}`, step {record['checkpoint']['step']}, pretrained with Selective GradienT Masking "
-        f"(strategy `{record['strategy']}`), {what}{f' ({how})' if how else ''}. {_unlearned(record)}"
+        f"(strategy `{record['strategy']}`), {what}{f' ({how})' if how else ''}. {_made(record)}"
         f"`sgtm_export.json` lists which heads and neurons belonged to whom.\n\n"
         f"It loads in transformers 4.57 and 5. {_architecture(record)}{_tokenizer(record)}\n{_certificate(record)}"
     )
 
 
-def _unlearned(record: dict) -> str:
-    return f"{described(record['unlearned'])} " if record["unlearned"] else ""
+def _made(record: dict) -> str:
+    unlearned = f"{described(record['unlearned'])} " if record["unlearned"] else ""
+    return f"{unlearned}{described_adapters(record['adapted'])} " if record["adapted"] else unlearned
 
 
 def _architecture(record: dict) -> str:

@@ -19,6 +19,8 @@ from sgtm.masking.partition import ENDS, LayerPartition
 from sgtm_kernels.tables import Tables
 
 ALWAYS = "always"
+IN_SIDE, OUT_SIDE = ("w_qkv", "w_in"), ("w_o", "w_out")
+"""Matrices of a block, stored as [out, in] and as [in, out]."""
 
 
 @dataclass(frozen=True)

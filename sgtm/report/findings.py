@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from sgtm.data.summary import FEW_TOKENS
 from sgtm.masking.labels import removed_domains
 from sgtm.report.record import RunRecord, is_forgotten
+from sgtm.run.adapted import described_adapters
 from sgtm.run.unlearned import described
 from sgtm.words import counted, listed
 
@@ -90,6 +91,7 @@ def cautions(summary: dict) -> list[str]:
     """Cautions for a reader of the losses; code words in backticks."""
     rows = loss_rows(summary)
     lines = [described(summary["unlearned"])] if "unlearned" in summary else []
+    lines += [described_adapters(summary["adapted"])] if "adapted" in summary else []
     lines += [
         sentence for condition in conditions(summary) for sentence in _worse_than_ablated(summary, rows, condition)
     ]
@@ -108,6 +110,9 @@ def _worse_than_ablated(summary: dict, rows: list[LossRow], condition: str) -> l
     domains = removed_domains(condition)
     if not worse or len(domains) > 1:  # several removed: each of them has its own sentence
         return []
+    if "adapted" in summary:
+        remedy = "train them with a larger `--retain-weight`, or a lower `--lr`"
+        return [f"The adapters make the model worse on retained data, by {listed(worse)}; {remedy}."]
     share = summary.get("retain_with_group", {}).get(domains[0])
     text = f"The full model is worse on retained data than the model without `{domains[0]}`, by {listed(worse)}: "
     if share is None:

@@ -54,8 +54,8 @@ EXHIBITS = (
     (
         figures.ablation,
         "Held-out loss in nats per token. Ring: the full model. Dot: the same weights with the domain's heads and "
-        "neurons inactive. The number is the difference and its standard error over documents; bold where it is meant "
-        f"to rise, faint where {SMALL}.",
+        "neurons inactive, or without its adapters. The number is the difference and its standard error over "
+        f"documents; bold where it is meant to rise, faint where {SMALL}.",
         "No ablation has been measured: sgtm eval writes it to summary.json, unless the training masks nothing.",
     ),
     (

@@ -19,7 +19,6 @@ from sgtm.data.store import Corpus
 from sgtm.data.summary import category_counts
 from sgtm.distributed.env import device_type, kernel_backend
 from sgtm.distributed.self_check import check_kernels
-from sgtm.distributed.storage import consolidate
 from sgtm.evaluation.localisation import gradient_norms
 from sgtm.evaluation.losses import evaluate, not_finite
 from sgtm.evaluation.passages import passages
@@ -27,6 +26,8 @@ from sgtm.evaluation.subject import Subject
 from sgtm.files import write_atomically
 from sgtm.masking.channel import most_with_group
 from sgtm.model.transformer import Transformer
+from sgtm.run.adapted import read_adapted
+from sgtm.run.adapters import adapted_domain, weights_of
 from sgtm.run.checkpoint import check_same_corpus, open_run, read_manifest
 from sgtm.run.located import check_data
 from sgtm.run.metrics import read_metrics
@@ -36,21 +37,34 @@ from sgtm.words import listed
 LIBRARIES = ("torch", "deepspeed", "transformers", "numpy")
 
 
-def load_model(config: Config, checkpoint: Path) -> Transformer:
-    """The model of a checkpoint in fp32, on the device that training takes."""
+def load_model(config: Config, checkpoint: Path, adapters: bool = True) -> Transformer:
+    """The model of a checkpoint in fp32, on the device that training takes.
+
+    adapters  whether those of an adapted run are merged into it; without them it is the base
+    """
     with torch.device("meta"):
         model = Transformer(config.model, config.partition, kernel_backend(config.kernels, config.train.precision))
-    model.load_state_dict(consolidate(checkpoint), assign=True)
+    model.load_state_dict(weights_of(checkpoint, adapters), assign=True)
     return model.to(device_type()).requires_grad_()
 
 
-def load_run_model(run: str | Path) -> Transformer:
-    """The model of a run's newest checkpoint in fp32. Raises ValueError for a folder that is no run."""
-    return load_model(*open_run(Path(run)))
+def load_run_model(run: str | Path, adapters: bool = True) -> Transformer:
+    """The model of a run's newest checkpoint in fp32; adapters: as `load_model` takes it.
+
+    Raises ValueError for a folder that is no run.
+    """
+    return load_model(*open_run(Path(run)), adapters)
+
+
+def load_bases(config: Config, checkpoint: Path) -> dict[str, Transformer]:
+    """By domain, the model without its adapters; empty for a run that has none."""
+    domain = adapted_domain(checkpoint)
+    return {} if domain is None else {domain: load_model(config, checkpoint, adapters=False)}
 
 
 def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = None, data: str | None = None) -> dict:
-    """Losses per category, full and without each set of domains (`Config.removals`), as `summary.json` holds them.
+    """Losses per category, full and without each set of domains (`Config.removals`), as `summary.json` holds them. Of
+    an adapted run: full, and without its domain, which is the base.
 
     split      of the corpus to evaluate on
     sequences  at most this many sequences of each category; None: all of them
@@ -61,7 +75,7 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
     """
     run = Path(run)
     config, checkpoint = open_run(run, data)
-    manifest, unlearned = read_manifest(checkpoint), read_unlearned(run)
+    manifest, unlearned, adapted = read_manifest(checkpoint), read_unlearned(run), read_adapted(run)
     corpus, steps = open_run_corpus(config, run, manifest), manifest["step"]
     if sequences and (small := small_samples(corpus, config, split, tuple(corpus.categories), sequences)):
         print(f"warning: {small}", file=sys.stderr)
@@ -69,12 +83,12 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
     seconds = max((line["seconds"] for line in lines), default=0.0)
     for precision in {"fp32", config.train.precision}:
         check_precision(config, precision)
-    model = load_model(config, checkpoint)
+    model, bases = load_model(config, checkpoint), load_bases(config, checkpoint)
     device = next(model.parameters()).device
     norms = gradient_norms(model, corpus, config, split=split, sequences=config.train.eval_sequences, device=device)
     if config.train.precision == "bf16":
-        model = model.bfloat16()
-    evaluation = evaluate(model, corpus, config, split=split, sequences=sequences, device=device)
+        model, bases = model.bfloat16(), {domain: base.bfloat16() for domain, base in bases.items()}
+    evaluation = evaluate(model, corpus, config, split=split, sequences=sequences, device=device, bases=bases)
     tokens = steps * config.train.tokens_per_step
     return {
         "name": config.name,
@@ -93,8 +107,9 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
         "parameters": sum(p.numel() for p in model.parameters()),
         "gradient_norms": norms,
         "output_norms": evaluation.norms,
-        "passages": passages(Subject(model, corpus, config), split),
+        "passages": passages(Subject(model, corpus, config, bases=bases), split),
         **({"unlearned": unlearned} if unlearned else {}),
+        **({"adapted": adapted} if adapted else {}),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
 

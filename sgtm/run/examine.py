@@ -22,7 +22,7 @@ from sgtm.evaluation.quantisation import quantised
 from sgtm.evaluation.subject import Subject
 from sgtm.files import write_atomically
 from sgtm.masking.labels import FULL, removal_name
-from sgtm.run.evaluate import load_model, small_samples
+from sgtm.run.evaluate import load_bases, load_model, small_samples
 from sgtm.run.tamper_plan import AttackedRun, check_comparable, open_target
 
 BITS = (8, 4)
@@ -143,12 +143,12 @@ def examine_run(
     if unknown := [name for name in names if name not in (*MEASURES, GUIDED)]:
         raise ValueError(f"unknown measure {unknown[0]!r}; the measures are {', '.join((*MEASURES, GUIDED))}")
     target = open_target(run, data)
-    if not target.config.removals[1:]:
+    if not target.removable:
         raise ValueError(f"{run} was trained without masks: there is no domain to remove, and nothing to examine")
     beside = open_target(control, data) if control else None
     if beside:
         check_comparable(target, beside)
-    domains = target.config.masking.domains
+    domains = target.removable
     questions = {domain: _question(target, domain, split, sequences, texts, passages) for domain in domains}
     for about in questions.values():
         _check_text(target, about, names, log)
@@ -158,7 +158,7 @@ def examine_run(
     if control:
         results["control"] = str(control)
     for domain, about in questions.items():
-        ablated = replace(full, removed=(domain,))
+        ablated = full.without(domain)
         models = {FULL: full, removal_name((domain,)): ablated, **({"control": other} if other else {})}
         by_measure: dict[str, Any] = {}
         results["domains"][domain] = {"forget": about.forget, "retain": about.retain, "measures": by_measure}
@@ -175,7 +175,8 @@ def examine_run(
 
 
 def _subject(target: AttackedRun) -> Subject:
-    return Subject(load_model(target.config, target.checkpoint), target.corpus, target.config)
+    model, bases = load_model(target.config, target.checkpoint), load_bases(target.config, target.checkpoint)
+    return Subject(model, target.corpus, target.config, bases=bases)
 
 
 def _check_text(target: AttackedRun, about: Question, measures: Sequence[str], log: Callable[[str], None]) -> None:

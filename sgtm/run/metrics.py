@@ -12,8 +12,8 @@ sgtm/model/output_norms.py). `kind: eval` lines carry step, losses: {"full": {ca
 true_labels, measured: {category: {documents, tokens}}, errors and difference_errors, as losses; `kind: probe` lines
 carry step and grad_norms: {label: {group: norm}} (sgtm/training/step.py), just before that step; `kind: warning`
 lines carry step and text (sgtm/run/residual.py); `kind: checkpoint` lines carry step, bytes, paused (seconds that
-training stood still for it) and written (seconds until it was in place); `kind: unlearn` lines, of
-`sgtm unlearn` alone, are described in sgtm/unlearning/loop.py.
+training stood still for it) and written (seconds until it was in place); `kind: unlearn` and `kind: adapt` lines, of
+`sgtm unlearn` and `sgtm adapt` alone, are described in sgtm/unlearning/loop.py.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from sgtm.distributed.env import device_type, use_deterministic_algorithms
 from sgtm.evaluation.subject import Subject
 from sgtm.evaluation.tampering import SCHEDULES, Attack, AttackData, HeldOut, evaluated_steps, held_out
 from sgtm.process.names import did_you_mean
+from sgtm.run.adapters import adapted_domain
 from sgtm.run.checkpoint import open_run, read_manifest
 from sgtm.run.evaluate import check_precision, count_sequences, load_model, open_run_corpus
 from sgtm.words import listed
@@ -43,16 +44,29 @@ class AttackedRun:
     corpus: Corpus
     weights: str
 
+    @property
+    def removable(self) -> tuple[str, ...]:
+        """Domains without which there is a model: one in adapters, else those with a group; none without masks."""
+        if (domain := adapted_domain(self.checkpoint)) is not None:
+            return (domain,)
+        return tuple(self.config.masking.domains) if self.config.removals[1:] else ()
+
     def removed(self, domains: Sequence[str]) -> tuple[str, ...]:
-        """What an attacker gets the model without: the domains, or nothing of a model trained without masks."""
+        """What an attacker gets the model without: the domains, or nothing of a model trained without masks; of an
+        adapted run the one in adapters, where it is among them.
+        """
+        if adapted_domain(self.checkpoint) is not None:
+            return tuple(domain for domain in domains if domain in self.removable)
         return () if self.config.removals == [()] else tuple(domains)
 
     def subject(self, removed: Sequence[str]) -> Subject:
-        """In fp32. The self-check of the kernels comes first, as in an evaluation."""
+        """In fp32; removed: as `removed` gives it. The self-check of the kernels comes first, as in an evaluation."""
         if device_type() == "cuda" and self.config.kernels.deterministic:
             use_deterministic_algorithms()
         check_precision(self.config, "fp32")
-        return Subject(load_model(self.config, self.checkpoint), self.corpus, self.config, tuple(removed))
+        base = bool(removed) and adapted_domain(self.checkpoint) is not None
+        model = load_model(self.config, self.checkpoint, adapters=not base)
+        return Subject(model, self.corpus, self.config, () if base else tuple(removed))
 
 
 @dataclass(frozen=True)
@@ -174,7 +188,7 @@ def _has_text(target: AttackedRun, split: str, category: str) -> bool:
 
 
 def _domains(target: AttackedRun, domains: Sequence[str] | None) -> tuple[str, ...]:
-    known = target.config.masking.domains
+    known = target.removable or target.config.masking.domains
     for domain in domains or ():
         if domain not in known:
             slip = did_you_mean(domain, known)

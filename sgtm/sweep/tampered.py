@@ -1,4 +1,5 @@
-"""Worst-case tamper curves of the runs in a folder, as rows: of a sweep's runs, and of runs unlearned from them."""
+"""Worst-case tamper curves of the runs in a folder, as rows: of a sweep's runs, and of runs unlearned from them or
+adapted."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from sgtm.config.load import load_run_config
 from sgtm.evaluation.tampering import worst_case
+from sgtm.run.adapted import read_adapted
 from sgtm.run.tampering import FILE, read_reached
 from sgtm.run.unlearned import read_unlearned
 
@@ -14,7 +16,8 @@ from sgtm.run.unlearned import read_unlearned
 def tamper_rows(folder: Path) -> list[dict]:
     """A row for each run with a `tamper.jsonl` whose attacks reached a finite loss.
 
-    tampered   the variant's name; of an unlearned run its source's variant and the method
+    tampered   the variant's name; of an unlearned run its source's variant and the method, of an adapted one
+               that and `adapters`
     seed       of the training
     condition  what the run was attacked without
     curve      by evaluated step: step, tokens, forget (nats, the lowest of all attacks so far), error (standard error
@@ -28,6 +31,8 @@ def tamper_rows(folder: Path) -> list[dict]:
         name, unlearned = run.name, read_unlearned(run)
         if unlearned:
             name = f"{unlearned['source']['run']} + {unlearned['method']}"
+        elif adapted := read_adapted(run):
+            name = f"{adapted['source']['run']} + adapters"
         seed = config.train.seed
         for condition, reached in read_reached(run).items():
             if not any(math.isfinite(each.loss) for each in reached):

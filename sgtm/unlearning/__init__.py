@@ -1,1 +1,1 @@
-"""Post-hoc unlearning: what removes a domain from a model that was trained on it, to compare masking with."""
+"""What masking is compared with: removing a domain from a model that was trained on it, and adding one in adapters."""

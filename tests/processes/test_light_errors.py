@@ -56,6 +56,8 @@ MISTAKES = {
     "tamper runs/mine --data.path nosuch": "no corpus at nosuch",
     "unlearn runs/none --method npo --out x": "not a run directory",
     "unlearn runs/mine --method npo --out x --data.path nosuch": "no corpus at nosuch",
+    "adapt runs/none --out x": "not a run directory",
+    "adapt runs/mine --out x --data.path nosuch": "no corpus at nosuch",
     "export runs/none --out x": "not a run directory",
     "report runs/none": "not a run directory",
     "report runs/mine --baseline runs/none": "not a run directory",

@@ -4,13 +4,21 @@ import argparse
 
 import pytest
 
-from sgtm.commands.options import AMOUNT, COUNT, SHARE, Subcommands
+from sgtm.commands.options import AMOUNT, COUNT, SHARE, Subcommands, natural, weight
 
 
 @pytest.mark.parametrize(
-    ("kind", "text", "number"), [(COUNT, "1", 1), (AMOUNT, "1e-3", 1e-3), (AMOUNT, "400", 400.0), (SHARE, "1", 1.0)]
+    ("kind", "text", "number"),
+    [
+        (COUNT, "1", 1),
+        (AMOUNT, "1e-3", 1e-3),
+        (AMOUNT, "400", 400.0),
+        (SHARE, "1", 1.0),
+        (natural, "0", 0),
+        (weight, "0", 0.0),
+    ],
 )
-def test_a_number_above_zero_is_taken(kind, text, number):
+def test_a_number_of_the_kind_is_taken(kind, text, number):
     assert kind(text) == number and type(kind(text)) is type(number)
 
 
@@ -20,6 +28,8 @@ def test_a_number_above_zero_is_taken(kind, text, number):
         (COUNT, ["0", "-1", "1.5", "inf", ""], "a whole number above 0"),
         (AMOUNT, ["0", "-0.5", "inf", "nan", "80GB"], "a number above 0"),
         (SHARE, ["0", "1.001", "nan"], "a share above 0 and at most 1"),
+        (natural, ["-1", "1.5", ""], "a whole number from 0 on"),
+        (weight, ["-1", "inf", "nan", "1e"], "a number from 0 on"),
     ],
 )
 def test_another_number_is_refused_with_what_is_taken(kind, texts, takes):

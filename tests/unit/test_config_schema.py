@@ -55,15 +55,12 @@ RULES = [
     ),
     (
         [
-            "--data.token_filter=loss",
-            "--data.mixing=token",
-            "--masking.span_policy=position",
-            "--masking.strategy=none",
-            "--masking.overrides={update.forget:es.retain.mlp_out: 0.5}",
+            *("--data.token_filter=loss", "--data.mixing=token", "--masking.span_policy=position"),
+            *("--masking.strategy=none", "--masking.overrides={update.forget:es.retain.mlp_out: 0.5}"),
         ],
         "data.token_filter loss does not go with masking.overrides {'update.forget:es.retain.mlp_out': 0.5}; set "
         "masking.overrides {}, or token_filter off",
-    ),  # fmt: skip
+    ),
     (
         ["--data.token_filter=hide", "--data.mixing=token", "--masking.strategy=none"],
         "data.token_filter hide does not go with masking.span_policy conservative; set masking.span_policy position, "

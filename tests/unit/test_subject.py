@@ -34,6 +34,17 @@ def test_scores_are_the_losses_of_the_evaluation(subject, removed, category):
     assert (len(scores.losses), len(scores.document.unique())) == (measured["tokens"], measured["documents"])
 
 
+def test_without_a_domain_in_adapters_it_is_the_base(subject):
+    other = moved_model(subject.config, 0.2)
+    adapted = Subject(subject.model, subject.corpus, subject.config, bases={"es": other})
+    assert adapted.removals == subject.removals == [(), ("es",)]
+    base, ablated = adapted.without("es"), subject.without("es")
+    assert (base.model, base.removed) == (other, ()) and (ablated.model, ablated.removed) == (subject.model, ("es",))
+    assert adapted.without().model is subject.model
+    unmasked = config_for(masking={"strategy": "none"})
+    assert Subject(other, subject.corpus, unmasked).removals == [()]
+
+
 def test_hits_are_the_most_likely_tokens(subject):
     (batch, *_) = subject.batches("test", "es", 3)
     ids, targets, plan = batch.on(subject.device, subject.tables)

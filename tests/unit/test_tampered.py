@@ -6,6 +6,7 @@ import pytest
 
 from sgtm.config.load import load_config, save_config
 from sgtm.evaluation.tampering import Attack, Reached
+from sgtm.run.adapted import write_adapted
 from sgtm.run.unlearned import write_unlearned
 from sgtm.sweep import tampered
 from sgtm.sweep.tampered import tamper_rows
@@ -39,6 +40,14 @@ def test_rows_have_the_worst_case_by_variant_and_seed(folder):
         (4, 400, 7.0, 0.1, 3.5),
     ]
     assert (rmu["tampered"], rmu["seed"], rmu["curve"]) == ("unmasked + rmu", 3, paper["curve"])
+
+
+def test_an_adapted_run_is_named_by_its_source(folder):
+    options = {"rank": 2, "alpha": 4.0}
+    record = {"options": options, "domain": "es", "steps": 1, "lr": 1.0, "seed": 0, "seen": False}
+    (folder / "rmu-of-it/unlearned.json").unlink()
+    write_adapted(folder / "rmu-of-it", record | {"source": {"run": "filtered-s3", "step": 9}})
+    assert [row["tampered"] for row in tamper_rows(folder)] == ["paper", "filtered + adapters"]
 
 
 def test_a_run_whose_attacks_all_failed_has_no_row(folder, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +19,9 @@ from sgtm.run.checkpoint import find_latest, read_manifest, verify
 from sgtm.run.evaluate import evaluate_run, load_run_model
 from sgtm.run.metrics import read_metrics
 from sgtm.run.unlearned import read_unlearned
+from sgtm.unlearning import derived
 from sgtm.unlearning import run as unlearning
-from sgtm.unlearning.run import own_config, unlearn_run
+from sgtm.unlearning.run import unlearn_run
 
 LABELS = {"en": "retain", "es": "forget:es", "fr": "forget:fr"}
 
@@ -50,7 +50,7 @@ def trained(folder: Path, spanish: str = "es") -> Path:
 def no_process():
     """The record of the environment asks git for the commit."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unlearning, "record_environment", lambda run: None)
+        patch.setattr(derived, "record_environment", lambda run: None)
         yield
 
 
@@ -187,10 +187,3 @@ def test_data_without_retain_text_are_refused_where_it_is_read(tmp_path):
     message = r"has no category with the label retain; its categories are es \(forget:es\)"
     refused(message, tmp_path / "run", tmp_path / "out", domain=None)
     unlearn_run(tmp_path / "run", "gradient_ascent", tmp_path / "out", steps=1)
-
-
-def test_synthetic_data_are_found_from_another_folder(tmp_path):
-    config, corpus = load_config("debug"), SimpleNamespace(path=tmp_path / "runs/synthetic-512")
-    beside, elsewhere = (own_config(config, corpus, out) for out in (tmp_path / "runs/x", tmp_path / "other/x"))
-    assert (beside.data.path, beside.runs, beside.name) == ("synthetic", str(tmp_path / "runs"), "x")
-    assert (elsewhere.data.path, elsewhere.runs) == (str(corpus.path), str(tmp_path / "other"))

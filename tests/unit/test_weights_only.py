@@ -65,7 +65,7 @@ def test_half_precision_is_stored_in_fp32(run):
 
 
 def test_a_failed_write_leaves_no_checkpoint(run, monkeypatch):
-    def full(weights, file):
+    def full(weights, file, metadata):
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
