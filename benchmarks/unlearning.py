@@ -21,10 +21,13 @@ import statistics
 from itertools import product
 from pathlib import Path
 
+import torch
 from environment import write_rows
 
 from sgtm.config.load import load_run_config
-from sgtm.run.evaluate import evaluate_run
+from sgtm.evaluation.losses import evaluate
+from sgtm.run.checkpoint import open_run, read_manifest
+from sgtm.run.evaluate import load_bases, load_model, open_run_corpus
 from sgtm.sweep.file import Run, Sweep, read_sweep
 from sgtm.sweep.table import LOSSES
 from sgtm.unlearning.methods import METHODS
@@ -55,8 +58,9 @@ def main() -> None:
         for number, (options, factor) in enumerate(settings):
             out = sweep.folder.with_name(f"{sweep.folder.name}-unlearning") / f"{runs[0].name}-{method}-{number}"
             lr = apply(runs[0], method, options, factor, out)
-            retain, forget = measured(out, "train", args.sequences)
-            losses = {"retain": retain, "forget": forget, "retain_before": before[0], "forget_before": before[1]}
+            after = measured(out, "train", args.sequences)
+            losses = {data: after[f"full_{data}"] for data in ("retain", "forget")}
+            losses |= {f"{data}_before": before[f"full_{data}"] for data in ("retain", "forget")}
             setting = {"method": method, "options": options, "factor": factor, "lr": lr, "steps": METHODS[method].steps}
             tried.append({**setting, **losses, "chosen": False})
             print(json.dumps({key: tried[-1][key] for key in ("method", "options", "factor", "retain", "forget")}))
@@ -67,7 +71,7 @@ def main() -> None:
             print(f"{method}: no setting within {BUDGET} nats")
             continue
         best["chosen"] = True
-        rows.append(variant_row(sweep, runs, best))
+        rows.append(variant_row(runs, method, chosen_runs(sweep, runs, best), masks=False))
     write_rows(args.json, [*rows, *tried])
 
 
@@ -85,27 +89,49 @@ def apply(run: Run, method: str, options: dict, factor: float, out: Path) -> flo
     return lr
 
 
-def measured(run: Path, split: str, sequences: int | None) -> tuple[float, float]:
-    """Mean loss over the retain categories and over the forget ones, of the full model."""
-    summary = evaluate_run(run, split, sequences)
-    by_data: dict[bool, list[float]] = {False: [], True: []}
-    for category, loss in summary["losses"]["full"].items():
-        by_data[summary["true_labels"][category].startswith("forget:")].append(loss)
-    return statistics.fmean(by_data[False]), statistics.fmean(by_data[True])
+def measured(run: Path, split: str, sequences: int | None) -> dict[str, float]:
+    """Means over categories, full and without all domains where the run has that: four losses, or two."""
+    config, checkpoint = open_run(run)
+    corpus = open_run_corpus(config, run, read_manifest(checkpoint))
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    model, bases = load_model(config, checkpoint).to(dtype), load_bases(config, checkpoint)
+    bases = {domain: base.to(dtype) for domain, base in bases.items()}
+    device = next(model.parameters()).device
+    evaluation = evaluate(model, corpus, config, split=split, sequences=sequences, device=device, bases=bases)
+    return four_losses(evaluation.losses, evaluation.sample["true_labels"])
 
 
-def variant_row(sweep: Sweep, runs: list[Run], best: dict) -> dict:
+def four_losses(losses: dict[str, dict[str, float]], true_labels: dict[str, str]) -> dict[str, float]:
+    """From losses by condition, the full model first and the one without all domains last, and category."""
+    conditions, means = list(losses), {}
+    for model, condition in {"full": conditions[0], "ablated": conditions[-1]}.items():
+        if model == "ablated" and len(conditions) == 1:
+            continue
+        for data in ("retain", "forget"):
+            mine = [
+                loss
+                for category, loss in losses[condition].items()
+                if true_labels[category].startswith("forget:") == (data == "forget")
+            ]
+            means[f"{model}_{data}"] = statistics.fmean(mine)
+    return means
+
+
+def chosen_runs(sweep: Sweep, runs: list[Run], best: dict) -> list[dict]:
     """The chosen setting on every seed, measured on split test as at the end of the training."""
     seeds = []
     for run in runs:
         out = sweep.folder / f"{run.name}-{best['method']}"
         apply(run, best["method"], best["options"], best["factor"], out)
-        retain, forget = measured(out, "test", run.config.train.eval_sequences)
-        values = {"full_retain": retain, "full_forget": forget, "ablated_retain": None, "ablated_forget": None}
-        seeds.append({"seed": run.seed, **values})
-    row = {"sweep": "unlearning", "variant": f"{runs[0].variant} + {best['method']}", "masks": False, "trained": {}}
+        seeds.append({"seed": run.seed, **measured(out, "test", run.config.train.eval_sequences)})
+    return seeds
+
+
+def variant_row(runs: list[Run], method: str, seeds: list[dict], masks: bool) -> dict:
+    """As benchmarks/recipes.py writes one. masks: whether something can be removed."""
+    row = {"sweep": "unlearning", "variant": f"{runs[0].variant} + {method}", "masks": masks, "trained": {}}
     for loss in LOSSES:
-        values = [seed[loss] for seed in seeds if seed[loss] is not None]
+        values = [seed[loss] for seed in seeds if loss in seed]
         row |= {loss: statistics.fmean(values) if values else None}
         row |= {f"{loss}_sd": statistics.stdev(values) if len(values) > 1 else None}
     train = runs[0].config.train

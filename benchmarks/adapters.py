@@ -1,0 +1,67 @@
+"""Low-rank adapters on a sweep's filtered model, at a learning rate chosen from a few: the baseline FT-LoRA.
+
+    sgtm sweep launch/recipes/claims.sweep.yaml
+    python benchmarks/adapters.py launch/recipes/claims.sweep.yaml --json benchmarks/results/DEVICE/adapters.jsonl
+
+The adapters read as many forget tokens as the masked runs of the sweep do, and as many retain tokens on top. The rate
+is chosen on the first seed and split train: the lowest forget loss of the full model. Every seed is then adapted at
+that rate, as VARIANT-sSEED-adapters in the sweep's folder, and measured on split test. Runs that are there are kept.
+
+Rows: one for each rate (`factor` of the run's peak, `retain` and `forget` of the full model, `chosen`), and one as
+benchmarks/recipes.py writes a variant's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from environment import write_rows
+from unlearning import measured, variant_row
+
+from sgtm.sweep.file import Run, read_sweep
+from sgtm.unlearning.adapt import adapt_run
+
+FACTORS = (0.3, 1.0, 3.0)
+RANK, ALPHA = 16, 32.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sweep", type=Path, metavar="SWEEP")
+    parser.add_argument("--variant", default="filtered", metavar="NAME", help="one that never saw the domain")
+    parser.add_argument("--steps", type=int, default=150, metavar="N", help="each of the run's micro-batch")
+    parser.add_argument("--sequences", type=int, default=128, metavar="N", help="of split train, for the choice")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    args = parser.parse_args()
+    sweep = read_sweep(args.sweep)
+    runs = [run for run in sweep.runs if run.variant == args.variant]
+    tried = []
+    for factor in FACTORS:
+        out = sweep.folder.with_name(f"{sweep.folder.name}-unlearning") / f"{runs[0].name}-adapters-{factor}"
+        adapt(runs[0], factor, args.steps, out)
+        losses = measured(out, "train", args.sequences)
+        setting = {"method": "adapters", "rank": RANK, "alpha": ALPHA, "factor": factor, "steps": args.steps}
+        full = {"retain": losses["full_retain"], "forget": losses["full_forget"]}
+        tried.append({**setting, **full, "chosen": False})
+        print(json.dumps(tried[-1]))
+    best = min(tried, key=lambda row: row["forget"])
+    best["chosen"] = True
+    seeds = []
+    for run in runs:
+        out = sweep.folder / f"{run.name}-adapters"
+        adapt(run, best["factor"], args.steps, out)
+        seeds.append({"seed": run.seed, **measured(out, "test", run.config.train.eval_sequences)})
+    write_rows(args.json, [variant_row(runs, "adapters", seeds, masks=True), *tried])
+
+
+def adapt(run: Run, factor: float, steps: int, out: Path) -> None:
+    """Adapt a run at so many times its peak rate, unless it has been."""
+    if not out.exists():
+        lr = factor * run.config.optimizer.lr
+        adapt_run(run.directory, out, rank=RANK, alpha=ALPHA, steps=steps, lr=lr)
+
+
+if __name__ == "__main__":
+    main()
