@@ -42,7 +42,8 @@ def main() -> None:
         out = sweep.folder.with_name(f"{sweep.folder.name}-unlearning") / f"{runs[0].name}-adapters-{factor}"
         adapt(runs[0], factor, args.steps, out)
         losses = measured(out, "train", args.sequences)
-        setting = {"method": "adapters", "rank": RANK, "alpha": ALPHA, "factor": factor, "steps": args.steps}
+        options = {"rank": RANK, "alpha": ALPHA, "steps": args.steps}
+        setting = {"method": "adapters", "options": options, "factor": factor}
         full = {"retain": losses["full_retain"], "forget": losses["full_forget"]}
         tried.append({**setting, **full, "chosen": False})
         print(json.dumps(tried[-1]))

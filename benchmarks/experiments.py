@@ -130,26 +130,43 @@ def tables(name: str, rows: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def settings(rows: list[dict]) -> str:
+    """Markdown: the settings of a grid, one of which was chosen for each method; empty without any."""
+    tried = [row for row in rows if "chosen" in row]
+    if not tried:
+        return ""
+    table = [["method", "options", "rate, of the default", "retain", "forget", "chosen"]]
+    for row in tried:
+        options = ", ".join(f"{name} {value:g}" for name, value in row["options"].items())
+        losses = (f"{row[data]:.3f}" for data in ("retain", "forget"))
+        table.append([row["method"], options, f"{row['factor']:g}", *losses, "yes" if row["chosen"] else ""])
+    before = ""
+    if "retain_before" in tried[0]:
+        before = f"; before: {tried[0]['retain_before']:.3f} and {tried[0]['forget_before']:.3f}"
+    return f"Settings tried on one seed, losses of the full model on split train{before}\n\n{markdown(table)}"
+
+
 def described(name: str, rows: list[dict], path: str, figures: str) -> str:
     """The tables, below what the experiment asks and above what it shows.
 
+    rows     of variants and of settings
     path     of the file of rows, from the root of the repository
     figures  of their folder, from the document
     """
-    experiment = EXPERIMENTS[name]
+    experiment, variants = EXPERIMENTS[name], [row for row in rows if "variant" in row]
     if not experiment.question:
-        return tables(name, rows)
+        return tables(name, variants)
     images = [f"![{figure} of {name}]({figures}/{name}-{figure}.png)" for figure in experiment.figures]
     page = f"sgtm report {path}"
-    return "\n\n".join(
-        [
-            f"**Question.** {experiment.question}",
-            f"```sh\n{experiment.commands}\n{page}    # the figures\n```",
-            tables(name, rows),
-            *images,
-            f"**Result.** {experiment.meaning}",
-        ]
-    )
+    parts = [
+        f"**Question.** {experiment.question}",
+        f"```sh\n{experiment.commands}\n{page}    # the figures\n```",
+        tables(name, variants),
+        settings(rows),
+        *images,
+        f"**Result.** {experiment.meaning}",
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
 def _variants(rows: list[dict], ratios: bool) -> list[list[str]]:

@@ -125,12 +125,11 @@ def section(path: Path, up: str, described: bool = False) -> str:
     elif path.stem in OWN:
         text = OWN[path.stem](rows)
     else:
-        rows_of_variants = [row for row in rows if "variant" in row]
         text = f"### {experiments.EXPERIMENTS[path.stem].title}\n\n"
         if described:
-            text += experiments.described(path.stem, rows_of_variants, relative, "figures")
+            text += experiments.described(path.stem, rows, relative, "figures")
         else:
-            text += experiments.tables(path.stem, rows_of_variants)
+            text += experiments.tables(path.stem, [row for row in rows if "variant" in row])
     return f"{text}\n\n" + "; ".join(_sources(rows)) + f" ([{path.name}]({up}{relative}))"
 
 
