@@ -60,7 +60,7 @@ def export_run(run: str | Path, remove: Sequence[str], out: str | Path, data: st
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; export to a new one")
     config, checkpoint = open_run(run, data)
-    if remove and not config.removals[1:]:
+    if remove and not config.removes_groups:
         raise ValueError(
             f"{run} was trained without masks: no group of it holds {', '.join(remove)}, and nothing can be removed; "
             f"leave out --remove, or export a run that was trained with masks"

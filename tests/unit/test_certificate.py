@@ -66,6 +66,7 @@ def test_certified(options):
         (("--masking.strategy=no_mlp_out",), "label forget:es train mlp_out of group retain"),
         (("--masking.strategy=none", "--masking.joint=null"), "label retain train attn_in of group retain"),
         (("--masking.masked_layers=[0]",), r"layers 1 have no groups \(masking.masked_layers\)"),
+        (("--steering.direction=es.safetensors",), r"a direction is added that was measured on documents of a domain"),
         (("--optimizer.grad_clip_scope=global",), "clipped, and steps skipped, by a norm of all weights"),
         (("--optimizer.grad_clip_scope=global", "--optimizer.grad_clip=0"), "clipped, and steps skipped, by a norm"),
         (("--data.upsample={x: 0.5}",), "data.upsample 0.5 draws documents of x by their text"),
