@@ -5,16 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sgtm.commands.options import AMOUNT, COUNT, DATA, Subcommands
+from sgtm.commands.options import AMOUNT, COUNT, DATA, Subcommands, natural
 
 METHODS = ("gradient_ascent", "grad_diff", "npo", "simnpo", "rmu", "finetune")
 """As in sgtm/unlearning/methods.py, which takes torch."""
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, got {text!r}")
-    return int(text)
 
 
 def _number(text: str) -> float:
@@ -32,7 +26,7 @@ OPTIONS = {
     "gamma": (_number, "G", "simnpo (0): margin"),
     "forget_weight": (_number, "W", "simnpo (0.125): weight of the forget term"),
     "retain_weight": (_number, "W", "grad_diff, npo, simnpo (1): weight of the retain term"),
-    "layer": (_natural, "L", "rmu: layer to steer, from 0 (default: 7/32 of the depth)"),
+    "layer": (natural, "L", "rmu: layer to steer, from 0 (default: 7/32 of the depth)"),
     "coefficient": (AMOUNT, "C", "rmu (6.5): norm that forget text is steered to"),
     "alpha": (_number, "A", "rmu (1200): weight of the retain term"),
 }
@@ -47,7 +41,7 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("--steps", type=COUNT, metavar="N", help="updates (default: 125, rmu 150)")
     share = "learning rate, constant (default: the run's peak / 30, gradient_ascent / 12, rmu / 6)"
     parser.add_argument("--lr", type=AMOUNT, metavar="LR", help=share)
-    parser.add_argument("--seed", type=_natural, default=0, help="order of the text, and rmu's direction (default: 0)")
+    parser.add_argument("--seed", type=natural, default=0, help="order of the text, and rmu's direction (default: 0)")
     for name, (kind, value, about) in OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=value, help=about)
     parser.add_argument("--data.path", dest="data_path", metavar="DIR", help=DATA)

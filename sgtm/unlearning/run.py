@@ -19,6 +19,7 @@ from pathlib import Path
 from sgtm.config.errors import ConfigError
 from sgtm.config.load import save_config
 from sgtm.config.schema import RUN_NAME, Config
+from sgtm.config.sections import SteeringConfig
 from sgtm.data.store import Corpus
 from sgtm.distributed.self_check import check_kernels
 from sgtm.files import sha256_of, sync_directory
@@ -151,7 +152,9 @@ def _model(config: Config, checkpoint: Path):
     train = config.train.model_copy(update={"precision": "fp32"})
     for warning in check_kernels(config.model_copy(update={"train": train}), lambda action: [action()]):
         print(warning, file=sys.stderr)
-    return load_model(config, checkpoint)
+    model = load_model(config, checkpoint)
+    model.steering = None  # what is unlearned is the model that an export gives
+    return model
 
 
 def _source(run: Path, config: Config, checkpoint: Path, step: int) -> dict:
@@ -161,12 +164,13 @@ def _source(run: Path, config: Config, checkpoint: Path, step: int) -> dict:
 
 
 def own_config(config: Config, corpus: Corpus, out: Path) -> Config:
-    """That of the new run, which finds the same corpus."""
+    """That of the new run, which finds the same corpus and adds no direction."""
     path, beside = config.data.path, Path(os.path.abspath(corpus.path))
     if path == SYNTHETIC and beside.parent != out.parent:
         path = str(beside)
     data = config.data.model_copy(update={"path": path})
-    return config.model_copy(update={"name": out.name, "runs": str(out.parent), "data": data})
+    own = {"name": out.name, "runs": str(out.parent), "data": data, "steering": SteeringConfig()}
+    return config.model_copy(update=own)
 
 
 def _log(write: Callable[[str], object], steps: int) -> Callable[[dict], None]:

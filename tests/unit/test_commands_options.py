@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from sgtm.commands.options import AMOUNT, COUNT, SHARE, Subcommands
+from sgtm.commands.options import AMOUNT, COUNT, SHARE, Subcommands, finite, natural
 
 
 @pytest.mark.parametrize(
@@ -14,12 +14,19 @@ def test_a_number_above_zero_is_taken(kind, text, number):
     assert kind(text) == number and type(kind(text)) is type(number)
 
 
+def test_numbers_that_may_be_0():
+    assert [finite(text) for text in ("-1.5", "0", "2e3")] == [-1.5, 0.0, 2000.0]
+    assert [natural(text) for text in ("0", "12")] == [0, 12]
+
+
 @pytest.mark.parametrize(
     ("kind", "texts", "takes"),
     [
         (COUNT, ["0", "-1", "1.5", "inf", ""], "a whole number above 0"),
         (AMOUNT, ["0", "-0.5", "inf", "nan", "80GB"], "a number above 0"),
         (SHARE, ["0", "1.001", "nan"], "a share above 0 and at most 1"),
+        (finite, ["nan", "-inf", "one", ""], "a number"),
+        (natural, ["-1", "1.5", "1e3", ""], "a whole number from 0 on"),
     ],
 )
 def test_another_number_is_refused_with_what_is_taken(kind, texts, takes):
