@@ -187,3 +187,18 @@ def test_an_unlearned_run_adds_nothing_and_starts_from_the_plain_model(runs: Pat
         model.steering = steering
         losses.append(float(mean_loss(model, text).detach()))
     assert json.loads((out / "metrics.jsonl").read_text())["loss/forget"] == losses[1] != losses[0]
+
+
+def test_rounded_weights_without_the_domain_keep_its_group(runs: Path):
+    from sgtm.data.open import open_corpus
+    from sgtm.evaluation.quantisation import quantised
+    from sgtm.evaluation.subject import Subject
+    from sgtm.run.evaluate import load_run_model
+    from sgtm.run.examine import Question, in_few_bits
+
+    model, config = load_run_model(runs / "steered"), load_config(runs / "steered/config.yaml")
+    subject = Subject(model, open_corpus(config), config, ("es",))
+    losses = in_few_bits(subject, Question(("es",), ("en",), "test", 2, ()))
+    for bits, by_category in losses.items():
+        expected = Subject(quantised(model, int(bits)), subject.corpus, config, ("es",)).scores("test", "es", 2).losses
+        assert by_category["es"] == float(expected.double().mean())

@@ -143,3 +143,10 @@ def test_explain_prints_it():
     assert lines[0].endswith("; `recipe: certified` would make it independent")
     (line,) = certificate_lines(config("--masking.joint=free", "--masking.masked_layers=[0]"))
     assert line.startswith("safe model depends on es: layers") and "recipe" not in line
+
+
+def test_explain_prints_no_safe_model_where_a_direction_alone_is_left_out():
+    unmasked = ["--masking.strategy=none", "--steering.direction=es.safetensors"]
+    assert certificate_lines(load_config("debug", unmasked)) == []
+    masked = certificate_lines(config(unmasked[1]))
+    assert masked[0].startswith("safe model depends on es: a direction is added")
