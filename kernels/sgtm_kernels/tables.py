@@ -22,6 +22,8 @@ class Tables:
     route[l][g]               the gradient that flows back through that output; the forward value is unchanged
     update[projection][l][g]  the token's contribution to the gradient of the group's weights and in-side biases
     update_joint[kind][l]     the same for parameters that belong to no head or neuron
+    steered[l][g]             whether the direction of the group's domain, if there is one, is added to the residual
+                              stream of the token (sgtm/model/steering.py); empty: never
     """
 
     labels: tuple[str, ...]
@@ -30,10 +32,12 @@ class Tables:
     route: tuple[tuple[float, ...], ...]
     update: dict[str, tuple[tuple[float, ...], ...]]
     update_joint: dict[str, tuple[float, ...]]
+    steered: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self):
         grid = (len(self.labels), len(self.groups))
-        for name, table in [("active", self.active), ("route", self.route), *self.update.items()]:
+        steered = [("steered", self.steered)] if self.steered else []
+        for name, table in [("active", self.active), ("route", self.route), *self.update.items(), *steered]:
             if (len(table), *{len(row) for row in table}) != grid:
                 raise ValueError(f"table {name!r} must be {grid[0]} labels x {grid[1]} groups, got {table}")
         if set(self.update) != set(PROJECTIONS) or set(self.update_joint) != set(JOINT_KINDS):

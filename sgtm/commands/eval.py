@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sgtm.commands.options import COUNT, DATA, Subcommands
+from sgtm.commands.options import COUNT, DATA, Subcommands, finite
 
 
 def add(commands: Subcommands) -> None:
@@ -12,6 +12,8 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory, e.g. runs/quickstart")
     parser.add_argument("--split", default="test", help="split of the prepared data (default: test)")
     parser.add_argument("--sequences", type=COUNT, metavar="N", help="sequences per category (default: all)")
+    steer = "add S times the run's direction to every token of the full model and write summary-steerS.json"
+    parser.add_argument("--steer", type=finite, metavar="S", help=f"{steer}; default: steering.strength of the run")
     parser.add_argument("--data.path", dest="data_path", metavar="DIR", help=DATA)
 
 
@@ -23,9 +25,13 @@ def run(options) -> None:
     from sgtm.report.baselines import with_shipped
     from sgtm.run.evaluate import evaluate_run, write_summary
 
-    evaluation = evaluate_run(options.run_dir, split=options.split, sequences=options.sequences, data=options.data_path)
+    steer = {} if options.steer is None else {"steer": options.steer}
+    name = [f"summary-steer{options.steer:+g}.json"] if steer else []
+    evaluation = evaluate_run(
+        options.run_dir, split=options.split, sequences=options.sequences, data=options.data_path, **steer
+    )
     summary = with_shipped(evaluation, config)
     try:
-        write_summary(options.run_dir, summary)
+        write_summary(options.run_dir, summary, *name)
     finally:
         print_summary(summary)

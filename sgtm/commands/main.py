@@ -1,4 +1,4 @@
-"""The command line: `sgtm prepare | train | eval | examine | tamper | unlearn | adapt | export | report | ...`.
+"""The command line: `sgtm prepare | train | eval | examine | tamper | unlearn | adapt | direction | export | ...`.
 
 Thin: every command (a file of this folder) declares its options, calls one function elsewhere and prints where the
 result is. What is heavy is imported when a command runs, so `sgtm --help` and most mistakes are answered at once. A
@@ -20,6 +20,7 @@ from sgtm.commands import (
     bench,
     checkpoint,
     config,
+    direction,
     doctor,
     estimate,
     eval,
@@ -42,8 +43,8 @@ from sgtm.process.ranks import launcher, rank_and_size
 from sgtm.process.signals import Stopped, stoppable
 
 COMMANDS = (
-    prepare, train, eval, examine, tamper, unlearn, adapt, export, report, checkpoint, explain, bench, profile,
-    estimate, launch, sweep, doctor, config, quickstart,
+    prepare, train, eval, examine, tamper, unlearn, adapt, direction, export, report, checkpoint, explain, bench,
+    profile, estimate, launch, sweep, doctor, config, quickstart,
 )  # fmt: skip
 OLD_NAMES = {"plan": "estimate"}  # accepted until 0.3
 RESUMED = ("prepare", "sweep", "tamper")  # by the same command
@@ -56,6 +57,7 @@ ONE_PROCESS = (
     "tamper",
     "unlearn",
     "adapt",
+    "direction",
     "export",
     "report",
     "checkpoint",

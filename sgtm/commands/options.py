@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from itertools import takewhile
 from typing import NoReturn
@@ -105,3 +106,14 @@ def _above_zero(number_type: type, name: str, most: float = float("inf")) -> Cal
 
 
 COUNT, AMOUNT, SHARE = _above_zero(int, "whole number"), _above_zero(float, "number"), _above_zero(float, "share", 1.0)
+
+
+def finite(text: str) -> float:
+    """A number of either sign, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
+    return value

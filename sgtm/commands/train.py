@@ -64,6 +64,10 @@ def run(options) -> None:
         from sgtm.run.usable import check_usable
 
         check_usable(Path(config.runs) / config.name, options.resume, options.overwrite)
+        if config.steering.direction is not None:
+            from sgtm.model.direction import direction_of
+
+            direction_of(config)
         if config.data.path != "synthetic":
             hint = "; if the data have moved, give their folder with --data.path DIR" if options.resume else ""
             try:

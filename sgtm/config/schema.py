@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from sgtm.config.sections import (
     ModelConfig,
     OptimizerConfig,
     Section,
+    SteeringConfig,
     TrainConfig,
     WandbConfig,
 )
@@ -25,7 +27,7 @@ from sgtm.masking.certificate import Conditions, check_certified
 from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import OPEN, LabelSpace
 from sgtm.masking.partition import Partition, build_partition
-from sgtm.masking.strategy import Joint, build_tables, own_joint
+from sgtm.masking.strategy import Joint, build_tables, own_joint, removal_tables
 from sgtm.words import counted, listed
 from sgtm_kernels.tables import JointKind, Tables
 
@@ -50,6 +52,7 @@ class Config(Section):
     masking: MaskingConfig = MaskingConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    steering: SteeringConfig = SteeringConfig()
     train: TrainConfig = TrainConfig()
     distributed: DistributedConfig = DistributedConfig()
     kernels: KernelsConfig = KernelsConfig()
@@ -94,6 +97,11 @@ class Config(Section):
                 "another masking.strategy"
             )
         self._check_token_filter()
+        if (layer := self.steering.layer) is not None and layer >= self.model.layers:
+            raise ValueError(
+                f"steering.layer {layer}: the blocks of model.layers {self.model.layers} are 0 to "
+                f"{self.model.layers - 1}; take one of them"
+            )
         tokens, context = self.train.tokens_per_step, self.model.context
         if tokens % context:
             nearest = [n * context for n in (tokens // context, tokens // context + 1) if n]
@@ -137,12 +145,28 @@ class Config(Section):
         return build_tables(self.space, m.strategy, m.joint, m.cross_domain, m.overrides)
 
     @property
+    def steered(self) -> bool:
+        """Whether a direction is added to the residual stream of a domain's tokens."""
+        return self.steering.direction is not None and self.steering.strength != 0
+
+    @property
+    def removes_groups(self) -> bool:
+        """Whether a domain is removed by leaving its group out. Where nothing is masked no group holds a domain, unless
+        the weights of `train.init_from` have one; with steering, what is left out then is the direction alone.
+        """
+        unmasked = self.tables == build_tables(self.space, "none")
+        return not unmasked or (self.train.init_from is not None and not self.steered)
+
+    @property
     def removals(self) -> list[tuple[str, ...]]:
         """The sets of domains without which a model is evaluated, the empty one first. It is the only one where nothing
-        is masked: no group holds a domain then, unless the weights of `train.init_from` have one.
+        can be removed: neither a group that holds a domain nor a direction.
         """
-        unmasked = self.tables == build_tables(self.space, "none") and self.train.init_from is None
-        return [()] if unmasked else self.space.subsets()
+        return self.space.subsets() if self.removes_groups or self.steered else [()]
+
+    def removal_tables(self, removed: Iterable[str]) -> Tables:
+        """Tables of an evaluation without these domains."""
+        return removal_tables(self.space, removed, self.removes_groups)
 
     @property
     def joint(self) -> Joint | list[JointKind]:
@@ -152,11 +176,12 @@ class Config(Section):
 
     @property
     def method(self) -> str:
-        """`strategy sgtm`, with `, recipe dual` where one is set; the unmasked baseline has nothing of a recipe, and
-        `, token filter loss` where one is set."""
+        """`strategy sgtm`, with `, recipe dual` where one is set; the unmasked baseline has nothing of a recipe. Also
+        `, token filter loss` and `, steering 1` where they are set."""
         recipe = f", recipe {self.recipe}" if self.recipe and self.masking.strategy != "none" else ""
         token_filter = f", token filter {self.data.token_filter}" if self.data.token_filter != "off" else ""
-        return f"strategy {self.masking.strategy}{recipe}{token_filter}"
+        steering = f", steering {self.steering.strength:g}" if self.steered else ""
+        return f"strategy {self.masking.strategy}{recipe}{token_filter}{steering}"
 
     def spelled_out(self) -> dict:
         """The values as JSON has them, with what other keys decide: `masking.joint`, and `warmup_steps` in steps."""
@@ -211,6 +236,7 @@ class Config(Section):
             clips_by_owner=self.optimizer.grad_clip_scope == "owner",
             deterministic=self.kernels.deterministic,
             certify=self.masking.certify,
+            steered=self.steered,
         )
 
     def _step_of(self, begin: float) -> float:

@@ -250,6 +250,20 @@ class TrainConfig(Section):
     the time of one step for every label in it and changes nothing. 0: none."""
 
 
+class SteeringConfig(Section):
+    """Preventative steering (arXiv 2507.21509), a baseline: a direction of a domain is added to the residual stream
+    while the model trains on the domain's tokens, and left out afterwards."""
+
+    direction: str | None = None
+    """File that `sgtm direction` has written; null: nothing is added. Its domain must be one of `masking.domains`."""
+    layer: NonNegativeInt | None = None
+    """Block, counted from 0, behind which it is added; null: the layer that the file has."""
+    strength: float = 1.0
+    """Multiple of the direction of that layer which is added to every token that is trained as `forget:<domain>`: 1 is
+    the difference between the mean activations on forget and on retain text; below 0 subtracts it. 0 adds nothing: the
+    log still has the projections on it."""
+
+
 HOP_BYTES = 1_000_000  # sent in the time that a message takes from one rank to the next
 
 

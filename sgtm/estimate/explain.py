@@ -123,7 +123,7 @@ def certificate_lines(config: Config) -> list[str]:
     By the labels of the corpus, or where it cannot be read by those that the config names. No lines where nothing is
     masked, as no group can be removed then.
     """
-    if not any(config.removals):
+    if not config.removes_groups:
         return []
     initial = export_record(config)
 

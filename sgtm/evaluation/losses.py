@@ -31,7 +31,6 @@ from sgtm.data.batch import IGNORE, Owners
 from sgtm.data.loader import evaluation_batches
 from sgtm.data.store import Corpus
 from sgtm.masking.labels import FULL, removal_name
-from sgtm.masking.strategy import removal_tables
 from sgtm.model.output_norms import Norms, OutputNorms
 from sgtm_kernels.cross_entropy import kept_losses
 
@@ -80,7 +79,7 @@ def evaluate(
     Raises ValueError where the split has no target at all.
     """
     subsets = [(), *((domain,) for domain in bases)] if bases else config.removals
-    tables = [removal_tables(config.space, () if bases else removed) for removed in subsets]
+    tables = [config.removal_tables(() if bases else removed) for removed in subsets]
     passes = [forward, *bases.values()] if bases else [forward] * len(subsets)
     losses: Losses = {removal_name(removed): {} for removed in subsets}
     norms: dict[str, Norms] = {name: {} for name in losses}

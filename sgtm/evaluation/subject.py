@@ -14,7 +14,6 @@ from sgtm.config.schema import Config
 from sgtm.data.batch import IGNORE, Batch
 from sgtm.data.loader import evaluation_batches
 from sgtm.data.store import Corpus
-from sgtm.masking.strategy import removal_tables
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import LabelRun, MaskPlan, Tables
 
@@ -80,7 +79,7 @@ class Subject:
 
     @cached_property
     def tables(self) -> Tables:
-        return removal_tables(self.config.space, self.removed)
+        return self.config.removal_tables(self.removed)
 
     @property
     def device(self) -> torch.device:

@@ -68,7 +68,7 @@ def export_run(run: str | Path, remove: Sequence[str], out: str | Path, data: st
             f"{run} has adapters of {adapted}, which --remove {adapted} leaves out; nothing of it holds "
             f"{listed(others)} alone: export the run that it was made from to remove that"
         )
-    if remove and not (adapted or config.removals[1:]):
+    if remove and not (adapted or config.removes_groups):
         raise ValueError(
             f"{run} was trained without masks: no group of it holds {', '.join(remove)}, and nothing can be removed; "
             f"leave out --remove, or export a run that was trained with masks"

@@ -12,6 +12,7 @@ initial weights. That holds if
 - which of the domain's documents are trained does not follow from their text, as it does with a fractional
   `data.upsample`, which draws them by a hash of it (as `split: {hash: ...}` does when the data are prepared);
 - sums are added in an order that does not depend on the data;
+- no direction is added to activations (`steering`), as it was measured on such documents;
 - weights to start from (`train.init_from`), if an earlier run has trained them, are an export that was independent of
   the domain itself.
 
@@ -45,6 +46,7 @@ class Conditions:
     clips_by_owner  whether gradients are clipped, and steps skipped, by owner (`optimizer.grad_clip_scope`)
     deterministic   whether sums are added in a fixed order (`kernels.deterministic`)
     certify         whether every domain must be certified (`masking.certify`)
+    steered         whether a direction is added to the residual stream (`steering`)
     """
 
     space: LabelSpace
@@ -55,6 +57,7 @@ class Conditions:
     clips_by_owner: bool
     deterministic: bool
     certify: bool
+    steered: bool = False
 
 
 def certified(
@@ -111,6 +114,8 @@ def obstacle(
         return "gradients are clipped, and steps skipped, by a norm of all weights (optimizer.grad_clip_scope: global)"
     if not conditions.deterministic:
         return "sums may be added in any order (kernels.deterministic: false)"
+    if conditions.steered:
+        return "a direction is added that was measured on documents of a domain (steering.direction)"
     if spans:
         return "the corpus has labelled spans: the text after one reads it (data with whole documents has no such path)"
     if initial is not None and domain not in initial.get("independent_of", ()):

@@ -22,13 +22,14 @@ Grid = list[list[float]]
 
 
 class _Draft:
-    """Tables under construction: everything starts at 1."""
+    """Tables under construction: everything starts at 1, but for `steered`."""
 
     def __init__(self, space: LabelSpace):
         self.space = space
         self.active, self.route = self._ones(), self._ones()
         self.update = {projection: self._ones() for projection in PROJECTIONS}
         self.update_joint: dict[str, list[float]] = {kind: [1.0] * len(space.labels) for kind in JOINT_KINDS}
+        self.steered = [[0.0] * len(space.groups) for _ in space.labels]
 
     def _ones(self) -> Grid:
         return [[1.0] * len(self.space.groups) for _ in self.space.labels]
@@ -53,6 +54,7 @@ class _Draft:
             _frozen(self.route),
             {projection: _frozen(grid) for projection, grid in self.update.items()},
             {kind: tuple(row) for kind, row in self.update_joint.items()},
+            _frozen(self.steered),
         )
 
 
@@ -154,6 +156,8 @@ def build_tables(
         raise ValueError(f"unknown strategy {strategy!r}; known strategies: {', '.join(STRATEGY_TABLES)}")
     kinds = joint_kinds(strategy, joint)
     draft = _Draft(space)
+    for label, group in draft.forget:
+        draft.steered[label][group] = 1.0
     if strategy != "none":
         for _, group in draft.forget:
             draft.active[RETAIN][group] = 0.0
@@ -190,10 +194,17 @@ def _override(draft: _Draft, key: str, value: float) -> None:
         ) from None
 
 
-def removal_tables(space: LabelSpace, removed: Iterable[str]) -> Tables:
-    """Tables of evaluation: every label runs with the removed domains' groups inactive and nothing else masked."""
-    draft = _Draft(space)
-    for domain in removed:
-        for row in draft.active:
-            row[space.group_of(domain)] = 0.0
+def removal_tables(space: LabelSpace, removed: Iterable[str], groups: bool = True) -> Tables:
+    """Tables of evaluation: every label runs with the removed domains' groups inactive and nothing else masked.
+
+    The direction of a domain, if there is one (sgtm/model/steering.py), is added to all tokens unless the domain is
+    removed. groups: False leaves the groups active, as removing a domain then means to leave its direction out.
+    """
+    draft, without = _Draft(space), {space.group_of(domain) for domain in removed}
+    for active, steered in zip(draft.active, draft.steered, strict=True):
+        for group in range(1, len(space.groups)):
+            if group not in without:
+                steered[group] = 1.0
+            elif groups:
+                active[group] = 0.0
     return draft.freeze()

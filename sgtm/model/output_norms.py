@@ -8,6 +8,9 @@ A group's output is its heads' (or neurons') columns times its rows of `w_o` (`w
 products of the small groups are computed; the largest group's is what is left of the layer's output, so that no product
 is as large as the layer's own. In bf16 the rounding of that output, 0.1 % of its norm, then is in the largest group's.
 
+Where a run has a direction (sgtm/model/steering.py), there is also the stream's mean projection on its unit vector, by
+label: after its block, before it is added. The stream's norms after that block are those of the sum.
+
 Nothing here changes what the model computes, and nothing waits for the device.
 """
 
@@ -23,14 +26,17 @@ from sgtm.data.batch import IGNORE
 from sgtm_kernels.plan import MaskPlan, Tables
 
 Sublayer = Literal["attention", "mlp"]
+Source = Literal["residual", "projection"] | Sublayer
 
 
 class LabelNorms(TypedDict, total=False):
-    """Norms of one label: of the stream by layer, and of what the groups add to it by group and layer."""
+    """Norms of one label: of the stream by layer, and of what the groups add to it by group and layer. With a direction
+    also the stream's projection on it."""
 
     residual: list[float]
     attention: dict[str, list[float]]
     mlp: dict[str, list[float]]
+    projection: float
 
 
 Norms = dict[str, LabelNorms]
@@ -44,7 +50,7 @@ class OutputNorms:
 
     def __init__(self, tables: Tables):
         self.tables = tables
-        self._keys: list[tuple[Literal["residual"] | Sublayer, int]] = []
+        self._keys: list[tuple[Source, int]] = []
         self._by_token: list[torch.Tensor] = []
         self._sums: torch.Tensor | None = None
         self._open = False
@@ -62,6 +68,13 @@ class OutputNorms:
         """The residual stream [B, S, D]: before the first block, and after each."""
         if self._open:
             self._add("residual", 0, x)
+
+    @torch.no_grad()
+    def project(self, x: torch.Tensor, unit: torch.Tensor) -> None:
+        """The residual stream [B, S, D] before a direction is added; unit: fp32 [D], of norm 1."""
+        if self._open:
+            self._keys.append(("projection", 0))
+            self._by_token.append((x.float() @ unit).flatten())
 
     @torch.no_grad()
     def outputs(
@@ -103,7 +116,7 @@ class OutputNorms:
         self._sums = sums if self._sums is None else self._sums + sums
         self._by_token, self._open = [], False
 
-    def _add(self, source: Literal["residual"] | Sublayer, group: int, x: torch.Tensor) -> None:
+    def _add(self, source: Source, group: int, x: torch.Tensor) -> None:
         self._keys.append((source, group))
         self._by_token.append(torch.linalg.vector_norm(x, dim=-1).flatten())
 
@@ -126,6 +139,8 @@ class OutputNorms:
                 mean = float(f"{row[label] / counts[label]:.5g}")
                 if source == "residual":
                     mine[source].append(mean)
+                elif source == "projection":
+                    mine[source] = mean
                 elif self.tables.active[label][group] != 0:
                     mine.setdefault(source, {}).setdefault(self.tables.groups[group], []).append(mean)
         return norms

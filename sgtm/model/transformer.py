@@ -37,6 +37,7 @@ from sgtm_kernels.plan import MaskPlan
 if TYPE_CHECKING:
     from sgtm.masking.shape import ModelShape
     from sgtm.model.output_norms import OutputNorms
+    from sgtm.model.steering import Steering
 
 
 class Norm(nn.Module):
@@ -149,6 +150,8 @@ class Transformer(nn.Module):
         load(backend)
         self.compiled = False
         """Whether the blocks are compiled (sgtm/model/compile.py)."""
+        self.steering: Steering | None = None
+        """What is added to the residual stream of the tokens that the tables steer."""
         self.config, self.partition, self.backend = config, partition, backend
         size = (config.vocab_size, config.hidden_size)
         self.embedding = nn.Parameter(torch.empty(size))
@@ -280,11 +283,15 @@ class Transformer(nn.Module):
         inside = None if self.compiled else norms  # a graph would have to be compiled with and without
         if norms is not None:
             norms.residual(x)
+        steering = self.steering
+        steered = None if steering is None else self.blocks[steering.layer]
         for block in self.blocks:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, plan, rotary, inside, use_reentrant=False)
             else:
                 x = block(x, plan, rotary, inside)
+            if steering is not None and block is steered:
+                x = steering.add(x, plan, norms)
             if norms is not None:
                 norms.residual(x)
         return self.final_norm(x, plan)

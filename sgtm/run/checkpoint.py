@@ -113,6 +113,7 @@ def read_manifest(directory: Path) -> dict:
             # Keys that the first checkpoints lack:
             "independent_of": manifest.get("independent_of", []),
             "kind": manifest.get("kind", TRAINING),
+            "direction": manifest.get("direction"),
         }
         sizes = [(entry["bytes"], entry["sha256"]) for entry in manifest["files"].values()]
     except FileNotFoundError:

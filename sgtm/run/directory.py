@@ -19,6 +19,7 @@ from sgtm.config import Config
 from sgtm.config.load import save_config
 from sgtm.distributed.on_ranks import on_every_rank, on_rank_zero
 from sgtm.files import sync_directory, write_atomically
+from sgtm.model.direction import keep_direction
 from sgtm.run.checkpoint import remove_unfinished
 from sgtm.run.environment import record_environment
 from sgtm.run.located import record_folder
@@ -115,6 +116,7 @@ def begin(run: Path, config: Config, log: MetricsLog, resume: bool, overwrite: b
         run.mkdir(parents=True, exist_ok=True)
         sync_directory(run.parent)
         save_config(config, file)
+        keep_direction(config, run)
         evaluated = log.open()
     except BaseException:
         if new:

@@ -25,6 +25,8 @@ from sgtm.evaluation.passages import passages
 from sgtm.evaluation.subject import Subject
 from sgtm.files import write_atomically
 from sgtm.masking.channel import most_with_group
+from sgtm.model.direction import IN_RUN, Direction, direction_of, layer_of
+from sgtm.model.steering import Steering
 from sgtm.model.transformer import Transformer
 from sgtm.run.adapted import read_adapted
 from sgtm.run.adapters import adapted_domain, weights_of
@@ -38,14 +40,28 @@ LIBRARIES = ("torch", "deepspeed", "transformers", "numpy")
 
 
 def load_model(config: Config, checkpoint: Path, adapters: bool = True) -> Transformer:
-    """The model of a checkpoint in fp32, on the device that training takes.
+    """The model of a checkpoint of a run in fp32, on the device that training takes, with the run's direction.
 
     adapters  whether those of an adapted run are merged into it; without them it is the base
     """
     with torch.device("meta"):
         model = Transformer(config.model, config.partition, kernel_backend(config.kernels, config.train.precision))
     model.load_state_dict(weights_of(checkpoint, adapters), assign=True)
+    if config.steering.direction is not None:
+        model.steering = Steering.of(config, direction_of_run(config, checkpoint))
     return model.to(device_type()).requires_grad_()
+
+
+def direction_of_run(config: Config, checkpoint: Path) -> Direction | None:
+    """The direction that a run was trained with, from its directory; None without one.
+
+    Raises ValueError where the file is gone or another one.
+    """
+    file = checkpoint.parents[1] / IN_RUN
+    direction = direction_of(config, file)
+    if direction is not None and direction.sha256 != read_manifest(checkpoint)["direction"]:
+        raise ValueError(f"{file} is another file than the run was trained with; restore it")
+    return direction
 
 
 def load_run_model(run: str | Path, adapters: bool = True) -> Transformer:
@@ -62,19 +78,29 @@ def load_bases(config: Config, checkpoint: Path) -> dict[str, Transformer]:
     return {} if domain is None else {domain: load_model(config, checkpoint, adapters=False)}
 
 
-def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = None, data: str | None = None) -> dict:
+def evaluate_run(
+    run: str | Path,
+    split: str = "test",
+    sequences: int | None = None,
+    data: str | None = None,
+    steer: float | None = None,
+) -> dict:
     """Losses per category, full and without each set of domains (`Config.removals`), as `summary.json` holds them. Of
     an adapted run: full, and without its domain, which is the base.
 
     split      of the corpus to evaluate on
     sequences  at most this many sequences of each category; None: all of them
     data       `data.path` to take, of the same corpus; None: that of the run, whatever the working directory
+    steer      multiple of its direction that the full model adds to every token; None: `steering.strength` of the run
 
     Losses are computed in the precision of the training, gradient norms in fp32. Raises ValueError for a folder that is
-    no run, a damaged checkpoint or log, and another corpus than that of the run.
+    no run, a damaged checkpoint or log, another corpus than that of the run, and `steer` for a run without direction.
     """
     run = Path(run)
     config, checkpoint = open_run(run, data)
+    steered = config if steer is None else with_strength(config, run, steer)
+    config = steered if steered.steered else config  # with 0 there are the same losses, nothing is added in any of them
+    direction = direction_of_run(config, checkpoint)
     manifest, unlearned, adapted = read_manifest(checkpoint), read_unlearned(run), read_adapted(run)
     corpus, steps = open_run_corpus(config, run, manifest), manifest["step"]
     if sequences and (small := small_samples(corpus, config, split, tuple(corpus.categories), sequences)):
@@ -84,6 +110,7 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
     for precision in {"fp32", config.train.precision}:
         check_precision(config, precision)
     model, bases = load_model(config, checkpoint), load_bases(config, checkpoint)
+    model.steering = Steering.of(steered, direction)
     device = next(model.parameters()).device
     norms = gradient_norms(model, corpus, config, split=split, sequences=config.train.eval_sequences, device=device)
     if config.train.precision == "bf16":
@@ -110,7 +137,27 @@ def evaluate_run(run: str | Path, split: str = "test", sequences: int | None = N
         "passages": passages(Subject(model, corpus, config, bases=bases), split),
         **({"unlearned": unlearned} if unlearned else {}),
         **({"adapted": adapted} if adapted else {}),
+        **({"steering": steering_record(steered, direction)} if direction else {}),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+    }
+
+
+def with_strength(config: Config, run: Path, strength: float) -> Config:
+    """The config with another `steering.strength`. Raises ValueError for a run without direction."""
+    if config.steering.direction is None:
+        raise ValueError(
+            f"--steer: {run} was trained without steering.direction: there is nothing to add; leave it out"
+        )
+    return config.model_copy(update={"steering": config.steering.model_copy(update={"strength": strength})})
+
+
+def steering_record(config: Config, direction: Direction) -> dict:
+    """What the full model adds, as `summary.json` holds it."""
+    return {
+        "domain": direction.domain,
+        "layer": layer_of(config, direction),
+        "strength": config.steering.strength,
+        "sha256": direction.sha256,
     }
 
 
@@ -161,12 +208,14 @@ def check_precision(config: Config, precision: str) -> None:
         print(warning, file=sys.stderr)
 
 
-def write_summary(run: Path, summary: dict) -> None:
-    """Write `summary.json`. Raises ValueError where a loss is not finite: what was there before then stays."""
+def write_summary(run: Path, summary: dict, name: str = "summary.json") -> None:
+    """Write `summary.json`, or under another name. Raises ValueError where a loss is not finite: what was there before
+    then stays.
+    """
     if bad := not_finite(summary["losses"]):
         raise ValueError(
-            f"{run}: not finite after step {summary['steps']}: the loss of {bad}; {run / 'summary.json'} is not "
+            f"{run}: not finite after step {summary['steps']}: the loss of {bad}; {run / name} is not "
             f"written. The model has diverged: skipped_steps and grad_norm in {run / 'metrics.jsonl'} show since when; "
             f"train with a lower optimizer.lr"
         )
-    write_atomically(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_atomically(run / name, json.dumps(summary, indent=2) + "\n")

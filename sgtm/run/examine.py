@@ -76,7 +76,8 @@ def in_few_bits(subject: Subject, about: Question) -> dict[str, Any]:
     """Losses by number of bits and category."""
     losses = {}
     for bits in BITS:
-        rough = replace(subject, model=quantised(subject.model, bits, subject.removed))
+        removed = subject.removed if subject.config.removes_groups else ()
+        rough = replace(subject, model=quantised(subject.model, bits, removed))
         losses[str(bits)] = {
             category: float(rough.scores(about.split, category, about.sequences).losses.double().mean())
             for category in (*about.forget, *about.retain)

@@ -88,14 +88,19 @@ def check_run(run: Path, data: str | None = None, split: str | None = None) -> C
 
 
 def overrides_of(run: Path) -> list[str]:
-    """The overrides that give a run's own config its directory, and its data from any working directory.
+    """The overrides that give a run's own config its directory, and its data and direction from any working directory.
 
     Raises ConfigError for a directory whose name no run may have.
     """
     if not re.fullmatch(RUN_NAME, run.name):
         raise ConfigError(f"{run}: a run directory has the run's name, of letters, digits and . + - _; rename it")
-    data = locate_data(load_run_config(run), run).data.path
-    return [f"--runs={run.parent}", f"--name={run.name}", f"--data.path={data}"]
+    config = load_run_config(run)
+    data, direction = locate_data(config, run).data.path, config.steering.direction
+    overrides = [f"--runs={run.parent}", f"--name={run.name}", f"--data.path={data}"]
+    if direction is None:
+        return overrides
+    paths = (folder / direction for folder in _folders(config, run))
+    return [*overrides, f"--steering.direction={next((path for path in paths if path.exists()), direction)}"]
 
 
 def _folders(config: Config, run: Path) -> list[Path]:

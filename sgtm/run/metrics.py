@@ -7,13 +7,14 @@ loss or gradient was not finite), and of the gradient: grad_norm (of this step, 
 (joint: all weights that no group owns), `grad_share/<group>` (its share of grad_norm squared, which is what clips),
 clipped and clip_factor (share of the steps since the previous line that were clipped, and the mean factor of all of
 them), and norms: {label: {"residual": by layer, "attention": {group: by layer}, "mlp": {...}}} (of this step's tokens,
-sgtm/model/output_norms.py). `kind: eval` lines carry step, losses: {"full": {category: nats}, "without <domain>":
-{...}}, norms: {"full": {category: as above}, ...}, and what the losses rest on (sgtm/evaluation/losses.py):
-true_labels, measured: {category: {documents, tokens}}, errors and difference_errors, as losses; `kind: probe` lines
-carry step and grad_norms: {label: {group: norm}} (sgtm/training/step.py), just before that step; `kind: warning`
-lines carry step and text (sgtm/run/residual.py); `kind: checkpoint` lines carry step, bytes, paused (seconds that
-training stood still for it) and written (seconds until it was in place); `kind: unlearn` and `kind: adapt` lines, of
-`sgtm unlearn` and `sgtm adapt` alone, are described in sgtm/unlearning/loop.py.
+sgtm/model/output_norms.py; with `steering.direction` also "projection"). `kind: eval` lines carry step, losses:
+{"full": {category: nats}, "without <domain>": {...}}, norms: {"full": {category: as above}, ...}, and what the losses
+rest on (sgtm/evaluation/losses.py): true_labels, measured: {category: {documents, tokens}}, errors and
+difference_errors, as losses; `kind: probe` lines carry step and grad_norms: {label: {group: norm}}
+(sgtm/training/step.py), just before that step; `kind: warning` lines carry step and text (sgtm/run/residual.py); `kind:
+checkpoint` lines carry step, bytes, paused (seconds that training stood still for it) and written (seconds until it was
+in place); `kind: unlearn` and `kind: adapt` lines, of `sgtm unlearn` and `sgtm adapt` alone, are described in
+sgtm/unlearning/loop.py.
 """
 
 from __future__ import annotations
@@ -185,7 +186,9 @@ class MetricsLog:
             flat = {f"eval/{k}/{c}": v for k, by in line.get("losses", {}).items() for c, v in by.items()}
             flat |= {f"probe/{k}/{g}": v for k, by in line.get("grad_norms", {}).items() for g, v in by.items()}
             if line["kind"] == "step":
-                flat |= {f"residual/{label}": parts["residual"][-1] for label, parts in line.get("norms", {}).items()}
+                norms = line.get("norms", {}).items()
+                flat |= {f"residual/{label}": parts["residual"][-1] for label, parts in norms}
+                flat |= {f"projection/{label}": parts["projection"] for label, parts in norms if "projection" in parts}
             numbers = {k: v for k, v in {**line, **flat}.items() if isinstance(v, int | float)}
             with self._without_wandb():
                 self.wandb.log(numbers, step=line["step"])

@@ -46,13 +46,15 @@ SAME = (
     "masking",
     "data",
     "optimizer",
+    "steering",
     "train.steps",
     "train.tokens_per_step",
     "train.precision",
     "train.init_from",
     "kernels.backend",
 )
-MAY_DIFFER = ("model.activation_checkpointing", "data.path")  # the data are known by their fingerprint
+# Data and direction are known by their content.
+MAY_DIFFER = ("model.activation_checkpointing", "data.path", "steering.direction")
 # and what changes only the order in which sums are added, or where they are rounded.
 SHAPE = (
     "train.micro_batch",
@@ -94,14 +96,19 @@ def find_whole(run_dir: Path | str, rank: int, ranks: int, write: Callable[[str]
     return newest
 
 
-def load_checkpoint(engine: Engine, directory: Path | str, config: Config, corpus: str = "") -> tuple[int, list, str]:
+def load_checkpoint(
+    engine: Engine, directory: Path | str, config: Config, corpus: str = "", direction: str | None = None
+) -> tuple[int, list, str]:
     """Resume from a valid checkpoint: weights, optimizer and random states.
+
+    corpus     fingerprint of the data
+    direction  SHA-256 of the file of `steering.direction`
 
     Returns the number of global steps done, what every rank saved as `progress`, and a text of what differs now, or
     an empty one. Every rank raises ValueError for a checkpoint whose run differs from `config`, naming the keys.
     """
     directory = Path(directory)
-    manifest = on_rank_zero(lambda: _manifest_of_this_run(directory, config, corpus))
+    manifest = on_rank_zero(lambda: _manifest_of_this_run(directory, config, corpus, direction))
     state = engine.load(directory)
     ranks = state["ranks"]
     mine = ranks[engine.rank % len(ranks)]
@@ -136,7 +143,7 @@ def _with_defaults(schema: type[BaseModel], values: dict) -> dict:
     return complete
 
 
-def _manifest_of_this_run(directory: Path, config: Config, corpus: str) -> dict:
+def _manifest_of_this_run(directory: Path, config: Config, corpus: str, direction: str | None = None) -> dict:
     """The manifest; raises ValueError unless the run is the one that `config` describes."""
     manifest = read_manifest(directory)
     changed = differences(manifest["config"], config)
@@ -148,6 +155,10 @@ def _manifest_of_this_run(directory: Path, config: Config, corpus: str) -> dict:
         check_same_corpus(directory.parents[1], manifest, config.data.path, corpus, otherwise)
     except ValueError as error:
         changed.append(f"data.path: {error}")
+    if manifest["direction"] != direction:
+        before = f"a file with SHA-256 {manifest['direction']}" if manifest["direction"] else "none"
+        now = f"{config.steering.direction} with SHA-256 {direction}" if direction else "none"
+        changed.append(f"steering.direction: {before} in the checkpoint, {now} now; restore it, or set another --name")
     if changed:
         raise ValueError(f"{directory} was written with other settings:\n  " + "\n  ".join(changed) + remedy)
     return manifest

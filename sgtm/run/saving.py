@@ -56,6 +56,7 @@ class CheckpointWriter:
 
     corpus  fingerprint of the data, which a resumed run must share
     independent_of  domains of whose text the safe model is independent (sgtm/masking/certificate.py)
+    direction  SHA-256 of the file of `steering.direction`, which a resumed run must share
     first   is called on rank 0 before a checkpoint is put in place, to flush what must not be older than it
 
     Every rank raises OSError, naming the file, the reason and the checkpoint that remains, if any rank cannot write.
@@ -69,8 +70,9 @@ class CheckpointWriter:
         corpus: str = "",
         independent_of: Sequence[str] = (),
         first: Callable[[], None] = lambda: None,
+        direction: str | None = None,
     ):
-        self.first = first
+        self.first, self.direction = first, direction
         self.engine, self.config, self.corpus, self.independent_of = engine, config, corpus, list(independent_of)
         self.root = checkpoints_dir(run_dir)
         self._step: int | None = None
@@ -118,6 +120,7 @@ class CheckpointWriter:
                 "corpus": self.corpus,
                 "config": resolved(self.config),
                 "independent_of": self.independent_of,
+                "direction": self.direction,
                 "files": files,
             }
             final, keep = self._final, (self.config.train.keep_last, self.config.train.keep_every)

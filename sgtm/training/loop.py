@@ -29,6 +29,7 @@ from sgtm.distributed.self_check import check_kernels
 from sgtm.distributed.watchdog import enter
 from sgtm.evaluation.losses import evaluate
 from sgtm.masking.certificate import certified, check_certified
+from sgtm.model.direction import direction_of
 from sgtm.model.output_norms import OutputNorms
 from sgtm.model.transformer import Transformer
 from sgtm.process.ranks import RankInfo
@@ -46,7 +47,7 @@ from sgtm.training.step import StepTotals, group_norms, learning_rate, probe, tr
 from sgtm.words import counted
 from sgtm_kernels.dispatch import served
 
-OWN = ("data.path", "runs", "train.init_from")
+OWN = ("data.path", "runs", "train.init_from", "steering.direction")
 """Paths, which may differ between nodes; what they hold is compared."""
 
 
@@ -82,6 +83,10 @@ def _settings(config: Config) -> dict[str, Any]:
 def _train(config: Config, rank_info: RankInfo, run: Path, resume: bool, overwrite: bool) -> int | None:
     """The signal that has stopped the run, if one has."""
     written, config = config, together(lambda: config.for_ranks(rank_info.world_size))
+    steering = together(lambda: direction_of(config))
+    direction = steering.sha256 if steering else None
+    if rank_info.world_size > 1:
+        check_same(lambda: {"SHA-256 of steering.direction": direction})
     notes: list[str] = []
     enter("verifying the checkpoint", 0)
     latest = find_whole(run, rank_info.rank, rank_info.world_size, notes.append) if resume else None
@@ -110,7 +115,7 @@ def _train(config: Config, rank_info: RankInfo, run: Path, resume: bool, overwri
     start = 0
     if latest is not None:
         enter("loading the checkpoint")
-        start, progress, reshaped = load_checkpoint(engine, latest, config, corpus.fingerprint)
+        start, progress, reshaped = load_checkpoint(engine, latest, config, corpus.fingerprint, direction)
         totals.restore(progress, rank_info.rank, rank_info.world_size)
         notes += [reshaped] if reshaped else []
     enter("opening the run directory")
@@ -131,7 +136,7 @@ def _train(config: Config, rank_info: RankInfo, run: Path, resume: bool, overwri
         if latest is not None:  # what was trained before may have been another
             before = on_rank_zero(lambda: read_manifest(latest)["independent_of"])
             independent_of = tuple(domain for domain in independent_of if domain in before)
-        writer = CheckpointWriter(engine, run, config, corpus.fingerprint, independent_of, log.sync)
+        writer = CheckpointWriter(engine, run, config, corpus.fingerprint, independent_of, log.sync, direction)
         due = start and _evaluation_due(config, start) and start not in evaluated
         if due and not _evaluate(engine, corpus, config, log, stop, start):
             log.print(_stopped(run, engine, start, config.train.steps, "the evaluation after step"))

@@ -26,8 +26,9 @@ from sgtm.data.store import Corpus
 from sgtm.distributed.env import device_type, kernel_backend
 from sgtm.distributed.on_ranks import on_every_rank, on_rank_zero, together
 from sgtm.masking.labels import UNLABELED
-from sgtm.masking.strategy import removal_tables
 from sgtm.model.compile import check_compiler, compile_blocks
+from sgtm.model.direction import direction_of
+from sgtm.model.steering import Steering
 from sgtm.model.transformer import Transformer
 from sgtm.process.ranks import RankInfo
 from sgtm.training.step import train_step
@@ -72,15 +73,17 @@ def open_everywhere(config: Config, rank_info: RankInfo) -> Corpus:
 
 
 def initial_model(config: Config) -> Transformer:
-    """Random weights from `train.seed`, blocks compiled where `train.compile` asks for it. A collective call.
+    """Random weights from `train.seed`, blocks compiled where `train.compile` asks for it, with the direction of
+    `steering`. A collective call.
 
-    Raises ValueError where blocks cannot be compiled here.
+    Raises ValueError where blocks cannot be compiled here, and for a direction that is missing or does not fit.
     """
     compiled = config.train.compile == "blocks"
     if compiled:
         together(lambda: check_compiler(device_type(), kernel_backend(config.kernels, config.train.precision)))
     torch.manual_seed(config.train.seed)
     model = Transformer(config.model, config.partition, kernel_backend(config.kernels, config.train.precision))
+    model.steering = together(lambda: Steering.of(config, direction_of(config)))
     if compiled:
         compile_blocks(model)
     return model
@@ -143,6 +146,6 @@ def more_signatures(config: Config, tables: Tables, pieces: list[tuple[int, ...]
 @torch.no_grad()
 def _evaluate(engine: Engine, batch: Batch) -> None:
     """Evaluate with nothing removed and with every domain removed: evaluations use the graphs of these two."""
-    space = engine.config.space
-    for removed in ((), space.domains):
-        engine(*batch.on(engine.device, removal_tables(space, removed)), 1.0)
+    config = engine.config
+    for removed in ((), config.space.domains):
+        engine(*batch.on(engine.device, config.removal_tables(removed)), 1.0)

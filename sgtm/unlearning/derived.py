@@ -18,6 +18,7 @@ from pathlib import Path
 from sgtm.config.errors import ConfigError
 from sgtm.config.load import save_config
 from sgtm.config.schema import RUN_NAME, Config
+from sgtm.config.sections import SteeringConfig
 from sgtm.data.store import Corpus
 from sgtm.files import sha256_of, sync_directory
 from sgtm.model.transformer import Transformer
@@ -76,9 +77,11 @@ def read_text(
 
 
 def open_model(config: Config, checkpoint: Path) -> Transformer:
-    """The full model in fp32, after the self-check of the kernels in that precision."""
+    """The full model in fp32 with nothing added, after the self-check of the kernels in that precision."""
     check_precision(config, "fp32")
-    return load_model(config, checkpoint)
+    model = load_model(config, checkpoint)
+    model.steering = None  # what is changed is the model that an export gives
+    return model
 
 
 def source_record(run: Path, config: Config, checkpoint: Path) -> dict:
@@ -90,12 +93,13 @@ def source_record(run: Path, config: Config, checkpoint: Path) -> dict:
 
 
 def own_config(config: Config, corpus: Corpus, out: Path) -> Config:
-    """That of the new run, which finds the same corpus."""
+    """That of the new run, which finds the same corpus and adds no direction."""
     path, beside = config.data.path, Path(os.path.abspath(corpus.path))
     if path == SYNTHETIC and beside.parent != out.parent:
         path = str(beside)
     data = config.data.model_copy(update={"path": path})
-    return config.model_copy(update={"name": out.name, "runs": str(out.parent), "data": data})
+    own = {"name": out.name, "runs": str(out.parent), "data": data, "steering": SteeringConfig()}
+    return config.model_copy(update=own)
 
 
 @contextmanager

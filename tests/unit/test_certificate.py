@@ -66,6 +66,7 @@ def test_certified(options):
         (("--masking.strategy=no_mlp_out",), "label forget:es train mlp_out of group retain"),
         (("--masking.strategy=none", "--masking.joint=null"), "label retain train attn_in of group retain"),
         (("--masking.masked_layers=[0]",), r"layers 1 have no groups \(masking.masked_layers\)"),
+        (("--steering.direction=es.safetensors",), r"a direction is added that was measured on documents of a domain"),
         (("--optimizer.grad_clip_scope=global",), "clipped, and steps skipped, by a norm of all weights"),
         (("--optimizer.grad_clip_scope=global", "--optimizer.grad_clip=0"), "clipped, and steps skipped, by a norm"),
         (("--data.upsample={x: 0.5}",), "data.upsample 0.5 draws documents of x by their text"),
@@ -142,3 +143,10 @@ def test_explain_prints_it():
     assert lines[0].endswith("; `recipe: certified` would make it independent")
     (line,) = certificate_lines(config("--masking.joint=free", "--masking.masked_layers=[0]"))
     assert line.startswith("safe model depends on es: layers") and "recipe" not in line
+
+
+def test_explain_prints_no_safe_model_where_a_direction_alone_is_left_out():
+    unmasked = ["--masking.strategy=none", "--steering.direction=es.safetensors"]
+    assert certificate_lines(load_config("debug", unmasked)) == []
+    masked = certificate_lines(config(unmasked[1]))
+    assert masked[0].startswith("safe model depends on es: a direction is added")

@@ -48,3 +48,24 @@ def test_evaluation_takes_a_positive_number_of_sequences(calls, run, capsys, num
         main(["eval", str(run), f"--sequences={number}"])
     assert exit.value.code == 2 and not calls
     assert f"argument --sequences: expected a whole number above 0, got '{number}'" in capsys.readouterr().err
+
+
+def test_another_strength_is_stored_beside_the_losses_of_the_run(calls, run):
+    options = {"split": "test", "sequences": None, "data": None}
+    for steer, name in (
+        ("-1.5", "summary-steer-1.5.json"),
+        ("0", "summary-steer+0.json"),
+        ("2", "summary-steer+2.json"),
+    ):
+        calls.clear()
+        assert main(["eval", str(run), "--steer", steer]) == 0
+        assert calls[0] == ("evaluate_run", (run,), options | {"steer": float(steer)})
+        assert calls[1] == ("write_summary", (run, {"losses": {}}, name), {})
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "much"])
+def test_a_strength_is_a_number(calls, run, capsys, number):
+    with pytest.raises(SystemExit) as exit:
+        main(["eval", str(run), f"--steer={number}"])
+    assert exit.value.code == 2 and not calls
+    assert f"argument --steer: expected a number, got '{number}'" in capsys.readouterr().err

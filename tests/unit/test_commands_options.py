@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from sgtm.commands.options import AMOUNT, COUNT, SHARE, Subcommands, natural, weight
+from sgtm.commands.options import AMOUNT, COUNT, SHARE, Subcommands, finite, natural, weight
 
 
 @pytest.mark.parametrize(
@@ -22,13 +22,19 @@ def test_a_number_of_the_kind_is_taken(kind, text, number):
     assert kind(text) == number and type(kind(text)) is type(number)
 
 
+def test_numbers_that_may_be_0():
+    assert [finite(text) for text in ("-1.5", "0", "2e3")] == [-1.5, 0.0, 2000.0]
+    assert [natural(text) for text in ("0", "12")] == [0, 12]
+
+
 @pytest.mark.parametrize(
     ("kind", "texts", "takes"),
     [
         (COUNT, ["0", "-1", "1.5", "inf", ""], "a whole number above 0"),
         (AMOUNT, ["0", "-0.5", "inf", "nan", "80GB"], "a number above 0"),
         (SHARE, ["0", "1.001", "nan"], "a share above 0 and at most 1"),
-        (natural, ["-1", "1.5", ""], "a whole number from 0 on"),
+        (finite, ["nan", "-inf", "one", ""], "a number"),
+        (natural, ["-1", "1.5", "1e3", ""], "a whole number from 0 on"),
         (weight, ["-1", "inf", "nan", "1e"], "a number from 0 on"),
     ],
 )

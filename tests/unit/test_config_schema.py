@@ -74,8 +74,12 @@ RULES = [
         ["--data.token_filter=loss", "--masking.span_policy=position", "--data.mixing=token"],
         "data.token_filter loss does not go with masking.strategy sgtm; set",
     ),
+    (["--steering.layer=2"], "steering.layer 2: the blocks of model.layers 2 are 0 to 1; take one of them"),
+    (["--steering.strength=nan"], "steering.strength: found 'nan' on the command line, but it takes: number"),
     (["--data.token_filter=on"], "data.token_filter: found 'on' on the command line, but it takes: one of off, loss,"),
 ]
+UNMASKED = ("--masking.strategy=none",)
+STEERED = "--steering.direction=es.safetensors"
 FILTERS = ["--masking.span_policy=position", "--data.mixing=token", "--masking.strategy=none"]
 
 
@@ -88,6 +92,38 @@ def test_a_broken_rule_is_named_with_its_keys(overrides, expected):
 def test_the_method_names_the_token_filter():
     methods = [load_config("debug", [*FILTERS, f"--data.token_filter={name}"]).method for name in ("off", "hide")]
     assert methods == ["strategy none", "strategy none, token filter hide"]
+
+
+def test_the_method_names_the_steering_that_adds_something():
+    options = {
+        (): "",
+        ("--steering.strength=2",): "",
+        (STEERED, "--steering.strength=0"): "",
+        (STEERED,): ", steering 1",
+    }
+    for overrides, expected in options.items():
+        assert load_config("debug", [*UNMASKED, *overrides]).method == f"strategy none{expected}"
+
+
+@pytest.mark.parametrize(
+    ("options", "groups", "removals"),
+    [
+        ((), True, 2),
+        ((STEERED,), True, 2),
+        (UNMASKED, False, 1),
+        ((*UNMASKED, "--train.init_from=folder"), True, 2),  # whose groups may hold a domain
+        ((*UNMASKED, STEERED), False, 2),
+        ((*UNMASKED, STEERED, "--train.init_from=folder"), False, 2),
+        ((*UNMASKED, STEERED, "--steering.strength=0"), False, 1),
+    ],
+)
+def test_what_is_left_out_without_a_domain(options, groups, removals):
+    """Of a model that is steered and not masked its direction, and no group."""
+    config = load_config("debug", list(options))
+    assert (config.removes_groups, len(config.removals)) == (groups, removals)
+    without = config.removal_tables(["es"])
+    assert [row[1] for row in without.active] == [0 if groups else 1] * 3
+    assert not any(map(any, without.steered)) and all(map(any, config.removal_tables(()).steered))
 
 
 def test_a_warm_up_in_steps_and_its_share_are_the_same_run():

@@ -109,6 +109,15 @@ def test_a_run_is_resumed_with_its_data_from_anywhere(project: Path):
     assert overrides_of(run) == [f"--runs={run.parent}", "--name=mine", f"--data.path={project / 'data/text'}"]
 
 
+def test_a_direction_is_found_from_another_folder_too(project: Path):
+    run, file = project / "runs/mine", project / "es.safetensors"
+    steered = load_config("debug", ["--runs=runs", "--name=mine", "--steering.direction=es.safetensors"])
+    save_config(steered, run / "config.yaml")
+    assert overrides_of(run)[-1] == "--steering.direction=es.safetensors"
+    file.touch()
+    assert overrides_of(run)[-1] == f"--steering.direction={file}"
+
+
 def test_data_that_are_gone_are_an_error_with_where_they_were_looked_for(project: Path):
     run = project / "runs/mine"
     assert check_run(run) == load_run_config(run)

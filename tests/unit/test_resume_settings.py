@@ -9,7 +9,8 @@ import pytest
 from checkpoints import CONFIG, make
 
 from sgtm.config import load_config
-from sgtm.run.checkpoint import resolved
+from sgtm.config.sections import SteeringConfig
+from sgtm.run.checkpoint import read_manifest, resolved, write_manifest
 from sgtm.run.resume import _manifest_of_this_run, differences
 
 MAPPINGS = [
@@ -77,3 +78,36 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path: Path):
     ) as caught:
         _manifest_of_this_run(saved, CONFIG, "prepared again")
     assert "--resume takes those of the run" not in str(caught.value)
+
+
+STEERED = ["--steering.direction=es.safetensors", "--steering.layer=1"]
+
+
+def test_steering_is_the_same_and_its_direction_may_be_elsewhere():
+    older = saved()
+    del older["steering"]
+    assert differences(older, load_config("debug")) == []
+    moved = load_config("debug", ["--steering.direction=/elsewhere", "--steering.layer=1"])
+    assert differences(saved(*STEERED), moved) == []
+    stronger = load_config("debug", [*STEERED, "--steering.strength=2"])
+    assert differences(saved(*STEERED), stronger) == ["steering.strength: 1.0 in the checkpoint, 2.0 now"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "problem"),
+    [
+        ("abc", "abc", None),
+        ("abc", "def", r"a file with SHA-256 abc in the checkpoint, es.safetensors with SHA-256 def now; restore"),
+        ("abc", None, r"a file with SHA-256 abc in the checkpoint, none now"),
+        (None, "abc", r"none in the checkpoint, es.safetensors with SHA-256 abc now"),
+    ],
+)
+def test_a_run_is_not_resumed_with_another_direction(tmp_path: Path, before, now, problem):
+    (checkpoint,) = make(tmp_path, 1)
+    write_manifest(checkpoint, read_manifest(checkpoint) | {"direction": before})
+    config = CONFIG.model_copy(update={"steering": SteeringConfig(direction=now and "es.safetensors")})
+    if problem is None:
+        assert _manifest_of_this_run(checkpoint, config, "of the run", now)["direction"] == before
+        return
+    with pytest.raises(ValueError, match=rf"other settings:\n  steering\.direction: {problem}"):
+        _manifest_of_this_run(checkpoint, config, "of the run", now)

@@ -202,6 +202,18 @@ def test_removal(removed, row):
     assert_tables(removal_tables(SPACE, removed), (row,) * 4, ONES, update(*PROJECTIONS), {})
 
 
+@pytest.mark.parametrize("strategy", STRATEGY_TABLES)
+def test_in_training_a_domains_direction_is_for_its_forget_tokens(strategy):
+    assert build_tables(SPACE, strategy).steered == ((0, 0, 0), (0, 0, 0), (0, 1, 0), (0, 0, 1))
+
+
+def test_in_an_evaluation_a_domains_direction_is_for_all_tokens_unless_it_is_removed():
+    for removed, row in (((), (0, 1, 1)), (("bio",), (0, 0, 1)), (("code", "bio"), (0, 0, 0))):
+        assert removal_tables(SPACE, removed).steered == (row,) * 4
+        alone = removal_tables(SPACE, removed, groups=False)
+        assert alone.steered == (row,) * 4 and alone.active == ONES
+
+
 def test_removing_what_does_not_exist():
     with pytest.raises(ValueError, match="unknown domain 'chem'"):
         removal_tables(SPACE, ["chem"])
