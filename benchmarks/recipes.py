@@ -11,8 +11,8 @@ losses on the curve of `unmasked`, of the ablated model's retain loss on that of
 the last evaluations of `unmasked`, `unmasked-450` and so on: the same baseline trained for other numbers of steps. Rows
 of other sweeps in FILE stay, and all ratios are recomputed from all rows. Device, commit, versions and time are those
 of the training (`environment.jsonl` of each run), not of this script. Unfinished runs are an error unless `--partial`
-is given. The worst-case tamper curves of runs in the sweeps' folders (`sgtm tamper`) follow, with the environment of
-this script. `sgtm report FILE` draws the figures of all of it.
+is given. The worst-case tamper curves of runs in the sweeps' folders (`sgtm tamper`) and their examinations (`sgtm
+examine`) follow, with the environment of this script. `sgtm report FILE` draws the figures of all of it.
 
 `--shipped` also writes the losses of the first sweep's `unmasked` and `filtered` by category to
 sgtm/report/baselines/NAME.json, which `sgtm quickstart` shows beside its own.
@@ -32,6 +32,7 @@ from environment import environment, read_rows
 from sgtm.evaluation.compute_ratio import LEAST, LearningCurve
 from sgtm.report.baselines import FOLDER, basis
 from sgtm.run.environment import last_environment
+from sgtm.sweep.examined import examination_rows
 from sgtm.sweep.file import read_sweep
 from sgtm.sweep.table import SIX
 from sgtm.sweep.tampered import tamper_rows
@@ -53,7 +54,8 @@ def main() -> None:
     for sweep, name in zip(sweeps, names, strict=True):
         variants = finished(sweep.folder, args.partial)
         rows += [{"sweep": name, **short(row), **trained(row, sweep.folder)} for row in variants]
-        rows += [{"sweep": name, **row, **environment()} for row in tamper_rows(sweep.folder)]
+        more = [*tamper_rows(sweep.folder), *examination_rows(sweep.folder)]
+        rows += [{"sweep": name, **row, **environment()} for row in more]
     with_losses = [row for row in rows if "variant" in row]
     lines = [{**row, "ratios": ratios(row, with_losses)} for row in with_losses]
     lines += [row for row in rows if "variant" not in row]

@@ -1,4 +1,4 @@
-"""An examination (sgtm/run/examine.py) as tables for the terminal: a row a number, a column a model."""
+"""An examination (sgtm/run/examine.py) as numbers by name and model, and as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-Cells = dict[str, str]  # by model
-Rows = Iterator[tuple[str, Cells]]
+Estimate = dict[str, float | None]  # value, and error where there is one
+Rows = Iterator[tuple[str, dict[str, Estimate]]]  # name, and by model
 
 
 def print_examination(results: dict[str, Any], console: Console | None = None) -> None:
@@ -29,22 +29,28 @@ def print_examination(results: dict[str, Any], console: Console | None = None) -
     console.print("±: standard error over documents; losses in nats per token; the measures: docs/evaluation.md")
 
 
-def examination_rows(examined: dict[str, Any]) -> Rows:
+def examination_rows(examined: dict[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
     """(name, cells by model) of one domain's measures."""
+    for name, by_model in examination_numbers(examined):
+        yield name, {model: _cell(estimate) for model, estimate in by_model.items()}
+
+
+def examination_numbers(examined: dict[str, Any]) -> Rows:
+    """(name, value and error by model) of one domain's measures."""
     for measure, by_model in examined["measures"].items():
         yield from ROWS[measure](by_model, examined["forget"])
 
 
-def _number(estimate: dict[str, float | None]) -> str:
-    error = estimate["error"]
+def _cell(estimate: Estimate) -> str:
+    error = estimate.get("error")
     return f"{estimate['value']:.3f}" + ("" if error is None else f"±{error:.2g}")
 
 
 def _calibrated(by_model: dict[str, Any], forget: list[str]) -> Rows:
     for category in forget:
-        yield f"loss, {category}", {model: f"{one['before'][category]:.3f}" for model, one in by_model.items()}
+        yield f"loss, {category}", {model: {"value": one["before"][category]} for model, one in by_model.items()}
         after = {
-            model: _number({"value": one["after"][category], "error": one["errors"][category]})
+            model: {"value": one["after"][category], "error": one["errors"][category]}
             for model, one in by_model.items()
         }
         yield f"calibrated loss, {category}", after
@@ -52,36 +58,35 @@ def _calibrated(by_model: dict[str, Any], forget: list[str]) -> Rows:
 
 def _recital(by_model: dict[str, Any], forget: list[str]) -> Rows:
     for key, name in (("extraction_strength", "extraction strength"), ("exact_memorisation", "exact memorisation")):
-        yield name, {model: _number(one[key]) for model, one in by_model.items()}
+        yield name, {model: one[key] for model, one in by_model.items()}
 
 
 def _membership(by_model: dict[str, Any], forget: list[str]) -> Rows:
     for category in forget:
-        yield f"membership, ROC area, {category}", {model: _number(one[category]) for model, one in by_model.items()}
+        yield f"membership, ROC area, {category}", {model: one[category] for model, one in by_model.items()}
 
 
 def _quantised(by_model: dict[str, Any], forget: list[str]) -> Rows:
     for bits in next(iter(by_model.values())):
         for category in forget:
-            yield f"loss at {bits} bits, {category}", {m: f"{one[bits][category]:.3f}" for m, one in by_model.items()}
+            losses = {model: {"value": one[bits][category]} for model, one in by_model.items()}
+            yield f"loss at {bits} bits, {category}", losses
 
 
 def _context(by_model: dict[str, Any], forget: list[str]) -> Rows:
     for category in forget:
-        yield f"gain by context, {category}", {model: _number(one[category]["gain"]) for model, one in by_model.items()}
+        yield f"gain by context, {category}", {model: one[category]["gain"] for model, one in by_model.items()}
 
 
 def _probes(by_model: dict[str, Any], forget: list[str]) -> Rows:
     for category in forget:
-        best = {
-            model: min(one[category].values(), key=lambda probe: probe["fitted"]) for model, one in by_model.items()
-        }
-        yield f"best linear probe, {category}", {model: f"{probe['fitted']:.3f}" for model, probe in best.items()}
+        best = {model: min(probe["fitted"] for probe in one[category].values()) for model, one in by_model.items()}
+        yield f"best linear probe, {category}", {model: {"value": loss} for model, loss in best.items()}
 
 
 def _guided(by_strength: dict[str, Any], forget: list[str]) -> Rows:
     for strength, recited in by_strength.items():
-        yield f"extraction strength, guided {strength}", {"full": _number(recited["extraction_strength"])}
+        yield f"extraction strength, guided {strength}", {"full": recited["extraction_strength"]}
 
 
 ROWS: dict[str, Callable[[dict[str, Any], list[str]], Rows]] = {

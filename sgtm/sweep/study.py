@@ -17,6 +17,7 @@ import numpy as np
 
 from sgtm.evaluation.leakage import TokenCurve, leakage
 from sgtm.run.environment import last_environment
+from sgtm.sweep.examined import examination_rows
 from sgtm.sweep.table import LOSSES, SIX
 from sgtm.sweep.tampered import tamper_rows
 
@@ -118,11 +119,13 @@ class Study(NamedTuple):
     name      of the folder or file
     variants  in the order of the rows
     tampered  worst-case tamper curves (sgtm/sweep/tampered.py)
+    examined  examinations (sgtm/sweep/examined.py)
     """
 
     name: str
     variants: tuple[Variant, ...]
-    tampered: tuple[dict, ...]
+    tampered: tuple[dict, ...] = ()
+    examined: tuple[dict, ...] = ()
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -141,17 +144,20 @@ def read_study(path: Path) -> Study:
         lines = file.read_text("utf-8").splitlines()
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}; `sgtm sweep FILE.yaml --table` writes a sweep's table") from None
-    variants, tampered = [], tamper_rows(folder) if folder else []
+    variants: list[Variant] = []
+    tampered, examined = (tamper_rows(folder), examination_rows(folder)) if folder else ([], [])
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             if "tampered" in row:
                 tampered.append(row)
+            elif "examined" in row:
+                examined.append(row)
             elif row["seeds"]:
                 variants.append(_variant(row, folder))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}, line {number}: not a row of a sweep's table.jsonl ({error!r})") from None
-    return Study(path.name, tuple(variants), tuple(tampered))
+    return Study(path.name, tuple(variants), tuple(tampered), tuple(examined))
 
 
 def _variant(row: dict, folder: Path | None) -> Variant:
@@ -171,6 +177,22 @@ def _variant(row: dict, folder: Path | None) -> Variant:
 def _origin(folder: Path, row: dict) -> dict:
     starts = filter(None, (last_environment(folder / seed["run"]) for seed in row["seeds"]))
     return max(starts, key=lambda one: one["time"], default={})
+
+
+def examinations(study: Study) -> dict[str, dict[str, dict[str, Interval]]]:
+    """By variant, name of the number and model, over the seeds; of a number that a seed lacks, over the others."""
+    values: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for row in study.examined:
+        for name, by_model in row["values"].items():
+            for model, value in by_model.items():
+                values.setdefault(row["examined"], {}).setdefault(name, {}).setdefault(model, []).append(value)
+    return {
+        variant: {
+            name: {model: mean for model, of in by_model.items() if (mean := interval(of))}
+            for name, by_model in by_name.items()
+        }
+        for variant, by_name in values.items()
+    }
 
 
 def standard_curve(variants: Iterable[Variant]) -> TokenCurve | None:

@@ -13,6 +13,16 @@ from sgtm.run.tampering import FILE, read_reached
 from sgtm.run.unlearned import read_unlearned
 
 
+def variant_of(run: Path) -> tuple[str, int]:
+    """The variant's name and the seed of a run of a sweep; of a run made from one, its source's variant and how."""
+    name, seed = run.name, load_run_config(run).train.seed
+    if unlearned := read_unlearned(run):
+        name = f"{unlearned['source']['run']} + {unlearned['method']}"
+    elif adapted := read_adapted(run):
+        name = f"{adapted['source']['run']} + adapters"
+    return name.replace(f"-s{seed}", "", 1), seed
+
+
 def tamper_rows(folder: Path) -> list[dict]:
     """A row for each run with a `tamper.jsonl` whose attacks reached a finite loss.
 
@@ -27,14 +37,8 @@ def tamper_rows(folder: Path) -> list[dict]:
     """
     rows = []
     for file in sorted(folder.glob(f"*/{FILE}")):
-        run, config = file.parent, load_run_config(file.parent)
-        name, unlearned = run.name, read_unlearned(run)
-        if unlearned:
-            name = f"{unlearned['source']['run']} + {unlearned['method']}"
-        elif adapted := read_adapted(run):
-            name = f"{adapted['source']['run']} + adapters"
-        seed = config.train.seed
-        for condition, reached in read_reached(run).items():
+        variant, seed = variant_of(file.parent)
+        for condition, reached in read_reached(file.parent).items():
             if not any(math.isfinite(each.loss) for each in reached):
                 continue
             worst = worst_case(reached)
@@ -43,6 +47,5 @@ def tamper_rows(folder: Path) -> list[dict]:
                 {"step": step, "tokens": tokens[step], "forget": r.loss, "error": r.error, "retain": r.retain}
                 for step, r in worst.items()
             ]
-            variant = name.replace(f"-s{seed}", "", 1)
             rows.append({"tampered": variant, "seed": seed, "condition": condition, "curve": curve})
     return rows

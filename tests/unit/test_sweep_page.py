@@ -57,6 +57,13 @@ def test_a_figure_without_data_is_missing_with_its_reason(tmp_path):
         assert reason in page.text
 
 
+def test_examinations_have_a_table(tmp_path):
+    examined = {"examined": "paper", "seed": 0, "domain": "es", "values": {"gain by context, es": {"control": 0.125}}}
+    study = read_study(write_rows(tmp_path / "mine.jsonl", [row("paper", (1.0, 1.0, 1.0, 1.0)), examined]))
+    page = Page(write_study(study, tmp_path / "page"))
+    assert page.rows[-1] == ["paper", "gain by context, es", "control", "0.125"]
+
+
 def test_names_from_outside_are_escaped(tmp_path):
     line = standard(0.0) | {"variant": "<script>alert(1)</script>"}
     assert "<script" not in write_study(read_study(write_rows(tmp_path / "a.jsonl", [line])), tmp_path).read_text()

@@ -1,0 +1,52 @@
+"""Examinations of the runs in a folder, as rows, and their means over the seeds."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from studies import row, write_rows
+
+from sgtm.config.load import load_config, save_config
+from sgtm.run.unlearned import write_unlearned
+from sgtm.sweep.examined import examination_rows
+from sgtm.sweep.study import examinations, read_study
+
+
+def examine(folder, name: str, seed: int, gain: float) -> None:
+    """A run with an examination of one number."""
+    run = folder / name
+    run.mkdir()
+    save_config(load_config("debug", [f"--train.seed={seed}"]), run / "config.yaml")
+    context = {model: {"es": {"gain": {"value": gain, "error": 0.1}}} for model in ("full", "without es")}
+    results = {"domains": {"es": {"forget": ["es"], "measures": {"context": context}}}}
+    (run / "examination.json").write_text(json.dumps(results))
+
+
+def test_rows_are_named_by_variant_and_by_how_a_run_was_made(tmp_path):
+    examine(tmp_path, "paper-s3", 3, 0.5)
+    examine(tmp_path, "rmu-of-it", 3, 0.75)
+    record = {"options": {}, "domain": "es", "method": "rmu", "steps": 1, "lr": 1.0, "seed": 0}
+    write_unlearned(tmp_path / "rmu-of-it", record | {"source": {"run": "unmasked-s3", "step": 9}})
+    values = {"gain by context, es": {"full": 0.5, "without es": 0.5}}
+    paper, rmu = examination_rows(tmp_path)
+    assert paper == {"examined": "paper", "seed": 3, "domain": "es", "values": values}
+    assert (rmu["examined"], rmu["values"]["gain by context, es"]["full"]) == ("unmasked + rmu", 0.75)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    examine(tmp_path, "paper-s3", 3, 0.5)
+    (tmp_path / "paper-s3" / "examination.json").write_text('{"domains": {"es": {}}}')
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "paper-s3" / "examination.json"))):
+        examination_rows(tmp_path)
+
+
+def test_means_are_over_the_seeds(tmp_path):
+    for seed, gain in ((0, 0.25), (1, 0.75)):
+        examine(tmp_path, f"paper-s{seed}", seed, gain)
+    study = read_study(write_rows(tmp_path / "mine.jsonl", [row("paper", (1, 1, 1, 1)), *examination_rows(tmp_path)]))
+    assert [variant.name for variant in study.variants] == ["paper"]
+    by_model = examinations(study)["paper"]["gain by context, es"]
+    assert list(by_model) == ["full", "without es"]
+    assert by_model["full"].mean == 0.5 and by_model["full"].half == pytest.approx(12.706 * 0.25)
