@@ -209,6 +209,16 @@ def change_with_size(names: Sequence[str]) -> Callable[[Study], list[float]]:
     return measure
 
 
+def examined(name: str, first: tuple[str, str], second: tuple[str, str]) -> Callable[[Study], list[float]]:
+    """First minus second of two (number, model) of a variant's examinations, for every seed."""
+
+    def measure(study: Study) -> list[float]:
+        rows = [row["values"] for row in study.examined if row["examined"] == name] or _missing(name)
+        return [values[first[0]][first[1]] - values[second[0]][second[1]] for values in rows]
+
+    return measure
+
+
 WEAK = "filtered-undiscovered"
 PAPER, DUAL = "paper-undiscovered", "dual"
 ARXIV = (("", "paper"), ("P", "paper-masked"), ("", "dual"))
@@ -306,6 +316,28 @@ CLAIMS = (
             -0.1,
             False,
             attacked(name, "filtered"),
+        )
+        for name in ("paper", DUAL)
+    ),
+    *(
+        Claim(
+            "",
+            f"{name}: the ablated model makes no more of the domain's text in its context than a filtered model does",
+            "gain by context, ablated, minus that of filtered",
+            0.1,
+            True,
+            examined(name, ("gain by context, es", "without es"), ("gain by context, es", "control")),
+        )
+        for name in ("paper", DUAL)
+    ),
+    *(
+        Claim(
+            "",
+            f"{name}: rounding the ablated model to 4 bits does not bring the domain back",
+            "forget loss, ablated, at 4 bits minus without rounding",
+            -0.1,
+            False,
+            examined(name, ("loss at 4 bits, es", "without es"), ("loss, es", "without es")),
         )
         for name in ("paper", DUAL)
     ),

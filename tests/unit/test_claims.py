@@ -109,6 +109,17 @@ def test_attacks_count_up_to_the_steps_that_are_compared(claims, tmp_path):
         claims.attacked("safe", "paper")(study_of(tmp_path, [*rows(), late]))
 
 
+def test_examinations_are_compared_for_every_seed(claims, tmp_path):
+    lines = [
+        {"examined": name, "seed": seed, "domain": "es", "values": {"gain": {"full": gain, "control": 0.5 * seed}}}
+        for name, seed, gain in (("mine", 0, 1.0), ("mine", 1, 2.0), ("other", 0, 9.0))
+    ]
+    study = study_of(tmp_path, [*rows(), *lines])
+    assert claims.examined("mine", ("gain", "full"), ("gain", "control"))(study) == [1.0, 1.5]
+    with pytest.raises(LookupError):
+        claims.examined("none", ("gain", "full"), ("gain", "control"))(study)
+
+
 def test_every_claim_has_a_row_with_what_was_measured(claims, tmp_path):
     lines = [*rows(), row("paper-undiscovered", (3.1, 3.2, 3.3, loss_of(0)), unlabelled=1e5)]
     table = claims.section({"claims": study_of(tmp_path, lines)}).splitlines()[-len(claims.CLAIMS) :]

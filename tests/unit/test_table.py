@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 from sweeps import evaluation, step, sweep_of, write_run
 
+from sgtm.model.transformer import Transformer
 from sgtm.sweep import table
 from sgtm.sweep.table import LOSSES, Row, losses_of, print_table, read_rows, write_table
-from sgtm.training.start import initial_model
 
 LABELS = {"en": "retain", "web": "unlabeled", "es": "forget:es"}
 FOUND = {"full": {"en": 1.0, "web": 2.0, "es": 4.0}, "without es": {"en": 1.5, "web": 2.5, "es": 8.0}}
@@ -102,7 +102,8 @@ def test_files_have_null_or_nothing_for_what_is_not_finite(sweep, rows):
     first, second = a["seeds"]
     assert (first["run"], first["seed"], first["full_retain"], first["losses"]) == ("a-s0", 0, 1.5, FOUND)
     assert a["trained"] == TRAINED and b["trained"] == {} and a["masks"] is True
-    model = initial_model(sweep.runs[0].config)
+    config = sweep.runs[0].config
+    model = Transformer(config.model, config.partition)
     assert a["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert a["settings"]["train.steps"] == 4 and not {"name", "runs"} & set(a["settings"])
     assert first["evaluations"] == [{"tokens": 2048, **{loss: first[loss] for loss in LOSSES}}]
