@@ -66,6 +66,10 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_unconfigure(config):
+    _CACHE.cleanup()  # processes of xdist and of tests/mutants.py end without the finalizer
+
+
 def pytest_collection_modifyitems(config, items):
     """Tests marked gpu are skipped where there is none, and only there; slow ones come first, so that none is last."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
