@@ -6,6 +6,7 @@ that file, so that `report.py --check` finds one that is out of date.
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,6 +131,21 @@ def tables(name: str, rows: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def sets(rows: list[dict]) -> str:
+    """Markdown: for each variant of several domains, the loss of every category without every set of them, as mean over
+    the seeds; empty where no row has several."""
+    parts = []
+    for row in rows:
+        losses = [seed["losses"] for seed in row["seeds"] if len(seed.get("losses", ())) > 2]
+        if losses:
+            table = [[row["variant"], *losses[0]["full"]]]
+            for condition in losses[0]:
+                means = [statistics.fmean(seed[condition][category] for seed in losses) for category in table[0][1:]]
+                table.append([condition, *(f"{mean:.3f}" for mean in means)])
+            parts.append(markdown(table))
+    return "\n\n".join(["Loss by category without every set of domains, mean over the seeds", *parts]) if parts else ""
+
+
 def settings(rows: list[dict]) -> str:
     """Markdown: the settings of a grid, one of which was chosen for each method; empty without any."""
     tried = [row for row in rows if "chosen" in row]
@@ -163,6 +179,7 @@ def described(name: str, rows: list[dict], path: str, figures: str) -> str:
         f"```sh\n{experiment.commands}\n{page}    # the figures\n```",
         tables(name, variants),
         settings(rows),
+        sets(variants),
         *images,
         f"**Result.** {experiment.meaning}",
     ]

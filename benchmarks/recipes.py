@@ -88,9 +88,10 @@ def trained(row: dict, folder: Path) -> dict:
 
 
 def short(row: dict) -> dict:
-    """A row of table.jsonl without the runs' names and losses by category."""
+    """A row of table.jsonl without the runs' names, and without losses by category unless there are several domains."""
     keys = ("seed", *SIX, "evaluations", "residual")
-    seeds = [{key: seed[key] for key in keys if key in seed} for seed in row["seeds"]]
+    more = ("losses",) if len(row["seeds"][0]["losses"]) > 2 else ()
+    seeds = [{key: seed[key] for key in (*keys, *more) if key in seed} for seed in row["seeds"]]
     return {**row, "seeds": seeds}
 
 

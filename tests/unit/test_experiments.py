@@ -35,6 +35,18 @@ def test_a_table_has_adjacent_columns_where_the_rows_have_them(experiments):
     assert experiments.tables("arxiv", [unmasked]).endswith("4.000 ± 0.010 |  |  |")
 
 
+def test_every_set_of_several_domains_has_a_row(experiments):
+    line, one = row("dual", (3.0, 4.0, 3.5, 8.0), seeds=2), row("other", (3.0, 4.0, 3.5, 8.0))
+    for number, seed in enumerate(line["seeds"]):
+        names = ("full", "without es", "without bio", "without es, bio")
+        seed["losses"] = {name: {"en": 3.0 + number, "es": 4.0 + i} for i, name in enumerate(names)}
+    for seed in one["seeds"]:
+        seed["losses"] = {"full": {"en": 3.0}, "without es": {"en": 3.0}}
+    table = experiments.sets([one, line]).splitlines()[2:]
+    assert table[0] == "| dual | en | es |" and table[3] == "| without es | 3.500 | 5.000 |" and len(table) == 6
+    assert experiments.sets([one]) == ""
+
+
 def test_a_section_has_question_commands_figures_and_meaning(experiments, monkeypatch):
     mine = experiments.Experiment("Mine", "Does it?", "sgtm sweep mine.yaml", ("ablated", "full"), "It does.")
     monkeypatch.setitem(experiments.EXPERIMENTS, "mine", mine)
