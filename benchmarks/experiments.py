@@ -1,4 +1,10 @@
-"""The sections of the documents on sweeps: tables and, in docs/results.md, what each experiment asks and what it shows.
+"""The experiments: one command runs each again, and docs/results.md has what each asks and what it shows.
+
+    python benchmarks/experiments.py claims --novels FOLDER [--device NAME]
+
+prepares, trains and measures as the experiment's commands in docs/results.md do, one after the other, and writes
+benchmarks/results/NAME/claims.jsonl. What has been trained is kept, so that the same command continues where it was.
+NOVELS and ARXIV: folders of the texts, which launch/recipes/*.rules.yaml describe.
 
 The figures in docs/figures are those of `sgtm report FILE` for the committed file of rows; each carries the SHA-256 of
 that file, so that `report.py --check` finds one that is out of date.
@@ -6,7 +12,11 @@ that file, so that `report.py --check` finds one that is out of date.
 
 from __future__ import annotations
 
+import argparse
+import os
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +29,8 @@ from sgtm.report.figures import STYLE
 from sgtm.sweep import study_figures
 from sgtm.sweep.study import read_study
 
-FIGURES = Path(__file__).parent.parent / "docs" / "figures"
+ROOT = Path(__file__).parent.parent
+FIGURES = ROOT / "docs" / "figures"
 
 
 class Experiment(NamedTuple):
@@ -107,6 +118,28 @@ DATA = ("retain", "adjacent", "forget")
 RATIOS = (("full", "retain"), ("full", "forget"), ("ablated", "retain"))
 
 
+FOLDERS = {"NOVELS": "novels", "ARXIV": "arxiv", "DEVICE": "device"}
+"""Words of the commands that stand for an option of this script."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=[name for name, experiment in EXPERIMENTS.items() if experiment.commands])
+    parser.add_argument("--novels", metavar="FOLDER")
+    parser.add_argument("--arxiv", metavar="FOLDER")
+    parser.add_argument("--device", default="mine", metavar="NAME", help="folder of the results (default: mine)")
+    args = parser.parse_args()
+    script = EXPERIMENTS[args.name].commands
+    for word, option in FOLDERS.items():
+        value = getattr(args, option)
+        if word in script and value is None:
+            parser.error(f"{args.name} takes --{option} FOLDER")
+        script = script.replace(word, str(value))
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    command = ["bash", "-euo", "pipefail", "-x", "-c", script]
+    return subprocess.run(command, env={**os.environ, "PATH": path}, cwd=ROOT, check=False).returncode
+
+
 def tables(name: str, rows: list[dict]) -> str:
     """Markdown: losses of each variant, mean and spread over the seeds, and compute ratios where they were computed; a
     table for each sweep."""
@@ -173,10 +206,12 @@ def described(name: str, rows: list[dict], path: str, figures: str) -> str:
     if not experiment.question:
         return tables(name, variants)
     images = [f"![{figure} of {name}]({figures}/{name}-{figure}.png)" for figure in experiment.figures]
-    page = f"sgtm report {path}"
+    folders = " ".join(f"--{FOLDERS[word]} {word}" for word in ("NOVELS", "ARXIV") if word in experiment.commands)
+    whole = f"python benchmarks/experiments.py {name} {folders}"
     parts = [
         f"**Question.** {experiment.question}",
-        f"```sh\n{experiment.commands}\n{page}    # the figures\n```",
+        f"**Command.** `{whole}` runs these; `sgtm report {path}` draws the figures.",
+        f"```sh\n{experiment.commands}\n```",
         tables(name, variants),
         settings(rows),
         sets(variants),
@@ -234,3 +269,7 @@ def draw(image: Path, results: Path, figure: str) -> None:
             raise LookupError(f"{results} has no figure {figure}")
         image.parent.mkdir(exist_ok=True)
         drawn.savefig(image, dpi=120, metadata={"Source": sha256_of(results), "Software": None})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

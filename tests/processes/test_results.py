@@ -28,5 +28,20 @@ def test_rows_name_a_commit(path):
                 assert _git("merge-base", "--is-ancestor", commit, "HEAD").returncode == 0, commit
 
 
+def test_one_command_runs_all_in_their_order(benchmarks, monkeypatch, tmp_path, capsys):
+    import experiments
+
+    commands = "echo NOVELS >> runs.txt\nfalse\necho never >> runs.txt"
+    monkeypatch.setitem(experiments.EXPERIMENTS, "mine", experiments.Experiment("Mine", "Does it?", commands))
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["experiments.py", "mine", "--novels", "my/novels"])
+    assert experiments.main() == 1  # as the second command, after which nothing is run
+    assert (tmp_path / "runs.txt").read_text() == "my/novels\n"
+    monkeypatch.setattr("sys.argv", ["experiments.py", "mine"])
+    with pytest.raises(SystemExit):
+        experiments.main()
+    assert "mine takes --novels FOLDER" in capsys.readouterr().err
+
+
 def _git(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)

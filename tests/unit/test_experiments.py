@@ -54,7 +54,7 @@ def test_a_section_has_question_commands_figures_and_meaning(experiments, monkey
         "mine", [with_spread(row("paper", (3.0, 4.0, 3.5, 8.0)))], "results/mine.jsonl", "figs"
     )
     assert text.startswith("**Question.** Does it?") and text.endswith("**Result.** It does.")
-    assert "sgtm sweep mine.yaml\nsgtm report results/mine.jsonl" in text
+    assert "```sh\nsgtm sweep mine.yaml\n```" in text and "`sgtm report results/mine.jsonl` draws" in text
     assert re.findall(r"!\[.*\]\((.*)\)", text) == ["figs/mine-ablated.png", "figs/mine-full.png"]
 
 
