@@ -17,6 +17,13 @@ def claims(benchmarks):
     return claims
 
 
+@pytest.fixture
+def measures(benchmarks):
+    import claim_measures
+
+    return claim_measures
+
+
 def study_of(tmp_path, lines):
     return read_study(write_rows(tmp_path / "mine.jsonl", lines))
 
@@ -39,50 +46,50 @@ def test_a_claim_is_decided_where_the_whole_interval_is_on_one_side(claims, belo
     assert claims.verdict(claim, None) == "not tested"
 
 
-def test_a_difference_is_paired_by_seed(claims, tmp_path):
+def test_a_difference_is_paired_by_seed(measures, tmp_path):
     lines = [row("a", (1.0, 2.0, 3.0, 4.0)), row("b", (1.0, 2.0, 3.0, 3.5), seeds=2)]
     lines[0]["seeds"].reverse()
-    measure = claims.difference(("a", "ablated_forget"), ("b", "ablated_forget"))
+    measure = measures.difference(("a", "ablated_forget"), ("b", "ablated_forget"))
     assert sorted(measure(study_of(tmp_path, lines))) == pytest.approx([0.495, 0.495])  # seeds 0 and 1
     with pytest.raises(LookupError):
-        claims.difference(("a", "full_retain"), ("c", "full_retain"))(study_of(tmp_path, lines))
+        measures.difference(("a", "full_retain"), ("c", "full_retain"))(study_of(tmp_path, lines))
 
 
-def test_a_gap_is_the_same_for_a_model_that_is_better_on_all_text(claims, tmp_path):
+def test_a_gap_is_the_same_for_a_model_that_is_better_on_all_text(measures, tmp_path):
     lines = [row("mine", (1.0, 1.0, 3.0, 8.0)), row("strict", (4.0, 6.0, 4.0, 6.0), masks=False)]
     for line, name, adjacent in ((lines[0], "ablated_adjacent", 3.1), (lines[1], "full_adjacent", 4.5)):
         for seed in line["seeds"]:
             seed[name] = adjacent + 0.01 * (seed["seed"] - 1)
-    assert claims.gap("mine", "strict")(study_of(tmp_path, lines)) == pytest.approx([0.1 - 0.5] * 3)
+    assert measures.gap("mine", "strict")(study_of(tmp_path, lines)) == pytest.approx([0.1 - 0.5] * 3)
 
 
-def test_the_weak_filter_is_read_at_the_same_retain_loss(claims, tmp_path):
+def test_the_weak_filter_is_read_at_the_same_retain_loss(measures, tmp_path):
     """Its losses fall on a line from (4.5, 9) to (3, 6), so at a retain loss of 3.5 its forget loss is 7."""
     lines = [row("weak", (3.0, 6.0, 3.0, 6.0), masks=False, unlabelled=1e5), row("mine", (1.0, 1.0, 3.5, 8.0))]
-    measure = claims.beyond_the_weak_filter("mine", "weak")
+    measure = measures.beyond_the_weak_filter("mine", "weak")
     assert measure(study_of(tmp_path, lines))[1] == pytest.approx(1.0)
     lines[1] = row("mine", (1.0, 1.0, 2.0, 8.0))  # better than the filter ever was
     assert measure(study_of(tmp_path, lines))[1] == pytest.approx(2.0)
 
 
-def test_leakage_of_each_seed(claims, tmp_path):
-    ratios = claims.leakage_of("ignored")(study_of(tmp_path, rows()))
+def test_leakage_of_each_seed(measures, tmp_path):
+    ratios = measures.leakage_of("ignored")(study_of(tmp_path, rows()))
     assert len(ratios) == 3 and ratios[1] == pytest.approx(1, rel=0.02) and ratios[0] > ratios[2]
-    assert claims.leakage_of("complete")(study_of(tmp_path, rows())) == []
+    assert measures.leakage_of("complete")(study_of(tmp_path, rows())) == []
 
 
-def test_leakage_that_falls_with_size_has_a_negative_slope(claims, tmp_path):
+def test_leakage_that_falls_with_size_has_a_negative_slope(measures, tmp_path):
     """A tenth at a million parameters and nothing at four: the line falls by 0.1 in log10(4)."""
     lines = two_sizes()
     leaks = row("small", (3.1, 3.2, 3.3, loss_of(1e5)), unlabelled=1e6)
     study = study_of(tmp_path, [*lines, leaks])
-    slopes = claims.change_with_size(["small", "large-safe"])(study)
+    slopes = measures.change_with_size(["small", "large-safe"])(study)
     assert len(slopes) == 3 and slopes[1] == pytest.approx(-0.1 / math.log10(4), rel=0.05)
     with pytest.raises(LookupError):
-        claims.change_with_size(["small", "medium", "large-safe"])(study)
+        measures.change_with_size(["small", "medium", "large-safe"])(study)
 
 
-def test_a_penalty_is_the_rest_of_the_baselines_training(claims, tmp_path):
+def test_a_penalty_is_the_rest_of_the_baselines_training(measures, tmp_path):
     """Baselines on L = 3 C ** -1/2: the loss of 0.81 of the whole costs 19 %."""
     lines = [
         row(f"unmasked{end}", (3 * share**-0.5, 5.0, 3.0, 5.0), masks=False) | {"tokens": int(1000 * share)}
@@ -90,34 +97,49 @@ def test_a_penalty_is_the_rest_of_the_baselines_training(claims, tmp_path):
     ]
     lines += [row("unmasked-x", (9.0, 9.0, 9.0, 9.0), masks=False), row("mine", (3 / 0.9, 5.0, 5.0, 5.0))]
     study = study_of(tmp_path, lines)
-    assert claims.penalty("mine", "full_retain", "unmasked")(study)[1] == pytest.approx(19, abs=0.1)
-    assert not claims.beyond("mine", "full_retain", "unmasked")(study)
-    assert claims.beyond("unmasked-x", "full_retain", "unmasked")(study)
+    assert measures.penalty("mine", "full_retain", "unmasked")(study)[1] == pytest.approx(19, abs=0.1)
+    assert not measures.beyond("mine", "full_retain", "unmasked")(study)
+    assert measures.beyond("unmasked-x", "full_retain", "unmasked")(study)
     with pytest.raises(LookupError):
-        claims.penalty("mine", "full_retain", "unmasked")(study_of(tmp_path, lines[1:]))
+        measures.penalty("mine", "full_retain", "unmasked")(study_of(tmp_path, lines[1:]))
 
 
-def test_attacks_count_up_to_the_steps_that_are_compared(claims, tmp_path):
+def test_attacks_count_up_to_the_steps_that_are_compared(measures, tmp_path):
     late = tampered("safe", seed=1, start=9.0)
     late["curve"].append({"step": 65, "tokens": 0, "forget": 0.0, "error": 0.1, "retain": 3.0})
     study = study_of(tmp_path, [*rows(), late])
-    assert claims.attacked("safe", "paper")(study) == [7.0 - 5.0]  # seed 1 of both
+    assert measures.attacked("safe", "paper")(study) == [7.0 - 5.0]  # seed 1 of both
     with pytest.raises(LookupError):
-        claims.attacked("paper", "unmasked + rmu")(study)
+        measures.attacked("paper", "unmasked + rmu")(study)
     late["curve"][2]["tokens"] = 9  # steps of other sizes are not compared
     with pytest.raises(LookupError):
-        claims.attacked("safe", "paper")(study_of(tmp_path, [*rows(), late]))
+        measures.attacked("safe", "paper")(study_of(tmp_path, [*rows(), late]))
 
 
-def test_examinations_are_compared_for_every_seed(claims, tmp_path):
+def test_relearning_counts_steps_to_the_loss_of_the_baseline(measures, tmp_path):
+    """Losses of 8, 7, 6 at steps 0, 1, 2: half-way to 7 after sqrt(2) - 1 steps, which counts as half a step."""
+    baseline = tampered("unmasked", start=6.5)
+    lines = [baseline, tampered("slow", start=9.0), tampered("quick", start=8.0), tampered("known", start=6.5)]
+    assert measures.steps_to(lines[2]["curve"], 7.0) == pytest.approx(1.0)
+    assert measures.steps_to(lines[2]["curve"], 6.5) == pytest.approx(6**0.5 - 1)
+    assert measures.steps_to(lines[2]["curve"], 7.5) == 0.5 == measures.steps_to(lines[3]["curve"], 7.0)
+    assert measures.steps_to(lines[1]["curve"], 6.5) is None
+    study = study_of(tmp_path, [*rows()[:-2], *lines])
+    (ratio,) = measures.relearning("slow", "quick")(study)
+    assert ratio == pytest.approx(math.log2(64 / (6**0.5 - 1)))
+    with pytest.raises(LookupError, match="slow within 64 steps"):
+        measures.relearning("quick", "slow")(study)
+
+
+def test_examinations_are_compared_for_every_seed(measures, tmp_path):
     lines = [
         {"examined": name, "seed": seed, "domain": "es", "values": {"gain": {"full": gain, "control": 0.5 * seed}}}
         for name, seed, gain in (("mine", 0, 1.0), ("mine", 1, 2.0), ("other", 0, 9.0))
     ]
     study = study_of(tmp_path, [*rows(), *lines])
-    assert claims.examined("mine", ("gain", "full"), ("gain", "control"))(study) == [1.0, 1.5]
+    assert measures.examined("mine", ("gain", "full"), ("gain", "control"))(study) == [1.0, 1.5]
     with pytest.raises(LookupError):
-        claims.examined("none", ("gain", "full"), ("gain", "control"))(study)
+        measures.examined("none", ("gain", "full"), ("gain", "control"))(study)
 
 
 def test_every_claim_has_a_row_with_what_was_measured(claims, tmp_path):
