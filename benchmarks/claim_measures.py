@@ -1,6 +1,6 @@
 """What the claims of claims.py measure: for each a function from a study to a number for every seed.
 
-Each raises LookupError where a variant or an attack that it takes is missing.
+Each raises Missing where a variant, an attack or an examination that it takes is missing.
 """
 
 from __future__ import annotations
@@ -13,19 +13,23 @@ from itertools import pairwise
 import numpy as np
 
 from sgtm.evaluation.compute_ratio import LEAST, ComputeRatio, LearningCurve
-from sgtm.sweep.study import Study, Variant, leakages
+from sgtm.sweep.study import Study, Variant, VariantLeakage, leakages
 
 STEPS = 64
 """Of the attacks that are compared."""
 
 
+class Missing(Exception):
+    """The rows lack what a claim takes."""
+
+
 def variant(study: Study, name: str) -> Variant:
-    """Raises LookupError for one that the study lacks."""
+    """Raises Missing for one that the study lacks."""
     return next(filter(lambda each: each.name == name, study.variants), None) or _missing(name)
 
 
 def _missing(name: str):
-    raise LookupError(name)
+    raise Missing(name)
 
 
 def by_seed(study: Study, name: str) -> dict[int, dict]:
@@ -42,31 +46,26 @@ def difference(first: tuple[str, str], second: tuple[str, str]) -> Callable[[Stu
     return measure
 
 
-def gap(name: str, strict: str) -> Callable[[Study], list[float]]:
-    """How far adjacent data are above retained data in the ablated model, minus the same of the filtered one. A model
-    that is better on all text has no advantage here."""
+def spill(name: str) -> Callable[[Study], list[float]]:
+    """By how much more removal raises the loss on adjacent data than on retained data."""
 
     def measure(study: Study) -> list[float]:
-        ours, theirs = by_seed(study, name), by_seed(study, strict)
-        return [
-            ours[seed]["ablated_adjacent"] - ours[seed]["ablated_retain"]
-            - (theirs[seed]["full_adjacent"] - theirs[seed]["full_retain"])
-            for seed in ours
-            if seed in theirs
-        ]  # fmt: skip
+        seeds = variant(study, name).seeds
+        adjacent, retain = (
+            [s[f"ablated_{data}"] - s[f"full_{data}"] for s in seeds] for data in ("adjacent", "retain")
+        )
+        return [a - r for a, r in zip(adjacent, retain, strict=True)]
 
     return measure
 
 
-def beyond_the_weak_filter(name: str, weak: str) -> Callable[[Study], list[float]]:
-    """The ablated forget loss minus that of the weak filter at the same retain loss, on the line through the filter's
-    evaluations in training; where it never was at so low a retain loss, at its last."""
+def at_equal_retain(name: str, other: str) -> Callable[[Study], list[float]]:
+    """The ablated forget loss minus that of another variant's served model at the same retain loss, on the line through
+    the other's evaluations in training; beyond them, at the nearest (`off_the_line`)."""
 
     def measure(study: Study) -> list[float]:
-        filters = by_seed(study, weak)
         differences = []
-        for seed, ours in by_seed(study, name).items():
-            line = sorted((e["full_retain"], e["full_forget"]) for e in filters[seed]["evaluations"])
+        for ours, line in _lines(study, name, other):
             retain, forget = zip(*line, strict=True)
             differences.append(ours["ablated_forget"] - float(np.interp(ours["ablated_retain"], retain, forget)))
         return differences
@@ -74,15 +73,47 @@ def beyond_the_weak_filter(name: str, weak: str) -> Callable[[Study], list[float
     return measure
 
 
+def off_the_line(name: str, other: str) -> Callable[[Study], bool]:
+    """Whether a seed's retain loss is none that the other's evaluations reach from both sides."""
+    return lambda study: any(
+        not line[0][0] <= ours["ablated_retain"] <= line[-1][0] for ours, line in _lines(study, name, other)
+    )
+
+
+def _lines(study: Study, name: str, other: str) -> list[tuple[dict, list[tuple[float, float]]]]:
+    """For every seed that both have, ours and the other's (retain, forget) over training, by rising retain loss."""
+    served, others = variant(study, other).served, by_seed(study, other)
+    return [
+        (ours, sorted((e[f"{served}_retain"], e[f"{served}_forget"]) for e in others[seed]["evaluations"]))
+        for seed, ours in by_seed(study, name).items()
+        if seed in others
+    ]
+
+
 def leakage_of(name: str) -> Callable[[Study], list[float]]:
+    """The token equivalent of the ablated model's forget loss, over the undiscovered forget tokens."""
+    return lambda study: [seed.ratio.mean for seed in _leakages(study, name).values() if seed.ratio]
+
+
+def added_leakage(name: str, complete: str) -> Callable[[Study], list[float]]:
+    """The token equivalent minus that of the variant with complete labels, over the undiscovered forget tokens."""
+
     def measure(study: Study) -> list[float]:
-        seeds = variant(study, name).seeds
-        alone = [replace(variant(study, name), seeds=(seed,)) for seed in seeds]
-        others = [each for each in study.variants if not each.masks]
-        ratios = [leakages([*others, each])[name].ratio for each in alone]
-        return [ratio.mean for ratio in ratios if ratio]
+        ours, theirs = _leakages(study, name), _leakages(study, complete)
+        undiscovered = variant(study, name).unlabelled or math.nan
+        pairs = [(ours[seed].tokens.mean, theirs[seed].tokens.mean) for seed in ours if seed in theirs]
+        return [(one - other) / undiscovered for one, other in pairs]
 
     return measure
+
+
+def _leakages(study: Study, name: str) -> dict[int, VariantLeakage]:
+    """By seed."""
+    others, mine = [each for each in study.variants if not each.masks], variant(study, name)
+    by_name = {seed["seed"]: leakages([*others, replace(mine, seeds=(seed,))]) for seed in mine.seeds}
+    if not all(name in each for each in by_name.values()):
+        raise Missing(f"a curve of filtered models for {name}")
+    return {seed: each[name] for seed, each in by_name.items()}
 
 
 def reached(study: Study, name: str, loss: str, baseline: str) -> list[ComputeRatio]:
@@ -92,7 +123,7 @@ def reached(study: Study, name: str, loss: str, baseline: str) -> list[ComputeRa
     lengths = [each for each in study.variants if each.name.removeprefix(f"{baseline}-").isdigit()]
     points = [whole, *(each for each in lengths if each.name.startswith(f"{baseline}-"))]
     if len(points) < LEAST:
-        raise LookupError(f"{baseline} of {LEAST} lengths")
+        raise Missing(f"{baseline} of {LEAST} lengths")
     means = [each.loss(f"full_{loss.partition('_')[2]}") for each in points]
     shares = [each.tokens / whole.tokens for each in points]
     curve = LearningCurve(shares, [mean.mean for mean in means if mean])
@@ -110,20 +141,25 @@ def beyond(name: str, loss: str, baseline: str) -> Callable[[Study], bool]:
     return lambda study: any(ratio.extrapolated for ratio in reached(study, name, loss, baseline))
 
 
-def attacked(first: str, second: str) -> Callable[[Study], list[float]]:
-    """Lowest forget loss that any attack of up to 64 steps has reached, of the first minus of the second."""
-
-    def losses(study: Study, name: str) -> dict[int, tuple[int, float]]:
-        """By seed, the tokens of so many steps and the loss."""
-        curves = _curves(study, name)
-        return {seed: (curve[-1]["tokens"], min(point["forget"] for point in curve)) for seed, curve in curves.items()}
+def attacked(first: str, second: str, steps: int | None = None) -> Callable[[Study], list[float]]:
+    """Forget loss of the worst attack, of the first minus of the second, after so many steps; None: after the number of
+    steps, of those evaluated, at which the first is furthest below the second."""
 
     def measure(study: Study) -> list[float]:
-        ours, theirs = losses(study, first), losses(study, second)
-        pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
-        if any(one[0] != other[0] for one, other in pairs):
-            raise LookupError(f"attacks of {first} and {second} on as many tokens")
-        return [one[1] - other[1] for one, other in pairs]
+        ours, theirs = _curves(study, first), _curves(study, second)
+        differences = []
+        grids = [{row["seed"]: row.get("attacks") for row in _attacked_rows(study, name)} for name in (first, second)]
+        for seed in (seed for seed in ours if seed in theirs):
+            if grids[0][seed] != grids[1][seed]:
+                raise Missing(f"the same attacks on {first} and {second}")
+            by_step = [{(p["step"], p["tokens"]): p["forget"] for p in curves[seed]} for curves in (ours, theirs)]
+            if list(by_step[0]) != list(by_step[1]):
+                raise Missing(f"attacks of {first} and {second} of the same steps and tokens")
+            each = {step: by_step[0][step, tokens] - by_step[1][step, tokens] for step, tokens in by_step[0] if step}
+            if steps is not None and steps not in each:
+                raise Missing(f"attacks of {steps} steps")
+            differences.append(min(each.values()) if steps is None else each[steps])
+        return differences
 
     return measure
 
@@ -136,7 +172,7 @@ def change_with_size(names: Sequence[str]) -> Callable[[Study], list[float]]:
         sizes = [np.log10(variant(study, name).parameters or _missing(name)) for name in names]
         by_size = [leakage_of(name)(study) for name in names]
         if len({len(ratios) for ratios in by_size}) > 1:
-            raise LookupError(f"{names} with the same seeds")
+            raise Missing(f"{names} with the same seeds")
         return [float(np.polyfit(sizes, ratios, 1)[0]) for ratios in zip(*by_size, strict=True)]
 
     return measure
@@ -155,15 +191,19 @@ def relearning(first: str, second: str, baseline: str = "unmasked") -> Callable[
             target = curves[baseline][seed][0]["forget"]
             ours, theirs = (steps_to(curves[name][seed], target) for name in (first, second))
             if theirs is None:
-                raise LookupError(f"{second} within {STEPS} steps")
+                raise Missing(f"{second} within {STEPS} steps")
             ratios.append(math.log2((ours or STEPS) / theirs))
         return ratios
 
     return measure
 
 
+def _attacked_rows(study: Study, name: str) -> list[dict]:
+    return [row for row in study.tampered if row["tampered"] == name] or _missing(f"attacks on {name}")
+
+
 def _curves(study: Study, name: str) -> dict[int, list[dict]]:
-    rows = [row for row in study.tampered if row["tampered"] == name] or _missing(name)
+    rows = _attacked_rows(study, name)
     return {row["seed"]: [point for point in row["curve"] if point["step"] <= STEPS] for row in rows}
 
 
@@ -184,7 +224,9 @@ def examined(name: str, first: tuple[str, str], second: tuple[str, str]) -> Call
     """First minus second of two (number, model) of a variant's examinations, for every seed."""
 
     def measure(study: Study) -> list[float]:
-        rows = [row["values"] for row in study.examined if row["examined"] == name] or _missing(name)
+        rows = [row["values"] for row in study.examined if row["examined"] == name]
+        if not rows:
+            raise Missing(f"examinations of {name}")
         return [values[first[0]][first[1]] - values[second[0]][second[1]] for values in rows]
 
     return measure

@@ -17,16 +17,19 @@ from typing import NamedTuple
 
 from claim_measures import (
     STEPS,
+    Missing,
+    added_leakage,
+    at_equal_retain,
     attacked,
     beyond,
-    beyond_the_weak_filter,
     change_with_size,
     difference,
     examined,
-    gap,
     leakage_of,
+    off_the_line,
     penalty,
     relearning,
+    spill,
 )
 from tables import markdown
 
@@ -50,46 +53,52 @@ class Claim(NamedTuple):
 
 def section(studies: Mapping[str, Study]) -> str:
     """Markdown: a row for each claim."""
-    table = [["source", "claim", "measured", "confirmed", "result", "experiment"]]
+    table = [["source", "claim", "measured", "confirmed if", "result", "experiment"]]
     for claim in CLAIMS:
-        study = studies.get(claim.study, Study(claim.study, (), ()))
-        measured = _interval(claim, study)
         bound = f"{'<' if claim.below else '>'} {claim.limit:g}{claim.unit}"
-        star = "*" if measured and claim.outside(study) else ""
-        value = "" if measured is None else f": {measured}{claim.unit}{star}"
-        result, experiment = verdict(claim, measured), f"`{claim.study}`"
-        table.append([claim.source, claim.text, f"{claim.quantity}{value}", bound, result, experiment])
+        value, result = _measured(claim, studies.get(claim.study))
+        table.append([claim.source, claim.text, f"{claim.quantity}{value}", bound, result, f"`{claim.study}`"])
     return f"{ABOUT}\n\n{markdown(table)}"
 
 
+def _measured(claim: Claim, study: Study | None) -> tuple[str, str]:
+    """What was measured, and the verdict, or why there is none."""
+    if study is None:
+        return "", "not tested: not run"
+    try:
+        values = list(claim.measure(study))
+        star = "*" if claim.outside(study) else ""
+    except Missing as missing:
+        return "", f"not tested: without {missing}"
+    measured = interval(values)
+    if measured is None:
+        return "", "not tested: a run has diverged" if values else "not tested: no seed"
+    return f": {measured}{claim.unit}{star}", verdict(claim, measured)
+
+
 ABOUT = (
-    "Measured: mean over the seeds ± half of the 95 % confidence interval, paired by seed. A claim is confirmed where "
-    "the whole interval is on the stated side of the limit, refuted where it is all on the other, undecided else. The "
-    "limits of 5 and 12 % are the papers' figures; the others are ours, set before the runs. P: arXiv 2512.05648; G: "
-    "GRAM; the sizes in brackets are theirs. Ours have 1.07 M parameters, in `sizes` 0.3 to 2.2 M, and 600 steps: no "
-    "result here is one at other sizes. Experiment: the section below that the figures are from. * extrapolated "
-    "beyond the shortest baseline; the error of a baseline's curve, whose other lengths have one seed, is in no "
-    "interval. A model that masks have made worse learns anything more slowly: read what is measured of fine-tuning "
-    "`paper` beside its retain losses below. RMU is one setting, chosen by hand (LOG.md)."
+    "P: arXiv 2512.05648; G: GRAM; without a letter: a question of ours. Measured: mean over the seeds ± half of the "
+    "95 % confidence interval, paired by seed. A claim is confirmed where the whole interval is on the stated side of "
+    "the limit, refuted where it is all on the other, and otherwise undecided. The limits of 5 and 12 % are the "
+    "papers' figures; the others are ours, those of `arxiv` set with its results, the others before. Sizes in "
+    "brackets are the papers'; ours are 1.07 M parameters, in `sizes` 0.3 to 2.2 M, and 600 steps. The results hold "
+    "for these sizes only. Seeds change the initial weights alone: the draw of documents, and the error of a curve "
+    "that a number is read from, are in no interval. * beyond the ends of a curve: a loss that no length of the "
+    "baseline reaches, or a retain loss that the other variant has at none of its evaluations. These evaluations are "
+    "in the middle of a training whose learning rate has not yet fallen; finished models of that retain loss may "
+    "differ by a few hundredths of a nat. `paper` starts an attack as the worse model, and a worse model fine-tunes "
+    "more slowly."
 )
 
 
-def verdict(claim: Claim, measured: Interval | None) -> str:
-    if measured is None or measured.half is None:
-        return "not tested"
+def verdict(claim: Claim, measured: Interval) -> str:
+    if measured.half is None:
+        return "not tested: one seed"
     low, high = measured.mean - measured.half, measured.mean + measured.half
     inside, outside = (
         (high < claim.limit, low > claim.limit) if claim.below else (low > claim.limit, high < claim.limit)
     )
     return "**confirmed**" if inside else "**refuted**" if outside else "undecided"
-
-
-def _interval(claim: Claim, study: Study) -> Interval | None:
-    """None where a run that the claim needs is missing."""
-    try:
-        return interval(list(claim.measure(study)))
-    except LookupError:
-        return None
 
 
 WEAK = "filtered-undiscovered"
@@ -100,12 +109,13 @@ CLAIMS = (
     *(
         Claim(
             "P" if name == PAPER else "",
-            f"{name}: with a fifth of the forget data undiscovered, the ablated model has forgotten more than a weak "
-            f"filter at the same retain loss",
+            f"{name}: with a fifth of the forget data undiscovered, the ablated model has forgotten more than a filter "
+            f"that lets as many forget tokens through, at the same retain loss",
             "forget loss, ablated, minus that of the filter",
             0,
             False,
-            beyond_the_weak_filter(name, WEAK),
+            at_equal_retain(name, WEAK),
+            outside=off_the_line(name, WEAK),
         )
         for name in (PAPER, DUAL)
     ),
@@ -117,7 +127,8 @@ CLAIMS = (
             "forget loss, ablated, minus that of the filter",
             0,
             False,
-            beyond_the_weak_filter(name, "filtered"),
+            at_equal_retain(name, "filtered"),
+            outside=off_the_line(name, "filtered"),
             study="arxiv",
         )
         for source, name in ARXIV
@@ -125,12 +136,11 @@ CLAIMS = (
     *(
         Claim(
             source,
-            f"{name}: the ablated model is not worse on the fields close to biology than on others, as it is after a "
-            f"filter that drops them too",
-            "adjacent minus retain loss, ablated, minus the same of the strict filter",
-            0,
+            f"{name}: removing biology costs the fields close to it no more than other text",
+            "rise of the adjacent loss by ablation, minus that of the retain loss",
+            0.01,
             True,
-            gap(name, "filtered-strict"),
+            spill(name),
             study="arxiv",
         )
         for source, name in ARXIV
@@ -138,7 +148,7 @@ CLAIMS = (
     *(
         Claim(
             "P" if name == PAPER else "",
-            f"{name}: the fifth that was undiscovered hardly leaks into the ablated model",
+            f"{name}: all that the ablated model has learned of the domain is little beside the undiscovered fifth",
             "leakage",
             0.1,
             True,
@@ -146,6 +156,15 @@ CLAIMS = (
             "",
         )
         for name in (PAPER, DUAL)
+    ),
+    Claim(
+        "",
+        "paper-undiscovered: what is undiscovered adds little to what leaks of labelled data",
+        "leakage with the fifth undiscovered, minus that with all labels",
+        0.05,
+        True,
+        added_leakage(PAPER, "paper"),
+        "",
     ),
     *(
         Claim(
@@ -173,19 +192,37 @@ CLAIMS = (
         )
         for name in ("paper", DUAL)
     ),
-    Claim(
-        "P",
-        "gradient routing, which lets forget data train what is shared, forgets less than masked updates",
-        "forget loss, ablated, of paper-undiscovered minus gradient_routing-undiscovered",
-        0,
-        False,
-        difference((PAPER, "ablated_forget"), ("gradient_routing-undiscovered", "ablated_forget")),
+    *(
+        Claim(
+            "P",
+            f"paper-undiscovered: masked updates forget more than {what}, at the same retain loss",
+            "forget loss, ablated, minus that of the other",
+            0,
+            False,
+            at_equal_retain(PAPER, name),
+            outside=off_the_line(PAPER, name),
+        )
+        for name, what in (
+            ("gradient_routing-undiscovered", "gradient routing, which lets forget data train what is shared"),
+            ("activation_masking-undiscovered", "masked activations"),
+        )
     ),
     *(
         Claim(
             "P" if name == "paper" else "",
-            f"{name}: fine-tuning brings the domain back no sooner than into a filtered model",
-            f"lowest forget loss of any attack of {STEPS} steps, minus that on filtered",
+            f"{name}: after {STEPS} steps of fine-tuning, the domain is no better known than to a filtered model",
+            f"forget loss after the worst attack of {STEPS} steps, minus that on filtered",
+            -0.1,
+            False,
+            attacked(name, "filtered", STEPS),
+        )
+        for name in ("paper", DUAL)
+    ),
+    *(
+        Claim(
+            "",
+            f"{name}: the same after any number of steps",
+            "forget loss after the worst attack, minus that on filtered, where the difference is lowest",
             -0.1,
             False,
             attacked(name, "filtered"),
@@ -239,7 +276,8 @@ CLAIMS = (
     ),
     Claim(
         "G",
-        "gram: without the domain's module the model knows no more of it than a filtered one (800M; less so at 26M)",
+        "gram: without the domain's module, which half of its data train alone, the model knows no more of the domain "
+        "than a filtered one (800M; less so at 26M)",
         "forget loss, ablated, minus that of filtered",
         -0.1,
         False,

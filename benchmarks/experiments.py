@@ -27,6 +27,7 @@ from tables import markdown
 from sgtm.files import sha256_of
 from sgtm.report.figures import STYLE
 from sgtm.sweep import study_figures
+from sgtm.sweep.page import EXHIBITS
 from sgtm.sweep.study import read_study
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +54,23 @@ class Experiment(NamedTuple):
 NOVELS = "sgtm prepare NOVELS --rules launch/recipes/novels.rules.yaml --out data/novels --vocab-size 2048"
 
 
+AFTER_CLAIMS = """\
+python benchmarks/unlearning.py launch/recipes/claims.sweep.yaml \\
+  --json benchmarks/results/DEVICE/unlearning.jsonl
+python benchmarks/adapters.py launch/recipes/claims.sweep.yaml \\
+  --json benchmarks/results/DEVICE/adapters.jsonl
+for run in runs/claims.sweep/{filtered,paper,dual,certified}-s? runs/claims.sweep/unmasked-s?-{rmu,npo,grad_diff}; do
+  [ ! -d $run ] || sgtm tamper $run --data forget --lr 0.25 1 --steps 16 64 --tokens 4096
+done
+for seed in 0 1 2; do
+  sgtm tamper runs/claims.sweep/unmasked-s$seed --data forget --lr 0.25 --steps 16 --tokens 4096
+  for variant in paper dual; do
+    sgtm examine runs/claims.sweep/$variant-s$seed --against runs/claims.sweep/filtered-s$seed \\
+      --only context quantised calibrated --sequences 200
+  done
+done"""
+
+
 def trained(prepare: str, *sweeps: str, stem: str, after: str = "") -> str:
     """The commands that train these sweeps and write the file of their rows."""
     files = [f"launch/recipes/{sweep}.sweep.yaml" for sweep in sweeps]
@@ -70,18 +88,23 @@ EXPERIMENTS = {
             "claims",
             "novels-lengths",
             stem="claims",
-            after="for run in runs/claims.sweep/{filtered,paper,dual}-s?; do\n"
-            "  sgtm tamper $run --data forget --lr 0.25 1 --steps 16 64 --tokens 4096\ndone",
+            after=AFTER_CLAIMS,
         ),
         ("ablated", "front", "undiscovered", "leaked", "absorbed", "residual", "tampering"),
-        "Masks remove far more than a filter that misses the same fifth, at any retain loss that the filter "
-        "reached, and little of that fifth leaks, as the paper reports. Activation masking leaks most of it, and "
-        "masks that leave the output matrices alone are as safe as those that do not. At this size the paper's "
-        "masks cost the full model many times the paper's five percent; `dual`, whose domain has an embedding and "
-        "a head of its own, loses a fifth of that and forgets more. No masked model of this table is as ignorant "
-        "of Spanish as `filtered`. Fine-tuning brings Spanish back into a filtered model about as fast as into a "
-        "masked one; see the reservations above the claims.",
+        "Masks remove far more than a filter that lets as many Spanish tokens through, at any retain loss that "
+        "the filter reached. This agrees with the paper. The ablated `paper-undiscovered` knows about as much "
+        "Spanish as `paper`, from which nothing was hidden: what it knows comes from labelled Spanish, through "
+        "the embedding and head that all text trains, and the undiscovered fifth adds little. Activation masking "
+        "leaks most of that fifth. Against the paper, gradient routing and `no_out` forget as much and are a "
+        "quarter of a nat better on English. Against it as well, the masks of `paper` cost the full model many "
+        "times five percent of the compute; `dual`, whose domain has an embedding and a head of its own, loses a "
+        "fifth of that and forgets more. No masked model here is as ignorant of Spanish as `filtered`, and fine- "
+        "tuning wins Spanish back from all of them faster than from `filtered` in the first steps; after 64 steps "
+        "the difference has gone. That a fifth is undiscovered means for `dual` that it trains retain weights and "
+        "the domain's group together, which takes a labeller that never takes Spanish for text to retain.",
     ),
+    "unlearning": Experiment("Post-hoc unlearning of the unmasked model"),
+    "adapters": Experiment("Adapters on the filtered model"),
     "sizes": Experiment("Three sizes: leakage against parameters"),
     "arxiv": Experiment(
         "Abstracts of arXiv: biology, and fields close to it",
@@ -93,13 +116,15 @@ EXPERIMENTS = {
             stem="arxiv",
         ),
         ("ablated", "adjacent", "front"),
-        "Biology is close to what is retained: after a filter its loss is a quarter of a nat higher, half of which "
-        "is that of all text, as the filtered model has seen less. With the paper's Wikipedia setting (`paper- "
-        "masked`) and with `dual`, the ablated model forgets a little more biology than a weak filter at the same "
-        "retain loss; with joint parameters that stay free (`paper`) it forgets less. So the paper's claim holds "
-        "in the setting that it was made for. On the adjacent fields the ablated models lose no more than on other "
-        "text, the strictly filtered one does. At this size and with these tokens the differences are small: a "
-        "model that has learned little has little to forget.",
+        "Biology is close to what is retained: after a filter its loss is a quarter of a nat higher, half of "
+        "which is that of all text, as the filtered model has seen less. With the paper's Wikipedia setting "
+        "(`paper-masked`) the ablated model forgets a little more biology than a weak filter at the same retain "
+        "loss, as the paper reports, but its full model knows no more biology than a filtered one: there was "
+        "little to remove. `dual` and `certified` learn biology and lose it, and pay for it on all other text, by "
+        "0.1 to 0.2 nats; `paper`, whose joint parameters stay free, hardly loses it. Removal costs the adjacent "
+        "fields no more than other text in any of them. The strict filter, which drops these fields, is the worst "
+        "on them; the weak one, which keeps them, is the best. At this size and with these tokens the differences "
+        "are small, and do not decide between masks and a weak filter.",
     ),
     "batch": Experiment("Batch composition"),
     "novels": Experiment("English and Spanish novels: recipes, groups and shares"),
@@ -122,6 +147,9 @@ FOLDERS = {"NOVELS": "novels", "ARXIV": "arxiv", "DEVICE": "device"}
 """Words of the commands that stand for an option of this script."""
 
 
+CAPTIONS = {figure.__name__: caption for figure, caption, _ in EXHIBITS}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=[name for name, experiment in EXPERIMENTS.items() if experiment.commands])
@@ -140,7 +168,7 @@ def main() -> int:
     return subprocess.run(command, env={**os.environ, "PATH": path}, cwd=ROOT, check=False).returncode
 
 
-def tables(name: str, rows: list[dict]) -> str:
+def tables(rows: list[dict]) -> str:
     """Markdown: losses of each variant, mean and spread over the seeds, and compute ratios where they were computed; a
     table for each sweep."""
     ratios, adjacent = any(row["ratios"] for row in rows), any("full_adjacent" in row for row in rows)
@@ -148,14 +176,15 @@ def tables(name: str, rows: list[dict]) -> str:
     about = (
         "Held-out loss in nats per token, mean and sample standard deviation over the seeds: of the full model and of "
         f"the ablated one (without the domain's group), {data}. Nothing is ablated from a model that was trained "
-        "without masks. The losses are those of the CPU named below the table: another one rounds bf16 differently, "
-        "so that a single seed moves."
+        "without masks. The seeds change the initial weights alone. The losses are those of the CPU named below the "
+        "table: another one rounds bf16 differently, so that a single seed moves."
     )
     if ratios:
         about += (
-            " Compute: the share of a baseline's training at which it reaches this loss, of `unmasked` for the full "
-            "model, of `filtered` for the ablated one, by the curve through the baseline's rows of several lengths "
-            "(`-450`: steps), whatever the tokens of the run itself; * outside that curve."
+            " Compute: at what share of the baseline's training the baseline reaches this loss (`unmasked` for the "
+            "full model, `filtered` for the ablated one), by the curve through its rows of several lengths (`-450`: "
+            "steps). The tokens of the run itself are not taken into account: compare them in their column. * outside "
+            "that curve."
         )
     parts = [about]
     for kind in dict.fromkeys(row.get("sweep") for row in rows):
@@ -204,15 +233,17 @@ def described(name: str, rows: list[dict], path: str, figures: str) -> str:
     """
     experiment, variants = EXPERIMENTS[name], [row for row in rows if "variant" in row]
     if not experiment.question:
-        return tables(name, variants)
-    images = [f"![{figure} of {name}]({figures}/{name}-{figure}.png)" for figure in experiment.figures]
+        return "\n\n".join(filter(None, [tables(variants), settings(rows)]))
+    images = [
+        f"![{figure} of {name}]({figures}/{name}-{figure}.png)\n\n{CAPTIONS[figure]}" for figure in experiment.figures
+    ]
     folders = " ".join(f"--{FOLDERS[word]} {word}" for word in ("NOVELS", "ARXIV") if word in experiment.commands)
     whole = f"python benchmarks/experiments.py {name} {folders}"
     parts = [
         f"**Question.** {experiment.question}",
         f"**Command.** `{whole}` runs these; `sgtm report {path}` draws the figures.",
         f"```sh\n{experiment.commands}\n```",
-        tables(name, variants),
+        tables(variants),
         settings(rows),
         sets(variants),
         *images,

@@ -129,7 +129,7 @@ def section(path: Path, up: str, described: bool = False) -> str:
         if described:
             text += experiments.described(path.stem, rows, relative, "figures")
         else:
-            text += experiments.tables(path.stem, [row for row in rows if "variant" in row])
+            text += experiments.tables([row for row in rows if "variant" in row])
     return f"{text}\n\n" + "; ".join(_sources(rows)) + f" ([{path.name}]({up}{relative}))"
 
 

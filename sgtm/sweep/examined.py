@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sgtm.report.examination import examination_numbers
 from sgtm.run.examine import FILE
-from sgtm.sweep.tampered import variant_of
+from sgtm.sweep.tampered import named_runs
 
 
 def examination_rows(folder: Path) -> list[dict]:
@@ -22,8 +22,8 @@ def examination_rows(folder: Path) -> list[dict]:
     Raises ValueError for a damaged file.
     """
     rows = []
-    for file in sorted(folder.glob(f"*/{FILE}")):
-        variant, seed = variant_of(file.parent)
+    for run, variant, seed in named_runs(folder, FILE):
+        file = run / FILE
         try:
             domains = json.loads(file.read_text("utf-8"))["domains"]
             for domain, examined in domains.items():

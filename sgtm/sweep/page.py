@@ -31,7 +31,11 @@ EXHIBITS = (
         f"{SERIES}",
         "No losses on adjacent categories: `adjacent` in the sweep file chooses them.",
     ),
-    (figures.full, f"Full: the same of the full models. Down and left is better. {SERIES}", "No losses."),
+    (
+        figures.full,
+        f"Full: forget loss against retain loss of the full models. Down and left is better. {SERIES}",
+        "No losses.",
+    ),
     (
         figures.front,
         "The price of removal: forget loss of the models that are served without the domains against the retain loss "
@@ -43,15 +47,15 @@ EXHIBITS = (
         figures.absorbed,
         "Absorption over training: of what the full model has learned of forgotten data, the share that the domains' "
         "groups hold. 1: without them the model knows no more than one that was trained without the data; 0: as much "
-        "as with them. Bars: 95 % confidence intervals over the seeds.",
+        "as with them. Bars: 95 % confidence intervals over the seeds; the error of the curve is not in them.",
         "No absorption: it takes evaluations in training (`train.eval_every`) of masked models and of one that was "
         "trained without masks and without forget tokens.",
     ),
     (
         figures.undiscovered,
         "Undiscovered data: forget loss of the served models against the forget tokens that were trained without their "
-        "label. Line: models that were trained without masks. A dot above the line has forgotten some of what it was "
-        "not told to; the distance to the line at its left is the leakage.",
+        "label. Line: models that were trained without masks, from which leakage is read. A model above the line has "
+        "removed part of what was not labelled; the line's tokens at its loss, over its own, are the leakage.",
         "No forget loss against unlabelled forget tokens: it takes models with masks and without, and rows with "
         "`trained`.",
     ),
@@ -71,8 +75,8 @@ EXHIBITS = (
     ),
     (
         figures.residual,
-        "Norm of the residual stream after the last layer (L2, mean over the tokens of the label that has the largest; "
-        "mean over the seeds), at the end of training. Many times that of training without masks means that the "
+        "Norm of the residual stream after the last layer (L2) at the end of training: mean over tokens, for the label "
+        "with the largest, then over seeds. Many times that of training without masks means that the "
         "groups out-shout one another.",
         "No norms of the residual stream.",
     ),

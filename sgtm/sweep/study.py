@@ -153,6 +153,8 @@ def read_study(path: Path) -> Study:
                 tampered.append(row)
             elif "examined" in row:
                 examined.append(row)
+            elif "chosen" in row:  # a setting of a grid
+                continue
             elif row["seeds"]:
                 variants.append(_variant(row, folder))
         except (ValueError, KeyError, TypeError) as error:
@@ -180,12 +182,15 @@ def _origin(folder: Path, row: dict) -> dict:
 
 
 def examinations(study: Study) -> dict[str, dict[str, dict[str, Interval]]]:
-    """By variant, name of the number and model, over the seeds; of a number that a seed lacks, over the others."""
+    """By variant (and its domain, where there are several), name of the number and model, over the seeds; of a number
+    that a seed lacks, over the others."""
     values: dict[str, dict[str, dict[str, list[float]]]] = {}
+    several = len({row["domain"] for row in study.examined}) > 1
     for row in study.examined:
+        variant = f"{row['examined']}, {row['domain']}" if several else row["examined"]
         for name, by_model in row["values"].items():
             for model, value in by_model.items():
-                values.setdefault(row["examined"], {}).setdefault(name, {}).setdefault(model, []).append(value)
+                values.setdefault(variant, {}).setdefault(name, {}).setdefault(model, []).append(value)
     return {
         variant: {
             name: {model: mean for model, of in by_model.items() if (mean := interval(of))}
@@ -202,18 +207,23 @@ def standard_curve(variants: Iterable[Variant]) -> TokenCurve | None:
     Models that were trained on 5 % more or less retain tokens than the median variant are left out, such as the same
     baseline trained for other numbers of steps. None where the rest are too few, or where none saw no forget token.
     """
+    points = standard_points(variants)
+    try:
+        return TokenCurve(*zip(*points, strict=True)) if points else None
+    except ValueError:
+        return None
+
+
+def standard_points(variants: Iterable[Variant]) -> list[tuple[float, float]]:
+    """(forget tokens, forget loss) of the models of `standard_curve`, by rising tokens."""
     variants = [variant for variant in variants if variant.trained]
     median = statistics.median([variant.retained for variant in variants] or [0.0])
-    points = [
+    return sorted(
         (variant.unlabelled, loss.mean)
         for variant in variants
         if not variant.masks and abs(variant.retained - median) < 0.05 * median
         if variant.unlabelled is not None and (loss := variant.loss("full_forget"))
-    ]
-    try:
-        return TokenCurve(*zip(*sorted(points), strict=True)) if points else None
-    except ValueError:
-        return None
+    )
 
 
 class VariantLeakage(NamedTuple):

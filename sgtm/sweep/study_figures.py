@@ -9,8 +9,11 @@ from matplotlib.figure import Figure
 
 from sgtm.report.figures import WIDTH
 from sgtm.report.palette import GRID, LIGHT, MUTED, PAPER
-from sgtm.sweep.figures import colour_of, line_of, panel, with_legend
-from sgtm.sweep.study import Interval, Study, Variant, absorptions, leakages
+from sgtm.sweep.figures import COLOURS, colour_of, line_of, panel, with_legend
+from sgtm.sweep.study import Interval, Study, Variant, absorptions, leakages, standard_points
+
+MARKERS = "osD^"
+"""Of a dot: another for each of the first models with one colour."""
 
 
 def ablated(study: Study) -> Figure | None:
@@ -35,7 +38,7 @@ def undiscovered(study: Study) -> Figure | None:
         for number, variant in enumerate(study.variants)
         if variant.unlabelled is not None and (loss := variant.loss(f"{variant.served}_forget"))
     ]
-    standard = sorted((tokens, loss.mean) for _, variant, tokens, loss in points if not variant.masks)
+    standard = standard_points(study.variants)
     if not standard or all(not variant.masks for _, variant, _, _ in points):
         return None
     figure, axes = panel("forget tokens trained without their label", "forget loss (nats per token)")
@@ -125,13 +128,16 @@ def tampering(study: Study) -> Figure | None:
     if not study.tampered:
         return None
     figure, axes = panel("steps of fine-tuning", "lowest forget loss (nats per token)")
+    variants = [variant.name for variant in study.variants]
     names = list(dict.fromkeys((row["tampered"], row["condition"]) for row in study.tampered))
-    named: set[int] = set()
+    others = [name for name in names if name[0] not in variants]
+    named: set[tuple[str, str]] = set()
     for row in study.tampered:
-        number = names.index((row["tampered"], row["condition"]))
+        name = row["tampered"], row["condition"]
+        number = len(variants) + others.index(name) if name in others else variants.index(name[0])
         points = [(point["step"], point["forget"]) for point in row["curve"]]
-        label = None if number in named else f"{row['tampered']} ({row['condition']})"
-        named.add(number)
+        label = None if name in named else f"{row['tampered']} ({row['condition']})"
+        named.add(name)
         axes.plot(*zip(*points, strict=True), **line_of(number), label=label, marker=".")
     axes.set_xscale("symlog", linthresh=1)
     return with_legend(figure, axes)
@@ -166,12 +172,13 @@ def _limits(losses: list[float]) -> tuple[float, float]:
 def _dot(axes: Axes, number: int, point: tuple[Interval, Interval], name: str, filled: bool) -> None:
     """Filled: of a masked model; a ring: of one that was trained without masks."""
     x, y = point
+    marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
     axes.errorbar(
         x.mean,
         y.mean,
         xerr=x.half or 0.0,
         yerr=y.half or 0.0,
-        fmt="o",
+        fmt=marker,
         color=colour_of(number),
         markerfacecolor=colour_of(number) if filled else LIGHT[PAPER],
         markersize=6,

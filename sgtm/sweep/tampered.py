@@ -4,6 +4,7 @@ adapted."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from sgtm.config.load import load_run_config
@@ -13,14 +14,24 @@ from sgtm.run.tampering import FILE, read_reached
 from sgtm.run.unlearned import read_unlearned
 
 
-def variant_of(run: Path) -> tuple[str, int]:
-    """The variant's name and the seed of a run of a sweep; of a run made from one, its source's variant and how."""
-    name, seed = run.name, load_run_config(run).train.seed
+def named_runs(folder: Path, file: str) -> Iterator[tuple[Path, str, int]]:
+    """(run, variant, seed) of each run in the folder that has the file. The variant of a run made from another is its
+    source's and how, unless another run has the same: then the run's own name."""
+    runs = [path.parent for path in sorted(folder.glob(f"*/{file}"))]
+    names = {run: _variant_of(run) for run in runs}
+    for run, name in names.items():
+        variant, seed = name
+        yield run, variant if list(names.values()).count(name) == 1 else run.name, seed
+
+
+def _variant_of(run: Path) -> tuple[str, int]:
+    source, how = run.name, ""
     if unlearned := read_unlearned(run):
-        name = f"{unlearned['source']['run']} + {unlearned['method']}"
+        source, how = unlearned["source"]["run"], f" + {unlearned['method']}"
     elif adapted := read_adapted(run):
-        name = f"{adapted['source']['run']} + adapters"
-    return name.replace(f"-s{seed}", "", 1), seed
+        source, how = adapted["source"]["run"], " + adapters"
+    variant, _, seed = source.rpartition("-s")
+    return (f"{variant}{how}", int(seed)) if seed.isdecimal() else (source + how, load_run_config(run).train.seed)
 
 
 def tamper_rows(folder: Path) -> list[dict]:
@@ -30,15 +41,15 @@ def tamper_rows(folder: Path) -> list[dict]:
                that and `adapters`
     seed       of the training
     condition  what the run was attacked without
+    attacks    that the worst case is of
     curve      by evaluated step: step, tokens, forget (nats, the lowest of all attacks so far), error (standard error
                over documents) and retain of the same attack
 
     Raises ValueError for a damaged file.
     """
     rows = []
-    for file in sorted(folder.glob(f"*/{FILE}")):
-        variant, seed = variant_of(file.parent)
-        for condition, reached in read_reached(file.parent).items():
+    for run, variant, seed in named_runs(folder, FILE):
+        for condition, reached in read_reached(run).items():
             if not any(math.isfinite(each.loss) for each in reached):
                 continue
             worst = worst_case(reached)
@@ -47,5 +58,7 @@ def tamper_rows(folder: Path) -> list[dict]:
                 {"step": step, "tokens": tokens[step], "forget": r.loss, "error": r.error, "retain": r.retain}
                 for step, r in worst.items()
             ]
-            rows.append({"tampered": variant, "seed": seed, "condition": condition, "curve": curve})
+            attacks = sorted({str(each.attack) for each in reached})
+            row = {"tampered": variant, "seed": seed, "condition": condition, "curve": curve, "attacks": attacks}
+            rows.append(row)
     return rows

@@ -144,15 +144,15 @@ def test_the_table_of_a_sweep(tmp_path):
     rows = [variant("filtered", 3000, 3.0, 9.0) | {"ratios": {}}, variant("mine", 4000, 3.1234, 4.0, 3.25)]
     rows[1] |= {"ratios": {"full_retain": {"value": 0.914, "extrapolated": True}}, "ablated_retain_sd": None}
     rows[0]["ablated_retain"] = 3.0
-    text = tables("novels", rows)
+    text = tables(rows)
     assert "| mine | 2 | 4,000 | 3.123 ± 0.010 | 4.000 ± 0.010 | 3.250 | 9.000 ± 0.010 | 0.91* |  |  |" in text
     nothing = {"masks": False, "ablated_retain": None, "ablated_forget": None}  # as a table has it
-    assert tables("novels", [rows[1] | nothing]) == tables("novels", [rows[1] | {"masks": False}])
-    unmasked = tables("novels", [rows[1] | {"masks": False}])
+    assert tables([rows[1] | nothing]) == tables([rows[1] | {"masks": False}])
+    unmasked = tables([rows[1] | {"masks": False}])
     assert "| mine | 2 | 4,000 | 3.123 ± 0.010 | 4.000 ± 0.010 |  |  | 0.91* |  |  |" in unmasked
     environments = [
         HERE | {"commit": commit, "time": f"2026-01-0{i}T"} for i, commit in enumerate(("b", "a, b", "c"), 1)
     ]
     days = "2026-01-01, 2026-01-02, 2026-01-03"
     assert _sources(environments) == [f"a device, 1 thread, torch 2, commit b, a, c, {days}"]
-    assert "compute" not in tables("novels", [row | {"ratios": {}} for row in rows])
+    assert "compute" not in tables([row | {"ratios": {}} for row in rows])

@@ -37,13 +37,12 @@ def study_of(tmp_path, lines):
         (False, 1.5, 0.4, "**confirmed**"),
         (False, 1.5, 0.6, "undecided"),
         (False, 0.5, 0.4, "**refuted**"),
-        (False, 1.5, None, "not tested"),  # one seed
+        (False, 1.5, None, "not tested: one seed"),
     ],
 )
 def test_a_claim_is_decided_where_the_whole_interval_is_on_one_side(claims, below, mean, half, expected):
     claim = claims.Claim("P", "text", "quantity", 1.0, below, lambda study: [])
     assert claims.verdict(claim, Interval(mean, half)) == expected
-    assert claims.verdict(claim, None) == "not tested"
 
 
 def test_a_difference_is_paired_by_seed(measures, tmp_path):
@@ -51,31 +50,46 @@ def test_a_difference_is_paired_by_seed(measures, tmp_path):
     lines[0]["seeds"].reverse()
     measure = measures.difference(("a", "ablated_forget"), ("b", "ablated_forget"))
     assert sorted(measure(study_of(tmp_path, lines))) == pytest.approx([0.495, 0.495])  # seeds 0 and 1
-    with pytest.raises(LookupError):
+    with pytest.raises(measures.Missing):
         measures.difference(("a", "full_retain"), ("c", "full_retain"))(study_of(tmp_path, lines))
 
 
-def test_a_gap_is_the_same_for_a_model_that_is_better_on_all_text(measures, tmp_path):
-    lines = [row("mine", (1.0, 1.0, 3.0, 8.0)), row("strict", (4.0, 6.0, 4.0, 6.0), masks=False)]
-    for line, name, adjacent in ((lines[0], "ablated_adjacent", 3.1), (lines[1], "full_adjacent", 4.5)):
-        for seed in line["seeds"]:
-            seed[name] = adjacent + 0.01 * (seed["seed"] - 1)
-    assert measures.gap("mine", "strict")(study_of(tmp_path, lines)) == pytest.approx([0.1 - 0.5] * 3)
+def test_spill_is_the_rise_on_adjacent_data_beyond_that_on_retained_data(measures, tmp_path):
+    """Ablation raises retained data from 1 to 3, adjacent data from 1.5 to 4: half a nat more."""
+    line = row("mine", (1.0, 1.0, 3.0, 8.0))
+    for seed in line["seeds"]:
+        seed |= {"full_adjacent": seed["full_retain"] + 0.5, "ablated_adjacent": seed["ablated_retain"] + 1.0}
+    assert measures.spill("mine")(study_of(tmp_path, [line])) == pytest.approx([0.5] * 3)
 
 
-def test_the_weak_filter_is_read_at_the_same_retain_loss(measures, tmp_path):
+def test_another_variant_is_read_at_the_same_retain_loss(measures, tmp_path):
     """Its losses fall on a line from (4.5, 9) to (3, 6), so at a retain loss of 3.5 its forget loss is 7."""
     lines = [row("weak", (3.0, 6.0, 3.0, 6.0), masks=False, unlabelled=1e5), row("mine", (1.0, 1.0, 3.5, 8.0))]
-    measure = measures.beyond_the_weak_filter("mine", "weak")
-    assert measure(study_of(tmp_path, lines))[1] == pytest.approx(1.0)
+    study = study_of(tmp_path, lines)
+    assert measures.at_equal_retain("mine", "weak")(study)[1] == pytest.approx(1.0)
+    assert not measures.off_the_line("mine", "weak")(study)
+    masked = [row("other", (9.0, 9.0, 3.0, 6.0)), lines[1]]  # of a masked one the ablated losses
+    assert measures.at_equal_retain("mine", "other")(study_of(tmp_path, masked))[1] == pytest.approx(1.0)
     lines[1] = row("mine", (1.0, 1.0, 2.0, 8.0))  # better than the filter ever was
-    assert measure(study_of(tmp_path, lines))[1] == pytest.approx(2.0)
+    study = study_of(tmp_path, lines)
+    assert measures.at_equal_retain("mine", "weak")(study)[1] == pytest.approx(2.0)
+    assert measures.off_the_line("mine", "weak")(study)
+    lines[0]["seeds"] = lines[0]["seeds"][:2]
+    assert len(measures.at_equal_retain("mine", "weak")(study_of(tmp_path, lines))) == 2
 
 
 def test_leakage_of_each_seed(measures, tmp_path):
     ratios = measures.leakage_of("ignored")(study_of(tmp_path, rows()))
     assert len(ratios) == 3 and ratios[1] == pytest.approx(1, rel=0.02) and ratios[0] > ratios[2]
     assert measures.leakage_of("complete")(study_of(tmp_path, rows())) == []
+
+
+def test_added_leakage_is_beyond_that_with_all_labels(measures, tmp_path):
+    """All of 1e5 undiscovered tokens, less the 1e4 that the model with complete labels is worth."""
+    _, middle, _ = measures.added_leakage("ignored", "complete")(study_of(tmp_path, rows()))
+    assert middle == pytest.approx(0.9, rel=0.03)
+    with pytest.raises(measures.Missing, match="a curve of filtered models"):
+        measures.added_leakage("ignored", "complete")(study_of(tmp_path, rows()[2:]))
 
 
 def test_leakage_that_falls_with_size_has_a_negative_slope(measures, tmp_path):
@@ -85,7 +99,7 @@ def test_leakage_that_falls_with_size_has_a_negative_slope(measures, tmp_path):
     study = study_of(tmp_path, [*lines, leaks])
     slopes = measures.change_with_size(["small", "large-safe"])(study)
     assert len(slopes) == 3 and slopes[1] == pytest.approx(-0.1 / math.log10(4), rel=0.05)
-    with pytest.raises(LookupError):
+    with pytest.raises(measures.Missing):
         measures.change_with_size(["small", "medium", "large-safe"])(study)
 
 
@@ -100,20 +114,31 @@ def test_a_penalty_is_the_rest_of_the_baselines_training(measures, tmp_path):
     assert measures.penalty("mine", "full_retain", "unmasked")(study)[1] == pytest.approx(19, abs=0.1)
     assert not measures.beyond("mine", "full_retain", "unmasked")(study)
     assert measures.beyond("unmasked-x", "full_retain", "unmasked")(study)
-    with pytest.raises(LookupError):
+    with pytest.raises(measures.Missing):
         measures.penalty("mine", "full_retain", "unmasked")(study_of(tmp_path, lines[1:]))
 
 
-def test_attacks_count_up_to_the_steps_that_are_compared(measures, tmp_path):
-    late = tampered("safe", seed=1, start=9.0)
-    late["curve"].append({"step": 65, "tokens": 0, "forget": 0.0, "error": 0.1, "retain": 3.0})
-    study = study_of(tmp_path, [*rows(), late])
-    assert measures.attacked("safe", "paper")(study) == [7.0 - 5.0]  # seed 1 of both
-    with pytest.raises(LookupError):
+def test_attacks_are_compared_after_the_same_steps_and_tokens(measures, tmp_path):
+    """Losses of 7, 6, 5 against 8, 6.5, 4 of the other: furthest below it after one step."""
+    other = tampered("other", seed=1, start=8.0)
+    for point, loss in zip(other["curve"], (8.0, 6.5, 4.0), strict=True):
+        point["forget"] = loss
+    study = study_of(tmp_path, [*rows(), other])
+    assert measures.attacked("paper", "other", 2)(study) == [1.0]  # seed 1 of both
+    assert measures.attacked("paper", "other")(study) == [-0.5]
+    other["curve"].append({"step": 65, "tokens": 0, "forget": 0.0, "error": 0.1, "retain": 3.0})
+    assert measures.attacked("paper", "other", 2)(study_of(tmp_path, [*rows(), other])) == [1.0]  # beyond STEPS
+    with pytest.raises(measures.Missing, match="attacks of 4 steps"):
+        measures.attacked("paper", "other", 4)(study)
+    with pytest.raises(measures.Missing, match="unmasked"):
         measures.attacked("paper", "unmasked + rmu")(study)
-    late["curve"][2]["tokens"] = 9  # steps of other sizes are not compared
-    with pytest.raises(LookupError):
-        measures.attacked("safe", "paper")(study_of(tmp_path, [*rows(), late]))
+    other["attacks"] = ["forget, lr 1"]
+    with pytest.raises(measures.Missing, match="the same attacks on paper and other"):
+        measures.attacked("paper", "other", 2)(study_of(tmp_path, [*rows(), other]))
+    del other["attacks"]
+    other["curve"][2]["tokens"] = 9  # steps of other sizes are not compared
+    with pytest.raises(measures.Missing, match="of the same steps and tokens"):
+        measures.attacked("paper", "other", 2)(study_of(tmp_path, [*rows(), other]))
 
 
 def test_relearning_counts_steps_to_the_loss_of_the_baseline(measures, tmp_path):
@@ -127,7 +152,7 @@ def test_relearning_counts_steps_to_the_loss_of_the_baseline(measures, tmp_path)
     study = study_of(tmp_path, [*rows()[:-2], *lines])
     (ratio,) = measures.relearning("slow", "quick")(study)
     assert ratio == pytest.approx(math.log2(64 / (6**0.5 - 1)))
-    with pytest.raises(LookupError, match="slow within 64 steps"):
+    with pytest.raises(measures.Missing, match="slow within 64 steps"):
         measures.relearning("quick", "slow")(study)
 
 
@@ -138,7 +163,7 @@ def test_examinations_are_compared_for_every_seed(measures, tmp_path):
     ]
     study = study_of(tmp_path, [*rows(), *lines])
     assert measures.examined("mine", ("gain", "full"), ("gain", "control"))(study) == [1.0, 1.5]
-    with pytest.raises(LookupError):
+    with pytest.raises(measures.Missing):
         measures.examined("none", ("gain", "full"), ("gain", "control"))(study)
 
 
@@ -146,6 +171,6 @@ def test_every_claim_has_a_row_with_what_was_measured(claims, tmp_path):
     lines = [*rows(), row("paper-undiscovered", (3.1, 3.2, 3.3, loss_of(0)), unlabelled=1e5)]
     table = claims.section({"claims": study_of(tmp_path, lines)}).splitlines()[-len(claims.CLAIMS) :]
     assert [line.split(" | ")[1] for line in table] == [claim.text for claim in claims.CLAIMS]
-    (leaks,) = (line for line in table if "hardly leaks" in line and line.startswith("| P "))
+    (leaks,) = (line for line in table if "all that the ablated" in line and line.startswith("| P "))
     assert "leakage: 0.0" in leaks and leaks.endswith("| < 0.1 | **confirmed** | `claims` |")
-    assert sum("| not tested |" in line for line in table) == len(claims.CLAIMS) - 1
+    assert sum("| not tested: " in line for line in table) == len(claims.CLAIMS) - 1

@@ -35,6 +35,14 @@ def test_rows_are_named_by_variant_and_by_how_a_run_was_made(tmp_path):
     assert (rmu["examined"], rmu["values"]["gain by context, es"]["full"]) == ("unmasked + rmu", 0.75)
 
 
+def test_domains_are_not_averaged(tmp_path):
+    numbers = {"extraction strength": {"full": 0.5}}
+    lines = [{"examined": "paper", "seed": 0, "domain": domain, "values": numbers} for domain in ("es", "bio")]
+    by_variant = examinations(read_study(write_rows(tmp_path / "mine.jsonl", [row("paper", (1, 1, 1, 1)), *lines])))
+    assert list(by_variant) == ["paper, es", "paper, bio"]
+    assert by_variant["paper, es"]["extraction strength"]["full"] == (0.5, None)
+
+
 def test_a_damaged_file_is_named(tmp_path):
     examine(tmp_path, "paper-s3", 3, 0.5)
     (tmp_path / "paper-s3" / "examination.json").write_text('{"domains": {"es": {}}}')

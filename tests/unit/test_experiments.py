@@ -25,14 +25,14 @@ def with_spread(line: dict) -> dict:
 
 def test_a_table_has_adjacent_columns_where_the_rows_have_them(experiments):
     line = with_spread(row("paper", (3.0, 4.0, 3.5, 8.0)))
-    plain = experiments.tables("arxiv", [line])
+    plain = experiments.tables([line])
     assert "| paper | 3 | 1,000 | 3.000 ± 0.010 | 4.000 ± 0.010 | 3.500 ± 0.010 | 8.000 ± 0.010 |" in plain
     six = {"full_adjacent": 3.2, "full_adjacent_sd": 0.1, "ablated_adjacent": 3.9, "ablated_adjacent_sd": None}
-    text = experiments.tables("arxiv", [{**line, **six}])
+    text = experiments.tables([{**line, **six}])
     assert "| full, retain | full, adjacent | full, forget | ablated, retain | ablated, adjacent |" in text
     assert "| 3.000 ± 0.010 | 3.200 ± 0.100 | 4.000 ± 0.010 | 3.500 ± 0.010 | 3.900 | 8.000 ± 0.010 |" in text
     unmasked = with_spread(row("unmasked", (3.0, 4.0, 3.0, 4.0), masks=False))
-    assert experiments.tables("arxiv", [unmasked]).endswith("4.000 ± 0.010 |  |  |")
+    assert experiments.tables([unmasked]).endswith("4.000 ± 0.010 |  |  |")
 
 
 def test_every_set_of_several_domains_has_a_row(experiments):
@@ -55,7 +55,8 @@ def test_a_section_has_question_commands_figures_and_meaning(experiments, monkey
     )
     assert text.startswith("**Question.** Does it?") and text.endswith("**Result.** It does.")
     assert "```sh\nsgtm sweep mine.yaml\n```" in text and "`sgtm report results/mine.jsonl` draws" in text
-    assert re.findall(r"!\[.*\]\((.*)\)", text) == ["figs/mine-ablated.png", "figs/mine-full.png"]
+    images = re.findall(r"!\[.*\]\((.*)\)\n\n(\w+)", text)
+    assert images == [("figs/mine-ablated.png", "Ablated"), ("figs/mine-full.png", "Full")]
 
 
 def test_every_figure_is_one_of_a_study(experiments):

@@ -78,6 +78,11 @@ def test_leakage_is_marked_where_a_seed_is_beyond_the_curve(tmp_path):
     assert by_name["mine"].extrapolated and not by_name["ignored"].extrapolated
 
 
+def test_settings_of_a_grid_are_no_variants(tmp_path):
+    setting = {"method": "rmu", "options": {}, "factor": 1.0, "retain": 4.0, "forget": 5.0, "chosen": True}
+    assert len(study_of(tmp_path, [*rows(), setting]).variants) == 8
+
+
 def test_no_curve_without_a_model_that_saw_nothing(tmp_path):
     lines = [standard(tokens) for tokens in (1e4, 3e4, 1e5)]
     assert standard_curve(study_of(tmp_path, lines).variants) is None

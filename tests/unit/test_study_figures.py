@@ -60,6 +60,19 @@ def test_the_standard_models_make_the_line_of_undiscovered_data(study):
     assert undiscovered(study._replace(variants=study.variants[:5])) is None
 
 
+def test_baselines_of_other_lengths_are_not_on_the_line_of_undiscovered_data(tmp_path):
+    longer = rows()[0] | {"variant": "standard-long", "trained": {"retain": {"retain": 3e6}, "forget:es": {}}}
+    study = read_study(write_rows(tmp_path / "mine.jsonl", [*rows(), longer]))
+    assert len(undiscovered(study).axes[0].lines[0].get_xydata()) == 5
+
+
+def test_no_two_models_look_alike(tmp_path):
+    lines = [row(f"variant-{number}", (3.0, 4.0 + number, 3.5, 8.0)) for number in range(20)]
+    (axes,) = ablated(read_study(write_rows(tmp_path / "mine.jsonl", lines))).axes
+    dots = [container.lines[0] for container in axes.containers]
+    assert len({(dot.get_color(), dot.get_marker()) for dot in dots}) == 20
+
+
 def test_bars_are_leakages_and_the_largest_residual_norms(study):
     by_name = leakages(study.variants)
     assert [bar.get_width() for bar in leaked(study).axes[0].patches] == [

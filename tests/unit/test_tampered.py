@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from sgtm.config.load import load_config, save_config
@@ -39,6 +41,7 @@ def test_rows_have_the_worst_case_by_variant_and_seed(folder):
         (2, 200, 7.5, 0.2, 4.0),
         (4, 400, 7.0, 0.1, 3.5),
     ]
+    assert paper["attacks"] == sorted(map(str, (GENTLE, HARD)))
     assert (rmu["tampered"], rmu["seed"], rmu["curve"]) == ("unmasked + rmu", 3, paper["curve"])
 
 
@@ -48,6 +51,16 @@ def test_an_adapted_run_is_named_by_its_source(folder):
     (folder / "rmu-of-it/unlearned.json").unlink()
     write_adapted(folder / "rmu-of-it", record | {"source": {"run": "filtered-s3", "step": 9}})
     assert [row["tampered"] for row in tamper_rows(folder)] == ["paper", "filtered + adapters"]
+
+
+def test_the_seed_is_taken_from_the_end_of_the_name_and_no_two_runs_have_one_name(folder):
+    for old, new in (("paper-s3", "a-s12-s1"), ("untouched", "rmu-again")):
+        (folder / old).rename(folder / new)
+    (folder / "rmu-again" / "tamper.jsonl").touch()
+    record = json.loads((folder / "rmu-of-it" / "unlearned.json").read_text())
+    write_unlearned(folder / "rmu-again", record | {"lr": 2.0})
+    names = [(row["tampered"], row["seed"]) for row in tamper_rows(folder)]
+    assert names == [("a-s12", 1), ("rmu-again", 3), ("rmu-of-it", 3)]
 
 
 def test_a_run_whose_attacks_all_failed_has_no_row(folder, monkeypatch):
