@@ -3,7 +3,7 @@
     sgtm sweep launch/recipes/claims.sweep.yaml
     python benchmarks/adapters.py launch/recipes/claims.sweep.yaml --json benchmarks/results/DEVICE/adapters.jsonl
 
-The adapters read as many forget tokens as the masked runs of the sweep do, and as many retain tokens on top. The rate
+The adapters read as many forget tokens as a run of `--seen` does, and as many retain tokens on top. The rate
 is chosen on the first seed and split train: the lowest forget loss of the full model. Every seed is then adapted at
 that rate, as VARIANT-sSEED-adapters in the sweep's folder, and measured on split test. Runs that are there are kept.
 
@@ -20,6 +20,8 @@ from pathlib import Path
 from environment import write_rows
 from unlearning import measured, variant_row
 
+from sgtm.data.open import open_corpus
+from sgtm.data.trained import trained_tokens
 from sgtm.sweep.file import Run, read_sweep
 from sgtm.unlearning.adapt import adapt_run
 
@@ -31,18 +33,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweep", type=Path, metavar="SWEEP")
     parser.add_argument("--variant", default="filtered", metavar="NAME", help="one that never saw the domain")
-    parser.add_argument("--steps", type=int, default=150, metavar="N", help="each of the run's micro-batch")
+    parser.add_argument("--seen", default="unmasked", metavar="NAME", help="a variant that saw the domain")
     parser.add_argument("--sequences", type=int, default=128, metavar="N", help="of split train, for the choice")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
     sweep = read_sweep(args.sweep)
     runs = [run for run in sweep.runs if run.variant == args.variant]
+    steps = steps_of(runs[0], next(run for run in sweep.runs if run.variant == args.seen))
     tried = []
     for factor in FACTORS:
         out = sweep.folder.with_name(f"{sweep.folder.name}-unlearning") / f"{runs[0].name}-adapters-{factor}"
-        adapt(runs[0], factor, args.steps, out)
-        losses = measured(out, "train", args.sequences)
-        options = {"rank": RANK, "alpha": ALPHA, "steps": args.steps}
+        adapt(runs[0], factor, steps, out)
+        losses = measured(out, "train", args.sequences, sweep.adjacent)
+        options = {"rank": RANK, "alpha": ALPHA, "steps": steps}
         setting = {"method": "adapters", "options": options, "factor": factor}
         full = {"retain": losses["full_retain"], "forget": losses["full_forget"]}
         tried.append({**setting, **full, "chosen": False})
@@ -52,9 +55,20 @@ def main() -> None:
     seeds = []
     for run in runs:
         out = sweep.folder / f"{run.name}-adapters"
-        adapt(run, best["factor"], args.steps, out)
-        seeds.append({"seed": run.seed, **measured(out, "test", run.config.train.eval_sequences)})
+        adapt(run, best["factor"], steps, out)
+        losses = measured(out, "test", run.config.train.eval_sequences, sweep.adjacent)
+        seeds.append({"seed": run.seed, **losses})
     write_rows(args.json, [variant_row(runs, "adapters", seeds, masks=True), *tried])
+
+
+def steps_of(run: Run, seen: Run) -> int:
+    """Steps in which adapters of `run` read as many forget tokens as the run `seen` was trained on."""
+    corpus = open_corpus(seen.config, write=False)
+    tokens = sum(
+        sum(row.values()) for true, row in trained_tokens(corpus, seen.config).items() if true.startswith("forget:")
+    )
+    config = run.config
+    return round(tokens / (config.for_ranks(1).micro_batch * config.model.context))
 
 
 def adapt(run: Run, factor: float, steps: int, out: Path) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Collection
 from itertools import product
 from pathlib import Path
 
@@ -52,13 +53,13 @@ def main() -> None:
     args = parser.parse_args()
     sweep = read_sweep(args.sweep)
     runs = [run for run in sweep.runs if run.variant == args.variant]
-    before = measured(runs[0].directory, "train", args.sequences)
+    before = measured(runs[0].directory, "train", args.sequences, sweep.adjacent)
     tried = []
     for method, settings in GRID.items():
         for number, (options, factor) in enumerate(settings):
             out = sweep.folder.with_name(f"{sweep.folder.name}-unlearning") / f"{runs[0].name}-{method}-{number}"
             lr = apply(runs[0], method, options, factor, out)
-            after = measured(out, "train", args.sequences)
+            after = measured(out, "train", args.sequences, sweep.adjacent)
             losses = {data: after[f"full_{data}"] for data in ("retain", "forget")}
             losses |= {f"{data}_before": before[f"full_{data}"] for data in ("retain", "forget")}
             setting = {"method": method, "options": options, "factor": factor, "lr": lr, "steps": METHODS[method].steps}
@@ -89,8 +90,11 @@ def apply(run: Run, method: str, options: dict, factor: float, out: Path) -> flo
     return lr
 
 
-def measured(run: Path, split: str, sequences: int | None) -> dict[str, float]:
-    """Means over categories, full and without all domains where the run has that: four losses, or two."""
+def measured(run: Path, split: str, sequences: int | None, adjacent: Collection[str] = ()) -> dict[str, float]:
+    """Means over categories, full and without all domains where the run has that: four losses, or two.
+
+    adjacent  categories that do not count as retained
+    """
     config, checkpoint = open_run(run)
     corpus = open_run_corpus(config, run, read_manifest(checkpoint))
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
@@ -98,7 +102,10 @@ def measured(run: Path, split: str, sequences: int | None) -> dict[str, float]:
     bases = {domain: base.to(dtype) for domain, base in bases.items()}
     device = next(model.parameters()).device
     evaluation = evaluate(model, corpus, config, split=split, sequences=sequences, device=device, bases=bases)
-    return four_losses(evaluation.losses, evaluation.sample["true_labels"])
+    labels = {
+        category: label for category, label in evaluation.sample["true_labels"].items() if category not in adjacent
+    }
+    return four_losses(evaluation.losses, labels)
 
 
 def four_losses(losses: dict[str, dict[str, float]], true_labels: dict[str, str]) -> dict[str, float]:
@@ -111,7 +118,7 @@ def four_losses(losses: dict[str, dict[str, float]], true_labels: dict[str, str]
             mine = [
                 loss
                 for category, loss in losses[condition].items()
-                if true_labels[category].startswith("forget:") == (data == "forget")
+                if category in true_labels and true_labels[category].startswith("forget:") == (data == "forget")
             ]
             means[f"{model}_{data}"] = statistics.fmean(mine)
     return means
@@ -123,7 +130,7 @@ def chosen_runs(sweep: Sweep, runs: list[Run], best: dict) -> list[dict]:
     for run in runs:
         out = sweep.folder / f"{run.name}-{best['method']}"
         apply(run, best["method"], best["options"], best["factor"], out)
-        seeds.append({"seed": run.seed, **measured(out, "test", run.config.train.eval_sequences)})
+        seeds.append({"seed": run.seed, **measured(out, "test", run.config.train.eval_sequences, sweep.adjacent)})
     return seeds
 
 

@@ -14,7 +14,9 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("--against", type=Path, metavar="RUN", help="a run trained without the domains, as the control")
     parser.add_argument("--only", nargs="+", default=[], metavar="MEASURE", help="measures (default: all)")
     parser.add_argument("--split", default="test", help="split whose losses are measured (default: test)")
-    parser.add_argument("--sequences", type=COUNT, metavar="N", help="sequences per category (default: all)")
+    parser.add_argument(
+        "--sequences", type=COUNT, metavar="N", help="sequences per category, of losses and membership (default: all)"
+    )
     parser.add_argument(
         "--texts", type=Path, metavar="FILE", help="passages to recite, one a line (default: of training)"
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sgtm.evaluation.quantisation import quantised
 from sgtm.evaluation.subject import Subject
 from sgtm.files import write_atomically
 from sgtm.masking.labels import FULL, removal_name
-from sgtm.run.evaluate import load_bases, load_model, small_samples
+from sgtm.run.evaluate import check_precision, load_bases, load_model, small_samples
 from sgtm.run.tamper_plan import AttackedRun, check_comparable, open_target
 
 BITS = (8, 4)
@@ -133,7 +134,7 @@ def examine_run(
     control    a run that was trained without the domains, on the same corpus; None: no control
     split      whose documents the losses are of; sequences: at most this many of each category, None: all
     texts      passages for recital and guided decoding; none: the beginnings of `passages` training documents of the
-               domain, each as long as the context
+               domain, of its categories in turn, each as long as the context
     data       `data.path` to take, of the same corpus; None: that of the run
 
     Raises ValueError before any model is loaded for a folder that is no run, data that are not those of the run, an
@@ -153,6 +154,7 @@ def examine_run(
     questions = {domain: _question(target, domain, split, sequences, texts, passages) for domain in domains}
     for about in questions.values():
         _check_text(target, about, names, log)
+    check_precision(target.config, "fp32")
     full = _subject(target)
     other = _subject(beside) if beside else None
     results: dict[str, Any] = {"split": split, "sequences": sequences, "domains": {}}
@@ -208,10 +210,15 @@ def _question(
         if short := [text for text, tokens in zip(texts, ids, strict=True) if len(tokens) < 2]:
             raise ValueError(f"the passage {short[0]!r} is a single token or none: nothing of it can be predicted")
     else:
-        documents = [document for category in forget for document in corpus.select("train", category).tolist()]
+        documents = in_turn([corpus.select("train", category).tolist() for category in forget])
         long = [document for document in documents if corpus.documents["length"][document] >= context]
         ids = [tuple(corpus.tokens(document, 0, context).tolist()) for document in (long or documents)[:passages]]
     return Question(tuple(forget), tuple(retain), split, sequences, tuple(ids))
+
+
+def in_turn(documents: Sequence[Sequence[int]]) -> list[int]:
+    """The first of each, the second of each, and so on."""
+    return [document for turn in zip_longest(*documents) for document in turn if document is not None]
 
 
 def write_examination(run: Path, results: dict[str, Any]) -> Path:

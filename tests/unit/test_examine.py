@@ -69,6 +69,10 @@ def test_passages_are_the_beginnings_of_training_documents(runs, monkeypatch):
     assert [len(text) for text in questions[-1].texts] == [3, 2]
 
 
+def test_passages_are_of_all_categories_in_turn():
+    assert module.in_turn([[7, 8, 9], [4]]) == [7, 4, 8, 9]
+
+
 def test_what_is_refused_before_a_model_is_loaded(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_model", lambda *rest: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="unknown measure 'probe'; the measures are calibrated, recital"):
