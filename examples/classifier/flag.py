@@ -27,7 +27,7 @@ from sklearn.model_selection import cross_val_predict
 from sklearn.pipeline import make_pipeline
 
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-FOLDS = 5
+FOLDS, LEAST_HITS = 5, 5
 
 
 def main() -> None:
@@ -42,6 +42,8 @@ def main() -> None:
     parser.add_argument("--leave", nargs="*", default=[], metavar="CATEGORY", help="categories to leave as they are")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not 0 < (share := args.recall or args.precision or 0.0) <= 1:
+        parser.error(f"--recall and --precision take a share above 0 and at most 1, got {share:g}")
     with open_text(args.source, "rt") as file:
         documents = [json.loads(line) for line in file]
     others = [n for n, document in enumerate(documents) if document["category"] not in args.leave]
@@ -77,7 +79,7 @@ def chosen_threshold(scores: np.ndarray, truth: np.ndarray, recall: float | None
         reached = candidates[hits >= recall * truth.sum()]
         return float(reached[-1])
     flagged = np.array([(scores >= candidate).sum() for candidate in candidates])
-    reached = candidates[(hits >= precision * flagged) & (hits >= FOLDS)]  # fewer could be luck
+    reached = candidates[(hits >= precision * flagged) & (hits >= LEAST_HITS)]  # fewer could be luck
     if not len(reached):
         sys.exit(f"no threshold has a precision of {precision}; raise --documents")
     return float(reached[0])

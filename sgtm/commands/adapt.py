@@ -13,7 +13,7 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="RUN2", help="run directory to write")
     parser.add_argument("--domain", metavar="DOMAIN", help="domain to train adapters of (default: the run's only one)")
     parser.add_argument("--rank", type=natural, default=16, metavar="R", help="of every adapter (default: 16)")
-    parser.add_argument("--alpha", type=AMOUNT, default=32.0, metavar="A", help="scale times rank (default: 32)")
+    parser.add_argument("--alpha", type=AMOUNT, default=32.0, metavar="A", help="scale: A / R (default: 32)")
     parser.add_argument("--steps", type=COUNT, metavar="N", help="updates (default: one pass over the domain's text)")
     parser.add_argument("--lr", type=AMOUNT, metavar="LR", help="learning rate, constant (default: the run's peak)")
     about = "weight of the loss on retain text; 0 reads none (default: 1)"

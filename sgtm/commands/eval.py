@@ -12,7 +12,7 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory, e.g. runs/quickstart")
     parser.add_argument("--split", default="test", help="split of the prepared data (default: test)")
     parser.add_argument("--sequences", type=COUNT, metavar="N", help="sequences per category (default: all)")
-    steer = "add S times the run's direction to every token of the full model and write summary-steerS.json"
+    steer = "add S times the run's direction to every token of the full model and write summary-steer+S.json"
     parser.add_argument("--steer", type=finite, metavar="S", help=f"{steer}; default: steering.strength of the run")
     parser.add_argument("--data.path", dest="data_path", metavar="DIR", help=DATA)
 

@@ -78,7 +78,10 @@ class LearningCurve:
         if len(order) < LEAST:
             raise ValueError(f"a learning curve needs {LEAST} evaluations or more, the baseline has {len(order)}")
         if not (np.isfinite(self.losses) & (self.losses > 0) & (self.compute > 0)).all():
-            raise ValueError("the baseline's losses and compute must be finite and above 0")
+            raise ValueError(
+                f"the baseline's losses and compute must be finite and above 0; they are {self.losses.tolist()} at "
+                f"{self.compute.tolist()}"
+            )
         if (np.diff(self.compute) == 0).any():
             raise ValueError("two evaluations of the baseline are at the same compute")
         self.falling = _falling(self.losses)
@@ -86,7 +89,7 @@ class LearningCurve:
             raise ValueError("the baseline's loss does not fall, so that it reaches no loss at a compute of its own")
 
     def ratio(self, loss: float) -> ComputeRatio:
-        """Of a loss in nats, finite and above 0."""
+        """Return the ratio of a loss in nats, finite and above 0."""
         value, outside = self._reach(loss)
         error = self.error(loss)
         low = high = math.nan

@@ -41,7 +41,8 @@ class TokenCurve:
     def __init__(self, tokens: Sequence[float], losses: Sequence[float]):
         unseen = [loss for count, loss in zip(tokens, losses, strict=True) if count == 0]
         if len(unseen) != 1:
-            raise ValueError(f"the curve needs one model that was trained on 0 forget tokens, it has {len(unseen)}")
+            what = "exactly one model that was trained on 0 forget tokens"
+            raise ValueError(f"the curve needs {what}; it has {len(unseen)}")
         pairs = [(count, loss) for count, loss in zip(tokens, losses, strict=True) if count]
         self.unseen = unseen[0]
         self.curve = LearningCurve([count for count, _ in pairs], [loss for _, loss in pairs])
@@ -58,7 +59,9 @@ class TokenCurve:
 
 
 def leakage(loss: float, curve: TokenCurve, unlabelled: float, error: float | None = None) -> Leakage:
-    """Of the ablated model's loss on forget data, in nats; unlabelled: forget tokens trained without their label.
+    """Return the leakage of the ablated model's loss on forget data, in nats.
+
+    unlabelled  forget tokens trained without their label
 
     Raises ValueError for a loss that is not finite.
     """

@@ -37,7 +37,7 @@ class Estimate(NamedTuple):
 
 
 class Recital(NamedTuple):
-    """Of some texts: extraction strength and exact memorisation, means over the texts."""
+    """Extraction strength and exact memorisation of some texts, means over the texts."""
 
     extraction_strength: Estimate
     exact_memorisation: Estimate
@@ -45,7 +45,7 @@ class Recital(NamedTuple):
 
 
 def mean(values: torch.Tensor) -> Estimate:
-    """Of [n] values, one for each document. Raises ValueError for none."""
+    """Mean and standard error of [n] values, one for each document. Raises ValueError for none."""
     if not len(values):
         raise ValueError("no document to take a mean over")
     values = values.double()

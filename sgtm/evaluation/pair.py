@@ -1,4 +1,4 @@
-"""Two attacks that only dual models have: the full and the ablated model are both public.
+"""Two attacks that need both models: the full and the ablated one are public.
 
 Guided decoding (arXiv 2505.24379, there for a model before and after unlearning): the difference of their logits points
 at what the domain's group adds, so an attacker decodes from

@@ -106,7 +106,7 @@ class Subject:
 
     @torch.no_grad()
     def scores(self, split: str, category: str, sequences: int | None = None) -> Scores:
-        """Of all targets of up to `sequences` sequences of a category, in the order of the evaluation."""
+        """Score all targets of up to `sequences` sequences of a category, in the order of the evaluation."""
         parts = []
         for batch in self.batches(split, category, sequences):
             ids, targets, plan = batch.on(self.device, self.tables)

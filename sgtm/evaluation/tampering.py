@@ -95,7 +95,7 @@ class Attack:
         return f"{self.data}, {self.schedule}{budget}, lr {self.lr:.2g}"
 
     def learning_rate(self, step: int) -> float:
-        """Of update `step`, counted from 0."""
+        """Return those of update `step`, counted from 0."""
         if step < self.warmup:
             return self.lr * (step + 1) / (self.warmup + 1)
         if self.schedule == "constant":
@@ -163,7 +163,7 @@ class AttackData:
         self.micro_batch = micro_batch
 
     def step(self, step: int) -> list[Batch]:
-        """Of update `step`, counted from 0."""
+        """Return those of update `step`, counted from 0."""
         sequences = [
             sequence
             for reader, share in zip(self.readers, self.shares, strict=True)
@@ -247,7 +247,7 @@ def held_out(
     split: str = "test",
     sequences: int | None = None,
 ) -> HeldOut:
-    """Of up to `sequences` sequences of each category. Raises ValueError for a category that the split lacks."""
+    """Measure up to `sequences` sequences of each category. Raises ValueError for a category that the split lacks."""
     by_document = {}
     for category in dict.fromkeys((*forget, *retain)):
         scores = subject.scores(split, category, sequences)
@@ -286,7 +286,7 @@ class Reached(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Of two losses, in nats.
+    """Difference of two losses, in nats.
 
     error   its standard error, None for a single document
     paired  whether it is that of the differences by document; else the losses count as measured on other documents,

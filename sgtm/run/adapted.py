@@ -49,8 +49,6 @@ def described_adapters(record: dict) -> str:
 
 
 def seen_sentence(record: dict) -> str:
-    """That the base is no model without the domain."""
-    return (
-        f"`{record['source']['run']}` was trained on text of `{record['domain']}`: without the adapters it is no model "
-        f"that never saw the domain."
-    )
+    """That the base has seen the domain."""
+    source, domain = record["source"]["run"], record["domain"]
+    return f"`{source}` was trained on text of `{domain}`, so the model without the adapters has seen it."

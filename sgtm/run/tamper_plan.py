@@ -111,7 +111,8 @@ def check_comparable(target: AttackedRun, other: AttackedRun) -> None:
     if settings[0] != settings[1]:
         raise ValueError(
             f"{other.run} has model.context {settings[1][0]}{' and isolated documents' * settings[1][1]}, {target.run} "
-            f"{settings[0][0]}{' and isolated documents' * settings[0][1]}: their losses are of other sequences"
+            f"{settings[0][0]}{' and isolated documents' * settings[0][1]}: their losses are of other sequences; train "
+            f"the second with the settings of the first"
         )
 
 
@@ -147,12 +148,16 @@ def make_plan(
         tuple(name for name, label in target.corpus.categories.items() if label in wanted)
         for wanted in (labels, {"retain"})
     )
-    if not budgets or not multiples or min(budgets) < 1 or not 0 <= warmup < 1 or seed < 0 or sequences < 1:
-        raise ValueError(
-            f"a grid of attacks takes budgets of a step or more, learning rates, a warm-up that is a share from 0 to "
-            f"below 1, a seed of 0 or more and a sequence or more; got budgets {list(budgets)}, multiples "
-            f"{list(multiples)}, warm-up {warmup}, seed {seed}, sequences {sequences}"
-        )
+    checks = (
+        ("budgets", list(budgets), "one or more numbers of steps above 0", bool(budgets) and min(budgets) >= 1),
+        ("multiples", list(multiples), "one or more learning rates", bool(multiples)),
+        ("warm-up", warmup, "a share from 0 to below 1", 0 <= warmup < 1),
+        ("seed", seed, "0 or more", seed >= 0),
+        ("sequences", sequences, "1 or more", sequences >= 1),
+    )
+    for name, value, takes, fits in checks:
+        if not fits:
+            raise ValueError(f"a grid of attacks: {name} {value}; it takes {takes}")
     longest, lr = max(budgets), target.config.optimizer.lr
     attacks = [
         Attack(

@@ -49,9 +49,11 @@ def domain_of(config: Config, domain: str | None, run: Path) -> str:
         return domains[0]
     if domain in domains:
         return domain
-    known = ", ".join(domains) or "none"
+    if not domains:
+        raise ValueError(f"{run} was trained without domains (masking.domains is empty)")
+    known = ", ".join(domains)
     if domain is None:
-        raise ValueError(f"{run} has several domains or none ({known}); give one with --domain")
+        raise ValueError(f"{run} has the domains {known}; choose one with --domain")
     raise ValueError(f"{run} has no domain {domain!r}{did_you_mean(domain, domains)}; its domains are {known}")
 
 

@@ -74,6 +74,7 @@ def test_documents_in_disguise_are_missed_at_a_precision_and_cost_others_at_a_re
         (documents()[:204], ("--recall", "0.9"), "fewer than 5 of 150 documents are biology"),
         (documents(disguised=100), ("--precision", "0.99"), "no threshold has a precision of 0.99"),
         (documents(), ("--recall", "0.9", "--precision", "0.9"), "not allowed with argument"),
+        (documents(), ("--recall", "1.5"), "take a share above 0 and at most 1, got 1.5"),
     ],
 )
 def test_what_cannot_be_learned_ends_in_one_line(tmp_path, lines, options, message):

@@ -20,7 +20,7 @@ SENTENCE = (
     "Adapted: `es` by adapters of rank 16 (alpha 32, retain_weight 1), 125 steps at learning rate 0.00667, seed 3, "
     "from run `filtered` after step 2,000; without `es` it is that run."
 )
-SEEN = " `filtered` was trained on text of `es`: without the adapters it is no model that never saw the domain."
+SEEN = " `filtered` was trained on text of `es`, so the model without the adapters has seen it."
 
 
 def test_a_record_is_read_as_written(tmp_path):

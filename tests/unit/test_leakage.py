@@ -53,7 +53,7 @@ def test_without_unlabelled_tokens_there_is_no_ratio(curve):
 
 def test_what_a_curve_needs():
     losses = [loss_of(count) for count in TOKENS]
-    with pytest.raises(ValueError, match="0 forget tokens, it has 0"):
+    with pytest.raises(ValueError, match="0 forget tokens; it has 0"):
         TokenCurve(TOKENS[1:], losses[1:])
     with pytest.raises(ValueError, match="needs 3 evaluations"):
         TokenCurve(TOKENS[:3], losses[:3])

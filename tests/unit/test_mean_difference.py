@@ -123,7 +123,7 @@ def refused(message: str, run: Path, out: Path, **options) -> None:
 def test_what_does_not_fit_is_refused_before_anything_is_computed(untouched, tmp_path):
     out = tmp_path / "es.safetensors"
     refused("has no domain 'bio'; its domains are es, fr", untouched, out, domain="bio")
-    refused(r"has several domains or none \(es, fr\); give one with --domain", untouched, out, domain=None)
+    refused(r"has the domains es, fr; choose one with --domain", untouched, out, domain=None)
     refused("no text of category fr in its split train", untouched, out, domain="fr")
     for layer in (2, -1):
         refused(f"--layer {layer}: the model has 2 blocks, counted from 0", untouched, out, layer=layer)

@@ -221,7 +221,7 @@ def test_a_base_that_has_seen_the_domain_is_warned_of(tmp_path, capsys, strategy
     out = adapt_run(source, tmp_path / "out", domain="es", rank=2, steps=1)
     assert read_adapted(out)["seen"]
     error = capsys.readouterr().err
-    assert "warning: small was trained on text of es: without the adapters it is no model" in error
+    assert "warning: small was trained on text of es, so the model without the adapters has seen it" in error
     assert "--masking.strategy none --data.upsample '{es: 0}'" in error
     assert evaluate_run(out)["losses"]["without es"] == evaluate_run(source)["losses"]["full"]
 
@@ -236,7 +236,7 @@ def refused(message: str, run: Path, out: Path, **options) -> None:
 def test_what_does_not_fit_is_refused_and_leaves_nothing(source, adapted, tmp_path):
     out = tmp_path / "out"
     refused("has no domain 'bio'; its domains are es, fr", source, out, domain="bio")
-    refused(r"has several domains or none \(es, fr\); give one with --domain", source, out, domain=None)
+    refused(r"has the domains es, fr; choose one with --domain", source, out, domain=None)
     refused("no text of category fr in its split train", source, out, domain="fr")
     refused("rank 0: an adapter of blocks.0.attention.w_qkv, 96 outputs by 32 inputs, has a rank", source, out, rank=0)
     refused("rank 25: an adapter of blocks.0.mlp.w_in, 24 outputs by 32 inputs, .* to 24", source, out, rank=25)

@@ -151,7 +151,7 @@ def refused(message: str, run: Path, out: Path, method: str = "npo", **options) 
 def test_what_does_not_fit_is_refused_and_leaves_nothing(source, tmp_path):
     out = tmp_path / "out"
     refused("has no domain 'bio'; its domains are es, fr", source, out, domain="bio")
-    refused(r"has several domains or none \(es, fr\); give one with --domain", source, out, domain=None)
+    refused(r"has the domains es, fr; choose one with --domain", source, out, domain=None)
     refused(r"unknown method 'nop' \(did you mean npo\?\); known methods: gradient_ascent, ", source, out, method="nop")
     refused("finetune has no option beta; it takes none", source, out, method="finetune", options={"beta": 1.0})
     refused("npo has no option layer; it takes beta, retain_weight", source, out, options={"layer": 1})
