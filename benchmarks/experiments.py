@@ -129,8 +129,8 @@ EXPERIMENTS = {
     "batch": Experiment("Batch composition"),
     "novels": Experiment(
         "English and Spanish novels: recipes, groups and shares",
-        "Which recipe loses least to its masks, with a domain's group of which size, and how much of the Spanish may be "
-        "undiscovered?",
+        "Which recipe loses least to its masks, with a domain's group of which size, and how much of the Spanish "
+        "may stay undiscovered?",
         trained(
             NOVELS,
             "novels",
