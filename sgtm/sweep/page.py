@@ -15,8 +15,8 @@ from sgtm.sweep import study_figures as figures
 from sgtm.sweep.study import Study, differing_settings, examinations, leakages
 
 SERIES = (
-    "Dots: the last losses of models with masks; rings: of models that were trained without; bars: 95 % confidence "
-    "intervals over the seeds. Line: the evaluations in training, mean over the seeds."
+    "Filled marks: the last losses of models with masks; hollow ones: of models that were trained without; bars: 95 % "
+    "confidence intervals over the seeds. Line: the evaluations in training, mean over the seeds."
 )
 EXHIBITS = (
     (
@@ -40,7 +40,7 @@ EXHIBITS = (
         figures.front,
         "The price of removal: forget loss of the models that are served without the domains against the retain loss "
         "of the full models. Up and left is better. Line: masked variants that no other masked one beats in both; "
-        "rings: models that were trained without masks, which serve one model for both.",
+        "hollow: models that were trained without masks, which serve one model for both.",
         "No masked variant with losses.",
     ),
     (
