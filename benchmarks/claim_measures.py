@@ -143,11 +143,11 @@ def beyond(name: str, loss: str, baseline: str) -> Callable[[Study], bool]:
 
 def attacked(first: str, second: str, steps: int | None = None) -> Callable[[Study], list[float]]:
     """Forget loss of the worst attack, of the first minus of the second, after so many steps; None: after the number of
-    steps, of those evaluated, at which the first is furthest below the second."""
+    steps, of those evaluated, at which the mean over the seeds is lowest."""
 
     def measure(study: Study) -> list[float]:
         ours, theirs = _curves(study, first), _curves(study, second)
-        differences = []
+        by_seed: list[dict[int, float]] = []
         grids = [{row["seed"]: row.get("attacks") for row in _attacked_rows(study, name)} for name in (first, second)]
         for seed in (seed for seed in ours if seed in theirs):
             if grids[0][seed] != grids[1][seed]:
@@ -156,10 +156,12 @@ def attacked(first: str, second: str, steps: int | None = None) -> Callable[[Stu
             if list(by_step[0]) != list(by_step[1]):
                 raise Missing(f"attacks of {first} and {second} of the same steps and tokens")
             each = {step: by_step[0][step, tokens] - by_step[1][step, tokens] for step, tokens in by_step[0] if step}
-            if steps is not None and steps not in each:
-                raise Missing(f"attacks of {steps} steps")
-            differences.append(min(each.values()) if steps is None else each[steps])
-        return differences
+            by_seed.append(each)
+        shared = [step for step in by_seed[0] if all(step in each for each in by_seed)] if by_seed else []
+        if steps is not None and steps not in shared:
+            raise Missing(f"attacks of {steps} steps")
+        worst = min(shared, key=lambda step: sum(each[step] for each in by_seed), default=0)
+        return [each[worst if steps is None else steps] for each in by_seed]
 
     return measure
 
@@ -181,7 +183,7 @@ def change_with_size(names: Sequence[str]) -> Callable[[Study], list[float]]:
 def relearning(first: str, second: str, baseline: str = "unmasked") -> Callable[[Study], list[float]]:
     """log2 of how many times as many steps the worst attack on the first takes as that on the second, to the forget
     loss that the baseline has before any attack, on the same held-out text. What is not reached counts as STEPS for the
-    first, which is too few; for the second it is an error."""
+    first, which is too few (`unreached`); for the second it is an error."""
 
     def measure(study: Study) -> list[float]:
         curves = {name: _curves(study, name) for name in (first, second, baseline)}
@@ -194,6 +196,16 @@ def relearning(first: str, second: str, baseline: str = "unmasked") -> Callable[
                 raise Missing(f"{second} within {STEPS} steps")
             ratios.append(math.log2((ours or STEPS) / theirs))
         return ratios
+
+    return measure
+
+
+def unreached(first: str, baseline: str = "unmasked") -> Callable[[Study], bool]:
+    """Whether the worst attack on the first misses the baseline's loss for a seed, so that its steps are a bound."""
+
+    def measure(study: Study) -> bool:
+        curves, targets = _curves(study, first), _curves(study, baseline)
+        return any(steps_to(curves[seed], targets[seed][0]["forget"]) is None for seed in curves if seed in targets)
 
     return measure
 
@@ -227,6 +239,9 @@ def examined(name: str, first: tuple[str, str], second: tuple[str, str]) -> Call
         rows = [row["values"] for row in study.examined if row["examined"] == name]
         if not rows:
             raise Missing(f"examinations of {name}")
+        for number, model in (first, second):
+            if not all(model in values.get(number, ()) for values in rows):
+                raise Missing(f"{number!r} of {model!r} in every examination of {name}")
         return [values[first[0]][first[1]] - values[second[0]][second[1]] for values in rows]
 
     return measure

@@ -30,6 +30,7 @@ from claim_measures import (
     penalty,
     relearning,
     spill,
+    unreached,
 )
 from tables import markdown
 
@@ -38,7 +39,8 @@ from sgtm.sweep.study import Interval, Study, interval
 
 class Claim(NamedTuple):
     """limit: what the measured quantity has to be above, or below where `below`; unit: of quantity and limit; outside:
-    whether the quantity is extrapolated; study: the stem of the results file."""
+    whether the quantity is extrapolated; study: the stem of the results file; at_least: whether what is
+    measured is a lower bound."""
 
     source: str
     text: str
@@ -49,6 +51,7 @@ class Claim(NamedTuple):
     unit: str = " nats"
     outside: Callable[[Study], bool] = lambda study: False
     study: str = "claims"
+    at_least: Callable[[Study], bool] = lambda study: False
 
 
 def section(studies: Mapping[str, Study]) -> str:
@@ -73,7 +76,10 @@ def _measured(claim: Claim, study: Study | None) -> tuple[str, str]:
     measured = interval(values)
     if measured is None:
         return "", "not tested: a run has diverged" if values else "not tested: no seed"
-    return f": {measured}{claim.unit}{star}", verdict(claim, measured)
+    result = verdict(claim, measured)
+    if claim.at_least(study):
+        return f": at least {measured}{claim.unit}{star}", "undecided" if "refuted" in result else result
+    return f": {measured}{claim.unit}{star}", result
 
 
 ABOUT = (
@@ -260,6 +266,7 @@ CLAIMS = (
             False,
             relearning(name, f"unmasked + {method.lower()}"),
             "",
+            at_least=unreached(name),
         )
         for name in ("paper", DUAL)
         for method in ("RMU", "NPO")

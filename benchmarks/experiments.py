@@ -6,17 +6,19 @@ prepares, trains and measures as the experiment's commands in docs/results.md do
 benchmarks/results/NAME/claims.jsonl. What has been trained is kept, so that the same command continues where it was.
 NOVELS and ARXIV: folders of the texts, which launch/recipes/*.rules.yaml describe.
 
-The figures in docs/figures are those of `sgtm report FILE` for the committed file of rows; each carries the SHA-256 of
-that file, so that `report.py --check` finds one that is out of date.
+The figures in docs/figures are those of `sgtm report FILE` for the committed file of rows; each carries a SHA-256 of
+that file and of the code that draws, so that `report.py --check` finds one that is out of date.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import statistics
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +28,8 @@ from tables import markdown
 
 from sgtm.files import sha256_of
 from sgtm.report.figures import STYLE
-from sgtm.sweep import study_figures
+from sgtm.sweep import figures as sweep_figures
+from sgtm.sweep import study, study_figures
 from sgtm.sweep.page import EXHIBITS
 from sgtm.sweep.study import read_study
 
@@ -192,7 +195,11 @@ def main() -> int:
         value = getattr(args, option)
         if word in script and value is None:
             parser.error(f"{args.name} takes --{option} FOLDER")
-        script = script.replace(word, str(value))
+        if word in script and word != "DEVICE":
+            value = Path(value).resolve()
+            if not value.is_dir():
+                parser.error(f"--{option}: no folder {value}")
+        script = script.replace(word, shlex.quote(str(value)))
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     command = ["bash", "-euo", "pipefail", "-x", "-c", script]
     return subprocess.run(command, env={**os.environ, "PATH": path}, cwd=ROOT, check=False).returncode
@@ -315,11 +322,17 @@ def figure_files(results: list[Path]) -> dict[Path, tuple[Path, str]]:
 
 
 def is_current(image: Path, results: Path) -> bool:
-    """Whether the figure was drawn from this very file."""
+    """Whether the figure was drawn from this very file, by this very code."""
     if not image.exists():
         return False
     with Image.open(image) as picture:
-        return picture.info.get("Source") == sha256_of(results)
+        return picture.info.get("Source") == source_of(results)
+
+
+def source_of(results: Path) -> str:
+    """SHA-256 of the file of rows and of the code that draws it."""
+    code = (Path(module.__file__ or "") for module in (study, study_figures, sweep_figures))
+    return sha256("".join(map(sha256_of, (results, *code))).encode()).hexdigest()
 
 
 def draw(image: Path, results: Path, figure: str) -> None:
@@ -329,7 +342,7 @@ def draw(image: Path, results: Path, figure: str) -> None:
         if drawn is None:
             raise LookupError(f"{results} has no figure {figure}")
         image.parent.mkdir(exist_ok=True)
-        drawn.savefig(image, dpi=120, metadata={"Source": sha256_of(results), "Software": None})
+        drawn.savefig(image, dpi=120, metadata={"Source": source_of(results), "Software": None})
 
 
 if __name__ == "__main__":

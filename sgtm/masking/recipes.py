@@ -12,7 +12,7 @@ Keys beside a recipe, or on the command line, override it; it overrides the keys
     certified  a domain's data train its group alone, as does a fifth of the retain data: the safe model does not
                depend, in any bit, on what the domain's documents say (sgtm/masking/certificate.py)
 
-docs/recipes.md compares `dual`, `certified` and `paper` in variants; `gram` has not been trained beside them.
+docs/recipes.md compares `dual`, `certified` and `paper` in variants; docs/results.md has `gram` beside them.
 """
 
 from __future__ import annotations

@@ -144,20 +144,24 @@ def read_study(path: Path) -> Study:
         lines = file.read_text("utf-8").splitlines()
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror}; `sgtm sweep FILE.yaml --table` writes a sweep's table") from None
+    if not lines:
+        raise ValueError(f"{file} has no row")
     variants: list[Variant] = []
     tampered, examined = (tamper_rows(folder), examination_rows(folder)) if folder else ([], [])
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             if "tampered" in row:
+                _ = row["seed"], row["condition"], [(point["step"], point["forget"]) for point in row["curve"]]
                 tampered.append(row)
             elif "examined" in row:
+                _ = row["seed"], row["domain"], [dict(by_model) for by_model in row["values"].values()]
                 examined.append(row)
             elif "chosen" in row:  # a setting of a grid
                 continue
             elif row["seeds"]:
                 variants.append(_variant(row, folder))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}, line {number}: not a row of a sweep's table.jsonl ({error!r})") from None
     return Study(path.name, tuple(variants), tuple(tampered), tuple(examined))
 

@@ -34,13 +34,16 @@ def test_one_command_runs_all_in_their_order(benchmarks, monkeypatch, tmp_path, 
     commands = "echo NOVELS >> runs.txt\nfalse\necho never >> runs.txt"
     monkeypatch.setitem(experiments.EXPERIMENTS, "mine", experiments.Experiment("Mine", "Does it?", commands))
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
-    monkeypatch.setattr("sys.argv", ["experiments.py", "mine", "--novels", "my/novels"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my novels").mkdir()
+    monkeypatch.setattr("sys.argv", ["experiments.py", "mine", "--novels", "my novels"])
     assert experiments.main() == 1  # as the second command, after which nothing is run
-    assert (tmp_path / "runs.txt").read_text() == "my/novels\n"
-    monkeypatch.setattr("sys.argv", ["experiments.py", "mine"])
-    with pytest.raises(SystemExit):
-        experiments.main()
-    assert "mine takes --novels FOLDER" in capsys.readouterr().err
+    assert (tmp_path / "runs.txt").read_text() == f"{tmp_path / 'my novels'}\n"
+    for more, message in (([], "mine takes --novels FOLDER"), (["--novels", "none"], "--novels: no folder")):
+        monkeypatch.setattr("sys.argv", ["experiments.py", "mine", *more])
+        with pytest.raises(SystemExit):
+            experiments.main()
+        assert message in capsys.readouterr().err
 
 
 def _git(*command: str) -> subprocess.CompletedProcess:

@@ -152,6 +152,7 @@ def test_relearning_counts_steps_to_the_loss_of_the_baseline(measures, tmp_path)
     study = study_of(tmp_path, [*rows()[:-2], *lines])
     (ratio,) = measures.relearning("slow", "quick")(study)
     assert ratio == pytest.approx(math.log2(64 / (6**0.5 - 1)))
+    assert measures.unreached("slow")(study) and not measures.unreached("quick")(study)
     with pytest.raises(measures.Missing, match="slow within 64 steps"):
         measures.relearning("quick", "slow")(study)
 
@@ -163,8 +164,17 @@ def test_examinations_are_compared_for_every_seed(measures, tmp_path):
     ]
     study = study_of(tmp_path, [*rows(), *lines])
     assert measures.examined("mine", ("gain", "full"), ("gain", "control"))(study) == [1.0, 1.5]
-    with pytest.raises(measures.Missing):
-        measures.examined("none", ("gain", "full"), ("gain", "control"))(study)
+    for name, number in (("none", "gain"), ("mine", "loss")):
+        with pytest.raises(measures.Missing):
+            measures.examined(name, (number, "full"), ("gain", "control"))(study)
+
+
+def test_a_lower_bound_refutes_nothing(claims, measures, tmp_path):
+    study = study_of(tmp_path, rows())
+    bound = claims.Claim("P", "text", "steps", 1.0, False, lambda study: [0.1, 0.2, 0.15], at_least=lambda study: True)
+    assert claims._measured(bound, study) == (": at least 0.150 ± 0.124 nats", "undecided")
+    assert claims._measured(bound._replace(at_least=lambda study: False), study)[1] == "**refuted**"
+    assert claims._measured(bound._replace(limit=0.0), study)[1] == "**confirmed**"
 
 
 def test_every_claim_has_a_row_with_what_was_measured(claims, tmp_path):

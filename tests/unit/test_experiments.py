@@ -65,13 +65,17 @@ def test_every_figure_is_one_of_a_study(experiments):
         assert bool(experiment.question) == bool(experiment.commands) == bool(experiment.meaning), name
 
 
-def test_a_figure_is_out_of_date_when_its_rows_change(experiments, monkeypatch, tmp_path):
+def test_a_figure_is_out_of_date_when_its_rows_or_its_code_change(experiments, monkeypatch, tmp_path):
     results, image = write_rows(tmp_path / "claims.jsonl", rows()), tmp_path / "figures" / "claims-ablated.png"
     monkeypatch.setattr(experiments, "FIGURES", tmp_path / "figures")
     assert experiments.figure_files([results])[image] == (results, "ablated")
     assert not experiments.is_current(image, results)
     experiments.draw(image, results, "ablated")
     assert experiments.is_current(image, results)
+    (tmp_path / "other.py").write_text("# other code")
+    with monkeypatch.context() as patch:
+        patch.setattr(experiments.study_figures, "__file__", str(tmp_path / "other.py"))
+        assert not experiments.is_current(image, results)
     write_rows(results, rows()[:-1])
     assert not experiments.is_current(image, results)
     write_rows(results, rows()[:3])

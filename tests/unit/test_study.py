@@ -78,6 +78,19 @@ def test_leakage_is_marked_where_a_seed_is_beyond_the_curve(tmp_path):
     assert by_name["mine"].extrapolated and not by_name["ignored"].extrapolated
 
 
+@pytest.mark.parametrize(
+    "line", [{"tampered": "a", "seed": 0, "curve": []}, {"examined": "a", "seed": 0, "values": {}}, {"examined": "a"}]
+)
+def test_a_damaged_row_is_named_by_its_line(tmp_path, line):
+    with pytest.raises(ValueError, match=r"mine\.jsonl, line 10: not a row of a sweep's table"):
+        study_of(tmp_path, [*rows()[:-1], line])
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"mine\.jsonl has no row"):
+        study_of(tmp_path, [])
+
+
 def test_settings_of_a_grid_are_no_variants(tmp_path):
     setting = {"method": "rmu", "options": {}, "factor": 1.0, "retain": 4.0, "forget": 5.0, "chosen": True}
     assert len(study_of(tmp_path, [*rows(), setting]).variants) == 8
