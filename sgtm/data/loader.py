@@ -29,7 +29,7 @@ from sgtm.config.schema import Config
 from sgtm.config.sections import DataConfig
 from sgtm.data.batch import Batch, Owners
 from sgtm.data.evaluation import sequences_of
-from sgtm.data.packing import Piece, Sequence, Stream, derived_seed, pack, shuffled
+from sgtm.data.packing import Piece, Sequence, Stream, check_upsample, derived_seed, pack, shuffled
 from sgtm.data.store import Corpus
 from sgtm.data.summary import labels_of, trained_categories
 from sgtm.masking.certificate import check_certified
@@ -301,8 +301,8 @@ def isolates_documents(data: DataConfig) -> bool:
 
 
 def check_corpus(corpus: Corpus, config: Config) -> None:
-    """Raises ValueError where the corpus lacks a split, or does not fit the model's vocabulary, the domains or
-    `masking.certify`."""
+    """Raises ValueError where the corpus lacks a split or a category of `data.upsample`, or does not fit the model's
+    vocabulary, the domains or `masking.certify`."""
     for split in ("train", "test"):
         if split not in corpus.manifest.splits:
             raise ValueError(
@@ -324,6 +324,7 @@ def check_corpus(corpus: Corpus, config: Config) -> None:
             f"again with a tokenizer of {wanted} entries: --vocab-size {wanted}"
         )
     corpus.label_of_category(config.space)
+    check_upsample(corpus, config.data.upsample)
     check_certified(config.conditions, trained_categories(corpus), bool(len(corpus.spans)))
     for domain in config.masking.domains:
         if f"forget:{domain}" not in corpus.categories.values():

@@ -283,6 +283,15 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
+def check_upsample(corpus: Corpus, upsample: dict[str, float]) -> None:
+    """Raises ValueError where `data.upsample` names a category that the corpus lacks."""
+    if unknown := set(upsample) - set(corpus.categories):
+        raise ValueError(
+            f"data.upsample names {', '.join(sorted(unknown))}; the categories of {corpus.path} are "
+            f"{', '.join(corpus.categories)}"
+        )
+
+
 def _upsampled(corpus: Corpus, documents: np.ndarray, upsample: dict[str, float], seed: int, epoch: int) -> np.ndarray:
     """Documents repeated by `upsample`: whole copies, and one more where a draw passes a whole number.
 
@@ -290,12 +299,7 @@ def _upsampled(corpus: Corpus, documents: np.ndarray, upsample: dict[str, float]
     epoch: an epoch has its share of the documents, rounded, and in any N epochs a document comes N times the factor,
     rounded. Two epochs share the border between them, so that rounding of floats neither repeats nor skips a document.
     """
-    unknown = set(upsample) - set(corpus.categories)
-    if unknown:
-        raise ValueError(
-            f"data.upsample names {', '.join(sorted(unknown))}; the categories of {corpus.path} are "
-            f"{', '.join(corpus.categories)}"
-        )
+    check_upsample(corpus, upsample)
     factors = np.array([upsample.get(category, 1.0) for category in corpus.categories])
     categories = corpus.documents["category"][documents]
     factor = factors[categories]

@@ -226,6 +226,12 @@ def test_how_to_mend_the_vocabulary(corpus):
         check_corpus(round_one, run)
 
 
+def test_a_category_that_the_corpus_lacks_is_refused_before_anything_is_read(corpus):
+    run = config("sequence")
+    with pytest.raises(ValueError, match=r"data\.upsample names fr; the categories of .* are "):
+        check_corpus(corpus, run.model_copy(update={"data": run.data.model_copy(update={"upsample": {"fr": 0.0}})}))
+
+
 def test_nothing_but_forget_data_is_seen_after_the_label_channel(corpus):
     everything = {"retain": {"forget:es": 1}, "unlabeled": {"forget:es": 1}}
     assert not only_forget(corpus, config("sequence"))
