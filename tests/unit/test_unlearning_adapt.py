@@ -103,6 +103,22 @@ def test_the_result_is_a_run_with_a_record_of_how_it_was_made(source, adapted):
     }
 
 
+def test_the_merged_model_is_the_one_that_was_trained(source, tmp_path):
+    """The loss that is logged in step 2 is that of the model after step 1, on the text of step 2."""
+    from sgtm.data.store import Corpus
+    from sgtm.unlearning.text import Sequences, mean_loss
+
+    options = {"domain": "es", "rank": 4, "alpha": 8.0, "lr": 0.02}
+    one, two = (adapt_run(source, tmp_path / str(steps), steps=steps, **options) for steps in (1, 2))
+    config = load_config(one / "config.yaml")
+    sequences = Sequences(Corpus.open(config.data.path), config, ["es"], 0)
+    text = sequences.text(1, torch.device("cpu"), config.removal_tables(()))
+    logged = [line["loss/forget"] for line in read_metrics(two / "metrics.jsonl")]
+    with torch.no_grad():
+        loss = float(mean_loss(load_run_model(one), text))
+    assert loss == pytest.approx(logged[1], rel=1e-5) and abs(loss - logged[0]) > 1e-3
+
+
 def result_targets(source: Path, category: str, steps: int) -> int:
     from sgtm.data.batch import IGNORE
     from sgtm.data.store import Corpus
