@@ -10,6 +10,11 @@ import pytest
 from corpora import build, config_for, record
 from random_models import moved_model
 
+from sgtm.evaluation.calibration import calibrated_losses
+from sgtm.evaluation.in_context import context_gain
+from sgtm.evaluation.memorisation import Estimate, Recital, membership
+from sgtm.evaluation.probes import probes
+from sgtm.evaluation.quantisation import quantised
 from sgtm.evaluation.subject import Subject
 from sgtm.report.examination import examination_rows
 from sgtm.run import examine as module
@@ -51,6 +56,37 @@ def test_every_measure_of_every_model(runs, tmp_path):
     rows = dict(examination_rows(examined))
     assert set(rows) >= {"calibrated loss, es", "loss at 4 bits, es", "extraction strength, guided 2"}
     assert set(rows["calibrated loss, es"]) == {"full", "without es", "control"}
+
+
+def test_numbers_are_those_of_the_measures_themselves(runs):
+    """With the split, number of sequences, bits, categories and order of models that the names say."""
+    results = examine_run("run", measures=list(module.MEASURES), split="train", sequences=4, passages=3)
+    measures, full = results["domains"]["es"]["measures"], runs["run"]
+    models = {"full": full, "without es": full.without("es")}
+    for name, subject in models.items():
+        for bits in (8, 4):
+            rough = replace(subject, model=quantised(subject.model, bits, subject.removed))
+            for category in ("en", "es"):
+                loss = float(rough.scores("train", category, 4).losses.double().mean())
+                assert measures["quantised"][name][str(bits)][category] == loss, (name, bits, category)
+        gain = context_gain(subject, "es", "en", split="train")
+        assert measures["context"][name]["es"]["gain"]["value"] == gain.gain.value, name
+        assert measures["membership"][name]["es"]["value"] == membership(subject, "es", 4).value, name
+        fit = calibrated_losses(subject, forget=("es",), retain=("en",), split="train", sequences=4)
+        assert measures["calibrated"][name] == fit._asdict(), name
+        own = {str(layer): probe._asdict() for layer, probe in probes(subject, "es", split="train").items()}
+        assert measures["probes"][name]["es"] == own, name
+    assert measures["quantised"]["full"]["8"] != measures["quantised"]["full"]["4"]
+
+
+def test_guided_decoding_has_the_full_model_first(runs, monkeypatch):
+    pairs = []
+    nothing = Recital(Estimate(0.0, None), Estimate(0.0, None), 0)
+    monkeypatch.setattr(module, "guided_recital", lambda *pair: pairs.append(pair) or nothing)
+    examine_run("run", measures=["guided"], passages=3)
+    assert [(full.removed, ablated.removed, strength) for full, ablated, _, strength in pairs] == [
+        ((), ("es",), strength) for strength in (0.0, *module.STRENGTHS)
+    ]
 
 
 def test_guided_decoding_starts_at_the_full_model(runs):
