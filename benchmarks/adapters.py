@@ -13,12 +13,11 @@ benchmarks/recipes.py writes a variant's.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 from environment import write_rows
-from unlearning import measured, variant_row
+from unlearning import measured, options_of_a_grid, variant_row
 
 from sgtm.data.open import open_corpus
 from sgtm.data.trained import trained_tokens
@@ -30,12 +29,8 @@ RANK, ALPHA = 16, 32.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sweep", type=Path, metavar="SWEEP")
-    parser.add_argument("--variant", default="filtered", metavar="NAME", help="one that never saw the domain")
+    parser = options_of_a_grid(__doc__, "filtered", "one that never saw the domain")
     parser.add_argument("--seen", default="unmasked", metavar="NAME", help="a variant that saw the domain")
-    parser.add_argument("--sequences", type=int, default=128, metavar="N", help="of split train, for the choice")
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
     sweep = read_sweep(args.sweep)
     runs = [run for run in sweep.runs if run.variant == args.variant]

@@ -19,6 +19,11 @@ STEPS = 64
 """Of the attacks that are compared."""
 
 
+LINE_ERROR = 0.1
+"""Nats, of `at_equal_retain`: how far a model that was trained to its end lies from the line through the evaluations in
+a longer training, at most, rounded up (tests/unit/test_claims.py takes it from the committed rows)."""
+
+
 class Missing(Exception):
     """The rows lack what a claim takes."""
 

@@ -45,12 +45,7 @@ GRID: dict[str, list[tuple[dict, float]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sweep", type=Path, metavar="SWEEP")
-    parser.add_argument("--variant", default="unmasked", metavar="NAME", help="a variant without masks")
-    parser.add_argument("--sequences", type=int, default=128, metavar="N", help="of split train, for the choice")
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
-    args = parser.parse_args()
+    args = options_of_a_grid(__doc__, "unmasked", "a variant without masks").parse_args()
     sweep = read_sweep(args.sweep)
     runs = [run for run in sweep.runs if run.variant == args.variant]
     before = measured(runs[0].directory, "train", args.sequences, sweep.adjacent)
@@ -74,6 +69,16 @@ def main() -> None:
         best["chosen"] = True
         rows.append(variant_row(runs, method, chosen_runs(sweep, runs, best), masks=False))
     write_rows(args.json, [*rows, *tried])
+
+
+def options_of_a_grid(about: str, variant: str, which: str) -> argparse.ArgumentParser:
+    """Of a script that makes runs from those of a variant, at settings that it chooses."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("sweep", type=Path, metavar="SWEEP")
+    parser.add_argument("--variant", default=variant, metavar="NAME", help=which)
+    parser.add_argument("--sequences", type=int, default=128, metavar="N", help="of split train, for the choice")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    return parser
 
 
 def choice(rows: list[dict]) -> dict | None:

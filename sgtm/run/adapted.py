@@ -10,30 +10,21 @@ source      run (its name), checkpoint, step, manifest_sha256 of that checkpoint
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from sgtm.files import write_atomically
+from sgtm.run.origin import read_record, write_record
 from sgtm.words import counted
 
 FILE = "adapted.json"
 
 
 def write_adapted(run: Path, record: dict) -> None:
-    write_atomically(run / FILE, json.dumps(record, indent=1) + "\n")
+    write_record(run / FILE, record)
 
 
 def read_adapted(run: Path | str) -> dict | None:
     """None for a run without adapters. Raises ValueError for a damaged file."""
-    file = Path(run) / FILE
-    try:
-        record = json.loads(file.read_text("utf-8"))
-        described_adapters(record)
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error}); adapt the source again") from None
-    return record
+    return read_record(Path(run) / FILE, described_adapters, "adapt the source again")
 
 
 def described_adapters(record: dict) -> str:

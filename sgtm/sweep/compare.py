@@ -12,6 +12,7 @@ from sgtm.data.loader import check_corpus, isolates_documents
 from sgtm.data.open import open_corpus
 from sgtm.data.store import TOKENIZER, Corpus
 from sgtm.estimate.stages import check_divides
+from sgtm.model.direction import direction_of
 from sgtm.sweep.file import Run, Sweep
 
 SYNTHETIC = "synthetic"
@@ -41,7 +42,8 @@ KEYS = {
 def open_corpora(sweep: Sweep, write: bool = False) -> dict[str, Corpus | None]:
     """The corpus of each run by its name, sizes checked; None for a synthetic one that is not written yet.
 
-    write  write synthetic ones first. Raises ConfigError naming the run whose corpus is missing or does not fit.
+    write  write synthetic ones first. Raises ConfigError naming the run whose corpus, or file of
+           `steering.direction`, is missing or does not fit.
     """
     opened: dict[tuple, Corpus | None] = {}
     corpora: dict[str, Corpus | None] = {}
@@ -53,6 +55,7 @@ def open_corpora(sweep: Sweep, write: bool = False) -> dict[str, Corpus | None]:
             corpus = opened[source]
             if corpus is not None:
                 check_corpus(corpus, run.config)
+            direction_of(run.config)
         except ValueError as error:
             raise ConfigError(f"{sweep.file}: run {run.name}: {error}") from None
         corpora[run.name] = corpus

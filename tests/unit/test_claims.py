@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 from studies import loss_of, row, rows, tampered, two_sizes, write_rows
 
 from sgtm.sweep.study import Interval, read_study
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.fixture
@@ -52,6 +56,26 @@ def test_a_difference_is_paired_by_seed(measures, tmp_path):
     assert sorted(measure(study_of(tmp_path, lines))) == pytest.approx([0.495, 0.495])  # seeds 0 and 1
     with pytest.raises(measures.Missing):
         measures.difference(("a", "full_retain"), ("c", "full_retain"))(study_of(tmp_path, lines))
+
+
+def test_the_error_of_a_line_covers_the_finished_models_of_other_lengths(measures):
+    """Of the novels: baselines of 450 steps, beside the line of those of 600."""
+    study = read_study(RESULTS / "cpu-epyc-2c" / "claims.jsonl")
+    by_name = {variant.name: variant for variant in study.variants}
+    errors = []
+    for baseline in ("unmasked", "filtered"):
+        (short,) = by_name[f"{baseline}-450"].seeds
+        for seed in by_name[baseline].seeds:
+            line = sorted((e["full_retain"], e["full_forget"]) for e in seed["evaluations"])
+            errors.append(short["full_forget"] - float(np.interp(short["full_retain"], *zip(*line, strict=True))))
+    assert 0.01 < max(map(abs, errors)) <= measures.LINE_ERROR
+
+
+def test_an_error_of_the_measure_widens_the_interval(claims):
+    claim = claims.Claim("P", "text", "quantity", 0.0, False, lambda study: [], error=0.1)
+    assert claims.verdict(claim, Interval(0.02, 0.003)) == "undecided"
+    assert claims.verdict(claim._replace(error=0.0), Interval(0.02, 0.003)) == "**confirmed**"
+    assert claims.verdict(claim, Interval(-0.2, 0.05)) == "**refuted**"
 
 
 def test_spill_is_the_rise_on_adjacent_data_beyond_that_on_retained_data(measures, tmp_path):

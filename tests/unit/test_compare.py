@@ -31,6 +31,12 @@ def test_runs_of_one_corpus_share_it_and_a_synthetic_one_may_be_missing(tmp_path
     assert opened == ["a-s0", "c-s0"]
 
 
+def test_a_direction_that_is_missing_is_refused_with_its_run(tmp_path: Path):
+    text = f"variants: {{a: , b: {{steering.direction: {tmp_path / 'none.safetensors'}}}}}"
+    with pytest.raises(ConfigError, match=r"mine\.yaml: run b-s0: steering\.direction: .*none\.safetensors"):
+        open_corpora(sweep_of(tmp_path, text))
+
+
 def test_held_out_documents_are_the_same_in_any_order_and_beside_any_training(tmp_path: Path):
     held_out = [record(n, category, split="test") for n in range(3) for category in ("en", "es")]
     first = build(tmp_path / "first", [record(100), *held_out])
