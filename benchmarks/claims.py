@@ -4,9 +4,10 @@
     python benchmarks/recipes.py launch/recipes/claims.sweep.yaml --json benchmarks/results/DEVICE/claims.jsonl
     python benchmarks/report.py
 
-`report.py` writes the table into docs/results.md. What is measured is a difference or a ratio for each seed, as mean and 95 % confidence interval over the seeds (Student's t). A claim is confirmed where the whole interval
-is on its side of a limit, refuted where it is all on the other, and undecided else. A claim whose runs are missing is
-not tested. P: arXiv 2512.05648; G: GRAM.
+`report.py` writes the table into docs/results.md. What is measured is a difference or a ratio for each seed, as mean
+and 95 % confidence interval over the seeds (Student's t). A claim is confirmed where the whole interval is on its side
+of a limit, refuted where it is all on the other, and undecided else. A claim whose runs are missing is not tested. P:
+arXiv 2512.05648; G: GRAM.
 """
 
 from __future__ import annotations
