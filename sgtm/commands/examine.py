@@ -21,6 +21,12 @@ def add(commands: Subcommands) -> None:
         "--texts", type=Path, metavar="FILE", help="passages to recite, one a line (default: of training)"
     )
     parser.add_argument("--passages", type=COUNT, default=100, metavar="N", help="without --texts (default: 100)")
+    parser.add_argument(
+        "--fit-sequences",
+        type=COUNT,
+        metavar="N",
+        help="training sequences per category that `calibrated` fits to (default: 20 tokens for each of the vocabulary)",
+    )
     parser.add_argument("--data.path", dest="data_path", metavar="DIR", help=DATA)
 
 
@@ -41,10 +47,12 @@ def run(options) -> None:
         sequences=options.sequences,
         texts=texts,
         passages=options.passages,
+        fit_sequences=options.fit_sequences,
         data=options.data_path,
         log=lambda line: print(line, file=sys.stderr),
     )
-    write_examination(options.run_dir, results)
+    if dropped := write_examination(options.run_dir, results):
+        print(f"removed from {options.run_dir}: {', '.join(dropped)}, of other options or weights", file=sys.stderr)
     print_examination(results)
 
 

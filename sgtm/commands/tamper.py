@@ -54,7 +54,7 @@ def run(options) -> None:
     from sgtm.masking.labels import removal_name
     from sgtm.report.tampering import Curve, print_tampering
     from sgtm.run.evaluate import small_samples
-    from sgtm.run.tamper_plan import check_comparable, make_plan, open_target
+    from sgtm.run.tamper_plan import check_comparable, knowing_control, make_plan, open_target
     from sgtm.run.tampering import attack_run, full_loss
 
     attacked = open_target(options.run_dir, options.data_path)
@@ -81,6 +81,8 @@ def run(options) -> None:
         measured = (*plan.forget, *plan.retain)
         if small := small_samples(attacked.corpus, attacked.config, "test", measured, options.sequences):
             print(f"warning: {small}", file=sys.stderr)
+    if control and (warning := knowing_control(control, plan.domains)):
+        print(f"warning: {warning}", file=sys.stderr)
     goal = ("the target loss", options.target_loss) if options.target_loss else None
     if baseline:
         goal = f"the loss of {baseline.config.name} (full)", full_loss(baseline, plan)

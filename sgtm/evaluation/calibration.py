@@ -7,7 +7,13 @@ biases is added to its logits and fitted, on text of the training split, to
 
 (arXiv 2512.05648; there by 200 or 500 steps of an optimizer). The problem is convex: here it is solved to its optimum
 by L-BFGS, so that the result depends on no step size and no seed. A weak Gaussian prior (deviation 3 nats, weighed as
-one target is) keeps the biases of tokens that the sample lacks where they are. Losses are those of another split.
+one forget target is) keeps the biases of tokens that the sample lacks where they are. Losses are those of another split.
+
+Biases fitted to too little text hold what is peculiar to that text, and raise the losses of any other: by about half a
+nat times vocabulary / targets. So the sample grows with the vocabulary (`TARGETS_PER_TOKEN`).
+
+The optimum weighs retain data a hundredfold. Where an ablation has damaged the retained losses too, the biases repair
+these first, and the calibrated forget loss can be above the loss itself: an attacker has the lower of the two.
 """
 
 from __future__ import annotations
@@ -24,7 +30,9 @@ from sgtm.evaluation.subject import Hidden, Subject
 
 RETAIN_WEIGHT = 100.0
 PRIOR = 3.0  # nats
-ITERATIONS = 100  # of L-BFGS, at most; 20 to 40 are enough
+ITERATIONS = 200  # of L-BFGS, at most; 40 to 60 are enough
+TOLERANCE = 1e-5  # of the gradient, by which the objective's weights are divided by their sum
+TARGETS_PER_TOKEN = 20  # of the vocabulary, in the sample: forget and retain data each
 
 
 class FitSample(NamedTuple):
@@ -60,29 +68,48 @@ def sample_of(subject: Subject, split: str, category: str, sequences: int | None
     return FitSample(hidden._replace(x=torch.cat(states)), torch.cat(targets), torch.cat(documents))
 
 
+@torch.no_grad()
 def fit(forget: Sequence[FitSample], retain: Sequence[FitSample], weight: float = RETAIN_WEIGHT) -> torch.Tensor:
     """Biases fp32 [V] at the optimum. Raises ValueError without forget data."""
     if not forget:
         raise ValueError("a calibration needs forget data to be fitted on")
     groups = [(list(forget), 1.0)] + ([(list(retain), weight)] if retain else [])
+    whole = sum(factor for _, factor in groups)
+    shares = [(samples, factor / whole / targets_of(samples)) for samples, factor in groups]
+    scale = 1 / (2 * PRIOR**2 * targets_of(forget) * whole)
     first = forget[0].hidden.weight
-    bias = torch.zeros(len(first), device=first.device)
-    scale = 1 / (2 * PRIOR**2 * sum(len(sample.targets) for sample in forget))
-    optimizer = torch.optim.LBFGS([bias], max_iter=ITERATIONS, tolerance_change=1e-9, line_search_fn="strong_wolfe")
+    # Frequent tokens curve the objective far more than rare ones: each bias is scaled by its own frequency.
+    curvature = first.new_full((len(first),), 2 * scale, dtype=torch.float32)
+    for samples, share in shares:
+        for sample in samples:
+            curvature += share * sum(logits.softmax(-1).sum(0) for _, logits in sample.hidden.logits())
+    unit = curvature.rsqrt()
+    scaled = torch.zeros_like(unit)
+    optimizer = torch.optim.LBFGS(
+        [scaled],
+        max_iter=ITERATIONS,
+        tolerance_grad=TOLERANCE,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
 
     @torch.no_grad()
     def closure() -> float:
+        bias = scaled * unit
         total, gradient = scale * float(bias.square().sum()), 2 * scale * bias
-        for samples, factor in groups:
-            count = sum(len(sample.targets) for sample in samples)
+        for samples, share in shares:
             for sample in samples:
                 loss, slope = _loss_and_slope(sample, bias)
-                total, gradient = total + factor * loss / count, gradient + factor * slope / count
-        bias.grad = gradient
+                total, gradient = total + share * loss, gradient + share * slope
+        scaled.grad = gradient * unit
         return total
 
     optimizer.step(closure)
-    return bias.detach()
+    return scaled * unit
+
+
+def targets_of(samples: Sequence[FitSample]) -> int:
+    return sum(len(sample.targets) for sample in samples)
 
 
 def _loss_and_slope(sample: FitSample, bias: torch.Tensor) -> tuple[float, torch.Tensor]:
@@ -96,11 +123,15 @@ def _loss_and_slope(sample: FitSample, bias: torch.Tensor) -> tuple[float, torch
 
 
 class Calibrated(NamedTuple):
-    """Losses in nats before and after, by category, with standard errors over documents of the ones after."""
+    """Losses in nats before and after, by category, with standard errors over documents of the ones after.
+
+    targets  of the sample that the biases were fitted on, by category
+    """
 
     before: dict[str, float]
     after: dict[str, float]
     errors: dict[str, float | None]
+    targets: dict[str, int]
 
 
 @torch.no_grad()
@@ -111,13 +142,19 @@ def calibrated_losses(
     retain: Sequence[str],
     split: str = "test",
     sequences: int | None = None,
-    fit_sequences: int | None = 100,
+    fit_sequences: int | None = None,
 ) -> Calibrated:
     """Of categories: biases are fitted on up to `fit_sequences` sequences of each in the training split.
 
+    fit_sequences  None: as many as hold `TARGETS_PER_TOKEN` targets for each token of the vocabulary, the forget
+                   categories together and the retain categories together
+
     Raises ValueError where a category has no text in one of the splits.
     """
-    samples = {name: sample_of(subject, "train", name, fit_sequences) for name in (*forget, *retain)}
+    samples = {}
+    for names in filter(None, (forget, retain)):
+        count = fit_sequences or fit_size(subject, len(names))
+        samples |= {name: sample_of(subject, "train", name, count) for name in names}
     bias = fit([samples[name] for name in forget], [samples[name] for name in retain])
     before, after, errors = {}, {}, {}
     for name in (*forget, *retain):
@@ -128,4 +165,10 @@ def calibrated_losses(
         count = int(held_out.documents.max()) + 1
         sums = torch.zeros(count, dtype=torch.float64).index_add_(0, held_out.documents.cpu(), losses.cpu())
         errors[name] = standard_error(sums, held_out.documents.bincount(minlength=count).cpu().double())
-    return Calibrated(before, after, errors)
+    return Calibrated(before, after, errors, {name: len(sample.targets) for name, sample in samples.items()})
+
+
+def fit_size(subject: Subject, categories: int) -> int:
+    """Sequences of each of so many categories that together have `TARGETS_PER_TOKEN` targets for each token."""
+    model = subject.config.model
+    return -(-TARGETS_PER_TOKEN * model.vocab_size // (model.context * categories))

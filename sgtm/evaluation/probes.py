@@ -1,7 +1,7 @@
 """What a linear read-out finds of a domain in the hidden states of each layer.
 
 Ablation may leave knowledge in the residual stream that the head no longer reads. A probe is a head of its own: the
-final norm and a matrix, fitted on a domain's text of the training split to predict its next tokens from the residual
+final norm, and a matrix with the head's bias where it has one, fitted on a domain's text of the training split to predict its next tokens from the residual
 stream after a layer, everything else frozen. It begins as the model's own head (a logit lens) and is fitted by Adam
 for a fixed number of steps, with the learning rate that is best on a part of that text held out from it. Losses are
 those of another split. They are to be compared with probes of a model that was trained without the domain, which show
@@ -30,17 +30,30 @@ class Layer(NamedTuple):
     targets: torch.Tensor
 
 
+class Head(NamedTuple):
+    """weight  [V, D]; bias: [V] or None"""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
 class Probe(NamedTuple):
-    """Losses in nats on held-out text: of the model's own head on a layer, and of the fitted one."""
+    """Losses in nats on held-out text: of the model's own head on a layer, and of the fitted one.
+
+    rate    learning rate
+    chosen  the fitted head's loss on the text that the rate was chosen by: the layer is to be chosen by it too, as the
+            lowest of several held-out losses is too low
+    """
 
     own_head: float
     fitted: float
     rate: float
+    chosen: float
 
 
 @torch.no_grad()
-def layers_of(subject: Subject, split: str, category: str, sequences: int | None) -> tuple[list[Layer], torch.Tensor]:
-    """The layers in order, and the head's weight [V, D]. Raises ValueError where the split has none of the category."""
+def layers_of(subject: Subject, split: str, category: str, sequences: int | None) -> tuple[list[Layer], Head]:
+    """The layers in order, and the model's own head. Raises ValueError where the split has none of the category."""
     model, streams = subject.model, []
     hooks = [block.register_forward_hook(lambda _, inputs, x: streams.append(x)) for block in model.blocks]
     by_layer: list[list[torch.Tensor]] = [[] for _ in model.blocks]
@@ -49,7 +62,7 @@ def layers_of(subject: Subject, split: str, category: str, sequences: int | None
         for batch in subject.batches(split, category, sequences):
             ids, targets, plan = batch.on(subject.device, subject.tables)
             streams.clear()
-            weight = subject.hidden(ids, plan).weight
+            _, weight, bias = subject.hidden(ids, plan)
             chosen = targets.flatten() != IGNORE
             goals.append(targets.flatten()[chosen])
             for parts, x in zip(by_layer, streams, strict=True):
@@ -58,36 +71,38 @@ def layers_of(subject: Subject, split: str, category: str, sequences: int | None
         for hook in hooks:
             hook.remove()
     targets = torch.cat(goals)
-    return [Layer(torch.cat(states), targets) for states in by_layer], weight.float()
+    head = Head(weight.float(), None if bias is None else bias.float())
+    return [Layer(torch.cat(states), targets) for states in by_layer], head
 
 
-def probe(fitted_on: Layer, held_out: Layer, weight: torch.Tensor, *, seed: int = 0) -> Probe:
+def probe(fitted_on: Layer, held_out: Layer, own: Head, *, seed: int = 0) -> Probe:
     """The better of the learning rates, by the last fifth of `fitted_on`, which it is not fitted on."""
     edge = len(fitted_on.targets) * 4 // 5
     part, rest = (Layer(fitted_on.x[span], fitted_on.targets[span]) for span in (slice(edge), slice(edge, None)))
-    heads = {rate: _fitted(part, weight, rate, seed) for rate in RATES}
-    rate = min(RATES, key=lambda rate: _loss(rest, heads[rate]))
-    return Probe(_loss(held_out, weight), _loss(held_out, heads[rate]), rate)
+    heads = {rate: _fitted(part, own, rate, seed) for rate in RATES}
+    losses = {rate: _loss(rest, head) for rate, head in heads.items()}
+    rate = min(RATES, key=lambda rate: losses[rate])
+    return Probe(_loss(held_out, own), _loss(held_out, heads[rate]), rate, losses[rate])
 
 
-def _fitted(layer: Layer, weight: torch.Tensor, rate: float, seed: int) -> torch.Tensor:
-    head = weight.detach().clone().requires_grad_()
-    optimizer = torch.optim.Adam([head], rate, betas=(0.9, 0.95))
+def _fitted(layer: Layer, own: Head, rate: float, seed: int) -> Head:
+    head = Head(*(None if part is None else part.detach().clone().requires_grad_() for part in own))
+    optimizer = torch.optim.Adam([part for part in head if part is not None], rate, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
     for step in range(STEPS):
         index = torch.randint(len(layer.targets), (BATCH,), generator=generator).to(layer.x.device)
-        loss = F.cross_entropy(F.linear(layer.x[index], head), layer.targets[index])
+        loss = F.cross_entropy(F.linear(layer.x[index], *head), layer.targets[index])
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = rate * (1 - step / STEPS)
         optimizer.step()
-    return head.detach()
+    return head
 
 
 @torch.no_grad()
-def _loss(layer: Layer, head: torch.Tensor) -> float:
+def _loss(layer: Layer, head: Head) -> float:
     pairs = zip(layer.x.split(BATCH), layer.targets.split(BATCH), strict=True)
-    total = sum(float(F.cross_entropy(F.linear(x, head), goals, reduction="sum")) for x, goals in pairs)
+    total = sum(float(F.cross_entropy(F.linear(x, *head), goals, reduction="sum")) for x, goals in pairs)
     return total / len(layer.targets)
 
 
@@ -102,6 +117,6 @@ def probes(
     chosen = range(count) if layers is None else layers
     if wrong := [layer for layer in chosen if not 0 <= layer < count]:
         raise ValueError(f"no layer {wrong[0]}: the model has {count}, counted from 0")
-    train, weight = layers_of(subject, "train", category, sequences)
+    train, own = layers_of(subject, "train", category, sequences)
     test, _ = layers_of(subject, split, category, sequences)
-    return {layer: probe(train[layer], test[layer], weight) for layer in chosen}
+    return {layer: probe(train[layer], test[layer], own) for layer in chosen}

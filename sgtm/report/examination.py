@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 Estimate = dict[str, float | None]  # value, and error where there is one
+OVERFITTED = 0.02  # nats
 Rows = Iterator[tuple[str, dict[str, Estimate]]]  # name, and by model
 
 
@@ -26,7 +27,24 @@ def print_examination(results: dict[str, Any], console: Console | None = None) -
         for name, cells in rows:
             table.add_row(name, *(cells.get(model, "") for model in models))
         console.print(table, "")
+    for line in overfitted(results):
+        console.print(f"warning: {line}")
     console.print("±: standard error over documents; losses in nats per token; the measures: docs/evaluation.md")
+
+
+def overfitted(results: dict[str, Any]) -> Iterator[str]:
+    """Of which models the biases of a calibration raise a retained loss by more than `OVERFITTED` nats."""
+    for domain, examined in results["domains"].items():
+        for model, one in examined["measures"].get("calibrated", {}).items():
+            rises = {name: one["after"][name] - one["before"][name] for name in examined["retain"]}
+            name = max(rises, key=lambda name: rises[name])
+            if rises[name] > OVERFITTED:
+                targets = sum(one["targets"][name] for name in examined["retain"])
+                yield (
+                    f"calibrated, {model}: the biases raise the loss on {name} by {rises[name]:.3f} nats: they were "
+                    f"fitted to {targets:,} tokens of retained text, too few; its calibrated loss on {domain} is too "
+                    f"high (--fit-sequences)"
+                )
 
 
 def examination_rows(examined: dict[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
@@ -80,7 +98,10 @@ def _context(by_model: dict[str, Any], forget: list[str]) -> Rows:
 
 def _probes(by_model: dict[str, Any], forget: list[str]) -> Rows:
     for category in forget:
-        best = {model: min(probe["fitted"] for probe in one[category].values()) for model, one in by_model.items()}
+        best = {
+            model: min(one[category].values(), key=lambda probe: probe["chosen"])["fitted"]
+            for model, one in by_model.items()
+        }
         yield f"best linear probe, {category}", {model: {"value": loss} for model, loss in best.items()}
 
 

@@ -23,8 +23,9 @@ from sgtm.evaluation.quantisation import quantised
 from sgtm.evaluation.subject import Subject
 from sgtm.files import write_atomically
 from sgtm.masking.labels import FULL, removal_name
+from sgtm.report.examination import examination_numbers
 from sgtm.run.evaluate import check_precision, load_bases, load_model, small_samples
-from sgtm.run.tamper_plan import AttackedRun, check_comparable, open_target
+from sgtm.run.tamper_plan import AttackedRun, check_comparable, knowing_control, open_target
 
 BITS = (8, 4)
 STRENGTHS = (0.5, 1.0, 2.0)  # of guided decoding
@@ -44,6 +45,7 @@ class Question:
     split: str
     sequences: int | None
     texts: tuple[tuple[int, ...], ...]
+    fit_sequences: int | None = None  # of each category, in the training split; of the calibration
 
 
 def _estimate(estimate: Estimate) -> dict[str, float | None]:
@@ -60,7 +62,12 @@ def _recital(recited: Recital) -> dict[str, Any]:
 
 def calibrated(subject: Subject, about: Question) -> dict[str, Any]:
     losses = calibrated_losses(
-        subject, forget=about.forget, retain=about.retain, split=about.split, sequences=about.sequences
+        subject,
+        forget=about.forget,
+        retain=about.retain,
+        split=about.split,
+        sequences=about.sequences,
+        fit_sequences=about.fit_sequences,
     )
     return losses._asdict()
 
@@ -125,6 +132,7 @@ def examine_run(
     sequences: int | None = None,
     texts: Sequence[str] = (),
     passages: int = 100,
+    fit_sequences: int | None = None,
     data: str | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -135,6 +143,7 @@ def examine_run(
     split      whose documents the losses are of; sequences: at most this many of each category, None: all
     texts      passages for recital and guided decoding; none: the beginnings of `passages` training documents of the
                domain, of its categories in turn, each as long as the context
+    fit_sequences  as in sgtm/evaluation/calibration.py
     data       `data.path` to take, of the same corpus; None: that of the run
 
     Raises ValueError before any model is loaded for a folder that is no run, data that are not those of the run, an
@@ -151,15 +160,19 @@ def examine_run(
     if beside:
         check_comparable(target, beside)
     domains = target.removable
-    questions = {domain: _question(target, domain, split, sequences, texts, passages) for domain in domains}
+    questions = {
+        domain: replace(_question(target, domain, split, sequences, texts, passages), fit_sequences=fit_sequences)
+        for domain in domains
+    }
     for about in questions.values():
         _check_text(target, about, names, log)
+    if beside and (warning := knowing_control(beside, domains)):
+        log(f"warning: {warning}")
     check_precision(target.config, "fp32")
     full = _subject(target)
     other = _subject(beside) if beside else None
-    results: dict[str, Any] = {"split": split, "sequences": sequences, "domains": {}}
-    if control:
-        results["control"] = str(control)
+    results: dict[str, Any] = {"checkpoint": target.checkpoint.name, "weights": target.weights}
+    results |= {"split": split, "sequences": sequences, "control": str(control) if control else None, "domains": {}}
     for domain, about in questions.items():
         ablated = full.without(domain)
         models = {FULL: full, removal_name((domain,)): ablated, **({"control": other} if other else {})}
@@ -221,7 +234,32 @@ def in_turn(documents: Sequence[Sequence[int]]) -> list[int]:
     return [document for turn in zip_longest(*documents) for document in turn if document is not None]
 
 
-def write_examination(run: Path, results: dict[str, Any]) -> Path:
-    """`examination.json` of a run, written whole."""
-    write_atomically(run / FILE, json.dumps(results, indent=2) + "\n")
-    return run / FILE
+def write_examination(run: Path, results: dict[str, Any]) -> list[str]:
+    """`examination.json` of a run, written whole.
+
+    Measures that the file already has are kept where they are of the same checkpoint, split, number of sequences and
+    control. Returns the names of those that are not.
+    """
+    file, settings = run / FILE, ("checkpoint", "weights", "split", "sequences", "control")
+    old = read_examination(file) if file.exists() else {"domains": {}}
+    alike = all(old.get(name) == results[name] for name in settings)
+    dropped: dict[str, None] = {}
+    for domain, examined in old["domains"].items():
+        new = results["domains"].get(domain, {"measures": {}})["measures"]
+        if alike and domain in results["domains"]:
+            results["domains"][domain]["measures"] = {**examined["measures"], **new}
+        else:
+            dropped |= {name: None for name in examined["measures"] if name not in new}
+    write_atomically(file, json.dumps(results, indent=2) + "\n")
+    return list(dropped)
+
+
+def read_examination(file: Path) -> dict[str, Any]:
+    """Raises ValueError for a damaged file."""
+    try:
+        results = json.loads(file.read_text("utf-8"))
+        for examined in results["domains"].values():
+            list(examination_numbers(examined))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}); remove it, and examine the run again") from None
+    return results

@@ -16,6 +16,7 @@ from sgtm.config import Config
 from sgtm.config.errors import ConfigError
 from sgtm.data.loader import isolates_documents
 from sgtm.data.store import Corpus
+from sgtm.data.trained import trained_tokens
 from sgtm.distributed.env import device_type, use_deterministic_algorithms
 from sgtm.evaluation.subject import Subject
 from sgtm.evaluation.tampering import SCHEDULES, Attack, AttackData, HeldOut, evaluated_steps, held_out
@@ -114,6 +115,18 @@ def check_comparable(target: AttackedRun, other: AttackedRun) -> None:
             f"{settings[0][0]}{' and isolated documents' * settings[0][1]}: their losses are of other sequences; train "
             f"the second with the settings of the first"
         )
+
+
+def knowing_control(control: AttackedRun, domains: Sequence[str]) -> str:
+    """A warning where a run that stands for a model without the domains was trained on them; else empty."""
+    for domain in domains:
+        trained = trained_tokens(control.corpus, control.config).get(f"forget:{domain}", {})
+        if tokens := round(sum(trained.values())):
+            return (
+                f"the control {control.run} was trained on {tokens:,} tokens of {domain}: it does not show what a model "
+                f"without {domain} gives"
+            )
+    return ""
 
 
 def make_plan(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from sgtm.report.examination import examination_numbers
-from sgtm.run.examine import FILE
+from sgtm.run.examine import FILE, read_examination
 from sgtm.sweep.tampered import named_runs
 
 
@@ -16,6 +15,7 @@ def examination_rows(folder: Path) -> list[dict]:
     examined  the variant's name, as in sgtm/sweep/tampered.py
     seed      of the training
     domain    that was examined
+    split, sequences, control  of the examination, as `sgtm examine` was called
     values    by name of the number (sgtm/report/examination.py) and model: full, without the domain, and control where
               there was one
 
@@ -23,15 +23,12 @@ def examination_rows(folder: Path) -> list[dict]:
     """
     rows = []
     for run, variant, seed in named_runs(folder, FILE):
-        file = run / FILE
-        try:
-            domains = json.loads(file.read_text("utf-8"))["domains"]
-            for domain, examined in domains.items():
-                values = {
-                    name: {model: estimate["value"] for model, estimate in by_model.items()}
-                    for name, by_model in examination_numbers(examined)
-                }
-                rows.append({"examined": variant, "seed": seed, "domain": domain, "values": values})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is damaged ({error!r}); examine the run again") from None
+        results = read_examination(run / FILE)
+        settings = {name: results.get(name) for name in ("split", "sequences", "control")}
+        for domain, examined in results["domains"].items():
+            values = {
+                name: {model: estimate["value"] for model, estimate in by_model.items()}
+                for name, by_model in examination_numbers(examined)
+            }
+            rows.append({"examined": variant, "seed": seed, "domain": domain, **settings, "values": values})
     return rows

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from corpora import build, config_for, record
 from random_models import moved_model
 from subjects import bigram
 
-from sgtm.evaluation.calibration import FitSample, calibrated_losses, fit
-from sgtm.evaluation.subject import Subject
+from sgtm.evaluation.calibration import (
+    TARGETS_PER_TOKEN,
+    FitSample,
+    calibrated_losses,
+    fit,
+    fit_size,
+    sample_of,
+)
+from sgtm.evaluation.subject import Hidden, Subject
 
 VOCAB, FORGET = 16, range(8, 16)
 
@@ -82,12 +91,47 @@ def test_without_forget_data_there_is_nothing_to_fit():
         fit([], [])
 
 
+def test_the_sample_grows_with_the_vocabulary():
+    """Rounded up, and shared by the categories."""
+    model = SimpleNamespace(vocab_size=1000, context=128)
+    subject = SimpleNamespace(config=SimpleNamespace(model=model))
+    assert [fit_size(subject, categories) for categories in (1, 2, 3)] == [157, 79, 53]
+    model.vocab_size *= 10
+    assert fit_size(subject, 1) == 1563
+
+
+def test_with_that_sample_a_model_that_knows_all_loses_next_to_nothing():
+    """A large vocabulary: about half a nat times tokens of the vocabulary / targets; with a tenth of it, much more."""
+    vocab = 500
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(vocab, generator=generator)
+    raised = {}
+    for targets in (2 * vocab, TARGETS_PER_TOKEN * vocab):
+        parts = [
+            FitSample(
+                Hidden(torch.ones(count, 1), logits[:, None], None),
+                torch.multinomial(logits.softmax(-1), count, replacement=True, generator=generator),
+                torch.zeros(count, dtype=torch.int64),
+            )
+            for count in (targets, targets, 50_000)
+        ]
+        bias = fit(parts[:1], parts[1:2])
+        raised[targets] = float((parts[2].losses(bias) - parts[2].losses(0 * bias)).mean())
+    assert raised[2 * vocab] > 0.1 and 0 < raised[TARGETS_PER_TOKEN * vocab] < 1 / TARGETS_PER_TOKEN
+
+
 def test_a_subject_is_calibrated_on_one_split_and_measured_on_another(tmp_path):
     names = [(n, c) for n in range(24) for c in ("en", "es")]
     documents = [record(n, c, 30, "test" if n % 3 == 0 else "train") for n, c in names]
     corpus, config = build(tmp_path / "corpus", documents), config_for(context=32)
     subject = Subject(moved_model(config, 0.1), corpus, config, ("es",))
-    losses = calibrated_losses(subject, forget=["es"], retain=["en"])
+    losses = calibrated_losses(subject, forget=["es"], retain=["en"], fit_sequences=5)
+    parts = [sample_of(subject, "train", name, 5) for name in ("es", "en")]
+    assert losses.targets == {"es": len(parts[0].targets), "en": len(parts[1].targets)}
+    bias = fit(parts[:1], parts[1:])
+    for name in ("es", "en"):
+        held_out = sample_of(subject, "test", name, None).losses(bias)
+        assert losses.after[name] == pytest.approx(held_out.mean().item(), rel=1e-6)
     assert losses.before["es"] == pytest.approx(float(subject.scores("test", "es").losses.mean()), rel=1e-5)
     assert losses.after["es"] < losses.before["es"] and set(losses.errors) == {"es", "en"}
     with pytest.raises(ValueError, match="no document of category web"):

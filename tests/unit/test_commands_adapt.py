@@ -7,15 +7,17 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from signatures import as_called
 
 from sgtm.commands.main import main
+from sgtm.unlearning.adapt import adapt_run
 
 
 @pytest.fixture
 def noted(monkeypatch):
     noted = []
-    module = SimpleNamespace(adapt_run=lambda *args, **options: noted.append((args, options)))
-    monkeypatch.setitem(sys.modules, "sgtm.unlearning.adapt", module)
+    note = as_called(adapt_run, lambda *args, **options: noted.append((args, options)))
+    monkeypatch.setitem(sys.modules, "sgtm.unlearning.adapt", SimpleNamespace(adapt_run=note))
     return noted
 
 

@@ -6,8 +6,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from signatures import as_called
 
 from sgtm.commands.main import main
+from sgtm.unlearning.mean_difference import direction_of_text
 
 OPTIONS = {"domain": None, "layer": None, "sequences": 512, "data": None}
 
@@ -20,7 +22,9 @@ def noted(monkeypatch):
         noted.append((args, options))
         return {}
 
-    module = SimpleNamespace(direction_of_text=measure, described=lambda record: "a table")
+    module = SimpleNamespace(
+        direction_of_text=as_called(direction_of_text, measure), described=lambda record: "a table"
+    )
     monkeypatch.setitem(sys.modules, "sgtm.unlearning.mean_difference", module)
     return noted
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from corpora import build, record
+from signatures import as_called
 
 from sgtm.commands.main import main
+from sgtm.report import examination
+from sgtm.run import examine as module
 
 
 @pytest.fixture
@@ -22,10 +23,13 @@ def calls(monkeypatch) -> list:
         calls.append((run, options))
         return {"domains": {}}
 
-    module = SimpleNamespace(examine_run=examine_run, write_examination=lambda *values: calls.append(values))
-    monkeypatch.setitem(sys.modules, "sgtm.run.examine", module)
-    report = SimpleNamespace(print_examination=lambda *values: calls.append(values))
-    monkeypatch.setitem(sys.modules, "sgtm.report.examination", report)
+    def write_examination(*values):
+        calls.append(values)
+        return ["probes", "context"]
+
+    monkeypatch.setattr(module, "examine_run", as_called(module.examine_run, examine_run))
+    monkeypatch.setattr(module, "write_examination", as_called(module.write_examination, write_examination))
+    monkeypatch.setattr(examination, "print_examination", lambda *values: calls.append(values))
     return calls
 
 
@@ -38,18 +42,21 @@ def corpus(run, monkeypatch) -> Path:
     return run / "corpus"
 
 
-def test_options_are_handed_on(calls, corpus, tmp_path):
+def test_options_are_handed_on(calls, corpus, tmp_path, capsys):
     texts, results = tmp_path / "texts.txt", {"domains": {}}
     (tmp_path / "filtered").mkdir()
     (tmp_path / "filtered/config.yaml").write_text("extends: debug\n")
     corpus.rename("copy")
     texts.write_text("one\n\ntwo\n")
     options = ["--only", "recital", "guided", "--against", "filtered", "--sequences", "9", "--passages", "3"]
-    assert main(["examine", str(tmp_path), *options, "--texts", str(texts), "--data.path", "copy"]) == 0
+    options += ["--fit-sequences", "7", "--texts", str(texts)]
+    assert main(["examine", str(tmp_path), *options, "--data.path", "copy"]) == 0
     (run, keys), written, printed = calls
     assert run == tmp_path and written == (tmp_path, results) and printed == (results,)
     assert keys.pop("control").name == "filtered" and keys.pop("measures") == ["recital", "guided"]
-    assert keys == {"split": "test", "sequences": 9, "texts": ["one", "two"], "passages": 3, "data": "copy"}
+    numbers = {"sequences": 9, "passages": 3, "fit_sequences": 7}
+    assert keys == {"split": "test", **numbers, "texts": ["one", "two"], "data": "copy"}
+    assert f"removed from {tmp_path}: probes, context, of other options or weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from signatures import as_called
 
 from sgtm.commands.main import main
 from sgtm.config.load import load_config, save_config
@@ -38,12 +40,22 @@ def events(monkeypatch, tmp_path):
 
     curve = [Reached(ATTACK, 0, 5.0), Reached(ATTACK, 1, 4.0)]
     modules = {
-        "tamper_plan": {"open_target": opened, "check_comparable": None, "make_plan": PLAN},
+        "tamper_plan": {
+            "open_target": opened,
+            "check_comparable": None,
+            "make_plan": PLAN,
+            "knowing_control": "it knows the domain",
+        },
         "evaluate": {"small_samples": "2 of es"},
         "tampering": {"attack_run": curve, "full_loss": 4.5},
     }
+    stand_ins = {}
     for module, results in modules.items():
-        functions = {name: noting(name, result) for name, result in results.items()}
+        real = import_module(f"sgtm.run.{module}")
+        stand_ins[module] = {
+            name: as_called(getattr(real, name), noting(name, result)) for name, result in results.items()
+        }
+    for module, functions in stand_ins.items():
         monkeypatch.setitem(sys.modules, f"sgtm.run.{module}", SimpleNamespace(**functions))
     for name in "abc":
         (tmp_path / name).mkdir()
@@ -91,10 +103,13 @@ def test_control_and_baseline_are_checked_before_anything_is_trained(events, cap
         ("open_target", "a"), ("open_target", "b"), ("open_target", "c"),
     ]  # fmt: skip
     assert [name for name, _, _ in events][3:] == [
-        "check_comparable", "check_comparable", "make_plan", "full_loss", "attack_run", "attack_run",
+        "check_comparable", "check_comparable", "make_plan", "knowing_control", "full_loss", "attack_run", "attack_run",
     ]  # fmt: skip
     assert [args[0].run.name for name, args, _ in events if name == "attack_run"] == ["a", "b"]
-    out = capsys.readouterr().out
+    assert [args[0].run.name for name, args, _ in events if name == "full_loss"] == ["c"]
+    assert [args[0].run.name for name, args, _ in events if name == "knowing_control"] == ["b"]
+    out, err = capsys.readouterr()
+    assert "warning: it knows the domain" in err
     assert "difference: from b (full) under the same attacks" in out
     assert "a (without es) reaches the loss of c (full), 4.500, by step 1 (not by step 0)" in out
 

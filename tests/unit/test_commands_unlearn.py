@@ -6,16 +6,18 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from signatures import as_called
 
 from sgtm.commands import unlearn
 from sgtm.commands.main import main
+from sgtm.unlearning.run import unlearn_run
 
 
 @pytest.fixture
 def noted(monkeypatch):
     noted = []
-    module = SimpleNamespace(unlearn_run=lambda *args, **options: noted.append((args, options)))
-    monkeypatch.setitem(sys.modules, "sgtm.unlearning.run", module)
+    note = as_called(unlearn_run, lambda *args, **options: noted.append((args, options)))
+    monkeypatch.setitem(sys.modules, "sgtm.unlearning.run", SimpleNamespace(unlearn_run=note))
     return noted
 
 

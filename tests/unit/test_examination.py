@@ -6,25 +6,34 @@ from io import StringIO
 
 from rich.console import Console
 
-from sgtm.report.examination import examination_rows, print_examination
+from sgtm.report.examination import examination_rows, overfitted, print_examination
 
 
 def estimate(value: float, error: float | None = 0.01) -> dict:
     return {"value": value, "error": error}
 
 
+def calibrated(before: float, after: float, error: float | None, retain: float) -> dict:
+    """retain: loss on retained text after, 3 before"""
+    losses = {"before": {"cells": before, "en": 3.0}, "after": {"cells": after, "en": retain}}
+    return {**losses, "errors": {"cells": error, "en": None}, "targets": {"cells": 900, "en": 1234}}
+
+
 RESULTS = {
     "domains": {
         "bio": {
             "forget": ["cells"],
+            "retain": ["en"],
             "measures": {
                 "calibrated": {
-                    "full": {"before": {"cells": 4.0}, "after": {"cells": 3.9}, "errors": {"cells": 0.012}},
-                    "without bio": {"before": {"cells": 7.0}, "after": {"cells": 5.5}, "errors": {"cells": None}},
+                    "full": calibrated(4.0, 3.9, 0.012, retain=3.01),
+                    "without bio": calibrated(7.0, 5.5, None, retain=3.03),
                 },
                 "probes": {
-                    "full": {"cells": {"0": {"fitted": 5.0}, "1": {"fitted": 4.5}}},
-                    "without bio": {"cells": {"0": {"fitted": 5.25}, "1": {"fitted": 6.0}}},
+                    "full": {"cells": {"0": {"fitted": 4.4, "chosen": 5.0}, "1": {"fitted": 4.5, "chosen": 4.5}}},
+                    "without bio": {
+                        "cells": {"0": {"fitted": 5.25, "chosen": 5.0}, "1": {"fitted": 6.0, "chosen": 6.0}}
+                    },
                 },
                 "guided": {"1": {"extraction_strength": estimate(0.25)}},
             },
@@ -48,3 +57,14 @@ def test_the_table_fits_into_eighty_columns():
     lines = console.file.getvalue().splitlines()
     assert "without bio" in lines[0] and max(map(len, lines)) <= 80
     assert any(line.split() == ["extraction", "strength,", "guided", "1", "0.250±0.01"] for line in lines)
+
+
+def test_a_calibration_that_raises_retained_losses_is_warned_of():
+    (line,) = overfitted(RESULTS)
+    assert line.startswith(
+        "calibrated, without bio: the biases raise the loss on en by 0.030 nats: they were fitted to"
+    )
+    assert "1,234 tokens of retained text, too few" in line
+    console = Console(file=StringIO(), width=300)
+    print_examination(RESULTS, console)
+    assert f"warning: {line}" in console.file.getvalue()

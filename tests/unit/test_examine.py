@@ -18,7 +18,7 @@ from sgtm.evaluation.quantisation import quantised
 from sgtm.evaluation.subject import Subject
 from sgtm.report.examination import examination_rows
 from sgtm.run import examine as module
-from sgtm.run.examine import examine_run, write_examination
+from sgtm.run.examine import examine_run, read_examination, write_examination
 from sgtm.run.tamper_plan import AttackedRun
 
 
@@ -51,8 +51,8 @@ def test_every_measure_of_every_model(runs, tmp_path):
         assert list(examined["measures"][name]) == ["full", "without es", "control"]
     full, without = (examined["measures"]["calibrated"][name]["before"] for name in ("full", "without es"))
     assert full != without, "the group matters in a random model"
-    path = write_examination(tmp_path, results)
-    assert json.loads(path.read_text()) == json.loads(json.dumps(results))
+    assert write_examination(tmp_path, results) == []
+    assert read_examination(tmp_path / "examination.json") == json.loads(json.dumps(results))
     rows = dict(examination_rows(examined))
     assert set(rows) >= {"calibrated loss, es", "loss at 4 bits, es", "extraction strength, guided 2"}
     assert set(rows["calibrated loss, es"]) == {"full", "without es", "control"}
@@ -77,6 +77,42 @@ def test_numbers_are_those_of_the_measures_themselves(runs):
         own = {str(layer): probe._asdict() for layer, probe in probes(subject, "es", split="train").items()}
         assert measures["probes"][name]["es"] == own, name
     assert measures["quantised"]["full"]["8"] != measures["quantised"]["full"]["4"]
+
+
+def test_other_measures_of_the_same_models_stay(runs, tmp_path):
+    """Until weights, split, number of sequences or control are others."""
+    names = ["recital", "membership"]
+    first = examine_run("run", measures=names, passages=3)
+    write_examination(tmp_path, first)
+    assert write_examination(tmp_path, examine_run("run", measures=["quantised", "recital"], passages=2)) == []
+    stored = read_examination(tmp_path / "examination.json")["domains"]["es"]["measures"]
+    assert list(stored) == [*names, "quantised"]
+    assert stored["recital"]["full"]["texts"] == 2 and stored["membership"]["full"]["es"]["value"] > 0
+    for number, options in enumerate(({"split": "train"}, {"sequences": 3}, {"control": "filtered"})):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_examination(folder, examine_run("run", measures=names, passages=3))
+        other = examine_run("run", measures=["recital"], passages=3, **options)
+        assert write_examination(folder, other) == ["membership"]
+        assert list(read_examination(folder / "examination.json")["domains"]["es"]["measures"]) == ["recital"]
+    assert write_examination(folder, {**other, "weights": "others"}) == []
+    (folder / "examination.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"examination.json is damaged .*; remove it, and examine the run again"):
+        write_examination(folder, other)
+
+
+def test_a_control_that_saw_the_domain_is_warned_of(runs):
+    lines: list[str] = []
+    examine_run("run", measures=["recital"], passages=3, control="filtered", log=lines.append)
+    (warning,) = (line for line in lines if line.startswith("warning"))
+    assert (
+        warning.startswith("warning: the control filtered was trained on ") and "tokens of es: it does not" in warning
+    )
+    unseen = runs["filtered"].config.model_copy(deep=True)
+    unseen.data.upsample["es"] = 0
+    runs["unseen"] = replace(runs["filtered"], config=unseen)
+    examine_run("run", measures=["recital"], passages=3, control="unseen", log=lines.append)
+    assert not [line for line in lines[2:] if line.startswith("warning")]
 
 
 def test_guided_decoding_has_the_full_model_first(runs, monkeypatch):

@@ -20,7 +20,12 @@ def examine(folder, name: str, seed: int, gain: float) -> None:
     run.mkdir()
     save_config(load_config("debug", [f"--train.seed={seed}"]), run / "config.yaml")
     context = {model: {"es": {"gain": {"value": gain, "error": 0.1}}} for model in ("full", "without es")}
-    results = {"domains": {"es": {"forget": ["es"], "measures": {"context": context}}}}
+    results = {
+        "split": "test",
+        "sequences": 9,
+        "control": None,
+        "domains": {"es": {"forget": ["es"], "measures": {"context": context}}},
+    }
     (run / "examination.json").write_text(json.dumps(results))
 
 
@@ -30,8 +35,9 @@ def test_rows_are_named_by_variant_and_by_how_a_run_was_made(tmp_path):
     record = {"options": {}, "domain": "es", "method": "rmu", "steps": 1, "lr": 1.0, "seed": 0}
     write_unlearned(tmp_path / "rmu-of-it", record | {"source": {"run": "unmasked-s3", "step": 9}})
     values = {"gain by context, es": {"full": 0.5, "without es": 0.5}}
+    settings = {"split": "test", "sequences": 9, "control": None}
     paper, rmu = examination_rows(tmp_path)
-    assert paper == {"examined": "paper", "seed": 3, "domain": "es", "values": values}
+    assert paper == {"examined": "paper", "seed": 3, "domain": "es", **settings, "values": values}
     assert (rmu["examined"], rmu["values"]["gain by context, es"]["full"]) == ("unmasked + rmu", 0.75)
 
 

@@ -10,7 +10,7 @@ from corpora import build, config_for, record
 from random_models import moved_model
 
 from sgtm.config.schema import Config
-from sgtm.evaluation.probes import Layer, layers_of, probe, probes
+from sgtm.evaluation.probes import Head, Layer, layers_of, probe, probes
 from sgtm.evaluation.subject import Subject
 
 VOCAB, WIDTH, TARGETS = 12, 16, 4000
@@ -25,7 +25,7 @@ def layer(knows: bool, seed: int) -> Layer:
 
 
 def test_knowledge_that_the_head_does_not_read_is_read_out():
-    head = torch.zeros(VOCAB, WIDTH)
+    head = Head(torch.zeros(VOCAB, WIDTH))
     result = probe(layer(True, 0), layer(True, 1), head)
     assert result.own_head == pytest.approx(math.log(VOCAB), rel=1e-5)
     assert result.fitted < 0.1
@@ -35,13 +35,32 @@ def test_nothing_is_read_out_of_states_without_knowledge():
     states = layer(False, 0)
     few = Layer(states.x[:200], states.targets[:200])  # which a probe learns by heart
     for fitted_on in (states, few):
-        result = probe(fitted_on, layer(False, 1), torch.zeros(VOCAB, WIDTH))
+        result = probe(fitted_on, layer(False, 1), Head(torch.zeros(VOCAB, WIDTH)))
         assert result.fitted > math.log(VOCAB) - 0.02
 
 
 def test_a_probe_is_the_same_every_time():
-    parts = layer(True, 0), layer(True, 1), torch.zeros(VOCAB, WIDTH)
+    parts = layer(True, 0), layer(True, 1), Head(torch.zeros(VOCAB, WIDTH))
     assert probe(*parts) == probe(*parts)
+
+
+def test_the_rate_is_chosen_on_what_the_head_was_not_fitted_on(monkeypatch):
+    """The high rate learns a few states by heart: it is the best on these, and the worst on any others."""
+    monkeypatch.setattr("sgtm.evaluation.probes.RATES", (1e-6, 0.1))
+    few = Layer(*(part[:200] for part in layer(False, 0)))
+    result = probe(few, layer(False, 1), Head(torch.zeros(VOCAB, WIDTH)))
+    assert (result.rate, result.fitted) == (1e-6, pytest.approx(math.log(VOCAB), abs=1e-3))
+    assert result.chosen == pytest.approx(result.fitted, abs=1e-3)
+
+
+def test_the_bias_of_a_head_is_fitted_too():
+    """States that hold nothing, and tokens that are not equally frequent."""
+    states = [Layer(torch.zeros(TARGETS, WIDTH), layer(True, seed).targets.clamp(max=1)) for seed in (0, 1)]
+    frequent = torch.tensor([1 / VOCAB, 1 - 1 / VOCAB])
+    entropy = -float((frequent * frequent.log()).sum())
+    without, with_bias = (probe(*states, Head(torch.zeros(VOCAB, WIDTH), bias)) for bias in (None, torch.zeros(VOCAB)))
+    assert without.fitted == pytest.approx(math.log(VOCAB)) and with_bias.own_head == without.own_head
+    assert entropy < with_bias.fitted < math.log(VOCAB) - 0.4
 
 
 @pytest.fixture
@@ -49,14 +68,15 @@ def subject(tmp_path) -> Subject:
     documents = [record(n, "es", 30, "test" if n % 3 == 0 else "train") for n in range(24)]
     corpus, config = build(tmp_path / "corpus", documents), config_for(context=32)
     values = config.model_dump(exclude_unset=True)
-    config = Config.model_validate({**values, "model": {**values["model"], "layers": 2}})
+    model = {**values["model"], "layers": 2, "family": "gpt_neo", "head_bias": True}
+    config = Config.model_validate({**values, "model": model})
     return Subject(moved_model(config, 0.1), corpus, config, ("es",))
 
 
 def test_the_last_layer_is_what_the_head_reads(subject):
-    layers, weight = layers_of(subject, "test", "es", None)
+    layers, head = layers_of(subject, "test", "es", None)
     scores = subject.scores("test", "es")
-    logits = torch.nn.functional.linear(layers[-1].x, weight)
+    logits = torch.nn.functional.linear(layers[-1].x, *head)
     losses = torch.nn.functional.cross_entropy(logits, layers[-1].targets, reduction="none")
     assert torch.allclose(losses, scores.losses, atol=1e-4) and len(layers) == 2
     assert not torch.allclose(layers[0].x, layers[1].x)
