@@ -21,10 +21,11 @@ from unlearning import measured, options_of_a_grid, variant_row
 
 from sgtm.data.open import open_corpus
 from sgtm.data.trained import trained_tokens
+from sgtm.run.adapted import read_adapted
 from sgtm.sweep.file import Run, read_sweep
 from sgtm.unlearning.adapt import adapt_run
 
-FACTORS = (0.3, 1.0, 3.0)
+FACTORS = (0.3, 1.0, 3.0, 10.0)
 RANK, ALPHA = 16, 32.0
 
 
@@ -67,10 +68,16 @@ def steps_of(run: Run, seen: Run) -> int:
 
 
 def adapt(run: Run, factor: float, steps: int, out: Path) -> None:
-    """Adapt a run at so many times its peak rate, unless it has been."""
+    """Adapt a run at so many times its peak rate, unless it has been.
+
+    Raises ValueError where `out` is there and was made at other settings.
+    """
+    lr = factor * run.config.optimizer.lr
     if not out.exists():
-        lr = factor * run.config.optimizer.lr
         adapt_run(run.directory, out, rank=RANK, alpha=ALPHA, steps=steps, lr=lr)
+    record = read_adapted(out)
+    if record is None or (record["steps"], record["lr"]) != (steps, lr):
+        raise ValueError(f"{out} was not adapted in {steps} steps at {lr:g}; remove it")
 
 
 if __name__ == "__main__":

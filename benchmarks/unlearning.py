@@ -7,7 +7,7 @@ Every setting of GRID is tried on the variant's first seed and measured on split
 each method, the setting with the highest forget loss among those whose retain loss is at most BUDGET nats above that
 of the model before; a method without one is left out. The chosen settings are then applied to every seed, into the
 sweep's folder as VARIANT-sSEED-METHOD, where `sgtm tamper` and benchmarks/recipes.py take them, and measured on split
-test. Runs that are there are kept.
+test. Runs that are there are kept; one of another setting than the chosen is an error.
 
 Rows: one for each setting (`method`, `options`, `lr` and `steps`, `retain` and `forget` after, `retain_before`,
 `forget_before`, `chosen`), and one for each chosen setting as benchmarks/recipes.py writes a variant's.
@@ -29,17 +29,18 @@ from sgtm.config.load import load_run_config
 from sgtm.evaluation.losses import evaluate
 from sgtm.run.checkpoint import open_run, read_manifest
 from sgtm.run.evaluate import load_bases, load_model, open_run_corpus
+from sgtm.run.unlearned import read_unlearned
 from sgtm.sweep.file import Run, Sweep, read_sweep
 from sgtm.sweep.table import LOSSES
 from sgtm.unlearning.methods import METHODS
 from sgtm.unlearning.run import unlearn_run
 
 BUDGET = 0.1  # nats
-RMU = [{"layer": 2, "coefficient": c, "alpha": a} for c in (20.0, 40.0) for a in (1.0, 10.0, 100.0)]
+RMU = [{"layer": 2, "coefficient": c, "alpha": a} for c in (20.0, 40.0, 80.0) for a in (1.0, 10.0, 100.0)]
 GRID: dict[str, list[tuple[dict, float]]] = {
     "rmu": [*product(RMU, (1.0, 3.0))],
-    "npo": [*product([{"beta": 0.1}, {"beta": 1.0}], (1.0, 3.0, 10.0))],
-    "grad_diff": [*product([{}], (1.0, 3.0, 10.0))],
+    "npo": [*product([{"beta": 0.1}, {"beta": 1.0}], (1.0, 3.0, 10.0, 30.0))],
+    "grad_diff": [*product([{}], (0.03, 0.1, 0.3, 1.0))],
 }
 """By method its options, and the learning rate as a multiple of the method's default."""
 
@@ -51,8 +52,9 @@ def main() -> None:
     before = measured(runs[0].directory, "train", args.sequences, sweep.adjacent)
     tried = []
     for method, settings in GRID.items():
-        for number, (options, factor) in enumerate(settings):
-            out = sweep.folder.with_name(f"{sweep.folder.name}-unlearning") / f"{runs[0].name}-{method}-{number}"
+        for options, factor in settings:
+            name = "-".join([runs[0].name, method, *(f"{value:g}" for value in options.values()), f"x{factor:g}"])
+            out = sweep.folder.with_name(f"{sweep.folder.name}-unlearning") / name
             lr = apply(runs[0], method, options, factor, out)
             after = measured(out, "train", args.sequences, sweep.adjacent)
             losses = {data: after[f"full_{data}"] for data in ("retain", "forget")}
@@ -88,10 +90,16 @@ def choice(rows: list[dict]) -> dict | None:
 
 
 def apply(run: Run, method: str, options: dict, factor: float, out: Path) -> float:
-    """Unlearn a run at so many times the method's rate; returns the rate."""
+    """Unlearn a run at so many times the method's rate; returns the rate.
+
+    Raises ValueError where `out` is there and was made at other settings.
+    """
     lr = factor * load_run_config(run.directory).optimizer.lr / METHODS[method].divisor
     if not out.exists():
         unlearn_run(run.directory, method, out, options=options, lr=lr)
+    record = read_unlearned(out)
+    if record is None or record["lr"] != lr or not options.items() <= record["options"].items():
+        raise ValueError(f"{out} was not unlearned by {method} with {options} at {lr:g}; remove it")
     return lr
 
 

@@ -25,7 +25,7 @@ def add(commands: Subcommands) -> None:
         "--fit-sequences",
         type=COUNT,
         metavar="N",
-        help="training sequences per category that `calibrated` fits to (default: 20 tokens for each of the vocabulary)",
+        help="sequences per category that `calibrated` is fitted to (default: 20 tokens for each of the vocabulary)",
     )
     parser.add_argument("--data.path", dest="data_path", metavar="DIR", help=DATA)
 

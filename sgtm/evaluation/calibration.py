@@ -7,7 +7,7 @@ biases is added to its logits and fitted, on text of the training split, to
 
 (arXiv 2512.05648; there by 200 or 500 steps of an optimizer). The problem is convex: here it is solved to its optimum
 by L-BFGS, so that the result depends on no step size and no seed. A weak Gaussian prior (deviation 3 nats, weighed as
-one forget target is) keeps the biases of tokens that the sample lacks where they are. Losses are those of another split.
+a forget target is) keeps the biases of tokens that the sample lacks where they are. Losses are those of another split.
 
 Biases fitted to too little text hold what is peculiar to that text, and raise the losses of any other: by about half a
 nat times vocabulary / targets. So the sample grows with the vocabulary (`TARGETS_PER_TOKEN`).
@@ -151,7 +151,7 @@ def calibrated_losses(
 
     Raises ValueError where a category has no text in one of the splits.
     """
-    samples = {}
+    samples: dict[str, FitSample] = {}
     for names in filter(None, (forget, retain)):
         count = fit_sequences or fit_size(subject, len(names))
         samples |= {name: sample_of(subject, "train", name, count) for name in names}

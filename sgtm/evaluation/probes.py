@@ -1,11 +1,11 @@
 """What a linear read-out finds of a domain in the hidden states of each layer.
 
 Ablation may leave knowledge in the residual stream that the head no longer reads. A probe is a head of its own: the
-final norm, and a matrix with the head's bias where it has one, fitted on a domain's text of the training split to predict its next tokens from the residual
-stream after a layer, everything else frozen. It begins as the model's own head (a logit lens) and is fitted by Adam
-for a fixed number of steps, with the learning rate that is best on a part of that text held out from it. Losses are
-those of another split. They are to be compared with probes of a model that was trained without the domain, which show
-what such a head learns from the text itself.
+final norm, and a matrix with the head's bias where it has one, fitted on a domain's text of the training split to
+predict its next tokens from the residual stream after a layer, everything else frozen. It begins as the model's own
+head (a logit lens) and is fitted by Adam for a fixed number of steps, with the learning rate that is best on a part of
+that text held out from it. Losses are those of another split. They are to be compared with probes of a model that was
+trained without the domain, which show what such a head learns from the text itself.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def probe(fitted_on: Layer, held_out: Layer, own: Head, *, seed: int = 0) -> Pro
 
 
 def _fitted(layer: Layer, own: Head, rate: float, seed: int) -> Head:
-    head = Head(*(None if part is None else part.detach().clone().requires_grad_() for part in own))
+    bias = None if own.bias is None else own.bias.detach().clone().requires_grad_()
+    head = Head(own.weight.detach().clone().requires_grad_(), bias)
     optimizer = torch.optim.Adam([part for part in head if part is not None], rate, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
     for step in range(STEPS):

@@ -123,8 +123,8 @@ def knowing_control(control: AttackedRun, domains: Sequence[str]) -> str:
         trained = trained_tokens(control.corpus, control.config).get(f"forget:{domain}", {})
         if tokens := round(sum(trained.values())):
             return (
-                f"the control {control.run} was trained on {tokens:,} tokens of {domain}: it does not show what a model "
-                f"without {domain} gives"
+                f"the control {control.run} was trained on {tokens:,} tokens of {domain}: it does not show what a "
+                f"model without {domain} gives"
             )
     return ""
 

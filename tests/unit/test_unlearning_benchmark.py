@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from sgtm.run.unlearned import write_unlearned
 
 
 @pytest.fixture
@@ -52,3 +56,83 @@ def test_a_grid_is_shown_with_its_choice(benchmarks):
     text = experiments.settings([best, {**best, "factor": 1.0, "chosen": False}])
     assert "before: 4.000 and 4.200" in text and "| rmu | alpha 10 | 3 | 4.090 | 6.000 | yes |" in text
     assert "| rmu | alpha 10 | 1 | 4.090 | 6.000 |  |" in text and experiments.settings([{"variant": "a"}]) == ""
+
+
+RUNS = [
+    SimpleNamespace(
+        name=f"unmasked-s{seed}",
+        variant="unmasked",
+        seed=seed,
+        directory=Path(f"runs/unmasked-s{seed}"),
+        config=SimpleNamespace(
+            train=SimpleNamespace(steps=10, tokens_per_step=100, eval_sequences=9), optimizer=SimpleNamespace(lr=2.0)
+        ),
+    )
+    for seed in (0, 1)
+]
+
+
+@pytest.fixture
+def measurements(monkeypatch):
+    """Runs a benchmark on RUNS; returns what was measured, as (folder, split, sequences), and the rows."""
+
+    def run(module) -> tuple[list[tuple], list[dict]]:
+        measured, rows = [], []
+
+        def measure(folder, split, sequences, adjacent=()):
+            measured.append((folder.name, split, sequences))
+            loss = 6.0 if "x3" in folder.name or "3.0" in folder.name else 5.0
+            return {"full_retain": 4.0, "full_forget": loss}
+
+        sweep = SimpleNamespace(runs=RUNS, folder=Path("runs/a.sweep"), adjacent=())
+        monkeypatch.setattr(module, "read_sweep", lambda file: sweep)
+        monkeypatch.setattr(module, "measured", measure)
+        monkeypatch.setattr(module, "write_rows", lambda file, written: rows.extend(written))
+        monkeypatch.setattr(sys, "argv", ["benchmark", "a.sweep.yaml", "--sequences", "5", "--json", "rows.jsonl"])
+        module.main()
+        return measured, rows
+
+    return run
+
+
+def test_a_setting_is_chosen_on_split_train_and_shown_on_test(unlearning, measurements, monkeypatch):
+    monkeypatch.setattr(unlearning, "GRID", {"rmu": [({"alpha": 1.0}, 1.0), ({"alpha": 1.0}, 3.0)]})
+    monkeypatch.setattr(unlearning, "apply", lambda run, method, options, factor, out: factor)
+    measured, rows = measurements(unlearning)
+    tried = ["unmasked-s0", "unmasked-s0-rmu-1-x1", "unmasked-s0-rmu-1-x3"]
+    chosen = ["unmasked-s0-rmu", "unmasked-s1-rmu"]
+    assert measured == [(name, "train", 5) for name in tried] + [(name, "test", 9) for name in chosen]
+    assert [row["chosen"] for row in rows if "chosen" in row] == [False, True]
+
+
+def test_the_rate_of_adapters_is_chosen_on_split_train_and_shown_on_test(benchmarks, measurements, monkeypatch):
+    import adapters
+
+    monkeypatch.setattr(adapters, "steps_of", lambda run, seen: 7)
+    monkeypatch.setattr(adapters, "adapt", lambda run, factor, steps, out: None)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(adapters, "FACTORS", (3.0, 1.0))
+    for run in RUNS:
+        monkeypatch.setattr(run, "variant", "filtered")
+    with pytest.raises(StopIteration):
+        measurements(adapters)  # no run of the variant that saw the domain
+    monkeypatch.setattr(RUNS[1], "variant", "unmasked")
+    measured, rows = measurements(adapters)
+    assert measured == [
+        ("unmasked-s0-adapters-3.0", "train", 5),
+        ("unmasked-s0-adapters-1.0", "train", 5),
+        ("unmasked-s0-adapters", "test", 9),
+    ]
+    assert [row["chosen"] for row in rows if "chosen" in row] == [False, True]
+
+
+def test_a_run_of_another_setting_is_not_taken_for_the_chosen_one(unlearning, tmp_path, monkeypatch):
+    monkeypatch.setattr(unlearning, "load_run_config", lambda run: RUNS[0].config)
+    monkeypatch.setattr(unlearning, "unlearn_run", lambda *args, **options: pytest.fail("it is there"))
+    record = {"domain": "es", "method": "npo", "steps": 1, "seed": 0, "options": {"beta": 0.1, "retain_weight": 1.0}}
+    source = {"run": "unmasked-s0", "step": 9}
+    write_unlearned(tmp_path, record | {"lr": 0.2, "source": source})
+    assert unlearning.apply(RUNS[0], "npo", {"beta": 0.1}, 3.0, tmp_path) == 0.2
+    for options, factor in (({"beta": 1.0}, 3.0), ({"beta": 0.1}, 1.0)):
+        with pytest.raises(ValueError, match=r"was not unlearned by npo with \{'beta': .*; remove it"):
+            unlearning.apply(RUNS[0], "npo", options, factor, tmp_path)
