@@ -6,13 +6,14 @@ Each raises Missing where a variant, an attack or an examination that it takes i
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 
-from sgtm.evaluation.compute_ratio import LEAST, ComputeRatio, LearningCurve
+from sgtm.evaluation.compute_ratio import LEAST, LearningCurve
 from sgtm.sweep.study import Study, Variant, VariantLeakage, leakages
 
 STEPS = 64
@@ -121,29 +122,37 @@ def _leakages(study: Study, name: str) -> dict[int, VariantLeakage]:
     return {seed: each[name] for seed, each in by_name.items()}
 
 
-def reached(study: Study, name: str, loss: str, baseline: str) -> list[ComputeRatio]:
-    """For every seed the share of the baseline's training at which it reaches the loss, by the last losses of the
-    baseline at several lengths (`NAME-STEPS`; the mean over its seeds at each)."""
-    whole = variant(study, baseline)
+def reached(study: Study, name: str, loss: str, baseline: str) -> list[tuple[float, bool]]:
+    """For every seed that both have, the share of the baseline's training at which it reaches the loss, and whether
+    that is extrapolated, by the last losses of the baseline of that seed at several lengths (`NAME-STEPS`). A length
+    that lacks the seed has the loss of its others, moved by as much as the whole length's of this seed is from theirs.
+    """
+    whole, ours = variant(study, baseline), by_seed(study, name)
     lengths = [each for each in study.variants if each.name.removeprefix(f"{baseline}-").isdigit()]
     points = [whole, *(each for each in lengths if each.name.startswith(f"{baseline}-"))]
     if len(points) < LEAST:
         raise Missing(f"{baseline} of {LEAST} lengths")
-    means = [each.loss(f"full_{loss.partition('_')[2]}") for each in points]
-    shares = [each.tokens / whole.tokens for each in points]
-    curve = LearningCurve(shares, [mean.mean for mean in means if mean])
-    ratios = [curve.ratio(value) for value in variant(study, name).values(loss)]
-    return [replace(ratio, value=ratio.value * max(shares)) for ratio in ratios]
+    shares, end = [each.tokens / whole.tokens for each in points], f"full_{loss.partition('_')[2]}"
+    wholes = {seed["seed"]: seed[end] for seed in whole.seeds}
+    shares_reached = []
+    for seed in (seed for seed in ours if seed in wholes):
+        losses = []
+        for point in points:
+            by_own = {each["seed"]: each[end] for each in point.seeds}
+            others = [loss - wholes[other] for other, loss in by_own.items() if other in wholes]
+            losses.append(by_own.get(seed) or wholes[seed] + statistics.fmean(others))
+        shares_reached.append(LearningCurve(shares, losses).reached(ours[seed][loss]))
+    return shares_reached
 
 
 def penalty(name: str, loss: str, baseline: str) -> Callable[[Study], list[float]]:
-    """1 - the compute ratio, in percent. The error of the baseline's curve is not in it."""
-    return lambda study: [100 * (1 - ratio.value) for ratio in reached(study, name, loss, baseline)]
+    """1 - the share, in percent."""
+    return lambda study: [100 * (1 - share) for share, _ in reached(study, name, loss, baseline)]
 
 
 def beyond(name: str, loss: str, baseline: str) -> Callable[[Study], bool]:
     """Whether a seed's loss is outside the baseline's lengths."""
-    return lambda study: any(ratio.extrapolated for ratio in reached(study, name, loss, baseline))
+    return lambda study: any(extrapolated for _, extrapolated in reached(study, name, loss, baseline))
 
 
 def attacked(first: str, second: str, steps: int | None = None) -> Callable[[Study], list[float]]:
@@ -153,10 +162,13 @@ def attacked(first: str, second: str, steps: int | None = None) -> Callable[[Stu
     def measure(study: Study) -> list[float]:
         ours, theirs = _curves(study, first), _curves(study, second)
         by_seed: list[dict[int, float]] = []
-        grids = [{row["seed"]: row.get("attacks") for row in _attacked_rows(study, name)} for name in (first, second)]
+        grids = [
+            {row["seed"]: (row.get("attacks"), row.get("sequences")) for row in _attacked_rows(study, name)}
+            for name in (first, second)
+        ]
         for seed in (seed for seed in ours if seed in theirs):
             if grids[0][seed] != grids[1][seed]:
-                raise Missing(f"the same attacks on {first} and {second}")
+                raise Missing(f"the same attacks on {first} and {second}, measured on the same text")
             by_step = [{(p["step"], p["tokens"]): p["forget"] for p in curves[seed]} for curves in (ours, theirs)]
             if list(by_step[0]) != list(by_step[1]):
                 raise Missing(f"attacks of {first} and {second} of the same steps and tokens")

@@ -86,17 +86,17 @@ def _measured(claim: Claim, study: Study | None) -> tuple[str, str]:
 
 ABOUT = (
     "P: arXiv 2512.05648; G: GRAM; without a letter: a question of ours. Measured: mean over the seeds ± half of the "
-    "95 % confidence interval; differences of two runs are paired by seed, leakages and compute penalties are read "
-    "from curves through means over the seeds. A claim is confirmed where the whole interval is on the stated side of "
-    "the limit, refuted where it is all on the other, and otherwise undecided. The limits of 5 and 12 % are the "
-    "papers' figures; the others are ours, those of `arxiv` set with its results, the others before. Sizes in "
-    "brackets are the papers'; ours are 1.07 M parameters, in `sizes` 0.3 to 2.2 M, and 600 steps. The results hold "
-    "for these sizes only. Seeds change the initial weights alone: the draw of documents, and the error of a curve "
-    "that a number is read from, are in no interval. * beyond the ends of a curve: a loss that no length of the "
-    "baseline reaches, or a retain loss that the other variant has at none of its evaluations. These evaluations are "
-    "in the middle of a training whose learning rate has not yet fallen; finished models of that retain loss differ "
-    "from the line by up to a tenth of a nat on the novels, and where a number is read from it the verdict allows for "
-    "as much on both sides. `paper` starts an attack as the worse model, and a worse model fine-tunes more slowly."
+    "95 % confidence interval; all that compares two runs, leakages and compute penalties too, is paired by seed. A "
+    "claim is confirmed where the whole interval is on the stated side of the limit, refuted where it is all on the "
+    "other, and otherwise undecided. The limits of 5 and 12 % are the papers' figures; the others are ours, those of "
+    "`arxiv` set with its results, the others before. Sizes in brackets are the papers'; ours are 1.07 M parameters, "
+    "in `sizes` 0.3 to 2.2 M, and 600 steps. The results hold for these sizes only. Seeds change the initial weights "
+    "alone: the draw of documents, and the error of a curve that a number is read from, are in no interval. * beyond "
+    "the ends of a curve: a loss that no length of the baseline reaches, or a retain loss that the other variant has "
+    "at none of its evaluations. These evaluations are in the middle of a training whose learning rate has not yet "
+    "fallen; finished models of that retain loss differ from the line by up to a tenth of a nat on the novels, and "
+    "where a number is read from it the verdict allows for as much on both sides. `paper` starts an attack as the "
+    "worse model, and a worse model fine-tunes more slowly."
 )
 
 

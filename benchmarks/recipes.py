@@ -105,9 +105,8 @@ def ratios(row: dict, rows: list[dict]) -> dict[str, dict]:
         ends_with = f"full_{loss.split('_')[1]}"
         whole = next(other["tokens"] for other in points if other["variant"] == baseline)
         curve = LearningCurve([other["tokens"] / whole for other in points], [other[ends_with] for other in points])
-        ratio = curve.ratio(row[loss])
-        longest = max(other["tokens"] for other in points) / whole
-        by_loss[loss] = {"value": round(ratio.value * longest, 4), "extrapolated": ratio.extrapolated}
+        share, extrapolated = curve.reached(row[loss])
+        by_loss[loss] = {"value": round(share, 4), "extrapolated": extrapolated}
     return by_loss
 
 

@@ -90,11 +90,11 @@ class LearningCurve:
 
     def ratio(self, loss: float) -> ComputeRatio:
         """Return the ratio of a loss in nats, finite and above 0."""
-        value, outside = self._reach(loss)
+        value, outside = self.reached(loss)
         error = self.error(loss)
         low = high = math.nan
         if not math.isnan(error):
-            low, high = self._reach(loss + error)[0], self._reach(max(loss - error, 1e-9))[0]
+            low, high = self.reached(loss + error)[0], self.reached(max(loss - error, 1e-9))[0]
         whole = float(self.compute[-1])
         return ComputeRatio(value / whole, low / whole, high / whole, outside)
 
@@ -129,8 +129,9 @@ class LearningCurve:
             low, high = max(0.0, best.floor - step), min(lowest, best.floor + step)
         return best
 
-    def _reach(self, loss: float) -> tuple[float, bool]:
-        """The compute at which the curve first is at this loss, and whether that is extrapolated."""
+    def reached(self, loss: float) -> tuple[float, bool]:
+        """The compute at which the curve first is at this loss, infinite where it never is, and whether that is
+        extrapolated."""
         if loss > self.falling[0]:
             return self._beyond(loss, 0), True
         if loss < self.falling[-1]:

@@ -35,7 +35,7 @@ class Leakage(NamedTuple):
 class TokenCurve:
     """Losses on forget data of standard models by the number of forget tokens they were trained on.
 
-    Raises ValueError without a model of 0 forget tokens, or with less than three others.
+    Raises ValueError without a model of 0 forget tokens, or with less than three others of a lower loss.
     """
 
     def __init__(self, tokens: Sequence[float], losses: Sequence[float]):
@@ -43,8 +43,9 @@ class TokenCurve:
         if len(unseen) != 1:
             what = "exactly one model that was trained on 0 forget tokens"
             raise ValueError(f"the curve needs {what}; it has {len(unseen)}")
-        pairs = [(count, loss) for count, loss in zip(tokens, losses, strict=True) if count]
         self.unseen = unseen[0]
+        # Without those that are no better than the unseen one, by which the curve would jump from 0 tokens to theirs.
+        pairs = [(count, loss) for count, loss in zip(tokens, losses, strict=True) if count and loss < self.unseen]
         self.curve = LearningCurve([count for count, _ in pairs], [loss for _, loss in pairs])
 
     def equivalent(self, loss: float) -> tuple[float, bool]:
@@ -54,8 +55,7 @@ class TokenCurve:
             return 0.0, False
         if loss >= first:
             return start * (self.unseen - loss) / (self.unseen - first), False
-        ratio = self.curve.ratio(loss)
-        return ratio.value * float(self.curve.compute[-1]), ratio.extrapolated
+        return self.curve.reached(loss)
 
 
 def leakage(loss: float, curve: TokenCurve, unlabelled: float, error: float | None = None) -> Leakage:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 from sgtm.evaluation.subject import Subject
 from sgtm.evaluation.tampering import Attack, Documents, HeldOut, Reached, tamper
@@ -50,22 +51,35 @@ def attack_run(
     return reached
 
 
-def read_reached(run: Path) -> dict[str, list[Reached]]:
+class Grid(NamedTuple):
+    """Attacks of as many tokens a step, measured on the same held-out text: at most `sequences` of each category."""
+
+    sequences: int
+    reached: list[Reached]
+
+
+def read_grids(run: Path) -> dict[str, Grid]:
     """What the attacks in a run's `tamper.jsonl` have reached, by what the run was attacked without.
 
-    Attacks on another checkpoint, or measured on other held-out text, than the last of a condition are left out.
-    Raises ValueError for a damaged file.
+    Attacks on another checkpoint than the last of a condition are left out. Of grids that differ in the domains, the
+    held-out text or the tokens of a step, whose losses cannot be compared, the one of the most attacks is taken, of
+    equal ones the last. Raises ValueError for a damaged file.
     """
     by_condition: dict[str, list[list[dict]]] = {}
     for rows in _read(run / FILE).values():
         by_condition.setdefault(rows[0]["condition"], []).append(rows)
-    measured = [name for name in IDENTITY if name != "attack"]
-    reached: dict[str, list[Reached]] = {}
+    grids: dict[str, Grid] = {}
     for condition, attacks in by_condition.items():
         last = attacks[-1][0]
-        alike = [rows for rows in attacks if all(rows[0][name] == last[name] for name in measured)]
-        reached[condition] = [_reached(_attack_of(row), row) for rows in alike for row in rows]
-    return reached
+        alike: dict[str, list[list[dict]]] = {}
+        for rows in attacks:
+            if all(rows[0][name] == last[name] for name in ("checkpoint", "weights")):
+                settings = [rows[0]["domains"], rows[0]["sequences"], rows[0]["attack"]["tokens"]]
+                alike.setdefault(json.dumps(settings), []).append(rows)
+        most = max(reversed(alike.values()), key=len)
+        reached = [_reached(_attack_of(row), row) for rows in most for row in rows]
+        grids[condition] = Grid(most[0][0]["sequences"], reached)
+    return grids
 
 
 def full_loss(target: AttackedRun, plan: Plan) -> float:

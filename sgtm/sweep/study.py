@@ -204,30 +204,32 @@ def examinations(study: Study) -> dict[str, dict[str, dict[str, Interval]]]:
     }
 
 
-def standard_curve(variants: Iterable[Variant]) -> TokenCurve | None:
+def standard_curve(variants: Iterable[Variant], seed: int | None = None) -> TokenCurve | None:
     """Forget loss of the models trained without masks by the forget tokens they saw: what leakage is read from. The
-    variants are of one shape.
+    variants are of one shape. seed: whose losses; None: means over the seeds.
 
     Models that were trained on 5 % more or less retain tokens than the median variant are left out, such as the same
     baseline trained for other numbers of steps. None where the rest are too few, or where none saw no forget token.
     """
-    points = standard_points(variants)
+    points = standard_points(variants, seed)
     try:
         return TokenCurve(*zip(*points, strict=True)) if points else None
     except ValueError:
         return None
 
 
-def standard_points(variants: Iterable[Variant]) -> list[tuple[float, float]]:
+def standard_points(variants: Iterable[Variant], seed: int | None = None) -> list[tuple[float, float]]:
     """(forget tokens, forget loss) of the models of `standard_curve`, by rising tokens."""
     variants = [variant for variant in variants if variant.trained]
     median = statistics.median([variant.retained for variant in variants] or [0.0])
-    return sorted(
-        (variant.unlabelled, loss.mean)
-        for variant in variants
-        if not variant.masks and abs(variant.retained - median) < 0.05 * median
-        if variant.unlabelled is not None and (loss := variant.loss("full_forget"))
-    )
+    points = []
+    for variant in variants:
+        mean = variant.loss("full_forget")
+        if variant.masks or abs(variant.retained - median) >= 0.05 * median or variant.unlabelled is None or not mean:
+            continue
+        own = [each["full_forget"] for each in variant.seeds if each["seed"] == seed]
+        points.append((variant.unlabelled, own[0] if own else mean.mean))
+    return sorted(points)
 
 
 class VariantLeakage(NamedTuple):
@@ -240,19 +242,21 @@ class VariantLeakage(NamedTuple):
 
 
 def leakages(variants: Sequence[Variant]) -> dict[str, VariantLeakage]:
-    """Of each masked variant for which there is a curve of models of its shape, whose own error is not in the
+    """Of each masked variant for which there is a curve of models of its shape. A seed's leakage is read from models of
+    the same seed; where one of them has no such run, from the mean over its seeds, whose error is not in the
     intervals."""
     by_shape: dict[tuple[str, ...], list[Variant]] = {}
     for variant in variants:
         by_shape.setdefault(variant.shape, []).append(variant)
-    curves = {shape: standard_curve(alike) for shape, alike in by_shape.items()}
     by_name = {}
     for variant in variants:
-        curve = curves[variant.shape]
         losses = variant.values("ablated_forget")
-        if curve is None or not variant.masks or variant.unlabelled is None or not all(map(math.isfinite, losses)):
+        if not variant.masks or variant.unlabelled is None or not all(map(math.isfinite, losses)):
             continue
-        seeds = [leakage(loss, curve, variant.unlabelled) for loss in losses]
+        curves = [standard_curve(by_shape[variant.shape], seed["seed"]) for seed in variant.seeds]
+        seeds = [leakage(loss, curve, variant.unlabelled) for loss, curve in zip(losses, curves, strict=True) if curve]
+        if len(seeds) < len(losses):
+            continue
         tokens = interval([seed.tokens for seed in seeds])
         ratios = [seed.ratio for seed in seeds if seed.ratio is not None]
         if tokens:

@@ -10,7 +10,7 @@ from pathlib import Path
 from sgtm.config.load import load_run_config
 from sgtm.evaluation.tampering import worst_case
 from sgtm.run.adapted import read_adapted
-from sgtm.run.tampering import FILE, read_reached
+from sgtm.run.tampering import FILE, read_grids
 from sgtm.run.unlearned import read_unlearned
 
 
@@ -41,7 +41,8 @@ def tamper_rows(folder: Path) -> list[dict]:
                that and `adapters`
     seed       of the training
     condition  what the run was attacked without
-    attacks    that the worst case is of
+    sequences  of each category that the losses are of, at most
+    attacks    that the worst case is of: those of the largest grid
     curve      by evaluated step: step, tokens, forget (nats, the lowest of all attacks so far), error (standard error
                over documents) and retain of the same attack
 
@@ -49,7 +50,7 @@ def tamper_rows(folder: Path) -> list[dict]:
     """
     rows = []
     for run, variant, seed in named_runs(folder, FILE):
-        for condition, reached in read_reached(run).items():
+        for condition, (sequences, reached) in read_grids(run).items():
             if not any(math.isfinite(each.loss) for each in reached):
                 continue
             worst = worst_case(reached)
@@ -59,6 +60,6 @@ def tamper_rows(folder: Path) -> list[dict]:
                 for step, r in worst.items()
             ]
             attacks = sorted({str(each.attack) for each in reached})
-            row = {"tampered": variant, "seed": seed, "condition": condition, "curve": curve, "attacks": attacks}
-            rows.append(row)
+            about = {"tampered": variant, "seed": seed, "condition": condition, "sequences": sequences}
+            rows.append({**about, "curve": curve, "attacks": attacks})
     return rows

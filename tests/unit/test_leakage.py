@@ -41,6 +41,15 @@ def test_token_equivalent_below_the_first_model_is_a_straight_line(curve):
     assert leakage(middle, curve, 1e5).tokens == pytest.approx(5e3)
 
 
+def test_models_no_better_than_the_unseen_one_make_no_jump():
+    """Those of 1e4 tokens and fewer: a loss just below the unseen one is worth next to nothing, not 1e4 tokens."""
+    losses = [loss_of(2e4), *(loss_of(count) for count in TOKENS[1:])]
+    curve = TokenCurve(TOKENS, losses)
+    assert leakage(losses[0] - 1e-6, curve, 1e5).tokens < 1
+    middle = (losses[0] + loss_of(3e4)) / 2
+    assert leakage(middle, curve, 1e5).tokens == pytest.approx(1.5e4)
+
+
 def test_the_error_of_the_loss_is_that_of_the_equivalent(curve):
     measured = leakage(loss_of(1e5), curve, 1e5, error=0.1)
     assert measured.low == pytest.approx(curve.equivalent(loss_of(1e5) + 0.1)[0]) and measured.low < measured.tokens

@@ -13,7 +13,7 @@ from sgtm.evaluation.losses import evaluate
 from sgtm.evaluation.tampering import difference, worst_case
 from sgtm.run import tampering
 from sgtm.run.tamper_plan import make_plan
-from sgtm.run.tampering import FILE, attack_run, full_loss, read_reached
+from sgtm.run.tampering import FILE, attack_run, full_loss, read_grids
 
 GRID = {"budgets": [1, 3], "multiples": [0.5, 2], "data": ["forget"], "tokens": 32, "sequences": 3}
 
@@ -151,12 +151,20 @@ def test_a_model_that_has_not_seen_the_domain_is_its_own_control(corpus, tmp_pat
 
 def test_what_was_reached_is_read_back(target):
     reached = attack_run(target, make_plan(target, **GRID))
-    assert read_reached(target.run) == {"without es": reached}
+    assert read_grids(target.run) == {"without es": (GRID["sequences"], reached)}
     newer = replace(target, weights="newer")
     more = attack_run(newer, make_plan(newer, **GRID | {"multiples": [1]}))
-    assert read_reached(target.run) == {"without es": more}  # of the newest weights alone
+    assert read_grids(target.run)["without es"].reached == more  # of the newest weights alone
     (target.run / FILE).unlink()
-    assert read_reached(target.run) == {}
+    assert read_grids(target.run) == {}
+
+
+@pytest.mark.parametrize("other", [{"sequences": 1}, {"tokens": 64}])
+def test_a_small_trial_does_not_hide_the_grid(target, other):
+    """It is measured on other text, or its steps are of other sizes: its attacks are no part of the grid either."""
+    reached = attack_run(target, make_plan(target, **GRID))
+    attack_run(target, make_plan(target, **GRID | {"multiples": [1], **other}))
+    assert read_grids(target.run) == {"without es": (GRID["sequences"], reached)}
 
 
 def test_the_loss_of_a_baseline_is_that_of_its_full_model(target):
