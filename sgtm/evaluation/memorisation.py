@@ -18,13 +18,12 @@ Errors are standard errors over documents: of a mean the usual one, of the area 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from sgtm.data.batch import IGNORE
-from sgtm.evaluation.subject import Scores, Subject, scored
+from sgtm.evaluation.subject import Scores, Subject
 
 MIN_K = 0.4  # share of a document's tokens
 
@@ -65,15 +64,26 @@ def recital(subject: Subject, texts: Sequence[Sequence[int]]) -> Recital:
 
     Raises ValueError for no text, and for a text of less than two tokens.
     """
-    context = subject.config.model.context
+
+    def likeliest(ids: torch.Tensor) -> torch.Tensor:
+        return torch.cat([logits.argmax(-1) for _, logits in subject.hidden(ids, subject.plan(ids)).logits()])
+
+    return recited(texts, likeliest, subject.config.model.context, subject.device)
+
+
+def recited(
+    texts: Sequence[Sequence[int]],
+    likeliest: Callable[[torch.Tensor], torch.Tensor],
+    context: int,
+    device: torch.device,
+) -> Recital:
+    """As `recital`; likeliest: of int64 [1, S] ids on the device, the most likely next tokens, int64 [S]."""
     by_text = []
     for number, text in enumerate(texts):
-        ids = torch.tensor([text[:context]], dtype=torch.int64, device=subject.device)
+        ids = torch.tensor([text[:context]], dtype=torch.int64, device=device)
         if ids.shape[1] < 2:
             raise ValueError(f"text {number} has {ids.shape[1]} token: nothing of it can be predicted")
-        targets = torch.full_like(ids, IGNORE)
-        targets[:, :-1] = ids[:, 1:]
-        by_text.append(scored(subject.hidden(ids, subject.plan(ids)), targets, torch.zeros_like(ids)).hits)
+        by_text.append((likeliest(ids)[:-1] == ids[0, 1:]).cpu())
     strengths = torch.tensor([extraction_strength(hits) for hits in by_text])
     exact = torch.tensor([float(hits.float().mean()) for hits in by_text])
     return Recital(mean(strengths), mean(exact), len(by_text))

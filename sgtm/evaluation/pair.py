@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sgtm.evaluation.memorisation import Recital, extraction_strength, mean
+from sgtm.evaluation.memorisation import Recital, recited
 from sgtm.evaluation.subject import Subject
 
 
@@ -31,20 +31,12 @@ def guided_recital(full: Subject, ablated: Subject, texts: Sequence[Sequence[int
     if vocabularies[0] != vocabularies[1]:
         raise ValueError(f"the two models have different vocabularies: {vocabularies[0]} and {vocabularies[1]} tokens")
     context = min(subject.config.model.context for subject in (full, ablated))
-    strengths, exact = [], []
-    for number, text in enumerate(texts):
-        ids = torch.tensor([text[:context]], dtype=torch.int64, device=full.device)
-        if ids.shape[1] < 2:
-            raise ValueError(f"text {number} has {ids.shape[1]} token: nothing of it can be predicted")
+
+    def likeliest(ids: torch.Tensor) -> torch.Tensor:
         pieces = (subject.hidden(ids, subject.plan(ids)).logits() for subject in (full, ablated))
-        hits = [
-            (a + strength * (a - b)).argmax(-1) == ids[0].roll(-1)[part]
-            for (part, a), (_, b) in zip(*pieces, strict=True)
-        ]
-        hit = torch.cat(hits)[:-1].cpu()
-        strengths.append(extraction_strength(hit))
-        exact.append(float(hit.float().mean()))
-    return Recital(mean(torch.tensor(strengths)), mean(torch.tensor(exact)), len(texts))
+        return torch.cat([(a + strength * (a - b)).argmax(-1) for (_, a), (_, b) in zip(*pieces, strict=True)])
+
+    return recited(texts, likeliest, context, full.device)
 
 
 def extrapolated(

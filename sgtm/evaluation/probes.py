@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from sgtm.data.batch import IGNORE
 from sgtm.evaluation.subject import Subject
+from sgtm.model.streams import residual_streams
 
 STEPS, BATCH = 200, 1024  # targets of a step
 RATES = (3e-4, 3e-3)
@@ -54,11 +55,10 @@ class Probe(NamedTuple):
 @torch.no_grad()
 def layers_of(subject: Subject, split: str, category: str, sequences: int | None) -> tuple[list[Layer], Head]:
     """The layers in order, and the model's own head. Raises ValueError where the split has none of the category."""
-    model, streams = subject.model, []
-    hooks = [block.register_forward_hook(lambda _, inputs, x: streams.append(x)) for block in model.blocks]
+    model = subject.model
     by_layer: list[list[torch.Tensor]] = [[] for _ in model.blocks]
     goals = []
-    try:
+    with residual_streams(model) as streams:
         for batch in subject.batches(split, category, sequences):
             ids, targets, plan = batch.on(subject.device, subject.tables)
             streams.clear()
@@ -67,9 +67,6 @@ def layers_of(subject: Subject, split: str, category: str, sequences: int | None
             goals.append(targets.flatten()[chosen])
             for parts, x in zip(by_layer, streams, strict=True):
                 parts.append(model.final_norm(x, plan).flatten(0, 1)[chosen].float())
-    finally:
-        for hook in hooks:
-            hook.remove()
     targets = torch.cat(goals)
     head = Head(weight.float(), None if bias is None else bias.float())
     return [Layer(torch.cat(states), targets) for states in by_layer], head

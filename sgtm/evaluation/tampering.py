@@ -19,7 +19,6 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -28,10 +27,8 @@ import torch
 from sgtm.config.schema import Config
 from sgtm.config.sections import OptimizerConfig
 from sgtm.data.batch import IGNORE, Batch
-from sgtm.data.evaluation import sequences_of
-from sgtm.data.loader import collate, isolates_documents
-from sgtm.data.packing import Sequence as Packed
-from sgtm.data.packing import derived_seed, shuffled
+from sgtm.data.loader import collate
+from sgtm.data.shuffled_sequences import ShuffledSequences
 from sgtm.data.store import Corpus
 from sgtm.distributed.optim import SegmentedAdamW
 from sgtm.distributed.segments import Fragment, segment_tables
@@ -109,42 +106,6 @@ def evaluated_steps(last: int, budgets: Iterable[int] = ()) -> tuple[int, ...]:
     return tuple(sorted({0, last, *(step for step in (*powers, *budgets) if 0 < step < last)}))
 
 
-class Reader:
-    """Sequences of some categories of the training split, without end: every pass has an order of its own.
-
-    Raises ValueError for a category without a sequence.
-    """
-
-    def __init__(self, corpus: Corpus, config: Config, categories: Sequence[str], seed: int):
-        # Spans isolate the documents of some categories; a micro-batch may hold several.
-        self.isolated = isolates_documents(config.data) or bool(len(corpus.spans))
-        self.streams = [
-            (
-                sequences_of(corpus, "train", category, config.model.context, self.isolated),
-                config.space.label(corpus.categories[category]),
-            )
-            for category in categories
-        ]
-        for category, (read, _) in zip(categories, self.streams, strict=True):
-            if not read.targets:
-                raise ValueError(f"split train of {corpus.path} has nothing of category {category} to train on")
-        self.ends = np.cumsum([len(read.numbers) for read, _ in self.streams])
-        self._order = lru_cache(maxsize=1)(
-            lambda epoch: shuffled(int(self.ends[-1]), derived_seed(seed, _ORDER, epoch))
-        )
-
-    def take(self, first: int, count: int) -> list[Packed]:
-        """Sequences `first` to `first + count` of all passes together."""
-        sequences = []
-        for number in range(first, first + count):
-            epoch, position = divmod(number, int(self.ends[-1]))
-            chosen = int(self._order(epoch)[position])
-            category = int(np.searchsorted(self.ends, chosen, side="right"))
-            read, label = self.streams[category]
-            sequences.append(read.sequence(chosen - int(self.ends[category]) + len(read.numbers), label))
-        return sequences
-
-
 class AttackData:
     """Micro-batches of every step of an attack. Raises ValueError where tokens and context do not fit."""
 
@@ -156,7 +117,9 @@ class AttackData:
                 f"a step of {attack.data} takes {len(attack.parts)} or more sequences of {context} tokens, and whole "
                 f"ones; {attack.tokens} tokens are {attack.tokens / context:g} of them"
             )
-        self.readers = [Reader(corpus, config, categories, attack.seed) for categories in attack.parts]
+        self.readers = [
+            ShuffledSequences(corpus, config, categories, attack.seed, _ORDER) for categories in attack.parts
+        ]
         self.shares = [count // len(attack.parts) + (i < count % len(attack.parts)) for i in range(len(attack.parts))]
         micro_batch = config.for_ranks(1).micro_batch
         assert micro_batch is not None  # `for_ranks` derives it

@@ -14,14 +14,16 @@ from typing import NamedTuple
 
 import torch
 
+from sgtm.data.shuffled_sequences import SPLIT
 from sgtm.files import sha256_of
 from sgtm.masking.strategy import removal_tables
 from sgtm.model.direction import write_direction
+from sgtm.model.streams import residual_streams
 from sgtm.model.transformer import Transformer
 from sgtm.run.checkpoint import MANIFEST, open_run, read_manifest
 from sgtm.run.evaluate import open_run_corpus
 from sgtm.unlearning.derived import domain_of, open_model, read_text
-from sgtm.unlearning.text import SPLIT, Sequences
+from sgtm.unlearning.text import Sequences
 from sgtm_kernels.plan import Tables
 
 SEQUENCES = 512
@@ -99,9 +101,7 @@ def mean_hidden(model: Transformer, text: Sequences, tables: Tables, limit: int)
     device, left, tokens = next(model.parameters()).device, min(limit, len(text)), 0
     sums = torch.zeros(len(model.blocks), model.config.hidden_size, dtype=torch.float64, device=device)
     norms = torch.zeros(len(model.blocks), dtype=torch.float64, device=device)
-    states: list[torch.Tensor] = []
-    hooks = [block.register_forward_hook(lambda block, inputs, x: states.append(x)) for block in model.blocks]
-    try:
+    with residual_streams(model) as states:
         for step in range(-(-left // text.size)):
             part = text.text(step, device, tables)
             chosen = part.chosen
@@ -113,9 +113,6 @@ def mean_hidden(model: Transformer, text: Sequences, tables: Tables, limit: int)
                 sums[index] += hidden.sum(0)
                 norms[index] += hidden.norm(dim=-1).sum()
             tokens += int(chosen.sum())
-    finally:
-        for hook in hooks:
-            hook.remove()
     return Means((sums / tokens).cpu(), (norms / tokens).cpu(), tokens)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import torch
 
+from sgtm.model.streams import residual_streams
 from sgtm.model.transformer import Transformer
 from sgtm.unlearning.text import Loss, Text
 
@@ -71,10 +72,6 @@ def direction(size: int, seed: int) -> torch.Tensor:
 
 def hidden_after(model: Transformer, text: Text, layer: int) -> torch.Tensor:
     """fp32 [targets, D]: residual stream after a layer, at the positions that have a target."""
-    states: list[torch.Tensor] = []
-    hook = model.blocks[layer].register_forward_hook(lambda block, inputs, x: states.append(x))
-    try:
+    with residual_streams(model, [layer]) as states:
         model.last_hidden(text.input_ids, text.plan)
-    finally:
-        hook.remove()
     return states[0][text.chosen].float()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from corpora import BYTES, build, record
 from subjects import Rule, bigram
 
-from sgtm.evaluation.in_context import context_gain
+from sgtm.evaluation.in_context import _pieces, context_gain
 
 CONTEXT = 32
 
@@ -57,6 +57,18 @@ def test_a_model_that_does_not_look_back_gains_nothing(corpus):
 def test_the_same_passages_are_taken_in_every_call(corpus):
     assert measured(counting(), corpus, passages=2) == measured(counting(), corpus, passages=2)
     assert measured(counting(), corpus, passages=2).passages == 2
+    orders = {seed: [pieces.tolist() for pieces in both(corpus, seed)] for seed in range(4)}
+    assert len({str(order) for order in orders.values()}) > 1, "another seed, other passages"
+    assert all(sorted(map(tuple, order[0])) == sorted(map(tuple, orders[0][0])) for order in orders.values())
+    alone = {seed: measured(counting(), corpus, passages=2, seed=seed).behind_own.value for seed in range(4)}
+    assert len(set(alone.values())) > 1
+
+
+def both(corpus, seed: int):
+    """Passages of the domain, and of the other category."""
+    subject = counting()
+    subject.corpus = corpus
+    return _pieces(subject, "test", "es", 16, seed), _pieces(subject, "test", "en", 16, seed)
 
 
 def test_documents_must_fill_half_of_the_context(corpus):

@@ -11,11 +11,13 @@ import torch
 from corpora import build, record
 from exports import GPT_NEO, make_run
 
+from sgtm.config.load import load_config
 from sgtm.data.store import Corpus
 from sgtm.files import sha256_of
+from sgtm.masking.strategy import removal_tables
 from sgtm.model.direction import read_direction
 from sgtm.run.checkpoint import find_latest
-from sgtm.unlearning import derived
+from sgtm.unlearning import derived, mean_difference
 from sgtm.unlearning.mean_difference import described, direction_of_text
 
 LABELS = {"en": "retain", "de": "retain", "es": "forget:es", "fr": "forget:fr"}
@@ -105,7 +107,27 @@ def test_a_limit_takes_the_first_sequences_and_the_same_command_gives_the_same_b
     assert some["tokens"] == dict.fromkeys(("forget", "retain"), 4 * 16 + short)
     assert more["tokens"] == {"forget": 5 * 16 + short, "retain": 4 * 16 + 2 * short}
     assert outs[1].read_bytes() == outs[2].read_bytes() != outs[0].read_bytes() and again == some
-    assert whole["tokens"]["forget"] < whole["tokens"]["retain"] and whole["layer"] == 1
+    assert whole["tokens"]["forget"] < whole["tokens"]["retain"] and whole["layer"] == 1, "half of two blocks"
+
+
+def test_the_default_layer_is_half_of_the_depth(tmp_path):
+    """Of three blocks the second, neither the first nor the last."""
+    corpus = build(tmp_path / "corpus", documents(), LABELS)
+    config = GPT_NEO.replace("layers: 2", "layers: 3")
+    assert config != GPT_NEO
+    make_run(tmp_path / "run", f"{config}data: {{path: {tmp_path / 'corpus'}}}\n", corpus.fingerprint)
+    written = direction_of_text(tmp_path / "run", tmp_path / "es.safetensors", domain="es", sequences=1)
+    assert written["layer"] == 1
+
+
+def test_the_model_is_the_full_one(constructed, tmp_path, monkeypatch):
+    """Without the domain's group the stream of its text would be another."""
+    tables = []
+    means = mean_difference.mean_hidden
+    monkeypatch.setattr(mean_difference, "mean_hidden", lambda *values: tables.append(values[2]) or means(*values))
+    direction_of_text(constructed, tmp_path / "es.safetensors", domain="es")
+    space = load_config(constructed / "config.yaml").space
+    assert tables == [removal_tables(space, ())] * 2 != [removal_tables(space, ("es",))] * 2
 
 
 @pytest.fixture

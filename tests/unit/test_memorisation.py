@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +86,20 @@ def test_min_k_is_the_mean_of_the_least_likely_tokens():
     of = scores([[0.1, 3.0, 0.2, 2.0, 0.3], [5.0], [1.0, 1.0]])
     assert min_k(of, 0.4).tolist() == pytest.approx([-2.5, -5.0, -1.0])
     assert min_k(of, 1.0).tolist() == pytest.approx([-5.6 / 5, -5.0, -1.0])
+    assert min_k(of, 0.41).tolist() == pytest.approx([-5.3 / 3, -5.0, -1.0]), "rounded up"
+    assert min_k(of, 0.2).tolist() == pytest.approx([-3.0, -5.0, -1.0])
+    assert min_k(of).tolist() == min_k(of, 0.4).tolist(), "as published"
+
+
+def test_membership_has_the_share_that_it_is_given(monkeypatch):
+    shares = []
+    monkeypatch.setattr(
+        "sgtm.evaluation.memorisation.min_k", lambda scores, share: shares.append(share) or torch.tensor([1.0, 2.0])
+    )
+    subject = SimpleNamespace(scores=lambda split, category, sequences: None)
+    membership(subject, "es")
+    membership(subject, "es", share=0.1)
+    assert shares == [0.4, 0.4, 0.1, 0.1]
 
 
 def test_roc_area_counts_pairs():

@@ -39,6 +39,16 @@ def test_the_ends_are_the_models_themselves(strength, which):
     assert guided_recital(*models, texts, strength) == recital(models[which], texts)
 
 
+def test_texts_are_cut_to_the_context_of_both():
+    """Behind it the ablated model would be asked for positions that it does not have."""
+    full, ablated = pair()
+    ablated.config.model.context = 4
+    recited = guided_recital(full, ablated, [PASSAGE], 1.1)
+    assert recited.extraction_strength.value == pytest.approx(1 - 1 / 4) and recited.texts == 1
+    with pytest.raises(ValueError, match="text 1 has 1 token"):
+        guided_recital(full, ablated, [PASSAGE, [3]], 1.0)
+
+
 def test_models_of_different_vocabularies_are_an_error():
     with pytest.raises(ValueError, match="different vocabularies: 12 and 5"):
         guided_recital(bigram(torch.zeros(12, 12)), bigram(torch.zeros(5, 5)), [PASSAGE], 1.0)

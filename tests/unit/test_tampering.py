@@ -11,7 +11,6 @@ import torch
 from corpora import build, config_for, mixed_records, spanned_corpus
 from random_models import moved_model
 
-from sgtm.data.loader import evaluation_batches
 from sgtm.evaluation.losses import evaluate
 from sgtm.evaluation.subject import Subject
 from sgtm.evaluation.tampering import (
@@ -20,7 +19,6 @@ from sgtm.evaluation.tampering import (
     Documents,
     HeldOut,
     Reached,
-    Reader,
     difference,
     evaluated_steps,
     held_out,
@@ -175,33 +173,6 @@ def test_held_out_documents_pair_two_models(corpus):
     assert both == (es.losses + web.losses, es.targets + web.targets)
 
 
-def sequences_in(batches) -> Counter:
-    return Counter(tuple(ids.tolist()) for batch in batches for ids in batch.input_ids)
-
-
-def test_every_pass_has_each_training_sequence_once_in_an_order_of_its_own(corpus):
-    config = config_for()
-    reader = Reader(corpus, config, ["es"], seed=1)
-    count = int(reader.ends[-1])
-    passes = [[tuple(s.input_ids.tolist()) for s in reader.take(i * count, count)] for i in range(2)]
-    expected = sequences_in(evaluation_batches(corpus, config, "train", "es"))
-    padding = (corpus.eos_id,) * 16
-    for one in passes:
-        assert Counter(one) == Counter({ids: n for ids, n in expected.items() if n and ids != padding})
-    assert passes[0] != passes[1]
-    across = [tuple(s.input_ids.tolist()) for s in reader.take(count - 2, 4)]
-    assert across == [*passes[0][-2:], *passes[1][:2]]
-    again, other = (Reader(corpus, config, ["es"], seed=seed).take(0, count) for seed in (1, 2))
-    assert [tuple(s.input_ids.tolist()) for s in again] == passes[0]
-    assert [tuple(s.input_ids.tolist()) for s in other] != passes[0]
-
-
-def test_categories_of_a_part_come_in_proportion(corpus):
-    reader = Reader(corpus, config_for(), ["es", "web"], seed=0)
-    counts = [len(read.numbers) for read, _ in reader.streams]
-    assert Counter(s.labels[0] for s in reader.take(0, sum(counts))) == {2: counts[0], 0: counts[1]}
-
-
 @pytest.mark.parametrize(("tokens", "shares"), [(64, [2, 2]), (80, [3, 2])])
 def test_a_step_has_equal_shares_and_one_mean(corpus, tokens, shares):
     data = AttackData(corpus, config_for(micro_batch=3, sequences=3), replace(MIXED, tokens=tokens))
@@ -239,7 +210,7 @@ def test_tokens_that_make_no_step_are_an_error(corpus, attack, message):
 
 def test_a_category_without_training_text_is_an_error(tmp_path):
     records = [record for record in mixed_records() if (record["category"], record["split"]) != ("es", "train")]
-    with pytest.raises(ValueError, match="nothing of category es to train on"):
+    with pytest.raises(ValueError, match="no text of category es in its split train"):
         AttackData(build(tmp_path / "corpus", records), config_for(), ATTACK)
 
 
