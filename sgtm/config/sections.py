@@ -263,6 +263,14 @@ class SteeringConfig(Section):
     the difference between the mean activations on forget and on retain text; below 0 subtracts it. 0 adds nothing: the
     log still has the projections on it."""
 
+    @model_validator(mode="after")
+    def _check(self) -> SteeringConfig:
+        for name in ("layer", "strength"):
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if self.direction is None and value != default:
+                raise ValueError(f"{name} {value:g} without a direction adds nothing: set direction to a file")
+        return self
+
 
 HOP_BYTES = 1_000_000  # sent in the time that a message takes from one rank to the next
 

@@ -190,12 +190,22 @@ def count_sequences(corpus: Corpus, config: Config, split: str, category: str, l
     return len(read.numbers) if read.targets else 0
 
 
-def small_samples(corpus: Corpus, config: Config, split: str, categories: Sequence[str], sequences: int) -> str:
-    """Of which categories a split has fewer sequences than were asked for, as a warning; empty for none."""
+def small_samples(
+    corpus: Corpus,
+    config: Config,
+    split: str,
+    categories: Sequence[str],
+    sequences: int,
+    option: str = "--sequences",
+) -> str:
+    """Of which categories a split has fewer sequences than were asked for, as a warning; empty for none.
+
+    option  that asked for them
+    """
     counts = {name: count_sequences(corpus, config, split, name, sequences) for name in categories}
     small = [f"{count} of {name}" for name, count in counts.items() if count < sequences]
     return (
-        f"--sequences {sequences}: split {split} of {corpus.path} has {listed(small)}, and all of them are taken"
+        f"{option} {sequences}: split {split} of {corpus.path} has {listed(small)}, and all of them are taken"
         if small
         else ""
     )

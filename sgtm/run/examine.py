@@ -147,12 +147,15 @@ def examine_run(
     data       `data.path` to take, of the same corpus; None: that of the run
 
     Raises ValueError before any model is loaded for a folder that is no run, data that are not those of the run, an
-    unknown measure, a run without domains, a domain or retain data without text in the split or too little of it for a
-    measure, a passage without a second token, and a control of another corpus or context.
+    unknown measure, passages without a measure that takes them, a run without domains, a domain or retain data without
+    text in the split or too little of it for a measure, a passage without a second token, and a control of another
+    corpus or context.
     """
     names = list(measures) or [*MEASURES, GUIDED]
     if unknown := [name for name in names if name not in (*MEASURES, GUIDED)]:
         raise ValueError(f"unknown measure {unknown[0]!r}; the measures are {', '.join((*MEASURES, GUIDED))}")
+    if texts and not {"recital", GUIDED} & {*names}:
+        raise ValueError("passages are for the measures recital and guided, which --only leaves out")
     target = open_target(run, data)
     if not target.removable:
         raise ValueError(f"{run} was trained without masks: there is no domain to remove, and nothing to examine")

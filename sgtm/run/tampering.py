@@ -51,14 +51,14 @@ def attack_run(
     return reached
 
 
-class Grid(NamedTuple):
+class AttackGrid(NamedTuple):
     """Attacks of as many tokens a step, measured on the same held-out text: at most `sequences` of each category."""
 
     sequences: int
     reached: list[Reached]
 
 
-def read_grids(run: Path) -> dict[str, Grid]:
+def read_grids(run: Path) -> dict[str, AttackGrid]:
     """What the attacks in a run's `tamper.jsonl` have reached, by what the run was attacked without.
 
     Attacks on another checkpoint than the last of a condition are left out. Of grids that differ in the domains, the
@@ -68,7 +68,7 @@ def read_grids(run: Path) -> dict[str, Grid]:
     by_condition: dict[str, list[list[dict]]] = {}
     for rows in _read(run / FILE).values():
         by_condition.setdefault(rows[0]["condition"], []).append(rows)
-    grids: dict[str, Grid] = {}
+    grids: dict[str, AttackGrid] = {}
     for condition, attacks in by_condition.items():
         last = attacks[-1][0]
         alike: dict[str, list[list[dict]]] = {}
@@ -78,7 +78,7 @@ def read_grids(run: Path) -> dict[str, Grid]:
                 alike.setdefault(json.dumps(settings), []).append(rows)
         most = max(reversed(alike.values()), key=len)
         reached = [_reached(_attack_of(row), row) for rows in most for row in rows]
-        grids[condition] = Grid(most[0][0]["sequences"], reached)
+        grids[condition] = AttackGrid(most[0][0]["sequences"], reached)
     return grids
 
 

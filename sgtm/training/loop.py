@@ -36,6 +36,7 @@ from sgtm.process.ranks import RankInfo
 from sgtm.process.signals import SIGNALS, Stopped
 from sgtm.run.checkpoint import read_manifest, resolved
 from sgtm.run.directory import LEASE, begin, locked_run
+from sgtm.run.evaluate import small_samples
 from sgtm.run.metrics import MetricsLog
 from sgtm.run.resume import find_whole, load_checkpoint, resume_command
 from sgtm.run.saving import CheckpointWriter
@@ -128,6 +129,9 @@ def _train(config: Config, rank_info: RankInfo, run: Path, resume: bool, overwri
         log.print(_arithmetic(config, engine, start, warm_up))
         if only_forget(corpus, config):
             log.print(f"warning: {ONLY_FORGET}")
+        categories, sequences = tuple(corpus.categories), config.train.eval_sequences
+        if small := small_samples(corpus, config, "test", categories, sequences, "train.eval_sequences"):
+            log.print(f"warning: {small}")
         if start == config.train.steps:
             log.print(f"{run} is complete: all of its {start} steps were trained before")
         if resume and not start:

@@ -74,7 +74,12 @@ RULES = [
         ["--data.token_filter=loss", "--masking.span_policy=position", "--data.mixing=token"],
         "data.token_filter loss does not go with masking.strategy sgtm; set",
     ),
-    (["--steering.layer=2"], "steering.layer 2: the blocks of model.layers 2 are 0 to 1; take one of them"),
+    (["--steering.layer=1"], "layer 1 without a direction adds nothing: set direction to a file"),
+    (["--steering.strength=2"], "strength 2 without a direction adds nothing"),
+    (
+        ["--steering.direction=es.safetensors", "--steering.layer=2"],
+        "steering.layer 2: the blocks of model.layers 2 are 0 to 1; take one of them",
+    ),
     (["--steering.strength=nan"], "steering.strength: found 'nan' on the command line, but it takes: number"),
     (["--data.token_filter=on"], "data.token_filter: found 'on' on the command line, but it takes: one of off, loss,"),
 ]
@@ -97,7 +102,7 @@ def test_the_method_names_the_token_filter():
 def test_the_method_names_the_steering_that_adds_something():
     options = {
         (): "",
-        ("--steering.strength=2",): "",
+        (STEERED, "--steering.strength=2"): ", steering 2",
         (STEERED, "--steering.strength=0"): "",
         (STEERED,): ", steering 1",
     }

@@ -167,7 +167,9 @@ def test_what_is_refused_before_a_model_is_loaded(runs, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"longer has model\.context 64, run 32: their losses are of other sequences"):
         examine_run("run", control="longer")
     with pytest.raises(ValueError, match="the passage 'a' is a single token or none: nothing of it can be predicted"):
-        examine_run("run", measures=["calibrated"], texts=["abc", "a"])
+        examine_run("run", measures=["recital"], texts=["abc", "a"])
+    with pytest.raises(ValueError, match="passages are for the measures recital and guided, which --only leaves out"):
+        examine_run("run", measures=["calibrated"], texts=["abc"])
     single = build(tmp_path / "single", [record(0, c, 40, s) for c in ("en", "es") for s in ("train", "test")])
     runs["single"] = replace(runs["run"], corpus=single)
     message = "split test of .*single has 1 document of es with 16 tokens or more, .* the measure context needs two"

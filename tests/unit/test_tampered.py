@@ -9,7 +9,7 @@ import pytest
 from sgtm.config.load import load_config, save_config
 from sgtm.evaluation.tampering import Attack, Reached
 from sgtm.run.adapted import write_adapted
-from sgtm.run.tampering import Grid
+from sgtm.run.tampering import AttackGrid
 from sgtm.run.unlearned import write_unlearned
 from sgtm.sweep import tampered
 from sgtm.sweep.tampered import tamper_rows
@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
     write_unlearned(tmp_path / "rmu-of-it", record | {"source": {"run": "unmasked-s3", "step": 9}})
     reached = [Reached(GENTLE, 0, 9.0, 0.1, 3.0), Reached(GENTLE, 2, 8.0, 0.1, 3.5), Reached(GENTLE, 4, 7.0, 0.1, 3.5)]
     reached += [Reached(HARD, 0, 9.0, 0.1, 3.0), Reached(HARD, 2, 7.5, 0.2, 4.0), Reached(HARD, 4, 9.5, 0.2, 5.0)]
-    monkeypatch.setattr(tampered, "read_grids", lambda run: {"without es": Grid(9, reached)})
+    monkeypatch.setattr(tampered, "read_grids", lambda run: {"without es": AttackGrid(9, reached)})
     return tmp_path
 
 
@@ -65,5 +65,5 @@ def test_the_seed_is_taken_from_the_end_of_the_name_and_no_two_runs_have_one_nam
 
 
 def test_a_run_whose_attacks_all_failed_has_no_row(folder, monkeypatch):
-    monkeypatch.setattr(tampered, "read_grids", lambda run: {"full": Grid(9, [Reached(HARD, 0, float("nan"))])})
+    monkeypatch.setattr(tampered, "read_grids", lambda run: {"full": AttackGrid(9, [Reached(HARD, 0, float("nan"))])})
     assert tamper_rows(folder) == []
