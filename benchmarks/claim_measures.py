@@ -106,7 +106,7 @@ def added_leakage(name: str, complete: str) -> Callable[[Study], list[float]]:
 
     def measure(study: Study) -> list[float]:
         ours, theirs = _leakages(study, name), _leakages(study, complete)
-        undiscovered = variant(study, name).unlabelled or math.nan
+        undiscovered = variant(study, name).undiscovered or math.nan
         pairs = [(ours[seed].tokens.mean, theirs[seed].tokens.mean) for seed in ours if seed in theirs]
         return [(one - other) / undiscovered for one, other in pairs]
 

@@ -15,8 +15,8 @@ def loss_of(tokens: float) -> float:
     return 2 + 5 * (1 + tokens / 1e4) ** -0.3
 
 
-def row(name: str, four: tuple[float, ...], *, unlabelled: float | None = None, masks: bool = True, seeds: int = 3):
-    """A variant whose seeds differ by a hundredth of a nat; unlabelled: forget tokens without their label."""
+def row(name: str, four: tuple[float, ...], *, undiscovered: float | None = None, masks: bool = True, seeds: int = 3):
+    """A variant whose seeds differ by a hundredth of a nat; undiscovered: forget tokens without their label."""
     each = []
     for seed in range(seeds):
         losses = {loss: value + 0.01 * (seed - (seeds - 1) / 2) for loss, value in zip(LOSSES, four, strict=True)}
@@ -25,9 +25,9 @@ def row(name: str, four: tuple[float, ...], *, unlabelled: float | None = None, 
         run = {"run": f"{name}-s{seed}", "seed": seed, **losses}
         each.append({**run, "evaluations": evaluations, "residual": {"retain": 10.0 + seed, "forget:es": 3.0}})
     if not masks:
-        shares = {"forget:es": unlabelled} if unlabelled else {}
+        shares = {"forget:es": undiscovered} if undiscovered else {}
     else:
-        shares = {"forget:es": FORGET - (unlabelled or 0.0), "unlabeled": unlabelled or 0.0}
+        shares = {"forget:es": FORGET - (undiscovered or 0.0), "unlabeled": undiscovered or 0.0}
     trained = {"retain": {"retain": 2e6}, "forget:es": shares}
     settings = {"masking.strategy": "sgtm" if masks else "none", "train.seed": 0, "train.steps": 10}
     origin = {"device": "a device", "commit": "c0ffee", "time": "2026-11-29T00:00:00Z"}
@@ -39,7 +39,7 @@ def row(name: str, four: tuple[float, ...], *, unlabelled: float | None = None, 
 def standard(tokens: float) -> dict:
     """A model without masks that saw so many forget tokens."""
     loss = loss_of(tokens)
-    return row(f"standard-{tokens:g}", (3.0, loss, 3.0, loss), unlabelled=tokens, masks=False)
+    return row(f"standard-{tokens:g}", (3.0, loss, 3.0, loss), undiscovered=tokens, masks=False)
 
 
 def tampered(name: str = "paper", seed: int = 0, start: float = 8.0) -> dict:
@@ -52,9 +52,9 @@ def tampered(name: str = "paper", seed: int = 0, start: float = 8.0) -> dict:
 def rows() -> list[dict]:
     """Standard models, two that leak nothing and all, one with complete labels, and two tamper curves."""
     models = [standard(tokens) for tokens in (0.0, 1e4, 3e4, 1e5, FORGET)]
-    models.append(row("safe", (3.1, 3.2, 3.3, loss_of(0) + 1), unlabelled=1e5))
-    models.append(row("ignored", (3.1, 3.2, 3.3, loss_of(1e5)), unlabelled=1e5))
-    models.append(row("complete", (3.1, 3.2, 3.3, loss_of(1e4)), unlabelled=0.0))
+    models.append(row("safe", (3.1, 3.2, 3.3, loss_of(0) + 1), undiscovered=1e5))
+    models.append(row("ignored", (3.1, 3.2, 3.3, loss_of(1e5)), undiscovered=1e5))
+    models.append(row("complete", (3.1, 3.2, 3.3, loss_of(1e4)), undiscovered=0.0))
     return [*models, tampered(), tampered(seed=1, start=7.0)]
 
 

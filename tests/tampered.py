@@ -10,13 +10,13 @@ from corpora import config_for
 from random_models import moved_model
 
 from sgtm.data.store import Corpus
-from sgtm.run import tamper_plan
-from sgtm.run.tamper_plan import AttackedRun
+from sgtm.run import opened
+from sgtm.run.opened import OpenedRun
 
 
 def tampered(
     monkeypatch: pytest.MonkeyPatch, run: Path, corpus: Corpus, group: int | None = None, name: str = "w", **sections
-) -> AttackedRun:
+) -> OpenedRun:
     """group: seed of what the domain's group holds; name: of the weights; sections: as `config_for` takes them."""
     config = config_for(optimizer={"lr": 1e-2}, **sections)
     run.mkdir(exist_ok=True)
@@ -30,6 +30,6 @@ def tampered(
                     block.mlp.w_out[block.mlp.bounds[1] :].normal_()
         return model
 
-    monkeypatch.setattr(tamper_plan, "load_model", load)
-    monkeypatch.setattr(tamper_plan, "check_precision", lambda *rest: None)
-    return AttackedRun(run, config, Path("step_00000001"), corpus, name)
+    monkeypatch.setattr(opened, "load_model", load)
+    monkeypatch.setattr(opened, "check_precision", lambda *rest: None)
+    return OpenedRun(run, config, Path("step_00000001"), corpus, name)

@@ -54,15 +54,15 @@ def run(options) -> None:
     from sgtm.masking.labels import removal_name
     from sgtm.report.tampering import Curve, print_tampering
     from sgtm.run.evaluate import small_samples
-    from sgtm.run.tamper_plan import check_comparable, knowing_control, make_plan, open_target
+    from sgtm.run.opened import check_same_sequences, knowing_control, open_with_corpus
+    from sgtm.run.tamper_plan import make_plan
     from sgtm.run.tampering import attack_run, full_loss
 
-    attacked = open_target(options.run_dir, options.data_path)
-    control, baseline = (
-        open_target(folder, options.data_path) if folder else None for folder in (options.against, options.baseline)
-    )
+    attacked = open_with_corpus(options.run_dir, options.data_path)
+    others = (options.against, options.baseline)
+    control, baseline = (open_with_corpus(folder, options.data_path) if folder else None for folder in others)
     for other in filter(None, (control, baseline)):
-        check_comparable(attacked, other)
+        check_same_sequences(attacked, other)
     settings = {
         "domains": options.domain,
         "data": options.data or ([*MIXTURES] if options.adjacent else None),

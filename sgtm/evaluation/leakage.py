@@ -21,7 +21,7 @@ from sgtm.evaluation.compute_ratio import LearningCurve
 
 class Leakage(NamedTuple):
     """tokens  token equivalent; low, high: of the loss one standard error up and down, None without an error
-    ratio      to the unlabelled forget tokens, None where there were none
+    ratio      to the undiscovered forget tokens, None where there were none
     extrapolated  beyond the most forget tokens of the curve
     """
 
@@ -58,10 +58,10 @@ class TokenCurve:
         return self.curve.reached(loss)
 
 
-def leakage(loss: float, curve: TokenCurve, unlabelled: float, error: float | None = None) -> Leakage:
+def leakage(loss: float, curve: TokenCurve, undiscovered: float, error: float | None = None) -> Leakage:
     """Return the leakage of the ablated model's loss on forget data, in nats.
 
-    unlabelled  forget tokens trained without their label
+    undiscovered  forget tokens trained without their label
 
     Raises ValueError for a loss that is not finite.
     """
@@ -69,4 +69,4 @@ def leakage(loss: float, curve: TokenCurve, unlabelled: float, error: float | No
         raise ValueError(f"the ablated model's loss on forget data is {loss}")
     tokens, extrapolated = curve.equivalent(loss)
     low, high = (None, None) if error is None else (curve.equivalent(loss + d)[0] for d in (error, -error))
-    return Leakage(tokens, low, high, tokens / unlabelled if unlabelled else None, extrapolated)
+    return Leakage(tokens, low, high, tokens / undiscovered if undiscovered else None, extrapolated)

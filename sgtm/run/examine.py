@@ -25,7 +25,7 @@ from sgtm.files import write_atomically
 from sgtm.masking.labels import FULL, removal_name
 from sgtm.report.examination import examination_numbers
 from sgtm.run.evaluate import check_precision, load_bases, load_model, small_samples
-from sgtm.run.tamper_plan import AttackedRun, check_comparable, knowing_control, open_target
+from sgtm.run.opened import OpenedRun, check_same_sequences, knowing_control, open_with_corpus
 
 BITS = (8, 4)
 STRENGTHS = (0.5, 1.0, 2.0)  # of guided decoding
@@ -156,12 +156,12 @@ def examine_run(
         raise ValueError(f"unknown measure {unknown[0]!r}; the measures are {', '.join((*MEASURES, GUIDED))}")
     if texts and not {"recital", GUIDED} & {*names}:
         raise ValueError("passages are for the measures recital and guided, which --only leaves out")
-    target = open_target(run, data)
+    target = open_with_corpus(run, data)
     if not target.removable:
         raise ValueError(f"{run} was trained without masks: there is no domain to remove, and nothing to examine")
-    beside = open_target(control, data) if control else None
+    beside = open_with_corpus(control, data) if control else None
     if beside:
-        check_comparable(target, beside)
+        check_same_sequences(target, beside)
     domains = target.removable
     questions = {
         domain: replace(_question(target, domain, split, sequences, texts, passages), fit_sequences=fit_sequences)
@@ -193,12 +193,12 @@ def examine_run(
     return results
 
 
-def _subject(target: AttackedRun) -> Subject:
+def _subject(target: OpenedRun) -> Subject:
     model, bases = load_model(target.config, target.checkpoint), load_bases(target.config, target.checkpoint)
     return Subject(model, target.corpus, target.config, bases=bases)
 
 
-def _check_text(target: AttackedRun, about: Question, measures: Sequence[str], log: Callable[[str], None]) -> None:
+def _check_text(target: OpenedRun, about: Question, measures: Sequence[str], log: Callable[[str], None]) -> None:
     """Raises ValueError where there is too little text for a measure; logs where a sample is smaller than asked for."""
     if "context" in measures:
         for category in (*about.forget, about.retain[0]):
@@ -210,7 +210,7 @@ def _check_text(target: AttackedRun, about: Question, measures: Sequence[str], l
 
 
 def _question(
-    target: AttackedRun, domain: str, split: str, sequences: int | None, texts: Sequence[str], passages: int
+    target: OpenedRun, domain: str, split: str, sequences: int | None, texts: Sequence[str], passages: int
 ) -> Question:
     corpus, context = target.corpus, target.config.model.context
     by_label: dict[str, list[str]] = {}

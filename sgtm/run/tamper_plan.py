@@ -1,4 +1,4 @@
-"""What a run is attacked with: the run, its corpus and the grid of attacks, checked before anything is trained.
+"""The grid of attacks on a run, checked before anything is trained.
 
 A plan is made for one run and applied to others as it is, controls among them, so learning rates are absolute and data
 are those of one corpus.
@@ -6,68 +6,21 @@ are those of one corpus.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from sgtm.config import Config
 from sgtm.config.errors import ConfigError
-from sgtm.data.loader import isolates_documents
-from sgtm.data.store import Corpus
-from sgtm.data.trained import trained_tokens
-from sgtm.distributed.env import device_type, use_deterministic_algorithms
 from sgtm.evaluation.subject import Subject
 from sgtm.evaluation.tampering import SCHEDULES, Attack, AttackData, HeldOut, evaluated_steps, held_out
 from sgtm.process.names import did_you_mean
-from sgtm.run.adapters import adapted_domain
-from sgtm.run.checkpoint import open_run, read_manifest
-from sgtm.run.evaluate import check_precision, count_sequences, load_model, open_run_corpus
+from sgtm.run.evaluate import count_sequences
+from sgtm.run.opened import OpenedRun
 from sgtm.words import listed
 
 FORGET, MIXED, ADJACENT = "forget", "forget+retain", "adjacent"
 BUDGETS = (16, 64, 256)
 MULTIPLES = (0.1, 0.25, 1.0, 3.0)
 SEQUENCES = 64  # of each category, held out
-
-
-@dataclass(frozen=True)
-class AttackedRun:
-    """A run that is attacked or examined, or whose full model is measured.
-
-    weights  digest of the checkpoint's files
-    """
-
-    run: Path
-    config: Config
-    checkpoint: Path
-    corpus: Corpus
-    weights: str
-
-    @property
-    def removable(self) -> tuple[str, ...]:
-        """Domains without which there is a model: one in adapters, else those with a group; none without masks."""
-        if (domain := adapted_domain(self.checkpoint)) is not None:
-            return (domain,)
-        return tuple(self.config.masking.domains) if self.config.removals[1:] else ()
-
-    def removed(self, domains: Sequence[str]) -> tuple[str, ...]:
-        """What an attacker gets the model without: the domains, or nothing of a model trained without masks; of an
-        adapted run the one in adapters, where it is among them.
-        """
-        if adapted_domain(self.checkpoint) is not None:
-            return tuple(domain for domain in domains if domain in self.removable)
-        return () if self.config.removals == [()] else tuple(domains)
-
-    def subject(self, removed: Sequence[str]) -> Subject:
-        """In fp32; removed: as `removed` gives it. The self-check of the kernels comes first, as in an evaluation."""
-        if device_type() == "cuda" and self.config.kernels.deterministic:
-            use_deterministic_algorithms()
-        check_precision(self.config, "fp32")
-        base = bool(removed) and adapted_domain(self.checkpoint) is not None
-        model = load_model(self.config, self.checkpoint, adapters=not base)
-        return Subject(model, self.corpus, self.config, () if base else tuple(removed))
 
 
 @dataclass(frozen=True)
@@ -89,48 +42,8 @@ class Plan:
         return held_out(subject, self.forget, self.retain, sequences=self.sequences)
 
 
-def open_target(run: str | Path, data: str | None = None) -> AttackedRun:
-    """The newest whole checkpoint of a run, with its corpus; data: `data.path` to take instead of the run's.
-
-    Raises ValueError for a folder that is no run, one without checkpoint, and a corpus that is gone or another one.
-    """
-    run = Path(run)
-    config, checkpoint = open_run(run, data)
-    manifest = read_manifest(checkpoint)
-    weights = hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
-    return AttackedRun(run, config, checkpoint, open_run_corpus(config, run, manifest), weights)
-
-
-def check_comparable(target: AttackedRun, other: AttackedRun) -> None:
-    """Raises ValueError unless losses of the two runs are of the same sequences."""
-    if target.corpus.fingerprint != other.corpus.fingerprint:
-        raise ValueError(
-            f"{other.run} was trained on {other.corpus.path}, {target.run} on {target.corpus.path}: losses are "
-            f"compared on one corpus; leave categories out of a run with data.upsample"
-        )
-    settings = [(t.config.model.context, isolates_documents(t.config.data)) for t in (target, other)]
-    if settings[0] != settings[1]:
-        raise ValueError(
-            f"{other.run} has model.context {settings[1][0]}{' and isolated documents' * settings[1][1]}, {target.run} "
-            f"{settings[0][0]}{' and isolated documents' * settings[0][1]}: their losses are of other sequences; train "
-            f"the second with the settings of the first"
-        )
-
-
-def knowing_control(control: AttackedRun, domains: Sequence[str]) -> str:
-    """A warning where a run that stands for a model without the domains was trained on them; else empty."""
-    for domain in domains:
-        trained = trained_tokens(control.corpus, control.config).get(f"forget:{domain}", {})
-        if tokens := round(sum(trained.values())):
-            return (
-                f"the control {control.run} was trained on {tokens:,} tokens of {domain}: it does not show what a "
-                f"model without {domain} gives"
-            )
-    return ""
-
-
 def make_plan(
-    target: AttackedRun,
+    target: OpenedRun,
     *,
     domains: Sequence[str] | None = None,
     data: Sequence[str] = (FORGET, MIXED),
@@ -201,11 +114,11 @@ def make_plan(
     return Plan(domains, measured[0], measured[1], sequences, tuple(attacks))
 
 
-def _has_text(target: AttackedRun, split: str, category: str) -> bool:
+def _has_text(target: OpenedRun, split: str, category: str) -> bool:
     return count_sequences(target.corpus, target.config, split, category, 1) > 0
 
 
-def _domains(target: AttackedRun, domains: Sequence[str] | None) -> tuple[str, ...]:
+def _domains(target: OpenedRun, domains: Sequence[str] | None) -> tuple[str, ...]:
     known = target.removable or target.config.masking.domains
     for domain in domains or ():
         if domain not in known:
@@ -221,7 +134,7 @@ def _domains(target: AttackedRun, domains: Sequence[str] | None) -> tuple[str, .
 
 
 def _mixtures(
-    target: AttackedRun, data: Sequence[str], forget: tuple[str, ...], retain: tuple[str, ...], adjacent: Sequence[str]
+    target: OpenedRun, data: Sequence[str], forget: tuple[str, ...], retain: tuple[str, ...], adjacent: Sequence[str]
 ) -> dict[str, tuple[tuple[str, ...], ...]]:
     """Parts of every mixture of data; a domain's categories without text to train on are left out."""
     corpus = target.corpus

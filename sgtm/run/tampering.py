@@ -18,7 +18,8 @@ from sgtm.evaluation.subject import Subject
 from sgtm.evaluation.tampering import Attack, Documents, HeldOut, Reached, tamper
 from sgtm.files import write_atomically
 from sgtm.masking.labels import removal_name
-from sgtm.run.tamper_plan import AttackedRun, Plan
+from sgtm.run.opened import OpenedRun
+from sgtm.run.tamper_plan import Plan
 
 FILE = "tamper.jsonl"
 IDENTITY = ("checkpoint", "weights", "condition", "domains", "sequences", "attack")
@@ -26,7 +27,7 @@ IDENTITY = ("checkpoint", "weights", "condition", "domains", "sequences", "attac
 
 
 def attack_run(
-    target: AttackedRun, plan: Plan, *, again: bool = False, note: Callable[[str], None] = lambda text: None
+    target: OpenedRun, plan: Plan, *, again: bool = False, note: Callable[[str], None] = lambda text: None
 ) -> list[Reached]:
     """Run the attacks of a plan whose rows `tamper.jsonl` lacks, in order, and return what each has reached.
 
@@ -82,7 +83,7 @@ def read_grids(run: Path) -> dict[str, AttackGrid]:
     return grids
 
 
-def full_loss(target: AttackedRun, plan: Plan) -> float:
+def full_loss(target: OpenedRun, plan: Plan) -> float:
     """Held-out loss of a run's full model on what the plan's curves are of."""
     return plan.measure(target.subject(())).forget.value
 
@@ -140,7 +141,7 @@ def _outcome(rows: list[dict]) -> str:
     return f"{lowest}; diverged" if len(losses) < len(rows) else lowest
 
 
-def _identity(target: AttackedRun, plan: Plan, attack: Attack) -> dict:
+def _identity(target: OpenedRun, plan: Plan, attack: Attack) -> dict:
     """What the losses of an attack depend on; as JSON has it."""
     identity = {
         "checkpoint": target.checkpoint.name,

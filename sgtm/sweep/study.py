@@ -105,7 +105,7 @@ class Variant:
         return sum(sum(row.values()) for true, row in self.trained.items() if not true.startswith("forget:"))
 
     @property
-    def unlabelled(self) -> float | None:
+    def undiscovered(self) -> float | None:
         """Forget tokens that were trained without their label; None where that is not recorded."""
         if not self.trained:
             return None
@@ -225,15 +225,15 @@ def standard_points(variants: Iterable[Variant], seed: int | None = None) -> lis
     points = []
     for variant in variants:
         mean = variant.loss("full_forget")
-        if variant.masks or abs(variant.retained - median) >= 0.05 * median or variant.unlabelled is None or not mean:
+        if variant.masks or abs(variant.retained - median) >= 0.05 * median or variant.undiscovered is None or not mean:
             continue
         own = [each["full_forget"] for each in variant.seeds if each["seed"] == seed]
-        points.append((variant.unlabelled, own[0] if own else mean.mean))
+        points.append((variant.undiscovered, own[0] if own else mean.mean))
     return sorted(points)
 
 
 class VariantLeakage(NamedTuple):
-    """tokens  token equivalent of the ablated model's forget loss; ratio to the unlabelled forget tokens, None where
+    """tokens  token equivalent of the ablated model's forget loss; ratio to the undiscovered forget tokens, None where
     there were none; extrapolated: for a seed or more."""
 
     tokens: Interval
@@ -251,10 +251,11 @@ def leakages(variants: Sequence[Variant]) -> dict[str, VariantLeakage]:
     by_name = {}
     for variant in variants:
         losses = variant.values("ablated_forget")
-        if not variant.masks or variant.unlabelled is None or not all(map(math.isfinite, losses)):
+        if not variant.masks or variant.undiscovered is None or not all(map(math.isfinite, losses)):
             continue
         curves = [standard_curve(by_shape[variant.shape], seed["seed"]) for seed in variant.seeds]
-        seeds = [leakage(loss, curve, variant.unlabelled) for loss, curve in zip(losses, curves, strict=True) if curve]
+        pairs = zip(losses, curves, strict=True)
+        seeds = [leakage(loss, curve, variant.undiscovered) for loss, curve in pairs if curve]
         if len(seeds) < len(losses):
             continue
         tokens = interval([seed.tokens for seed in seeds])
@@ -295,7 +296,7 @@ def absorptions(variants: Sequence[Variant]) -> dict[str, list[tuple[float, Inte
 def _unseen(variants: Sequence[Variant], shape: tuple[str, ...]) -> Variant | None:
     """The first of this shape that was trained without masks and without forget tokens, and evaluated on the way."""
     alike = [variant for variant in variants if variant.shape == shape and not variant.masks]
-    return next((v for v in alike if v.trained and v.unlabelled == 0 and v.curve("full")), None)
+    return next((v for v in alike if v.trained and v.undiscovered == 0 and v.curve("full")), None)
 
 
 def differing_settings(variants: Sequence[Variant]) -> dict[str, dict[str, object]]:

@@ -34,9 +34,9 @@ def full(study: Study) -> Figure | None:
 def undiscovered(study: Study) -> Figure | None:
     """Forget loss of the served model against the forget tokens that were trained without their label."""
     points = [
-        (number, variant, variant.unlabelled, loss)
+        (number, variant, variant.undiscovered, loss)
         for number, variant in enumerate(study.variants)
-        if variant.unlabelled is not None and (loss := variant.loss(f"{variant.served}_forget"))
+        if variant.undiscovered is not None and (loss := variant.loss(f"{variant.served}_forget"))
     ]
     standard = standard_points(study.variants)
     if not standard or all(not variant.masks for _, variant, _, _ in points):
@@ -51,7 +51,7 @@ def undiscovered(study: Study) -> Figure | None:
 
 
 def leaked(study: Study) -> Figure | None:
-    """Leakage of every variant that has unlabelled forget tokens."""
+    """Leakage of every variant that has undiscovered forget tokens."""
     shown = [
         (number, variant.name, by_name.ratio)
         for number, variant in enumerate(study.variants)

@@ -88,7 +88,7 @@ def test_spill_is_the_rise_on_adjacent_data_beyond_that_on_retained_data(measure
 
 def test_another_variant_is_read_at_the_same_retain_loss(measures, tmp_path):
     """Its losses fall on a line from (4.5, 9) to (3, 6), so at a retain loss of 3.5 its forget loss is 7."""
-    lines = [row("weak", (3.0, 6.0, 3.0, 6.0), masks=False, unlabelled=1e5), row("mine", (1.0, 1.0, 3.5, 8.0))]
+    lines = [row("weak", (3.0, 6.0, 3.0, 6.0), masks=False, undiscovered=1e5), row("mine", (1.0, 1.0, 3.5, 8.0))]
     study = study_of(tmp_path, lines)
     assert measures.at_equal_retain("mine", "weak")(study)[1] == pytest.approx(1.0)
     assert not measures.off_the_line("mine", "weak")(study)
@@ -119,7 +119,7 @@ def test_added_leakage_is_beyond_that_with_all_labels(measures, tmp_path):
 def test_leakage_that_falls_with_size_has_a_negative_slope(measures, tmp_path):
     """A tenth at a million parameters and nothing at four: the line falls by 0.1 in log10(4)."""
     lines = two_sizes()
-    leaks = row("small", (3.1, 3.2, 3.3, loss_of(1e5)), unlabelled=1e6)
+    leaks = row("small", (3.1, 3.2, 3.3, loss_of(1e5)), undiscovered=1e6)
     study = study_of(tmp_path, [*lines, leaks])
     slopes = measures.change_with_size(["small", "large-safe"])(study)
     assert len(slopes) == 3 and slopes[1] == pytest.approx(-0.1 / math.log10(4), rel=0.05)
@@ -206,7 +206,7 @@ def test_a_lower_bound_refutes_nothing(claims, measures, tmp_path):
 
 
 def test_every_claim_has_a_row_with_what_was_measured(claims, tmp_path):
-    lines = [*rows(), row("paper-undiscovered", (3.1, 3.2, 3.3, loss_of(0)), unlabelled=1e5)]
+    lines = [*rows(), row("paper-undiscovered", (3.1, 3.2, 3.3, loss_of(0)), undiscovered=1e5)]
     table = claims.section({"claims": study_of(tmp_path, lines)}).splitlines()[-len(claims.CLAIMS) :]
     assert [line.split(" | ")[1] for line in table] == [claim.text for claim in claims.CLAIMS]
     (leaks,) = (line for line in table if "all that the ablated" in line and line.startswith("| P "))

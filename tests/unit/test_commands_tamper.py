@@ -40,12 +40,12 @@ def events(monkeypatch, tmp_path):
 
     curve = [Reached(ATTACK, 0, 5.0), Reached(ATTACK, 1, 4.0)]
     modules = {
-        "tamper_plan": {
-            "open_target": opened,
-            "check_comparable": None,
-            "make_plan": PLAN,
+        "opened": {
+            "open_with_corpus": opened,
+            "check_same_sequences": None,
             "knowing_control": "it knows the domain",
         },
+        "tamper_plan": {"make_plan": PLAN},
         "evaluate": {"small_samples": "2 of es"},
         "tampering": {"attack_run": curve, "full_loss": 4.5},
     }
@@ -66,7 +66,7 @@ def events(monkeypatch, tmp_path):
 
 def test_defaults_are_those_of_the_grid(events, capsys):
     assert main(["tamper", "a"]) == 0
-    assert [name for name, _, _ in events] == ["open_target", "make_plan", "attack_run"]
+    assert [name for name, _, _ in events] == ["open_with_corpus", "make_plan", "attack_run"]
     assert events[0][1] == (Path("a"), None)
     assert events[1][2] == {"adjacent": []}
     assert events[2][2] == {"again": False, "note": print}
@@ -99,11 +99,12 @@ def test_a_small_split_is_warned_of_where_a_sample_was_asked_for(events, capsys)
 
 def test_control_and_baseline_are_checked_before_anything_is_trained(events, capsys):
     assert main(["tamper", "a", "--against", "b", "--baseline", "c"]) == 0
-    assert [(name, args[0].name if name == "open_target" else None) for name, args, _ in events][:3] == [
-        ("open_target", "a"), ("open_target", "b"), ("open_target", "c"),
+    assert [(name, args[0].name if name == "open_with_corpus" else None) for name, args, _ in events][:3] == [
+        ("open_with_corpus", "a"), ("open_with_corpus", "b"), ("open_with_corpus", "c"),
     ]  # fmt: skip
     assert [name for name, _, _ in events][3:] == [
-        "check_comparable", "check_comparable", "make_plan", "knowing_control", "full_loss", "attack_run", "attack_run",
+        "check_same_sequences", "check_same_sequences", "make_plan", "knowing_control", "full_loss",
+        "attack_run", "attack_run",
     ]  # fmt: skip
     assert [args[0].run.name for name, args, _ in events if name == "attack_run"] == ["a", "b"]
     assert [args[0].run.name for name, args, _ in events if name == "full_loss"] == ["c"]

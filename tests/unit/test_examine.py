@@ -19,7 +19,7 @@ from sgtm.evaluation.subject import Subject
 from sgtm.report.examination import examination_rows
 from sgtm.run import examine as module
 from sgtm.run.examine import examine_run, read_examination, write_examination
-from sgtm.run.tamper_plan import AttackedRun
+from sgtm.run.opened import OpenedRun
 
 
 @pytest.fixture
@@ -34,10 +34,10 @@ def runs(tmp_path, monkeypatch) -> dict[str, Subject]:
         "filtered": Subject(moved_model(unmasked, 0.2), corpus, unmasked),
     }
 
-    def opened(run: str, data: str | None) -> AttackedRun:
-        return AttackedRun(Path(run), by_name[run].config, Path(run), by_name[run].corpus, run)
+    def opened(run: str, data: str | None) -> OpenedRun:
+        return OpenedRun(Path(run), by_name[run].config, Path(run), by_name[run].corpus, run)
 
-    monkeypatch.setattr(module, "open_target", opened)
+    monkeypatch.setattr(module, "open_with_corpus", opened)
     monkeypatch.setattr(module, "load_model", lambda config, checkpoint: by_name[checkpoint.name].model)
     return by_name
 

@@ -29,8 +29,8 @@ def test_knowledge_in_the_domains_group_alone_leaks_nothing(curve):
 
 def test_ignored_labels_leak_everything(curve):
     """The ablated model is then the standard model that was trained on what was not labelled."""
-    for unlabelled in (1e4, 3e4, 1e5, 1e6):
-        measured = leakage(loss_of(unlabelled), curve, unlabelled)
+    for undiscovered in (1e4, 3e4, 1e5, 1e6):
+        measured = leakage(loss_of(undiscovered), curve, undiscovered)
         assert measured.ratio == pytest.approx(1, rel=1e-6) and not measured.extrapolated
     assert leakage(loss_of(6e4), curve, 6e4).ratio == pytest.approx(1, rel=0.05)  # between two models of the curve
     assert leakage(loss_of(2e6), curve, 2e6).extrapolated
@@ -56,7 +56,7 @@ def test_the_error_of_the_loss_is_that_of_the_equivalent(curve):
     assert measured.high == pytest.approx(curve.equivalent(loss_of(1e5) - 0.1)[0]) and measured.high > measured.tokens
 
 
-def test_without_unlabelled_tokens_there_is_no_ratio(curve):
+def test_without_undiscovered_tokens_there_is_no_ratio(curve):
     assert leakage(4.0, curve, 0).ratio is None and leakage(4.0, curve, 0).tokens > 0
 
 

@@ -37,10 +37,10 @@ def test_a_variant_has_the_losses_of_its_seeds_and_the_curve_that_all_share(tmp_
 
 
 def test_forget_tokens_without_their_label(tmp_path):
-    lines = [row("a", (1, 1, 1, 1), unlabelled=2e5), row("b", (1, 1, 1, 1)), standard(3e4), standard(0.0)]
-    assert [variant.unlabelled for variant in study_of(tmp_path, lines).variants] == [2e5, 0.0, 3e4, 0.0]
+    lines = [row("a", (1, 1, 1, 1), undiscovered=2e5), row("b", (1, 1, 1, 1)), standard(3e4), standard(0.0)]
+    assert [variant.undiscovered for variant in study_of(tmp_path, lines).variants] == [2e5, 0.0, 3e4, 0.0]
     lines[0]["trained"] = {}
-    assert study_of(tmp_path, lines).variants[0].unlabelled is None
+    assert study_of(tmp_path, lines).variants[0].undiscovered is None
 
 
 def test_leakage_of_models_whose_leakage_is_known(tmp_path):
@@ -84,7 +84,7 @@ def test_absorption_of_models_whose_absorption_is_known(tmp_path):
 
 
 def test_leakage_is_marked_where_a_seed_is_beyond_the_curve(tmp_path):
-    beyond = row("mine", (3.0, 3.0, 3.0, loss_of(1e8)), unlabelled=1e5)
+    beyond = row("mine", (3.0, 3.0, 3.0, loss_of(1e8)), undiscovered=1e5)
     by_name = leakages(study_of(tmp_path, [*rows(), beyond]).variants)
     assert by_name["mine"].extrapolated and not by_name["ignored"].extrapolated
 
@@ -110,7 +110,7 @@ def test_settings_of_a_grid_are_no_variants(tmp_path):
 def test_no_curve_without_a_model_that_saw_nothing(tmp_path):
     lines = [standard(tokens) for tokens in (1e4, 3e4, 1e5)]
     assert standard_curve(study_of(tmp_path, lines).variants) is None
-    assert leakages(study_of(tmp_path, [*lines, row("a", (1, 1, 1, 1), unlabelled=9.0)]).variants) == {}
+    assert leakages(study_of(tmp_path, [*lines, row("a", (1, 1, 1, 1), undiscovered=9.0)]).variants) == {}
     assert standard_curve(study_of(tmp_path, [*lines, standard(0.0)]).variants).unseen == pytest.approx(7.0)
 
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from checkpoints import CONFIG, make
 from corpora import build, mixed_records, record
 from tampered import tampered
 
-from sgtm.run import evaluate as evaluation
-from sgtm.run.tamper_plan import check_comparable, make_plan, open_target
+from sgtm.run.tamper_plan import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -120,50 +114,3 @@ def test_a_split_without_the_text_of_an_attack_is_refused(tmp_path, monkeypatch,
     target = tampered(monkeypatch, tmp_path / "run", build(tmp_path / "corpus", records))
     with pytest.raises(ValueError, match=message):
         make_plan(target)
-
-
-def test_of_a_model_without_masks_nothing_is_removed(corpus, tmp_path, monkeypatch):
-    assert tampered(monkeypatch, tmp_path / "a", corpus).removed(["es"]) == ("es",)
-    assert tampered(monkeypatch, tmp_path / "b", corpus, masking={"strategy": "none"}).removed(["es"]) == ()
-
-
-def test_runs_on_other_data_or_sequences_are_not_compared(target, corpus, tmp_path, monkeypatch):
-    check_comparable(target, replace(target, run=Path("other")))
-    other = build(tmp_path / "other", mixed_records(50))
-    with pytest.raises(ValueError, match="losses are compared on one corpus; leave categories out"):
-        check_comparable(target, replace(target, run=Path("other"), corpus=other))
-    longer = tampered(monkeypatch, tmp_path / "longer", corpus, context=32)
-    with pytest.raises(
-        ValueError, match=r"longer has model\.context 32, .*run 16: their losses are of other sequences"
-    ):
-        check_comparable(target, longer)
-    alone = tampered(monkeypatch, tmp_path / "alone", corpus, isolate_documents=True)
-    with pytest.raises(ValueError, match=r"alone has model\.context 16 and isolated documents"):
-        check_comparable(target, alone)
-
-
-def as_run(folder: Path, *steps: int) -> Path:
-    make(folder, *steps)
-    (folder / "config.yaml").write_text(json.dumps(CONFIG.model_dump(mode="json")))
-    return folder
-
-
-def test_a_run_without_checkpoint_or_corpus_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="has no checkpoint yet; train first"):
-        open_target(as_run(tmp_path))
-    with pytest.raises(ValueError, match=r"no corpus at .*gone: .* with --data\.path DIR"):
-        open_target(as_run(tmp_path, 1), str(tmp_path / "gone"))
-    opened = SimpleNamespace(fingerprint="prepared again", path="data")
-    monkeypatch.setattr(evaluation, "open_corpus", lambda config, write: opened)
-    monkeypatch.setattr(evaluation, "check_corpus", lambda corpus, config: None)
-    with pytest.raises(ValueError, match="was trained on another corpus than data;"):
-        open_target(tmp_path)
-
-
-def test_other_weights_have_another_digest(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        evaluation, "open_corpus", lambda config, write: SimpleNamespace(path="data", fingerprint="of the run")
-    )
-    monkeypatch.setattr(evaluation, "check_corpus", lambda corpus, config: None)
-    one, same, other = (open_target(as_run(tmp_path / name, step)) for name, step in (("a", 1), ("b", 1), ("c", 2)))
-    assert one.weights == same.weights != other.weights and one.checkpoint.name == "step_00000001"

@@ -23,7 +23,8 @@ from sgtm.run.checkpoint import find_latest, read_manifest, verify
 from sgtm.run.evaluate import evaluate_run, load_run_model
 from sgtm.run.examine import examine_run
 from sgtm.run.metrics import read_metrics
-from sgtm.run.tamper_plan import make_plan, open_target
+from sgtm.run.opened import open_with_corpus
+from sgtm.run.tamper_plan import make_plan
 from sgtm.run.tampering import attack_run
 from sgtm.run.unlearned import read_unlearned
 from sgtm.unlearning import derived
@@ -145,7 +146,7 @@ def test_a_planted_sentence_is_learned_and_without_the_adapters_it_never_was(sou
     assert after["losses"]["full"]["es"] < before["losses"]["full"]["es"] - 0.9
     assert after["adapted"] == read_adapted(adapted) and "adapted" not in before
     model, config = load_run_model(adapted), load_config(adapted / "config.yaml")
-    corpus = open_target(adapted).corpus
+    corpus = open_with_corpus(adapted).corpus
     expected = evaluate(model, corpus, config, split="test", sequences=None, device=torch.device("cpu")).losses
     assert after["losses"]["full"] == expected["full"]
     assert {name for passage in after["passages"] for name in passage["losses"]} == {"full", "without es"}
@@ -184,7 +185,7 @@ def test_an_export_without_the_domain_is_one_of_the_source(tmp_path, text):
 
 
 def test_attacks_on_it_are_attacks_on_the_source(source, adapted):
-    targets = [open_target(run) for run in (adapted, source)]
+    targets = [open_with_corpus(run) for run in (adapted, source)]
     options = {"data": ["forget"], "multiples": [1.0], "schedules": ["constant"], "budgets": [3]}
     plans = [
         make_plan(target, domains=domains, **options) for target, domains in zip(targets, (None, ["es"]), strict=True)
