@@ -21,8 +21,8 @@ STEPS = 64
 
 
 LINE_ERROR = 0.1
-"""Nats, of `at_equal_retain`: how far a model that was trained to its end lies from the line through the evaluations in
-a longer training, at most, rounded up (tests/unit/test_claims.py takes it from the committed rows)."""
+"""Nats, of `at_equal_retain` by evaluations: how far a model that was trained to its end lies from the line through
+those of a longer training, at most, rounded up (tests/unit/test_claims.py takes it from the committed rows)."""
 
 
 class Missing(Exception):
@@ -67,7 +67,8 @@ def spill(name: str) -> Callable[[Study], list[float]]:
 
 def at_equal_retain(name: str, other: str) -> Callable[[Study], list[float]]:
     """The ablated forget loss minus that of another variant's served model at the same retain loss, on the line through
-    the other's evaluations in training; beyond them, at the nearest (`off_the_line`)."""
+    the other's final losses at several lengths (`NAME-STEPS`), or without these through its evaluations in training
+    (`line_error`); beyond them, at the nearest (`off_the_line`)."""
 
     def measure(study: Study) -> list[float]:
         differences = []
@@ -86,14 +87,33 @@ def off_the_line(name: str, other: str) -> Callable[[Study], bool]:
     )
 
 
+def line_error(name: str, other: str) -> Callable[[Study], float]:
+    """`LINE_ERROR` where a seed's line is that of evaluations in training, else 0."""
+    return lambda study: LINE_ERROR if any(_by_length(study, other, s) is None for s in by_seed(study, name)) else 0.0
+
+
 def _lines(study: Study, name: str, other: str) -> list[tuple[dict, list[tuple[float, float]]]]:
-    """For every seed that both have, ours and the other's (retain, forget) over training, by rising retain loss."""
+    """For every seed that both have, ours and the other's (retain, forget), by rising retain loss."""
     served, others = variant(study, other).served, by_seed(study, other)
-    return [
-        (ours, sorted((e[f"{served}_retain"], e[f"{served}_forget"]) for e in others[seed]["evaluations"]))
-        for seed, ours in by_seed(study, name).items()
-        if seed in others
-    ]
+    lines = []
+    for seed, ours in by_seed(study, name).items():
+        if seed in others:
+            points = _by_length(study, other, seed) or others[seed]["evaluations"]
+            lines.append((ours, sorted((point[f"{served}_retain"], point[f"{served}_forget"]) for point in points)))
+    return lines
+
+
+def _by_length(study: Study, name: str, seed: int) -> list[dict] | None:
+    """Final losses of a variant and of its other lengths, of a seed; None where fewer than three have it."""
+    points = [by_seed(study, each.name) for each in lengths(study, name)]
+    own = [each[seed] for each in points if seed in each]
+    return own if len(own) >= LEAST else None
+
+
+def lengths(study: Study, name: str) -> list[Variant]:
+    """The variant, and those that are it at other lengths (`NAME-STEPS`)."""
+    others = [each for each in study.variants if each.name.startswith(f"{name}-")]
+    return [variant(study, name), *(each for each in others if each.name.removeprefix(f"{name}-").isdigit())]
 
 
 def leakage_of(name: str) -> Callable[[Study], list[float]]:
@@ -128,8 +148,7 @@ def reached(study: Study, name: str, loss: str, baseline: str) -> list[tuple[flo
     that lacks the seed has the loss of its others, moved by as much as the whole length's of this seed is from theirs.
     """
     whole, ours = variant(study, baseline), by_seed(study, name)
-    lengths = [each for each in study.variants if each.name.removeprefix(f"{baseline}-").isdigit()]
-    points = [whole, *(each for each in lengths if each.name.startswith(f"{baseline}-"))]
+    points = lengths(study, baseline)
     if len(points) < LEAST:
         raise Missing(f"{baseline} of {LEAST} lengths")
     shares, end = [each.tokens / whole.tokens for each in points], f"full_{loss.partition('_')[2]}"

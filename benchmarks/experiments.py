@@ -118,6 +118,7 @@ EXPERIMENTS = {
         trained(
             "sgtm prepare ARXIV --rules launch/recipes/arxiv.rules.yaml --out data/arxiv --vocab-size 2048",
             "arxiv",
+            "arxiv-lengths",
             stem="arxiv",
         ),
         ("ablated", "adjacent", "front"),

@@ -72,10 +72,10 @@ def test_the_error_of_a_line_covers_the_finished_models_of_other_lengths(measure
 
 
 def test_an_error_of_the_measure_widens_the_interval(claims):
-    claim = claims.Claim("P", "text", "quantity", 0.0, False, lambda study: [], error=0.1)
-    assert claims.verdict(claim, Interval(0.02, 0.003)) == "undecided"
-    assert claims.verdict(claim._replace(error=0.0), Interval(0.02, 0.003)) == "**confirmed**"
-    assert claims.verdict(claim, Interval(-0.2, 0.05)) == "**refuted**"
+    claim = claims.Claim("P", "text", "quantity", 0.0, False, lambda study: [])
+    assert claims.verdict(claim, Interval(0.02, 0.003), 0.1) == "undecided"
+    assert claims.verdict(claim, Interval(0.02, 0.003)) == "**confirmed**"
+    assert claims.verdict(claim, Interval(-0.2, 0.05), 0.1) == "**refuted**"
 
 
 def test_spill_is_the_rise_on_adjacent_data_beyond_that_on_retained_data(measures, tmp_path):
@@ -94,6 +94,13 @@ def test_another_variant_is_read_at_the_same_retain_loss(measures, tmp_path):
     assert not measures.off_the_line("mine", "weak")(study)
     masked = [row("other", (9.0, 9.0, 3.0, 6.0)), lines[1]]  # of a masked one the ablated losses
     assert measures.at_equal_retain("mine", "other")(study_of(tmp_path, masked))[1] == pytest.approx(1.0)
+    assert measures.line_error("mine", "weak")(study) == measures.LINE_ERROR
+    lengths = [row(f"weak-{steps}", (3.0 + n, 7.0 + n, 3.0, 6.0), masks=False) for n, steps in ((1, 5), (2, 7))]
+    finished = study_of(tmp_path, [*lines, *lengths, row("weak-x", (3.5, 1.0, 1.0, 1.0), masks=False)])
+    assert measures.at_equal_retain("mine", "weak")(finished)[1] == pytest.approx(8 - 7)  # from (3, 6) to (4, 8)
+    assert measures.line_error("mine", "weak")(finished) == 0
+    lengths[0]["seeds"] = lengths[0]["seeds"][:2]
+    assert measures.line_error("mine", "weak")(study_of(tmp_path, [*lines, *lengths])) == measures.LINE_ERROR
     lines[1] = row("mine", (1.0, 1.0, 2.0, 8.0))  # better than the filter ever was
     study = study_of(tmp_path, lines)
     assert measures.at_equal_retain("mine", "weak")(study)[1] == pytest.approx(2.0)
