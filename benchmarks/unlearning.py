@@ -39,7 +39,7 @@ BUDGET = 0.1  # nats
 RMU = [{"layer": 2, "coefficient": c, "alpha": a} for c in (20.0, 40.0, 80.0) for a in (1.0, 10.0, 100.0)]
 GRID: dict[str, list[tuple[dict, float]]] = {
     "rmu": [*product(RMU, (1.0, 3.0))],
-    "npo": [*product([{"beta": 0.1}, {"beta": 1.0}], (1.0, 3.0, 10.0, 30.0))],
+    "npo": [*product([{"beta": 0.1}, {"beta": 1.0}], (1.0, 3.0, 10.0, 30.0, 100.0))],
     "grad_diff": [*product([{}], (0.03, 0.1, 0.3, 1.0))],
 }
 """By method its options, and the learning rate as a multiple of the method's default."""
