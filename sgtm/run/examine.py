@@ -23,7 +23,6 @@ from sgtm.evaluation.quantisation import quantised
 from sgtm.evaluation.subject import Subject
 from sgtm.files import write_atomically
 from sgtm.masking.labels import FULL, removal_name
-from sgtm.report.examination import examination_numbers
 from sgtm.run.evaluate import check_precision, load_bases, load_model, small_samples
 from sgtm.run.opened import OpenedRun, check_same_sequences, knowing_control, open_with_corpus
 
@@ -262,7 +261,7 @@ def read_examination(file: Path) -> dict[str, Any]:
     try:
         results = json.loads(file.read_text("utf-8"))
         for examined in results["domains"].values():
-            list(examination_numbers(examined))
+            _ = examined["forget"], examined["measures"].keys()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}); remove it, and examine the run again") from None
     return results

@@ -26,9 +26,13 @@ def examination_rows(folder: Path) -> list[dict]:
         results = read_examination(run / FILE)
         settings = {name: results.get(name) for name in ("split", "sequences", "control")}
         for domain, examined in results["domains"].items():
-            values = {
-                name: {model: estimate["value"] for model, estimate in by_model.items()}
-                for name, by_model in examination_numbers(examined)
-            }
+            try:
+                values = {
+                    name: {model: estimate["value"] for model, estimate in by_model.items()}
+                    for name, by_model in examination_numbers(examined)
+                }
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                message = f"{run / FILE} is damaged ({error!r}); remove it, and examine the run again"
+                raise ValueError(message) from None
             rows.append({"examined": variant, "seed": seed, "domain": domain, **settings, "values": values})
     return rows

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from corpora import build, config_for, record
 from exports import GPT_NEO, make_run
 
@@ -16,6 +17,7 @@ from sgtm.run.checkpoint import find_latest
 from sgtm.run.metrics import read_metrics
 from sgtm.unlearning import derived
 from sgtm.unlearning.derived import check_out, new_run, own_config, read_text, source_record
+from sgtm.unlearning.text import Sequences
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +84,10 @@ def test_text_is_that_of_a_true_label(tmp_path):
     records = [record(n, name, 30) for n in range(4) for name in ("en", "es")]
     corpus, config = build(tmp_path / "corpus", records), config_for()
     categories, sequences = read_text(corpus, config, "forget:es", 3)
-    assert categories == ["es"] and sequences.label == 2 and sequences.seed == 3
+    assert categories == ["es"] and sequences.label == 2
+    alike, other = (Sequences(corpus, config, ["es"], seed) for seed in (3, 4))
+    assert torch.equal(sequences.batch(0).input_ids, alike.batch(0).input_ids)
+    assert not torch.equal(sequences.batch(0).input_ids, other.batch(0).input_ids)
     assert read_text(corpus, config, "forget:es", 3, read=False) == ([], None)
     with pytest.raises(ValueError, match=r"has no category with the label forget:fr; its categories are en \(retain\)"):
         read_text(corpus, config, "forget:fr", 0)

@@ -37,7 +37,7 @@ def test_what_is_written_is_read_and_the_bytes_are_always_the_same(file):
 
 
 def test_the_direction_of_a_config(file):
-    assert direction_of(config_of(None, strength=2.0)) is None
+    assert direction_of(config_of(None)) is None
     direction = direction_of(config_of(file, layer=0))
     assert layer_of(config_of(file, layer=0), direction) == 0 and layer_of(config_of(file), direction) == 1
     elsewhere = file.rename(file.with_name("elsewhere"))

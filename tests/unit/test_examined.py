@@ -51,9 +51,16 @@ def test_domains_are_not_averaged(tmp_path):
 
 def test_a_damaged_file_is_named(tmp_path):
     examine(tmp_path, "paper-s3", 3, 0.5)
-    (tmp_path / "paper-s3" / "examination.json").write_text('{"domains": {"es": {}}}')
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "paper-s3" / "examination.json"))):
-        examination_rows(tmp_path)
+    file, damaged = (
+        tmp_path / "paper-s3" / "examination.json",
+        {"forget": ["es"], "measures": {"context": {"full": {}}}},
+    )
+    for results in ({"domains": {"es": {}}}, {"domains": {"es": damaged}}):
+        file.write_text(json.dumps(results))
+        with pytest.raises(
+            ValueError, match=rf"{re.escape(str(file))} is damaged \(.*; remove it, and examine the run"
+        ):
+            examination_rows(tmp_path)
 
 
 def test_means_are_over_the_seeds(tmp_path):
