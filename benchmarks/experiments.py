@@ -67,9 +67,11 @@ for run in runs/claims.sweep/{filtered,paper,dual,certified}-s? runs/claims.swee
 done
 for seed in 0 1 2; do
   sgtm tamper runs/claims.sweep/unmasked-s$seed --data forget --lr 0.25 --steps 16 --tokens 4096
-  for variant in paper dual; do
-    sgtm examine runs/claims.sweep/$variant-s$seed --against runs/claims.sweep/filtered-s$seed \\
-      --only context quantised calibrated --sequences 200
+  for variant in paper dual certified unmasked; do
+    for run in runs/claims.sweep/$variant-s$seed{,-rmu,-npo}; do
+      [ ! -d $run ] || sgtm examine $run --against runs/claims.sweep/filtered-s$seed \\
+        --only context quantised calibrated --sequences 200
+    done
   done
 done"""
 

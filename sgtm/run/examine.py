@@ -1,7 +1,7 @@
 """What a run's safe models still hold of a domain: the measures of sgtm/evaluation, for every removed set.
 
 Each measure is a function of a `Subject` (a model without some domains) that returns plain JSON. `examine_run` takes
-the named ones, on the full model and on every removed set of the config, and on a control: a run that was trained
+the named ones, on the full model and on the model without each domain, and on a control: a run that was trained
 without the domain, which shows what the measure gives where there is nothing to find.
 """
 
@@ -137,6 +137,8 @@ def examine_run(
 ) -> dict[str, Any]:
     """The measures of a run, as `examination.json` holds them: by domain, measure, and model.
 
+    Of a run from which nothing can be removed, such as a filtered or unlearned one, the full model alone is examined.
+
     measures   names of `MEASURES` or `guided`; none: all
     control    a run that was trained without the domains, on the same corpus; None: no control
     split      whose documents the losses are of; sequences: at most this many of each category, None: all
@@ -146,9 +148,9 @@ def examine_run(
     data       `data.path` to take, of the same corpus; None: that of the run
 
     Raises ValueError before any model is loaded for a folder that is no run, data that are not those of the run, an
-    unknown measure, passages without a measure that takes them, a run without domains, a domain or retain data without
-    text in the split or too little of it for a measure, a passage without a second token, and a control of another
-    corpus or context.
+    unknown measure, passages without a measure that takes them, a run without domains, `guided` of a run from which
+    nothing can be removed, a domain or retain data without text in the split or too little of it for a measure, a
+    passage without a second token, and a control of another corpus or context.
     """
     names = list(measures) or [*MEASURES, GUIDED]
     if unknown := [name for name in names if name not in (*MEASURES, GUIDED)]:
@@ -156,12 +158,16 @@ def examine_run(
     if texts and not {"recital", GUIDED} & {*names}:
         raise ValueError("passages are for the measures recital and guided, which --only leaves out")
     target = open_with_corpus(run, data)
+    domains = target.removable or tuple(target.config.masking.domains)
+    if not domains:
+        raise ValueError(f"{run} has no domain (masking.domains): there is nothing to examine")
     if not target.removable:
-        raise ValueError(f"{run} was trained without masks: there is no domain to remove, and nothing to examine")
+        if GUIDED in measures:
+            raise ValueError(f"guided takes a full and an ablated model; from {run} nothing can be removed")
+        names = [name for name in names if name != GUIDED]
     beside = open_with_corpus(control, data) if control else None
     if beside:
         check_same_sequences(target, beside)
-    domains = target.removable
     questions = {
         domain: replace(_question(target, domain, split, sequences, texts, passages), fit_sequences=fit_sequences)
         for domain in domains
@@ -176,15 +182,18 @@ def examine_run(
     results: dict[str, Any] = {"checkpoint": target.checkpoint.name, "weights": target.weights}
     results |= {"split": split, "sequences": sequences, "control": str(control) if control else None, "domains": {}}
     for domain, about in questions.items():
-        ablated = full.without(domain)
-        models = {FULL: full, removal_name((domain,)): ablated, **({"control": other} if other else {})}
+        models = {FULL: full}
+        if target.removable:
+            models[removal_name((domain,))] = full.without(domain)
+        if other:
+            models["control"] = other
         by_measure: dict[str, Any] = {}
         results["domains"][domain] = {"forget": about.forget, "retain": about.retain, "measures": by_measure}
         for name in names:
             log(f"{domain}: {name}")
             if name == GUIDED:
                 by_measure[name] = {
-                    f"{strength:g}": _recital(guided_recital(full, ablated, about.texts, strength))
+                    f"{strength:g}": _recital(guided_recital(full, full.without(domain), about.texts, strength))
                     for strength in (0.0, *STRENGTHS)
                 }
             else:

@@ -115,6 +115,16 @@ def test_a_control_that_saw_the_domain_is_warned_of(runs):
     assert not [line for line in lines[2:] if line.startswith("warning")]
 
 
+def test_of_a_run_without_masks_the_full_model_alone_is_examined(runs):
+    """Such as one that was unlearned, beside one that never saw the domain."""
+    runs["unseen"] = replace(runs["filtered"], model=moved_model(runs["filtered"].config, 0.3))
+    examined = examine_run("filtered", control="unseen", sequences=4, passages=3)["domains"]["es"]["measures"]
+    assert list(examined) == list(module.MEASURES)
+    assert all(list(by_model) == ["full", "control"] for by_model in examined.values())
+    own = examine_run("run", control="filtered", measures=["quantised"], sequences=4)["domains"]["es"]["measures"]
+    assert examined["quantised"]["full"] == own["quantised"]["control"] != examined["quantised"]["control"]
+
+
 def test_guided_decoding_has_the_full_model_first(runs, monkeypatch):
     pairs = []
     nothing = Recital(Estimate(0.0, None), Estimate(0.0, None), 0)
@@ -149,8 +159,12 @@ def test_what_is_refused_before_a_model_is_loaded(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_model", lambda *rest: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="unknown measure 'probe'; the measures are calibrated, recital"):
         examine_run("run", measures=["probe"])
-    with pytest.raises(ValueError, match="filtered was trained without masks: there is no domain to remove"):
-        examine_run("filtered")
+    with pytest.raises(ValueError, match="guided takes a full and an ablated model; from filtered nothing can be"):
+        examine_run("filtered", measures=["recital", "guided"])
+    masking = {"strategy": "none"}
+    runs["none"] = replace(runs["filtered"], config=config_for(context=32, domains=(), masking=masking))
+    with pytest.raises(ValueError, match=r"none has no domain \(masking.domains\): there is nothing to examine"):
+        examine_run("none")
     with pytest.raises(ValueError, match=r"unknown split 'validation'|no split 'validation'"):
         examine_run("run", split="validation")
     other = build(tmp_path / "other", [record(n, "en", 40, s) for n in range(4) for s in ("train", "test")])
