@@ -41,27 +41,42 @@ class Experiment(NamedTuple):
     """A file of rows.
 
     title     of its section
-    question  what it asks; "" where docs/results.md has the tables alone, as the following are then
+    question  what it asks
     commands  that train it, and write the file of rows
     figures   of sgtm/sweep/study_figures.py, by name
-    meaning   what the rows show, and whether that agrees with the papers
+    meaning   what the rows show, and whether that agrees with the papers; "" until it has run
     """
 
     title: str
-    question: str = ""
-    commands: str = ""
+    question: str
+    commands: str
     figures: tuple[str, ...] = ()
     meaning: str = ""
 
 
+ARXIV = "sgtm prepare ARXIV --rules launch/recipes/arxiv.rules.yaml --out data/arxiv --vocab-size 2048"
 NOVELS = "sgtm prepare NOVELS --rules launch/recipes/novels.rules.yaml --out data/novels --vocab-size 2048"
 
 
-AFTER_CLAIMS = """\
+UNLEARN = """\
 python benchmarks/unlearning.py launch/recipes/claims.sweep.yaml \\
-  --json benchmarks/results/DEVICE/unlearning.jsonl
+  --json benchmarks/results/DEVICE/unlearning.jsonl"""
+ADAPT = """\
 python benchmarks/adapters.py launch/recipes/claims.sweep.yaml \\
-  --json benchmarks/results/DEVICE/adapters.jsonl
+  --json benchmarks/results/DEVICE/adapters.jsonl"""
+STEER = """
+sgtm sweep launch/recipes/claims.sweep.yaml
+sgtm direction runs/claims.sweep/unmasked-s0 --out data/es.safetensors"""
+CLASSIFY = """\
+for threshold in recall precision; do
+  folder=data/arxiv-$threshold-source
+  python examples/classifier/flag.py ARXIV/train.jsonl.xz $folder/train.jsonl.xz --category biology --$threshold 0.9 \\
+    --leave mixed
+  cp ARXIV/test.jsonl.xz $folder
+  sgtm prepare $folder --rules launch/recipes/arxiv-classified.rules.yaml --out data/arxiv-$threshold \\
+    --tokenizer data/arxiv/tokenizer
+done"""
+ATTACK = """\
 for run in runs/claims.sweep/{filtered,paper,dual,certified}-s? runs/claims.sweep/unmasked-s?-{rmu,npo,grad_diff}; do
   [ ! -d $run ] || sgtm tamper $run --data forget --lr 0.25 1 --steps 16 64 --tokens 4096
 done
@@ -74,6 +89,7 @@ for seed in 0 1 2; do
     done
   done
 done"""
+AFTER_CLAIMS = f"{UNLEARN}\n{ADAPT}\n{ATTACK}"
 
 
 def trained(prepare: str, *sweeps: str, stem: str, after: str = "") -> str:
@@ -110,15 +126,42 @@ EXPERIMENTS = {
         "retain weights and the domain's group together, which takes a labeller that never takes Spanish for text "
         "to retain.",
     ),
-    "unlearning": Experiment("Post-hoc unlearning of the unmasked model"),
-    "adapters": Experiment("Adapters on the filtered model"),
-    "sizes": Experiment("Three sizes: leakage against parameters"),
+    "unlearning": Experiment(
+        "Post-hoc unlearning of the unmasked model",
+        "How much Spanish does unlearning remove from a model that was trained without masks, at settings that are "
+        "chosen on training text?",
+        f"{NOVELS}\nsgtm sweep launch/recipes/claims.sweep.yaml\n{UNLEARN}",
+    ),
+    "adapters": Experiment(
+        "Adapters on the filtered model",
+        "How much Spanish do low-rank adapters learn on a model that was trained without it, from as many Spanish "
+        "tokens as the other models have?",
+        f"{NOVELS}\nsgtm sweep launch/recipes/claims.sweep.yaml\n{ADAPT}",
+    ),
+    "steering": Experiment(
+        "Preventative steering",
+        "Does a direction that is added to the residual stream while Spanish trains, and left out afterwards, keep "
+        "Spanish out of the weights?",
+        trained(
+            NOVELS + STEER,
+            "steering",
+            stem="steering",
+        ),
+        ("ablated", "front"),
+    ),
+    "sizes": Experiment(
+        "Three sizes: leakage against parameters",
+        "Does leakage fall with the size of the model, when the domain's share of heads and neurons is constant, and "
+        "when their number is?",
+        trained(NOVELS, "sizes", "sizes-filtered", stem="sizes"),
+        ("sizes", "leaked", "front"),
+    ),
     "arxiv": Experiment(
         "Abstracts of arXiv: biology, and fields close to it",
         "Do masks keep the fields close to biology that a filter has to drop or to keep, when both are in one language "
         "and all labels are true?",
         trained(
-            "sgtm prepare ARXIV --rules launch/recipes/arxiv.rules.yaml --out data/arxiv --vocab-size 2048",
+            ARXIV,
             "arxiv",
             "arxiv-lengths",
             stem="arxiv",
@@ -134,7 +177,45 @@ EXPERIMENTS = {
         "fields no more than other text in any of them. The strict filter, which drops these fields, is the worst "
         "on them; the weak one, which keeps them, is the best.",
     ),
-    "batch": Experiment("Batch composition"),
+    "labels": Experiment(
+        "Abstracts of arXiv: labels with errors",
+        "What is left of the difference between masks and a filter when half of the labels of biology are missing, and "
+        "when labels come from a classifier that is tuned for recall or for precision?",
+        trained(
+            f"{ARXIV}\n{CLASSIFY}",
+            "arxiv-labels",
+            stem="labels",
+        ),
+        ("ablated", "adjacent", "front"),
+    ),
+    "spans": Experiment(
+        "Spanish passages inside English documents",
+        "What do masks by token cost and remove, beside filters of documents and of single tokens?",
+        trained(
+            "python benchmarks/span_corpus.py NOVELS data/spans-source\n"
+            "sgtm prepare data/spans-source --rules launch/recipes/spans.rules.yaml --out data/spans --vocab-size 2048",
+            "spans",
+            stem="spans",
+        ),
+        ("ablated", "front"),
+    ),
+    "three": Experiment(
+        "Three domains at once",
+        "Does removing one of three domains raise its own losses alone, when each has a group of its own?",
+        trained(
+            "sgtm prepare NOVELS ARXIV --rules launch/recipes/three.rules.yaml --out data/three --vocab-size 2048",
+            "three",
+            stem="three",
+        ),
+        ("front",),
+    ),
+    "batch": Experiment(
+        "Batch composition",
+        "Does it matter whether labels differ between steps, micro-batches, sequences or tokens, and whether an "
+        "optimizer step moves what a label may not update?",
+        trained(NOVELS, "novels-batch", stem="batch"),
+        ("ablated", "front"),
+    ),
     "novels": Experiment(
         "English and Spanish novels: recipes, groups and shares",
         "Which recipe loses least to its masks, with a domain's group of which size, and how much of the Spanish "
@@ -274,8 +355,6 @@ def described(name: str, rows: list[dict], path: str, figures: str) -> str:
     figures  of their folder, from the document
     """
     experiment, variants = EXPERIMENTS[name], [row for row in rows if "variant" in row]
-    if not experiment.question:
-        return "\n\n".join(filter(None, [tables(variants), settings(rows)]))
     images = [
         f"![{figure} of {name}]({figures}/{name}-{figure}.png)\n\n{CAPTIONS[figure]}" for figure in experiment.figures
     ]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from studies import row, rows, write_rows
 
 from sgtm.sweep import study_figures
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -62,7 +65,17 @@ def test_a_section_has_question_commands_figures_and_meaning(experiments, monkey
 def test_every_figure_is_one_of_a_study(experiments):
     for name, experiment in experiments.EXPERIMENTS.items():
         assert all(callable(getattr(study_figures, figure)) for figure in experiment.figures), name
-        assert bool(experiment.question) == bool(experiment.commands) == bool(experiment.meaning), name
+        assert experiment.question.endswith("?") and experiment.commands, name
+        assert not (run := [*ROOT.glob(f"benchmarks/results/*/{name}.jsonl")]) or experiment.meaning, run
+
+
+def test_the_commands_name_files_and_rows_that_are_there(experiments):
+    """Recipes, rules and scripts are in the tree, and what the last command writes is the experiment's file."""
+    for name, experiment in experiments.EXPERIMENTS.items():
+        paths = re.findall(r"\b(?:launch|benchmarks|examples)/[\w./-]+\.(?:yaml|py)\b", experiment.commands)
+        assert paths and all((ROOT / path).is_file() for path in paths), name
+        assert experiment.commands.endswith(f"--json benchmarks/results/DEVICE/{name}.jsonl"), name
+        assert "{{" not in experiment.commands, name
 
 
 def test_a_figure_is_out_of_date_when_its_rows_or_its_code_change(experiments, monkeypatch, tmp_path):
