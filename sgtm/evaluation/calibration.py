@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from sgtm.data.batch import IGNORE
-from sgtm.evaluation.losses import standard_error
+from sgtm.evaluation.estimates import Estimate, token_mean
 from sgtm.evaluation.subject import Hidden, Subject
 
 RETAIN_WEIGHT = 100.0
@@ -123,14 +123,13 @@ def _loss_and_slope(sample: FitSample, bias: torch.Tensor) -> tuple[float, torch
 
 
 class Calibrated(NamedTuple):
-    """Losses in nats before and after, by category, with standard errors over documents of the ones after.
+    """Losses in nats before and after, by category.
 
     targets  of the sample that the biases were fitted on, by category
     """
 
-    before: dict[str, float]
-    after: dict[str, float]
-    errors: dict[str, float | None]
+    before: dict[str, Estimate]
+    after: dict[str, Estimate]
     targets: dict[str, int]
 
 
@@ -156,16 +155,12 @@ def calibrated_losses(
         count = fit_sequences or fit_size(subject, len(names))
         samples |= {name: sample_of(subject, "train", name, count) for name in names}
     bias = fit([samples[name] for name in forget], [samples[name] for name in retain])
-    before, after, errors = {}, {}, {}
+    before, after = {}, {}
     for name in (*forget, *retain):
         held_out = sample_of(subject, split, name, sequences)
-        before[name] = float(held_out.losses(torch.zeros_like(bias)).double().mean())
-        losses = held_out.losses(bias).double()
-        after[name] = float(losses.mean())
-        count = int(held_out.documents.max()) + 1
-        sums = torch.zeros(count, dtype=torch.float64).index_add_(0, held_out.documents.cpu(), losses.cpu())
-        errors[name] = standard_error(sums, held_out.documents.bincount(minlength=count).cpu().double())
-    return Calibrated(before, after, errors, {name: len(sample.targets) for name, sample in samples.items()})
+        before[name] = token_mean(held_out.losses(torch.zeros_like(bias)), held_out.documents)
+        after[name] = token_mean(held_out.losses(bias), held_out.documents)
+    return Calibrated(before, after, {name: len(sample.targets) for name, sample in samples.items()})
 
 
 def fit_size(subject: Subject, categories: int) -> int:

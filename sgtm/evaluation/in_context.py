@@ -16,7 +16,7 @@ import torch
 
 from sgtm.data.batch import IGNORE
 from sgtm.data.store import Corpus
-from sgtm.evaluation.memorisation import Estimate, mean
+from sgtm.evaluation.estimates import Estimate, mean
 from sgtm.evaluation.subject import Subject, scored
 from sgtm.words import counted
 

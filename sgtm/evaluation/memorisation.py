@@ -17,22 +17,15 @@ Errors are standard errors over documents: of a mean the usual one, of the area 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
+from sgtm.evaluation.estimates import Estimate, mean
 from sgtm.evaluation.subject import Scores, Subject
 
 MIN_K = 0.4  # share of a document's tokens
-
-
-class Estimate(NamedTuple):
-    """A value and its standard error, None for a single document."""
-
-    value: float
-    error: float | None
 
 
 class Recital(NamedTuple):
@@ -41,14 +34,6 @@ class Recital(NamedTuple):
     extraction_strength: Estimate
     exact_memorisation: Estimate
     texts: int
-
-
-def mean(values: torch.Tensor) -> Estimate:
-    """Mean and standard error of [n] values, one for each document. Raises ValueError for none."""
-    if not len(values):
-        raise ValueError("no document to take a mean over")
-    values = values.double()
-    return Estimate(float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None)
 
 
 def extraction_strength(hits: torch.Tensor) -> float:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from sgtm.data.batch import IGNORE
+from sgtm.evaluation.estimates import Estimate, token_mean
 from sgtm.evaluation.subject import Subject
 from sgtm.model.streams import residual_streams
 
@@ -25,10 +26,11 @@ RATES = (3e-4, 3e-3)
 
 
 class Layer(NamedTuple):
-    """x  [targets, D]: normed residual stream after a layer; targets: int64 [targets]"""
+    """x  [targets, D]: normed residual stream after a layer; targets, documents: int64 [targets]"""
 
     x: torch.Tensor
     targets: torch.Tensor
+    documents: torch.Tensor
 
 
 class Head(NamedTuple):
@@ -46,8 +48,8 @@ class Probe(NamedTuple):
             lowest of several held-out losses is too low
     """
 
-    own_head: float
-    fitted: float
+    own_head: Estimate
+    fitted: Estimate
     rate: float
     chosen: float
 
@@ -57,7 +59,7 @@ def layers_of(subject: Subject, split: str, category: str, sequences: int | None
     """The layers in order, and the model's own head. Raises ValueError where the split has none of the category."""
     model = subject.model
     by_layer: list[list[torch.Tensor]] = [[] for _ in model.blocks]
-    goals = []
+    goals, documents = [], []
     with residual_streams(model) as streams:
         for batch in subject.batches(split, category, sequences):
             ids, targets, plan = batch.on(subject.device, subject.tables)
@@ -65,19 +67,21 @@ def layers_of(subject: Subject, split: str, category: str, sequences: int | None
             _, weight, bias = subject.hidden(ids, plan)
             chosen = targets.flatten() != IGNORE
             goals.append(targets.flatten()[chosen])
+            assert batch.owners is not None  # it is of an evaluation
+            documents.append(batch.owners.index.flatten().to(subject.device)[chosen])
             for parts, x in zip(by_layer, streams, strict=True):
                 parts.append(model.final_norm(x, plan).flatten(0, 1)[chosen].float())
-    targets = torch.cat(goals)
+    targets, owners = torch.cat(goals), torch.cat(documents)
     head = Head(weight.float(), None if bias is None else bias.float())
-    return [Layer(torch.cat(states), targets) for states in by_layer], head
+    return [Layer(torch.cat(states), targets, owners) for states in by_layer], head
 
 
 def probe(fitted_on: Layer, held_out: Layer, own: Head, *, seed: int = 0) -> Probe:
     """The better of the learning rates, by the last fifth of `fitted_on`, which it is not fitted on."""
     edge = len(fitted_on.targets) * 4 // 5
-    part, rest = (Layer(fitted_on.x[span], fitted_on.targets[span]) for span in (slice(edge), slice(edge, None)))
+    part, rest = (Layer(*(values[span] for values in fitted_on)) for span in (slice(edge), slice(edge, None)))
     heads = {rate: _fitted(part, own, rate, seed) for rate in RATES}
-    losses = {rate: _loss(rest, head) for rate, head in heads.items()}
+    losses = {rate: _loss(rest, head).value for rate, head in heads.items()}
     rate = min(RATES, key=lambda rate: losses[rate])
     return Probe(_loss(held_out, own), _loss(held_out, heads[rate]), rate, losses[rate])
 
@@ -98,10 +102,10 @@ def _fitted(layer: Layer, own: Head, rate: float, seed: int) -> Head:
 
 
 @torch.no_grad()
-def _loss(layer: Layer, head: Head) -> float:
+def _loss(layer: Layer, head: Head) -> Estimate:
     pairs = zip(layer.x.split(BATCH), layer.targets.split(BATCH), strict=True)
-    total = sum(float(F.cross_entropy(F.linear(x, *head), goals, reduction="sum")) for x, goals in pairs)
-    return total / len(layer.targets)
+    losses = [F.cross_entropy(F.linear(x, *head), goals, reduction="none") for x, goals in pairs]
+    return token_mean(torch.cat(losses), layer.documents)
 
 
 def probes(

@@ -32,8 +32,8 @@ from sgtm.data.shuffled_sequences import ShuffledSequences
 from sgtm.data.store import Corpus
 from sgtm.distributed.optim import SegmentedAdamW
 from sgtm.distributed.segments import Fragment, segment_tables
+from sgtm.evaluation.estimates import Estimate, by_document, of_documents
 from sgtm.evaluation.losses import standard_error
-from sgtm.evaluation.memorisation import Estimate
 from sgtm.evaluation.subject import Subject
 from sgtm.model.rows import live_keys
 
@@ -211,25 +211,22 @@ def held_out(
     sequences: int | None = None,
 ) -> HeldOut:
     """Measure up to `sequences` sequences of each category. Raises ValueError for a category that the split lacks."""
-    by_document = {}
+    documents = {}
     for category in dict.fromkeys((*forget, *retain)):
         scores = subject.scores(split, category, sequences)
-        count = int(scores.document.max()) + 1
-        sums = torch.zeros(count, dtype=torch.float64).index_add_(0, scores.document, scores.losses.double())
-        by_document[category] = sums, scores.document.bincount(minlength=count).double()
-    losses, targets = (torch.cat(parts) for parts in zip(*(by_document[name] for name in forget), strict=True))
+        documents[category] = by_document(scores.losses, scores.document)
+    losses, targets = (torch.cat(parts) for parts in zip(*(documents[name] for name in forget), strict=True))
     return HeldOut(
-        _estimate([by_document[category] for category in forget]),
-        _estimate([by_document[category] for category in retain]) if retain else None,
-        {category: _estimate([pair]) for category, pair in by_document.items()},
+        _estimate([documents[category] for category in forget]),
+        _estimate([documents[category] for category in retain]) if retain else None,
+        {category: of_documents(*pair) for category, pair in documents.items()},
         Documents(tuple(losses.tolist()), tuple(targets.long().tolist())),
     )
 
 
-def _estimate(by_document: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Estimate:
+def _estimate(documents: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Estimate:
     """Of (sums of losses, numbers of targets) by document, of one category or more."""
-    sums, counts = (torch.cat(parts) for parts in zip(*by_document, strict=True))
-    return Estimate(float(sums.sum() / counts.sum()), standard_error(sums, counts))
+    return of_documents(*(torch.cat(parts) for parts in zip(*documents, strict=True)))
 
 
 class Reached(NamedTuple):

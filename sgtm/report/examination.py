@@ -36,7 +36,7 @@ def overfitted(results: dict[str, Any]) -> Iterator[str]:
     """Of which models the biases of a calibration raise a retained loss by more than `OVERFITTED` nats."""
     for domain, examined in results["domains"].items():
         for model, one in examined["measures"].get("calibrated", {}).items():
-            rises = {name: one["after"][name] - one["before"][name] for name in examined["retain"]}
+            rises = {name: one["after"][name]["value"] - one["before"][name]["value"] for name in examined["retain"]}
             name = max(rises, key=lambda name: rises[name])
             if rises[name] > OVERFITTED:
                 targets = sum(one["targets"][name] for name in examined["retain"])
@@ -66,12 +66,8 @@ def _cell(estimate: Estimate) -> str:
 
 def _calibrated(by_model: dict[str, Any], forget: list[str]) -> Rows:
     for category in forget:
-        yield f"loss, {category}", {model: {"value": one["before"][category]} for model, one in by_model.items()}
-        after = {
-            model: {"value": one["after"][category], "error": one["errors"][category]}
-            for model, one in by_model.items()
-        }
-        yield f"calibrated loss, {category}", after
+        for name, when in (("loss", "before"), ("calibrated loss", "after")):
+            yield f"{name}, {category}", {model: one[when][category] for model, one in by_model.items()}
 
 
 def _recital(by_model: dict[str, Any], forget: list[str]) -> Rows:
@@ -87,8 +83,7 @@ def _membership(by_model: dict[str, Any], forget: list[str]) -> Rows:
 def _quantised(by_model: dict[str, Any], forget: list[str]) -> Rows:
     for bits in next(iter(by_model.values())):
         for category in forget:
-            losses = {model: {"value": one[bits][category]} for model, one in by_model.items()}
-            yield f"loss at {bits} bits, {category}", losses
+            yield f"loss at {bits} bits, {category}", {model: one[bits][category] for model, one in by_model.items()}
 
 
 def _context(by_model: dict[str, Any], forget: list[str]) -> Rows:
@@ -102,7 +97,7 @@ def _probes(by_model: dict[str, Any], forget: list[str]) -> Rows:
             model: min(one[category].values(), key=lambda probe: probe["chosen"])["fitted"]
             for model, one in by_model.items()
         }
-        yield f"best linear probe, {category}", {model: {"value": loss} for model, loss in best.items()}
+        yield f"best linear probe, {category}", best
 
 
 def _guided(by_strength: dict[str, Any], forget: list[str]) -> Rows:

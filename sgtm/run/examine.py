@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from sgtm.evaluation.calibration import calibrated_losses
+from sgtm.evaluation.estimates import Estimate, token_mean
 from sgtm.evaluation.in_context import context_gain, long_documents
-from sgtm.evaluation.memorisation import Estimate, Recital, membership, recital
+from sgtm.evaluation.memorisation import Recital, membership, recital
 from sgtm.evaluation.pair import guided_recital
 from sgtm.evaluation.probes import probes
 from sgtm.evaluation.quantisation import quantised
@@ -68,7 +69,11 @@ def calibrated(subject: Subject, about: Question) -> dict[str, Any]:
         sequences=about.sequences,
         fit_sequences=about.fit_sequences,
     )
-    return losses._asdict()
+    by_name = {
+        when: {name: _estimate(loss) for name, loss in of.items()}
+        for when, of in (("before", losses.before), ("after", losses.after))
+    }
+    return {**by_name, "targets": losses.targets}
 
 
 def recitation(subject: Subject, about: Question) -> dict[str, Any]:
@@ -79,6 +84,11 @@ def members(subject: Subject, about: Question) -> dict[str, Any]:
     return {category: _estimate(membership(subject, category, about.sequences)) for category in about.forget}
 
 
+def _loss(subject: Subject, category: str, about: Question) -> Estimate:
+    scores = subject.scores(about.split, category, about.sequences)
+    return token_mean(scores.losses, scores.document)
+
+
 def in_few_bits(subject: Subject, about: Question) -> dict[str, Any]:
     """Losses by number of bits and category."""
     losses = {}
@@ -86,8 +96,7 @@ def in_few_bits(subject: Subject, about: Question) -> dict[str, Any]:
         removed = subject.removed if subject.config.removes_groups else ()
         rough = replace(subject, model=quantised(subject.model, bits, removed))
         losses[str(bits)] = {
-            category: float(rough.scores(about.split, category, about.sequences).losses.double().mean())
-            for category in (*about.forget, *about.retain)
+            category: _estimate(_loss(rough, category, about)) for category in (*about.forget, *about.retain)
         }
     return losses
 
@@ -106,7 +115,15 @@ def in_context(subject: Subject, about: Question) -> dict[str, Any]:
 def linear_probes(subject: Subject, about: Question) -> dict[str, Any]:
     """By category and layer."""
     return {
-        category: {str(layer): probe._asdict() for layer, probe in probes(subject, category, split=about.split).items()}
+        category: {
+            str(layer): {
+                "own_head": _estimate(probe.own_head),
+                "fitted": _estimate(probe.fitted),
+                "rate": probe.rate,
+                "chosen": probe.chosen,
+            }
+            for layer, probe in probes(subject, category, split=about.split).items()
+        }
         for category in about.forget
     }
 

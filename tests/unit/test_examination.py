@@ -15,8 +15,15 @@ def estimate(value: float, error: float | None = 0.01) -> dict:
 
 def calibrated(before: float, after: float, error: float | None, retain: float) -> dict:
     """retain: loss on retained text after, 3 before"""
-    losses = {"before": {"cells": before, "en": 3.0}, "after": {"cells": after, "en": retain}}
-    return {**losses, "errors": {"cells": error, "en": None}, "targets": {"cells": 900, "en": 1234}}
+    losses = {
+        "before": {"cells": estimate(before, 0.5), "en": estimate(3.0, None)},
+        "after": {"cells": estimate(after, error), "en": estimate(retain, None)},
+    }
+    return {**losses, "targets": {"cells": 900, "en": 1234}}
+
+
+def probe(fitted: float, chosen: float) -> dict:
+    return {"fitted": estimate(fitted, 0.25), "chosen": chosen}
 
 
 RESULTS = {
@@ -30,10 +37,8 @@ RESULTS = {
                     "without bio": calibrated(7.0, 5.5, None, retain=3.03),
                 },
                 "probes": {
-                    "full": {"cells": {"0": {"fitted": 4.4, "chosen": 5.0}, "1": {"fitted": 4.5, "chosen": 4.5}}},
-                    "without bio": {
-                        "cells": {"0": {"fitted": 5.25, "chosen": 5.0}, "1": {"fitted": 6.0, "chosen": 6.0}}
-                    },
+                    "full": {"cells": {"0": probe(4.4, 5.0), "1": probe(4.5, 4.5)}},
+                    "without bio": {"cells": {"0": probe(5.25, 5.0), "1": probe(6.0, 6.0)}},
                 },
                 "guided": {"1": {"extraction_strength": estimate(0.25)}},
             },
@@ -44,9 +49,9 @@ RESULTS = {
 
 def test_rows():
     assert dict(examination_rows(RESULTS["domains"]["bio"])) == {
-        "loss, cells": {"full": "4.000", "without bio": "7.000"},
+        "loss, cells": {"full": "4.000±0.5", "without bio": "7.000±0.5"},
         "calibrated loss, cells": {"full": "3.900±0.012", "without bio": "5.500"},
-        "best linear probe, cells": {"full": "4.500", "without bio": "5.250"},
+        "best linear probe, cells": {"full": "4.500±0.25", "without bio": "5.250±0.25"},
         "extraction strength, guided 1": {"full": "0.250±0.01"},
     }
 

@@ -11,8 +11,9 @@ from corpora import build, config_for, record
 from random_models import moved_model
 
 from sgtm.evaluation.calibration import calibrated_losses
+from sgtm.evaluation.estimates import Estimate, token_mean
 from sgtm.evaluation.in_context import context_gain
-from sgtm.evaluation.memorisation import Estimate, Recital, membership
+from sgtm.evaluation.memorisation import Recital, membership
 from sgtm.evaluation.probes import probes
 from sgtm.evaluation.quantisation import quantised
 from sgtm.evaluation.subject import Subject
@@ -67,15 +68,20 @@ def test_numbers_are_those_of_the_measures_themselves(runs):
         for bits in (8, 4):
             rough = replace(subject, model=quantised(subject.model, bits, subject.removed))
             for category in ("en", "es"):
-                loss = float(rough.scores("train", category, 4).losses.double().mean())
+                scores = rough.scores("train", category, 4)
+                loss = token_mean(scores.losses, scores.document)._asdict()
                 assert measures["quantised"][name][str(bits)][category] == loss, (name, bits, category)
         gain = context_gain(subject, "es", "en", split="train")
         assert measures["context"][name]["es"]["gain"]["value"] == gain.gain.value, name
         assert measures["membership"][name]["es"]["value"] == membership(subject, "es", 4).value, name
         fit = calibrated_losses(subject, forget=("es",), retain=("en",), split="train", sequences=4)
-        assert measures["calibrated"][name] == fit._asdict(), name
-        own = {str(layer): probe._asdict() for layer, probe in probes(subject, "es", split="train").items()}
-        assert measures["probes"][name]["es"] == own, name
+        for when, losses in (("before", fit.before), ("after", fit.after)):
+            expected = {category: loss._asdict() for category, loss in losses.items()}
+            assert measures["calibrated"][name][when] == expected, (name, when)
+        assert measures["calibrated"][name]["targets"] == fit.targets
+        for layer, probe in probes(subject, "es", split="train").items():
+            expected = {**probe._asdict(), "own_head": probe.own_head._asdict(), "fitted": probe.fitted._asdict()}
+            assert measures["probes"][name]["es"][str(layer)] == expected, (name, layer)
     assert measures["quantised"]["full"]["8"] != measures["quantised"]["full"]["4"]
 
 

@@ -11,7 +11,8 @@ from corpora import build, config_for, record
 from random_models import moved_model
 from subjects import bigram, scores
 
-from sgtm.evaluation.memorisation import Estimate, extraction_strength, mean, membership, min_k, recital, roc_area
+from sgtm.evaluation.estimates import Estimate
+from sgtm.evaluation.memorisation import extraction_strength, membership, min_k, recital, roc_area
 from sgtm.evaluation.subject import Subject
 
 PLANTED = [3, 1, 4, 5, 9, 2, 6, 8]
@@ -116,10 +117,6 @@ def test_the_error_of_an_area_is_that_of_other_documents():
     areas = [roc_area(torch.randn(60) + 0.5, torch.randn(40)) for _ in range(300)]
     spread = float(torch.tensor([area.value for area in areas]).std())
     assert float(torch.tensor([area.error for area in areas]).mean()) == pytest.approx(spread, rel=0.15)
-
-
-def test_mean_and_its_error():
-    assert mean(torch.tensor([1.0, 3.0])) == Estimate(2.0, pytest.approx(1.0))
 
 
 def test_membership_compares_the_documents_of_two_splits(tmp_path):

@@ -21,22 +21,23 @@ def layer(knows: bool, seed: int) -> Layer:
     targets = torch.randint(VOCAB, (TARGETS,), generator=generator)
     basis = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(7))
     x = basis[targets] if knows else basis[targets[torch.randperm(TARGETS, generator=generator)]]
-    return Layer(3 * x + 0.1 * torch.randn(x.shape, generator=generator), targets)
+    documents = torch.arange(TARGETS) // 10
+    return Layer(3 * x + 0.1 * torch.randn(x.shape, generator=generator), targets, documents)
 
 
 def test_knowledge_that_the_head_does_not_read_is_read_out():
     head = Head(torch.zeros(VOCAB, WIDTH))
     result = probe(layer(True, 0), layer(True, 1), head)
-    assert result.own_head == pytest.approx(math.log(VOCAB), rel=1e-5)
-    assert result.fitted < 0.1
+    assert result.own_head.value == pytest.approx(math.log(VOCAB), rel=1e-5)
+    assert result.fitted.value < 0.1
 
 
 def test_nothing_is_read_out_of_states_without_knowledge():
     states = layer(False, 0)
-    few = Layer(states.x[:200], states.targets[:200])  # which a probe learns by heart
+    few = Layer(*(part[:200] for part in states))  # which a probe learns by heart
     for fitted_on in (states, few):
         result = probe(fitted_on, layer(False, 1), Head(torch.zeros(VOCAB, WIDTH)))
-        assert result.fitted > math.log(VOCAB) - 0.02
+        assert result.fitted.value > math.log(VOCAB) - 0.02
 
 
 def test_a_probe_is_the_same_every_time():
@@ -49,18 +50,21 @@ def test_the_rate_is_chosen_on_what_the_head_was_not_fitted_on(monkeypatch):
     monkeypatch.setattr("sgtm.evaluation.probes.RATES", (1e-6, 0.1))
     few = Layer(*(part[:200] for part in layer(False, 0)))
     result = probe(few, layer(False, 1), Head(torch.zeros(VOCAB, WIDTH)))
-    assert (result.rate, result.fitted) == (1e-6, pytest.approx(math.log(VOCAB), abs=1e-3))
-    assert result.chosen == pytest.approx(result.fitted, abs=1e-3)
+    assert (result.rate, result.fitted.value) == (1e-6, pytest.approx(math.log(VOCAB), abs=1e-3))
+    assert result.chosen == pytest.approx(result.fitted.value, abs=1e-3)
 
 
 def test_the_bias_of_a_head_is_fitted_too():
     """States that hold nothing, and tokens that are not equally frequent."""
-    states = [Layer(torch.zeros(TARGETS, WIDTH), layer(True, seed).targets.clamp(max=1)) for seed in (0, 1)]
+    states = [
+        Layer(torch.zeros(TARGETS, WIDTH), layer(True, seed).targets.clamp(max=1), layer(True, seed).documents)
+        for seed in (0, 1)
+    ]
     frequent = torch.tensor([1 / VOCAB, 1 - 1 / VOCAB])
     entropy = -float((frequent * frequent.log()).sum())
     without, with_bias = (probe(*states, Head(torch.zeros(VOCAB, WIDTH), bias)) for bias in (None, torch.zeros(VOCAB)))
-    assert without.fitted == pytest.approx(math.log(VOCAB)) and with_bias.own_head == without.own_head
-    assert entropy < with_bias.fitted < math.log(VOCAB) - 0.4
+    assert without.fitted.value == pytest.approx(math.log(VOCAB)) and with_bias.own_head == without.own_head
+    assert entropy < with_bias.fitted.value < math.log(VOCAB) - 0.4
 
 
 @pytest.fixture
@@ -85,7 +89,7 @@ def test_the_last_layer_is_what_the_head_reads(subject):
 
 def test_probes_of_a_run(subject):
     by_layer = probes(subject, "es")
-    assert list(by_layer) == [0, 1] and all(one.fitted < one.own_head for one in by_layer.values())
+    assert list(by_layer) == [0, 1] and all(one.fitted.value < one.own_head.value for one in by_layer.values())
     assert by_layer[0].own_head != by_layer[1].own_head
     with pytest.raises(ValueError, match="no layer 2: the model has 2"):
         probes(subject, "es", layers=[2])
