@@ -52,7 +52,7 @@ def run(options) -> None:
         log=lambda line: print(line, file=sys.stderr),
     )
     if dropped := write_examination(options.run_dir, results):
-        print(f"removed from {options.run_dir}: {', '.join(dropped)}, of other options or weights", file=sys.stderr)
+        print(f"removed from {options.run_dir}: {', '.join(dropped)}, of other weights", file=sys.stderr)
     print_examination(results)
 
 

@@ -29,7 +29,11 @@ def print_examination(results: dict[str, Any], console: Console | None = None) -
         console.print(table, "")
     for line in overfitted(results):
         console.print(f"warning: {line}")
-    console.print("±: standard error over documents; losses in nats per token; the measures: docs/evaluation.md")
+    if any("calibrated" in examined["measures"] for examined in results["domains"].values()):
+        console.print("calibrated: biases that serve retained text may raise the loss; an attacker has the lower one")
+    sequences = f", up to {results['sequences']} sequences of each category" if results["sequences"] else ""
+    console.print(f"±: standard error over documents; nats per token of split {results['split']}{sequences}")
+    console.print("the measures: docs/evaluation.md")
 
 
 def overfitted(results: dict[str, Any]) -> Iterator[str]:

@@ -113,6 +113,12 @@ def _worse_than_ablated(summary: dict, rows: list[LossRow], condition: str) -> l
     if "adapted" in summary:
         remedy = "train them with a larger `--retain-weight`, or a lower `--lr`"
         return [f"The adapters make the model worse on retained data, by {listed(worse)}; {remedy}."]
+    steering = summary.get("steering", {})
+    if steering.get("domain") == domains[0] and steering["strength"]:
+        return [
+            f"The direction of `{domains[0]}`, which is added to every token, makes the model worse on retained data, "
+            f"by {listed(worse)}; a `steering.strength` closer to 0 than {steering['strength']:g} adds less."
+        ]
     share = summary.get("retain_with_group", {}).get(domains[0])
     text = f"The full model is worse on retained data than the model without `{domains[0]}`, by {listed(worse)}: "
     if share is None:

@@ -30,6 +30,8 @@ from sgtm.run.opened import OpenedRun, check_same_sequences, knowing_control, op
 BITS = (8, 4)
 STRENGTHS = (0.5, 1.0, 2.0)  # of guided decoding
 FILE = "examination.json"
+SETTINGS = ("split", "sequences", "control")
+"""What examinations of the same weights differ in."""
 
 
 @dataclass(frozen=True)
@@ -152,12 +154,13 @@ def examine_run(
     data: str | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """The measures of a run, as `examination.json` holds them: by domain, measure, and model.
+    """The measures of a run, as `examination.json` holds them: settings, and by domain the measures of each model.
 
     Of a run from which nothing can be removed, such as a filtered or unlearned one, the full model alone is examined.
 
     measures   names of `MEASURES` or `guided`; none: all
-    control    a run that was trained without the domains, on the same corpus; None: no control
+    control    a run that was trained without the domains, on the same corpus, taken without the domain where that can
+               be removed from it; None: no control
     split      whose documents the losses are of; sequences: at most this many of each category, None: all
     texts      passages for recital and guided decoding; none: the beginnings of `passages` training documents of the
                domain, of its categories in turn, each as long as the context
@@ -191,19 +194,21 @@ def examine_run(
     }
     for about in questions.values():
         _check_text(target, about, names, log)
-    if beside and (warning := knowing_control(beside, domains)):
+    warning = knowing_control(beside, domains) if beside else ""
+    if warning:
         log(f"warning: {warning}")
     check_precision(target.config, "fp32")
     full = _subject(target)
     other = _subject(beside) if beside else None
     results: dict[str, Any] = {"checkpoint": target.checkpoint.name, "weights": target.weights}
-    results |= {"split": split, "sequences": sequences, "control": str(control) if control else None, "domains": {}}
+    results |= {"split": split, "sequences": sequences, "control": str(control) if control else None}
+    results |= {"control_warning": warning, "domains": {}}
     for domain, about in questions.items():
         models = {FULL: full}
         if target.removable:
             models[removal_name((domain,))] = full.without(domain)
-        if other:
-            models["control"] = other
+        if beside and other:
+            models["control"] = other.without(domain) if domain in beside.removable else other
         by_measure: dict[str, Any] = {}
         results["domains"][domain] = {"forget": about.forget, "retain": about.retain, "measures": by_measure}
         for name in names:
@@ -263,31 +268,31 @@ def in_turn(documents: Sequence[Sequence[int]]) -> list[int]:
 
 
 def write_examination(run: Path, results: dict[str, Any]) -> list[str]:
-    """`examination.json` of a run, written whole.
+    """Add results to `examination.json` of a run, which is written whole.
 
-    Measures that the file already has are kept where they are of the same checkpoint, split, number of sequences and
-    control. Returns the names of those that are not.
+    The file has an examination for each split, number of sequences and control, the newest last. Measures of the same
+    ones stay, unless they are measured again. Those of other weights are removed: returns their names.
     """
-    file, settings = run / FILE, ("checkpoint", "weights", "split", "sequences", "control")
-    old = read_examination(file) if file.exists() else {"domains": {}}
-    alike = all(old.get(name) == results[name] for name in settings)
-    dropped: dict[str, None] = {}
-    for domain, examined in old["domains"].items():
-        new = results["domains"].get(domain, {"measures": {}})["measures"]
-        if alike and domain in results["domains"]:
-            results["domains"][domain]["measures"] = {**examined["measures"], **new}
-        else:
-            dropped |= {name: None for name in examined["measures"] if name not in new}
-    write_atomically(file, json.dumps(results, indent=2) + "\n")
-    return list(dropped)
+    file, weights = run / FILE, ("checkpoint", "weights")
+    stored = read_examinations(file) if file.exists() else []
+    alike = [old for old in stored if all(old.get(name) == results[name] for name in weights)]
+    for old in [old for old in alike if all(old[name] == results[name] for name in SETTINGS)]:
+        alike.remove(old)
+        for domain, examined in old["domains"].items():
+            new = results["domains"].setdefault(domain, {**examined, "measures": {}})
+            new["measures"] = {**examined["measures"], **new["measures"]}
+    write_atomically(file, json.dumps({"examinations": [*alike, results]}, indent=2) + "\n")
+    removed = (old for old in stored if any(old.get(name) != results[name] for name in weights))
+    return list(dict.fromkeys(name for old in removed for one in old["domains"].values() for name in one["measures"]))
 
 
-def read_examination(file: Path) -> dict[str, Any]:
-    """Raises ValueError for a damaged file."""
+def read_examinations(file: Path) -> list[dict[str, Any]]:
+    """The newest last. Raises ValueError for a damaged file."""
     try:
-        results = json.loads(file.read_text("utf-8"))
-        for examined in results["domains"].values():
-            _ = examined["forget"], examined["measures"].keys()
+        stored = json.loads(file.read_text("utf-8"))["examinations"]
+        for results in stored:
+            _ = [results[name] for name in SETTINGS]
+            _ = [(examined["forget"], examined["measures"].keys()) for examined in results["domains"].values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error!r}); remove it, and examine the run again") from None
-    return results
+    return stored

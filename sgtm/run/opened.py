@@ -17,6 +17,8 @@ from sgtm.evaluation.subject import Subject
 from sgtm.run.adapters import adapted_domain
 from sgtm.run.checkpoint import open_run, read_manifest
 from sgtm.run.evaluate import check_precision, load_model, open_run_corpus
+from sgtm.run.unlearned import read_unlearned
+from sgtm.words import listed
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,15 @@ def check_same_sequences(target: OpenedRun, other: OpenedRun) -> None:
 
 
 def knowing_control(control: OpenedRun, domains: Sequence[str]) -> str:
-    """A warning where a run that stands for a model without the domains was trained on them; else empty."""
+    """A warning where a run that stands for a model without the domains was trained on them, or may have been by what
+    it began with; else empty."""
+    unlearned = read_unlearned(control.run) or {"source": {}}
+    adapters = unlearned["source"].get("adapted") or {}
+    if adapters.get("domain") in domains:
+        return f"the control {control.run} was unlearned from a run with adapters of {adapters['domain']}"
+    if control.config.train.init_from:
+        weights = control.config.train.init_from
+        return f"the control {control.run} began with the weights of {weights}, which may have seen {listed(domains)}"
     for domain in domains:
         trained = trained_tokens(control.corpus, control.config).get(f"forget:{domain}", {})
         if tokens := round(sum(trained.values())):

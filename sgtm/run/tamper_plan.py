@@ -144,6 +144,8 @@ def _mixtures(
             raise ConfigError(
                 f"{corpus.path} has no category {category!r}{slip}; its categories are {listed([*corpus.categories])}"
             )
+        if corpus.categories[category] in {corpus.categories[name] for name in forget}:
+            raise ConfigError(f"--adjacent {category}: that is a category of the domain itself, which is --data forget")
     if (ADJACENT in data) != bool(adjacent):
         raise ConfigError("the mixture adjacent and categories for it (--adjacent CATEGORY) go together; give both")
     forget, retain = (tuple(name for name in names if _has_text(target, "train", name)) for names in (forget, retain))

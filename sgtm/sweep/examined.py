@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from sgtm.report.examination import examination_numbers
-from sgtm.run.examine import FILE, read_examination
+from sgtm.run.examine import FILE, SETTINGS, read_examinations
 from sgtm.sweep.tampered import named_runs
 
 
 def examination_rows(folder: Path) -> list[dict]:
-    """A row for each run with an `examination.json`, and domain.
+    """A row for each examination in an `examination.json`, and domain.
 
     examined  the variant's name, as in sgtm/sweep/tampered.py
     seed      of the training
     domain    that was examined
-    split, sequences, control  of the examination, as `sgtm examine` was called
+    split, sequences, control  of the examination, as `sgtm examine` was called; of the control its variant
+    control_warning  that the control may have seen the domain, else empty; only with a control
     values    by name of the number (sgtm/report/examination.py) and model: full, without the domain, and control where
               there was one
 
@@ -23,9 +24,12 @@ def examination_rows(folder: Path) -> list[dict]:
     """
     rows = []
     for run, variant, seed in named_runs(folder, FILE):
-        results = read_examination(run / FILE)
-        settings = {name: results.get(name) for name in ("split", "sequences", "control")}
-        for domain, examined in results["domains"].items():
+        pairs = [(one, domain) for one in read_examinations(run / FILE) for domain in one["domains"]]
+        for results, domain in pairs:
+            examined = results["domains"][domain]
+            settings = {name: results[name] for name in SETTINGS}
+            if results["control"]:
+                settings |= {"control": _variant(results["control"]), "control_warning": results["control_warning"]}
             try:
                 values = {
                     name: {model: estimate["value"] for model, estimate in by_model.items()}
@@ -36,3 +40,10 @@ def examination_rows(folder: Path) -> list[dict]:
                 raise ValueError(message) from None
             rows.append({"examined": variant, "seed": seed, "domain": domain, **settings, "values": values})
     return rows
+
+
+def _variant(control: str) -> str:
+    """Of the run of a sweep, by its name."""
+    name = Path(control).name
+    variant, _, seed = name.rpartition("-s")
+    return variant if seed.isdecimal() else name

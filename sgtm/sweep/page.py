@@ -12,7 +12,7 @@ from pathlib import Path
 from sgtm.report.figures import draw
 from sgtm.report.page import Exhibit, template, write_page
 from sgtm.sweep import study_figures as figures
-from sgtm.sweep.study import Study, differing_settings, examinations, leakages
+from sgtm.sweep.study import Study, differing_settings, examinations, examined_with, leakages
 
 SERIES = (
     "Filled marks: the last losses of models with masks; hollow ones: of models that were trained without; bars: 95 % "
@@ -105,6 +105,7 @@ def render(study: Study, exhibits: list[Exhibit]) -> str:
         seeds="no" if not seeds else str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}",
         leakages=leakages(study.variants),
         examinations=examinations(study),
+        examined_with="; ".join(dict.fromkeys(examined_with(row) for row in study.examined)),
         settings=differing_settings(study.variants),
         common=_common(study),
         provenance={key: ", ".join(filter(None, values)) for key, values in origins.items() if any(values)},

@@ -185,13 +185,27 @@ def _origin(folder: Path, row: dict) -> dict:
     return max(starts, key=lambda one: one["time"], default={})
 
 
+def examined_with(row: dict) -> str:
+    """The settings of an examination, in words."""
+    sequences = f"up to {row['sequences']} sequences of each category" if row.get("sequences") else "all sequences"
+    text = f"{sequences} of split {row.get('split') or 'test'}"
+    if row.get("control"):
+        text += f", control {row['control']}" + " (which may have seen the domain)" * bool(row.get("control_warning"))
+    return text
+
+
+EXAMINATION = (lambda row: row["domain"], examined_with)
+"""What two examinations of a variant may differ in, in words."""
+
+
 def examinations(study: Study) -> dict[str, dict[str, dict[str, Interval]]]:
-    """By variant (and its domain, where there are several), name of the number and model, over the seeds; of a number
-    that a seed lacks, over the others."""
+    """By variant (and its domain and the settings of the examination, where there are several), name of the number and
+    model, over the seeds; of a number that a seed lacks, over the others."""
     values: dict[str, dict[str, dict[str, list[float]]]] = {}
-    several = len({row["domain"] for row in study.examined}) > 1
+    several = [len({part(row) for row in study.examined}) > 1 for part in EXAMINATION]
     for row in study.examined:
-        variant = f"{row['examined']}, {row['domain']}" if several else row["examined"]
+        parts = [part(row) for part, needed in zip(EXAMINATION, several, strict=True) if needed]
+        variant = ", ".join([row["examined"], *parts])
         for name, by_model in row["values"].items():
             for model, value in by_model.items():
                 values.setdefault(variant, {}).setdefault(name, {}).setdefault(model, []).append(value)

@@ -37,6 +37,7 @@ from sgtm.sweep.file import Run, Sweep
 from sgtm.sweep.state import final_losses
 
 CAPTION = "retain: mean over the categories that no domain owns, unlabeled ones too"
+NOT_ADJACENT = ", adjacent ones not"
 MODELS, DATA = ("full", "ablated"), ("retain", "adjacent", "forget")
 SIX = tuple(f"{model}_{data}" for model in MODELS for data in DATA)
 LOSSES = tuple(name for name in SIX if not name.endswith("_adjacent"))
@@ -163,7 +164,7 @@ def print_table(rows: list[Row], console: Console) -> None:
         of = len(row.runs) if len(row.losses) == len(row.runs) else f"{len(row.losses)} of {len(row.runs)}"
         table.add_row(row.variant, str(of), f"{row.tokens:,}", *(_cell(row, loss) for loss in row.names))
     console.print(table)
-    console.print(CAPTION, highlight=False, soft_wrap=True)
+    console.print(CAPTION + NOT_ADJACENT * (rows[0].names == SIX), highlight=False, soft_wrap=True)
 
 
 def _cell(row: Row, loss: str) -> str:

@@ -9,8 +9,10 @@ import os
 import sys
 from pathlib import Path
 
+from sgtm.data.trained import trained_tokens
 from sgtm.masking.strategy import removal_tables
 from sgtm.process.names import did_you_mean
+from sgtm.run.adapted import read_adapted
 from sgtm.run.checkpoint import open_run, read_manifest
 from sgtm.run.evaluate import open_run_corpus
 from sgtm.run.unlearned import described, write_unlearned
@@ -71,6 +73,8 @@ def unlearn_run(
         "batch": config.for_ranks(1).micro_batch,
         "source": source_record(run, config, checkpoint),
     }
+    if f"forget:{domain}" not in trained_tokens(corpus, config) and not (read_adapted(run) or config.train.init_from):
+        print(f"warning: {run} was never trained on {domain}: there is nothing to unlearn", file=sys.stderr)
     all_options = options | ({"seed": seed} if "seed" in of_method.options else {})
     own, tables = own_config(config, corpus, out), removal_tables(config.space, ())
     model = open_model(config, checkpoint)

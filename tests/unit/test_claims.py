@@ -86,6 +86,10 @@ def test_spill_is_the_rise_on_adjacent_data_beyond_that_on_retained_data(measure
     assert measures.spill("mine")(study_of(tmp_path, [line])) == pytest.approx([0.5] * 3)
 
 
+def of_steps(line: dict, steps: int) -> dict:
+    return {**line, "settings": {**line["settings"], "train.steps": steps}}
+
+
 def test_another_variant_is_read_at_the_same_retain_loss(measures, tmp_path):
     """Its losses fall on a line from (4.5, 9) to (3, 6), so at a retain loss of 3.5 its forget loss is 7."""
     lines = [row("weak", (3.0, 6.0, 3.0, 6.0), masks=False, undiscovered=1e5), row("mine", (1.0, 1.0, 3.5, 8.0))]
@@ -95,8 +99,8 @@ def test_another_variant_is_read_at_the_same_retain_loss(measures, tmp_path):
     masked = [row("other", (9.0, 9.0, 3.0, 6.0)), lines[1]]  # of a masked one the ablated losses
     assert measures.at_equal_retain("mine", "other")(study_of(tmp_path, masked))[1] == pytest.approx(1.0)
     assert measures.line_error("mine", "weak")(study) == measures.LINE_ERROR
-    lengths = [row(f"weak-{steps}", (3.0 + n, 7.0 + n, 3.0, 6.0), masks=False) for n, steps in ((1, 5), (2, 7))]
-    finished = study_of(tmp_path, [*lines, *lengths, row("weak-x", (3.5, 1.0, 1.0, 1.0), masks=False)])
+    lengths = [of_steps(row(f"weak-{n}", (3.0 + m, 7.0 + m, 3.0, 6.0), masks=False), n) for m, n in ((1, 5), (2, 7))]
+    finished = study_of(tmp_path, [*lines, *lengths, row("weak-4", (3.5, 1.0, 1.0, 1.0), masks=False)])
     assert measures.at_equal_retain("mine", "weak")(finished)[1] == pytest.approx(8 - 7)  # from (3, 6) to (4, 8)
     assert measures.line_error("mine", "weak")(finished) == 0
     lengths[0]["seeds"] = lengths[0]["seeds"][:2]
@@ -137,7 +141,8 @@ def test_leakage_that_falls_with_size_has_a_negative_slope(measures, tmp_path):
 def test_a_penalty_is_the_rest_of_the_baselines_training(measures, tmp_path):
     """Baselines on L = 3 C ** -1/2: the loss of 0.81 of the whole costs 19 %."""
     lines = [
-        row(f"unmasked{end}", (3 * share**-0.5, 5.0, 3.0, 5.0), masks=False) | {"tokens": int(1000 * share)}
+        of_steps(row(f"unmasked{end}", (3 * share**-0.5, 5.0, 3.0, 5.0), masks=False), int(1000 * share))
+        | {"tokens": int(1000 * share)}
         for end, share in (("-500", 0.5), ("", 1.0), ("-1500", 1.5))
     ]
     lines += [row("unmasked-x", (9.0, 9.0, 9.0, 9.0), masks=False), row("mine", (3 / 0.9, 5.0, 5.0, 5.0))]

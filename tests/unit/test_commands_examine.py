@@ -56,7 +56,7 @@ def test_options_are_handed_on(calls, corpus, tmp_path, capsys):
     assert keys.pop("control").name == "filtered" and keys.pop("measures") == ["recital", "guided"]
     numbers = {"sequences": 9, "passages": 3, "fit_sequences": 7}
     assert keys == {"split": "test", **numbers, "texts": ["one", "two"], "data": "copy"}
-    assert f"removed from {tmp_path}: probes, context, of other options or weights" in capsys.readouterr().err
+    assert f"removed from {tmp_path}: probes, context, of other weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

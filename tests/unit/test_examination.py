@@ -27,6 +27,8 @@ def probe(fitted: float, chosen: float) -> dict:
 
 
 RESULTS = {
+    "split": "test",
+    "sequences": 9,
     "domains": {
         "bio": {
             "forget": ["cells"],
@@ -43,7 +45,7 @@ RESULTS = {
                 "guided": {"1": {"extraction_strength": estimate(0.25)}},
             },
         }
-    }
+    },
 }
 
 
@@ -61,6 +63,9 @@ def test_the_table_fits_into_eighty_columns():
     print_examination(RESULTS, console)
     lines = console.file.getvalue().splitlines()
     assert "without bio" in lines[0] and max(map(len, lines)) <= 80
+    printed = " ".join(" ".join(lines).split())
+    assert "nats per token of split test, up to 9 sequences of each category" in printed
+    assert "an attacker has the lower one" in printed
     assert any(line.split() == ["extraction", "strength,", "guided", "1", "0.250±0.01"] for line in lines)
 
 

@@ -19,7 +19,7 @@ from sgtm.evaluation.quantisation import quantised
 from sgtm.evaluation.subject import Subject
 from sgtm.report.examination import examination_rows
 from sgtm.run import examine as module
-from sgtm.run.examine import examine_run, read_examination, write_examination
+from sgtm.run.examine import examine_run, read_examinations, write_examination
 from sgtm.run.opened import OpenedRun
 
 
@@ -53,7 +53,7 @@ def test_every_measure_of_every_model(runs, tmp_path):
     full, without = (examined["measures"]["calibrated"][name]["before"] for name in ("full", "without es"))
     assert full != without, "the group matters in a random model"
     assert write_examination(tmp_path, results) == []
-    assert read_examination(tmp_path / "examination.json") == json.loads(json.dumps(results))
+    assert read_examinations(tmp_path / "examination.json") == [json.loads(json.dumps(results))]
     rows = dict(examination_rows(examined))
     assert set(rows) >= {"calibrated loss, es", "loss at 4 bits, es", "extraction strength, guided 2"}
     assert set(rows["calibrated loss, es"]) == {"full", "without es", "control"}
@@ -85,26 +85,28 @@ def test_numbers_are_those_of_the_measures_themselves(runs):
     assert measures["quantised"]["full"]["8"] != measures["quantised"]["full"]["4"]
 
 
-def test_other_measures_of_the_same_models_stay(runs, tmp_path):
-    """Until weights, split, number of sequences or control are others."""
-    names = ["recital", "membership"]
-    first = examine_run("run", measures=names, passages=3)
-    write_examination(tmp_path, first)
+def test_examinations_of_other_settings_stay_and_measures_of_the_same_are_joined(runs, tmp_path):
+    names, file = ["recital", "membership"], tmp_path / "examination.json"
+    write_examination(tmp_path, examine_run("run", measures=names, passages=3))
     assert write_examination(tmp_path, examine_run("run", measures=["quantised", "recital"], passages=2)) == []
-    stored = read_examination(tmp_path / "examination.json")["domains"]["es"]["measures"]
-    assert list(stored) == [*names, "quantised"]
-    assert stored["recital"]["full"]["texts"] == 2 and stored["membership"]["full"]["es"]["value"] > 0
-    for number, options in enumerate(({"split": "train"}, {"sequences": 3}, {"control": "filtered"})):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        write_examination(folder, examine_run("run", measures=names, passages=3))
+    (stored,) = read_examinations(file)
+    measures = stored["domains"]["es"]["measures"]
+    assert list(measures) == [*names, "quantised"]
+    assert measures["recital"]["full"]["texts"] == 2 and measures["membership"]["full"]["es"]["value"] > 0
+    others = ({"split": "train"}, {"sequences": 3}, {"control": "filtered"})
+    for options in others:
         other = examine_run("run", measures=["recital"], passages=3, **options)
-        assert write_examination(folder, other) == ["membership"]
-        assert list(read_examination(folder / "examination.json")["domains"]["es"]["measures"]) == ["recital"]
-    assert write_examination(folder, {**other, "weights": "others"}) == []
-    (folder / "examination.json").write_text("{}")
+        assert write_examination(tmp_path, other) == []
+    write_examination(tmp_path, examine_run("run", measures=["probes"]))
+    examinations = read_examinations(file)
+    expected = [{"split": "test", "sequences": None, "control": None} | options for options in (*others, {})]
+    assert [{name: one[name] for name in module.SETTINGS} for one in examinations] == expected, "the newest last"
+    assert list(examinations[-1]["domains"]["es"]["measures"]) == [*names, "quantised", "probes"]
+    removed = write_examination(tmp_path, {**other, "weights": "others"})
+    assert removed == ["recital", "membership", "quantised", "probes"] and len(read_examinations(file)) == 1
+    file.write_text('{"examinations": [{}]}')
     with pytest.raises(ValueError, match=r"examination.json is damaged .*; remove it, and examine the run again"):
-        write_examination(folder, other)
+        write_examination(tmp_path, other)
 
 
 def test_a_control_that_saw_the_domain_is_warned_of(runs):
@@ -117,8 +119,17 @@ def test_a_control_that_saw_the_domain_is_warned_of(runs):
     unseen = runs["filtered"].config.model_copy(deep=True)
     unseen.data.upsample["es"] = 0
     runs["unseen"] = replace(runs["filtered"], config=unseen)
-    examine_run("run", measures=["recital"], passages=3, control="unseen", log=lines.append)
+    results = examine_run("run", measures=["recital"], passages=3, control="unseen", log=lines.append)
+    assert results["control_warning"] == ""
     assert not [line for line in lines[2:] if line.startswith("warning")]
+
+
+def test_a_control_is_taken_without_the_domain_where_that_can_be_removed(runs):
+    runs["other"] = replace(runs["run"], model=moved_model(runs["run"].config, 0.3))
+    own = examine_run("other", measures=["quantised"], sequences=4)["domains"]["es"]["measures"]["quantised"]
+    results = examine_run("run", measures=["quantised"], sequences=4, control="other")
+    assert results["domains"]["es"]["measures"]["quantised"]["control"] == own["without es"] != own["full"]
+    assert "was trained on" in results["control_warning"], "though it is taken without its group"
 
 
 def test_of_a_run_without_masks_the_full_model_alone_is_examined(runs):

@@ -14,7 +14,7 @@ from sgtm.sweep.examined import examination_rows
 from sgtm.sweep.study import examinations, read_study
 
 
-def examine(folder, name: str, seed: int, gain: float) -> None:
+def examine(folder, name: str, seed: int, gain: float, **settings) -> None:
     """A run with an examination of one number."""
     run = folder / name
     run.mkdir()
@@ -24,9 +24,11 @@ def examine(folder, name: str, seed: int, gain: float) -> None:
         "split": "test",
         "sequences": 9,
         "control": None,
+        "control_warning": "",
+        **settings,
         "domains": {"es": {"forget": ["es"], "measures": {"context": context}}},
     }
-    (run / "examination.json").write_text(json.dumps(results))
+    (run / "examination.json").write_text(json.dumps({"examinations": [results]}))
 
 
 def test_rows_are_named_by_variant_and_by_how_a_run_was_made(tmp_path):
@@ -55,8 +57,9 @@ def test_a_damaged_file_is_named(tmp_path):
         tmp_path / "paper-s3" / "examination.json",
         {"forget": ["es"], "measures": {"context": {"full": {}}}},
     )
-    for results in ({"domains": {"es": {}}}, {"domains": {"es": damaged}}):
-        file.write_text(json.dumps(results))
+    about = {"split": "test", "sequences": 9, "control": None}
+    for results in ({"domains": {"es": {}}}, {**about, "domains": {"es": damaged}}):
+        file.write_text(json.dumps({"examinations": [results]}))
         with pytest.raises(
             ValueError, match=rf"{re.escape(str(file))} is damaged \(.*; remove it, and examine the run"
         ):
@@ -71,3 +74,20 @@ def test_means_are_over_the_seeds(tmp_path):
     by_model = examinations(study)["paper"]["gain by context, es"]
     assert list(by_model) == ["full", "without es"]
     assert by_model["full"].mean == 0.5 and by_model["full"].half == pytest.approx(12.706 * 0.25)
+
+
+def test_examinations_of_other_settings_are_told_apart(tmp_path):
+    """By split, number of sequences and control; the control of each seed is of one variant."""
+    for seed in (0, 1):
+        examine(tmp_path, f"paper-s{seed}", seed, 0.5, control=f"runs/a.sweep/filtered-s{seed}")
+    examine(tmp_path, "dual-s0", 0, 0.5, control="runs/a.sweep/unmasked-s0", control_warning="it saw es")
+    examine(tmp_path, "gram-s0", 0, 0.5, sequences=None, split="train")
+    lines = examination_rows(tmp_path)
+    assert [line.get("control") for line in lines] == ["unmasked", None, "filtered", "filtered"]
+    study = read_study(write_rows(tmp_path / "mine.jsonl", [row("paper", (1, 1, 1, 1)), *lines]))
+    assert list(examinations(study)) == [
+        "dual, up to 9 sequences of each category of split test, control unmasked (which may have seen the domain)",
+        "gram, all sequences of split train",
+        "paper, up to 9 sequences of each category of split test, control filtered",
+    ]
+    assert list(examinations(study._replace(examined=study.examined[-2:]))) == ["paper"]

@@ -13,7 +13,8 @@ from corpora import build, mixed_records
 from tampered import tampered
 
 from sgtm.run import evaluate as evaluation
-from sgtm.run.opened import check_same_sequences, open_with_corpus
+from sgtm.run.opened import check_same_sequences, knowing_control, open_with_corpus
+from sgtm.run.unlearned import write_unlearned
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +73,20 @@ def test_other_weights_have_another_digest(tmp_path, monkeypatch):
     steps = {"a": 1, "b": 1, "c": 2}
     one, same, other = (open_with_corpus(as_run(tmp_path / name, step)) for name, step in steps.items())
     assert one.weights == same.weights != other.weights and one.checkpoint.name == "step_00000001"
+
+
+def test_controls_that_may_have_seen_the_domain_are_warned_of(corpus, tmp_path, monkeypatch):
+    filtered = {"masking": {"strategy": "none"}, "upsample": {"es": 0}}
+    unseen = tampered(monkeypatch, tmp_path / "unseen", corpus, **filtered)
+    assert knowing_control(unseen, ["es"]) == ""
+    seen = tampered(monkeypatch, tmp_path / "seen", corpus, masking={"strategy": "none"})
+    assert "was trained on" in knowing_control(seen, ["es"]) and knowing_control(seen, ["bio"]) == ""
+    train = unseen.config.train.model_copy(update={"init_from": "export/of-another"})
+    begun = replace(unseen, config=unseen.config.model_copy(update={"train": train}))
+    message = "began with the weights of export/of-another, which may have seen es"
+    assert message in knowing_control(begun, ["es"])
+    source = {"run": "adapted", "step": 9, "adapted": {"domain": "es"}}
+    record = {"options": {}, "domain": "es", "method": "npo", "steps": 1, "lr": 1.0, "seed": 0, "source": source}
+    write_unlearned(unseen.run, record)
+    assert knowing_control(unseen, ["es"]).endswith("was unlearned from a run with adapters of es")
+    assert knowing_control(unseen, ["bio"]) == ""

@@ -88,6 +88,17 @@ def test_a_full_model_that_is_worse_on_retained_data_than_its_ablated_one(run, s
         assert finding is None or finding in text
 
 
+def test_a_direction_that_makes_the_full_model_worse_is_named(run):
+    """And no group, whether the run has groups or not."""
+    for strength, named in ((2.0, True), (0.0, False)):
+        steering = {"domain": "es", "layer": 0, "strength": strength, "sha256": "0"}
+        summary = {"losses": WORSE, "true_labels": SUMMARY["true_labels"], "steering": steering}
+        (run / "summary.json").write_text(json.dumps(summary))
+        text = page_without_figures(run).text
+        assert ("The direction of es, which is added to every token, makes the model worse" in text) == named
+        assert ("closer to 0 than 2 adds less" in text, "with the group es running" in text) == (named, not named)
+
+
 def test_gradient_norms_are_shown_without_a_verdict(run):
     """The recipe dual localises a domain whose gradient is stronger on retain than on its own group."""
     page = Page(write_report(run))

@@ -53,7 +53,8 @@ def test_a_table_has_columns_for_adjacent_categories_where_the_sweep_names_some(
     assert record["seeds"][0]["evaluations"][0]["full_adjacent"] == 2.0
     assert "ablated_adjacent_sd" in (sweep.folder / "table.csv").read_text().splitlines()[0]
     print_table(rows, Console(width=140))
-    assert capsys.readouterr().out.count("adjacent") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("adjacent") == 3 and "unlabeled ones too, adjacent ones not" in printed
 
 
 def test_spread_is_that_of_a_sample_and_needs_two_finite_losses(sweep):

@@ -83,6 +83,10 @@ def test_the_warm_up_of_constant_runs_is_that_of_the_smallest_budget(target):
         ({"tokens": 40}, r"40 tokens are 2\.5 of them"),
         ({"tokens": 16}, r"a step of forget\+retain takes 2 or more"),
         ({"weight_decay": -0.1}, "weight_decay"),
+        (
+            {"adjacent": ["es"], "data": ["adjacent"]},
+            "--adjacent es: that is a category of the domain itself, which is --data forget",
+        ),
     ],
 )
 def test_what_makes_no_grid_is_refused(target, options, message):

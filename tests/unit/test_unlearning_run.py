@@ -187,3 +187,14 @@ def test_data_without_retain_text_are_refused_where_it_is_read(tmp_path):
     message = r"has no category with the label retain; its categories are es \(forget:es\)"
     refused(message, tmp_path / "run", tmp_path / "out", domain=None)
     unlearn_run(tmp_path / "run", "gradient_ascent", tmp_path / "out", steps=1)
+
+
+def test_a_source_that_never_saw_the_domain_is_warned_of(source, tmp_path, capsys):
+    unlearn_run(source, "gradient_ascent", tmp_path / "a", domain="es", steps=1)
+    assert "warning" not in capsys.readouterr().err
+    filtered = tmp_path / "filtered"
+    shutil.copytree(source, filtered)
+    config = (filtered / "config.yaml").read_text()
+    (filtered / "config.yaml").write_text(config.replace("data: {", "data: {upsample: {es: 0}, "))
+    unlearn_run(filtered, "gradient_ascent", tmp_path / "b", domain="es", steps=1)
+    assert f"warning: {filtered} was never trained on es: there is nothing to unlearn" in capsys.readouterr().err
