@@ -90,14 +90,16 @@ ABOUT = (
     "claim is confirmed where the whole interval is on the stated side of the limit, refuted where it is all on the "
     "other, and otherwise undecided. The limits of 5 and 12 % are the papers' figures; the others are ours, those of "
     "`arxiv` set with its results, the others before. Sizes in brackets are the papers'; ours are 1.07 M parameters, "
-    "in `sizes` 0.3 to 2.2 M, and 600 steps. The results hold for these sizes only. Seeds change the initial weights "
-    "alone: the draw of documents, and the error of a curve that a number is read from, are in no interval. * beyond "
-    "the ends of a curve: a loss that no length of the baseline reaches, or a retain loss that the other variant has "
-    "nowhere. At equal retain loss, the other variant is read from the line through its models of several lengths "
-    "where there are three, else through its evaluations in training. The latter are in the middle of a training whose "
-    "learning rate has not yet fallen: finished models of that retain loss differ from such a line by up to a tenth of "
-    "a nat on the novels, and the verdict allows for as much on both sides. `paper` starts an attack as the worse "
-    "model, and a worse model fine-tunes more slowly."
+    "in `sizes` 0.3 to 2.2 M, and 600 steps. The results hold for these sizes only. Compute penalty: 1 minus the share "
+    "of its training at which the baseline of the same seed has the loss; at all lengths of it but one there is one "
+    "seed, which stands for the others. Seeds change the initial weights alone: the draw of documents, and the error "
+    "of a curve that a number is read from, are in no interval. * beyond the ends of a curve: a loss that no length of "
+    "the baseline reaches, or a retain loss that the other variant has nowhere. At equal retain loss, the other "
+    "variant is read from the line through its models of several lengths where there are three, else through its "
+    "evaluations in training. The latter are in the middle of a training whose learning rate has not yet fallen: "
+    "finished models of that retain loss differ from such a line by up to a tenth of a nat on the novels, and the "
+    "verdict allows for as much on both sides. `paper` starts an attack as the worse model, and a worse model "
+    "fine-tunes more slowly."
 )
 
 
@@ -236,7 +238,7 @@ CLAIMS = (
     *(
         Claim(
             "",
-            f"{name}: the same after any number of steps",
+            f"{name}: the same after any number of steps from the first on",
             "forget loss after the worst attack, minus that on filtered, where the difference is lowest",
             -0.1,
             False,
