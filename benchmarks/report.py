@@ -86,7 +86,8 @@ def documents() -> dict[Path, str]:
     paths = results_files()
     results = (
         "# Results\n\nWritten by `benchmarks/report.py` from `benchmarks/results/`; do not edit by hand. "
-        "An experiment has its command with it; other tables are repeated as the top of their script in `benchmarks/` shows.\n\n"
+        "An experiment has its command with it; other tables are repeated as the top of their script in `benchmarks/` "
+        "shows.\n\n"
     )
     studies = {path.stem: read_study(path) for path in paths if path.stem in experiments.EXPERIMENTS}
     results += f"### The papers' claims\n\n{claims.section(studies)}\n\n"
