@@ -233,7 +233,7 @@ CLAIMS = (
             False,
             attacked(name, "filtered", STEPS),
         )
-        for name in ("paper", DUAL)
+        for name in ("paper", DUAL, "certified")
     ),
     *(
         Claim(
@@ -244,7 +244,7 @@ CLAIMS = (
             False,
             attacked(name, "filtered"),
         )
-        for name in ("paper", DUAL)
+        for name in ("paper", DUAL, "certified")
     ),
     *(
         Claim(

@@ -108,23 +108,28 @@ EXPERIMENTS = {
             NOVELS,
             "claims",
             "novels-lengths",
+            "claims-lengths",
             stem="claims",
             after=AFTER_CLAIMS,
         ),
         ("ablated", "front", "undiscovered", "leaked", "absorbed", "residual", "tampering"),
-        "Masks remove far more than a filter that lets as many Spanish tokens through, at any retain loss that "
-        "the filter reached. This agrees with the paper. The ablated `paper-undiscovered` knows about as much "
-        "Spanish as `paper`, from which nothing was hidden: what it knows comes from labelled Spanish, through "
-        "the embedding and head that all text trains, and the undiscovered fifth adds little. Activation masking "
-        "leaks most of that fifth. Against the paper, gradient routing and `no_out` forget as much and are a "
-        "quarter of a nat better on English. Against it as well, the masks of `paper` cost the full model many "
-        "times five percent of the compute; `dual`, whose domain has an embedding and a head of its own, loses a "
-        "fifth of that and forgets more. No masked model here is as ignorant of Spanish as `filtered`, and "
-        "fine-tuning wins Spanish back from `paper` and `dual` faster than from `filtered` in the first steps; "
-        "after 64 steps the difference has gone. The curve of RMU is one setting of it, which was chosen by hand "
-        "on the test split: no claim rests on it. That a fifth is undiscovered means for `dual` that it trains "
-        "retain weights and the domain's group together, which takes a labeller that never takes Spanish for text "
-        "to retain.",
+        "Trained to the same retain loss, the ablated `paper-undiscovered` and `dual` know far less Spanish than "
+        "a filter that lets as many Spanish tokens through. This agrees with the paper. Masked activations are "
+        "the exception: they leak most of the undiscovered fifth, as the figure of the leakage shows. The ablated "
+        "`paper-undiscovered` knows about as much Spanish as `paper`, from which nothing was hidden: what it "
+        "knows comes from labelled Spanish, and the undiscovered fifth adds little. Against the paper, gradient "
+        "routing and `no_out` (docs/config.md) are a quarter of a nat better on English, and that they forget "
+        "less is not decided. Against it as well, the masks of `paper` cost the full model many times five "
+        "percent of the compute; `dual`, whose domain has an embedding and a head of its own, loses a fifth of "
+        "that and forgets more. No masked model but `certified` is as ignorant of Spanish as `filtered`. "
+        "Fine-tuning `paper` and `dual` therefore starts at a lower loss, and they stay below `filtered` in the "
+        "first steps, `paper` by more than a nat; after 64 steps `paper` is above `filtered`, which is also "
+        "because it is the worse model, and `dual` within a tenth of a nat of it. `certified` is attacked as "
+        "`filtered` is. Fine-tuning brings Spanish back from RMU and GradDiff several times sooner than from "
+        "`paper`, which agrees with the paper; NPO, at a rate a hundred times the scaled default, withstands the "
+        "attacks about as well as `dual`. That a fifth is undiscovered means for `dual` that it trains retain "
+        "weights and the domain's group together, which takes a labeller that never takes Spanish for text to "
+        "retain. Context and rounding have not been examined yet.",
     ),
     "unlearning": Experiment(
         "Post-hoc unlearning of the unmasked model",
@@ -269,6 +274,7 @@ PARTS = {
     "novels-combined.sweep": "A small group with Spanish trained both ways; certified, 35 % of the English both ways",
     "novels-undiscovered.sweep": "Shares of the Spanish undiscovered",
     "novels-lengths.sweep": "Lengths of the baselines, for the curves",
+    "claims-lengths.sweep": "Lengths of the filter that lets a fifth through, for the same retain loss",
     "sizes-filtered.sweep": "The filtered models that leakage is read from",
 }
 """What stands above the table of a sweep that is not the first of its file."""
