@@ -62,7 +62,7 @@ MISTAKES = {
     "direction runs/mine --out x.safetensors --data.path nosuch": "no corpus at nosuch",
     "train debug --steering.direction nosuch.safetensors": "nosuch.safetensors: No such file or directory; write it",
     "train debug --steering.direction rules.yaml": "rules.yaml is damaged, or no file of sgtm direction",
-    "train debug --steering.direction es.safetensors --steering.layer 2": "steering.layer 2: the blocks of model.layers",
+    "train debug --steering.direction es.safetensors --steering.layer 2": "steering.layer 2: the blocks of",
     "train debug --steering.strength 2": "strength 2 without a direction adds nothing: set direction to a file",
     "eval runs/mine --steer much": "--steer: expected a number, got 'much'",
     "export runs/none --out x": "not a run directory",
