@@ -99,9 +99,9 @@ def test_another_variant_is_read_at_the_same_retain_loss(measures, tmp_path):
     masked = [row("other", (9.0, 9.0, 3.0, 6.0)), lines[1]]  # of a masked one the ablated losses
     assert measures.at_equal_retain("mine", "other")(study_of(tmp_path, masked))[1] == pytest.approx(1.0)
     assert measures.line_error("mine", "weak")(study) == measures.LINE_ERROR
-    lengths = [of_steps(row(f"weak-{n}", (3.0 + m, 7.0 + m, 3.0, 6.0), masks=False), n) for m, n in ((1, 5), (2, 7))]
+    lengths = [of_steps(row(f"weak-{n}", (3.0 + m, 8.0 + m, 3.0, 6.0), masks=False), n) for m, n in ((1, 5), (2, 7))]
     finished = study_of(tmp_path, [*lines, *lengths, row("weak-4", (3.5, 1.0, 1.0, 1.0), masks=False)])
-    assert measures.at_equal_retain("mine", "weak")(finished)[1] == pytest.approx(8 - 7)  # from (3, 6) to (4, 8)
+    assert measures.at_equal_retain("mine", "weak")(finished)[1] == pytest.approx(8 - 7.5)  # from (3, 6) to (4, 9)
     assert measures.line_error("mine", "weak")(finished) == 0
     lengths[0]["seeds"] = lengths[0]["seeds"][:2]
     assert measures.line_error("mine", "weak")(study_of(tmp_path, [*lines, *lengths])) == measures.LINE_ERROR
