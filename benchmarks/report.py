@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import claims
+import experiment_sections
 import experiments
 import gpu_run
 from environment import RESULTS, read_rows
@@ -40,16 +41,16 @@ def main() -> int:
     if args.add:
         print(f"wrote {add(args.add)}")
     stale = [path for path, text in documents().items() if not path.exists() or path.read_text() != text]
-    figures = experiments.figure_files(results_files())
-    old = [image for image, (rows, _) in figures.items() if not experiments.is_current(image, rows)]
-    surplus = [image for image in experiments.FIGURES.glob("*.png") if image not in figures]
+    figures = experiment_sections.figure_files(results_files())
+    old = [image for image, (rows, _) in figures.items() if not experiment_sections.is_current(image, rows)]
+    surplus = [image for image in experiment_sections.FIGURES.glob("*.png") if image not in figures]
     for path in [*stale, *old, *surplus] if check else ():
         print(f"{path} does not match the results files; run python benchmarks/report.py", file=sys.stderr)
     if not check:
         for path in stale:
             path.write_text(documents()[path])
         for image in old:
-            experiments.draw(image, *figures[image])
+            experiment_sections.draw(image, *figures[image])
         for image in surplus:
             image.unlink()
     return int(check and bool(stale or old or surplus))
@@ -128,9 +129,9 @@ def section(path: Path, up: str, described: bool = False) -> str:
     else:
         text = f"### {experiments.EXPERIMENTS[path.stem].title}\n\n"
         if described:
-            text += experiments.described(path.stem, rows, relative, "figures")
+            text += experiment_sections.described(path.stem, rows, relative, "figures")
         else:
-            text += experiments.tables([row for row in rows if "variant" in row])
+            text += experiment_sections.tables([row for row in rows if "variant" in row])
     return f"{text}\n\n" + "; ".join(_sources(rows)) + f" ([{path.name}]({up}{relative}))"
 
 

@@ -138,7 +138,7 @@ def test_unfinished_runs_are_collected_only_where_asked(tmp_path, capsys):
 
 
 def test_the_table_of_a_sweep(tmp_path):
-    from experiments import tables
+    from experiment_sections import tables
     from report import _sources
 
     rows = [variant("filtered", 3000, 3.0, 9.0) | {"ratios": {}}, variant("mine", 4000, 3.1234, 4.0, 3.25)]

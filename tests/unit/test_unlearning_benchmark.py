@@ -38,24 +38,26 @@ def test_four_losses_are_means_over_categories(unlearning):
 
 
 def test_a_row_is_one_that_the_documents_take(unlearning, benchmarks):
-    import experiments
+    import experiment_sections
 
     train = SimpleNamespace(steps=10, tokens_per_step=100)
     runs = [SimpleNamespace(variant="unmasked", config=SimpleNamespace(train=train))] * 2
     seeds = [{"seed": n, "full_retain": 4.0 + n, "full_forget": 6.0 + n} for n in range(2)]
     row = unlearning.variant_row(runs, "rmu", seeds, masks=False)
     assert (row["full_retain"], row["ablated_forget"], row["tokens"]) == (4.5, None, 1000)
-    text = experiments.tables([row])
+    text = experiment_sections.tables([row])
     assert "| unmasked + rmu | 2 | 1,000 | 4.500 ± 0.707 | 6.500 ± 0.707 |  |  |" in text
 
 
 def test_a_grid_is_shown_with_its_choice(benchmarks):
-    import experiments
+    import experiment_sections
 
     best = {"method": "rmu", "options": {"alpha": 10.0}, "factor": 3.0, **setting(4.09, 6.0), "chosen": True}
-    text = experiments.settings([best, {**best, "factor": 1.0, "chosen": False}])
+    text = experiment_sections.settings([best, {**best, "factor": 1.0, "chosen": False}])
     assert "before: 4.000 and 4.200" in text and "| rmu | alpha 10 | 3 | 4.090 | 6.000 | yes |" in text
-    assert "| rmu | alpha 10 | 1 | 4.090 | 6.000 |  |" in text and experiments.settings([{"variant": "a"}]) == ""
+    assert (
+        "| rmu | alpha 10 | 1 | 4.090 | 6.000 |  |" in text and experiment_sections.settings([{"variant": "a"}]) == ""
+    )
 
 
 RUNS = [
