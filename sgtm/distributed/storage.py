@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from sgtm.model.lazy_state import LazyState
+
 STATE_TENSORS = ("fp32", "exp_avg", "exp_avg_sq")
 WEIGHTS = "model.safetensors"
 """Of a checkpoint that holds weights alone (sgtm/run/weights_only.py)."""
@@ -112,18 +114,24 @@ class Stored:
         return self._open[number]
 
 
-def consolidate(directory: Path | str) -> dict[str, torch.Tensor]:
-    """The module's whole state in fp32 from a checkpoint of any stage and number of ranks: name -> tensor on the CPU.
+def stored_weights(directory: Path | str) -> LazyState:
+    """The module's whole state in fp32 in a checkpoint of any stage and number of ranks, on the CPU; a tensor is read
+    when it is taken.
 
     Reads the fp32 weights of the optimizer where there are some, else the module's; of a checkpoint of weights alone
     its one file. Raises ValueError as `Stored` does.
     """
     if (file := Path(directory) / WEIGHTS).exists():
-        from safetensors.torch import load_file
+        from safetensors import safe_open
 
-        return load_file(file)
+        opened = safe_open(file, "pt")
+        return LazyState(opened.keys(), opened.get_tensor)
     stored = Stored(directory)
-    return stored.buffers | {name: stored.read(name, "fp32").view(shape) for name, shape in stored.shapes.items()}
+
+    def read(name: str) -> torch.Tensor:
+        return stored.buffers[name] if name in stored.buffers else stored.read(name, "fp32").view(stored.shapes[name])
+
+    return LazyState((*stored.buffers, *stored.shapes), read)
 
 
 def _of_partitions(ranks: int, size: int, by_name: dict) -> Iterator[tuple[str, ShardRange]]:

@@ -1,55 +1,72 @@
-"""From a run to an ordinary Hugging Face folder, whole or with domains removed.
+"""From a run to an ordinary Hugging Face folder, whole, with domains removed, or with domains at a part of their
+strength.
 
 The folder loads with `AutoModelForCausalLM.from_pretrained` and needs none of our code. It appears under its name only
-when it is complete. `tests/unit/test_export.py` looks into the written file for what must not be there.
+when it is complete. Weights are read, converted and written one after the other, so that no more than a shard is held
+in memory beside the matrix at hand. `tests/unit/test_export.py` looks into the written file for what must not be there.
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
-import os
-import shutil
-import socket
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from sgtm.config import Config
 from sgtm.data.open import open_corpus
 from sgtm.data.plain_text import plain_text, unknown_token
 from sgtm.files import sha256_of
-from sgtm.hf.config import why_mistral
-from sgtm.hf.weights import to_hf_state
-from sgtm.masking.partition import Partition
-from sgtm.run.adapted import described_adapters, read_adapted
+from sgtm.hf.card import RECORD, card, record_of
+from sgtm.hf.folder import check_empty, filled
+from sgtm.hf.names import HEAD
+from sgtm.hf.shards import write_shards
+from sgtm.hf.weights import Conversion
 from sgtm.run.adapters import adapted_domain, weights_of
-from sgtm.run.checkpoint import MANIFEST, check_same_corpus, open_run, read_manifest
-from sgtm.run.unlearned import described, read_unlearned
+from sgtm.run.checkpoint import check_same_corpus, open_run, read_manifest
 from sgtm.words import listed
 
-CONFIG = "config.json"
+CONFIG, CARD = "config.json", "README.md"
+Dtype = Literal["fp32", "bf16"]
+DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHARD = 2 * 10**9
+"""Bytes of a file of weights."""
 
 log = logging.getLogger(__name__)
 
 
-def export_run(run: str | Path, remove: Sequence[str], out: str | Path, data: str | None = None) -> Path:
+def export_run(
+    run: str | Path,
+    remove: Sequence[str],
+    out: str | Path,
+    data: str | None = None,
+    *,
+    strengths: Mapping[str, float] | None = None,
+    prune: bool = True,
+    dtype: Dtype = "fp32",
+    shard: int = SHARD,
+) -> Path:
     """Write the newest checkpoint of a run as a Hugging Face folder without the groups of the domains in `remove`; of
     an adapted run with the adapters of its domain, or without them, which is an export of its base.
 
-    The folder holds config.json, model.safetensors (fp32), the tokenizer of the prepared corpus, a model card, and
-    sgtm_export.json: what was removed and how, from which checkpoint (by hash), and the partition.
+    The folder holds config.json, generation_config.json, the weights as safetensors with an index where there are
+    several, the tokenizer of the prepared corpus, a model card, and sgtm_export.json: what was removed and how, from
+    which checkpoint (by hash), the losses that were measured there, the partition, and size and SHA-256 of every other
+    file.
 
-    out   a new folder, or an empty one, through links too
-    data  folder of the prepared corpus; None: `data.path` of the run
+    out        a new folder, or an empty one, through links too
+    data       folder of the prepared corpus; None: `data.path` of the run
+    strengths  by domain, above 0 and up to 1: what its group's outputs are multiplied by. Such an export is marked as
+               not safe: it holds the group, and more of its outputs is a multiplication away
+    prune      False: removed heads and neurons stay, as zeros, in a model of the shape of the full one
+    dtype      of the weights; `bf16` rounds them
+    shard      most bytes in a file of weights; a larger tensor has a file to itself
 
     Returns `out`, and prints on stderr which step that is, and why the architecture is not the run's where it is not.
 
@@ -57,105 +74,76 @@ def export_run(run: str | Path, remove: Sequence[str], out: str | Path, data: st
     trained without masks, the model has no Hugging Face form, `data.path` holds another corpus than that of the run, or
     `out` is not empty; then nothing is left behind.
     """
-    run, folder = Path(run), Path(out).resolve()
-    _remove_leftovers(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; export to a new one")
+    run, strengths = Path(run), dict(strengths or {})
+    name = check_empty(out).name
     config, checkpoint = open_run(run, data)
     adapted = adapted_domain(checkpoint)
+    _check_domains(run, config, adapted, remove, strengths)
+    removed = [] if adapted else sorted(set(remove))
+    conversion = Conversion(config.model, config.partition, removed, strengths, prune)
+    with filled(out, CONFIG) as partial:
+        conversion.config.dtype = DTYPES[dtype]
+        tokenizer = _save_tokenizer(run, config, read_manifest(checkpoint), conversion.config, partial)
+        weights = conversion.tensors(weights_of(checkpoint, adapters=not remove))
+        write_shards(_checked(weights, conversion.config), partial, DTYPES[dtype], shard)
+        _save_config(conversion.config, partial)
+        record = record_of(run, config, checkpoint, conversion.config, sorted(set(remove)), strengths)
+        record |= {"tokenizer": tokenizer, "dtype": dtype}
+        if adapted and remove:
+            record["how"] = {"adapters": "left out"}
+        (partial / CARD).write_text(card(record, name), encoding="utf-8")
+        record["files"] = {
+            file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(partial.iterdir())
+        }
+        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    _print(record, config)
+    return Path(out)
+
+
+def _check_domains(
+    run: Path, config: Config, adapted: str | None, remove: Sequence[str], strengths: Mapping[str, float]
+) -> None:
+    """Raises ValueError where nothing of the run holds these domains alone."""
+    named = [*remove, *strengths]
+    if adapted and strengths:
+        raise ValueError(
+            f"{run} has adapters of {adapted}, which are merged or left out, not reduced; leave out strengths"
+        )
     if adapted and (others := sorted(set(remove) - {adapted})):
         raise ValueError(
             f"{run} has adapters of {adapted}, which --remove {adapted} leaves out; nothing of it holds "
             f"{listed(others)} alone: export the run that it was made from to remove that"
         )
-    if remove and not (adapted or config.removes_groups):
+    if named and not (adapted or config.removes_groups):
         raise ValueError(
-            f"{run} was trained without masks: no group of it holds {', '.join(remove)}, and nothing can be removed; "
+            f"{run} was trained without masks: no group of it holds {', '.join(named)}, and nothing can be removed; "
             f"leave out --remove, or export a run that was trained with masks"
         )
-    with _filled(folder) as partial:
-        weights, groups = weights_of(checkpoint, adapters=not remove), () if adapted else remove
-        state, hf_config = to_hf_state(weights, config.model, config.partition, groups)
-        tokenizer = _save_tokenizer(run, config, read_manifest(checkpoint), hf_config, partial)
-        _save_model(state, hf_config, partial)
-        record = _record(config, checkpoint, hf_config, sorted(set(remove)), tokenizer) | {
-            "unlearned": read_unlearned(run),
-            "adapted": read_adapted(run),
-        }
-        if adapted and remove:
-            record["how"] = {"adapters": "left out"}
-        (partial / "sgtm_export.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(_card(record, folder.name), encoding="utf-8")
-    without = f"without {listed(record['removed'])}" if remove else "nothing removed"
-    print(f"exported: step {record['checkpoint']['step']} of {config.train.steps}, {without}", file=sys.stderr)
-    if record["architecture_because"]:
-        print(f"exported as {record['architecture']}: {record['architecture_because']}", file=sys.stderr)
-    return Path(out)
 
 
-def _partial(out: Path) -> Path:
-    """What the names of folders that are not finished yet begin with; host and process follow."""
-    return out / ".partial-" if out.exists() else out.with_name(f".{out.name}.partial-")
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Of exports to `out` on this host whose processes were killed."""
-    start = _partial(out)
-    for folder in start.parent.glob(f"{glob.escape(start.name)}*"):
-        host, _, process = folder.name.removeprefix(start.name).rpartition("-")
-        if host == socket.gethostname() and process.isdigit() and not _runs(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of another user
-        pass
-    return True
-
-
-@contextmanager
-def _filled(out: Path) -> Iterator[Path]:
-    """A folder to write to, whose files are those of `out` when the block ends; after an error there are none.
-
-    An empty folder that exists is filled and not replaced: it may be the working directory of a shell or the root of a
-    file system. What makes it a model, config.json, comes last.
-    """
-    exists, moved = out.exists(), []
-    partial = Path(f"{_partial(out)}{socket.gethostname()}-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if not exists:
-            os.replace(partial, out)
-            return
-        for file in sorted(partial.iterdir(), key=lambda file: file.name == CONFIG):
-            moved.append(out / file.name)
-            os.replace(file, moved[-1])
-        partial.rmdir()
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        for file in moved:
-            file.unlink(missing_ok=True)
-        raise
-
-
-def _save_model(state: dict[str, Tensor], hf_config: PretrainedConfig, folder: Path) -> None:
+def _checked(tensors: Iterator[tuple[str, Tensor]], hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, each of the shape that Hugging Face's model has under its name, and none missing at the end."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
-    model.load_state_dict(state, assign=True)
-    model.tie_weights()
-    model.save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):  # written for the owner alone, unlike everything else
-        weights.chmod((folder / CONFIG).stat().st_mode)
-    rope = getattr(hf_config, "rope_parameters", None)
-    if rope:  # transformers 4 reads its own name of it, and without that takes 10,000
-        written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    missing = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if hf_config.tie_word_embeddings:
+        del missing[HEAD]
+    for name, tensor in tensors:
+        shape = missing.pop(name)
+        assert tensor.shape == shape, f"{name}: {tuple(tensor.shape)} in place of {tuple(shape)}"
+        yield name, tensor
+    assert not missing, f"no tensors for {sorted(missing)}"
+    hf_config.architectures = [type(model).__name__]
+
+
+def _save_config(hf_config: PretrainedConfig, folder: Path) -> None:
+    hf_config.save_pretrained(folder)
+    GenerationConfig.from_model_config(hf_config).save_pretrained(folder)
+    written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    written["torch_dtype"] = written["dtype"]  # transformers 4 and other programs read their own names of these
+    if rope := getattr(hf_config, "rope_parameters", None):  # and without that take a base of 10,000
         written["rope_theta"] = rope["rope_theta"]
-        (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 def _save_tokenizer(run: Path, config: Config, manifest: dict, hf_config: PretrainedConfig, folder: Path) -> bool:
@@ -197,82 +185,18 @@ def _save_tokenizer(run: Path, config: Config, manifest: dict, hf_config: Pretra
     return True
 
 
-def _record(config: Config, checkpoint: Path, hf_config: PretrainedConfig, removed: list[str], tokenizer: bool) -> dict:
-    physically = {
-        "heads": hf_config.num_attention_heads < config.model.heads,
-        "neurons": hf_config.intermediate_size < config.model.intermediate_size,
-    }
-    manifest = read_manifest(checkpoint)
-    return {
-        "run": config.name,
-        "removed": removed,
-        "independent_of": [domain for domain in removed if domain in manifest["independent_of"]],
-        "init_from": config.train.init_from,
-        "how": {unit: "physically removed" if gone else "zeroed" for unit, gone in physically.items()}
-        if removed
-        else {},
-        "architecture": hf_config.model_type,
-        "architecture_because": why_mistral(config.model, hf_config),
-        "tokenizer": tokenizer,
-        "checkpoint": {
-            "name": checkpoint.name,
-            "step": manifest["step"],
-            "manifest_sha256": sha256_of(checkpoint / MANIFEST),
-        },
-        "strategy": config.masking.strategy,
-        "partition": _described(config.partition),
-        "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")},
-    }
-
-
-def _described(partition: Partition) -> dict:
-    """The partition as JSON. Layers that are alike share an entry of `kinds`, named by position in `layers`."""
-    distinct = list(dict.fromkeys(partition.layers))
-    return {
-        "groups": partition.groups,
-        "layers": [distinct.index(layer) for layer in partition.layers],
-        "kinds": [asdict(layer) for layer in distinct],
-    }
-
-
-def _card(record: dict, name: str) -> str:
-    removed = ", ".join(f"`{domain}`" for domain in record["removed"])
-    what = f"without its domains {removed}" if removed else "with all its domains"
-    how = "; ".join(f"{unit} {done}" for unit, done in record["how"].items())
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
-        f"Run `{record['run']}`, step {record['checkpoint']['step']}, pretrained with Selective GradienT Masking "
-        f"(strategy `{record['strategy']}`), {what}{f' ({how})' if how else ''}. {_made(record)}"
-        f"`sgtm_export.json` lists which heads and neurons belonged to whom.\n\n"
-        f"It loads in transformers 4.57 and 5. {_architecture(record)}{_tokenizer(record)}\n{_certificate(record)}"
+def _print(record: dict, config: Config) -> None:
+    reduced = [f"{domain} at strength {strength:g}" for domain, strength in record["reduced"].items()]
+    parts = ([f"without {listed(record['removed'])}"] if record["removed"] else []) + reduced
+    print(
+        f"exported: step {record['checkpoint']['step']} of {config.train.steps}, "
+        f"{', '.join(parts) or 'nothing removed'}",
+        file=sys.stderr,
     )
-
-
-def _made(record: dict) -> str:
-    unlearned = f"{described(record['unlearned'])} " if record["unlearned"] else ""
-    return f"{unlearned}{described_adapters(record['adapted'])} " if record["adapted"] else unlearned
-
-
-def _architecture(record: dict) -> str:
-    because = record["architecture_because"]
-    return f"Its architecture is `{record['architecture']}`: {because}. " if because else ""
-
-
-def _tokenizer(record: dict) -> str:
-    return (
-        "The tokenizer encodes as in training: no BOS, and strings of control tokens in a text are spelled out; append "
-        "`tokenizer.eos_token_id` to end a document."
-        if record["tokenizer"]
-        else "It has no tokenizer."
-    )
-
-
-def _certificate(record: dict) -> str:
-    domains = ", ".join(f"`{domain}`" for domain in record["independent_of"])
-    initial = ", the initial weights" if record["init_from"] else ""
-    return (
-        f"\nCertified: these weights are independent, to the bit, of what the documents labelled {domains} said; their "
-        f"lengths, the tokenizer{initial} and the split may still depend on them.\n"
-        if domains
-        else ""
-    )
+    if reduced:
+        print(f"warning: not a safe model: it holds {listed(list(record['reduced']))}", file=sys.stderr)
+    if record["removed"] and not record["losses"]:
+        step = record["checkpoint"]["step"]
+        print(f"the card has no losses: none were measured after step {step}; sgtm eval measures them", file=sys.stderr)
+    if record["architecture_because"]:
+        print(f"exported as {record['architecture']}: {record['architecture_because']}", file=sys.stderr)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from sgtm.model.lazy_state import LazyState
 from sgtm.model.rows import IN_SIDE, OUT_SIDE
 from sgtm.model.transformer import Transformer
 
@@ -71,16 +72,19 @@ def merged(name: str, weight: torch.Tensor, adapter: Adapter, scale: float) -> t
     return weight + scale * (product.t() if _leaf(name) in OUT_SIDE else product)
 
 
-def with_adapters(state: State, adapters: Adapters, scale: float) -> dict[str, torch.Tensor]:
-    """The weights of a model with its adapters merged; the others are those of `state`, not copies.
+def with_adapters(state: State, adapters: Adapters, scale: float) -> LazyState:
+    """The weights of a model with its adapters merged, each when it is taken; the others are those of `state`.
 
     Raises ValueError unless every matrix of the blocks has an adapter of its shape, and nothing else has one.
     """
-    names = adapted_names(state)
-    shapes = {name: (_out_in(name, state[name])) for name in names}
+    shapes = {name: (_out_in(name, state[name])) for name in adapted_names(state)}
     if {name: (len(b), a.shape[1]) for name, (a, b) in adapters.items()} != shapes:
         raise ValueError("the adapters are not those of this model: their matrices have other names or shapes")
-    return {**state, **{name: merged(name, state[name], adapters[name], scale) for name in names}}
+
+    def read(name: str) -> torch.Tensor:
+        return merged(name, state[name], adapters[name], scale) if name in adapters else state[name]
+
+    return LazyState(state, read)
 
 
 def attach(model: Transformer, adapters: Adapters, scale: float) -> dict[str, Adapter]:

@@ -7,7 +7,6 @@ written.
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from sgtm.data.open import open_corpus
 from sgtm.masking.channel import most_with_group
 from sgtm.report.baselines import with_shipped
 from sgtm.run.located import locate_data
+from sgtm.run.measured import read_summary
 from sgtm.run.metrics import read_metrics
 
 
@@ -55,7 +55,7 @@ def read_record(run: Path) -> RunRecord:
     has_config = config_file.is_file()
     config = load_config(str(config_file), []) if has_config else None
     lines = read_metrics(run / "metrics.jsonl")
-    evals, summary = _last_of_each_step(lines, "eval"), _read_summary(run / "summary.json")
+    evals, summary = _last_of_each_step(lines, "eval"), read_summary(run)
     if evals and not (summary.get("losses") and summary.get("steps", evals[-1]["step"]) >= evals[-1]["step"]):
         summary = _in_training(run, config, evals[-1], summary)
     if config and summary.get("losses"):
@@ -109,12 +109,3 @@ def is_forgotten(true_label: str, domains: tuple[str, ...]) -> bool:
 def _last_of_each_step(lines: list[dict], kind: str) -> list[dict]:
     by_step = {line["step"]: line for line in lines if line.get("kind") == kind}
     return [by_step[step] for step in sorted(by_step)]
-
-
-def _read_summary(file: Path) -> dict:
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); run `sgtm eval` again") from None

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from sgtm.distributed.storage import consolidate
+from sgtm.distributed.storage import stored_weights
 from sgtm.model.adapters import Adapter, Adapters, with_adapters
+from sgtm.model.lazy_state import LazyState
 
 ADAPTERS = "adapters.safetensors"
 _ENTRY = "adapters"
@@ -65,12 +66,12 @@ def read_adapters(checkpoint: Path | str) -> DomainAdapters | None:
     return DomainAdapters(metadata["domain"], metadata["alpha"], by_matrix)
 
 
-def weights_of(checkpoint: Path | str, adapters: bool = True) -> dict[str, torch.Tensor]:
-    """The whole state of a model in fp32, by name, on the CPU.
+def weights_of(checkpoint: Path | str, adapters: bool = True) -> LazyState:
+    """The whole state of a model in fp32, by name, on the CPU; a tensor is read when it is taken.
 
     adapters  whether those of an adapted run are merged into it; without them it is the base
     """
-    weights = consolidate(checkpoint)
+    weights = stored_weights(checkpoint)
     stored = read_adapters(checkpoint) if adapters else None
     return weights if stored is None else with_adapters(weights, stored.by_matrix, stored.scale)
 

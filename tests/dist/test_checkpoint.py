@@ -68,7 +68,7 @@ def written(writer):
 def continue_everywhere(folder: str) -> None:
     """Save at 2 and, with nothing written yet, go on to 4; another engine with other weights that has run a dry step
     resumes at 2 and does the same."""
-    from sgtm.distributed.storage import consolidate
+    from sgtm.distributed.storage import stored_weights
     from sgtm.run.saving import CheckpointWriter
 
     for stage, precision in CASES:
@@ -110,7 +110,7 @@ def continue_everywhere(folder: str) -> None:
         assert train(other, (2, 3)) == losses, f"{case}: resumed losses differ"
         assert fingerprint(other) == expected, f"{case}: the resumed run is another one"
 
-        whole = consolidate(saved.path)
+        whole = stored_weights(saved.path)
         shapes = {name: tensor.shape for name, tensor in tiny_model(config).state_dict().items()}
         assert {name: tensor.shape for name, tensor in whole.items()} == shapes
         for name, pieces in masters.items():

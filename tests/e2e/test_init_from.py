@@ -32,10 +32,10 @@ def evaluation(run: Path) -> dict:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    from sgtm.distributed.storage import consolidate
+    from sgtm.distributed.storage import stored_weights
     from sgtm.run.checkpoint import find_latest
 
-    return consolidate(find_latest(run))
+    return dict(stored_weights(find_latest(run)))
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

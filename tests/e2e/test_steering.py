@@ -14,7 +14,7 @@ from ranks import run_ranks
 from same_run import metrics
 
 from sgtm.config import load_config
-from sgtm.distributed.storage import consolidate
+from sgtm.distributed.storage import stored_weights
 from sgtm.model.direction import IN_RUN, read_direction, write_direction
 from sgtm.run.checkpoint import find_latest, read_manifest
 
@@ -71,7 +71,7 @@ def runs(tmp_path_factory) -> Path:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return consolidate(find_latest(run))
+    return dict(stored_weights(find_latest(run)))
 
 
 def files(run: Path) -> dict:

@@ -48,7 +48,7 @@ def write_texts(file: Path, seed: int = 0) -> None:
 
 def test_the_script_of_the_docs(tmp_path):
     """From the texts to the model, which then is that of the checkpoint."""
-    from sgtm.distributed.storage import consolidate
+    from sgtm.distributed.storage import stored_weights
     from sgtm.model.transformer import Transformer
     from sgtm.run.checkpoint import find_latest
 
@@ -66,7 +66,7 @@ def test_the_script_of_the_docs(tmp_path):
     assert printed == ["Transformer", "full", "without bio"], done.stdout
     assert (tmp_path / "export" / "safe" / "model.safetensors").is_file()
 
-    model, weights = sgtm.load_model(tmp_path / run), consolidate(find_latest(tmp_path / run))
+    model, weights = sgtm.load_model(tmp_path / run), stored_weights(find_latest(tmp_path / run))
     assert type(model) is Transformer and model.state_dict().keys() == weights.keys()
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.float32 and parameter.requires_grad, name

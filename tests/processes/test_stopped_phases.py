@@ -178,7 +178,7 @@ def test_an_export_that_is_stopped_leaves_nothing(monkeypatch, tmp_path: Path, c
     if exists:
         out.mkdir()
     with monkeypatch.context() as patch:
-        signalled(patch, export, "_card")
+        signalled(patch, export, "card")
         assert main(words) == 128 + signal.SIGTERM
     assert capfd.readouterr().err.endswith(f"stopped by SIGTERM; again: sgtm {' '.join(words)}\n")
     assert sorted(os.listdir(tmp_path)) == ["out"] * exists + ["run"] and not (exists and os.listdir(out))
@@ -187,7 +187,7 @@ def test_an_export_that_is_stopped_leaves_nothing(monkeypatch, tmp_path: Path, c
     with monkeypatch.context() as patch:  # killed: it does not come to clean up
         patch.setattr(os, "getpid", lambda: gone.pid)
         patch.setattr(export, "shutil", SimpleNamespace(rmtree=lambda *args, **options: None))
-        signalled(patch, export, "_card")
+        signalled(patch, export, "card")
         assert main(words) == 128 + signal.SIGTERM
     left = [name for folder in (tmp_path, out) if folder.exists() for name in os.listdir(folder) if "partial" in name]
     assert len(left) == 1

@@ -20,7 +20,8 @@ from sgtm.config import Config, load_config
 from sgtm.data.open import open_corpus
 from sgtm.data.tokenizer import EOS, train_bpe
 from sgtm.hf import export
-from sgtm.hf.export import export_run
+from sgtm.hf.card import RECORD
+from sgtm.hf.export import CARD, CONFIG, export_run
 from sgtm.masking.strategy import removal_tables
 from sgtm.model.transformer import Transformer
 from sgtm.run.unlearned import write_unlearned
@@ -128,8 +129,105 @@ def test_folder_says_what_it_is(tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.eos_token == EOS and tokenizer.decode(tokenizer("año")["input_ids"]) == "año"
     model_config = json.loads((out / "config.json").read_text())
-    assert model_config["eos_token_id"] == tokenizer.eos_token_id
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert model_config["eos_token_id"] == generation["eos_token_id"] == tokenizer.eos_token_id
     assert [entry.name for entry in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_the_record_has_size_and_hash_of_every_other_file(tmp_path):
+    make_run(tmp_path / "run", LLAMA)
+    out = export_run(tmp_path / "run", ["es"], tmp_path / "out", shard=10_000)
+    files = json.loads((out / RECORD).read_text())["files"]
+    assert sorted(files) == sorted(file.name for file in out.iterdir() if file.name != RECORD)
+    assert sum(name.endswith(".safetensors") for name in files) > 2
+    for name, entry in files.items():
+        content = (out / name).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+@pytest.mark.parametrize(("text", "remove"), [(GPT_NEO, []), (LLAMA, ["es"])], ids=["gpt_neo", "llama"])
+def test_several_files_of_weights_are_the_one_file(tmp_path, text, remove):
+    make_run(tmp_path / "run", text)
+    one, several = (
+        AutoModelForCausalLM.from_pretrained(export_run(tmp_path / "run", remove, tmp_path / name, shard=shard))
+        for name, shard in (("one", 10**9), ("several", 9_000))
+    )
+    assert len(list((tmp_path / "several").glob("*.safetensors"))) > 3
+    state = several.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())
+
+
+def test_bf16_rounds_the_weights_and_the_config_has_it_in_both_spellings(tmp_path):
+    make_run(tmp_path / "run", LLAMA)
+    whole, rounded = (export_run(tmp_path / "run", ["es"], tmp_path / dtype, dtype=dtype) for dtype in ("fp32", "bf16"))
+    assert {name: tensor.bfloat16().tolist() for name, tensor in tensors(whole).items()} == {
+        name: tensor.tolist() for name, tensor in tensors(rounded).items()
+    }
+    for folder, dtype in ((whole, "float32"), (rounded, "bfloat16")):
+        written = json.loads((folder / "config.json").read_text())
+        assert written["dtype"] == written["torch_dtype"] == dtype
+    assert AutoModelForCausalLM.from_pretrained(rounded).dtype == torch.bfloat16
+    assert "weights in bf16" in (rounded / CARD).read_text()
+
+
+@pytest.mark.parametrize("text", [GPT_NEO, LLAMA], ids=["gpt_neo", "llama"])
+def test_zeroed_has_the_shape_of_the_full_model(tmp_path, text):
+    make_run(tmp_path / "run", text)
+    full, zeroed, pruned = (
+        export_run(tmp_path / "run", remove, tmp_path / name, prune=prune)
+        for name, remove, prune in (("full", [], True), ("zeroed", ["es"], False), ("pruned", ["es"], True))
+    )
+    assert (zeroed / CONFIG).read_bytes() == (full / CONFIG).read_bytes()
+    assert json.loads((zeroed / RECORD).read_text())["how"] == {"heads": "zeroed", "neurons": "zeroed"}
+    ids = torch.randint(257, (2, 16))
+    with torch.no_grad():
+        logits = [AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (zeroed, pruned)]
+    torch.testing.assert_close(*logits, rtol=2e-5, atol=2e-5 * logits[0].abs().max().item())
+
+
+def test_an_export_at_a_strength_is_marked_as_not_safe(tmp_path, capsys):
+    make_run(tmp_path / "run", LLAMA)
+    out = export_run(tmp_path / "run", ["fr"], tmp_path / "out", strengths={"es": 0.25})
+    printed = capsys.readouterr().err
+    assert "without fr, es at strength 0.25\n" in printed and "warning: not a safe model: it holds es\n" in printed
+    record = json.loads((out / RECORD).read_text())
+    assert record["removed"] == ["fr"] and record["reduced"] == {"es": 0.25}
+    text = (out / CARD).read_text()
+    assert "**Not a safe model.** It has `es` at strength 0.25" in text
+    text = (export_run(tmp_path / "run", ["fr"], tmp_path / "whole", strengths={"es": 1}) / CARD).read_text()
+    assert "Not a safe model" not in text
+
+
+def test_strengths_of_a_run_without_masks_are_refused(tmp_path):
+    make_run(tmp_path / "run", GPT_NEO.replace("masking: {", "masking: {strategy: none, "))
+    with pytest.raises(ValueError, match="run was trained without masks: no group of it holds es"):
+        export_run(tmp_path / "run", [], tmp_path / "out", strengths={"es": 0.5})
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_losses_of_that_step_are_in_the_card(tmp_path, capsys):
+    make_run(tmp_path / "run", LLAMA)
+    summary = {
+        "steps": 7,
+        "split": "test",
+        "losses": {"full": {"en": 1.25, "x": 2.5}, "without es": {"en": 1.5, "x": 8.0}},
+        "errors": {"full": {"en": 0.01, "x": 0.02}, "without es": {"en": 0.03, "x": 0.04}},
+        "true_labels": {"en": "retain", "x": "forget:es"},
+        "measured": {"en": {"documents": 3, "tokens": 1234}, "x": {"documents": 2, "tokens": 99}},
+    }
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    text = (export_run(tmp_path / "run", ["es"], tmp_path / "safe") / CARD).read_text()
+    assert "| en | retain | 1,234 | 1.250 ± 0.010 | 1.500 ± 0.030 |" in text
+    assert "| x | forget:es | 99 | 2.500 ± 0.020 | 8.000 ± 0.040 |" in text
+    text = (export_run(tmp_path / "run", ["fr"], tmp_path / "other") / CARD).read_text()
+    assert "| x | forget:es | 99 | 2.500 ± 0.020 | not measured |" in text
+    half = export_run(tmp_path / "run", ["es"], tmp_path / "half", strengths={"fr": 0.5})
+    assert "| en | retain | 1,234 | 1.250 ± 0.010 | not measured |" in (half / CARD).read_text()
+    assert "no losses" not in capsys.readouterr().err
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary | {"steps": 6}))
+    text = (export_run(tmp_path / "run", ["es"], tmp_path / "later") / CARD).read_text()
+    assert "None were measured after step 7" in text
+    assert "no losses: none were measured after step 7; sgtm eval measures them" in capsys.readouterr().err
 
 
 def test_an_export_states_that_the_run_was_unlearned(tmp_path):
@@ -218,7 +316,7 @@ def test_failures_leave_nothing_behind(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "_save_model", full)
+    monkeypatch.setattr(export, "write_shards", full)
     with pytest.raises(OSError, match="No space left"):
         export_run(tmp_path / "run", [], tmp_path / "out")
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]

@@ -13,7 +13,7 @@ from exports import GPT_NEO, LLAMA, make_run
 from safetensors.torch import load_file
 
 from sgtm.config import load_config
-from sgtm.distributed.storage import consolidate
+from sgtm.distributed.storage import stored_weights
 from sgtm.evaluation.losses import evaluate
 from sgtm.hf.export import export_run
 from sgtm.model.adapters import new_adapters
@@ -130,7 +130,7 @@ def result_targets(source: Path, category: str, steps: int) -> int:
 
 
 def test_the_base_is_the_source_bit_for_bit_and_the_adapters_alone_have_learned(source, adapted):
-    checkpoint, weights = find_latest(adapted), consolidate(find_latest(source))
+    checkpoint, weights = find_latest(adapted), stored_weights(find_latest(source))
     assert same(weights_of(checkpoint, adapters=False), weights)
     full, learned = weights_of(checkpoint), set(new_adapters(weights, 4, 0))
     assert {name for name in weights if not torch.equal(full[name], weights[name])} == learned
@@ -276,5 +276,5 @@ def test_damaged_weights_and_a_corpus_that_is_gone_are_refused(source, tmp_path)
 def test_it_can_be_unlearned_with_its_adapters(adapted, tmp_path):
     out = unlearn_run(adapted, "finetune", tmp_path / "out", domain="es", steps=1, lr=1e-9)
     assert read_unlearned(out)["source"]["adapted"] == read_adapted(adapted)
-    after, full = consolidate(find_latest(out)), weights_of(find_latest(adapted))
+    after, full = stored_weights(find_latest(out)), weights_of(find_latest(adapted))
     assert all(torch.allclose(after[name], full[name], atol=1e-6) for name in full)

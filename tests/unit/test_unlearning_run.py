@@ -12,7 +12,7 @@ from exports import GPT_NEO, make_run
 
 from sgtm.config import load_config
 from sgtm.data.store import Corpus
-from sgtm.distributed.storage import consolidate
+from sgtm.distributed.storage import stored_weights
 from sgtm.evaluation.losses import evaluate
 from sgtm.files import sha256_of
 from sgtm.run.checkpoint import find_latest, read_manifest, verify
@@ -122,11 +122,11 @@ def test_the_same_command_gives_the_same_bits_and_another_seed_does_not(source, 
 def test_finetuning_gives_the_same_bits_whatever_the_forget_documents_say(tmp_path, source):
     other = trained(tmp_path / "other", spanish="otra cosa")
     weights = [
-        consolidate(find_latest(unlearn_run(run, "finetune", tmp_path / name, domain="es", steps=3)))
+        stored_weights(find_latest(unlearn_run(run, "finetune", tmp_path / name, domain="es", steps=3)))
         for name, run in (("one", source), ("two", other))
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    before = consolidate(find_latest(source))
+    before = stored_weights(find_latest(source))
     assert any(not torch.equal(weights[0][name], before[name]) for name in before)
     assert read_unlearned(tmp_path / "one")["forget"] == []
     unlearn_run(source, "finetune", tmp_path / "three", domain="fr", steps=1)  # of which there is no training text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import partition_of
@@ -9,10 +11,11 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, Mistra
 
 from sgtm.config.schema import ModelConfig
 from sgtm.hf.config import model_config_from_hf
-from sgtm.hf.weights import from_hf_state, to_hf_state
+from sgtm.hf.weights import Conversion, from_hf_state, to_hf_state
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition
 from sgtm.masking.strategy import removal_tables
+from sgtm.model.lazy_state import LazyState
 from sgtm.model.transformer import Transformer
 from sgtm_kernels.plan import MaskPlan
 
@@ -174,6 +177,94 @@ _marks = iter(range(1, 1 << 24))
 def marked(tensor: torch.Tensor) -> torch.Tensor:
     """Distinct positive values, exact in fp32."""
     return torch.tensor([float(next(_marks)) for _ in range(tensor.numel())]).view_as(tensor)
+
+
+@pytest.mark.parametrize("prune", [True, False], ids=["pruned", "zeroed"])
+def test_a_strength_multiplies_what_the_heads_and_neurons_of_a_domain_put_out(case, prune):
+    config, partition, model = case
+    tables = removal_tables(SPACE, ("code",))
+    active = tuple((1.0, 0.25, 0.0) for _ in tables.active)
+    ids = torch.randint(config.vocab_size, (3, config.context))
+    plan = MaskPlan.uniform(replace(tables, active=active), 0, *ids.shape)
+    options = {"strengths": {"bio": 0.25}, "prune": prune}
+    with torch.no_grad():
+        ours = model.logits(ids, plan)
+        theirs = load_hf(*to_hf_state(model.state_dict(), config, partition, ["code"], **options))(ids).logits
+    torch.testing.assert_close(theirs, ours, rtol=2e-5, atol=2e-5 * ours.abs().max().item())
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_strength_multiplies_a_domains_part_of_the_embedding(name):
+    config, masking = OWN[name]
+    partition = partition_of(SPACE, config, **masking)
+    state = random_model(config, partition).state_dict()
+    without, whole, half = (
+        to_hf_state(state, config, partition, remove, strengths=strengths)[0]["lm_head.weight"]
+        for remove, strengths in ((["bio", "code"], {}), (["code"], {}), (["code"], {"bio": 0.5}))
+    )
+    assert not torch.equal(whole, without)
+    torch.testing.assert_close(half, (whole + without) / 2)
+
+
+def test_strength_1_is_the_whole_group_to_the_bit(case):
+    config, partition, model = case
+    whole, shape = to_hf_state(model.state_dict(), config, partition)
+    again, same = to_hf_state(model.state_dict(), config, partition, strengths={"bio": 1})
+    assert shape.to_dict() == same.to_dict() and all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_without_pruning_the_shape_is_that_of_the_full_model_and_the_removed_rows_are_0(case):
+    config, partition, model = case
+    full, shape = to_hf_state(model.state_dict(), config, partition)
+    zeroed, same = to_hf_state(model.state_dict(), config, partition, ["bio"], prune=False)
+    assert shape.to_dict() == same.to_dict()
+    for name, tensor in full.items():
+        removed = tensor != zeroed[name]
+        assert not zeroed[name][removed].any(), name
+    ids = torch.randint(config.vocab_size, (3, config.context))
+    plan = MaskPlan.uniform(removal_tables(SPACE, ["bio"]), 0, *ids.shape)
+    with torch.no_grad():
+        ours, theirs = model.logits(ids, plan), load_hf(zeroed, same)(ids).logits
+    torch.testing.assert_close(theirs, ours, rtol=2e-5, atol=2e-5 * ours.abs().max().item())
+
+
+def test_parameter_counts_are_those_of_the_shapes_by_hand():
+    """GPT-Neo keeps its 8 heads; Llama has 6 of 8 with 3 of 4 KV heads of width 6; both have 33 of 40 neurons."""
+    neo = 61 * 32 + 24 * 32 + 3 * (4 * 32 * 32 + 32 + 2 * 33 * 32 + 33 + 32 + 4 * 32) + 2 * 32
+    llama = 2 * 61 * 32 + 2 * (2 * 36 * 32 + 2 * 18 * 32 + 3 * 33 * 32 + 2 * 32) + 32
+    zeroed = llama + 2 * (2 * 12 * 32 + 2 * 6 * 32 + 3 * 7 * 32)
+    for config, prune, count in ((GPT_NEO, True, neo), (LLAMA, True, llama), (LLAMA, False, zeroed)):
+        partition = partition_of(SPACE, config, **COUNTED)
+        state = random_model(config, partition).state_dict()
+        tensors = dict(Conversion(config, partition, ["bio"], prune=prune).tensors(state))
+        assert sum(tensor.numel() for tensor in tensors.values()) == count
+
+
+def test_each_tensor_of_the_state_is_taken_once(case):
+    config, partition, model = case
+    state, taken = model.state_dict(), []
+
+    def read(name: str) -> torch.Tensor:
+        taken.append(name)
+        return state[name]
+
+    dict(Conversion(config, partition, ["bio"]).tensors(LazyState(state, read)))
+    assert sorted(taken) == sorted(state)
+
+
+@pytest.mark.parametrize(
+    ("remove", "strengths", "message"),
+    [
+        ((), {"boi": 0.5}, r"cannot reduce 'boi' \(did you mean bio\?\); domains: bio, code"),
+        (("bio",), {"bio": 0.5}, "bio cannot be both removed and reduced to strength 0.5"),
+        ((), {"bio": 0.0}, "the strength of bio is 0; give one above 0 and up to 1, or remove it"),
+        ((), {"bio": 1.5}, "the strength of bio is 1.5; give one above 0"),
+    ],
+)
+def test_strengths_that_mean_nothing_are_refused(remove, strengths, message):
+    partition = partition_of(SPACE, GPT_NEO, **COUNTED)
+    with pytest.raises(ValueError, match=message):
+        Conversion(GPT_NEO, partition, remove, strengths)
 
 
 def test_head_counts_that_llama_refuses_become_mistral():

@@ -11,7 +11,7 @@ import torch
 from checkpoints import make
 from tiny import tiny_config, tiny_model
 
-from sgtm.distributed.storage import WEIGHTS, Stored, consolidate
+from sgtm.distributed.storage import WEIGHTS, Stored, stored_weights
 from sgtm.run import weights_only
 from sgtm.run.checkpoint import TRAINING, WEIGHTS_ONLY, open_run, read_manifest, verify
 from sgtm.run.evaluate import load_run_model
@@ -36,7 +36,7 @@ def save(run: Path) -> tuple[Path, dict]:
 def test_weights_are_read_back_bit_for_bit(run):
     saved, weights = save(run)
     assert open_run(run)[1] == saved == run / "checkpoints/step_00000012"
-    state = consolidate(saved)
+    state = stored_weights(saved)
     assert state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in weights)
     loaded = load_run_model(run).state_dict()
     assert all(torch.equal(loaded[name].cpu(), weights[name]) for name in weights)
@@ -60,7 +60,7 @@ def test_other_checkpoints_are_those_of_a_training(tmp_path):
 
 def test_half_precision_is_stored_in_fp32(run):
     weights = {name: tensor.bfloat16() for name, tensor in tiny_model(CONFIG).state_dict().items()}
-    state = consolidate(save_weights(run, weights, CONFIG, step=1, corpus=""))
+    state = stored_weights(save_weights(run, weights, CONFIG, step=1, corpus=""))
     assert all(state[name].dtype == torch.float32 and torch.equal(state[name], weights[name].float()) for name in state)
 
 
