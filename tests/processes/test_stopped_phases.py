@@ -172,7 +172,7 @@ def run(tmp_path: Path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("exists", [False, True])
 def test_an_export_that_is_stopped_leaves_nothing(monkeypatch, tmp_path: Path, capfd, run: Path, exists: bool):
-    from sgtm.hf import export
+    from sgtm.hf import export, folder
 
     out, words = tmp_path / "out", ["export", str(run), "--out", str(tmp_path / "out")]
     if exists:
@@ -186,7 +186,7 @@ def test_an_export_that_is_stopped_leaves_nothing(monkeypatch, tmp_path: Path, c
     gone.wait()
     with monkeypatch.context() as patch:  # killed: it does not come to clean up
         patch.setattr(os, "getpid", lambda: gone.pid)
-        patch.setattr(export, "shutil", SimpleNamespace(rmtree=lambda *args, **options: None))
+        patch.setattr(folder, "shutil", SimpleNamespace(rmtree=lambda *args, **options: None))
         signalled(patch, export, "card")
         assert main(words) == 128 + signal.SIGTERM
     left = [name for folder in (tmp_path, out) if folder.exists() for name in os.listdir(folder) if "partial" in name]
