@@ -16,11 +16,10 @@ import numpy as np
 from sgtm.evaluation.compute_ratio import LEAST, LearningCurve
 from sgtm.sweep.study import Study, Variant, VariantLeakage, leakages
 
-STEPS = 64
-"""Of the attacks that are compared."""
+STEPS, LONG = 64, 256
+"""Of the attacks that are compared; the longer ones only `filtered` and masked models have gone through."""
 
-
-LINE_ERROR = 0.1
+LINE_ERROR = 0.17
 """Nats, of `at_equal_retain` by evaluations: how far a model that was trained to its end lies from the line through
 those of a longer training, at most, rounded up (tests/unit/test_claims.py takes it from the committed rows)."""
 
@@ -180,29 +179,17 @@ def beyond(name: str, loss: str, baseline: str) -> Callable[[Study], bool]:
 
 
 def attacked(first: str, second: str, steps: int | None = None) -> Callable[[Study], list[float]]:
-    """Forget loss of the worst attack, of the first minus of the second, after so many steps; None: after the number of
-    steps, of those evaluated, at which the mean over the seeds is lowest."""
+    """Forget loss of the worst attack, of the first minus of the second, after so many steps; None: the mean over the
+    numbers of steps that were evaluated, from 1 to STEPS."""
 
     def measure(study: Study) -> list[float]:
-        ours, theirs = _curves(study, first), _curves(study, second)
-        by_seed: list[dict[int, float]] = []
-        grids = [
-            {row["seed"]: (row.get("attacks"), row.get("sequences")) for row in _attacked_rows(study, name)}
-            for name in (first, second)
-        ]
-        for seed in (seed for seed in ours if seed in theirs):
-            if grids[0][seed] != grids[1][seed]:
-                raise Missing(f"the same attacks on {first} and {second}, measured on the same text")
-            by_step = [{(p["step"], p["tokens"]): p["forget"] for p in curves[seed]} for curves in (ours, theirs)]
-            if list(by_step[0]) != list(by_step[1]):
-                raise Missing(f"attacks of {first} and {second} of the same steps and tokens")
-            each = {step: by_step[0][step, tokens] - by_step[1][step, tokens] for step, tokens in by_step[0] if step}
-            by_seed.append(each)
-        shared = [step for step in by_seed[0] if all(step in each for each in by_seed)] if by_seed else []
-        if steps is not None and steps not in shared:
-            raise Missing(f"attacks of {steps} steps")
-        worst = min(shared, key=lambda step: sum(each[step] for each in by_seed), default=0)
-        return [each[worst if steps is None else steps] for each in by_seed]
+        differences = []
+        for ours, theirs in _worst_cases(study, (first, second), STEPS).values():
+            by_step = {step: ours[step] - theirs[step] for step in ours if step}
+            if steps is not None and steps not in by_step:
+                raise Missing(f"attacks of {steps} steps")
+            differences.append(statistics.fmean(by_step.values()) if steps is None else by_step[steps])
+        return differences
 
     return measure
 
@@ -221,55 +208,81 @@ def change_with_size(names: Sequence[str]) -> Callable[[Study], list[float]]:
     return measure
 
 
-def relearning(first: str, second: str, baseline: str = "unmasked") -> Callable[[Study], list[float]]:
+def relearning(first: str, second: str, steps: int = STEPS, baseline: str = "unmasked"):
     """log2 of how many times as many steps the worst attack on the first takes as that on the second, to the forget
-    loss that the baseline has before any attack, on the same held-out text. What is not reached counts as STEPS for the
-    first, which is too few (`unreached`); for the second it is an error."""
+    loss that the baseline has before any attack, on the same held-out text. What is not reached within `steps` counts
+    as `steps` for the first, which is too few (`unreached`); for the second it is an error."""
 
     def measure(study: Study) -> list[float]:
-        curves = {name: _curves(study, name) for name in (first, second, baseline)}
-        seeds = [seed for seed in curves[first] if seed in curves[second] and seed in curves[baseline]]
-        ratios = []
-        for seed in seeds:
-            target = curves[baseline][seed][0]["forget"]
-            ours, theirs = (steps_to(curves[name][seed], target) for name in (first, second))
-            if theirs is None:
-                raise Missing(f"{second} within {STEPS} steps")
-            ratios.append(math.log2((ours or STEPS) / theirs))
+        targets, ratios = _before_attacks(study, baseline), []
+        for seed, curves in _worst_cases(study, (first, second), steps).items():
+            if seed in targets:
+                ours, theirs = (steps_to(curve, targets[seed]) for curve in curves)
+                if theirs is None:
+                    raise Missing(f"{second} within {steps} steps")
+                ratios.append(math.log2((ours or steps) / theirs))
         return ratios
 
     return measure
 
 
-def unreached(first: str, baseline: str = "unmasked") -> Callable[[Study], bool]:
+def unreached(first: str, second: str, steps: int = STEPS, baseline: str = "unmasked") -> Callable[[Study], bool]:
     """Whether the worst attack on the first misses the baseline's loss for a seed, so that its steps are a bound."""
 
     def measure(study: Study) -> bool:
-        curves, targets = _curves(study, first), _curves(study, baseline)
-        return any(steps_to(curves[seed], targets[seed][0]["forget"]) is None for seed in curves if seed in targets)
+        targets, curves = _before_attacks(study, baseline), _worst_cases(study, (first, second), steps)
+        return any(steps_to(ours, targets[seed]) is None for seed, (ours, _) in curves.items() if seed in targets)
 
     return measure
 
 
-def _attacked_rows(study: Study, name: str) -> list[dict]:
-    return [row for row in study.tampered if row["tampered"] == name] or _missing(f"attacks on {name}")
+def _attacked_rows(study: Study, name: str) -> dict[int, dict]:
+    """By seed."""
+    rows = [row for row in study.tampered if row["tampered"] == name] or _missing(f"attacks on {name}")
+    return {row["seed"]: row for row in rows}
 
 
-def _curves(study: Study, name: str) -> dict[int, list[dict]]:
-    rows = _attacked_rows(study, name)
-    return {row["seed"]: [point for point in row["curve"] if point["step"] <= STEPS] for row in rows}
+def _before_attacks(study: Study, name: str) -> dict[int, float]:
+    return {seed: row["curve"][0]["forget"] for seed, row in _attacked_rows(study, name).items()}
 
 
-def steps_to(curve: list[dict], target: float) -> float | None:
+def _worst_cases(study: Study, names: Sequence[str], last: int) -> dict[int, list[dict[int, float]]]:
+    """For every seed that all have, and each of them: by evaluated step up to `last`, the lowest forget loss of any
+    attack so far. Attacks that one of them has not gone through do not count.
+
+    Raises Missing where they share none, or were measured on different text or in steps of different size.
+    """
+    rows = [_attacked_rows(study, name) for name in names]
+    curves = {}
+    for seed in (seed for seed in rows[0] if all(seed in each for each in rows)):
+        of_seed = [each[seed] for each in rows]
+        shared = set.intersection(*(set(row["attacks"]) for row in of_seed))
+        if not shared or len({(row["sequences"], row["tokens"]) for row in of_seed}) > 1:
+            raise Missing(f"the same attacks on {' and '.join(names)}, measured on the same text")
+        curves[seed] = [_lowest([row["attacks"][attack] for attack in shared], last) for row in of_seed]
+    return curves
+
+
+def _lowest(attacks: Sequence[Sequence[tuple[int, float]]], last: int) -> dict[int, float]:
+    curve: dict[int, float] = {}
+    lowest = math.inf
+    for step, loss in sorted((step, loss) for attack in attacks for step, loss in attack if step <= last):
+        curve[step] = lowest = min(lowest, loss)
+    return curve
+
+
+def steps_to(curve: dict[int, float], target: float) -> float | None:
     """Steps at which the loss first falls to the target, between two evaluations on a line in log(1 + steps), at least
-    half a step; None where it does not fall so far."""
-    for before, after in pairwise(curve):
-        if before["forget"] <= target:
-            return max(0.5, before["step"])
-        if after["forget"] <= target:
-            share = (before["forget"] - target) / (before["forget"] - after["forget"])
-            low, high = math.log1p(before["step"]), math.log1p(after["step"])
-            return max(0.5, math.expm1(low + share * (high - low)))
+    half a step; None where it does not fall so far.
+
+    curve  loss by evaluated step, ascending from 0
+    """
+    for (before, above), (after, below) in pairwise(curve.items()):
+        if above <= target:
+            return max(0.5, before)
+        if below <= target:
+            low, high = math.log1p(before), math.log1p(after)
+            return max(0.5, math.expm1(low + (above - target) / (above - below) * (high - low)))
     return None
 
 

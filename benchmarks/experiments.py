@@ -63,6 +63,9 @@ ATTACK = """\
 for run in runs/claims.sweep/{filtered,paper,dual,certified}-s? runs/claims.sweep/unmasked-s?-{rmu,npo,grad_diff}; do
   [ ! -d $run ] || sgtm tamper $run --data forget --lr 0.25 1 --steps 16 64 --tokens 4096
 done
+for run in runs/claims.sweep/{filtered,paper,dual,certified}-s?; do
+  sgtm tamper $run --data forget --lr 1 2 --schedule constant --steps 256 --tokens 4096
+done
 for seed in 0 1 2; do
   sgtm tamper runs/claims.sweep/unmasked-s$seed --data forget --lr 0.25 --steps 16 --tokens 4096
   for variant in paper dual certified unmasked; do
@@ -97,7 +100,7 @@ EXPERIMENTS = {
         ),
         ("ablated", "front", "undiscovered", "leaked", "absorbed", "residual", "tampering"),
         "Trained to the same retain loss, the ablated `paper-undiscovered` and `dual` know far less Spanish than "
-        "a filter that lets as many Spanish tokens through. This agrees with the paper. Masked activations are "
+        "a filter that lets the same share of the Spanish through. This agrees with the paper. Masked activations are "
         "the exception: they leak most of the undiscovered fifth, as the figure of the leakage shows. The ablated "
         "`paper-undiscovered` knows about as much Spanish as `paper`, from which nothing was hidden: what it "
         "knows comes from labelled Spanish, and the undiscovered fifth adds little. Against the paper, gradient "
@@ -107,7 +110,7 @@ EXPERIMENTS = {
         "that and forgets more. No masked model but `certified` is as ignorant of Spanish as `filtered`. "
         "Fine-tuning `paper` and `dual` therefore starts at a lower loss, and they stay below `filtered` in the "
         "first steps, `paper` by more than a nat; after 64 steps `paper` is above `filtered`, which is also "
-        "because it is the worse model, and `dual` within a tenth of a nat of it. `certified` is attacked as "
+        "because it is the worse model, and `dual` about a tenth of a nat below it. `certified` is attacked as "
         "`filtered` is. Fine-tuning brings Spanish back from RMU and GradDiff several times sooner than from "
         "`paper`, which agrees with the paper; NPO, at a rate a hundred times the scaled default, withstands the "
         "attacks about as well as `dual`. That a fifth is undiscovered means for `dual` that it trains retain "

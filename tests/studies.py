@@ -42,11 +42,15 @@ def standard(tokens: float) -> dict:
     return row(f"standard-{tokens:g}", (3.0, loss, 3.0, loss), undiscovered=tokens, masks=False)
 
 
-def tampered(name: str = "paper", seed: int = 0, start: float = 8.0) -> dict:
-    curve = [
-        {"step": step, "tokens": step * 100, "forget": start - step, "error": 0.1, "retain": 3.0} for step in (0, 1, 2)
-    ]
-    return {"tampered": name, "seed": seed, "condition": "without es", "curve": curve}
+ATTACK = "forget, constant, lr 0.001"
+
+
+def tampered(name: str = "paper", seed: int = 0, losses: tuple[float, ...] = (8.0, 7.0, 6.0), attack: str = ATTACK):
+    """The losses of one attack, of 100 tokens a step, after 0, 1, 2, 4, 8, ... steps."""
+    points = [(2**n // 2, loss) for n, loss in enumerate(losses)]
+    curve = [{"step": step, "tokens": step * 100, "forget": y, "error": 0.1, "retain": 3.0} for step, y in points]
+    about = {"tampered": name, "seed": seed, "condition": "without es", "sequences": 9, "tokens": 100}
+    return {**about, "curve": curve, "attacks": {attack: points}}
 
 
 def rows() -> list[dict]:
@@ -55,7 +59,7 @@ def rows() -> list[dict]:
     models.append(row("safe", (3.1, 3.2, 3.3, loss_of(0) + 1), undiscovered=1e5))
     models.append(row("ignored", (3.1, 3.2, 3.3, loss_of(1e5)), undiscovered=1e5))
     models.append(row("complete", (3.1, 3.2, 3.3, loss_of(1e4)), undiscovered=0.0))
-    return [*models, tampered(), tampered(seed=1, start=7.0)]
+    return [*models, tampered(), tampered(seed=1, losses=(7.0, 6.0, 5.0))]
 
 
 def two_sizes() -> list[dict]:

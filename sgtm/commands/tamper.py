@@ -53,7 +53,7 @@ def run(options) -> None:
     from sgtm.evaluation.tampering import worst_case
     from sgtm.masking.labels import removal_name
     from sgtm.report.tampering import Curve, print_tampering
-    from sgtm.run.evaluate import small_samples
+    from sgtm.run.evaluate import check_sample
     from sgtm.run.opened import check_same_sequences, knowing_control, open_with_corpus
     from sgtm.run.tamper_plan import make_plan
     from sgtm.run.tampering import attack_run, full_loss
@@ -79,8 +79,7 @@ def run(options) -> None:
     plan = make_plan(attacked, **{name: value for name, value in settings.items() if value is not None})
     if options.sequences:
         measured = (*plan.forget, *plan.retain)
-        if small := small_samples(attacked.corpus, attacked.config, "test", measured, options.sequences):
-            print(f"warning: {small}", file=sys.stderr)
+        check_sample(attacked.corpus, attacked.config, "test", measured, options.sequences)
     if control and (warning := knowing_control(control, plan.domains)):
         print(f"warning: {warning}", file=sys.stderr)
     goal = ("the target loss", options.target_loss) if options.target_loss else None

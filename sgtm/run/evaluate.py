@@ -94,7 +94,8 @@ def evaluate_run(
     steer      multiple of its direction that the full model adds to every token; None: `steering.strength` of the run
 
     Losses are computed in the precision of the training, gradient norms in fp32. Raises ValueError for a folder that is
-    no run, a damaged checkpoint or log, another corpus than that of the run, and `steer` for a run without direction.
+    no run, a damaged checkpoint or log, another corpus than that of the run, a split that has some, but fewer than
+    `sequences` of a category, and `steer` for a run without direction.
     """
     run = Path(run)
     config, checkpoint = open_run(run, data)
@@ -103,8 +104,8 @@ def evaluate_run(
     direction = direction_of_run(config, checkpoint)
     manifest, unlearned, adapted = read_manifest(checkpoint), read_unlearned(run), read_adapted(run)
     corpus, steps = open_run_corpus(config, run, manifest), manifest["step"]
-    if sequences and (small := small_samples(corpus, config, split, tuple(corpus.categories), sequences)):
-        print(f"warning: {small}", file=sys.stderr)
+    if sequences:
+        check_sample(corpus, config, split, tuple(corpus.categories), sequences)
     lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step" and line["step"] <= steps]
     seconds = max((line["seconds"] for line in lines), default=0.0)
     for precision in {"fp32", config.train.precision}:
@@ -190,25 +191,31 @@ def count_sequences(corpus: Corpus, config: Config, split: str, category: str, l
     return len(read.numbers) if read.targets else 0
 
 
-def small_samples(
-    corpus: Corpus,
-    config: Config,
-    split: str,
-    categories: Sequence[str],
-    sequences: int,
-    option: str = "--sequences",
-) -> str:
-    """Of which categories a split has fewer sequences than were asked for, as a warning; empty for none.
+def small_samples(corpus: Corpus, config: Config, split: str, sequences: int, option: str) -> str:
+    """Of which categories a split has fewer sequences than `option` has, as a warning; empty for none."""
+    small = _fewer(corpus, config, split, tuple(corpus.categories), sequences)
+    named = [f"{count} of {name}" for name, count in small.items()]
+    return f"{_holds(option, sequences, split, corpus, named)}, and all of them are taken" if small else ""
 
-    option  that asked for them
-    """
+
+def check_sample(corpus: Corpus, config: Config, split: str, categories: Sequence[str], sequences: int) -> None:
+    """Raises ValueError where a split has fewer sequences of one of these categories than `--sequences`, but some."""
+    small = {name: n for name, n in _fewer(corpus, config, split, categories, sequences).items() if n}
+    if small:
+        named = [f"{count} of {name}" for name, count in small.items()]
+        raise ValueError(
+            f"{_holds('--sequences', sequences, split, corpus, named)}; give at most {min(small.values())}, or leave "
+            f"it out to take all"
+        )
+
+
+def _fewer(corpus: Corpus, config: Config, split: str, categories: Sequence[str], sequences: int) -> dict[str, int]:
     counts = {name: count_sequences(corpus, config, split, name, sequences) for name in categories}
-    small = [f"{count} of {name}" for name, count in counts.items() if count < sequences]
-    return (
-        f"{option} {sequences}: split {split} of {corpus.path} has {listed(small)}, and all of them are taken"
-        if small
-        else ""
-    )
+    return {name: count for name, count in counts.items() if count < sequences}
+
+
+def _holds(option: str, sequences: int, split: str, corpus: Corpus, named: list[str]) -> str:
+    return f"{option} {sequences}: split {split} of {corpus.path} has {listed(named)}"
 
 
 def check_precision(config: Config, precision: str) -> None:

@@ -24,7 +24,7 @@ from sgtm.evaluation.quantisation import quantised
 from sgtm.evaluation.subject import Subject
 from sgtm.files import write_atomically
 from sgtm.masking.labels import FULL, removal_name
-from sgtm.run.evaluate import check_precision, load_bases, load_model, small_samples
+from sgtm.run.evaluate import check_precision, check_sample, load_bases, load_model
 from sgtm.run.opened import OpenedRun, check_same_sequences, knowing_control, open_with_corpus
 
 BITS = (8, 4)
@@ -193,7 +193,7 @@ def examine_run(
         for domain in domains
     }
     for about in questions.values():
-        _check_text(target, about, names, log)
+        _check_text(target, about, names)
     warning = knowing_control(beside, domains) if beside else ""
     if warning:
         log(f"warning: {warning}")
@@ -228,15 +228,13 @@ def _subject(target: OpenedRun) -> Subject:
     return Subject(model, target.corpus, target.config, bases=bases)
 
 
-def _check_text(target: OpenedRun, about: Question, measures: Sequence[str], log: Callable[[str], None]) -> None:
-    """Raises ValueError where there is too little text for a measure; logs where a sample is smaller than asked for."""
+def _check_text(target: OpenedRun, about: Question, measures: Sequence[str]) -> None:
+    """Raises ValueError where there is too little text for a measure, or less than the sample that was asked for."""
     if "context" in measures:
         for category in (*about.forget, about.retain[0]):
             long_documents(target.corpus, about.split, category, target.config.model.context // 2)
     if about.sequences:
-        categories = (*about.forget, *about.retain)
-        if small := small_samples(target.corpus, target.config, about.split, categories, about.sequences):
-            log(f"warning: {small}")
+        check_sample(target.corpus, target.config, about.split, (*about.forget, *about.retain), about.sequences)
 
 
 def _question(

@@ -42,7 +42,8 @@ def tamper_rows(folder: Path) -> list[dict]:
     seed       of the training
     condition  what the run was attacked without
     sequences  of each category that the losses are of, at most
-    attacks    that the worst case is of: those of the largest grid
+    tokens     of a step
+    attacks    that the worst case is of, those of the largest grid: for each its (step, forget)
     curve      by evaluated step: step, tokens, forget (nats, the lowest of all attacks so far), error (standard error
                over documents) and retain of the same attack
 
@@ -59,7 +60,10 @@ def tamper_rows(folder: Path) -> list[dict]:
                 {"step": step, "tokens": tokens[step], "forget": r.loss, "error": r.error, "retain": r.retain}
                 for step, r in worst.items()
             ]
-            attacks = sorted({str(each.attack) for each in reached})
+            attacks: dict[str, list[tuple[int, float]]] = {}
+            for each in reached:
+                if math.isfinite(each.loss):
+                    attacks.setdefault(str(each.attack), []).append((each.step, each.loss))
             about = {"tampered": variant, "seed": seed, "condition": condition, "sequences": sequences}
-            rows.append({**about, "curve": curve, "attacks": attacks})
+            rows.append({**about, "tokens": reached[0].attack.tokens, "curve": curve, "attacks": attacks})
     return rows

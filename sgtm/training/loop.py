@@ -129,8 +129,8 @@ def _train(config: Config, rank_info: RankInfo, run: Path, resume: bool, overwri
         log.print(_arithmetic(config, engine, start, warm_up))
         if only_forget(corpus, config):
             log.print(f"warning: {ONLY_FORGET}")
-        categories, sequences = tuple(corpus.categories), config.train.eval_sequences
-        if small := small_samples(corpus, config, "test", categories, sequences, "train.eval_sequences"):
+        sequences = config.train.eval_sequences
+        if small := small_samples(corpus, config, "test", sequences, "train.eval_sequences"):
             log.print(f"warning: {small}")
         if start == config.train.steps:
             log.print(f"{run} is complete: all of its {start} steps were trained before")

@@ -59,16 +59,20 @@ def test_a_difference_is_paired_by_seed(measures, tmp_path):
 
 
 def test_the_error_of_a_line_covers_the_finished_models_of_other_lengths(measures):
-    """Of the novels: baselines of 450 steps, beside the line of those of 600."""
+    """Of the novels: every model that was trained to its end in fewer steps, at a retain loss that the line has."""
     study = read_study(RESULTS / "cpu-epyc-2c" / "claims.jsonl")
-    by_name = {variant.name: variant for variant in study.variants}
     errors = []
-    for baseline in ("unmasked", "filtered"):
-        (short,) = by_name[f"{baseline}-450"].seeds
-        for seed in by_name[baseline].seeds:
-            line = sorted((e["full_retain"], e["full_forget"]) for e in seed["evaluations"])
-            errors.append(short["full_forget"] - float(np.interp(short["full_retain"], *zip(*line, strict=True))))
-    assert 0.01 < max(map(abs, errors)) <= measures.LINE_ERROR
+    for variant in study.variants:
+        own = {seed["seed"]: seed for seed in variant.seeds} if not variant.masks else {}
+        for short in measures.lengths(study, variant.name)[1:]:
+            for seed in short.seeds:
+                whole = own.get(seed["seed"]) or own[min(own)]
+                retain, forget = zip(
+                    *sorted((e["full_retain"], e["full_forget"]) for e in whole["evaluations"]), strict=True
+                )
+                if retain[0] <= seed["full_retain"] <= retain[-1]:
+                    errors.append(seed["full_forget"] - float(np.interp(seed["full_retain"], retain, forget)))
+    assert len(errors) >= 8 and 0.1 < max(map(abs, errors)) <= measures.LINE_ERROR
 
 
 def test_an_error_of_the_measure_widens_the_interval(claims):
@@ -158,43 +162,98 @@ def test_a_penalty_is_the_rest_of_the_baselines_training(measures, tmp_path):
         measures.penalty("mine", "full_retain", "unmasked")(study_of(tmp_path, lines[1:]))
 
 
-def test_attacks_are_compared_after_the_same_steps_and_tokens(measures, tmp_path):
-    """Losses of 7, 6, 5 against 8, 6.5, 4 of the other: furthest below it after one step."""
-    other = tampered("other", seed=1, start=8.0)
-    for point, loss in zip(other["curve"], (8.0, 6.5, 4.0), strict=True):
-        point["forget"] = loss
+def test_attacks_are_compared_after_the_same_steps(measures, tmp_path):
+    """Losses of 7, 6, 5 against 8, 6.5, 4 of the other, after 0, 1 and 2 steps."""
+    other = tampered("other", seed=1, losses=(8.0, 6.5, 4.0))
     study = study_of(tmp_path, [*rows(), other])
     assert measures.attacked("paper", "other", 2)(study) == [1.0]  # seed 1 of both
-    assert measures.attacked("paper", "other")(study) == [-0.5]
-    other["curve"].append({"step": 65, "tokens": 0, "forget": 0.0, "error": 0.1, "retain": 3.0})
-    assert measures.attacked("paper", "other", 2)(study_of(tmp_path, [*rows(), other])) == [1.0]  # beyond STEPS
+    assert measures.attacked("paper", "other")(study) == [(-0.5 + 1.0) / 2], "step 0 is before any attack"
+    beyond = [
+        *rows()[:-1],
+        tampered(seed=1, losses=(7.0, *[6.0] * 6, 5.5, 0.0)),
+        tampered("other", 1, (8.0, *[6.5] * 8)),
+    ]
+    assert measures.attacked("paper", "other")(study_of(tmp_path, beyond)) == [
+        (-0.5 * 6 - 1.0) / 7
+    ]  # 64 steps, not 128
     with pytest.raises(measures.Missing, match="attacks of 4 steps"):
         measures.attacked("paper", "other", 4)(study)
     with pytest.raises(measures.Missing, match="unmasked"):
         measures.attacked("paper", "unmasked + rmu")(study)
-    other["attacks"] = ["forget, lr 1"]
-    with pytest.raises(measures.Missing, match="the same attacks on paper and other"):
-        measures.attacked("paper", "other", 2)(study_of(tmp_path, [*rows(), other]))
-    del other["attacks"]
-    other["curve"][2]["tokens"] = 9  # steps of other sizes are not compared
-    with pytest.raises(measures.Missing, match="of the same steps and tokens"):
-        measures.attacked("paper", "other", 2)(study_of(tmp_path, [*rows(), other]))
+    for key in ("tokens", "sequences"):
+        changed = study_of(tmp_path, [*rows(), {**other, key: 7}])
+        with pytest.raises(measures.Missing, match="the same attacks on paper and other, measured on the same text"):
+            measures.attacked("paper", "other", 2)(changed)
+
+
+def test_the_worst_case_is_of_the_attacks_that_both_went_through(measures, tmp_path):
+    """The other's second attack is stronger, but nobody ran it on paper; its third raises the loss again."""
+    other = tampered("other", losses=(8.0, 6.5, 6.2))
+    other["attacks"]["stronger"] = [(0, 8.0), (1, 1.0), (2, 1.0)]
+    paper = tampered(losses=(8.0, 7.0, 7.0))
+    for row_, losses in ((other, (8.0, 5.5, 9.0)), (paper, (8.0, 6.0, 9.0))):
+        row_["attacks"]["early"] = list(enumerate(losses))
+    study = study_of(tmp_path, [*rows()[:-2], other, paper])
+    assert measures.attacked("paper", "other", 1)(study) == measures.attacked("paper", "other", 2)(study) == [0.5]
+    study = study_of(tmp_path, [*rows()[:-2], tampered("other", attack="one"), tampered(attack="two")])
+    with pytest.raises(measures.Missing, match="the same attacks"):
+        measures.attacked("paper", "other", 2)(study)
 
 
 def test_relearning_counts_steps_to_the_loss_of_the_baseline(measures, tmp_path):
     """Losses of 8, 7, 6 at steps 0, 1, 2: half-way to 7 after sqrt(2) - 1 steps, which counts as half a step."""
-    baseline = tampered("unmasked", start=6.5)
-    lines = [baseline, tampered("slow", start=9.0), tampered("quick", start=8.0), tampered("known", start=6.5)]
-    assert measures.steps_to(lines[2]["curve"], 7.0) == pytest.approx(1.0)
-    assert measures.steps_to(lines[2]["curve"], 6.5) == pytest.approx(6**0.5 - 1)
-    assert measures.steps_to(lines[2]["curve"], 7.5) == 0.5 == measures.steps_to(lines[3]["curve"], 7.0)
-    assert measures.steps_to(lines[1]["curve"], 6.5) is None
-    study = study_of(tmp_path, [*rows()[:-2], *lines])
+    falling = {0: 8.0, 1: 7.0, 2: 6.0}
+    assert measures.steps_to(falling, 7.0) == pytest.approx(1.0)
+    assert measures.steps_to(falling, 6.5) == pytest.approx(6**0.5 - 1)
+    assert measures.steps_to(falling, 7.5) == 0.5 == measures.steps_to({0: 6.5, 1: 5.5}, 7.0)
+    assert measures.steps_to({0: 9.0, 1: 8.0, 2: 7.0}, 6.5) is None
+    slow, quick = tampered("slow", losses=(9.0, 8.0, 7.0)), tampered("quick", losses=(8.0, 7.0, 6.0))
+    study = study_of(tmp_path, [*rows()[:-2], tampered("unmasked", losses=(6.5,)), slow, quick])
     (ratio,) = measures.relearning("slow", "quick")(study)
     assert ratio == pytest.approx(math.log2(64 / (6**0.5 - 1)))
-    assert measures.unreached("slow")(study) and not measures.unreached("quick")(study)
+    (ratio,) = measures.relearning("slow", "quick", 256)(study)
+    assert ratio == pytest.approx(math.log2(256 / (6**0.5 - 1)))
+    assert measures.unreached("slow", "quick")(study) and not measures.unreached("quick", "slow")(study)
     with pytest.raises(measures.Missing, match="slow within 64 steps"):
         measures.relearning("quick", "slow")(study)
+
+
+def test_one_seed_that_is_off_a_curve_marks_the_claim(measures, tmp_path):
+    """Each of the three measures: the others of its seeds are inside."""
+    lines = [row("weak", (3.0, 6.0, 3.0, 6.0), masks=False, undiscovered=1e5), row("mine", (1.0, 1.0, 3.5, 8.0))]
+    lines[1]["seeds"][2]["ablated_retain"] = 2.0
+    assert measures.off_the_line("mine", "weak")(study_of(tmp_path, lines))
+    lines = [
+        of_steps(row(f"unmasked{end}", (loss, 5.0, 3.0, 5.0), masks=False), steps) | {"tokens": steps}
+        for end, loss, steps in (("-500", 4.0, 500), ("", 3.0, 1000), ("-1500", 2.5, 1500))
+    ]
+    mine = row("mine", (3.5, 5.0, 5.0, 5.0))
+    study = study_of(tmp_path, [*lines, mine])
+    assert not measures.beyond("mine", "full_retain", "unmasked")(study)
+    mine["seeds"][1]["full_retain"] = 4.5
+    assert measures.beyond("mine", "full_retain", "unmasked")(study_of(tmp_path, [*lines, mine]))
+    attacks = [tampered("unmasked", seed, (6.5,)) for seed in (0, 1)]
+    attacks += [tampered("quick", seed) for seed in (0, 1)]
+    attacks += [tampered("mine", 0), tampered("mine", 1, (9.0, 8.0, 7.0))]
+    assert measures.unreached("mine", "quick")(study_of(tmp_path, [*rows()[:-2], *attacks]))
+
+
+def test_a_length_without_the_seed_is_moved_by_the_seeds_own_whole_length(measures, tmp_path):
+    """Seeds half a nat apart, and so are their curves: each has the penalty of its own."""
+    lines = [
+        of_steps(row(f"unmasked{end}", (3 * share**-0.5, 5.0, 3.0, 5.0), masks=False), int(1000 * share))
+        | {"tokens": int(1000 * share)}
+        for end, share in (("-500", 0.5), ("", 1.0), ("-1500", 1.5))
+    ]
+    mine = row("mine", (3 / 0.9, 5.0, 5.0, 5.0))
+    for number in range(3):
+        lines[1]["seeds"][number]["full_retain"] = 3 + 0.5 * number
+        mine["seeds"][number]["full_retain"] = 3 / 0.9 + 0.5 * number
+    for line in (lines[0], lines[2]):
+        line["seeds"] = line["seeds"][:1]
+        line["seeds"][0]["full_retain"] = 3 * (line["tokens"] / 1000) ** -0.5
+    penalties = measures.penalty("mine", "full_retain", "unmasked")(study_of(tmp_path, [*lines, mine]))
+    assert penalties == pytest.approx([19, 19, 19], abs=0.5)
 
 
 def test_examinations_are_compared_for_every_seed(measures, tmp_path):

@@ -46,7 +46,7 @@ def events(monkeypatch, tmp_path):
             "knowing_control": "it knows the domain",
         },
         "tamper_plan": {"make_plan": PLAN},
-        "evaluate": {"small_samples": "2 of es"},
+        "evaluate": {"check_sample": None},
         "tampering": {"attack_run": curve, "full_loss": 4.5},
     }
     stand_ins = {}
@@ -90,11 +90,10 @@ def test_adjacent_categories_are_attacked_with_too(events):
     assert events[1][2] == {"data": ["forget", "forget+retain", "adjacent"], "adjacent": ["news", "web"]}
 
 
-def test_a_small_split_is_warned_of_where_a_sample_was_asked_for(events, capsys):
+def test_a_sample_that_was_asked_for_must_be_in_the_split(events):
     assert main(["tamper", "a", "--sequences", "9"]) == 0
     assert events[1][2]["sequences"] == 9
-    assert events[2][0] == "small_samples" and events[2][1][2:] == ("test", ("es", "en"), 9)
-    assert capsys.readouterr().err == "warning: 2 of es\n"
+    assert events[2][0] == "check_sample" and events[2][1][2:] == ("test", ("es", "en"), 9)
 
 
 def test_control_and_baseline_are_checked_before_anything_is_trained(events, capsys):

@@ -14,7 +14,7 @@ from exports import make_run
 
 from sgtm.config import save_config
 from sgtm.run import evaluate as evaluation
-from sgtm.run.evaluate import count_sequences, evaluate_run, small_samples, write_summary
+from sgtm.run.evaluate import check_sample, count_sequences, evaluate_run, small_samples, write_summary
 
 LABELS = {"en": "retain", "es": "forget:es"}
 SPLITS = ("train", "test")
@@ -37,26 +37,32 @@ def test_losses_that_are_not_finite_are_an_error_and_no_summary(tmp_path, loss: 
 
 def test_a_small_split_is_described(tmp_path: Path):
     corpus, config = build(tmp_path / "corpus", mixed_records()), config_for()
-    counts = {name: count_sequences(corpus, config, "test", name, 1000) for name in ("es", "en")}
+    counts = {name: count_sequences(corpus, config, "test", name, 1000) for name in corpus.categories}
     less = min(counts.values())
-    assert small_samples(corpus, config, "test", ["es", "en"], less) == ""
-    assert small_samples(corpus, config, "test", ["es", "en"], 1000) == (
-        f"--sequences 1000: split test of {corpus.path} has {counts['es']} of es and {counts['en']} of en, and all of "
-        f"them are taken"
+    assert small_samples(corpus, config, "test", less, "key") == ""
+    named = " ".join(f"{counts[name]} of {name}{then}" for name, then in zip(counts, (",", " and", ""), strict=True))
+    assert small_samples(corpus, config, "test", 1000, "key") == (
+        f"key 1000: split test of {corpus.path} has {named}, and all of them are taken"
     )
-    nothing = build(tmp_path / "nothing", [record(0, "en", split="test"), record(1, "es")])
-    assert "has 2 of en and 0 of es" in small_samples(nothing, config, "test", ["en", "es"], 3)
 
 
-def test_a_sample_that_the_split_does_not_have_is_warned_of(tmp_path: Path, capsys):
+def test_a_category_without_text_in_the_split_is_no_sample(tmp_path: Path):
+    """There is nothing to measure of it, however many sequences are asked for."""
+    corpus = build(tmp_path / "corpus", [record(0, "en", split="test"), record(1, "es")])
+    assert "has 2 of en, 0 of es and 0 of web" in small_samples(corpus, config_for(), "test", 3, "key")
+    check_sample(corpus, config_for(), "test", ["en", "es"], 2)
+    with pytest.raises(ValueError, match="has 2 of en; give at most 2"):
+        check_sample(corpus, config_for(), "test", ["en", "es"], 3)
+
+
+def test_a_sample_that_the_split_does_not_have_is_refused(tmp_path: Path):
     corpus = build(tmp_path / "corpus", [record(n, c, 40, s) for n in range(2) for c in LABELS for s in SPLITS], LABELS)
     save_config(config_for(path=str(corpus.path)), tmp_path / "config.yaml")
     make_run(tmp_path / "run", (tmp_path / "config.yaml").read_text(), corpus.fingerprint)
-    evaluate_run(tmp_path / "run", sequences=6)
-    assert "warning: --sequences" not in capsys.readouterr().err
-    evaluate_run(tmp_path / "run", sequences=7)
-    small = f"--sequences 7: split test of {corpus.path} has 6 of en and 6 of es, and all of them are taken"
-    assert f"warning: {small}\n" in capsys.readouterr().err
+    assert evaluate_run(tmp_path / "run", sequences=6)["sequences"] == 6
+    small = f"--sequences 7: split test of {corpus.path} has 6 of en and 6 of es; give at most 6, or leave it out"
+    with pytest.raises(ValueError, match=small):
+        evaluate_run(tmp_path / "run", sequences=7)
 
 
 def test_a_run_is_not_evaluated_on_other_data(tmp_path: Path, monkeypatch):

@@ -214,13 +214,12 @@ def test_too_little_text_for_a_measure_leaves_the_others(runs, tmp_path):
     assert "recital" in examine_run("single", measures=["recital"])["domains"]["es"]["measures"]
 
 
-def test_a_sample_that_the_split_does_not_have_is_warned_of(runs):
+def test_a_sample_that_the_split_does_not_have_is_refused(runs):
     lines: list[str] = []
     examine_run("run", measures=["recital"], sequences=4, log=lines.append)
     assert lines == ["es: recital"]
-    examine_run("run", measures=["recital"], sequences=40, passages=1, log=lines.append)
-    corpus = runs["run"].corpus.path
-    assert lines[1:] == [
-        f"warning: --sequences 40: split test of {corpus} has 11 of es and 11 of en, and all of them are taken",
-        "es: recital",
-    ]
+    with pytest.raises(
+        ValueError, match=r"--sequences 40: split test of .* has 11 of es and 11 of en; give at most 11"
+    ):
+        examine_run("run", measures=["recital"], sequences=40, passages=1, log=lines.append)
+    assert lines == ["es: recital"]

@@ -71,6 +71,11 @@ def both(corpus, seed: int):
     return _pieces(subject, "test", "es", 16, seed), _pieces(subject, "test", "en", 16, seed)
 
 
+def test_the_passages_are_of_the_split(corpus):
+    with pytest.raises(ValueError, match=r"split train of .* has 1 document of es with 16 tokens or more"):
+        measured(counting(), corpus, split="train")
+
+
 def test_documents_must_fill_half_of_the_context(corpus):
     with pytest.raises(ValueError, match="0 documents of es with 32 tokens or more, half of the context"):
         measured(bigram(torch.zeros(BYTES, BYTES), context=64), corpus)

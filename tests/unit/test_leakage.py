@@ -1,12 +1,21 @@
-"""Leakage of models whose ablated loss is known: none, all, and what lies between."""
+"""Leakage of models whose ablated loss is known: none, all, and what lies between.
+
+Beside losses that are given there are models of which it is known where they hold what: whatever they read, they
+predict each token as often as the logits of one column of embedding and head have it, to which a domain's own part adds
+its column where the group is active.
+"""
 
 from __future__ import annotations
 
 import math
 
 import pytest
+import torch
+from corpora import build, config_for, mixed_records
 
 from sgtm.evaluation.leakage import TokenCurve, leakage
+from sgtm.evaluation.losses import evaluate
+from sgtm.model.transformer import Transformer
 
 TOKENS = (0, 1e4, 3e4, 1e5, 3e5, 1e6)
 
@@ -34,6 +43,42 @@ def test_ignored_labels_leak_everything(curve):
         assert measured.ratio == pytest.approx(1, rel=1e-6) and not measured.extrapolated
     assert leakage(loss_of(6e4), curve, 6e4).ratio == pytest.approx(1, rel=0.05)  # between two models of the curve
     assert leakage(loss_of(2e6), curve, 2e6).extrapolated
+
+
+@pytest.fixture(scope="module")
+def losses_of(tmp_path_factory):
+    """A function from what the shared weights and the domain's group have each counted of the domain's text, in tokens,
+    to the held-out losses of the full and of the ablated model on it."""
+    corpus = build(tmp_path_factory.mktemp("leakage") / "corpus", mixed_records())
+    config = config_for(masking={"domain_embedding": "full"})
+    tokens = torch.cat([torch.tensor(corpus.tokens(n).astype("int64")) for n in corpus.select("train", "es")])
+    counts = tokens.bincount(minlength=config.model.vocab_size)
+
+    @torch.no_grad()
+    def losses(shared: float, of_group: float) -> tuple[float, float]:
+        model = Transformer(config.model, config.partition, "reference")
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.final_norm.bias[0] = 1
+        logits = [(1 + tokens * counts / counts.sum()).log() for tokens in (shared, shared + of_group)]
+        model.embedding[:, 0] = logits[0]
+        model.embedding_1[:, 0] = logits[1] - logits[0]
+        sample = {"split": "test", "sequences": None, "device": torch.device("cpu")}
+        measured = evaluate(model, corpus, config, **sample).losses
+        return measured["full"]["es"], measured["without es"]["es"]
+
+    return losses
+
+
+def test_of_models_it_is_what_the_shared_weights_hold(losses_of):
+    """Knowledge in the group alone leaks nothing, shared weights that saw all that was undiscovered leak all of it, and
+    those that saw a quarter a quarter, however much the full model knows."""
+    tokens = (0, 25, 50, 100, 200, 400, 800, 1600)
+    curve = TokenCurve(tokens, [losses_of(count, 0)[0] for count in tokens])
+    for shared, ratio in ((0, 0), (100, 0.25), (400, 1)):
+        full, ablated = losses_of(shared, 1600 - shared)
+        assert full == pytest.approx(losses_of(1600, 0)[0], abs=1e-5)
+        assert leakage(ablated, curve, 400).ratio == pytest.approx(ratio, abs=1e-4)
 
 
 def test_token_equivalent_below_the_first_model_is_a_straight_line(curve):

@@ -23,7 +23,10 @@ LABELS = {"en": "retain", "de": "retain", "es": "forget:es"}
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     records = [
-        record(n, category, 20 + 5 * n, split) for n in range(5) for category in LABELS for split in ("train", "test")
+        record(n + 5 * (split == "test"), category, 20 + 5 * n, split)
+        for n in range(5)
+        for category in LABELS
+        for split in ("train", "test")
     ]
     config = config_for()
     return config, build(tmp_path_factory.mktemp("localisation") / "corpus", records, LABELS), moved_model(config, 0.2)
@@ -64,3 +67,12 @@ def test_gradient_norms_are_those_of_the_mean_loss_over_all_categories_of_a_labe
                         weights.append(parameter[start:end].detach().flatten())
             expected = float(torch.cat(gradients).norm() / torch.cat(weights).norm())
             assert norms[label][group] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_gradients_are_of_the_split_and_of_so_many_sequences(setting):
+    config, corpus, model = setting
+    sizes = ((split, sequences) for split in ("train", "test") for sequences in (1, 2, 100))
+    norms = [
+        gradient_norms(model, corpus, config, split=s, sequences=n, device=CPU)["forget:es"]["es"] for s, n in sizes
+    ]
+    assert len({round(norm, 6) for norm in norms}) == len(norms)

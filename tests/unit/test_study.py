@@ -39,6 +39,8 @@ def test_a_variant_has_the_losses_of_its_seeds_and_the_curve_that_all_share(tmp_
 def test_forget_tokens_without_their_label(tmp_path):
     lines = [row("a", (1, 1, 1, 1), undiscovered=2e5), row("b", (1, 1, 1, 1)), standard(3e4), standard(0.0)]
     assert [variant.undiscovered for variant in study_of(tmp_path, lines).variants] == [2e5, 0.0, 3e4, 0.0]
+    lines[0]["trained"]["forget:es"] = {"forget:es": 5e5, "unlabeled": 1e4, "open:es": 3e4, "retain": 6e4}
+    assert study_of(tmp_path, lines).variants[0].undiscovered == 1e5, "whatever else they were trained as"
     lines[0]["trained"] = {}
     assert study_of(tmp_path, lines).variants[0].undiscovered is None
 

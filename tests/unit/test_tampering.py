@@ -11,6 +11,7 @@ import torch
 from corpora import build, config_for, mixed_records, spanned_corpus
 from random_models import moved_model
 
+from sgtm.data.shuffled_sequences import ShuffledSequences
 from sgtm.evaluation.losses import evaluate
 from sgtm.evaluation.subject import Subject
 from sgtm.evaluation.tampering import (
@@ -185,6 +186,22 @@ def test_a_step_has_equal_shares_and_one_mean(corpus, tokens, shares):
     assert [len(batch.input_ids) for batch in batches] == [3, tokens // 16 - 3]
     assert {batch.step_targets for batch in batches} == {sum(int((b.targets != -100).sum()) for b in batches)}
     assert batches[0].step_labels == {1, 2}
+
+
+def test_every_step_goes_on_in_the_shuffled_text_of_the_attacks_seed(corpus):
+    """Each category is read in the order of the seed, without a sequence twice before all were read."""
+
+    def read(attack: Attack, steps: range) -> list[tuple[int, ...]]:
+        data = AttackData(corpus, config_for(), attack)
+        return [tuple(ids) for step in steps for batch in data.step(step) for ids in batch.input_ids.tolist()]
+
+    epoch = ShuffledSequences(corpus, config_for(), ["es"], 0, 0)
+    everything = Counter(tuple(sequence.input_ids.tolist()) for sequence in epoch.take(0, len(epoch)))
+    once = read(ATTACK, range(len(epoch) // 4))
+    assert len(once) > 12 and not Counter(once) - everything
+    assert read(ATTACK, range(2, 4)) == once[8:16]
+    other = read(replace(ATTACK, seed=1), range(len(epoch) // 4))
+    assert other != once and not Counter(other) - everything
 
 
 def test_targets_in_spans_are_those_of_the_category(tmp_path):
