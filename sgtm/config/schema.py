@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Annotated
 
@@ -136,6 +136,10 @@ class Config(Section):
                 "masking.cross_domain active: strategy gram has other domains' groups inactive; set inactive, or "
                 "another masking.strategy"
             )
+        try:
+            self.space.removals(self.train.eval_removed)
+        except ValueError as error:
+            raise ValueError(f"train.eval_removed: {error}") from None
         for group in self.optimizer.group_lr:
             if group not in self.space.groups:
                 slip = did_you_mean(group, self.space.groups)
@@ -205,14 +209,14 @@ class Config(Section):
 
     @property
     def removals(self) -> list[tuple[str, ...]]:
-        """The sets of domains without which a model is evaluated, the empty one first. It is the only one where nothing
-        can be removed: neither a group that holds a domain nor a direction.
+        """The sets of domains without which a model is evaluated, the empty one first, all domains last. The empty one
+        is the only one where nothing can be removed: neither a group that holds a domain nor a direction.
         """
-        return self.space.subsets() if self.removes_groups or self.steered else [()]
+        return self.space.removals(self.train.eval_removed) if self.removes_groups or self.steered else [()]
 
-    def removal_tables(self, removed: Iterable[str]) -> Tables:
-        """Tables of an evaluation without these domains."""
-        return removal_tables(self.space, removed, self.removes_groups)
+    def removal_tables(self, removed: Iterable[str], strengths: Mapping[str, float] | None = None) -> Tables:
+        """Tables of an evaluation without these domains; strengths: of others."""
+        return removal_tables(self.space, removed, self.removes_groups, strengths)
 
     def rate_of(self, group: int) -> float:
         """Factor on the learning rate of a group; that of group 0, retain, is also the joint parameters'."""

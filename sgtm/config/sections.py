@@ -250,6 +250,9 @@ class TrainConfig(Section):
     """Steps between evaluations; 0: only at the end."""
     eval_sequences: PositiveInt = 64
     """Sequences per category in an evaluation during training."""
+    eval_removed: list[list[str]] = []
+    """Sets of domains to remove in evaluations, e.g. `[[bio, cyber]]`, besides those that every evaluation has: no
+    domain, each by itself, and all. Each set costs one pass over the data."""
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints; 0: only at the end."""
     keep_last: PositiveInt = 2

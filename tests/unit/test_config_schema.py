@@ -97,6 +97,7 @@ RULES = [
         ["--masking.forget_heads=0", "--masking.forget_neurons=0"],
         "masking.forget_heads es: 0, with forget_neurons 0, leaves the domain no group; set one of them above 0",
     ),
+    (["--train.eval_removed=[[es, fr]]"], "train.eval_removed: unknown domain 'fr'; known domains: es"),
     (["--optimizer.group_lr.ess=2"], "optimizer.group_lr ess: no such group (did you mean es?); groups: retain, es"),
     (
         ["--optimizer.group_lr.es=0"],
@@ -200,6 +201,13 @@ def test_a_saved_config_with_added_groups_loads_as_it_was(tmp_path):
 def test_added_neurons_alone_leave_gpt_neo_its_heads():
     config = load_config("debug", ["--masking.partition=add", "--masking.forget_heads=0"])
     assert (config.model.heads, config.model.intermediate_size, config.partition.layers[0].heads) == (4, 72, (4, 0))
+
+
+def test_the_removed_sets_are_those_of_the_config():
+    domains = ("--masking.domains=[a, b, c, d]", "--masking.forget_heads=0")
+    config = load_config("debug", [*domains, "--data.channel={}", "--train.eval_removed=[[d, a]]"])
+    assert config.removals == [(), ("a",), ("b",), ("c",), ("d",), ("a", "d"), ("a", "b", "c", "d")]
+    assert load_config("debug", [*domains, "--masking.strategy=none", "--train.eval_removed=[[a, b]]"]).removals == [()]
 
 
 def test_groups_have_rates_of_their_own():
