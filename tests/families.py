@@ -78,13 +78,27 @@ def partition_of(space: LabelSpace, model: ModelConfig, **masking) -> Partition:
 
 
 def model_of(
-    family: str, backend: str = "torch", masked_layers=None, seed: int = 0, embedding: str | int = "none", **changes
+    family: str,
+    backend: str = "torch",
+    masked_layers=None,
+    seed: int = 0,
+    embedding: str | int = "none",
+    forget_heads: dict[str, int] | None = None,
+    forget_neurons: dict[str, int] | None = None,
+    **changes,
 ) -> Transformer:
-    """Unequal groups; every parameter random and far from 0, biases and norms included."""
+    """Unequal groups; every parameter random and far from 0, biases and norms included.
+
+    forget_heads  by domain, in KV groups; None: one for each domain
+    """
     config = FAMILIES[family].model_copy(update=changes)
     share = config.heads // config.num_kv_heads
-    masking = {"forget_heads": share, "forget_neurons": {"bio": 3, "code": 1}, "masked_layers": masked_layers}
-    masking["embedding"] = embedding
+    masking = {
+        "forget_heads": {domain: share * (forget_heads or {}).get(domain, 1) for domain in SPACE.domains},
+        "forget_neurons": forget_neurons or {"bio": 3, "code": 1},
+        "masked_layers": masked_layers,
+        "embedding": embedding,
+    }
     partition = partition_of(SPACE, config, **masking)
     torch.manual_seed(seed)
     model = Transformer(config, partition, backend)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Annotated
 
@@ -26,8 +26,9 @@ from sgtm.masking import recipes
 from sgtm.masking.certificate import Conditions, check_certified
 from sgtm.masking.channel import LabelChannel
 from sgtm.masking.labels import OPEN, LabelSpace
-from sgtm.masking.partition import Partition, build_partition
+from sgtm.masking.partition import Partition, added_widths, build_partition
 from sgtm.masking.strategy import Joint, build_tables, own_joint, removal_tables
+from sgtm.process.names import did_you_mean
 from sgtm.words import counted, listed
 from sgtm_kernels.tables import JointKind, Tables
 
@@ -72,6 +73,45 @@ class Config(Section):
         keys = recipes.recipe(values["recipe"], domains if isinstance(domains, list) else [], unmasked)
         return values | {name: keys[name] | section for name, section in sections.items()}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _add_groups(cls, values):
+        """With masking.partition add: `model` with the widths of all groups, and `added`, which adds nothing again."""
+        try:
+            masking = MaskingConfig.model_validate(values["masking"])
+            model = ModelConfig.model_validate(values["model"])
+            space = LabelSpace(tuple(masking.domains))
+        except (KeyError, TypeError, ValueError):
+            return values  # an error of the user's, which is found next
+        if masking.partition != "add":
+            return values
+        try:
+            widths = added_widths(
+                space,
+                heads=model.heads,
+                kv_heads=model.num_kv_heads,
+                neurons=model.intermediate_size,
+                forget_heads=masking.forget_heads,
+                forget_neurons=masking.forget_neurons,
+                percent=masking.percent,
+            )
+        except ValueError as error:
+            raise ValueError(f"masking.{error}") from None
+        heads: dict[str, int | None] = {}
+        if widths.heads > model.heads:
+            if model.family == "gpt_neo":
+                raise ValueError(
+                    f"masking.partition add: family gpt_neo, whose heads are hidden_size / heads wide, has no room for "
+                    f"masking.forget_heads {masking.forget_heads} more; set it 0, or model.family llama"
+                )
+            heads = {"heads": widths.heads, "head_dim": model.size_per_head}
+            heads |= {"kv_heads": widths.kv_heads} if model.kv_heads else {}
+        sizes = {"forget_heads": widths.forget_heads, "forget_neurons": widths.forget_neurons, "percent": None}
+        return values | {
+            "model": model.model_dump(exclude_unset=True) | heads | {"intermediate_size": widths.neurons},
+            "masking": masking.model_dump(exclude_unset=True) | {"partition": "added"} | sizes,
+        }
+
     @model_validator(mode="after")
     def _consistent(self):
         strategy = self.masking.strategy
@@ -96,6 +136,16 @@ class Config(Section):
                 "masking.cross_domain active: strategy gram has other domains' groups inactive; set inactive, or "
                 "another masking.strategy"
             )
+        try:
+            self.space.removals(self.train.eval_removed)
+        except ValueError as error:
+            raise ValueError(f"train.eval_removed: {error}") from None
+        for group in self.optimizer.group_lr:
+            if group not in self.space.groups:
+                slip = did_you_mean(group, self.space.groups)
+                raise ValueError(
+                    f"optimizer.group_lr {group}: no such group{slip}; groups: {', '.join(self.space.groups)}"
+                )
         self._check_token_filter()
         if (layer := self.steering.layer) is not None and layer >= self.model.layers:
             raise ValueError(
@@ -159,14 +209,18 @@ class Config(Section):
 
     @property
     def removals(self) -> list[tuple[str, ...]]:
-        """The sets of domains without which a model is evaluated, the empty one first. It is the only one where nothing
-        can be removed: neither a group that holds a domain nor a direction.
+        """The sets of domains without which a model is evaluated, the empty one first, all domains last. The empty one
+        is the only one where nothing can be removed: neither a group that holds a domain nor a direction.
         """
-        return self.space.subsets() if self.removes_groups or self.steered else [()]
+        return self.space.removals(self.train.eval_removed) if self.removes_groups or self.steered else [()]
 
-    def removal_tables(self, removed: Iterable[str]) -> Tables:
-        """Tables of an evaluation without these domains."""
-        return removal_tables(self.space, removed, self.removes_groups)
+    def removal_tables(self, removed: Iterable[str], strengths: Mapping[str, float] | None = None) -> Tables:
+        """Tables of an evaluation without these domains; strengths: of others."""
+        return removal_tables(self.space, removed, self.removes_groups, strengths)
+
+    def rate_of(self, group: int) -> float:
+        """Factor on the learning rate of a group; that of group 0, retain, is also the joint parameters'."""
+        return self.optimizer.group_lr.get(self.space.groups[group], 1.0)
 
     @property
     def joint(self) -> Joint | list[JointKind]:

@@ -27,7 +27,7 @@ from sgtm_kernels.tables import JointKind
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Members = PositiveInt | dict[str, PositiveInt | list[NonNegativeInt]]
+Members = NonNegativeInt | dict[str, NonNegativeInt | list[NonNegativeInt]]
 
 
 class Section(BaseModel):
@@ -117,8 +117,13 @@ class MaskingConfig(Section):
     """Whether tokens of one domain run with the other domains' groups inactive."""
     overrides: dict[str, float] = {}
     """Single table entries, e.g. `update.forget:bio.retain.mlp_out: 0.1`."""
+    partition: Literal["designate", "add", "added"] = "designate"
+    """Where the domains' groups come from. `designate`: from the heads and neurons that `model` has. `add`: on top of
+    them, as in GRAM: `model.heads`, `model.kv_heads` and `model.intermediate_size` are the retain group's, and heads
+    keep their width. `added`: what `add` becomes in the `config.yaml` of a run, whose `model` has the widths of all
+    groups together."""
     forget_heads: Members = 1
-    """Query heads per layer: a count for every domain, or by domain a count or a list of indices."""
+    """Query heads per layer: a count for every domain, or by domain a count or a list of indices. 0: neurons alone."""
     forget_neurons: Members = 64
     """Neurons per layer, in the same form."""
     percent: PositiveFloat | dict[str, PositiveFloat] | None = None
@@ -138,6 +143,15 @@ class MaskingConfig(Section):
     `position` leaks: the loss of a forget token flows back to the earlier retain positions it reads and updates retain
     weights. `conservative` has no such path, but what follows the last forget token reads it, so its gradient depends
     on the content of the forget text."""
+
+    @model_validator(mode="after")
+    def _added_to_every_layer(self):
+        if self.partition != "designate" and self.masked_layers is not None:
+            raise ValueError(
+                f"masked_layers {self.masked_layers}: with partition {self.partition} every layer is wider by the "
+                "domains' groups; set masked_layers null, or partition designate"
+            )
+        return self
 
 
 class DataConfig(Section):
@@ -180,6 +194,9 @@ class OptimizerConfig(Section):
 
     lr: PositiveFloat = 5e-4
     """Peak of the learning rate, after the warm-up."""
+    group_lr: dict[str, PositiveFloat] = {}
+    """Factor on the learning rate of a domain's group, e.g. `{bio: 0.5}`, weight decay included; `retain` is the factor
+    of the retain group and the joint parameters. Groups that are left out, and those at 1, train as without it."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of AdamW's first and second moment."""
     eps: PositiveFloat = 1e-8
@@ -233,6 +250,9 @@ class TrainConfig(Section):
     """Steps between evaluations; 0: only at the end."""
     eval_sequences: PositiveInt = 64
     """Sequences per category in an evaluation during training."""
+    eval_removed: list[list[str]] = []
+    """Sets of domains to remove in evaluations, e.g. `[[bio, cyber]]`, besides those that every evaluation has: no
+    domain, each by itself, and all. Each set costs one pass over the data."""
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints; 0: only at the end."""
     keep_last: PositiveInt = 2

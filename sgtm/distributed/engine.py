@@ -174,7 +174,8 @@ class Engine:
         check_cover(self._fragments, numels, replicas, self.all_reduce_sum)
         keys = {key for layout in rows.values() for key in layout.keys}
         owners = {key: owner_of(key, config.space.groups) for key in keys} if by_owner else None
-        self.optimizer.set_segments(segment_tables(self._fragments, numels, rows), keys, owners)
+        rates = {key: config.rate_of(owner_of(key, config.space.groups)) for key in keys}
+        self.optimizer.set_segments(segment_tables(self._fragments, numels, rows), keys, owners, rates)
 
     @property
     def module(self) -> Transformer:

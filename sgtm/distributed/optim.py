@@ -19,7 +19,7 @@ import torch
 from sgtm_kernels.adamw import Tensors, WeightSlice, prepare
 from sgtm_kernels.adamw.op import Step
 
-PREPARED = 64  # launches kept; a run has as many live sets as its steps have mixtures of labels
+PREPARED = 64  # live sets whose launches are kept; a run has as many as its steps have mixtures of labels
 
 
 class Segment(NamedTuple):
@@ -51,7 +51,8 @@ class Settings(Protocol):
 
 
 class Prepared(NamedTuple):
-    """The update of an owner's live segments: the call, the keys whose counts it takes, and each tensor's state."""
+    """The update of live segments of one owner and rate: the call, the keys whose counts it takes, and the tensors'
+    state."""
 
     update: Step
     keys: list[str]
@@ -66,6 +67,7 @@ class SegmentedAdamW(torch.optim.Optimizer):
     tables   segments of every tensor this rank owns a part of, by tensor
     steps    number of updates each key has had; the same on all ranks, part of a checkpoint
     owners   by key, the number of those who clip and skip together; 0 for all unless `set_segments` was given others
+    rates    by key, what the learning rate is multiplied by; 1 for all unless `set_segments` was given others
     factors  by owner, what the gradient of the coming `step` is multiplied by, an fp32 number up to 1 (clipping), or
              None: its keys are not updated, as if they were not live. 1.0 unless set after `begin_step`. The backend
              `torch` then multiplies the gradient of live segments in place.
@@ -81,16 +83,22 @@ class SegmentedAdamW(torch.optim.Optimizer):
         self.backend = backend
         self.steps: dict[str, int] = {}
         self.owners: dict[str, int] = {}
+        self.rates: dict[str, float] = {}
         self.factors: list[float | None] = [1.0]
         self.tables: dict[torch.Tensor, list[Segment]] = {}
         self.squares: torch.Tensor | None = None
         self._live: frozenset[str] = frozenset()
         self._counted = True
+        self._parts: list[tuple[int, float]] = []  # owner and rate: a launch takes one of each
         self._prepared: dict[tuple, Prepared] = {}
         self._known = self.state  # that `_prepared` holds entries of
 
     def set_segments(
-        self, tables: dict[torch.Tensor, list[Segment]], keys: Iterable[str], owners: Mapping[str, int] | None = None
+        self,
+        tables: dict[torch.Tensor, list[Segment]],
+        keys: Iterable[str],
+        owners: Mapping[str, int] | None = None,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         """Segment tables of this rank's tensors, and every key of the model (other ranks may own some alone).
 
@@ -99,6 +107,8 @@ class SegmentedAdamW(torch.optim.Optimizer):
         self.tables = tables
         self.steps = dict.fromkeys(sorted(keys), 0)
         self.owners = dict(owners) if owners else dict.fromkeys(self.steps, 0)
+        self.rates = dict(rates) if rates else dict.fromkeys(self.steps, 1.0)
+        self._parts = sorted({(self.owners[key], self.rates[key]) for key in self.steps})
         self._prepared.clear()
         for tensor in tables:
             self.state[tensor] = {"exp_avg": torch.zeros_like(tensor), "exp_avg_sq": torch.zeros_like(tensor)}
@@ -134,26 +144,27 @@ class SegmentedAdamW(torch.optim.Optimizer):
             grads = [grad for _, grad in params if grad is not None]
             if self.squares is not None:
                 self._measure(self.squares, tensors, grads)
-            for owner, factor in enumerate(self.factors):
+            for owner, rate in self._parts:
+                factor = self.factors[owner]
                 if factor is None:
                     continue
-                update, keys, states = self._update_of(tensors, owner)
+                update, keys, states = self._update_of(tensors, owner, rate)
                 moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
                 parts = list(map(Tensors._make, zip(tensors, grads, *moments, strict=True)))
-                update(parts, [self.steps[key] for key in keys], group["lr"], factor)
+                update(parts, [self.steps[key] for key in keys], group["lr"] * rate, factor)
 
-    def _update_of(self, tensors: list[torch.Tensor], owner: int) -> Prepared:
+    def _update_of(self, tensors: list[torch.Tensor], owner: int, rate: float) -> Prepared:
         """Made once: finding the states alone costs the host more than the rest of a step."""
         if self._known is not self.state:  # it is another one after `load_state_dict`
             self._known = self.state
             self._prepared.clear()
-        name = (self._live, owner, self.backend, *map(id, tensors))
+        name = (self._live, owner, rate, self.backend, *map(id, tensors))
         try:
             return self._prepared[name]
         except KeyError:
-            if len(self._prepared) == PREPARED:
+            if len(self._prepared) >= PREPARED * len(self._parts):
                 self._prepared.clear()
-            keys = sorted(key for key in self._live if self.owners[key] == owner)
+            keys = sorted(key for key in self._live if (self.owners[key], self.rates[key]) == (owner, rate))
             counters = {key: index for index, key in enumerate(keys)}
             slices = [
                 WeightSlice(number, start, end, counters[key], self.config.weight_decay if decay else 0.0)

@@ -210,6 +210,8 @@ def _model_table(explanation: Explanation) -> Table:
     table.add_row("recipe", config.recipe if config.recipe and masking.strategy != "none" else NOTHING)
     table.add_row("masking", f"strategy {masking.strategy}, joint {joint}, mixing {config.data.mixing}")
     table.add_row("embedding", f"of a domain's own: {masking.domain_embedding}")
+    rates = [f"{group} x {rate:g}" for group, rate in config.optimizer.group_lr.items()]
+    table.add_row("learning rate", ", ".join([f"{config.optimizer.lr:g}", *rates]))
     table.add_row("clipping", f"norm {config.optimizer.grad_clip:g}, {config.optimizer.grad_clip_scope}")
     return table
 
@@ -241,7 +243,9 @@ def _accumulation(config: Config) -> str:
 def _partition_table(explanation: Explanation) -> Table:
     config = explanation.config
     masked = [i for i in range(config.model.layers) if config.partition.masked(i)]
-    table = Table(title=f"groups, in {len(masked)} of {counted(config.model.layers, 'layer')}", title_justify="left")
+    added = ", added to those of the retain group" if config.masking.partition == "added" else ""
+    layers = f"{len(masked)} of {counted(config.model.layers, 'layer')}"
+    table = Table(title=f"groups, in {layers}{added}", title_justify="left")
     for column in ("group", "heads", "KV heads", "neurons", "parameters", "share"):
         table.add_column(column, justify="left" if column == "group" else "right")
     layer = config.partition.layers[masked[0]] if masked else None

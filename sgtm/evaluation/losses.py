@@ -1,4 +1,4 @@
-"""Loss of every category, for the full model and for every set of removed domains, and the norms of what layers add.
+"""Loss of every category, for the full model and for sets of removed domains, and the norms of what layers add.
 Of a model that was trained without masks nothing is removed (`Config.removals`), unless a domain is in adapters: then
 the model without it is another one, its base.
 
@@ -21,7 +21,7 @@ far smaller than the errors of the two losses. Other seeds of the training are n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from sgtm.config.schema import Config
 from sgtm.data.batch import IGNORE, Owners
 from sgtm.data.loader import evaluation_batches
 from sgtm.data.store import Corpus
-from sgtm.masking.labels import FULL, removal_name
+from sgtm.masking.labels import FULL, removal_name, strength_name
 from sgtm.model.output_norms import Norms, OutputNorms
 from sgtm_kernels.cross_entropy import kept_losses
 
@@ -40,8 +40,9 @@ Losses = dict[str, dict[str, float]]
 class Evaluation(NamedTuple):
     """What an evaluation finds.
 
-    losses  by removed set (`removal_name`) and category, nats per target token
-    norms   by the same, those of sgtm/model/output_norms.py
+    losses  by condition (`removal_name`, `strength_name`) and category, nats per target token
+    norms   by the same, those of sgtm/model/output_norms.py; what the groups add is in those of the full model alone,
+            as a number for each group, category and condition would grow with the cube of the domains
     sample  what the losses rest on, as JSON: `true_labels` of the categories; `measured`, by category, numbers of
             `documents` and `tokens` (targets); `errors`, standard errors of the losses, by removed set and category;
             `difference_errors`, those of the difference to the full model. A single document has no error
@@ -66,22 +67,30 @@ def evaluate(
     all_reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda t: t,
     check: Callable[[], None] = lambda: None,
     bases: Mapping[str, Callable] | None = None,
+    strengths: Sequence[Mapping[str, float]] = (),
 ) -> Evaluation:
     """Losses of every category for every removed set of the config, and what they rest on.
+
+    A batch has one forward pass for each condition: the time grows in proportion to the number of conditions, and to
+    the number of sequences.
 
     forward    `Transformer.forward` or an engine around it
     split      of the corpus; sequences: at most this many of each category, None: all
     check      is called before every batch, on all ranks, and may raise to end the evaluation
     bases      by domain, the forward pass of the model without its adapters, all groups active: where there are some,
                these domains are removed, one at a time, and no group is
+    strengths  models besides, each with some domains at a strength from 0 to 1 (`removal_tables`)
     Every rank takes its share of the sequences, with the same number of forward passes.
 
     Raises ValueError where the split has no target at all.
     """
-    subsets = [(), *((domain,) for domain in bases)] if bases else config.removals
-    tables = [config.removal_tables(() if bases else removed) for removed in subsets]
-    passes = [forward, *bases.values()] if bases else [forward] * len(subsets)
-    losses: Losses = {removal_name(removed): {} for removed in subsets}
+    removals = [(), *((domain,) for domain in bases)] if bases else config.removals
+    tables = [config.removal_tables(() if bases else removed) for removed in removals]
+    titrated = {strength_name(at): at for at in strengths}
+    tables += [config.removal_tables((), at) for at in titrated.values()]
+    passes = [forward, *bases.values()] if bases else [forward] * len(tables)
+    losses: Losses = {removal_name(removed): {} for removed in removals}
+    losses |= {name: {} for name in titrated}
     norms: dict[str, Norms] = {name: {} for name in losses}
     sample: dict[str, Any] = {
         "true_labels": dict(corpus.categories),
@@ -92,7 +101,7 @@ def evaluate(
     for category in corpus.categories:
         sums = torch.zeros(len(losses) + 1, dtype=torch.float64, device=device)
         by_document: DocumentLosses | None = None
-        by_table = [OutputNorms(table) for table in tables]
+        by_table = [OutputNorms(table, groups=name == FULL) for name, table in zip(losses, tables, strict=True)]
         for batch in evaluation_batches(
             corpus, config, split, category, max_sequences=sequences, rank=rank, world_size=world_size
         ):

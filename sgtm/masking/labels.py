@@ -7,7 +7,7 @@ run. A head or neuron belongs to a *group*: `retain` (0), then one group per dom
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from sgtm.process.names import did_you_mean, look_alike
@@ -15,7 +15,7 @@ from sgtm.process.names import did_you_mean, look_alike
 UNLABELED, RETAIN, FIRST_FORGET = 0, 1, 2
 OPEN = "open:"
 RETAIN_GROUP = "retain"
-FULL, WITHOUT = "full", "without "
+FULL, WITHOUT, WITH, AT = "full", "without ", "with ", " at "
 JOINT_GROUP = "joint"  # in the place of a group: all weights that no group owns
 RESERVED = ("retain", "unlabeled", FULL, JOINT_GROUP)
 
@@ -29,6 +29,18 @@ def removal_name(removed: Iterable[str]) -> str:
 def removed_domains(name: str) -> tuple[str, ...]:
     """Inverse of `removal_name`."""
     return tuple(name.removeprefix(WITHOUT).split(",")) if name.startswith(WITHOUT) else ()
+
+
+def strength_name(strengths: Mapping[str, float]) -> str:
+    """`with <domain> at <strength>[,...]`: the name of a model with domains at these strengths in every output."""
+    return WITH + ",".join(f"{domain}{AT}{strength:g}" for domain, strength in strengths.items())
+
+
+def lowered_domains(name: str) -> tuple[str, ...]:
+    """The domains that a name of `removal_name` or `strength_name` lists: without them, or with less of them."""
+    if not name.startswith(WITH):
+        return removed_domains(name)
+    return tuple(part.rpartition(AT)[0] for part in name.removeprefix(WITH).split(","))
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,13 @@ class LabelSpace:
             raise ValueError(f"unknown domain {domain!r}{slip}; known domains: {known}")
         return self.domains.index(domain) + 1
 
-    def subsets(self) -> list[tuple[str, ...]]:
-        """Every set of domains that can be removed, the empty one first, smaller ones before larger."""
-        masks = sorted(range(2 ** len(self.domains)), key=lambda mask: (mask.bit_count(), mask))
-        return [tuple(d for i, d in enumerate(self.domains) if mask >> i & 1) for mask in masks]
+    def removals(self, chosen: Iterable[Iterable[str]] = ()) -> list[tuple[str, ...]]:
+        """Sets of domains to remove: none, each domain by itself, those that are `chosen`, and all; each once, smaller
+        ones before larger, in the order of the domains. Raises ValueError for an unknown domain.
+
+        So there are at most K + 2 of K domains and those that are chosen, not 2^K.
+        """
+        every = range(len(self.domains))
+        sets = [(), *((index,) for index in every), tuple(every)]
+        sets += [tuple(sorted({self.group_of(domain) - 1 for domain in names})) for names in chosen]
+        return [tuple(self.domains[i] for i in removed) for removed in sorted(set(sets), key=lambda s: (len(s), s))]

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from sgtm.masking.labels import LabelSpace
 
 T = TypeVar("T")
+Sizes = dict[str, int | list[int]]
+"""By domain, how many members its group has in a layer, or their original indices."""
 ENDS = ("embedding", "head")
 """Matrices of which a domain may have a part of its own."""
 
@@ -71,15 +73,16 @@ def build_partition(
     heads: int,
     kv_heads: int,
     neurons: int,
-    forget_heads: int | dict[str, int | list[int]],
-    forget_neurons: int | dict[str, int | list[int]],
+    forget_heads: int | Sizes,
+    forget_neurons: int | Sizes,
     percent: float | dict[str, float] | None = None,
     masked_layers: Sequence[int] | None = None,
     embedding: Literal["none", "full"] | int = "none",
 ) -> Partition:
     """Partition of a model with `heads` query heads, `kv_heads` KV heads and `neurons` MLP neurons in each layer.
 
-    forget_heads, forget_neurons  for every domain alike, or by domain: a count per layer, or original indices
+    forget_heads, forget_neurons  for every domain alike, or by domain: a count per layer, which may be 0, or original
+                   indices
     percent        instead of both: percent of each layer's heads and of its neurons for the domain, rounded to the
                    nearest whole KV group and neuron (at least one of each), so percent of the layer's group-owned
                    parameters
@@ -87,18 +90,18 @@ def build_partition(
     embedding      as in `Partition`
 
     Raises ValueError naming the key for counts that split a KV group, indices that repeat or do not exist, and a
-    partition that leaves no retain head or neuron.
+    partition that leaves no retain head or neuron, or a domain nothing of its own.
     """
     q_per_kv = heads // kv_heads
-    if percent is not None:
-        share = {d: p / 100 for d, p in _by_domain(space, percent, "percent").items()}
-        forget_heads = {d: max(1, round(kv_heads * s)) * q_per_kv for d, s in share.items()}
-        forget_neurons = {d: max(1, round(neurons * s)) for d, s in share.items()}
-    wanted_heads: dict[str, int | list[int]] = _by_domain(space, forget_heads, "forget_heads")
+    wanted_heads, wanted_neurons = _sizes(space, heads, kv_heads, neurons, forget_heads, forget_neurons, percent)
     head_lists = _members(space, wanted_heads, heads, "forget_heads")
-    neuron_lists = _members(space, _by_domain(space, forget_neurons, "forget_neurons"), neurons, "forget_neurons")
+    neuron_lists = _members(space, wanted_neurons, neurons, "forget_neurons")
     for domain, of_domain in wanted_heads.items():
         _check_kv_groups(domain, of_domain, q_per_kv)
+        if embedding == "none" and not of_domain and not wanted_neurons[domain]:
+            raise ValueError(
+                f"forget_heads {domain}: 0, with forget_neurons 0, leaves the domain no group; set one of them above 0"
+            )
     head_order = tuple(h for members in head_lists for h in members)
     neuron_order = tuple(n for members in neuron_lists for n in members)
     head_counts = tuple(len(members) for members in head_lists)
@@ -114,6 +117,62 @@ def build_partition(
     if not chosen <= set(range(layers)):
         raise ValueError(f"masked_layers {sorted(chosen)} name a layer outside 0..{layers - 1}")
     return Partition(space.groups, tuple(masked if i in chosen else plain for i in range(layers)), embedding)
+
+
+class Widths(NamedTuple):
+    """What `build_partition` takes for groups that are added: widths of all groups together, and counts by domain."""
+
+    heads: int
+    kv_heads: int
+    neurons: int
+    forget_heads: dict[str, int]
+    forget_neurons: dict[str, int]
+
+
+def added_widths(
+    space: LabelSpace,
+    *,
+    heads: int,
+    kv_heads: int,
+    neurons: int,
+    forget_heads: int | Sizes,
+    forget_neurons: int | Sizes,
+    percent: float | dict[str, float] | None = None,
+) -> Widths:
+    """Widths of a layer whose retain group has `heads`, `kv_heads` and `neurons`, the domains' groups on top (GRAM).
+
+    The sizes are as `build_partition` takes them, `percent` of the retain group's widths. Raises ValueError naming the
+    key for indices, which added groups do not have, and for counts that split a KV group.
+    """
+    q_per_kv = heads // kv_heads
+    sizes = _sizes(space, heads, kv_heads, neurons, forget_heads, forget_neurons, percent)
+    counts: list[dict[str, int]] = [{}, {}]
+    for key, wanted, of_key in zip(("forget_heads", "forget_neurons"), sizes, counts, strict=True):
+        for domain, size in wanted.items():
+            if not isinstance(size, int):
+                raise ValueError(f"{key} {domain}: {size} are indices in a model; an added group takes a count")
+            of_key[domain] = size
+    for domain, count in counts[0].items():
+        _check_kv_groups(domain, count, q_per_kv)
+    more_heads, more_neurons = (sum(of_key.values()) for of_key in counts)
+    return Widths(heads + more_heads, kv_heads + more_heads // q_per_kv, neurons + more_neurons, *counts)
+
+
+def _sizes(
+    space: LabelSpace,
+    heads: int,
+    kv_heads: int,
+    neurons: int,
+    forget_heads: int | Sizes,
+    forget_neurons: int | Sizes,
+    percent: float | dict[str, float] | None,
+) -> tuple[Sizes, Sizes]:
+    """Heads and neurons of each domain's group."""
+    if percent is not None:
+        share = {d: p / 100 for d, p in _by_domain(space, percent, "percent").items()}
+        forget_heads = {d: max(1, round(kv_heads * s)) * (heads // kv_heads) for d, s in share.items()}
+        forget_neurons = {d: max(1, round(neurons * s)) for d, s in share.items()}
+    return _by_domain(space, forget_heads, "forget_heads"), _by_domain(space, forget_neurons, "forget_neurons")
 
 
 def _check_kv_groups(domain: str, heads: int | list[int], q_per_kv: int) -> None:
@@ -136,7 +195,7 @@ def _by_domain(space: LabelSpace, value: T | dict[str, T], key: str) -> dict[str
     return value
 
 
-def _members(space: LabelSpace, wanted: dict[str, int | list[int]], total: int, key: str) -> list[list[int]]:
+def _members(space: LabelSpace, wanted: Sizes, total: int, key: str) -> list[list[int]]:
     """Original indices of each group, retain first; counts take from the end, the last domain last."""
     explicit = [i for value in wanted.values() if not isinstance(value, int) for i in value]
     if len(set(explicit)) != len(explicit) or any(not 0 <= i < total for i in explicit):

@@ -8,7 +8,7 @@ Enables Access Control", ICML 2026.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 from sgtm.masking.labels import RETAIN, LabelSpace
@@ -194,17 +194,31 @@ def _override(draft: _Draft, key: str, value: float) -> None:
         ) from None
 
 
-def removal_tables(space: LabelSpace, removed: Iterable[str], groups: bool = True) -> Tables:
+def removal_tables(
+    space: LabelSpace, removed: Iterable[str], groups: bool = True, strengths: Mapping[str, float] | None = None
+) -> Tables:
     """Tables of evaluation: every label runs with the removed domains' groups inactive and nothing else masked.
+
+    strengths  by domain, from 0 to 1: what the outputs of the heads and neurons of its group, and its own part of
+               embedding and head, are multiplied by; domains that are left out are at 1, removed ones at 0. It is as
+               if the group's rows of Wo and W2 were multiplied: weights of an export are linear in the strength
+               (sgtm/evaluation/pair.py)
 
     The direction of a domain, if there is one (sgtm/model/steering.py), is added to all tokens unless the domain is
     removed. groups: False leaves the groups active, as removing a domain then means to leave its direction out.
+
+    Raises ValueError for an unknown domain, and a strength that is not from 0 to 1.
     """
     draft, without = _Draft(space), {space.group_of(domain) for domain in removed}
+    at = {space.group_of(domain): strength for domain, strength in (strengths or {}).items()}
+    for group, strength in at.items():
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength {strength:g} of {space.groups[group]}: a domain is at a strength from 0 to 1")
+    without |= {group for group, strength in at.items() if strength == 0}
     for active, steered in zip(draft.active, draft.steered, strict=True):
         for group in range(1, len(space.groups)):
             if group not in without:
-                steered[group] = 1.0
+                active[group], steered[group] = at.get(group, 1.0), 1.0
             elif groups:
                 active[group] = 0.0
     return draft.freeze()

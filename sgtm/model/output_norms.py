@@ -45,11 +45,12 @@ Norms = dict[str, LabelNorms]
 class OutputNorms:
     """Sums over the forward passes that it is handed to (`Transformer.forward`), on the device.
 
+    groups  whether what the groups add is measured, and not the stream alone
     Outside a forward pass calls do nothing: activation checkpointing computes blocks again in the backward pass.
     """
 
-    def __init__(self, tables: Tables):
-        self.tables = tables
+    def __init__(self, tables: Tables, groups: bool = True):
+        self.tables, self.groups = tables, groups
         self._keys: list[tuple[Source, int]] = []
         self._by_token: list[torch.Tensor] = []
         self._sums: torch.Tensor | None = None
@@ -62,6 +63,8 @@ class OutputNorms:
         counts = plan.labels(device)[:, None] == labels
         self._weights = (counts & (targets.flatten() != IGNORE)[:, None]).double()
         self._keys, self._by_token, self._open = [], [], True
+        self._active = {g for label in plan.present for g, on in enumerate(self.tables.active[label]) if on != 0}
+        self._zeros = torch.zeros(plan.tokens, device=device)  # what the other groups add
 
     @torch.no_grad()
     def residual(self, x: torch.Tensor) -> None:
@@ -91,14 +94,17 @@ class OutputNorms:
         out     [B, S, D] = inner @ weight + bias
         inner   [B, S, rows], weight [rows, D], bias [D]; bounds: the groups' boundaries in the rows
         """
-        if not self._open:
+        if not (self._open and self.groups):
             return
         spans = [slice(*span) for span in pairwise(bounds)]
         largest = max(range(len(spans)), key=lambda group: spans[group].stop - spans[group].start)
         inner, out = inner.flatten(0, 1), out.flatten(0, 1)
         left, right = [], []
         for group, rows in enumerate(spans):
-            if group != largest:
+            if group != largest and len(spans) > 1 and group not in self._active:
+                self._keys.append((sublayer, group))
+                self._by_token.append(self._zeros)
+            elif group != largest:
                 left.append(inner[:, rows])
                 right.append(weight[rows])
                 self._add(sublayer, group, left[-1] @ right[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -84,21 +84,31 @@ def evaluate_run(
     sequences: int | None = None,
     data: str | None = None,
     steer: float | None = None,
+    remove: Sequence[Sequence[str]] = (),
+    strengths: Sequence[Mapping[str, float]] = (),
 ) -> dict:
-    """Losses per category, full and without each set of domains (`Config.removals`), as `summary.json` holds them. Of
-    an adapted run: full, and without its domain, which is the base.
+    """Losses per category, full and without sets of domains (`Config.removals`), as `summary.json` holds them. Of an
+    adapted run: full, and without its domain, which is the base.
 
     split      of the corpus to evaluate on
     sequences  at most this many sequences of each category; None: all of them
     data       `data.path` to take, of the same corpus; None: that of the run, whatever the working directory
     steer      multiple of its direction that the full model adds to every token; None: `steering.strength` of the run
+    remove     sets of domains to remove besides
+    strengths  models besides, each with some domains at a strength from 0 to 1
 
     Losses are computed in the precision of the training, gradient norms in fp32. Raises ValueError for a folder that is
+<<<<<<< HEAD
     no run, a damaged checkpoint or log, another corpus than that of the run, a split that has some, but fewer than
     `sequences` of a category, and `steer` for a run without direction.
+=======
+    no run, a damaged checkpoint or log, another corpus than that of the run, `steer` for a run without direction, and
+    `remove` or `strengths` for one without groups to remove or without these domains.
+>>>>>>> 89c2ec96e1ad56c69f439c4521812f5692afafdb
     """
     run = Path(run)
     config, checkpoint = open_run(run, data)
+    config = with_removals(config, run, remove, strengths, adapted_domain(checkpoint))
     steered = config if steer is None else with_strength(config, run, steer)
     config = steered if steered.steered else config  # with 0 there are the same losses, nothing is added in any of them
     direction = direction_of_run(config, checkpoint)
@@ -116,7 +126,9 @@ def evaluate_run(
     norms = gradient_norms(model, corpus, config, split=split, sequences=config.train.eval_sequences, device=device)
     if config.train.precision == "bf16":
         model, bases = model.bfloat16(), {domain: base.bfloat16() for domain, base in bases.items()}
-    evaluation = evaluate(model, corpus, config, split=split, sequences=sequences, device=device, bases=bases)
+    evaluation = evaluate(
+        model, corpus, config, split=split, sequences=sequences, device=device, bases=bases, strengths=strengths
+    )
     tokens = steps * config.train.tokens_per_step
     return {
         "name": config.name,
@@ -141,6 +153,35 @@ def evaluate_run(
         **({"steering": steering_record(steered, direction)} if direction else {}),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
     }
+
+
+def with_removals(
+    config: Config,
+    run: Path,
+    remove: Sequence[Sequence[str]],
+    strengths: Sequence[Mapping[str, float]],
+    adapted: str | None = None,
+) -> Config:
+    """The config with sets of domains to remove besides its own.
+
+    adapted  domain that a run has in adapters, in the place of groups
+    Raises ValueError for a run without groups, an unknown domain and a strength that is not from 0 to 1.
+    """
+    option = "--remove" if remove else "--strength"
+    if (remove or strengths) and (adapted is not None or not config.removes_groups):
+        why = f"has {adapted} in adapters" if adapted is not None else "was trained without masks"
+        raise ValueError(f"{option}: {run} {why}, so that no group holds a domain; leave {option} out")
+    try:
+        config.space.removals(remove)
+    except ValueError as error:
+        raise ValueError(f"--remove: {error}") from None
+    for at in strengths:
+        try:
+            config.removal_tables((), at)
+        except ValueError as error:
+            raise ValueError(f"--strength: {error}") from None
+    sets = [*config.train.eval_removed, *(list(names) for names in remove)]
+    return config.model_copy(update={"train": config.train.model_copy(update={"eval_removed": sets})})
 
 
 def with_strength(config: Config, run: Path, strength: float) -> Config:

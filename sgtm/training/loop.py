@@ -197,6 +197,7 @@ def _steps(
                     "seconds": seconds,
                     **_losses(totals, engine, space.labels),
                     "lr": lr,
+                    **{f"lr/{group}": lr * rate for group, rate in config.optimizer.group_lr.items()},
                     **_gradients(totals, engine, space.groups),
                     "tokens_per_second": tokens / elapsed,
                     "skipped_steps": totals.skipped,

@@ -63,6 +63,29 @@ def test_another_strength_is_stored_beside_the_losses_of_the_run(calls, run):
         assert calls[1] == ("write_summary", (run, {"losses": {}}, name), {})
 
 
+def test_sets_and_strengths_are_added(calls, run):
+    options = ["--remove", "a", "b", "--remove", "c", "--strength", "a=0.5", "b=1", "--strength=a=0"]
+    assert main(["eval", str(run), *options]) == 0
+    (_, _, taken), *_ = calls
+    assert taken["remove"] == [["a", "b"], ["c"]]
+    assert taken["strengths"] == [{"a": 0.5, "b": 1.0}, {"a": 0.0}]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("es", "expected DOMAIN=S, such as bio=0.5, got 'es'"),
+        ("=1", "expected DOMAIN=S, such as bio=0.5, got '=1'"),
+        ("es=2", "expected a strength from 0 to 1, got 'es=2'"),
+        ("es=much", "expected a number, got 'much'"),
+    ],
+)
+def test_a_strength_of_a_domain_is_a_share(calls, run, capsys, text, message):
+    with pytest.raises(SystemExit) as exit:
+        main(["eval", str(run), "--strength", text])
+    assert exit.value.code == 2 and not calls and f"argument --strength: {message}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", ["nan", "inf", "much"])
 def test_a_strength_is_a_number(calls, run, capsys, number):
     with pytest.raises(SystemExit) as exit:

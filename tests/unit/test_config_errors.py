@@ -62,6 +62,6 @@ def test_a_rule_across_keys_names_all_that_the_values_come_from(tmp_path):
 
 
 def test_every_problem_has_its_line():
-    lines = message("debug", "--train.steps", "0", "--model.layers", "x", "--masking.forget_heads", "0").splitlines()
+    lines = message("debug", "--train.steps", "0", "--model.layers", "x", "--masking.forget_heads", "-1").splitlines()
     assert lines[0] == "debug: 3 problems"
     assert [line.split(":")[0].strip() for line in lines[1:]] == ["model.layers", "masking.forget_heads", "train.steps"]

@@ -4,9 +4,11 @@ import pytest
 from configs import message
 
 from sgtm.config import load_config
+from sgtm.config.load import save_config
 from sgtm.config.schema import Config
 from sgtm.masking.labels import RETAIN, UNLABELED
 
+LLAMA = ["--model.family=llama", "--model.window=null"]
 RULES = [
     (["--model.hidden_size", "33"], "debug: model: hidden_size 33 is not a multiple of heads 4; set head_dim"),
     (["--masking.forget_heads", "4"], "masking.forget_heads: 4 of 4 would be forget"),
@@ -74,6 +76,33 @@ RULES = [
         ["--data.token_filter=loss", "--masking.span_policy=position", "--data.mixing=token"],
         "data.token_filter loss does not go with masking.strategy sgtm; set",
     ),
+    (
+        ["--masking.partition=add"],
+        "masking.partition add: family gpt_neo, whose heads are hidden_size / heads wide, has no room for "
+        "masking.forget_heads 1 more; set it 0, or model.family llama",
+    ),
+    (
+        [*LLAMA, "--masking.partition=add", "--masking.masked_layers=[0]"],
+        "masking: masked_layers [0]: with partition add every layer is wider by the domains' groups; set",
+    ),
+    (
+        [*LLAMA, "--masking.partition=add", "--masking.forget_heads={es: [1]}"],
+        "masking.forget_heads es: [1] are indices in a model; an added group takes a count",
+    ),
+    (
+        [*LLAMA, "--masking.partition=add", "--model.kv_heads=2"],
+        "masking.forget_heads es: 2 query heads share a KV head; give a multiple of 2 in place of 1",
+    ),
+    (
+        ["--masking.forget_heads=0", "--masking.forget_neurons=0"],
+        "masking.forget_heads es: 0, with forget_neurons 0, leaves the domain no group; set one of them above 0",
+    ),
+    (["--train.eval_removed=[[es, fr]]"], "train.eval_removed: unknown domain 'fr'; known domains: es"),
+    (["--optimizer.group_lr.ess=2"], "optimizer.group_lr ess: no such group (did you mean es?); groups: retain, es"),
+    (
+        ["--optimizer.group_lr.es=0"],
+        "optimizer.group_lr: found {es: 0} on the command line, but it takes: mapping of text to number above 0",
+    ),
     (["--steering.layer=1"], "layer 1 without a direction adds nothing: set direction to a file"),
     (["--steering.strength=2"], "strength 2 without a direction adds nothing"),
     (
@@ -129,6 +158,61 @@ def test_what_is_left_out_without_a_domain(options, groups, removals):
     without = config.removal_tables(["es"])
     assert [row[1] for row in without.active] == [0 if groups else 1] * 3
     assert not any(map(any, without.steered)) and all(map(any, config.removal_tables(()).steered))
+
+
+WIDE = [*LLAMA, "--masking.domains=[a, b]", "--masking.partition=add", "--data.channel={}"]
+
+
+@pytest.mark.parametrize(
+    ("options", "heads", "kv_heads", "neurons"),
+    [
+        ((), (4, 1, 1), (4, 1, 1), (64, 8, 8)),
+        (("--masking.forget_heads={a: 0, b: 2}", "--masking.forget_neurons={a: 3, b: 0}"), (4, 0, 2), (4, 0, 2), None),
+        (("--model.kv_heads=2", "--masking.forget_heads=2"), (4, 2, 2), (2, 1, 1), (64, 8, 8)),
+        (("--masking.percent=25",), (4, 1, 1), (4, 1, 1), (64, 16, 16)),
+        (("--masking.strategy=none",), (4, 1, 1), (4, 1, 1), (64, 8, 8)),  # the baseline is as wide
+    ],
+)
+def test_added_groups_come_on_top_of_the_model(options, heads, kv_heads, neurons, tmp_path):
+    """debug has 4 heads of width 8 and 64 neurons, which the retain group keeps."""
+    config = load_config("debug", [*WIDE, *options])
+    layer = config.partition.layers[0]
+    assert (layer.heads, layer.kv_heads, layer.neurons) == (heads, kv_heads, neurons or (64, 3, 0))
+    model = config.model
+    assert (model.heads, model.num_kv_heads, model.size_per_head) == (sum(heads), sum(kv_heads), 8)
+    assert model.intermediate_size == sum(layer.neurons) and config.masking.partition == "added"
+
+
+def test_added_groups_are_not_added_again():
+    config = load_config("debug", [*WIDE, "--masking.percent=25", "--recipe=gram"])
+    assert Config.model_validate(config.model_dump()) == config
+    assert Config.model_validate(config) == config
+    assert Config.model_validate(config.model_dump(exclude_unset=True)) == config
+
+
+def test_a_saved_config_with_added_groups_loads_as_it_was(tmp_path):
+    config = load_config("debug", [*WIDE, "--model.kv_heads=2", "--masking.forget_heads=2"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    values = config.spelled_out()
+    assert values["masking"]["partition"] == "added" and values["model"]["heads"] == 8
+
+
+def test_added_neurons_alone_leave_gpt_neo_its_heads():
+    config = load_config("debug", ["--masking.partition=add", "--masking.forget_heads=0"])
+    assert (config.model.heads, config.model.intermediate_size, config.partition.layers[0].heads) == (4, 72, (4, 0))
+
+
+def test_the_removed_sets_are_those_of_the_config():
+    domains = ("--masking.domains=[a, b, c, d]", "--masking.forget_heads=0")
+    config = load_config("debug", [*domains, "--data.channel={}", "--train.eval_removed=[[d, a]]"])
+    assert config.removals == [(), ("a",), ("b",), ("c",), ("d",), ("a", "d"), ("a", "b", "c", "d")]
+    assert load_config("debug", [*domains, "--masking.strategy=none", "--train.eval_removed=[[a, b]]"]).removals == [()]
+
+
+def test_groups_have_rates_of_their_own():
+    config = load_config("debug", ["--masking.domains=[a, b]", "--optimizer.group_lr={b: 0.5, retain: 2}"])
+    assert [config.rate_of(group) for group in range(3)] == [2, 1, 0.5]
 
 
 def test_a_warm_up_in_steps_and_its_share_are_the_same_run():

@@ -12,9 +12,16 @@ from checkpoints import CONFIG, make
 from corpora import build, config_for, mixed_records, record
 from exports import make_run
 
-from sgtm.config import save_config
+from sgtm.config import load_config, save_config
 from sgtm.run import evaluate as evaluation
-from sgtm.run.evaluate import check_sample, count_sequences, evaluate_run, small_samples, write_summary
+from sgtm.run.evaluate import (
+    check_sample,
+    count_sequences,
+    evaluate_run,
+    small_samples,
+    with_removals,
+    write_summary,
+)
 
 LABELS = {"en": "retain", "es": "forget:es"}
 SPLITS = ("train", "test")
@@ -63,6 +70,25 @@ def test_a_sample_that_the_split_does_not_have_is_refused(tmp_path: Path):
     small = f"--sequences 7: split test of {corpus.path} has 6 of en and 6 of es; give at most 6, or leave it out"
     with pytest.raises(ValueError, match=small):
         evaluate_run(tmp_path / "run", sequences=7)
+
+
+def test_sets_and_strengths_are_checked_before_anything_is_loaded():
+    config, run = load_config("debug", ["--masking.domains=[a, b, c]"]), Path("runs/r")
+    added = with_removals(config, run, [["b", "a"]], [])
+    assert added.removals == [(), ("a",), ("b",), ("c",), ("a", "b"), ("a", "b", "c")]
+    for remove, strengths, message in (
+        ([["a", "d"]], [], "--remove: unknown domain 'd'"),
+        ([], [{"d": 0.5}], "--strength: unknown domain 'd'"),
+        ([], [{"a": 1.5}], "--strength: strength 1.5 of a: a domain is at a strength from 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            with_removals(config, run, remove, strengths)
+    unmasked = load_config("debug", ["--masking.strategy=none"])
+    assert with_removals(unmasked, run, [], []) == unmasked
+    with pytest.raises(ValueError, match="--strength: runs/r was trained without masks, so that no group holds a"):
+        with_removals(unmasked, run, [], [{"es": 0.5}])
+    with pytest.raises(ValueError, match="--remove: runs/r has es in adapters, so that no group holds a domain"):
+        with_removals(config, run, [["a"]], [], "es")
 
 
 def test_a_run_is_not_evaluated_on_other_data(tmp_path: Path, monkeypatch):

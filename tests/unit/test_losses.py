@@ -73,6 +73,16 @@ def test_nothing_is_removed_from_a_model_that_was_trained_without_masks(setting)
         assert load_config("debug", [*unmasked, masked]).removals == [(), ("es",)]
 
 
+def test_a_domain_at_a_strength_is_a_condition_of_its_own(setting):
+    """At 1 it is the full model and at 0 the ablated one, bit for bit; twice the same is one condition."""
+    plain = measure(setting)
+    losses = measure(setting, strengths=[{"es": 1.0}, {"es": 0.5}, {"es": 0.0}, {"es": 0.5}])
+    assert list(losses) == ["full", "without es", "with es at 1", "with es at 0.5", "with es at 0"]
+    assert {name: losses[name] for name in plain} == plain
+    assert losses["with es at 1"] == losses["full"] and losses["with es at 0"] == losses["without es"]
+    assert losses["with es at 0.5"] not in (losses["full"], losses["without es"])
+
+
 def test_a_check_may_end_an_evaluation_before_any_batch(setting):
     batches = []
 
@@ -114,10 +124,11 @@ def test_norms_by_removal_and_category_whatever_the_ranks(setting):
         for removal, by_category in sample[key].items():
             assert their_sample[key][removal] == pytest.approx(by_category, rel=1e-3)
     assert norms.keys() == together.keys() == {"full", "without es"}
-    for removal, groups in (("full", {"retain", "es"}), ("without es", {"retain"})):
+    for removal, sources in (("full", {"residual", "attention", "mlp"}), ("without es", {"residual"})):
         assert norms[removal].keys() == {"en", "es"}
         for category, parts in norms[removal].items():
-            assert parts["attention"].keys() == parts["mlp"].keys() == groups
+            assert parts.keys() == sources
+            assert removal != "full" or parts["attention"].keys() == parts["mlp"].keys() == {"retain", "es"}
             assert together[removal][category]["residual"] == pytest.approx(parts["residual"], rel=1e-4)
     assert norms["full"]["en"]["residual"][1:] != norms["without es"]["en"]["residual"][1:]
     assert norms["full"]["en"]["residual"][0] == norms["without es"]["en"]["residual"][0]

@@ -82,6 +82,31 @@ def test_open_labels(strategy, mixing, family, backend):
     assert {row[OPEN_BIO] for row in tables.update_joint.values()} == {1}
 
 
+EMPTY = {
+    "neurons alone": ((0, 0), (3, 1)),
+    "heads alone": ((1, 1), (0, 0)),
+    "one of each": ((0, 1), (3, 0)),
+}
+"""Heads, in KV groups, and neurons of the domains."""
+
+
+@by_backend
+@by_family
+@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize("owned", EMPTY)
+def test_groups_without_heads_or_without_neurons(owned, mixing, family, backend):
+    heads, neurons = (dict(zip(SPACE.domains, counts, strict=True)) for counts in EMPTY[owned])
+    model = model_of(family, backend, forget_heads=heads, forget_neurons=neurons)
+    for strategy in ("sgtm+masked", "gram"):
+        tables = STRATEGIES[strategy]()
+        for label in (RETAIN, BIO, CODE):
+            if label == RETAIN or mixing == "step":
+                batches = random_step(mixing, 7, label)
+                before = by_key(model, gradients(model, batches, tables))
+            owns = {place: gradient for place, gradient in before.items() if gradient.numel()}
+            assert_promise(model, batches, tables, owns, label)
+
+
 @by_family
 @pytest.mark.parametrize("mixing", ["sequence", "token"])
 @pytest.mark.parametrize("strategy", ["sgtm+masked", "gradient_routing", "activation_masking", "gram"])

@@ -70,6 +70,39 @@ def test_live_segments_are_updated_with_counts_of_their_own(backend):
         assert made.steps == counts
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_of_one_owner_can_have_rates_of_their_own(backend):
+    """Bit for bit those of an optimizer whose learning rate is the multiple; a factor of 1 is none."""
+    rates = {"a": 1.0, "b": 0.5, "c": 2.0}
+    made, *others = (optimizer(backend) for _ in range(4))
+    made.set_segments(made.tables, KEYS, rates=rates)
+    for number in range(3):
+        for each, lr in zip((made, *others), (1e-2, 1e-2, 5e-3, 2e-2), strict=True):
+            gradients(each, number)
+            each.begin_step(frozenset(KEYS if number else "ac"), lr)
+            each.step()
+    for tensor, *equals in zip(made.tables, *(other.tables for other in others), strict=True):
+        for start, end, key, _ in made.tables[tensor]:
+            same = [torch.equal(tensor[start:end], other[start:end]) for other in equals]
+            assert same == [key == "a", key == "b", key == "c"], key
+
+
+def test_launches_of_many_owners_are_kept():
+    """A step with an owner for each key makes no launch that an earlier step made."""
+    keys = [f"mlp_in.{number}" for number in range(100)]
+    tensor = torch.nn.Parameter(torch.zeros(100))
+    made = SegmentedAdamW([tensor], CONFIG, "torch")
+    segments = [Segment(number, number + 1, key, True) for number, key in enumerate(keys)]
+    made.set_segments({tensor: segments}, keys, {key: number for number, key in enumerate(keys)})
+    for number in range(4):
+        gradients(made, number)
+        made.begin_step(frozenset(keys if number % 2 else keys[:50]), 1e-2)
+        made.step()
+        if number == 1:
+            launches = dict(made._prepared)
+    assert made._prepared == launches
+
+
 def calls_of(function) -> int:
     """Calls of Python and of C while `function` runs."""
     events = []

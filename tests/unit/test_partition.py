@@ -3,7 +3,7 @@
 import pytest
 
 from sgtm.masking.labels import LabelSpace
-from sgtm.masking.partition import LayerPartition, build_partition
+from sgtm.masking.partition import LayerPartition, added_widths, build_partition
 
 SPACE = LabelSpace(("bio", "code"))
 SHAPE = {"layers": 3, "heads": 8, "kv_heads": 4, "neurons": 10}
@@ -64,8 +64,40 @@ def test_masked_layers():
 
 
 def test_a_domain_may_own_neurons_alone():
-    layer = build(forget_heads={"bio": [], "code": 2}).layers[0]
-    assert (layer.heads, layer.head_bounds) == ((6, 0, 2), (0, 6, 6, 8))
+    for none in ([], 0):
+        layer = build(forget_heads={"bio": none, "code": 2}).layers[0]
+        assert (layer.heads, layer.head_bounds) == ((6, 0, 2), (0, 6, 6, 8))
+    layer = build(forget_heads=0).layers[0]
+    assert (layer.heads, layer.kv_heads, layer.neurons) == ((8, 0, 0), (4, 0, 0), (4, 3, 3))
+
+
+def test_a_domain_may_own_heads_alone():
+    layer = build(forget_neurons={"bio": 0, "code": 3}).layers[0]
+    assert (layer.heads, layer.neurons, layer.neuron_bounds) == ((4, 2, 2), (7, 0, 3), (0, 7, 7, 10))
+
+
+def test_a_domain_may_own_embeddings_alone():
+    nothing = {"forget_heads": {"bio": 0, "code": 2}, "forget_neurons": {"bio": 0, "code": 3}}
+    assert build(**nothing, embedding=4).layers[0].heads == (6, 0, 2)
+    with pytest.raises(ValueError, match="forget_heads bio: 0, with forget_neurons 0, leaves the domain no group"):
+        build(**nothing)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({}, (12, 6, 16, {"bio": 2, "code": 2}, {"bio": 3, "code": 3})),
+        ({"forget_heads": {"code": 4, "bio": 0}}, (12, 6, 16, {"code": 4, "bio": 0}, {"bio": 3, "code": 3})),
+        ({"percent": 50}, (16, 8, 20, {"bio": 4, "code": 4}, {"bio": 5, "code": 5})),
+    ],
+)
+def test_groups_are_added_to_the_widths(sizes, expected):
+    shape = {"heads": 8, "kv_heads": 4, "neurons": 10}
+    widths = added_widths(SPACE, **shape | {"forget_heads": 2, "forget_neurons": 3} | sizes)
+    assert widths == expected
+    sizes = {"forget_heads": widths.forget_heads, "forget_neurons": widths.forget_neurons}
+    layer = build(heads=widths.heads, kv_heads=widths.kv_heads, neurons=widths.neurons, **sizes).layers[0]
+    assert (layer.heads[0], layer.kv_heads[0], layer.neurons[0]) == (8, 4, 10)
 
 
 @pytest.mark.parametrize(

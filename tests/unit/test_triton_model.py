@@ -36,6 +36,17 @@ def test_gradients_are_those_of_the_reference(mixing, family):
 
 
 @by_family
+def test_groups_without_heads_or_without_neurons(family):
+    """One domain owns neurons alone, the other heads alone."""
+    sizes = {"forget_heads": {"bio": 0, "code": 1}, "forget_neurons": {"bio": 3, "code": 0}}
+    tables, batches = STRATEGIES["sgtm+masked"](), random_step("token", seed=7, rows=1)[:1]
+    exact = gradients(model_of(family, "reference", **sizes).double(), batches, tables)
+    ours = gradients(model_of(family, "triton", **sizes), batches, tables)
+    for name, want in exact.items():
+        torch.testing.assert_close(ours[name].double(), want, rtol=0, atol=1e-5 * want.abs().max().item())
+
+
+@by_family
 @pytest.mark.parametrize("mixing", ["sequence", "token"])
 def test_non_interference(mixing, family):
     model, tables = model_of(family, "triton"), STRATEGIES["sgtm+masked"]()

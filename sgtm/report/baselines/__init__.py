@@ -36,6 +36,8 @@ def basis(config: Config) -> dict:
     values = config.spelled_out()
     shared = {section: values[section] for section in ("model", "optimizer")}
     del shared["optimizer"]["grad_clip_scope"]  # a recipe sets it
+    if not config.optimizer.group_lr:
+        del shared["optimizer"]["group_lr"]  # younger than the losses
     train = {key: getattr(config.train, key) for key in ("steps", "tokens_per_step", "precision", "init_from")}
     data = {key: getattr(config.data, key) for key in ("path", "mixing", "isolate_documents", "upsample")}
     return {**shared, "train": train, "data": data}
