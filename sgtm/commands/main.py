@@ -1,4 +1,4 @@
-"""The command line: `sgtm prepare | train | eval | examine | tamper | unlearn | adapt | direction | export | ...`.
+"""The command line: `sgtm prepare | train | eval | examine | tamper | unlearn | adapt | export | audit | report | ...`.
 
 Thin: every command (a file of this folder) declares its options, calls one function elsewhere and prints where the
 result is. What is heavy is imported when a command runs, so `sgtm --help` and most mistakes are answered at once. A
@@ -17,6 +17,7 @@ from contextlib import nullcontext
 
 from sgtm.commands import (
     adapt,
+    audit,
     bench,
     checkpoint,
     config,
@@ -43,7 +44,7 @@ from sgtm.process.ranks import launcher, rank_and_size
 from sgtm.process.signals import Stopped, stoppable
 
 COMMANDS = (
-    prepare, train, eval, examine, tamper, unlearn, adapt, direction, export, report, checkpoint, explain, bench,
+    prepare, train, eval, examine, tamper, unlearn, adapt, direction, export, audit, report, checkpoint, explain, bench,
     profile, estimate, launch, sweep, doctor, config, quickstart,
 )  # fmt: skip
 OLD_NAMES = {"plan": "estimate"}  # accepted until 0.3
@@ -59,6 +60,7 @@ ONE_PROCESS = (
     "adapt",
     "direction",
     "export",
+    "audit",
     "report",
     "checkpoint",
     "sweep",

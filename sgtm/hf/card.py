@@ -4,11 +4,12 @@
 
 run, recipe, method   name of the run, and what it was trained with
 removed, reduced      domains without which the model is; domains that it has at a strength below 1, by strength
-how                   `physically removed` or `zeroed`, for heads and for neurons
+how                   `physically removed` or `zeroed`, for heads and for neurons; `left out` for adapters
 independent_of        removed domains whose documents the weights do not depend on, to the bit
 checkpoint            name, step, manifest_sha256 of its manifest, which has the hashes of its files
 corpus                fingerprint of the data
-losses                None where nothing was measured after that step, else `split`, `by` (the command), and `rows`:
+losses                None where nothing was measured after that step, else `split`, `sequences` (of each
+                      category; None: all), `by` (the command), and `rows`:
                       category, true_label, tokens, and nats per token with their standard errors over documents of the
                       full model (full, full_error) and of this one (this, this_error; None where it was not measured)
 partition             which heads and neurons belong to whom
@@ -49,6 +50,7 @@ def record_of(
     """`sgtm_export.json` but for what follows from the written files."""
     manifest = read_manifest(checkpoint)
     reduced = {domain: strength for domain, strength in sorted(strengths.items()) if strength != 1}
+    adapted = read_adapted(run)
     return {
         "run": config.name,
         "recipe": config.recipe,
@@ -57,7 +59,7 @@ def record_of(
         "reduced": reduced,
         "independent_of": [domain for domain in removed if domain in manifest["independent_of"]],
         "init_from": config.train.init_from,
-        "how": _how(config, hf_config) if removed else {},
+        "how": _how(config, hf_config, bool(adapted)) if removed else {},
         "architecture": hf_config.model_type,
         "architecture_because": why_mistral(config.model, hf_config),
         "checkpoint": {
@@ -68,13 +70,15 @@ def record_of(
         "corpus": manifest["corpus"],
         "losses": _losses(run, config, manifest["step"], removed, bool(reduced)),
         "unlearned": read_unlearned(run),
-        "adapted": read_adapted(run),
+        "adapted": adapted,
         "partition": _described(config.partition),
         "versions": {name: version(name) for name in ("sgtm", "torch", "transformers")},
     }
 
 
-def _how(config: Config, hf_config: PretrainedConfig) -> dict[str, str]:
+def _how(config: Config, hf_config: PretrainedConfig, adapted: bool) -> dict[str, str]:
+    if adapted:
+        return {"adapters": "left out"}
     physically = {
         "heads": hf_config.num_attention_heads < config.model.heads,
         "neurons": hf_config.intermediate_size < config.model.intermediate_size,
@@ -83,7 +87,7 @@ def _how(config: Config, hf_config: PretrainedConfig) -> dict[str, str]:
 
 
 def _losses(run: Path, config: Config, step: int, removed: list[str], reduced: bool) -> dict | None:
-    measured = measured_at(run, step)
+    measured = measured_at(run, step, config.train.eval_sequences)
     if measured is None:
         return None
     this = removal_name(domain for domain in config.masking.domains if domain in removed)
@@ -101,7 +105,7 @@ def _losses(run: Path, config: Config, step: int, removed: list[str], reduced: b
                 "this_error": None if reduced else errors.get(this),
             }
         )
-    return {"split": measured["split"], "by": measured["by"], "rows": rows}
+    return {**{key: measured[key] for key in ("split", "sequences", "by")}, "rows": rows}
 
 
 def _described(partition: Partition) -> dict:

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sgtm.config import Config
 from sgtm.data.open import open_corpus
@@ -83,14 +84,12 @@ def export_run(
     conversion = Conversion(config.model, config.partition, removed, strengths, prune)
     with filled(out, CONFIG) as partial:
         conversion.config.dtype = DTYPES[dtype]
-        tokenizer = _save_tokenizer(run, config, read_manifest(checkpoint), conversion.config, partial)
+        tokenizer = save_tokenizer(run, config, read_manifest(checkpoint), conversion.config, partial)
         weights = conversion.tensors(weights_of(checkpoint, adapters=not remove))
         write_shards(_checked(weights, conversion.config), partial, DTYPES[dtype], shard)
-        _save_config(conversion.config, partial)
+        save_config(conversion.config, partial)
         record = record_of(run, config, checkpoint, conversion.config, sorted(set(remove)), strengths)
         record |= {"tokenizer": tokenizer, "dtype": dtype}
-        if adapted and remove:
-            record["how"] = {"adapters": "left out"}
         (partial / CARD).write_text(card(record, name), encoding="utf-8")
         record["files"] = {
             file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(partial.iterdir())
@@ -133,10 +132,11 @@ def _checked(tensors: Iterator[tuple[str, Tensor]], hf_config: PretrainedConfig)
         assert tensor.shape == shape, f"{name}: {tuple(tensor.shape)} in place of {tuple(shape)}"
         yield name, tensor
     assert not missing, f"no tensors for {sorted(missing)}"
-    hf_config.architectures = [type(model).__name__]
 
 
-def _save_config(hf_config: PretrainedConfig, folder: Path) -> None:
+def save_config(hf_config: PretrainedConfig, folder: Path) -> None:
+    """config.json and generation_config.json."""
+    hf_config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf_config.model_type]]
     hf_config.save_pretrained(folder)
     GenerationConfig.from_model_config(hf_config).save_pretrained(folder)
     written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -146,7 +146,7 @@ def _save_config(hf_config: PretrainedConfig, folder: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def _save_tokenizer(run: Path, config: Config, manifest: dict, hf_config: PretrainedConfig, folder: Path) -> bool:
+def save_tokenizer(run: Path, config: Config, manifest: dict, hf_config: PretrainedConfig, folder: Path) -> bool:
     """Write the corpus's tokenizer, which encodes as `prepare` did, and enter its tokens into the model's config.
 
     manifest  of the checkpoint, with the fingerprint of the run's corpus: with the tokenizer of another one the model

@@ -21,18 +21,25 @@ def read_summary(run: Path | str) -> dict:
         raise ValueError(f"{file} is not valid JSON ({error}); run `sgtm eval` again") from None
 
 
-def measured_at(run: Path | str, step: int) -> dict | None:
+def measured_at(run: Path | str, step: int, in_training: int) -> dict | None:
     """What was measured after this step, or None: `losses`, `errors`, `measured`, `true_labels` as `summary.json` has
-    them, `split`, and `by`, the command that measured it.
+    them, `split`, `sequences` of each category (None: all), and `by`, the command that measured it.
+
+    in_training  sequences of each category in an evaluation of the training
 
     Raises ValueError for a damaged summary or log.
     """
     summary = read_summary(run)
     if summary.get("losses") and summary.get("steps") == step:
-        return {**_fields(summary), "split": summary.get("split", "test"), "by": "sgtm eval"}
+        return {
+            **_fields(summary),
+            "split": summary.get("split", "test"),
+            "sequences": summary.get("sequences"),
+            "by": "sgtm eval",
+        }
     lines = [line for line in read_metrics(Path(run) / "metrics.jsonl") if line["kind"] == "eval"]
     at_step = [line for line in lines if line["step"] == step]
-    return {**_fields(at_step[-1]), "split": "test", "by": "sgtm train"} if at_step else None
+    return {**_fields(at_step[-1]), "split": "test", "sequences": in_training, "by": "sgtm train"} if at_step else None
 
 
 def _fields(record: dict) -> dict:

@@ -50,7 +50,7 @@ def test_the_certificate_names_domains_and_what_may_still_depend_on_them():
 
 def test_losses_without_error_or_measurement():
     row = {"category": "en", "true_label": None, "tokens": None, "full": 2.0, "full_error": None, "this": None}
-    losses = {"split": "test", "by": "sgtm train", "rows": [{**row, "this_error": None}]}
+    losses = {"split": "test", "sequences": 64, "by": "sgtm train", "rows": [{**row, "this_error": None}]}
     text = card({**RECORD, "losses": losses}, "safe")
     assert "split `test`, by `sgtm train` after step 1,200;" in text
     assert "| en |  |  | 2.000 | not measured |" in text

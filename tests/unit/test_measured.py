@@ -19,18 +19,18 @@ def write(run, summary=None, lines=()):
 
 def test_an_evaluation_of_the_step_comes_before_one_in_training(tmp_path):
     write(tmp_path, {**LINE, "steps": 9, "split": "train"}, [{**LINE, "step": 9}])
-    assert measured_at(tmp_path, 9) == {**FIELDS, "split": "train", "by": "sgtm eval"}
+    assert measured_at(tmp_path, 9, 64) == {**FIELDS, "split": "train", "sequences": None, "by": "sgtm eval"}
 
 
 def test_else_the_last_one_in_training_at_that_step(tmp_path):
     other = {**LINE, "losses": {"full": {"en": 3.0}}}
     write(tmp_path, {**LINE, "steps": 9}, [{**other, "step": 7}, {**LINE, "step": 7}, {**other, "step": 8}])
-    assert measured_at(tmp_path, 7) == {**FIELDS, "split": "test", "by": "sgtm train"}
+    assert measured_at(tmp_path, 7, 64) == {**FIELDS, "split": "test", "sequences": 64, "by": "sgtm train"}
 
 
 def test_nothing_of_another_step_is_taken(tmp_path):
     write(tmp_path, {**LINE, "steps": 9}, [{**LINE, "step": 7}, {"kind": "step", "step": 8}])
-    assert measured_at(tmp_path, 8) is None
+    assert measured_at(tmp_path, 8, 64) is None
 
 
 def test_a_damaged_summary_is_named(tmp_path):

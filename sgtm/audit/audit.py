@@ -1,0 +1,214 @@
+"""Every check of an exported folder against its run, in order; a check that cannot be made is named with the reason."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from sgtm.audit import behaviour, facts, files, tensors
+from sgtm.audit.check import Check, Skipped
+from sgtm.config import Config
+from sgtm.config.load import load_run_config
+from sgtm.data.store import Corpus
+from sgtm.files import sha256_of
+from sgtm.hf.card import RECORD
+from sgtm.hf.export import DTYPES, save_tokenizer
+from sgtm.hf.weights import Conversion
+from sgtm.run.adapters import adapted_domain, weights_of
+from sgtm.run.checkpoint import MANIFEST, checkpoints_dir, read_manifest
+from sgtm.run.evaluate import open_run_corpus
+from sgtm.run.located import locate_data
+
+
+@dataclass
+class Audited:
+    """An exported folder and the run that it is held against; what a check needs of either is read when it needs it.
+
+    scratch  an empty folder, for what an export would write
+    """
+
+    folder: Path
+    run: Path
+    record: dict
+    config: Config
+    scratch: Path
+
+    @cached_property
+    def checkpoint(self) -> Path:
+        return checkpoints_dir(self.run) / self.record["checkpoint"]["name"]
+
+    @cached_property
+    def manifest(self) -> dict:
+        return read_manifest(self.checkpoint)
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """Domains whose groups were removed: none where the domain is in adapters."""
+        return [] if adapted_domain(self.checkpoint) else self.record["removed"]
+
+    @cached_property
+    def conversion(self) -> Conversion:
+        prune = set(self.record["how"].values()) != {"zeroed"}
+        made = Conversion(self.config.model, self.config.partition, self.groups, self.record["reduced"], prune)
+        made.config.dtype = DTYPES[self.record["dtype"]]
+        return made
+
+    @cached_property
+    def weights(self) -> tensors.StoredTensors:
+        return tensors.StoredTensors(self.folder)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """Raises Skipped where it cannot be read."""
+        try:
+            return open_run_corpus(self.config, self.run, self.manifest)
+        except (ValueError, OSError) as error:
+            raise Skipped(f"the corpus cannot be read: {error}") from None
+
+    @cached_property
+    def tokenizer(self) -> Path:
+        """Where it is as an export would write it; what it says of control tokens is then in `conversion.config`.
+
+        Raises Skipped where there is none.
+        """
+        if not self.record["tokenizer"]:
+            raise Skipped("exported without a tokenizer")
+        _ = self.corpus
+        save_tokenizer(self.run, self.config, self.manifest, self.conversion.config, self.scratch)
+        return self.scratch
+
+
+def _files(a: Audited) -> list[str]:
+    return files.file_problems(a.folder, a.record)
+
+
+def _checkpoint(a: Audited) -> list[str]:
+    return facts.checkpoint_problems(a.run, a.record)
+
+
+def _facts(a: Audited) -> list[str]:
+    return facts.fact_problems(a.folder, a.record, a.run, a.config, a.checkpoint, a.conversion.config)
+
+
+def _config(a: Audited) -> list[str]:
+    unknown: tuple[str, ...] = ()
+    try:
+        _ = a.tokenizer
+    except Skipped:
+        unknown = ("eos_token_id", "pad_token_id")
+    return facts.config_problems(a.folder, a.conversion.config, a.scratch, unknown)
+
+
+def _tokenizer(a: Audited) -> list[str]:
+    return facts.tokenizer_problems(a.folder, a.tokenizer)
+
+
+def _tensors(a: Audited) -> list[str]:
+    expected = a.conversion.tensors(weights_of(a.checkpoint, adapters=not a.record["removed"]))
+    return tensors.layout_problems(a.weights) + tensors.value_problems(a.weights, expected, DTYPES[a.record["dtype"]])
+
+
+def _removed(a: Audited) -> list[str]:
+    if not a.groups:
+        raise Skipped("no group was removed")
+    state, dtype = weights_of(a.checkpoint), DTYPES[a.record["dtype"]]
+    return tensors.removed_vectors(a.weights, a.config, state, a.groups, dtype)
+
+
+def _logits(a: Audited) -> list[str]:
+    return behaviour.logit_problems(a.folder, a.record, a.config, a.checkpoint, a.groups)
+
+
+def _losses(a: Audited) -> list[str]:
+    if not a.record["losses"]:
+        raise Skipped("the card has no losses")
+    return behaviour.loss_problems(a.folder, a.record, a.config, a.corpus)
+
+
+CHECKS: dict[str, tuple[str, Callable[[Audited], list[str]]]] = {
+    "files": ("the files that the record lists, of its sizes and hashes, and no others", _files),
+    "checkpoint": ("the one that the record names, and whole", _checkpoint),
+    "facts": ("what record and card say follows from the run", _facts),
+    "config": ("config.json and generation_config.json are those of the model", _config),
+    "tokenizer": ("it is the corpus's", _tokenizer),
+    "tensors": ("all by name, shape, dtype and bytes, each bit as the checkpoint has it", _tensors),
+    "removed": ("no row or column is a weight vector of a removed group", _removed),
+    "logits": ("transformers computes what the run's model does without the removed groups", _logits),
+    "losses": ("on held-out text they are the card's", _losses),
+}
+COSTLY = ("logits", "losses")
+"""Checks that run the model."""
+NEED_CHECKPOINT = tuple(CHECKS)[2:]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """chain  (SHA-256, file) of the checkpoint's files and manifest and of the export's files, as `sha256sum` has them;
+    empty without the checkpoint
+    """
+
+    folder: Path
+    run: Path
+    record: dict
+    checks: list[Check] = field(default_factory=list)
+    chain: list[tuple[str, Path]] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+
+def audit_export(
+    folder: str | Path,
+    run: str | Path,
+    data: str | None = None,
+    *,
+    skip: Sequence[str] = (),
+    note: Callable[[Check], None] = lambda check: None,
+) -> Audit:
+    """Hold an exported folder against the run that it was made from.
+
+    data  `data.path` to take; None: that of the run, whatever the working directory
+    skip  names of checks that are not made
+    note  is called with every check when it is finished
+
+    Raises ValueError where the folder has no record of an export, and for a run directory that is none. Everything else
+    that is wrong is a problem of a check.
+    """
+    folder, run = Path(folder), Path(run)
+    record = files.read_export_record(folder)
+    config = locate_data(load_run_config(run), run, data)
+    audit = Audit(folder, run, record)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        audited = Audited(folder, run, record, config, scratch)
+        for name, (about, find) in CHECKS.items():
+            check = Check(name, about)
+            try:
+                if name in skip:
+                    raise Skipped("as asked")
+                if name in NEED_CHECKPOINT and not audit.checks[1].passed:
+                    raise Skipped("there is no checkpoint to hold it against")
+                check.problems += find(audited)
+            except Skipped as reason:
+                check.skipped = str(reason)
+            except Exception as error:  # a damaged file may break any reader: it is named, and the audit goes on
+                check.problems.append(f"{folder}: {str(error) or repr(error)}")
+            audit.checks.append(check)
+            note(check)
+        if audit.checks[1].passed:
+            audit.chain.extend(_chain(audited))
+    return audit
+
+
+def _chain(a: Audited) -> list[tuple[str, Path]]:
+    return [
+        *((entry["sha256"], a.checkpoint / name) for name, entry in sorted(a.manifest["files"].items())),
+        (a.record["checkpoint"]["manifest_sha256"], a.checkpoint / MANIFEST),
+        *((entry["sha256"], a.folder / name) for name, entry in sorted(a.record["files"].items())),
+        (sha256_of(a.folder / RECORD), a.folder / RECORD),
+    ]

@@ -1,0 +1,61 @@
+"""The files of an export: those that `sgtm_export.json` lists, of its sizes and hashes, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from pathlib import Path
+
+from sgtm.files import sha256_of
+from sgtm.hf.card import RECORD
+
+WRITTEN_NAMES = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config)\.json|README\.md|"
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+)
+"""Of the files that an export may hold, besides its record."""
+KEYS = ("run", "removed", "reduced", "checkpoint", "corpus", "dtype", "how", "partition", "files")
+
+
+def read_export_record(folder: Path) -> dict:
+    """`sgtm_export.json`. Raises ValueError where it is missing or none."""
+    file = folder / RECORD
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        missing = [key for key in KEYS if key not in record]
+        listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in record["files"].items()}
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing: {folder} is no export, or one of sgtm before 0.2") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} is not the record of an export: {error!r}") from None
+    if missing or not listed:
+        raise ValueError(f"{file} is not the record of an export: it lacks {', '.join(missing) or 'files'}")
+    return record
+
+
+def file_problems(folder: Path, record: dict) -> list[str]:
+    """Files that are missing, too many, of another size or content, or no plain files."""
+    problems, listed = [], record["files"]
+    there = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))}
+    for name, path in there.items():
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            problems.append(f"{path}: a link to {path.readlink()}; its target may change")
+        elif stat.S_ISDIR(mode):
+            problems.append(f"{path}: a folder, which no export has")
+        elif not stat.S_ISREG(mode):
+            problems.append(f"{path}: not a plain file")
+        elif name not in listed and name != RECORD:
+            problems.append(f"{path}: {RECORD} does not list it ({path.stat().st_size:,} bytes)")
+        elif not WRITTEN_NAMES.fullmatch(name) and name != RECORD:
+            problems.append(f"{path}: no export has a file of this name ({path.stat().st_size:,} bytes)")
+    for name, entry in listed.items():
+        path = folder / name
+        if name not in there:
+            problems.append(f"{path}: missing")
+        elif path.is_file() and (size := path.stat().st_size) != entry["bytes"]:
+            problems.append(f"{path}: {size:,} bytes, should be {entry['bytes']:,}")
+        elif path.is_file() and (digest := sha256_of(path)) != entry["sha256"]:
+            problems.append(f"{path}: SHA-256 is {digest[:16]}..., should be {entry['sha256'][:16]}...")
+    return problems

@@ -1,0 +1,363 @@
+"""An audit passes what `sgtm export` writes, and finds what was changed afterwards: which file, which entry."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from audited import TEXTS, change_json, change_record, change_tensors, evaluated_run, relist
+from exports import make_run
+
+from sgtm.audit.audit import CHECKS, COSTLY, audit_export
+from sgtm.hf.card import RECORD
+from sgtm.hf.export import CARD, CONFIG, export_run
+from sgtm.run.checkpoint import find_latest
+from sgtm.run.evaluate import load_run_model
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """By family: a run, and below `made` its exports."""
+    torch.set_num_threads(1)
+    runs = {family: evaluated_run(tmp_path_factory.mktemp(family), family) for family in TEXTS}
+    for run in runs.values():
+        made = run.parent / "made"
+        export_run(run, ["es"], made / "safe")
+        export_run(run, [], made / "full")
+        export_run(run, ["es"], made / "zeroed", prune=False)
+        export_run(run, ["es", "fr"], made / "both", dtype="bf16")
+        export_run(run, ["es"], made / "shards", shard=9_000)
+        export_run(run, ["fr"], made / "half", strengths={"es": 0.5})
+    return {family: run.parent for family, run in runs.items()}
+
+
+@pytest.mark.parametrize("name", ["safe", "full", "zeroed", "both", "shards", "half"])
+@pytest.mark.parametrize("family", TEXTS)
+def test_what_an_export_writes_passes_every_check(folders, family, name):
+    audit = audit_export(folders[family] / "made" / name, folders[family] / "run")
+    assert [check.name for check in audit.checks] == list(CHECKS)
+    assert audit.passed, [check.problems for check in audit.checks]
+    skipped = {check.name for check in audit.checks if check.skipped}
+    assert skipped == ({"removed"} if name == "full" else set())
+
+
+def test_a_folder_may_have_another_name_and_place(folders, tmp_path):
+    shutil.copytree(folders["llama"] / "made" / "safe", tmp_path / "served")
+    assert audit_export(tmp_path / "served", folders["llama"] / "run", skip=COSTLY).passed
+
+
+def test_the_chain_is_of_every_file_of_checkpoint_and_export(folders):
+    folder, run = folders["llama"] / "made" / "safe", folders["llama"] / "run"
+    chain = audit_export(folder, run, skip=COSTLY).chain
+    files = [*find_latest(run).iterdir(), *folder.iterdir()]
+    assert sorted(path for _, path in chain) == sorted(files)
+
+
+def extra_file(folder: Path, run: Path) -> None:
+    (folder / "optimizer.pt").write_bytes(b"moments")
+
+
+def hidden_file(folder: Path, run: Path) -> None:
+    (folder / ".full").write_bytes(b"weights")
+
+
+def listed_extra_file(folder: Path, run: Path) -> None:
+    extra_file(folder, run)
+    relist(folder)
+
+
+def subfolder(folder: Path, run: Path) -> None:
+    (folder / "original").mkdir()
+    shutil.copy(folder / WEIGHTS, folder / "original" / WEIGHTS)
+
+
+def link(folder: Path, run: Path) -> None:
+    (folder / WEIGHTS).rename(folder.parent / "elsewhere")
+    (folder / WEIGHTS).symlink_to(folder.parent / "elsewhere")
+
+
+def missing_file(folder: Path, run: Path) -> None:
+    (folder / "generation_config.json").unlink()
+
+
+def truncated(folder: Path, run: Path) -> None:
+    os.truncate(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size - 1)
+
+
+def truncated_and_listed(folder: Path, run: Path) -> None:
+    truncated(folder, run)
+    relist(folder)
+
+
+def flipped_bit(folder: Path, run: Path) -> None:
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-3] ^= 1
+    (folder / WEIGHTS).write_bytes(content)
+
+
+def flipped_bit_and_listed(folder: Path, run: Path) -> None:
+    flipped_bit(folder, run)
+    relist(folder)
+
+
+def metadata(folder: Path, run: Path) -> None:
+    change_tensors(folder, lambda tensors: None, {"format": "pt", "note": "a" * 999})
+
+
+def trailing_bytes(folder: Path, run: Path) -> None:
+    with (folder / WEIGHTS).open("ab") as file:
+        file.write(b"weights")
+    relist(folder)
+
+
+def padded_header(folder: Path, run: Path) -> None:
+    """A key twice: readers take the second."""
+    content = (folder / WEIGHTS).read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = content[8 : 8 + length].replace(b'{"format":"pt"}', b'{"format":"weights","format":"pt"}', 1)
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+    relist(folder)
+
+
+def rows_of_es(run: Path, name: str) -> torch.Tensor:
+    model = load_run_model(run)
+    rows = model.parameter_rows()[name]
+    ((start, end),) = [
+        (a, b) for key, a, b in zip(rows.keys, rows.bounds[:-1], rows.bounds[1:], strict=True) if key.endswith(".es")
+    ]
+    return dict(model.named_parameters())[name][start:end].detach()
+
+
+def extra_tensor(folder: Path, run: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.update(extra=rows_of_es(run, "blocks.0.mlp.w_in")))
+
+
+def removed_column_put_back(folder: Path, run: Path) -> None:
+    """In the place of another neuron of the matrix, which would then do its work."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in tensors if name.endswith(("c_proj.weight", "down_proj.weight")))
+        tensors[name][:, 5] = rows_of_es(run, "blocks.0.mlp.w_out")[0]
+
+    change_tensors(folder, change)
+
+
+def missing_tensor(folder: Path, run: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.pop(next(iter(tensors))))
+
+
+def swapped_tensors(folder: Path, run: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        one, two = (name for name in tensors if name.endswith(("ln_1.weight", "input_layernorm.weight")))
+        tensors[one], tensors[two] = tensors[two], tensors[one]
+
+    change_tensors(folder, change)
+
+
+def other_dtype(folder: Path, run: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(iter(tensors))
+        tensors[name] = tensors[name].half()
+
+    change_tensors(folder, change)
+
+
+def other_shape(folder: Path, run: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in tensors if name.endswith(("c_fc.weight", "up_proj.weight")))
+        tensors[name] = torch.cat((tensors[name], rows_of_es(run, "blocks.0.mlp.w_in")[:1]))
+
+    change_tensors(folder, change)
+
+
+def vocabulary_size(folder: Path, run: Path) -> None:
+    change_json(folder / CONFIG, lambda config: config.update(vocab_size=258))
+    relist(folder)
+
+
+def custom_code(folder: Path, run: Path) -> None:
+    change_json(folder / CONFIG, lambda config: config.update(auto_map={"AutoModelForCausalLM": "a/b--c.D"}))
+    relist(folder)
+
+
+def generation_settings(folder: Path, run: Path) -> None:
+    change_json(folder / "generation_config.json", lambda config: config.update(eos_token_id=7))
+    relist(folder)
+
+
+def tokenizer_entry(folder: Path, run: Path) -> None:
+    def swap(content: dict) -> None:
+        vocabulary = content["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+
+    change_json(folder / "tokenizer.json", swap)
+    relist(folder)
+
+
+def chat_template(folder: Path, run: Path) -> None:
+    change_json(folder / "tokenizer_config.json", lambda config: config.update(chat_template="{{ 'x' }}"))
+    relist(folder)
+
+
+def forged_certificate(folder: Path, run: Path) -> None:
+    change_record(folder, lambda record: record.update(independent_of=["es"]))
+
+
+def more_removed(folder: Path, run: Path) -> None:
+    change_record(folder, lambda record: record.update(removed=["es", "fr"]))
+
+
+def forged_losses(folder: Path, run: Path) -> None:
+    change_record(folder, lambda record: record["losses"]["rows"][1].update(this=9.0))
+
+
+def forged_losses_of_another_sample(folder: Path, run: Path) -> None:
+    """The run was not evaluated on such a sample, so that nothing but the model contradicts it."""
+    change_record(
+        folder, lambda record: (record["losses"].update(sequences=2), record["losses"]["rows"][1].update(this=9.0))
+    )
+
+
+def forged_partition(folder: Path, run: Path) -> None:
+    change_record(folder, lambda record: record["partition"].update(groups=["retain"]))
+
+
+def forged_recipe(folder: Path, run: Path) -> None:
+    change_record(folder, lambda record: record.update(recipe="certified"))
+
+
+def edited_card(folder: Path, run: Path) -> None:
+    (folder / CARD).write_text((folder / CARD).read_text() + "\nCertified.\n")
+    relist(folder)
+
+
+def other_checkpoint(folder: Path, run: Path) -> None:
+    change_record(folder, lambda record: record["checkpoint"].update(manifest_sha256="0" * 64))
+
+
+def no_such_checkpoint(folder: Path, run: Path) -> None:
+    change_record(folder, lambda record: record["checkpoint"].update(name="step_00000009"))
+
+
+def full_model(folder: Path, run: Path) -> None:
+    """With the record of the safe one."""
+    record = json.loads((folder / RECORD).read_text())
+    shutil.rmtree(folder)
+    shutil.copytree(run.parent / "made" / "full", folder)
+    change_record(folder, lambda full: (full.clear(), full.update(record)))
+
+
+def weak_model(folder: Path, run: Path) -> None:
+    """The domain at a part of its strength, as if it were removed."""
+    record = json.loads((folder / RECORD).read_text())
+    shutil.rmtree(folder)
+    export_run(run, [], folder, strengths={"es": 0.01})
+    change_record(folder, lambda weak: (weak.clear(), weak.update(record)))
+
+
+TAMPERINGS = {
+    extra_file: ("files", "optimizer.pt: sgtm_export.json does not list it (7 bytes)"),
+    hidden_file: ("files", ".full: sgtm_export.json does not list it"),
+    listed_extra_file: ("files", "optimizer.pt: no export has a file of this name"),
+    subfolder: ("files", "original: a folder, which no export has"),
+    link: ("files", "model.safetensors: a link to "),
+    missing_file: ("files", "generation_config.json: missing"),
+    truncated: ("files", "model.safetensors: "),
+    truncated_and_listed: ("tensors", "model.safetensors: not a file of weights"),
+    flipped_bit: ("files", "model.safetensors: SHA-256 is "),
+    flipped_bit_and_listed: ("tensors", "1 of "),
+    metadata: ("tensors", "model.safetensors: metadata {"),
+    trailing_bytes: ("tensors", "model.safetensors: "),
+    padded_header: ("tensors", "model.safetensors: "),
+    extra_tensor: ("tensors", "tensor extra: the model has no such tensor"),
+    removed_column_put_back: ("removed", "column 5 is the removed blocks.0.mlp.w_out row "),
+    missing_tensor: ("tensors", "no tensor "),
+    swapped_tensors: ("tensors", "elements differ from the checkpoint's, first at [0]"),
+    other_dtype: ("tensors", "is torch.float16 ["),
+    other_shape: ("tensors", "should be torch.float32 [21, 32]"),
+    vocabulary_size: ("config", "config.json: vocab_size is 258, should be 257"),
+    custom_code: ("config", "config.json: auto_map should not be there"),
+    generation_settings: ("config", "generation_config.json: eos_token_id is 7, should be "),
+    tokenizer_entry: ("tokenizer", "tokenizer.json: model: vocab: a is "),
+    chat_template: ("tokenizer", "tokenizer_config.json: chat_template should not be there"),
+    forged_certificate: ("facts", "independent_of is ['es'], should be []"),
+    more_removed: ("removed", " is the removed "),
+    forged_losses: ("facts", "losses: rows is "),
+    forged_losses_of_another_sample: ("losses", "the card has 9.0000"),
+    forged_partition: ("facts", "partition: groups is ['retain'], should be ['retain', 'es', 'fr']"),
+    forged_recipe: ("facts", "recipe is 'certified', should be None"),
+    edited_card: ("facts", "README.md, line "),
+    other_checkpoint: ("checkpoint", "manifest.json: SHA-256 is "),
+    no_such_checkpoint: ("checkpoint", "step_00000009: there is no such checkpoint"),
+    full_model: ("removed", " is the removed "),
+    weak_model: ("tensors", "model.safetensors: tensor "),
+}
+
+
+@pytest.mark.parametrize("family", TEXTS)
+@pytest.mark.parametrize("tampering", TAMPERINGS, ids=lambda tampering: tampering.__name__)
+def test_tampering_is_found_by_what_and_where(folders, tmp_path, tampering, family):
+    check, message = TAMPERINGS[tampering]
+    run = folders[family] / "run"
+    shutil.copytree(folders[family] / "made" / "safe", tmp_path / "safe")
+    tampering(tmp_path / "safe", run)
+    audit = audit_export(tmp_path / "safe", run, skip=() if check in COSTLY else COSTLY)
+    assert not audit.passed
+    problems = {each.name: each.problems for each in audit.checks if each.problems}
+    assert any(message in problem for problem in problems.get(check, ())), problems
+    assert all(
+        str(tmp_path) in line or line.startswith("sgtm_export.json")
+        for each in problems.values()
+        for line in each
+        if str(run) not in line
+    )
+
+
+def test_an_index_that_points_elsewhere_is_found(folders, tmp_path):
+    shutil.copytree(folders["llama"] / "made" / "shards", tmp_path / "safe")
+    change_json(tmp_path / "safe" / f"{WEIGHTS}.index.json", lambda index: index["weight_map"].update(extra="x"))
+    relist(tmp_path / "safe")
+    (check,) = [c for c in audit_export(tmp_path / "safe", folders["llama"] / "run", skip=COSTLY).checks if c.problems]
+    assert check.name == "tensors" and check.problems == [f"{tmp_path}/safe/{WEIGHTS}.index.json: no file holds extra"]
+
+
+def test_a_full_model_computes_otherwise_than_the_safe_one(folders, tmp_path):
+    shutil.copytree(folders["gpt_neo"] / "made" / "safe", tmp_path / "safe")
+    full_model(tmp_path / "safe", folders["gpt_neo"] / "run")
+    problems = {c.name for c in audit_export(tmp_path / "safe", folders["gpt_neo"] / "run").checks if c.problems}
+    assert {"tensors", "config", "removed", "logits", "losses"} <= problems
+
+
+def test_without_the_corpus_the_rest_is_checked(folders, tmp_path):
+    shutil.copytree(folders["llama"], tmp_path / "moved")
+    text = (tmp_path / "moved" / "run" / "config.yaml").read_text()
+    (tmp_path / "moved" / "run" / "config.yaml").write_text(text.replace("corpus", "gone"))
+    audit = audit_export(tmp_path / "moved" / "made" / "safe", tmp_path / "moved" / "run")
+    assert audit.passed
+    assert {c.name for c in audit.checks if c.skipped.startswith("the corpus cannot be read")} == {
+        "tokenizer",
+        "losses",
+    }
+
+
+def test_the_export_of_another_run_fails(folders, tmp_path):
+    make_run(tmp_path / "run", TEXTS["llama"].replace("name: small", "name: other"))
+    audit = audit_export(folders["llama"] / "made" / "safe", tmp_path / "run")
+    assert [c.name for c in audit.checks if c.problems] == ["checkpoint"] and audit.chain == []
+
+
+def test_what_is_no_export_is_an_error(folders, tmp_path):
+    with pytest.raises(ValueError, match=r"sgtm_export\.json is missing: .* is no export"):
+        audit_export(tmp_path, folders["llama"] / "run")
+    (tmp_path / RECORD).write_text("{}")
+    with pytest.raises(ValueError, match=r"sgtm_export\.json is not the record of an export"):
+        audit_export(tmp_path, folders["llama"] / "run")
+    with pytest.raises(ValueError, match="not a run directory"):
+        audit_export(folders["llama"] / "made" / "safe", tmp_path)
