@@ -39,8 +39,8 @@ def logit_problems(folder: Path, record: dict, config: Config, checkpoint: Path,
     expected = model.logits(ids, MaskPlan.uniform(tables, 0, *ids.shape))
     del model
     theirs = _loaded(folder)
-    found = theirs.eval()(ids).logits
-    share = float((found - expected).abs().max() / expected.abs().max())
+    logits = theirs.eval()(ids).logits
+    share = float((logits - expected).abs().max() / expected.abs().max())
     limit = LOGITS[record["dtype"]]
     if not share <= limit:
         return [
@@ -66,9 +66,9 @@ def loss_problems(folder: Path, record: dict, config: Config, corpus: Corpus) ->
     limit = LOSSES["bf16" if "bf16" in (config.train.precision, record["dtype"]) else "fp32"]
     problems = []
     for row in losses["rows"]:
-        found, stated = measured.get(row["category"]), row["this"]
-        if stated is not None and (found is None or not abs(found - stated) <= limit):
-            shown = "not measured" if found is None else f"{found:.4f}"
+        loss, stated = measured.get(row["category"]), row["this"]
+        if stated is not None and (loss is None or not abs(loss - stated) <= limit):
+            shown = "not measured" if loss is None else f"{loss:.4f}"
             problems.append(f"{folder}: loss on {row['category']} is {shown}, the card has {stated:.4f}")
     return problems
 
@@ -84,8 +84,15 @@ def _as_ours(folder: Path, config: Config) -> Transformer:
     """The folder's model as our transformer of a single group, which rounds as the run's does."""
     theirs = _loaded(folder)
     shape = model_config_from_hf(theirs.config)
-    sizes = {"layers": shape.layers, "heads": shape.heads, "kv_heads": shape.num_kv_heads}
-    whole = build_partition(LabelSpace(()), **sizes, neurons=shape.intermediate_size, forget_heads=0, forget_neurons=0)
+    whole = build_partition(
+        LabelSpace(()),
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.num_kv_heads,
+        neurons=shape.intermediate_size,
+        forget_heads=0,
+        forget_neurons=0,
+    )
     with torch.device("meta"):
         model = Transformer(shape, whole)
     model.load_state_dict(from_hf_state(theirs.state_dict(), theirs.config, whole), assign=True)

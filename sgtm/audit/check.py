@@ -31,12 +31,12 @@ class Check:
         return "FAILED" if self.problems else "skipped" if self.skipped else "passed"
 
 
-def differing(what: str, found: dict, expected: dict) -> list[str]:
+def differing(what: str, actual: dict, expected: dict) -> list[str]:
     """A line for every key in which two mappings differ, mappings in them key by key."""
     lines = []
-    for key in [*expected, *(key for key in found if key not in expected)]:
-        mine, right = found.get(key), expected.get(key)
-        if key not in found:
+    for key in [*expected, *(key for key in actual if key not in expected)]:
+        mine, right = actual.get(key), expected.get(key)
+        if key not in actual:
             lines.append(f"{what}: {key} is missing")
         elif key not in expected:
             lines.append(f"{what}: {key} should not be there: {_short(mine)}")

@@ -44,12 +44,12 @@ def fact_problems(
 ) -> list[str]:
     """Entries of the record that the run contradicts, and a card that is not the record's."""
     expected = record_of(run, config, checkpoint, made, record["removed"], record["reduced"])
-    found = {key: value for key, value in record.items() if key not in WRITTEN}
+    stated = {key: value for key, value in record.items() if key not in WRITTEN}
     expected = json.loads(json.dumps({key: value for key, value in expected.items() if key not in WRITTEN}))
-    losses = found.get("losses"), expected["losses"]
+    losses = stated.get("losses"), expected["losses"]
     if not _same_measurement(*losses):  # the run was evaluated again, or for the first time
         expected["losses"] = losses[0]
-    problems = differing("sgtm_export.json", found, expected)
+    problems = differing("sgtm_export.json", stated, expected)
     try:
         text = (folder / CARD).read_text(encoding="utf-8")
         title = next((line[2:] for line in text.splitlines() if line.startswith("# ")), folder.name)
@@ -79,12 +79,12 @@ def config_problems(folder: Path, made: PretrainedConfig, scratch: Path, unknown
     problems = []
     for name in CONFIGS:
         try:
-            found, right = (json.loads((at / name).read_text(encoding="utf-8")) for at in (folder, scratch))
+            actual, right = (json.loads((where / name).read_text(encoding="utf-8")) for where in (folder, scratch))
         except (OSError, ValueError) as error:
             problems.append(f"{folder / name}: cannot be read: {error}")
             continue
         ignored = {*WRITERS, *unknown}
-        of_both = ({key: value for key, value in each.items() if key not in ignored} for each in (found, right))
+        of_both = ({key: value for key, value in each.items() if key not in ignored} for each in (actual, right))
         problems += differing(str(folder / name), *of_both)
     return problems
 
@@ -94,9 +94,9 @@ def tokenizer_problems(folder: Path, scratch: Path) -> list[str]:
     problems = []
     for name in ("tokenizer.json", "tokenizer_config.json"):
         try:
-            found, right = (json.loads((at / name).read_text(encoding="utf-8")) for at in (folder, scratch))
+            actual, right = (json.loads((where / name).read_text(encoding="utf-8")) for where in (folder, scratch))
         except (OSError, ValueError) as error:
             problems.append(f"{folder / name}: cannot be read: {error}")
             continue
-        problems += differing(str(folder / name), found, right)
+        problems += differing(str(folder / name), actual, right)
     return problems

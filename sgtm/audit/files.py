@@ -37,8 +37,8 @@ def read_export_record(folder: Path) -> dict:
 def file_problems(folder: Path, record: dict) -> list[str]:
     """Files that are missing, too many, of another size or content, or no plain files."""
     problems, listed = [], record["files"]
-    there = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))}
-    for name, path in there.items():
+    present = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))}
+    for name, path in present.items():
         mode = path.lstat().st_mode
         if stat.S_ISLNK(mode):
             problems.append(f"{path}: a link to {path.readlink()}; its target may change")
@@ -52,7 +52,7 @@ def file_problems(folder: Path, record: dict) -> list[str]:
             problems.append(f"{path}: no export has a file of this name ({path.stat().st_size:,} bytes)")
     for name, entry in listed.items():
         path = folder / name
-        if name not in there:
+        if name not in present:
             problems.append(f"{path}: missing")
         elif path.is_file() and (size := path.stat().st_size) != entry["bytes"]:
             problems.append(f"{path}: {size:,} bytes, should be {entry['bytes']:,}")

@@ -46,9 +46,9 @@ def replay(audit: Audit, steps: int, data: str | None = None) -> Check:
     the run's last, none that was kept `steps` steps before it, a run on several machines.
     """
     removed = audit.record["removed"]
-    check = Check("replay", f"{steps} steps again, with random tokens for the text of {listed(removed) or 'no domain'}")
     config = locate_data(load_run_config(audit.run), audit.run, data)
     first, last = _checkpoints(audit, config, steps)
+    check = Check("replay", f"{steps} steps again, with random tokens for the text of {listed(removed)}")
     with tempfile.TemporaryDirectory(dir=audit.run.resolve().parent, prefix=".replay-") as scratch:
         run = _copy_of_run(Path(scratch), config, first, removed)
         ranks = read_manifest(first)["ranks"]
@@ -80,10 +80,10 @@ def _checkpoints(audit: Audit, config: Config, steps: int) -> tuple[Path, Path]:
         raise ValueError(
             f"--replay: {last.name} is not the last step of {audit.run}, {config.train.steps}, to which a replay trains"
         )
-    kept = {step_of(path): path for path in finished(audit.run)}
-    first = kept.get(manifest["step"] - steps)
+    earlier = {step_of(path): path for path in finished(audit.run)}
+    first = earlier.get(manifest["step"] - steps)
     if first is None:
-        before = [manifest["step"] - step for step in kept if step < manifest["step"]]
+        before = [manifest["step"] - step for step in earlier if step < manifest["step"]]
         known = f"there are some {listed([str(n) for n in before])} before" if before else "none was kept before it"
         raise ValueError(
             f"--replay {steps}: no checkpoint {steps} steps before {last.name}; {known} (train.checkpoint_every, "

@@ -97,16 +97,17 @@ def value_problems(weights: StoredTensors, exported: Iterable[tuple[str, Tensor]
             problems.append(f"{weights.folder}: no tensor {name}")
             continue
         left.remove(name)
-        found, expected = weights.read(name), tensor.to(dtype)
-        if found.shape != expected.shape or found.dtype != dtype:
+        stored, expected = weights.read(name), tensor.to(dtype)
+        if stored.shape != expected.shape or stored.dtype != dtype:
             problems.append(
-                f"{weights.where(name)} is {found.dtype} {list(found.shape)}, should be {dtype} {list(expected.shape)}"
+                f"{weights.where(name)} is {stored.dtype} {list(stored.shape)}, should be {dtype} "
+                f"{list(expected.shape)}"
             )
             continue
-        different = found.view(_bits(dtype)) != expected.contiguous().view(_bits(dtype))
+        different = stored.view(_bits(dtype)) != expected.contiguous().view(_bits(dtype))
         if count := int(different.sum()):
             problems.append(
-                f"{weights.where(name)}: {count:,} of {found.numel():,} elements differ from the checkpoint's, first "
+                f"{weights.where(name)}: {count:,} of {stored.numel():,} elements differ from the checkpoint's, first "
                 f"at {different.nonzero()[0].tolist()}"
             )
     return problems + [f"{weights.where(name)}: the model has no such tensor" for name in sorted(left)]
@@ -139,9 +140,9 @@ def removed_vectors(
         tensor = weights.read(name)
         if tensor.dim() == 2:
             for kind, matrix in (("row", tensor), ("column", tensor.t())):
-                found = next(((n, vectors[d]) for n, d in _digests(matrix) if d in vectors), None)
-                if found:
-                    problems.append(f"{weights.where(name)}: {kind} {found[0]} is the removed {found[1]}")
+                hit = next(((n, vectors[digest]) for n, digest in _digests(matrix) if digest in vectors), None)
+                if hit:
+                    problems.append(f"{weights.where(name)}: {kind} {hit[0]} is the removed {hit[1]}")
     return problems
 
 

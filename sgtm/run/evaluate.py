@@ -98,13 +98,9 @@ def evaluate_run(
     strengths  models besides, each with some domains at a strength from 0 to 1
 
     Losses are computed in the precision of the training, gradient norms in fp32. Raises ValueError for a folder that is
-<<<<<<< HEAD
     no run, a damaged checkpoint or log, another corpus than that of the run, a split that has some, but fewer than
-    `sequences` of a category, and `steer` for a run without direction.
-=======
-    no run, a damaged checkpoint or log, another corpus than that of the run, `steer` for a run without direction, and
-    `remove` or `strengths` for one without groups to remove or without these domains.
->>>>>>> 89c2ec96e1ad56c69f439c4521812f5692afafdb
+    `sequences` of a category, `steer` for a run without direction, and `remove` or `strengths` for one without groups
+    to remove or without these domains.
     """
     run = Path(run)
     config, checkpoint = open_run(run, data)
@@ -175,9 +171,9 @@ def with_removals(
         config.space.removals(remove)
     except ValueError as error:
         raise ValueError(f"--remove: {error}") from None
-    for at in strengths:
+    for model in strengths:
         try:
-            config.removal_tables((), at)
+            config.removal_tables((), model)
         except ValueError as error:
             raise ValueError(f"--strength: {error}") from None
     sets = [*config.train.eval_removed, *(list(names) for names in remove)]

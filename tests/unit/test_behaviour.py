@@ -1,0 +1,48 @@
+"""sgtm/audit/behaviour.py: how far logits and losses may be apart. Whole folders: tests/unit/test_audit.py."""
+
+import pytest
+from audited import evaluated_run
+
+from sgtm.audit import behaviour
+from sgtm.audit.files import read_export_record
+from sgtm.config.load import load_run_config
+from sgtm.hf.export import export_run
+from sgtm.run.checkpoint import find_latest, read_manifest
+from sgtm.run.evaluate import open_run_corpus
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    run = evaluated_run(tmp_path_factory.mktemp("behaviour"), "gpt_neo")
+    folder = export_run(run, ["es"], run.parent / "safe")
+    config, checkpoint = load_run_config(run), find_latest(run)
+    return (
+        folder,
+        read_export_record(folder),
+        config,
+        checkpoint,
+        open_run_corpus(config, run, read_manifest(checkpoint)),
+    )
+
+
+def test_of_other_groups_the_logits_are_others(made):
+    folder, record, config, checkpoint, _ = made
+    assert behaviour.logit_problems(folder, record, config, checkpoint, ["es"]) == []
+    for groups in ([], ["fr"], ["es", "fr"]):
+        (problem,) = behaviour.logit_problems(folder, record, config, checkpoint, groups)
+        assert "its logits differ from the ablated model's by " in problem
+
+
+def test_losses_are_the_cards_within_rounding(made):
+    folder, record, config, _, corpus = made
+    assert behaviour.loss_problems(folder, record, config, corpus) == []
+    row = record["losses"]["rows"][0]
+    for change, problems in ((0.9e-3, 0), (2e-3, 1), (-2e-3, 1)):
+        rows = [{**row, "this": row["this"] + change}, *record["losses"]["rows"][1:]]
+        changed = {**record, "losses": {**record["losses"], "rows": rows}}
+        assert len(behaviour.loss_problems(folder, changed, config, corpus)) == problems
+    rows = [{**row, "this": None, "category": "unknown"}, {**row, "category": "none"}]
+    (problem,) = behaviour.loss_problems(
+        folder, {**record, "losses": {**record["losses"], "rows": rows}}, config, corpus
+    )
+    assert "loss on none is not measured" in problem
