@@ -29,6 +29,7 @@ setup(
         "sgtm": ["py.typed"],
         "sgtm.config": ["presets/*.yaml"],
         "sgtm.data.stories": ["*.yaml"],
+        "sgtm.demo": ["*.j2"],
         "sgtm.report": ["*.j2"],
         "sgtm.sweep": ["*.j2"],
         "sgtm.report.baselines": ["*.json"],

@@ -21,15 +21,16 @@ LLAMA = GPT_NEO.replace("window: 4", "family: llama, kv_heads: 4, tie_embeddings
 SOME_LAYERS = LLAMA.replace("masking: {", "masking: {masked_layers: [1], ")
 
 
-def make_run(run: Path, text: str, corpus: str = "of the run") -> Transformer:
+def make_run(run: Path, text: str, corpus: str = "of the run", seed: int = 0) -> Transformer:
     """A run directory whose one checkpoint holds the returned model's random weights, no two of them alike.
 
     corpus  fingerprint of the data
+    seed    of the weights
     """
     run.mkdir()
     (run / "config.yaml").write_text(text)
     config = load_config(str(run / "config.yaml"))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = Transformer(config.model, config.partition, "reference")
     total = sum(parameter.numel() for parameter in model.parameters())
     distinct = (torch.randperm(total) + 0.5).div_(total).sub_(0.5)

@@ -20,7 +20,9 @@ from sgtm.commands import (
     audit,
     bench,
     checkpoint,
+    compare,
     config,
+    demo,
     direction,
     doctor,
     estimate,
@@ -28,6 +30,7 @@ from sgtm.commands import (
     examine,
     explain,
     export,
+    generate,
     launch,
     prepare,
     profile,
@@ -44,12 +47,12 @@ from sgtm.process.ranks import launcher, rank_and_size
 from sgtm.process.signals import Stopped, stoppable
 
 COMMANDS = (
-    prepare, train, eval, examine, tamper, unlearn, adapt, direction, export, audit, report, checkpoint, explain, bench,
-    profile, estimate, launch, sweep, doctor, config, quickstart,
+    prepare, train, eval, examine, tamper, unlearn, adapt, direction, export, audit, generate, compare, demo, report,
+    checkpoint, explain, bench, profile, estimate, launch, sweep, doctor, config, quickstart,
 )  # fmt: skip
 OLD_NAMES = {"plan": "estimate"}  # accepted until 0.3
 RESUMED = ("prepare", "sweep", "tamper")  # by the same command
-# They write files of their own.
+# They write files of their own, or print or serve what one model computes.
 ONE_PROCESS = (
     "prepare",
     "quickstart",
@@ -61,6 +64,9 @@ ONE_PROCESS = (
     "direction",
     "export",
     "audit",
+    "generate",
+    "compare",
+    "demo",
     "report",
     "checkpoint",
     "sweep",

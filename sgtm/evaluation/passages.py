@@ -6,9 +6,11 @@ all others with the model without any.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
+from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from sgtm.data.batch import IGNORE, Batch
@@ -45,7 +47,7 @@ def passages(full: Subject, split: str, count: int = 2) -> list[Passage]:
             for row, ids in enumerate(batch.input_ids.tolist()):
                 by_model = {name: [None, *by_row[row][:-1]] for name, by_row in losses.items()}
                 end = max((i for i, loss in enumerate(by_model["full"]) if loss is not None), default=-1) + 1
-                texts = _texts(full, ids[:end])
+                texts = token_texts(full.corpus.tokenizer, ids[:end])
                 rows.append(
                     {"category": category, "tokens": texts, "losses": {n: of[:end] for n, of in by_model.items()}}
                 )
@@ -66,7 +68,7 @@ def _losses(model: Subject, batch: Batch) -> list[list[float | None]]:
     return [[None if target == IGNORE else round(loss, 4) for loss, target in zip(*row, strict=True)] for row in rows]
 
 
-def _texts(model: Subject, ids: list[int]) -> list[str]:
+def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     """Text of each token; of a character that several make up, that of the last of them."""
-    stream, tokenizer = DecodeStream(skip_special_tokens=False), model.corpus.tokenizer
+    stream = DecodeStream(skip_special_tokens=False)
     return [stream.step(tokenizer, token) or "" for token in ids]

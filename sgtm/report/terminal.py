@@ -64,7 +64,7 @@ def print_comparison(comparison: RunComparison, console: Console | None = None) 
 
 def print_ratios(ratios: Ratios, title: str, console: Console | None = None) -> None:
     """Print compute ratios to the runs `title`, a row per category, a column per removed set."""
-    table = _plain_table()
+    table = plain_table()
     table.add_column(f"compute ratio to {title}")
     for condition in ratios:
         table.add_column(condition, justify="right")
@@ -76,7 +76,7 @@ def print_ratios(ratios: Ratios, title: str, console: Console | None = None) -> 
         console.print("* extrapolated: the loss is outside the baseline's evaluations; inf: its curve never reaches it")
 
 
-def _plain_table() -> Table:
+def plain_table() -> Table:
     """Columns two blanks apart, so that losses with their errors and two baselines fit into eighty columns."""
     return Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
 
@@ -84,7 +84,7 @@ def _plain_table() -> Table:
 def _tokens(summary: dict) -> Table:
     """Tokens of each category that the corpus has, and of the evaluated split those that were measured; `left out`
     where `data.upsample` 0 keeps a category from the training."""
-    table = _plain_table()
+    table = plain_table()
     table.add_column("tokens of")
     counts = dict(sorted(summary["counts"].items(), key=lambda item: item[0] != "train"))
     for split in counts:
@@ -104,7 +104,7 @@ def _tokens(summary: dict) -> Table:
 
 
 def _table(rows: list[LossRow], condition: str | None, baselines: dict[str, dict[str, float]]) -> Table:
-    table = _plain_table()
+    table = plain_table()
     table.add_column("category")
     table.add_column("true label", style="dim")
     table.add_column("full", justify="right")

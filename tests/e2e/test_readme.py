@@ -18,12 +18,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PAGES = ("checkpoints", "launching", "performance", "sweep")  # docs/data.md has the README's command
+PAGES = ("checkpoints", "launching", "performance", "sweep", "inference")  # docs/data.md has the README's command
 TEXT = "\n".join([README, *((ROOT / "docs" / f"{page}.md").read_text() for page in PAGES)])
 BLOCKS = re.findall(r"^```(?:\w*)\n(.*?)^```", TEXT, re.M | re.S)
 LINES = [line.partition(" # ")[0].rstrip() for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [line for line in LINES if line.startswith("sgtm ")]
-# `bench` and `profile` have tests of their own; the sweep takes half an hour.
+# `bench`, `profile` and `demo` have tests of their own; the sweep takes half an hour.
 NOT_RUN = [
     "sgtm bench my.yaml",
     "sgtm bench my.yaml --peers",
@@ -31,12 +31,14 @@ NOT_RUN = [
     "sgtm profile my.yaml",
     "sgtm profile my.yaml --kernel norm_forward",
     "sgtm sweep launch/recipes/quickstart.sweep.yaml",
+    "sgtm demo runs/mine",
 ]
 ELSEWHERE = {"make", "torchrun", "python"}  # what other commands of these blocks begin with
 RAN = "ran.txt"
 TORCHRUN = next(line for block in BLOCKS for line in block.splitlines() if line.startswith("torchrun"))
 SHORT = {
     "train": ["--train.eval_sequences=2", "--optimizer.warmup_steps=1", "--train.eval_every=1", "--train.steps=3"],
+    "generate": ["--tokens=3"],
     "tamper": ["--steps=1", "--lr=1", "--data=forget", "--sequences=2"],
 }
 SWEEP = "base: my.yaml\nset: {train: {steps: 2, eval_sequences: 2}, optimizer.warmup_steps: 1}\nvariants: {a: , b: }\n"
@@ -49,6 +51,9 @@ def prepare_folder(folder: Path) -> None:
     (folder / "rules.yaml").write_text(rules)
     (folder / "my.yaml").write_text(mine.replace("4096", "300"))
     (folder / "my.sweep.yaml").write_text(SWEEP)
+    for name in ("prompt.txt", "chapter.txt"):
+        (folder / name).write_text("The green virus walks.\n")
+    (folder / "texts.jsonl").write_text('{"text": "The protein of a virus."}\n')
     words, rng = ["water", "virus", "house", "protein", "green", "walks"], random.Random(0)
     with (folder / "DATA.jsonl").open("w") as file:
         for number in range(1200):
@@ -92,9 +97,10 @@ def test_every_command_of_the_readme(folder):
 def test_no_command_is_overlooked():
     """Every line of a block with commands is one, and the commands of `sgtm` are these."""
     names = (
-        "prepare explain train eval export report train eval report tamper sweep",  # README
+        "prepare explain train eval export generate report train eval report tamper sweep",  # README
         "train checkpoint checkpoint launch estimate estimate bench bench bench profile profile",
         "sweep sweep report report",
+        "generate generate compare compare demo",
     )
     assert [command.split()[1] for command in COMMANDS] == " ".join(names).split()
     assert set(NOT_RUN) <= set(COMMANDS)

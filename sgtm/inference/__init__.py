@@ -1,0 +1,1 @@
+"""Using the models of runs and of exported folders: completions, and the losses of any text."""
