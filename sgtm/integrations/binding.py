@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class Binding:
         if labels is not None and torch.is_grad_enabled():
             if self.removed:
                 raise ValueError("an ablated model cannot be trained with labels: leave `with ablate(...)` first")
-            source = next((x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None))
+            source = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
             self._current.plan = self._plan(label_numbers(labels, self.space), *source.shape[:2])
         return args, kwargs
 
@@ -121,7 +121,6 @@ def binding_of(model: nn.Module) -> Binding:
     if not isinstance(getattr(inner, "sgtm", None), Binding):
         raise ValueError(f"{type(model).__name__} is not masked; call apply_sgtm(model, masking) first")
     return inner.sgtm
-
 
 
 def label_numbers(labels: Any, space: LabelSpace) -> list[int]:
@@ -171,7 +170,7 @@ class BoundLayer(Bound):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-@lru_cache(maxsize=None)
+@cache
 def swapped(mixin: type, cls: type) -> type:
     """Subclass of a module's class with the name of that class, which Trainer, FSDP and Accelerate look for."""
     return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})

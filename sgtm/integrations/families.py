@@ -259,7 +259,9 @@ def _masked(
     size = (outputs if incoming else inputs) // role.parts // sum(counts)
     bounds = (0, *accumulate(count * size for count in counts))
     if bounds[-1] * role.parts != (outputs if incoming else inputs) or size % role.share:
-        raise ValueError(f"{path} has {inputs} inputs and {outputs} outputs, which {sum(counts)} {role.owner} do not cut")
+        raise ValueError(
+            f"{path} has {inputs} inputs and {outputs} outputs: {sum(counts)} {role.owner} of one size do not fit"
+        )
     along = (0, *accumulate(count * size for _ in range(role.parts) for count in counts))
     keys = tuple(f"{role.kind}.{group}" for _ in range(role.parts) for group in groups)
     stored_inputs_first = type(module) is Conv1D

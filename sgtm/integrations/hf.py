@@ -39,8 +39,9 @@ def apply_sgtm(model: Model, masking: MaskingConfig | Mapping[str, Any]) -> Mode
     masking  section `masking` of a config, or its keys (docs/config.md). A domain has the last heads and neurons of
              each layer, and the last domain the very last; with grouped-query attention it has whole KV groups.
 
-    In training the model takes `sgtm_labels`, one applied label for each sequence, as a name or a number; `open:` labels
-    too. Without gradients it is the plain model. Call it before `deepspeed.initialize` and before any wrapper.
+    In training the model takes `sgtm_labels`, one applied label for each sequence, as a name or a number; labels
+    `open:<domain>` too. Without gradients it is the plain model. Call it before `deepspeed.initialize` and before any
+    wrapper.
 
     Raises ValueError for an unknown architecture, for modules or parameters that the masks would miss, for groups that
     do not fit, for settings that need our own transformer (`domain_embedding`, `certify`), and if it is masked already.

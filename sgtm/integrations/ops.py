@@ -14,6 +14,7 @@ are the kernels' own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,7 @@ def _per_token(x: Tensor, plan: MaskPlan, factors, bounds: tuple[int, ...]) -> T
     """[B, 1, in]: labels are those of sequences."""
     labels = plan.labels(x.device).view(plan.batch, plan.seq_len)[:, 0]
     by_group = table_on(x.device, x.dtype, factors).index_select(1, labels)  # [groups, B]
-    sizes = torch.tensor([high - low for low, high in zip(bounds[:-1], bounds[1:], strict=True)], device=x.device)
+    sizes = torch.tensor([high - low for low, high in pairwise(bounds)], device=x.device)
     return by_group.repeat_interleave(sizes, 0, output_size=bounds[-1]).t()[:, None].contiguous()
 
 

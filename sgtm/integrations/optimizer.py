@@ -1,12 +1,13 @@
 """AdamW with exact freeze for the parameters of a masked Hugging Face model.
 
 A group or joint kind that no token of the global step may update keeps its weights, both moments and its own step count
-bit for bit; nothing decays it. Which ones those are follows from the labels of the step's forward passes, on all ranks.
+bit for bit; nothing decays it. Which ones those are follows from the labels of the step's forward passes, on all
+ranks.
 
-The segments of `sgtm.distributed.optim` are ranges of a flattened tensor. A group's columns of an [out, in] weight would
-be `out` such ranges, 4096 for a layer of that width: here a piece of a parameter is a strided view, which the update of
-torch takes as it is. DeepSpeed flattens parameters and cuts them at any element: the pieces are then views of the flat
-tensors, at most three where a range of columns was one.
+The segments of `sgtm.distributed.optim` are ranges of a flattened tensor. A group's columns of an [out, in] weight
+would be `out` such ranges, a quarter of a million in a model of 32 layers of width 4096: here a piece of a parameter is
+a strided view, which the update of torch takes as it is. DeepSpeed flattens parameters and cuts them at any element:
+the pieces are then views of the flat tensors, at most three where a range of columns was one.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ class Piece(NamedTuple):
     rows: int
     columns: int
     stride: int
+
+    @property
+    def contiguous(self) -> bool:
+        return self.rows == 1 or self.columns == self.stride
 
     def of(self, tensor: Tensor) -> Tensor:
         """Its view of a tensor."""
@@ -128,23 +133,23 @@ class SgtmAdamW(torch.optim.Optimizer):
             group["steps"] = steps  # one dict again after `load_state_dict`
 
     def _update(self, group: dict[str, Any]) -> None:
-        steps = group["steps"]
-        views: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        counts: list[Tensor] = []
+        """torch's AdamW on views: fused where they are contiguous, which its fused kernel takes for granted."""
+        views: dict[bool, list[tuple[Tensor, ...]]] = {True: [], False: []}
+        counts: dict[bool, list[float]] = {True: [], False: []}
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
-            moments = self._moments(parameter)
-            tensors = (parameter, parameter.grad.contiguous(), *moments)
-            for piece in _merged(self._pieces[parameter], self._live, steps):
-                views.append(tuple(piece.of(tensor) for tensor in tensors))  # type: ignore[arg-type]
-                counts.append(torch.tensor(float(steps[piece.key] - 1)))
-        if views:
-            parts, grads, firsts, seconds = map(list, zip(*views, strict=True))
-            beta1, beta2 = group["betas"]
-            options = {"amsgrad": False, "beta1": beta1, "beta2": beta2, "maximize": False}
-            options |= {name: group[name] for name in ("lr", "weight_decay", "eps")}
-            adamw(parts, grads, firsts, seconds, [], counts, **options)
+            tensors = (parameter, parameter.grad.contiguous(), *self._moments(parameter))
+            for piece in _merged(self._pieces[parameter], self._live, group["steps"]):
+                views[piece.contiguous].append(tuple(piece.of(tensor) for tensor in tensors))
+                counts[piece.contiguous].append(float(group["steps"][piece.key] - 1))
+        beta1, beta2 = group["betas"]
+        options = {"amsgrad": False, "beta1": beta1, "beta2": beta2, "maximize": False}
+        options |= {name: group[name] for name in ("lr", "weight_decay", "eps")}
+        for fused, parts in views.items():
+            if parts:
+                done = torch.tensor(counts[fused], device=parts[0][0].device if fused else "cpu").unbind()
+                adamw(*map(list, zip(*parts, strict=True)), [], list(done), fused=fused, **options)
 
     def _moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         state = self.state[parameter]
@@ -191,19 +196,28 @@ def _merged(parts: list[Piece], live: frozenset[str], steps: Mapping[str, int]) 
         if piece.key not in live or piece.columns == 0 or piece.rows == 0:
             continue
         if waiting is not None and steps[waiting.key] == steps[piece.key]:
-            if waiting.rows == piece.rows and waiting.stride == piece.stride > waiting.columns:  # beside one another
-                if waiting.offset + waiting.columns == piece.offset:
-                    waiting = waiting._replace(columns=waiting.columns + piece.columns)
-                    continue
-            elif waiting.columns == piece.columns == waiting.stride == piece.stride:  # below one another
-                if waiting.offset + waiting.rows * waiting.stride == piece.offset:
-                    waiting = waiting._replace(rows=waiting.rows + piece.rows)
-                    continue
+            joined = _joined(waiting, piece)
+            if joined is not None:
+                waiting = joined
+                continue
         if waiting is not None:
             yield waiting
         waiting = piece
     if waiting is not None:
         yield waiting
+
+
+def _joined(first: Piece, second: Piece) -> Piece | None:
+    """Two pieces as one, where the second is what follows the first, or beside it in the same rows."""
+    if first.contiguous and second.contiguous:
+        size = first.rows * first.columns
+        if first.offset + size != second.offset:
+            return None
+        size += second.rows * second.columns
+        return Piece(first.key, first.offset, 1, size, size)
+    if first.rows == second.rows and first.stride == second.stride and first.offset + first.columns == second.offset:
+        return first._replace(columns=first.columns + second.columns)
+    return None
 
 
 def _on_all_ranks(labels: Iterable[int], number: int, device: torch.device) -> list[int]:

@@ -24,11 +24,11 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 class SgtmTrainerMixin(Base):
     """`class MaskedTrainer(SgtmTrainerMixin, Trainer)`: trains a model of `apply_sgtm` with labels of `SgtmCollator`.
 
-    The optimizer is `SgtmAdamW`, with the learning rate, betas, epsilon and decay of the arguments; alone, under DDP and
-    under DeepSpeed (ZeRO 0 to 3, without an optimizer in its config).
+    The optimizer is `SgtmAdamW`, with the learning rate, betas, epsilon and decay of the arguments; alone, under DDP
+    and under DeepSpeed (ZeRO 0 to 3, without an optimizer in its config).
 
-    Raises ValueError in `__init__` for a model without masks, for a collator that adds no labels, for a DeepSpeed config
-    with an `optimizer` section, which would replace ours, for optimizers other than AdamW, for FSDP, and for
+    Raises ValueError in `__init__` for a model without masks, for a collator that adds no labels, for a DeepSpeed
+    config with an `optimizer` section, which would replace ours, for optimizers other than AdamW, for FSDP, and for
     several GPUs in one process.
     """
 
@@ -58,8 +58,8 @@ class SgtmTrainerMixin(Base):
             )
         if self.optimizer is not None and not isinstance(self.optimizer, SgtmAdamW):
             raise ValueError(
-                f"optimizers has {type(self.optimizer).__name__}, which updates what the labels freeze; leave it out, or "
-                f"give an SgtmAdamW"
+                f"optimizers has {type(self.optimizer).__name__}, which updates what the labels freeze; leave it out, "
+                f"or give an SgtmAdamW"
             )
         name = str(getattr(self.args.optim, "value", self.args.optim))
         if name not in OPTIMIZERS:
