@@ -42,6 +42,7 @@ ROOMS = {
     "sgtm.evaluation": "losses by category and removed set",
     "sgtm.run": "a run on disk: directory, checkpoints, metrics, evaluation",
     "sgtm.hf": "Hugging Face models, both ways",
+    "sgtm.integrations": "masks in models and trainers of Hugging Face",
     "sgtm.unlearning": "baselines from a run's model: post-hoc unlearning, adapters",
     "sgtm.training": "the step and the loop",
     "sgtm_kernels.tools": "ahead-of-time suite, tuning, timing; each op's variants.py",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -150,6 +150,10 @@ def family_of(model: nn.Module) -> Family:
     return FAMILIES[kind]
 
 
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    return cast(nn.ModuleList, model.get_submodule(family_of(model).blocks))
+
+
 def partition_of(model: PreTrainedModel, masking: MaskingConfig, space: LabelSpace) -> Partition:
     """Groups of the model's heads and neurons.
 
@@ -159,11 +163,11 @@ def partition_of(model: PreTrainedModel, masking: MaskingConfig, space: LabelSpa
         value = getattr(masking, key)
         if isinstance(value, dict) and any(isinstance(count, list) for count in value.values()):
             raise ValueError(f"masking.{key} {value}: here a domain has the last ones of each layer; give counts")
-    config, blocks = model.config, model.get_submodule(family_of(model).blocks)
+    layers, config = len(blocks_of(model)), model.config
     heads = config.num_attention_heads
     return build_partition(
         space,
-        layers=len(blocks),
+        layers=layers,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         neurons=_neurons(model),
@@ -204,14 +208,13 @@ def owned_parameters(model: PreTrainedModel, masked: list[Masked]) -> dict[str, 
     by_parameter: dict[int, Owned] = {}
     for module in masked:
         for name, owned in module.owned.items():
-            parameter = id(getattr(module.module, name))
-            if before := by_parameter.get(parameter):
+            number = id(getattr(module.module, name))
+            if before := by_parameter.get(number):
                 owned = Owned(0, owned.bounds, (f"{before.keys[0]}+{owned.keys[0]}",), owned.rows, owned.columns)
-            by_parameter[parameter] = owned
+            by_parameter[number] = owned
     owners = {}
     for name, parameter in model.named_parameters():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        rows, columns = (shape[0], 1) if len(shape) == 1 else shape
+        rows, columns = (*_shape(parameter), 1)[:2]
         owners[name] = by_parameter.get(id(parameter), Owned(0, (0, rows), (ALWAYS,), rows, columns))
     return owners
 
@@ -219,7 +222,7 @@ def owned_parameters(model: PreTrainedModel, masked: list[Masked]) -> dict[str, 
 def _neurons(model: PreTrainedModel) -> int:
     family = family_of(model)
     (name,) = [role.name for role in family.block if role.kind == "mlp_out"]
-    sizes = {_sizes(block.get_submodule(name))[0] for block in model.get_submodule(family.blocks)}  # type: ignore[union-attr]
+    sizes = {_sizes(block.get_submodule(name))[0] for block in blocks_of(model)}
     if len(sizes) != 1:
         raise ValueError(f"layers of {sorted(sizes)} neurons cannot be masked; all must have the same number")
     return sizes.pop()
@@ -232,6 +235,11 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
     if type(module) is Conv1D:
         return module.nx, module.nf
     raise ValueError(f"a linear layer of class {type(module).__name__} cannot be masked; only nn.Linear and Conv1D can")
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Of the whole parameter, also where ZeRO-3 has emptied it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _check_known(path: str, block: nn.Module, family: Family) -> None:
@@ -275,6 +283,7 @@ def _masked(
 
 def _joint(path: str, module: nn.Module, role: Role) -> dict[str, Owned]:
     """Raises ValueError for a norm, embedding or head that computes something else than the masked one would."""
+    shape: tuple[int, ...]
     if isinstance(module, nn.Embedding):
         plain = type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq
         shape = (module.num_embeddings, module.embedding_dim)
@@ -284,7 +293,7 @@ def _joint(path: str, module: nn.Module, role: Role) -> dict[str, Owned]:
         plain, shape = type(module) is nn.Linear and module.bias is None, (outputs, inputs)
     else:
         plain = type(module) is nn.LayerNorm or type(module).__name__ in RMS_NORMS
-        shape = next(tuple(getattr(p, "ds_shape", p.shape)) for p in module.parameters())
+        shape = next(_shape(parameter) for parameter in module.parameters())
     if not plain:
         raise ValueError(f"{path} ({module}) cannot be masked: it is not what the family has there")
     return {name: Owned(0, (0, shape[0]), (role.kind,), *shape) for name, _ in module.named_parameters(recurse=False)}

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from sgtm.config.sections import MaskingConfig
 from sgtm.integrations.binding import Binding, binding_of
 from sgtm.integrations.collator import SgtmCollator
-from sgtm.integrations.families import family_of, masked_modules, owned_parameters, partition_of, pieces
+from sgtm.integrations.families import blocks_of, masked_modules, owned_parameters, partition_of, pieces
 from sgtm.integrations.modules import mask_layer, mask_module
 from sgtm.integrations.optimizer import SgtmAdamW
 from sgtm.integrations.settings import check_masking, space_of
@@ -48,7 +48,7 @@ def apply_sgtm(model: Model, masking: MaskingConfig | Mapping[str, Any]) -> Mode
     """
     if hasattr(model, "sgtm"):
         raise ValueError("the model is masked already; call apply_sgtm once")
-    family, config = family_of(model), check_masking(masking)
+    config = check_masking(masking)
     space = space_of(config)
     tables = build_tables(space, config.strategy, config.joint, config.cross_domain, config.overrides)
     partition = partition_of(model, config, space)
@@ -56,9 +56,9 @@ def apply_sgtm(model: Model, masking: MaskingConfig | Mapping[str, Any]) -> Mode
     binding = Binding(space, tables, partition, owned_parameters(model, masked))
     for module in masked:
         mask_module(module, binding)
-    for layer in model.get_submodule(family.blocks):  # type: ignore[union-attr]
+    for layer in blocks_of(model):
         mask_layer(layer, binding)
-    model.sgtm = binding
+    model.sgtm = binding  # type: ignore[assignment]
     model.register_forward_pre_hook(binding.begin, with_kwargs=True)
     model.register_forward_hook(binding.end, always_call=True)
     return model
@@ -88,7 +88,8 @@ def removed(model: PreTrainedModel, domains: Iterable[str]) -> PreTrainedModel:
     groups = {binding.partition.groups[group] for group in _groups(binding, domains)}
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError("the weights are sharded by ZeRO-3: save the model, load it again and remove the groups there")
-    plain = type(model)(copy.deepcopy(model.config)).to(device=model.device, dtype=model.dtype)
+    architecture: Any = type(model)
+    plain = architecture(copy.deepcopy(model.config)).to(device=model.device, dtype=model.dtype)
     plain.load_state_dict(model.state_dict())
     plain.generation_config = copy.deepcopy(model.generation_config)
     plain.train(model.training)

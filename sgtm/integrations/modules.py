@@ -103,4 +103,4 @@ def mask_layer(layer: nn.Module, binding: Binding) -> None:
 
 def _swap(module: nn.Module, mixin: type, binding: Binding) -> None:
     module.sgtm = binding  # type: ignore[assignment]
-    module.__class__ = swapped(mixin, type(module))
+    module.__class__ = swapped(mixin, type(module))  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ class Layout:
 
     def _work(self, plan: MaskPlan) -> tuple[RowWork, ...]:
         if self.kind == "head":
-            return (RowWork(*self.bounds, plan.joint("head")),)
+            return (RowWork(0, self.bounds[-1], plan.joint("head")),)
         one = plan.rows(self.kind, self.bounds)
         if len(one) == 1:
             return (one[0]._replace(end=self.parts * self.bounds[-1]),)
@@ -124,10 +124,10 @@ class _Linear(torch.autograd.Function):
 def scale(x: Tensor, weight: Tensor, plan: MaskPlan, kind: str) -> Tensor:
     """weight [D] * x [B, S, ..., D], the last step of Hugging Face's RMSNorm; `kind`: who may update the weight."""
     plan.check(x)
-    return _Scale.apply(x, weight, plan, kind)
+    return _NormScale.apply(x, weight, plan, kind)
 
 
-class _Scale(torch.autograd.Function):
+class _NormScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, plan, kind):
         ctx.save_for_backward(x, weight)

@@ -13,20 +13,22 @@ the pieces are then views of the flat tensors, at most three where a range of co
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from sgtm.distributed.segments import Fragment, fragments
 from sgtm.integrations.binding import LABELS, Binding, binding_of
 from sgtm.integrations.families import Owned, pieces
 from sgtm.model.rows import live_keys
 
+if TYPE_CHECKING:
+    from sgtm.distributed.segments import Fragment
 
-class Piece(NamedTuple):
+
+class Stretch(NamedTuple):
     """Elements of a contiguous tensor: `columns` each of `rows` rows that are `stride` apart, from `offset` on."""
 
     key: str
@@ -88,6 +90,8 @@ class SgtmAdamW(torch.optim.Optimizer):
 
     def bind(self, wrapper: Any) -> None:
         """Find the parameters in the tensors of DeepSpeed: `wrapper` is `engine.optimizer`, before the first step."""
+        from sgtm.distributed.segments import fragments  # sets variables of the environment for DeepSpeed
+
         self._pieces, self._sharded = {}, True
         for fragment in fragments(wrapper, self.parameters):
             self._pieces.setdefault(fragment.tensor, []).extend(_cut(self.binding.owned[fragment.name], fragment))
@@ -149,7 +153,8 @@ class SgtmAdamW(torch.optim.Optimizer):
         for fused, parts in views.items():
             if parts:
                 done = torch.tensor(counts[fused], device=parts[0][0].device if fused else "cpu").unbind()
-                adamw(*map(list, zip(*parts, strict=True)), [], list(done), fused=fused, **options)
+                members, grads, firsts, seconds = map(list, zip(*parts, strict=True))
+                adamw(members, grads, firsts, seconds, [], list(done), fused=fused, **options)
 
     def _moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         state = self.state[parameter]
@@ -159,16 +164,16 @@ class SgtmAdamW(torch.optim.Optimizer):
         return state["exp_avg"], state["exp_avg_sq"]
 
 
-def _whole(owned: Owned) -> Iterator[Piece]:
+def _whole(owned: Owned) -> Iterator[Stretch]:
     """The pieces of a parameter that is one contiguous tensor."""
     for key, start, end in pieces(owned):
         if owned.dim == 0:
-            yield Piece(key, start * owned.columns, end - start, owned.columns, owned.columns)
+            yield Stretch(key, start * owned.columns, end - start, owned.columns, owned.columns)
         else:
-            yield Piece(key, start, owned.rows, end - start, owned.columns)
+            yield Stretch(key, start, owned.rows, end - start, owned.columns)
 
 
-def _cut(owned: Owned, fragment: Fragment) -> Iterator[Piece]:
+def _cut(owned: Owned, fragment: Fragment) -> Iterator[Stretch]:
     """The pieces of a fragment, which begins and ends at any element of the parameter."""
     first, last, width = fragment.start, fragment.end, owned.columns
     shift = fragment.offset - first
@@ -176,7 +181,7 @@ def _cut(owned: Owned, fragment: Fragment) -> Iterator[Piece]:
         for key, start, end in pieces(owned):
             low, high = max(start * width, first), min(end * width, last)
             if low < high:
-                yield Piece(key, low + shift, 1, high - low, high - low)
+                yield Stretch(key, low + shift, 1, high - low, high - low)
         return
     row, final = first // width, (last - 1) // width
     middle = (row + (first % width != 0), final + (last % width == 0))  # whole rows
@@ -184,14 +189,14 @@ def _cut(owned: Owned, fragment: Fragment) -> Iterator[Piece]:
         for line in {row, final} - set(range(*middle)):
             low, high = max(line * width + start, first), min(line * width + end, last)
             if low < high:
-                yield Piece(key, low + shift, 1, high - low, high - low)
+                yield Stretch(key, low + shift, 1, high - low, high - low)
         if middle[0] < middle[1]:
-            yield Piece(key, middle[0] * width + start + shift, middle[1] - middle[0], end - start, width)
+            yield Stretch(key, middle[0] * width + start + shift, middle[1] - middle[0], end - start, width)
 
 
-def _merged(parts: list[Piece], live: frozenset[str], steps: Mapping[str, int]) -> Iterator[Piece]:
+def _merged(parts: list[Stretch], live: frozenset[str], steps: Mapping[str, int]) -> Iterator[Stretch]:
     """Live pieces, neighbours with as many updates in one: a launch less for each."""
-    waiting: Piece | None = None
+    waiting: Stretch | None = None
     for piece in parts:
         if piece.key not in live or piece.columns == 0 or piece.rows == 0:
             continue
@@ -207,14 +212,14 @@ def _merged(parts: list[Piece], live: frozenset[str], steps: Mapping[str, int]) 
         yield waiting
 
 
-def _joined(first: Piece, second: Piece) -> Piece | None:
+def _joined(first: Stretch, second: Stretch) -> Stretch | None:
     """Two pieces as one, where the second is what follows the first, or beside it in the same rows."""
     if first.contiguous and second.contiguous:
         size = first.rows * first.columns
         if first.offset + size != second.offset:
             return None
         size += second.rows * second.columns
-        return Piece(first.key, first.offset, 1, size, size)
+        return Stretch(first.key, first.offset, 1, size, size)
     if first.rows == second.rows and first.stride == second.stride and first.offset + first.columns == second.offset:
         return first._replace(columns=first.columns + second.columns)
     return None

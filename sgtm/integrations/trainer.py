@@ -39,6 +39,7 @@ class SgtmTrainerMixin(Base):
         self._step_ended = False
 
     def _sgtm_binding(self) -> Binding:
+        assert self.model is not None
         return binding_of(self.model)
 
     def _check_sgtm(self) -> None:
@@ -71,13 +72,15 @@ class SgtmTrainerMixin(Base):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self.data_collator.column not in self._signature_columns:
-            self._signature_columns.append(self.data_collator.column)
+        collator, columns = self.data_collator, self._signature_columns
+        if isinstance(collator, SgtmCollator) and columns is not None and collator.column not in columns:
+            columns.append(collator.column)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`SgtmAdamW`; as in `Trainer`, norms and biases are not decayed."""
         if self.optimizer is None:
             source, args = self.model if model is None else model, self.args
+            assert source is not None
             decayed = set(self.get_decay_parameter_names(source))
             parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
             for name, parameter in source.named_parameters():
