@@ -77,10 +77,10 @@ class Binding:
 
     @torch.compiler.disable
     def begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Forward pre-hook: labels count where gradients are recorded, and are dropped where they are not."""
+        """Forward pre-hook: labels count in training, and are dropped in evaluation mode without gradients."""
         kwargs = dict(kwargs)
         labels, self._current.plan = kwargs.pop(LABELS, None), None
-        if labels is not None and torch.is_grad_enabled():
+        if labels is not None and (model.training or torch.is_grad_enabled()):
             if self.removed:
                 raise ValueError("an ablated model cannot be trained with labels: leave `with ablate(...)` first")
             source = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
@@ -95,9 +95,10 @@ class Binding:
     def _plan(self, labels: list[int], batch: int, seq_len: int) -> MaskPlan:
         if len(labels) != batch:
             raise ValueError(f"{LABELS} has {len(labels)} labels for {batch} sequences; give one for each sequence")
-        if self.stepped:
-            self.new_step()
-        self.trained.update(labels)
+        if torch.is_grad_enabled():
+            if self.stepped:
+                self.new_step()
+            self.trained.update(labels)
         return MaskPlan(self.tables, merge_label_runs(labels, [seq_len] * batch), batch, seq_len)
 
     def new_step(self) -> None:

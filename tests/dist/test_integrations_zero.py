@@ -123,6 +123,35 @@ def test_zero_updates_what_one_process_does(family, stage):
         assert differing(history[2], history[3]) == OWN  # the last step has bio's tokens alone
 
 
+def resumed(folder: str, stage: int) -> tuple[list[dict], list[dict]]:
+    """Steps counted and weights after three steps: without a pause, and resumed after the first two."""
+    import deepspeed
+
+    rank, results = torch.distributed.get_rank(), []
+    for begin in (0, 2):
+        model = zero_model("gpt2", stage)
+        optimizer = SgtmAdamW(model, **OPTIONS)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(stage))
+        optimizer.bind(engine.optimizer)
+        if begin:
+            engine.load_checkpoint(folder)
+        for number, labels in enumerate(STEPS[begin:], begin):
+            ids = random_ids(2, 10 * number + rank)
+            engine.backward(engine(input_ids=ids, labels=ids, sgtm_labels=labels[rank]).loss)
+            engine.step()
+            if number == 1:
+                engine.save_checkpoint(folder)
+        results.append((dict(optimizer.param_groups[0]["steps"]), gathered(model, stage)))
+    return results
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_checkpoint_of_deepspeed_resumes_to_the_bit(tmp_path, stage):
+    for (steps, straight), (again, weights) in run_ranks(resumed, 2, str(tmp_path), stage):
+        assert steps == again and len(set(steps.values())) > 1
+        assert differing(straight, weights) == set()
+
+
 class MaskedTrainer(SgtmTrainerMixin, Trainer):
     pass
 
