@@ -105,7 +105,7 @@ class Binding:
         """Forget what has been trained: a step of the optimizer has used it, or has been skipped."""
         self.trained, self.stepped = set(), False
 
-    def keeps(self, x: torch.Tensor, bounds: Sequence[int]) -> torch.Tensor:
+    def without_removed(self, x: torch.Tensor, bounds: Sequence[int]) -> torch.Tensor:
         """x [..., in] with the columns of the removed groups 0."""
         x = x.clone()
         for group in self.removed:

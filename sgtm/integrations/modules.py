@@ -28,7 +28,7 @@ class MaskedLinear(Bound):
         if plan is not None:
             return ops.linear(x, self.weight, self.bias, plan, self.layout)
         if self.sgtm.removed and not self.layout.incoming:
-            x = self.sgtm.keeps(x, self.layout.bounds)
+            x = self.sgtm.without_removed(x, self.layout.bounds)
         return super().forward(x)  # type: ignore[misc]
 
 
