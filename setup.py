@@ -55,7 +55,9 @@ setup(
         "wandb>=0.20",
     ],
     extras_require={
+        "trainer": ["accelerate>=1.10"],  # of Hugging Face's Trainer: docs/integrations.md
         "dev": [
+            "accelerate>=1.10",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

@@ -15,6 +15,7 @@ PRINTED = {
     "remove_and_generate.py": "Once upon a time",
     "label_rule.py": "virology: forget:bio, ",
     "strategy.py": "mlp_out  forget:es  retain 0.1 es 1",
+    "hf_trainer.py": "without es: en ",
     "mask_one_layer.py": "bio rows learn from sequence 1 alone: True",
 }
 

@@ -1,0 +1,1 @@
+"""SGTM inside models and trainers of other libraries: `sgtm.integrations.hf`."""

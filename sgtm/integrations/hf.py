@@ -1,0 +1,108 @@
+"""SGTM in Hugging Face models and trainers: `apply_sgtm`, the label column, the optimizer and `ablate`.
+
+    model = apply_sgtm(AutoModelForCausalLM.from_config(config), {"domains": ["bio"], "forget_heads": 1})
+
+Promises (tests/unit/test_integrations_hf.py): logits in training mode are bit for bit the plain model's where no group
+is inactive; gradients are those of our own transformer with the same weights; and non-interference, section 3 of
+docs/method.md, bit for bit for every family.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sgtm.config.sections import MaskingConfig
+from sgtm.integrations.binding import Binding, binding_of
+from sgtm.integrations.collator import SgtmCollator
+from sgtm.integrations.families import blocks_of, masked_modules, owned_parameters, partition_of, pieces
+from sgtm.integrations.modules import mask_layer, mask_module
+from sgtm.integrations.optimizer import SgtmAdamW
+from sgtm.integrations.settings import check_masking, space_of
+from sgtm.integrations.trainer import SgtmTrainerMixin
+from sgtm.masking.strategy import build_tables
+
+__all__ = ["SgtmAdamW", "SgtmCollator", "SgtmTrainerMixin", "ablate", "apply_sgtm", "removed"]
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def apply_sgtm(model: Model, masking: MaskingConfig | Mapping[str, Any]) -> Model:
+    """Mask a Hugging Face causal LM in place and return it: the same parameters, names, state dict and config.
+
+    masking  section `masking` of a config, or its keys (docs/config.md). A domain has the last heads and neurons of
+             each layer, and the last domain the very last; with grouped-query attention it has whole KV groups.
+
+    In training the model takes `sgtm_labels`, one applied label for each sequence, as a name or a number; labels
+    `open:<domain>` too. Without gradients it is the plain model. Call it before `deepspeed.initialize` and before any
+    wrapper.
+
+    Raises ValueError for an unknown architecture, for modules or parameters that the masks would miss, for groups that
+    do not fit, for settings that need our own transformer (`domain_embedding`, `certify`), and if it is masked already.
+    """
+    if hasattr(model, "sgtm"):
+        raise ValueError("the model is masked already; call apply_sgtm once")
+    config = check_masking(masking)
+    space = space_of(config)
+    tables = build_tables(space, config.strategy, config.joint, config.cross_domain, config.overrides)
+    partition = partition_of(model, config, space)
+    masked = masked_modules(model, partition)
+    binding = Binding(space, tables, partition, owned_parameters(model, masked))
+    for module in masked:
+        mask_module(module, binding)
+    for layer in blocks_of(model):
+        mask_layer(layer, binding)
+    model.sgtm = binding  # type: ignore[assignment]
+    model.register_forward_pre_hook(binding.begin, with_kwargs=True)
+    model.register_forward_hook(binding.end, always_call=True)
+    return model
+
+
+@contextmanager
+def ablate(model: nn.Module, domains: Iterable[str]) -> Iterator[None]:
+    """Inside, the model runs without the groups of these domains, wherever no gradients with labels are recorded.
+
+    Raises ValueError for an unknown domain.
+    """
+    binding = binding_of(model)
+    before, binding.removed = binding.removed, _groups(binding, domains)
+    try:
+        yield
+    finally:
+        binding.removed = before
+
+
+def removed(model: PreTrainedModel, domains: Iterable[str]) -> PreTrainedModel:
+    """A plain model without the groups of these domains: weights and in-side biases of their heads and neurons are 0.
+
+    It computes what `ablate` does, to the bit. `save_pretrained` writes it; the masked model is left as it is.
+    Raises ValueError for an unknown domain, and where ZeRO-3 has left only a part of the weights here.
+    """
+    binding = binding_of(model)
+    groups = {binding.partition.groups[group] for group in _groups(binding, domains)}
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError("the weights are sharded by ZeRO-3: save the model, load it again and remove the groups there")
+    architecture: Any = type(model)
+    plain = architecture(copy.deepcopy(model.config)).to(device=model.device, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = copy.deepcopy(model.generation_config)
+    plain.train(model.training)
+    parameters = dict(plain.named_parameters())
+    with torch.no_grad():
+        for name, owned in binding.owned.items():
+            for key, start, end in pieces(owned):
+                if key.partition(".")[2] in groups:
+                    parameters[name].narrow(owned.dim, start, end - start).zero_()
+    return plain
+
+
+def _groups(binding: Binding, domains: Iterable[str]) -> frozenset[int]:
+    if isinstance(domains, str):
+        raise ValueError(f"domains is {domains!r}; give a list, [{domains!r}]")
+    return frozenset(binding.space.group_of(domain) for domain in domains)
