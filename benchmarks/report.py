@@ -161,6 +161,7 @@ DOCUMENTS = {
     "novels": DOCS / "recipes.md",
     "prepare": DOCS / "data.md",
     "checkpoints": DOCS / "checkpoints.md",
+    "export": DOCS / "export.md",
 }
 """Of a results file, beside docs/results.md; of other costs it is docs/performance.md, of other experiments none."""
 
@@ -213,6 +214,22 @@ def prepared(rows: list[dict]) -> str:
     return f"### What `prepare` costs\n\n{about}\n\n{markdown(table)}"
 
 
+def exported(rows: list[dict]) -> str:
+    """Memory of `sgtm export` by size of the model."""
+    table = [["model", "weights", "files", "largest MiB", "anonymous MiB", "resident MiB", "s"]]
+    for r in rows:
+        parameters = f"{r['shape']} ({r['parameters'] / 1e9:.2f} billion parameters)"
+        memory = [f"{r[key]:,.0f}" for key in ("largest_file_mib", "anonymous_mib", "resident_mib", "seconds")]
+        table.append([parameters, r["dtype"], str(r["files"]), *memory])
+    imports = max(r["imports_mib"] for r in rows)
+    about = (
+        f"Largest memory of the process that exports a Llama without one domain, the checkpoint a file of zeros. "
+        f"Anonymous: what the kernel cannot take back, {imports:,.0f} MiB of it from the imports; target: at most "
+        f"4,096 MiB above the largest file of weights. Resident: with mapped pages of the checkpoint, which it can."
+    )
+    return f"### What an export takes\n\n{about}\n\n{markdown(table)}"
+
+
 INPUTS = {
     "document": ("one line of JSON", "MiB"),
     "array": ("member of a JSON array", "MiB"),
@@ -223,7 +240,13 @@ INPUTS = {
     "short": ("short documents in a file", "thousand"),
     "files": ("text files in folders", "thousand"),
 }
-OWN = {"steps": steps, "checkpoints": checkpoints, "domain_embedding": domain_embedding, "prepare": prepared}
+OWN = {
+    "steps": steps,
+    "checkpoints": checkpoints,
+    "domain_embedding": domain_embedding,
+    "prepare": prepared,
+    "export": exported,
+}
 
 
 if __name__ == "__main__":
