@@ -8,6 +8,7 @@ what it owns now. DeepSpeed's own loaders do not cross from ZeRO 3 to 1 or 2, an
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,16 +123,34 @@ def stored_weights(directory: Path | str) -> LazyState:
     its one file. Raises ValueError as `Stored` does.
     """
     if (file := Path(directory) / WEIGHTS).exists():
-        from safetensors import safe_open
-
-        opened = safe_open(file, "pt")
-        return LazyState(opened.keys(), opened.get_tensor)
+        return _of_file(file)
     stored = Stored(directory)
 
     def read(name: str) -> torch.Tensor:
         return stored.buffers[name] if name in stored.buffers else stored.read(name, "fp32").view(stored.shapes[name])
 
     return LazyState((*stored.buffers, *stored.shapes), read)
+
+
+def _of_file(file: Path) -> LazyState:
+    """fp32 tensors of a file of safetensors, read and not mapped: to map a file that is larger than the memory may be
+    refused, and mapped weights that are written to count as the process's own.
+    """
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        entries = json.loads(opened.read(length))
+    entries.pop("__metadata__", None)
+
+    def read(name: str) -> torch.Tensor:
+        start, end = entries[name]["data_offsets"]
+        tensor = torch.empty(entries[name]["shape"], dtype=torch.float32)
+        assert entries[name]["dtype"] == "F32" and tensor.nbytes == end - start  # as sgtm/run/weights_only.py writes it
+        with file.open("rb") as opened:
+            opened.seek(8 + length + start)
+            opened.readinto(tensor.view(-1).numpy().data.cast("B") if end > start else bytearray())
+        return tensor
+
+    return LazyState(entries, read)
 
 
 def _of_partitions(ranks: int, size: int, by_name: dict) -> Iterator[tuple[str, ShardRange]]:
