@@ -2,10 +2,10 @@
 
     python examples/gguf/to_gguf.py LLAMA_CPP FOLDER OUT.gguf [f32|f16|bf16|q8_0]
 
-LLAMA_CPP is a checkout of llama.cpp; needs its packages gguf and sentencepiece. The converter recognises a BPE tokenizer
-by a hash of what it makes of a test text, and refuses a newly trained one. A tokenizer that `sgtm prepare` has trained
-cuts words as GPT-2's does, which this script sets. With a tokenizer that was given to `sgtm prepare --tokenizer`, run
-the converter as it is.
+LLAMA_CPP is a checkout of llama.cpp; needs its packages gguf and sentencepiece. The converter recognises a BPE
+tokenizer by a hash of what it makes of a test text, and refuses a newly trained one. A tokenizer that `sgtm prepare`
+has trained cuts words as GPT-2's does, which this script sets. With a tokenizer that was given to `sgtm prepare
+--tokenizer`, run the converter as it is.
 """
 
 import runpy
