@@ -44,7 +44,7 @@ def run(options) -> None:
     from sgtm.run.evaluate import evaluate_run, write_summary
 
     added = {"remove": options.remove} if options.remove else {}
-    added |= {"strengths": [dict(at) for at in options.strength]} if options.strength else {}
+    added |= {"strengths": [dict(pairs) for pairs in options.strength]} if options.strength else {}
     steer = {} if options.steer is None else {"steer": options.steer}
     name = [f"summary-steer{options.steer:+g}.json"] if steer else []
     evaluation = evaluate_run(

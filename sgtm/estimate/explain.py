@@ -19,7 +19,7 @@ from sgtm.data.loader import check_corpus
 from sgtm.data.open import open_corpus
 from sgtm.data.store import Corpus
 from sgtm.data.summary import category_counts, trained_categories
-from sgtm.estimate import many
+from sgtm.estimate import roles
 from sgtm.estimate.stages import accumulation
 from sgtm.masking.certificate import obstacle
 from sgtm.masking.channel import LabelChannel, row_lines
@@ -275,7 +275,7 @@ def _forward_table(config: Config) -> Table:
         return runs + gradients if active else "off"
 
     if _many(config):
-        return many.forward_table(title, labels, config.space.groups, cell)
+        return roles.forward_table(title, labels, config.space.groups, cell)
     table = Table(title=title, title_justify="left")
     table.add_column("group")
     for name in labels:
@@ -290,7 +290,7 @@ def _updates_table(explanation: Explanation) -> Table:
     config, labels = explanation.config, explanation.config.space.labels
     title = "updates: which parameters a token of each label may change"
     if _many(config):
-        return many.updates_table(
+        return roles.updates_table(
             title, LEGEND, labels, explanation.counts, lambda key, label: _weight(config, key, label), _joint_name
         )
     table = Table(title=title, title_justify="left", caption=LEGEND)
@@ -337,7 +337,7 @@ def _channel_table(config: Config, start: int, channel: LabelChannel) -> Table:
     title = f"label channel{since}: what documents of a true label are trained as"
     labels = config.space.labels
     if _many(config):
-        return many.channel_table(title, labels, lambda true, label: float(channel.matrix[true][label]))
+        return roles.channel_table(title, labels, lambda true, label: float(channel.matrix[true][label]))
     table = Table(title=title, title_justify="left")
     table.add_column("true label")
     for label in labels:

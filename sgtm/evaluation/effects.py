@@ -23,14 +23,14 @@ Losses = Mapping[str, Mapping[str, float | None]]
 class Effect:
     """Changes to the full model's losses, nats per token; NaN for one that is not finite.
 
-    own     by domain that the condition removes or lowers, of its own data
-    others  by other domain, of its data
-    kept    by true label `retain` and `unlabeled`
+    own       by domain that the condition removes or lowers, of its own data
+    others    by other domain, of its data
+    retained  by true label `retain` and `unlabeled`
     """
 
     own: dict[str, float]
     others: dict[str, float]
-    kept: dict[str, float]
+    retained: dict[str, float]
 
 
 def by_true_label(
@@ -54,7 +54,7 @@ def by_true_label(
 def effects(losses: Losses, true_labels: Mapping[str, str], tokens: Mapping[str, int]) -> dict[str, Effect]:
     """By condition other than `full`; arguments as in `by_true_label`."""
     full = by_true_label(losses.get(FULL, {}), true_labels, tokens)
-    found = {}
+    by_condition = {}
     for condition, by_category in losses.items():
         if condition == FULL:
             continue
@@ -65,12 +65,12 @@ def effects(losses: Losses, true_labels: Mapping[str, str], tokens: Mapping[str,
         }
         domains = {label.removeprefix(FORGET): change for label, change in changes.items() if label.startswith(FORGET)}
         lowered = lowered_domains(condition)
-        found[condition] = Effect(
+        by_condition[condition] = Effect(
             {domain: change for domain, change in domains.items() if domain in lowered},
             {domain: change for domain, change in domains.items() if domain not in lowered},
             {label: change for label, change in changes.items() if not label.startswith(FORGET)},
         )
-    return found
+    return by_condition
 
 
 def short_name(condition: str, domains: int) -> str:
@@ -88,15 +88,15 @@ def short_name(condition: str, domains: int) -> str:
 
 def described(losses: Losses, true_labels: Mapping[str, str], tokens: Mapping[str, int]) -> list[str]:
     """The effects in a sentence for all domains that were removed by themselves, and one for each other condition."""
-    found = effects(losses, true_labels, tokens)
+    of = effects(losses, true_labels, tokens)
     domains = len({label for label in true_labels.values() if label.startswith(FORGET)})
-    alone = [name for name in found if name.startswith(WITHOUT) and len(lowered_domains(name)) == 1]
+    alone = [name for name in of if name.startswith(WITHOUT) and len(lowered_domains(name)) == 1]
     sentences = []
     if len(alone) > 1:
-        parts = _parts([found[name] for name in alone])
+        parts = _parts([of[name] for name in alone])
         sentences.append(f"Removing one of {len(alone)} domains changes the loss {parts}, in nats per token.")
-    rest = [name for name in found if name not in alone or len(alone) < 2]
-    sentences += [f"{short_name(name, domains).capitalize()}: {_parts([found[name]])}." for name in rest]
+    rest = [name for name in of if name not in alone or len(alone) < 2]
+    sentences += [f"{short_name(name, domains).capitalize()}: {_parts([of[name]])}." for name in rest]
     return sentences
 
 
@@ -105,7 +105,7 @@ def _parts(of: list[Effect]) -> str:
     sources = {
         "its own data" if len(of) > 1 else "the data of its domains": [pair for e in of for pair in e.own.items()],
         "other domains": [pair for e in of for pair in e.others.items()],
-        **{f"{label} data": [(label, e.kept[label]) for e in of] for label in (of[0].kept if of else {})},
+        **{f"{label} data": [(label, e.retained[label]) for e in of] for label in (of[0].retained if of else {})},
     }
     return ", ".join(f"on {name} by {_spread(pairs)}" for name, pairs in sources.items() if pairs)
 

@@ -210,15 +210,15 @@ def removal_tables(
     Raises ValueError for an unknown domain, and a strength that is not from 0 to 1.
     """
     draft, without = _Draft(space), {space.group_of(domain) for domain in removed}
-    at = {space.group_of(domain): strength for domain, strength in (strengths or {}).items()}
-    for group, strength in at.items():
+    factors = {space.group_of(domain): strength for domain, strength in (strengths or {}).items()}
+    for group, strength in factors.items():
         if not 0 <= strength <= 1:
             raise ValueError(f"strength {strength:g} of {space.groups[group]}: a domain is at a strength from 0 to 1")
-    without |= {group for group, strength in at.items() if strength == 0}
+    without |= {group for group, strength in factors.items() if strength == 0}
     for active, steered in zip(draft.active, draft.steered, strict=True):
         for group in range(1, len(space.groups)):
             if group not in without:
-                active[group], steered[group] = at.get(group, 1.0), 1.0
+                active[group], steered[group] = factors.get(group, 1.0), 1.0
             elif groups:
                 active[group] = 0.0
     return draft.freeze()

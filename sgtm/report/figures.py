@@ -232,9 +232,9 @@ def gradient_norms(record: RunRecord) -> Figure | None:
         if few:
             axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=LIGHT[PAPER if strength > 0.75 else INK])
     axes.set(xlim=(0, len(groups)), ylim=(len(norms), 0), xlabel="group", ylabel="true label")
-    small = {} if few else {"fontsize": 5}
-    axes.set_xticks(np.arange(len(groups)) + 0.5, groups, color=LIGHT[INK], rotation=0 if few else 90, **small)
-    axes.set_yticks(np.arange(len(norms)) + 0.5, list(norms), color=LIGHT[INK], **small)
+    size = 9 if few else 5
+    axes.set_xticks(np.arange(len(groups)) + 0.5, groups, color=LIGHT[INK], rotation=0 if few else 90, fontsize=size)
+    axes.set_yticks(np.arange(len(norms)) + 0.5, list(norms), color=LIGHT[INK], fontsize=size)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.grid(False)
@@ -301,9 +301,15 @@ def _panel(height: float) -> tuple[Figure, Axes]:
 def _legend(axes: Axes, columns: int) -> None:
     handles, names = axes.get_legend_handles_labels()
     shown = short_legend(dict(zip(names, handles, strict=True)))
-    place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.2}
+    columns = min(columns, 3) if len(names) > LEGEND else columns
     axes.legend(
-        shown.values(), shown, ncols=min(columns, 3) if len(names) > LEGEND else columns, handlelength=1.4, **place
+        shown.values(),
+        shown,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        ncols=columns,
+        borderaxespad=0.2,
+        handlelength=1.4,
     )
 
 

@@ -50,7 +50,7 @@ class LossRow:
 
 
 def conditions(summary: dict) -> list[str]:
-    """Keys of the losses but `full`: sets of removed domains, smaller ones first, then those with domains at strengths."""
+    """Keys of the losses but `full`: sets of removed domains, smaller ones first, then domains at strengths."""
     keys = [key for key in summary.get("losses", {}) if key != FULL]
     return sorted(keys, key=lambda key: (not removed_domains(key), len(lowered_domains(key))))
 
@@ -76,11 +76,11 @@ def set_rows(summary: dict) -> list[SetRow]:
         return []
     true, tokens = summary.get("true_labels", {}), _measured(summary)
     domains = [label for label in dict.fromkeys(true.values()) if label.startswith(FORGET)]
-    kept = [label for label in dict.fromkeys(true.values()) if label not in domains]
+    retained = [label for label in dict.fromkeys(true.values()) if label not in domains]
     rows: list[SetRow] = []
     for condition in (FULL, *conditions(summary)):
         means = effects.by_true_label(summary["losses"][condition], true, tokens)
-        losses = {label: means[label] for label in (*kept, *domains) if label in means}
+        losses = {label: means[label] for label in (*retained, *domains) if label in means}
         full = rows[0].losses if rows else {}
         changes = {label: loss - full[label] for label, loss in losses.items() if label in full}
         meant = tuple(f"{FORGET}{domain}" for domain in lowered_domains(condition))

@@ -109,8 +109,8 @@ EXHIBITS = (
 
 
 MAP_CAPTION = (
-    "Change of the held-out loss, against the full model. Rows: sets of removed domains. Columns: retained data and the "
-    "data of each domain. Red: the loss rises; blue: it falls; framed where it is meant to rise."
+    "Change of the held-out loss, against the full model. Rows: sets of removed domains. Columns: retained data and "
+    "the data of each domain. Red: the loss rises; blue: it falls; framed where it is meant to rise."
 )
 """Of the first exhibit, where there are many sets."""
 

@@ -165,8 +165,8 @@ def _sets(rows: list[SetRow], width: int) -> Table | None:
 def _sets_in_short(rows: list[SetRow]) -> Table:
     """Columns of means: over the domains that a set removes, over the others, and the one that changes most."""
     table = _plain_table()
-    kept = [label for label in rows[0].losses if not label.startswith(FORGET)]
-    for column in ("set", "own", "other domains", "most of them", *kept):
+    retained = [label for label in rows[0].losses if not label.startswith(FORGET)]
+    for column in ("set", "own", "other domains", "most of them", *retained):
         table.add_column(column, justify="left" if column == "set" else "right")
     for row in rows:
         values = row.losses if row.condition == FULL else row.changes
@@ -177,7 +177,7 @@ def _sets_in_short(rows: list[SetRow]) -> Table:
         means = [
             _coloured(row, fmean(of), meant) if of else "" for of, meant in ((own, True), (others.values(), False))
         ]
-        table.add_row(row.name, *means, worst, *(_cell(row, label) for label in kept))
+        table.add_row(row.name, *means, worst, *(_cell(row, label) for label in retained))
     return table
 
 

@@ -170,9 +170,9 @@ def with_removals(
         config.space.removals(remove)
     except ValueError as error:
         raise ValueError(f"--remove: {error}") from None
-    for at in strengths:
+    for by_domain in strengths:
         try:
-            config.removal_tables((), at)
+            config.removal_tables((), by_domain)
         except ValueError as error:
             raise ValueError(f"--strength: {error}") from None
     sets = [*config.train.eval_removed, *(list(names) for names in remove)]

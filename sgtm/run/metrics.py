@@ -209,8 +209,8 @@ def _by_label(losses: dict[str, float]) -> list[str]:
     if len(forget) <= MANY_DOMAINS:
         return [f"{label} {loss:.3f}" for label, loss in losses.items()]
     mean, low, high = fmean(forget.values()), min(forget.values()), max(forget.values())
-    kept = [f"{label} {loss:.3f}" for label, loss in losses.items() if label not in forget]
-    return [*kept, f"{len(forget)} domains {mean:.3f} ({low:.3f} to {high:.3f})"]
+    others = [f"{label} {loss:.3f}" for label, loss in losses.items() if label not in forget]
+    return [*others, f"{len(forget)} domains {mean:.3f} ({low:.3f} to {high:.3f})"]
 
 
 def _progress(console: Console) -> Progress:

@@ -96,11 +96,11 @@ def test_the_forward_passes_of_an_evaluation_are_the_sets_times_the_batches(tmp_
     def evaluated(config: Config, **options) -> int:
         nonlocal passes
         passes = 0
-        found = evaluate(
+        losses = evaluate(
             forward, corpus, config, split="test", sequences=3, device=torch.device("cpu"), **options
         ).losses
-        assert all(len(by_category) == count + 1 for by_category in found.values())
-        return len(found)
+        assert all(len(by_category) == count + 1 for by_category in losses.values())
+        return len(losses)
 
     once = sum(
         len(list(evaluation_batches(corpus, config, "test", name, max_sequences=3))) for name in corpus.categories

@@ -20,8 +20,8 @@ def test_losses_of_a_true_label_are_means_over_tokens():
 
 def test_effects_are_changes_of_own_other_and_retained_data():
     of = summary(4, ("d1", "d3"))
-    found = effects(of["losses"], of["true_labels"], tokens(of))
-    assert list(found) == [
+    changes = effects(of["losses"], of["true_labels"], tokens(of))
+    assert list(changes) == [
         "without d1",
         "without d2",
         "without d3",
@@ -29,17 +29,17 @@ def test_effects_are_changes_of_own_other_and_retained_data():
         "without d1,d3",
         "without d1,d2,d3,d4",
     ]
-    alone, pair = found["without d2"], found["without d1,d3"]
-    assert alone.own == {"d2": pytest.approx(0.2)} and alone.kept == {"retain": pytest.approx(0.0075)}
+    alone, pair = changes["without d2"], changes["without d1,d3"]
+    assert alone.own == {"d2": pytest.approx(0.2)} and alone.retained == {"retain": pytest.approx(0.0075)}
     assert alone.others == {name: pytest.approx(0.02) for name in ("d1", "d3", "d4")}
     assert pair.own == {"d1": pytest.approx(0.1), "d3": pytest.approx(0.3)} and set(pair.others) == {"d2", "d4"}
-    assert found["without d1,d2,d3,d4"].others == {}
+    assert changes["without d1,d2,d3,d4"].others == {}
 
 
 def test_a_domain_at_a_strength_is_the_conditions_own():
     losses = {"full": {"d1": 2.0, "d2": 2.0}, "with d1 at 0.5": {"d1": 3.0, "d2": 2.5}}
-    found = effects(losses, {"d1": "forget:d1", "d2": "forget:d2"}, {})
-    assert (found["with d1 at 0.5"].own, found["with d1 at 0.5"].others) == ({"d1": 1.0}, {"d2": 0.5})
+    changes = effects(losses, {"d1": "forget:d1", "d2": "forget:d2"}, {})
+    assert (changes["with d1 at 0.5"].own, changes["with d1 at 0.5"].others) == ({"d1": 1.0}, {"d2": 0.5})
 
 
 @pytest.mark.parametrize("count", [4, 20, 50])

@@ -25,7 +25,7 @@ def test_cells_are_changes_by_set_and_label():
     assert cells[5, 4].get_facecolor() == pytest.approx(to_rgba(UP, 1.0))
     assert cells[2, 0].get_facecolor() == pytest.approx(to_rgba(DOWN, 0.23 / 0.5))
     assert cells[1, 1].get_facecolor()[3] == 0
-    framed = {place for place, cell in cells.items() if cell.get_linewidth() == 1.0}
+    framed = {corner for corner, cell in cells.items() if cell.get_linewidth() == 1.0}
     assert framed == {(k, k - 1) for k in range(1, 6)} | {(k, 5) for k in range(1, 6)}
     assert [label.get_text() for label in axes.get_yticklabels()] == [row.name for row in rows[1:]]
 

@@ -25,10 +25,10 @@ def merged(texts: Iterable[str]) -> str:
 
 def kinds_of(labels: Sequence[str]) -> dict[str, list[int]]:
     """Labels of each kind: `unlabeled` and `retain` by themselves, `forget:` and `open:` of all domains."""
-    found: dict[str, list[int]] = {}
+    by_kind: dict[str, list[int]] = {}
     for label, name in enumerate(labels):
-        found.setdefault(next((kind for kind in KINDS if name.startswith(kind)), name), []).append(label)
-    return found
+        by_kind.setdefault(next((kind for kind in KINDS if name.startswith(kind)), name), []).append(label)
+    return by_kind
 
 
 def forward_table(title: str, labels: Sequence[str], groups: Sequence[str], cell: Callable[[int, int], str]) -> Table:
@@ -37,7 +37,8 @@ def forward_table(title: str, labels: Sequence[str], groups: Sequence[str], cell
     for column in ("label", RETAIN_GROUP, "own group", "other groups"):
         table.add_column(column)
     for kind, members in kinds_of(labels).items():
-        own, others = [], []
+        own: list[str] = []
+        others: list[str] = []
         for label in members:
             domain = labels[label].removeprefix(kind)
             for group in range(1, len(groups)):
@@ -67,26 +68,26 @@ def updates_table(
     alike: dict[tuple[int, str], list[str]] = {}
     for key in counts:
         part, _, group = key.partition(".")
-        place = 0 if group == RETAIN_GROUP else 1 if group else 2
-        alike.setdefault((place, part if group else key), []).append(key)
+        owner = 0 if group == RETAIN_GROUP else 1 if group else 2
+        alike.setdefault((owner, part if group else key), []).append(key)
     before = None
-    for (place, part), keys in sorted(alike.items(), key=lambda item: (item[0][0], _rank(item[0][1]))):
-        if before not in (None, place):
+    for (owner, part), keys in sorted(alike.items(), key=lambda item: (item[0][0], _rank(item[0][1]))):
+        if before not in (None, owner):
             table.add_section()
-        before = place
+        before = owner
         cells = []
         for kind, members in kinds.items():
             pairs = [(key, label) for key in keys for label in members]
             if kind not in KINDS:
                 cells.append(merged(cell(*pair) for pair in pairs))
                 continue
-            mine = [pair for pair in pairs if place != 1 or pair[0].partition(".")[2] == labels[pair[1]][len(kind) :]]
-            others = [pair for pair in pairs if place != 1 or pair not in mine]
+            mine = [pair for pair in pairs if owner != 1 or pair[0].partition(".")[2] == labels[pair[1]][len(kind) :]]
+            others = [pair for pair in pairs if owner != 1 or pair not in mine]
             cells += [merged(cell(*pair) for pair in some) for some in (mine, others)]
         sizes = sorted({counts[key] for key in keys})
         number = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
-        name = (f"{RETAIN_GROUP} {part}", f"domain {part}", joint_name(part))[place]
-        table.add_row(name, f"{len(keys)} x {number}" if place == 1 else number, *cells)
+        name = (f"{RETAIN_GROUP} {part}", f"domain {part}", joint_name(part))[owner]
+        table.add_row(name, f"{len(keys)} x {number}" if owner == 1 else number, *cells)
     return table
 
 

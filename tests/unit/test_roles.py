@@ -1,4 +1,4 @@
-"""`sgtm explain` of many domains: tables of a size that does not grow with them, and what differs is shown."""
+"""`sgtm explain` of many domains (sgtm/estimate/roles.py): tables whose size does not grow with them."""
 
 from __future__ import annotations
 
