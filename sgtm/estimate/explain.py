@@ -19,10 +19,11 @@ from sgtm.data.loader import check_corpus
 from sgtm.data.open import open_corpus
 from sgtm.data.store import Corpus
 from sgtm.data.summary import category_counts, trained_categories
+from sgtm.estimate import roles
 from sgtm.estimate.stages import accumulation
 from sgtm.masking.certificate import obstacle
 from sgtm.masking.channel import LabelChannel, row_lines
-from sgtm.masking.labels import OPEN
+from sgtm.masking.labels import MANY, OPEN
 from sgtm.masking.partition import ENDS
 from sgtm.masking.recipes import recipe
 from sgtm.model.rows import ALWAYS, live_keys
@@ -258,29 +259,41 @@ def _partition_table(explanation: Explanation) -> Table:
     return table
 
 
+def _many(config: Config) -> bool:
+    """Whether a column for each domain would be too wide."""
+    return len(config.space.domains) > MANY
+
+
 def _forward_table(config: Config) -> Table:
     """`active` and `route`: which groups run for the tokens of a label, and whether gradients pass through them."""
-    table = Table(title="forward pass: does the group run, do gradients flow through it", title_justify="left")
+    title, labels = "forward pass: does the group run, do gradients flow through it", config.space.labels
+
+    def cell(label: int, group: int) -> str:
+        active, route = config.tables.active[label][group], config.tables.route[label][group]
+        gradients = {0.0: ", gradients stop", 1.0: ""}.get(route, f", gradients x {route:g}")
+        runs = "runs" if active == 1 else f"runs x {active:g}"
+        return runs + gradients if active else "off"
+
+    if _many(config):
+        return roles.forward_table(title, labels, config.space.groups, cell)
+    table = Table(title=title, title_justify="left")
     table.add_column("group")
-    for name in config.space.labels:
+    for name in labels:
         table.add_column(name)
     for g, group in enumerate(config.space.groups):
-        cells = []
-        for label in range(len(config.space.labels)):
-            active, route = config.tables.active[label][g], config.tables.route[label][g]
-            gradients = {0.0: ", gradients stop", 1.0: ""}.get(route, f", gradients x {route:g}")
-            runs = "runs" if active == 1 else f"runs x {active:g}"
-            cells.append(runs + gradients if active else "off")
-        table.add_row(group, *cells)
+        table.add_row(group, *(cell(label, g) for label in range(len(labels))))
     return table
 
 
 def _updates_table(explanation: Explanation) -> Table:
     """Rows of the model by key; a cell is the weight of a token's contribution, or nothing."""
     config, labels = explanation.config, explanation.config.space.labels
-    table = Table(
-        title="updates: which parameters a token of each label may change", title_justify="left", caption=LEGEND
-    )
+    title = "updates: which parameters a token of each label may change"
+    if _many(config):
+        return roles.updates_table(
+            title, LEGEND, labels, explanation.counts, lambda key, label: _weight(config, key, label), _joint_name
+        )
+    table = Table(title=title, title_justify="left", caption=LEGEND)
     table.add_column("parameters")
     table.add_column("number", justify="right")
     for label in labels:
@@ -322,9 +335,11 @@ def _weight(config: Config, key: str, label: int) -> str:
 def _channel_table(config: Config, start: int, channel: LabelChannel) -> Table:
     since = f" from step {start} on" if len(config.channels) > 1 else ""
     title = f"label channel{since}: what documents of a true label are trained as"
+    labels = config.space.labels
+    if _many(config):
+        return roles.channel_table(title, labels, lambda true, label: float(channel.matrix[true][label]))
     table = Table(title=title, title_justify="left")
     table.add_column("true label")
-    labels = config.space.labels
     for label in labels:
         table.add_column(label, justify="right")
     for label, row in zip(labels, channel.matrix, strict=True):

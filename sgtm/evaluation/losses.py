@@ -86,8 +86,8 @@ def evaluate(
     """
     removals = [(), *((domain,) for domain in bases)] if bases else config.removals
     tables = [config.removal_tables(() if bases else removed) for removed in removals]
-    titrated = {strength_name(model): model for model in strengths}
-    tables += [config.removal_tables((), model) for model in titrated.values()]
+    titrated = {strength_name(by_domain): by_domain for by_domain in strengths}
+    tables += [config.removal_tables((), by_domain) for by_domain in titrated.values()]
     passes = [forward, *bases.values()] if bases else [forward] * len(tables)
     losses: Losses = {removal_name(removed): {} for removed in removals}
     losses |= {name: {} for name in titrated}

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sgtm.masking.labels import OPEN, RETAIN, UNLABELED, LabelSpace
+from sgtm.masking.labels import FORGET, MANY, OPEN, RETAIN, UNLABELED, LabelSpace
 from sgtm_kernels.tables import JOINT_KINDS, PROJECTIONS, Tables
 
 ALONE = "the ablated model is as good on retained data as this share lets it be"
@@ -132,14 +132,38 @@ def row_lines(channel: LabelChannel, tables: Tables, strategy: str) -> list[str]
         if name.startswith(OPEN):  # no document has it as its true label
             continue
         row = channel.matrix[true]
-        shares = [label for label in range(len(row)) if row[label] > 0]
-        parts = [f"{row[label]:.0%} as {tables.labels[label]}: {_trade(tables, true, label)}" for label in shares]
+        parts = _parts(tables, true, row)
         if true == RETAIN:
             never = [domain for domain, share in shares_with_group(channel, tables).items() if not share]
             parts += [f"never with {', '.join(never)}: {NEVER_SEEN}"] if never else []
         parts += [TWICE] if row.sum() > 1 + 1e-9 else []
         lines.append(f"{name}: {'; '.join(parts)}")
-    return lines
+    return lines if len(tables.groups) <= MANY + 1 else _alike(lines)
+
+
+def _alike(lines: list[str]) -> list[str]:
+    """The lines; those of domains that differ in the domain's name alone are one."""
+    counts: dict[str, list[str]] = {}
+    for line in lines:
+        domain = line.removeprefix(FORGET).partition(": ")[0] if line.startswith(FORGET) else ""
+        counts.setdefault(line.replace(f":{domain}:", ":<domain>:") if domain else line, []).append(line)
+    return [f"{line} ({len(of)} domains)" if len(of) > 1 else of[0] for line, of in counts.items()]
+
+
+def _parts(tables: Tables, true: int, row: np.ndarray) -> list[str]:
+    """A part for each label that documents are trained as; labels of many domains that are alike have one."""
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for label, name in enumerate(tables.labels):
+        if row[label] > 0:
+            kind = name.partition(":")[0]
+            alike.setdefault((f"{row[label]:.0%}", kind, _trade(tables, true, label)), []).append(name)
+    parts = []
+    for (share, kind, trade), names in alike.items():
+        if len(names) > MANY:
+            parts.append(f"{share} as {kind}:<domain> for each of {len(names)} domains: {trade}")
+        else:
+            parts += [f"{share} as {name}: {trade}" for name in names]
+    return parts
 
 
 def shares_with_group(channel: LabelChannel, tables: Tables) -> dict[str, float]:

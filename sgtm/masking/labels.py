@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from sgtm.process.names import did_you_mean, look_alike
 
 UNLABELED, RETAIN, FIRST_FORGET = 0, 1, 2
-OPEN = "open:"
+FORGET, OPEN = "forget:", "open:"
+MANY = 4  # domains: more are described together and not one by one
 RETAIN_GROUP = "retain"
 FULL, WITHOUT, WITH, AT = "full", "without ", "with ", " at "
 JOINT_GROUP = "joint"  # in the place of a group: all weights that no group owns

@@ -20,9 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from sgtm.masking.labels import removed_domains
+from sgtm.masking.labels import lowered_domains, removal_name, removed_domains
 from sgtm.masking.partition import LayerPartition
-from sgtm.report.findings import conditions, error_of, loss_rows, signed
+from sgtm.report.findings import conditions, error_of, loss_rows, set_rows, signed
+from sgtm.report.maps import LEGEND, change_map, short_legend
 from sgtm.report.palette import GRID, INK, LIGHT, MUTED, PAPER, RETAIN, of_label, of_removal, themed
 from sgtm.report.record import RunRecord, is_forgotten
 
@@ -93,38 +94,42 @@ def _inline(svg: str, name: str) -> str:
 
 def loss_curves(record: RunRecord) -> Figure | None:
     """Training loss of each applied label against the optimizer step."""
-    labels = sorted({key.removeprefix("loss/") for line in record.steps for key in line if key.startswith("loss/")})
+    labels = {key.removeprefix("loss/") for line in record.steps for key in line if key.startswith("loss/")}
     if not labels:
         return None
     figure, axes = _panel(2.9)
-    for label in labels:
+    for label in sorted(labels, key=lambda name: (len(labels) > LEGEND and name.startswith("forget:"), name)):
         points = [
             (line["step"], line[f"loss/{label}"]) for line in record.steps if line.get(f"loss/{label}") is not None
         ]
         _curve(axes, points, LIGHT[of_label(label, _domains(record))], label)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    _legend(axes, len(labels))
+    _legend(axes, min(len(labels), LEGEND))
     return figure
 
 
 def evaluations(record: RunRecord) -> Figure | None:
-    """Held-out loss of each category while training: full (solid) and with domains removed (dashed)."""
+    """Held-out loss of each category while training: full (solid) and with domains removed (dashed), each by itself; of
+    many domains the category's own."""
     if len(record.evals) < 2:
         return None
     figure, axes = _panel(2.9)
     true = record.summary.get("true_labels", {})
     shown = ["full", *(key for key in record.evals[-1]["losses"] if len(removed_domains(key)) == 1)]
+    many = len(shown) > len(DASHES)
     for category in record.evals[-1]["losses"]["full"]:
-        for dashes, condition in zip(DASHES, shown, strict=False):
+        own = ["full", removal_name([true.get(category, "").removeprefix("forget:")])] if many else shown
+        for dashes, condition in zip(DASHES, own, strict=False):
             points = [
                 (line["step"], line["losses"][condition][category])
                 for line in record.evals
                 if category in line["losses"].get(condition, {})
             ]
             colour = LIGHT[of_label(true.get(category, category), _domains(record))]
-            axes.plot(*zip(*points, strict=True), dashes, color=colour)
+            if points:
+                axes.plot(*zip(*points, strict=True), dashes, color=colour)
         axes.plot([], [], color=colour, label=category)
-    for dashes, condition in zip(DASHES, shown, strict=False):
+    for dashes, condition in zip(DASHES, ["full", "without its domain"] if many else shown, strict=False):
         axes.plot([], [], dashes, color=LIGHT[INK], label=condition)
     axes.set(xlabel="optimizer step", ylabel="held-out loss (nats per token)")
     _legend(axes, 4)
@@ -164,6 +169,8 @@ def ablation(record: RunRecord) -> Figure | None:
     rows, removals = loss_rows(record.summary), conditions(record.summary)
     if not rows or not removals:
         return None
+    if sets := set_rows(record.summary):
+        return change_map(sets)
     bars = [(row, condition) for row in rows for condition in removals if condition in row.losses]
     figure, axes = _panel(0.75 + 0.3 * len(bars) + 0.12 * len(rows))
     y, ticks = 0.0, []
@@ -172,14 +179,14 @@ def ablation(record: RunRecord) -> Figure | None:
         ticks.append((y + (len(mine) - 1) / 2, row.category))
         for condition in mine:
             full, without = row.losses["full"], row.losses[condition]
-            colour = LIGHT[of_removal(removed_domains(condition), _domains(record))]
+            colour = LIGHT[of_removal(lowered_domains(condition), _domains(record))]
             ink, faint = LIGHT[MUTED if row.small else INK], 0.4 if row.small else 1.0
             error = row.difference_errors.get(condition)
             text = signed(row.difference(condition), 3) + ("" if error is None else f" ± {error_of(error)}")
             axes.plot([full, without], [y, y], color=colour, linewidth=2, solid_capstyle="butt", zorder=2, alpha=faint)
             axes.plot(without, y, "o", color=colour, markersize=6, zorder=3, alpha=faint)
             axes.plot(full, y, "o", color=ink, markerfacecolor=LIGHT[PAPER], markersize=6, zorder=4)
-            weight = "bold" if is_forgotten(row.true_label, removed_domains(condition)) else "normal"
+            weight = "bold" if is_forgotten(row.true_label, lowered_domains(condition)) else "normal"
             axes.annotate(
                 f"{text} {condition}",
                 (max(full, without), y),
@@ -210,7 +217,8 @@ def gradient_norms(record: RunRecord) -> Figure | None:
         return None
     groups = list(dict.fromkeys(group for by_group in norms.values() for group in by_group))
     values = np.array([[float(by_group.get(group, math.nan)) for group in groups] for by_group in norms.values()])
-    figure, axes = _panel(0.75 + 0.42 * len(norms))
+    few = len(groups) <= LEGEND
+    figure, axes = _panel(0.75 + (0.42 if few else 0.16) * len(norms))
     largest = np.nanmax(values)
     for (i, j), value in np.ndenumerate(values):
         share = value / largest if largest > 0 and value > 0 else 0.0
@@ -221,10 +229,12 @@ def gradient_norms(record: RunRecord) -> Figure | None:
         text = "–" if math.isnan(value) else "0" if value == 0 else f"{value:.2g}"
         if groups[j] == list(norms)[i].removeprefix("forget:"):  # the label's own group
             axes.add_patch(Rectangle((j + 0.03, i + 0.05), 0.94, 0.9, fill=False, edgecolor=LIGHT[INK], linewidth=1.6))
-        axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=LIGHT[PAPER if strength > 0.75 else INK])
+        if few:
+            axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=LIGHT[PAPER if strength > 0.75 else INK])
     axes.set(xlim=(0, len(groups)), ylim=(len(norms), 0), xlabel="group", ylabel="true label")
-    axes.set_xticks(np.arange(len(groups)) + 0.5, groups, color=LIGHT[INK])
-    axes.set_yticks(np.arange(len(norms)) + 0.5, list(norms), color=LIGHT[INK])
+    size = 9 if few else 5
+    axes.set_xticks(np.arange(len(groups)) + 0.5, groups, color=LIGHT[INK], rotation=0 if few else 90, fontsize=size)
+    axes.set_yticks(np.arange(len(norms)) + 0.5, list(norms), color=LIGHT[INK], fontsize=size)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.grid(False)
@@ -254,8 +264,10 @@ def partition(record: RunRecord) -> Figure | None:
             axes.set_xticks([head + 0.5 for head in shown], [str(head) for head in shown])
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    unique = dict(zip(names, handles, strict=True))
+    unique = {
+        name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    unique = short_legend(unique)
     figure.legend(unique.values(), unique, loc="outside upper left", ncols=4, handlelength=1, handleheight=1)
     return figure
 
@@ -287,7 +299,18 @@ def _panel(height: float) -> tuple[Figure, Axes]:
 
 
 def _legend(axes: Axes, columns: int) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, borderaxespad=0.2, handlelength=1.4)
+    handles, names = axes.get_legend_handles_labels()
+    shown = short_legend(dict(zip(names, handles, strict=True)))
+    columns = min(columns, 3) if len(names) > LEGEND else columns
+    axes.legend(
+        shown.values(),
+        shown,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        ncols=columns,
+        borderaxespad=0.2,
+        handlelength=1.4,
+    )
 
 
 def _curve(axes: Axes, points: list[tuple[float, float]], colour: str, label: str) -> None:

@@ -9,7 +9,9 @@ import math
 from dataclasses import dataclass, field
 
 from sgtm.data.summary import FEW_TOKENS
-from sgtm.masking.labels import removed_domains
+from sgtm.evaluation import effects
+from sgtm.evaluation.effects import MANY
+from sgtm.masking.labels import FORGET, FULL, lowered_domains, removed_domains
 from sgtm.report.record import RunRecord, is_forgotten
 from sgtm.run.adapted import described_adapters
 from sgtm.run.unlearned import described
@@ -48,9 +50,48 @@ class LossRow:
 
 
 def conditions(summary: dict) -> list[str]:
-    """Keys of the losses that have something removed, fewer domains first."""
-    keys = [key for key in summary.get("losses", {}) if removed_domains(key)]
-    return sorted(keys, key=lambda key: len(removed_domains(key)))
+    """Keys of the losses but `full`: sets of removed domains, smaller ones first, then domains at strengths."""
+    keys = [key for key in summary.get("losses", {}) if key != FULL]
+    return sorted(keys, key=lambda key: (not removed_domains(key), len(lowered_domains(key))))
+
+
+@dataclass(frozen=True)
+class SetRow:
+    """One condition of an evaluation with many: mean losses by true label, over the tokens of its categories.
+
+    changes  differences to the full model; empty for the full model itself
+    meant    true labels whose loss the condition is meant to raise
+    """
+
+    condition: str
+    name: str
+    losses: dict[str, float]
+    changes: dict[str, float]
+    meant: tuple[str, ...]
+
+
+def set_rows(summary: dict) -> list[SetRow]:
+    """A row for each condition, the full model first; none where there are few, whose losses are all shown."""
+    if len(conditions(summary)) <= MANY:
+        return []
+    true, tokens = summary.get("true_labels", {}), _measured(summary)
+    domains = [label for label in dict.fromkeys(true.values()) if label.startswith(FORGET)]
+    retained = [label for label in dict.fromkeys(true.values()) if label not in domains]
+    rows: list[SetRow] = []
+    for condition in (FULL, *conditions(summary)):
+        means = effects.by_true_label(summary["losses"][condition], true, tokens)
+        losses = {label: means[label] for label in (*retained, *domains) if label in means}
+        full = rows[0].losses if rows else {}
+        changes = {label: loss - full[label] for label, loss in losses.items() if label in full}
+        meant = tuple(f"{FORGET}{domain}" for domain in lowered_domains(condition))
+        rows.append(SetRow(condition, effects.short_name(condition, len(domains)), losses, changes, meant))
+    return rows
+
+
+def _measured(summary: dict) -> dict[str, int]:
+    """Tokens by category, where they were recorded."""
+    known = {category: measured_tokens(summary, category) for category in summary.get("losses", {}).get(FULL, {})}
+    return {category: tokens for category, tokens in known.items() if tokens is not None}
 
 
 def loss_rows(summary: dict) -> list[LossRow]:
@@ -92,9 +133,10 @@ def cautions(summary: dict) -> list[str]:
     rows = loss_rows(summary)
     lines = [described(summary["unlearned"])] if "unlearned" in summary else []
     lines += [described_adapters(summary["adapted"])] if "adapted" in summary else []
-    lines += [
+    worse = [
         sentence for condition in conditions(summary) for sentence in _worse_than_ablated(summary, rows, condition)
     ]
+    lines += worse if len(worse) <= MANY else [worse[0], f"So it is with {len(worse) - 1} other domains."]
     if small := [f"{row.category} ({row.tokens:,})" for row in rows if row.small]:
         lines.append(f"In grey: {listed(small)}; {SMALL}, so these losses are not reliable.")
     return lines
@@ -102,13 +144,13 @@ def cautions(summary: dict) -> list[str]:
 
 def _worse_than_ablated(summary: dict, rows: list[LossRow], condition: str) -> list[str]:
     """Where the full model is worse on retained data than its own ablated one, beyond chance, and why."""
-    worse = []
+    worse: list[str] = []
     for row in rows:
         if row.true_label == "retain" and condition in row.losses and not row.small:
             by, error = -row.difference(condition), row.difference_errors.get(condition, 0.0)
             worse += [f"{by:.2f} nats on {row.category}"] if by >= max(UNCHANGED, CERTAIN * error) else []
     domains = removed_domains(condition)
-    if not worse or len(domains) > 1:  # several removed: each of them has its own sentence
+    if not worse or len(domains) != 1:  # several removed: each of them has its own sentence
         return []
     if "adapted" in summary:
         remedy = "train them with a larger `--retain-weight`, or a lower `--lr`"
@@ -161,7 +203,9 @@ def sentences(record: RunRecord) -> list[str]:
     """What happened, the first sentence first; code words in backticks."""
     summary = record.summary
     rows = loss_rows(summary)
-    lines = [_removal(condition, rows) for condition in conditions(summary)]
+    many = len(conditions(summary)) > MANY
+    lines = [] if many else [_removal(condition, rows) for condition in conditions(summary)]
+    lines += effects.described(summary["losses"], summary.get("true_labels", {}), _measured(summary)) if many else []
     if not lines and rows:
         full = [f"{row.losses['full']:.2f} on {row.category}" for row in rows]
         unmasked = record.config is not None and not any(record.config.removals)
@@ -198,8 +242,8 @@ def _origin(record: RunRecord) -> list[str]:
 
 
 def _removal(condition: str, rows: list[LossRow]) -> str:
-    """Small test sets are left out, but for those of the removed domains."""
-    domains = removed_domains(condition)
+    """Small test sets are left out, but for those of the domains that are removed, or at a strength."""
+    domains = lowered_domains(condition)
     rows = [row for row in rows if condition in row.losses]
     forgotten = [row for row in rows if is_forgotten(row.true_label, domains)]
     others = [row for row in rows if row not in forgotten and not row.small]
@@ -211,6 +255,9 @@ def _removal(condition: str, rows: list[LossRow]) -> str:
         for row in others:
             by_label.setdefault(row.true_label, []).append(row)
         changes += [_change_of_all(label, of_label, condition) for label, of_label in by_label.items()]
+    if not removed_domains(condition):
+        what = f"The model {condition}"
+        return f"{what} {listed(_phrases(changes))}." if changes else f"Nothing measured {condition}."
     removed = listed([f"`{domain}`" for domain in domains])
     return f"Removing {removed} {listed(_phrases(changes))}." if changes else f"Nothing measured without {removed}."
 

@@ -16,12 +16,22 @@ from markupsafe import Markup, escape
 from sgtm.config.schema import Config
 from sgtm.files import write_atomically
 from sgtm.masking.channel import row_lines
-from sgtm.masking.labels import OPEN, removed_domains
+from sgtm.masking.labels import OPEN, lowered_domains
 from sgtm.report import figures, palette
 from sgtm.report.beside import RunComparison
 from sgtm.report.coloured import coloured
 from sgtm.report.figures import Drawing, draw
-from sgtm.report.findings import SMALL, cautions, conditions, error_of, localisation, loss_rows, sentences, signed
+from sgtm.report.findings import (
+    SMALL,
+    cautions,
+    conditions,
+    error_of,
+    localisation,
+    loss_rows,
+    sentences,
+    set_rows,
+    signed,
+)
 from sgtm.report.ratios import categories_of
 from sgtm.report.record import RunRecord, is_forgotten, read_record
 from sgtm.run.environment import last_environment
@@ -98,6 +108,13 @@ EXHIBITS = (
 )
 
 
+MAP_CAPTION = (
+    "Change of the held-out loss, against the full model. Rows: sets of removed domains. Columns: retained data and "
+    "the data of each domain. Red: the loss rises; blue: it falls; framed where it is meant to rise."
+)
+"""Of the first exhibit, where there are many sets."""
+
+
 def write_report(run: Path, comparison: RunComparison | None = None) -> Path:
     """Write `report/index.html` and its PNGs into the run directory and return the page's path.
 
@@ -107,7 +124,11 @@ def write_report(run: Path, comparison: RunComparison | None = None) -> Path:
     one of its files is damaged.
     """
     record = read_record(run)
-    exhibits = [Exhibit(p.__name__, caption, missing, draw(p.__name__, record, p)) for p, caption, missing in EXHIBITS]
+    captions = {figures.ablation: MAP_CAPTION} if set_rows(record.summary) else {}
+    exhibits = [
+        Exhibit(paint.__name__, captions.get(paint, caption), missing, draw(paint.__name__, record, paint))
+        for paint, caption, missing in EXHIBITS
+    ]
     return write_page(run / "report", exhibits, render(record, exhibits, comparison))
 
 
@@ -134,7 +155,8 @@ def render(record: RunRecord, exhibits: list[Exhibit], comparison: RunComparison
         others=[*texts[1:], *cautions(summary), *(f"Warning: {text}." for text in record.warnings)],
         facts=_facts(record),
         rows=loss_rows(summary),
-        conditions=conditions(summary),
+        conditions=[] if (sets := set_rows(summary)) else conditions(summary),
+        sets=sets,
         sizes="measured" in summary,
         baselines=comparison.losses if comparison else summary.get("baselines") or {},
         baseline_errors=comparison.errors if comparison else {},
@@ -148,7 +170,7 @@ def render(record: RunRecord, exhibits: list[Exhibit], comparison: RunComparison
         signed=signed,
         error_of=error_of,
         is_forgotten=is_forgotten,
-        removed_domains=removed_domains,
+        removed_domains=lowered_domains,
         exhibits=exhibits,
         grids=strategy_grids(record.config.tables) if record.config else [],
         channels=channel_grids(record.config) if record.config else [],

@@ -171,9 +171,9 @@ def with_removals(
         config.space.removals(remove)
     except ValueError as error:
         raise ValueError(f"--remove: {error}") from None
-    for model in strengths:
+    for by_domain in strengths:
         try:
-            config.removal_tables((), model)
+            config.removal_tables((), by_domain)
         except ValueError as error:
             raise ValueError(f"--strength: {error}") from None
     sets = [*config.train.eval_removed, *(list(names) for names in remove)]

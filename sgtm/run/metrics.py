@@ -26,6 +26,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -34,8 +35,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sgtm.config.schema import Config
 from sgtm.config.sections import WandbConfig
+from sgtm.evaluation.effects import MANY, described
 from sgtm.evaluation.losses import Losses, not_finite
 from sgtm.files import sync_directory, write_atomically
+from sgtm.masking.labels import FORGET
+from sgtm.masking.labels import MANY as MANY_DOMAINS
 from sgtm.model.output_norms import Norms
 from sgtm.process.ranks import rank_and_size
 from sgtm.run.residual import ResidualWatch
@@ -109,7 +113,7 @@ class MetricsLog:
             return
         self.seconds = values["seconds"]
         self._write({"kind": "step", **values})
-        labels = "  ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
+        labels = "  ".join(_by_label({k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")}))
         parts = [f"loss {values['loss']:.3f}", f"({labels})" if labels else ""]
         parts += [f"{skipped} skipped" if (skipped := values.get("skipped_steps")) else ""]
         text = "  ".join(filter(None, [*parts, f"{values['tokens_per_second']:,.0f} tokens/s"]))
@@ -129,9 +133,14 @@ class MetricsLog:
             return
         self._write({"kind": "eval", "step": step, "losses": losses, "norms": norms, **sample})
         sequences = f"on up to {counted(self.config.train.eval_sequences, 'sequence')} each"
-        for name, by_category in losses.items():
+        many = len(losses) > MANY + 1
+        for name, by_category in [*losses.items()][: 1 if many else None]:
             values = ", ".join(f"{c} {v:.3f}" for c, v in by_category.items())
             self.print(f"eval at step {step}, {sequences}: {name}: {values}")
+        if many:
+            tokens = {category: count["tokens"] for category, count in sample["measured"].items()}
+            for sentence in described(losses, sample["true_labels"], tokens):
+                self.print(f"  {sentence}")
         if bad := not_finite(losses):
             self.print(f"warning: step {step}: not finite: the loss of {bad}; the model has diverged")
 
@@ -192,6 +201,16 @@ class MetricsLog:
             numbers = {k: v for k, v in {**line, **flat}.items() if isinstance(v, int | float)}
             with self._without_wandb():
                 self.wandb.log(numbers, step=line["step"])
+
+
+def _by_label(losses: dict[str, float]) -> list[str]:
+    """`es 3.210` for each label; of many domains the mean and the range."""
+    forget = {label: loss for label, loss in losses.items() if label.startswith(FORGET)}
+    if len(forget) <= MANY_DOMAINS:
+        return [f"{label} {loss:.3f}" for label, loss in losses.items()]
+    mean, low, high = fmean(forget.values()), min(forget.values()), max(forget.values())
+    others = [f"{label} {loss:.3f}" for label, loss in losses.items() if label not in forget]
+    return [*others, f"{len(forget)} domains {mean:.3f} ({low:.3f} to {high:.3f})"]
 
 
 def _progress(console: Console) -> Progress:

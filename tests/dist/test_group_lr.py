@@ -50,13 +50,13 @@ def check(stage: int, precision: str, offload: bool, scope: str) -> None:
     of_one = trained(*setting, {"bio": 1.0, "retain": 1.0})
     mixed = trained(*setting, {"bio": 0.5, "retain": 2.0})
     expected = (double, slow, plain)  # retain and joint; bio; code
-    for segment, weights in plain.items():
-        key, (what, _, _) = segment
-        assert torch.equal(weights, of_one[segment]), f"{setting}: {segment} with factors of 1"
+    for piece, weights in plain.items():
+        key, (what, _, _) = piece
+        assert torch.equal(weights, of_one[piece]), f"{setting}: {piece} with factors of 1"
         owner = owner_of(key, SPACE.groups)
-        assert torch.equal(mixed[segment], expected[owner][segment]), f"{setting}: {segment}"
+        assert torch.equal(mixed[piece], expected[owner][piece]), f"{setting}: {piece}"
         if what == "weight" and owner < 2 and weights.any():
-            assert not torch.equal(mixed[segment], weights), f"{setting}: {segment} has the rate of the others"
+            assert not torch.equal(mixed[piece], weights), f"{setting}: {piece} has the rate of the others"
 
 
 def all_cases() -> None:

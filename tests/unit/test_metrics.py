@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from many_domains import summary
 from tiny import tiny_config
 
 from sgtm.config.sections import WandbConfig
@@ -94,3 +95,20 @@ def test_keys_of_wandb_without_a_mode_are_warned_of(tmp_path, keys, warned):
     config = tiny_config().model_copy(update={"wandb": WandbConfig(**keys)})
     assert _start_wandb(tmp_path, config, [], lines.append) == (None, {})
     assert ["wandb.mode is off" in line for line in lines] == [True] * warned
+
+
+@pytest.mark.parametrize("count", [4, 50])
+def test_the_terminal_has_a_few_lines_of_many_domains(tmp_path, capsys, count):
+    log = MetricsLog(tmp_path, tiny_config(), rank=0, start=0)
+    log.open()
+    of = summary(count)
+    losses, sample = of["losses"], {key: of[key] for key in ("true_labels", "measured")}
+    with log:
+        log.step({**LINE, "loss/retain": 2.0, **{f"loss/forget:d{i}": 3.0 + i for i in range(1, count + 1)}})
+        log.evaluation(1, losses, {}, sample)
+    step, full, each, every = (line.strip() for line in capsys.readouterr().out.splitlines())
+    of_domains = f"{count} domains {3.5 + count / 2:.3f} (4.000 to {3 + count:.3f})"
+    assert (f"(retain 2.000  {of_domains})" in step) == (count > 4) and ("forget:d4 7.000" in step) == (count == 4)
+    assert full.startswith("eval at step 1, on up to") and "full: en 2.000, fr 2.100, d1 2.200" in full
+    assert each.startswith(f"Removing one of {count} domains") and every.startswith(f"Without all {count} domains")
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["losses"] == losses

@@ -103,7 +103,7 @@ def test_groups_without_heads_or_without_neurons(owned, mixing, family, backend)
             if label == RETAIN or mixing == "step":
                 batches = random_step(mixing, 7, label)
                 before = by_key(model, gradients(model, batches, tables))
-            owns = {name: gradient for name, gradient in before.items() if gradient.numel()}
+            owns = {piece: gradient for piece, gradient in before.items() if gradient.numel()}
             assert_promise(model, batches, tables, owns, label)
 
 

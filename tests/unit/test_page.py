@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from many_domains import names, summary
 from pages import CONFIG, SUMMARY, Page, page_without_figures, write_run
 
 from sgtm.config.schema import Config
@@ -144,3 +145,30 @@ def test_tokens_of_passages_are_coloured_and_escaped(run):
     page = page_without_figures(run)
     assert "es, full against without es" in page.text and "<b> sí" in page.text and page.open == []
     assert '<span class="up" style="--shade: 50%" title="1.00 full, 3.00 without es"> sí</span>' in page.source
+
+
+@pytest.mark.parametrize("count", [4, 20])
+def test_many_sets_are_a_table_that_scrolls_in_its_box(tmp_path, count):
+    """Sets by domains, to the last digit; the table by category has the full model alone."""
+    of, domains = summary(count, ("d1", "d2")), names(count)
+    run = write_run(tmp_path)
+    masking = f"masking: {{domains: [{', '.join(domains)}], forget_heads: 0, forget_neurons: 1, partition: add}}\n"
+    (run / "config.yaml").write_text(re.sub(r"masking: .*\n", masking, CONFIG))
+    (run / "metrics.jsonl").unlink()
+    (run / "summary.json").write_text(json.dumps(of))
+    page = Page(write_report(run))
+    assert page.open == [] and "Red: the loss rises" in page.source
+    box, _, table = page.source.partition('<table id="sets">')
+    assert box.rstrip().endswith('<div class="scroll">')
+    rows = re.findall(r"<tr>(.*?)</tr>", table.partition("</table>")[0], flags=re.S)
+    assert re.findall(r">([^<>]*)</th>", rows[0]) == ["set", "retain", *domains]
+    assert len(rows) == 1 + 1 + count + 2
+    for row, condition in zip(rows[1:], of["losses"], strict=True):
+        values = [float(value) for value in re.findall(r'data value="([^"]*)"', row)]
+        assert values[1:] == [of["losses"][condition][domain] for domain in domains]
+        removed = condition.removeprefix("without ").split(",")
+        meant = re.findall(r'<td( class="meant")?>', row)[1:]
+        assert [domain for domain, bold in zip(domains, meant, strict=True) if bold] == [
+            domain for domain in domains if domain in removed
+        ]
+    assert not any("without" in cell for cell in page.rows[0])

@@ -6,14 +6,16 @@ import io
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
+from many_domains import summary
 from pages import SUMMARY, Page, many_categories, page_without_figures, write_run
 from rich.console import Console
 
 from sgtm.report import print_summary, write_report
-from sgtm.report.findings import localisation, loss_rows, sentences
-from sgtm.report.record import read_record
+from sgtm.report.findings import cautions, localisation, loss_rows, sentences, set_rows
+from sgtm.report.record import RunRecord, read_record
 
 
 @pytest.fixture
@@ -137,3 +139,33 @@ def test_a_run_that_is_not_evaluated(run):
 def test_an_evaluation_of_a_part_is_said(run, more, scope):
     (run / "summary.json").write_text(json.dumps({**SUMMARY, **more}))
     assert f"These losses were measured {scope}." in page_without_figures(run).text
+
+
+@pytest.mark.parametrize("count", [4, 20])
+def test_sentences_and_cautions_do_not_grow_with_the_domains(count):
+    of = summary(count)
+    for domain in range(1, count + 1):
+        of["losses"][f"without d{domain}"]["en"] -= 0.5
+    record = RunRecord(Path("runs/many"), None, "", [], [], of, [])
+    headline, every = sentences(record)[:2]
+    assert headline.startswith(f"Removing one of {count} domains changes the loss on its own data by ")
+    assert every.startswith(f"Without all {count} domains: ")
+    first, others = cautions(of)
+    assert first.startswith("The full model is worse on retained data than the model without `d1`, by 0.49 nats on en")
+    assert others == f"So it is with {count - 1} other domains."
+
+
+def test_set_rows_are_for_more_than_three_conditions():
+    assert set_rows(SUMMARY) == [] and set_rows(summary(2)) == []
+    rows = set_rows(summary(3))
+    assert [row.condition for row in rows] == ["full", "without d1", "without d2", "without d3", "without d1,d2,d3"]
+    assert list(rows[0].losses) == ["retain", "forget:d1", "forget:d2", "forget:d3"] and rows[0].changes == {}
+    assert rows[-1].meant == ("forget:d1", "forget:d2", "forget:d3")
+    assert rows[2].changes["forget:d2"] == pytest.approx(0.2)
+
+
+def test_a_domain_at_a_strength_has_a_sentence():
+    losses = {"full": {"es": 2.0, "en": 1.0}, "with es at 0.5": {"es": 3.0, "en": 1.0}}
+    of = {"losses": losses, "true_labels": {"es": "forget:es", "en": "retain"}}
+    (sentence,) = sentences(RunRecord(Path("runs/r"), None, "", [], [], of, []))
+    assert sentence == "The model with es at 0.5 raises the loss on es by 1.00 nats and leaves it unchanged on en."

@@ -6,6 +6,7 @@ import io
 import re
 
 import pytest
+from many_domains import summary
 from pages import SUMMARY
 from rich.console import Console
 
@@ -53,3 +54,38 @@ def test_terminal_table_has_the_figures_in_eighty_columns():
     assert "residual stream after the last layer, mean norm: full en 12.3, es 9" in console.export_text()
     assert re.search(r"fr +forget:fr +2\.500 +5\.250 +\+2\.750", text)
     assert "…" not in text
+
+
+def lines_of(text: str, first: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith(first)]
+
+
+@pytest.mark.parametrize("count", [4, 20, 50])
+def test_many_sets_are_one_table_in_eighty_columns(count):
+    """A row for each set; of few domains a column for each, else means and the domain that changes most."""
+    console = Console(width=80, record=True, file=io.StringIO())
+    of = summary(count, ("d1", "d3"))
+    of["losses"]["without d2"]["d4"] += 0.5
+    print_summary(of, console)
+    text = console.export_text()
+    assert "…" not in text and len(lines_of(text, "without ")) == count + 2
+    (pair,), (second,) = lines_of(text, "without d1,d3"), lines_of(text, "without d2 ")
+    (every,) = lines_of(text, f"without {'all ' + str(count) + ' domains'}")
+    if count == 4:
+        assert lines_of(text, "set")[0].split() == ["set", "retain", "d1", "d2", "d3", "d4"]
+        assert lines_of(text, "full")[0].split() == ["full", "2.02", "2.20", "2.30", "2.40", "2.50"]
+        assert pair.split()[1:] == ["d1,d3", "+0.01", "+0.10", "+0.02", "+0.30", "+0.02"]
+        assert second.split()[-4:] == ["+0.02", "+0.20", "+0.02", "+0.52"]
+    else:
+        assert lines_of(text, "set")[0].split() == ["set", "own", "other", "domains", "most", "of", "them", "retain"]
+        others = (0.02 * (count - 1) + 0.5) / (count - 1)
+        assert second.split()[2:] == ["+0.20", f"+{others:.2f}", "+0.52", "d4", "+0.01"]
+        assert pair.split()[2:4] == ["+0.20", "+0.02"]
+        assert every.split()[-2:] == [f"+{sum(range(1, count + 1)) / count / 10:.2f}", "+0.01"]
+
+
+def test_a_domain_at_a_strength_has_a_table():
+    console = Console(width=80, record=True, file=io.StringIO())
+    losses = {"full": {"es": 2.0}, "without es": {"es": 6.0}, "with es at 0.5": {"es": 3.0}}
+    print_summary({"losses": losses, "true_labels": {"es": "forget:es"}}, console)
+    assert re.search(r"es +forget:es +2\.000 +3\.000 +\+1\.000", console.export_text())

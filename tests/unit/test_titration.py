@@ -45,10 +45,10 @@ def multiplied(model: Transformer, strengths: dict[str, float]) -> dict[str, tor
 @pytest.mark.parametrize("embedding", ["none", "full", 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_strength_multiplies_what_the_group_adds(family, embedding, backend):
-    model, both = model_of(family, backend, embedding=embedding).double(), {"bio": 0.25, "code": 0.5}
+    model, strengths = model_of(family, backend, embedding=embedding).double(), {"bio": 0.25, "code": 0.5}
     edited = model_of(family, backend, embedding=embedding).double()
-    edited.load_state_dict(multiplied(model, both))
-    ours = logits(model, both)
+    edited.load_state_dict(multiplied(model, strengths))
+    ours = logits(model, strengths)
     torch.testing.assert_close(ours, logits(edited, {}), rtol=1e-10, atol=1e-10)
     assert (ours - logits(model, {})).abs().max() > 0.01 and (ours - logits(model, {"bio": 0.25})).abs().max() > 0.01
 
