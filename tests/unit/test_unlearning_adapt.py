@@ -12,6 +12,7 @@ from corpora import build, record
 from exports import GPT_NEO, LLAMA, make_run
 from safetensors.torch import load_file
 
+from sgtm.audit.audit import audit_export
 from sgtm.config import load_config
 from sgtm.distributed.storage import stored_weights
 from sgtm.evaluation.losses import evaluate
@@ -182,6 +183,15 @@ def test_an_export_without_the_domain_is_one_of_the_source(tmp_path, text):
     message = "has adapters of es, which --remove es leaves out; nothing of it holds fr alone"
     with pytest.raises(ValueError, match=message):
         export_run(adapted, ["es", "fr"], tmp_path / "refused")
+
+
+def test_an_audit_holds_its_exports_against_it(source, adapted, tmp_path):
+    """With the adapters and without, which is also the model of the source, but no export of it."""
+    for name, remove in (("base", ["es"]), ("full", [])):
+        audit = audit_export(export_run(adapted, remove, tmp_path / name), adapted)
+        assert audit.passed, [check.problems for check in audit.checks]
+        assert {check.name for check in audit.checks if check.skipped} == {"removed", "losses"}
+    assert [c.name for c in audit_export(tmp_path / "base", source).checks if c.problems] == ["checkpoint"]
 
 
 def test_attacks_on_it_are_attacks_on_the_source(source, adapted):
