@@ -223,6 +223,14 @@ EXPERIMENTS = {
         ),
         ("front",),
     ),
+    "known": Experiment(
+        "Masks on a model that knows the domain",
+        "What does removing a group take from a model that was trained without masks, and trains on with them?",
+        f"{NOVELS}\nsgtm sweep launch/recipes/claims.sweep.yaml\n"
+        f"sgtm export runs/claims.sweep/unmasked-s0 --out export/unmasked\n"
+        f"{trained('', 'known', stem='known')}",
+        ("ablated",),
+    ),
     "batch": Experiment(
         "Batch composition",
         "Does it matter whether labels differ between steps, micro-batches, sequences or tokens, and whether an "
