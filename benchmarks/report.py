@@ -225,7 +225,7 @@ def exported(rows: list[dict]) -> str:
     about = (
         f"Largest memory of the process that exports a Llama without one domain, the checkpoint a file of zeros. "
         f"Anonymous: what the kernel cannot take back, {imports:,.0f} MiB of it from the imports; target: at most "
-        f"4,096 MiB above the largest file of weights. Resident: with mapped pages of the checkpoint, which it can."
+        f"4,096 MiB above the largest file of weights. Resident: with pages of files, which it can."
     )
     return f"### What an export takes\n\n{about}\n\n{markdown(table)}"
 
