@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from sgtm.config import load_config
+from sgtm.data.tokenizer import EOS, train_bpe
 from sgtm.model.transformer import Transformer
 from sgtm.run.checkpoint import write_manifest
 
@@ -19,6 +21,13 @@ train: {tokens_per_step: 64, precision: fp32}
 """
 LLAMA = GPT_NEO.replace("window: 4", "family: llama, kv_heads: 4, tie_embeddings: false")
 SOME_LAYERS = LLAMA.replace("masking: {", "masking: {masked_layers: [1], ")
+
+
+def byte_corpus() -> SimpleNamespace:
+    """What an export reads of a corpus: a tokenizer of 257 tokens."""
+    tokenizer = train_bpe([], 257)
+    end = tokenizer.token_to_id(EOS)
+    return SimpleNamespace(tokenizer=tokenizer, eos_id=end, fingerprint="of the run", path="data", token_names={})
 
 
 def make_run(run: Path, text: str, corpus: str = "of the run", seed: int = 0) -> Transformer:

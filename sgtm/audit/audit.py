@@ -196,7 +196,7 @@ def audit_export(
                 check.problems += find(audited)
             except Skipped as reason:
                 check.skipped = str(reason)
-            except Exception as error:  # a damaged file may break any reader: it is named, and the audit goes on
+            except Exception as error:  # a damaged file may break any reader: the next checks run all the same
                 check.problems.append(f"{folder}: {str(error) or repr(error)}")
             audit.checks.append(check)
             note(check)

@@ -60,7 +60,7 @@ class StoredTensors:
 
 
 def layout_problems(weights: StoredTensors) -> list[str]:
-    """Metadata that nobody asked for, bytes that belong to no tensor, an index of other tensors."""
+    """Unexpected metadata, bytes that belong to no tensor, an index of other tensors."""
     problems = []
     for file, header in weights.headers.items():
         if header.get("__metadata__") != METADATA:

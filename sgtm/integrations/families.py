@@ -199,7 +199,7 @@ def masked_modules(model: PreTrainedModel, partition: Partition) -> list[Masked]
             free.update(f"{prefix}.{name}" for name, _ in block.named_parameters())
     covered = free | {f"{m.path}.{name}" for m in masked for name, _ in m.module.named_parameters(recurse=False)}
     if unknown := sorted({name for name, _ in model.named_parameters()} - covered):
-        raise ValueError(f"parameters that nobody would mask: {', '.join(unknown[:5])}; remove what was added to it")
+        raise ValueError(f"no mask covers the parameters {', '.join(unknown[:5])}; remove what was added to it")
     return masked
 
 

@@ -6,15 +6,11 @@ Skipped only where no Chromium is installed; tests/unit/test_server.py has the e
 from __future__ import annotations
 
 import json
-import threading
 
 import pytest
 from browser import CHROMIUM, Tab, browser
+from demo_servers import serving
 from text_models import byte_run
-
-from sgtm.demo.endpoints import Demo
-from sgtm.demo.server import DemoServer, render
-from sgtm.inference.sources import find_model
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 TEXT = "<b>El año</b>"
@@ -24,14 +20,8 @@ TAB, ENTER, SPACE = ("Tab", "", 9), ("Enter", "\r", 13), (" ", " ", 32)
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     run = byte_run(tmp_path_factory.mktemp("demo"))
-    with DemoServer("127.0.0.1", 0) as server:
-        server.demo = Demo.open(find_model(run))
-        server.page = render(server.demo, server.nonce).encode()
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving(run) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture(scope="module")

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from adapted_records import RECORD
 
 from sgtm.report.findings import cautions
 from sgtm.run.adapted import FILE, described_adapters, read_adapted, write_adapted
 
-RECORD = {
-    "domain": "es",
-    "options": {"rank": 16, "alpha": 32.0, "retain_weight": 1.0},
-    "steps": 125,
-    "lr": 1 / 150,
-    "seed": 3,
-    "seen": False,
-    "source": {"run": "filtered", "checkpoint": "step_00002000", "step": 2000},
-}
 SENTENCE = (
     "Adapted: `es` by adapters of rank 16 (alpha 32, retain_weight 1), 125 steps at learning rate 0.00667, seed 3, "
     "from run `filtered` after step 2,000; without `es` it is that run."

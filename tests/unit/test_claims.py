@@ -187,7 +187,7 @@ def test_attacks_are_compared_after_the_same_steps(measures, tmp_path):
 
 
 def test_the_worst_case_is_of_the_attacks_that_both_went_through(measures, tmp_path):
-    """The other's second attack is stronger, but nobody ran it on paper; its third raises the loss again."""
+    """The other's second attack is stronger, but paper was not attacked so; the third raises the loss again."""
     other = tampered("other", losses=(8.0, 6.5, 6.2))
     other["attacks"]["stronger"] = [(0, 8.0), (1, 1.0), (2, 1.0)]
     paper = tampered(losses=(8.0, 7.0, 7.0))

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from exports import GPT_NEO, LLAMA, SOME_LAYERS, make_run
+from exports import GPT_NEO, LLAMA, SOME_LAYERS, byte_corpus, make_run
 from safetensors import safe_open
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,11 +32,7 @@ from sgtm_kernels.plan import MaskPlan
 def surroundings(monkeypatch):
     """A tokenizer of 257 tokens in the place of a corpus, and one thread."""
     torch.set_num_threads(1)
-    tokenizer = train_bpe([], 257)
-    corpus = SimpleNamespace(
-        tokenizer=tokenizer, eos_id=tokenizer.token_to_id(EOS), fingerprint="of the run", path="data", token_names={}
-    )
-    monkeypatch.setattr(export, "open_corpus", lambda config, verify, write: corpus)
+    monkeypatch.setattr(export, "open_corpus", lambda config, verify, write: byte_corpus())
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -334,65 +330,6 @@ def test_no_run_no_checkpoint_or_a_damaged_one_is_named(tmp_path):
         file.rmdir() if file.is_dir() else file.unlink()
     with pytest.raises(ValueError, match="no checkpoint yet"):
         export_run(tmp_path / "run", [], tmp_path / "out")
-
-
-def linked(folder: Path) -> Path:
-    (folder / "real").mkdir()
-    (folder / "link").symlink_to("real")
-    return folder / "link"
-
-
-def dangling(folder: Path) -> Path:
-    (folder / "link").symlink_to(folder / "later")
-    return folder / "link"
-
-
-def working_directory(folder: Path) -> Path:
-    (folder / "here").mkdir()
-    os.chdir(folder / "here")
-    return Path(".")
-
-
-def link_in_the_path(folder: Path) -> Path:
-    (folder / "real").mkdir()
-    (folder / "link").symlink_to("real")
-    return folder / "link" / "new"
-
-
-FOLDERS = [linked, dangling, working_directory, link_in_the_path]
-
-
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_a_folder_may_be_reached_through_a_link_or_be_the_working_directory(tmp_path, monkeypatch, folder):
-    make_run(tmp_path / "run", GPT_NEO)
-    monkeypatch.chdir(tmp_path)
-    out = folder(tmp_path)
-    before, is_link = os.stat(out) if out.exists() else None, out.is_symlink()
-    assert export_run(tmp_path / "run", [], out) == out
-    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(os.listdir(out))
-    assert not [name for name in os.listdir(out) if "partial" in name]
-    assert out.is_symlink() == is_link and (before is None or os.stat(out).st_ino == before.st_ino)
-    assert f"# {out.resolve().name}\n" in (out / "README.md").read_text()
-    with pytest.raises(ValueError, match="not an empty folder"):
-        export_run(tmp_path / "run", [], out)
-
-
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_failures_leave_an_empty_folder_empty(tmp_path, monkeypatch, folder):
-    make_run(tmp_path / "run", GPT_NEO)
-    monkeypatch.chdir(tmp_path)
-    out = folder(tmp_path)
-    replace = os.replace
-
-    def full(source, target):
-        if Path(target).name in ("config.json", "later", "new"):
-            raise OSError(28, "No space left on device")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        export_run(tmp_path / "run", [], out)
-    assert not out.exists() or not os.listdir(out)
 
 
 def test_nothing_can_be_removed_from_a_run_without_masks(tmp_path):

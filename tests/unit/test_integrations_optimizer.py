@@ -137,7 +137,7 @@ def test_a_step_without_labels_is_an_error():
     step(model, optimizer, BIO)
     model.eval()
     ids = ids_of()
-    model(input_ids=ids, labels=ids).loss.backward()  # gradients nobody masked
+    model(input_ids=ids, labels=ids).loss.backward()  # unmasked gradients
     with pytest.raises(ValueError, match="no forward pass with sgtm_labels since the last step"):
         optimizer.step()
     micro_batch(model, BIO)

@@ -6,10 +6,10 @@ import http.client
 import json
 import re
 import socket
-import threading
 from pathlib import Path
 
 import pytest
+from demo_servers import serving
 from exports import GPT_NEO
 from text_models import byte_run
 
@@ -29,14 +29,8 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(run):
-    with DemoServer("127.0.0.1", 0) as server:
-        server.demo = Demo.open(find_model(run))
-        server.page = render(server.demo, server.nonce).encode()
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving(run) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def send(server, method: str, path: str, body: bytes | None = None, headers: dict | None = None):

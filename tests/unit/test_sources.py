@@ -5,21 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from adapted_records import RECORD
 from exports import GPT_NEO
 from text_models import byte_run
 
 from sgtm.inference.sources import find_model
 from sgtm.run.adapted import write_adapted
-
-RECORD = {
-    "domain": "es",
-    "options": {"rank": 16, "alpha": 32.0, "retain_weight": 1.0},
-    "steps": 125,
-    "lr": 1 / 150,
-    "seed": 3,
-    "seen": False,
-    "source": {"run": "filtered", "checkpoint": "step_00002000", "step": 2000},
-}
 
 
 @pytest.fixture
