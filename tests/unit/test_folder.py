@@ -1,4 +1,4 @@
-"""sgtm/hf/folder.py: what has not ended is not there. Links and working directories: tests/unit/test_export_folders.py."""
+"""sgtm/hf/folder.py: what has not ended is not there. Links and such: tests/unit/test_export_folders.py."""
 
 import os
 import socket
