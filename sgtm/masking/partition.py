@@ -143,8 +143,8 @@ def _neurons_of_experts(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Neurons of each group, and their original order, of experts of `size` neurons; shared ones come first."""
     retain, *domains = (count * size for count in counts)
-    places = [*range(shared), *(shared + expert for expert in order)]
-    return (shared * size + retain, *domains), tuple(place * size + n for place in places for n in range(size))
+    experts = [*range(shared), *(shared + expert for expert in order)]
+    return (shared * size + retain, *domains), tuple(expert * size + n for expert in experts for n in range(size))
 
 
 class Widths(NamedTuple):

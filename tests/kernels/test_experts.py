@@ -104,7 +104,7 @@ def test_tokens_of_other_labels_change_no_bit(shared, layout, dtype):
         for name, old, new in zip(("y", "dx", "dlogits"), before, after, strict=False):
             assert_same_bits(new[~mine], old[~mine], f"{name} of other labels than {label}")
         for group in range(3):
-            start, end = ((shared * bool(at) + at) * size for at in BOUNDS[group : group + 2])
+            start, end = ((shared * bool(bound) + bound) * size for bound in BOUNDS[group : group + 2])
             for projection, fold, n in (("mlp_in", 2, 3), ("mlp_out", 1, 4)):
                 if not tables.contribution(projection, label, group):
                     rows = slice(fold * start, fold * end)
@@ -178,8 +178,8 @@ def test_experts_are_as_accurate_as_torch(layout, shared):
 
     def run(backend: str, dtype: torch.dtype):
         x, _, w_in, w_out = data(plan, shared, torch.bfloat16)
-        given = [tensor.to(dtype) for tensor in (x, weights.bfloat16(), w_in, w_out)]
-        return forward_backward(lambda x, p, a, b: experts(x, p, chosen, a, b, plan, BOUNDS, shared, backend), *given)
+        cast = [tensor.to(dtype) for tensor in (x, weights.bfloat16(), w_in, w_out)]
+        return forward_backward(lambda x, p, a, b: experts(x, p, chosen, a, b, plan, BOUNDS, shared, backend), *cast)
 
     exact, theirs, ours = (
         run("reference", torch.float64),

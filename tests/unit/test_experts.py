@@ -1,4 +1,4 @@
-"""Experts in the model (sgtm/model/experts.py): out of reach where their group is inactive, gone where it is removed."""
+"""sgtm/model/experts.py: experts out of reach where their group is inactive, and gone where it is removed."""
 
 from __future__ import annotations
 

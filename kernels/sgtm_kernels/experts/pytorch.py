@@ -63,7 +63,7 @@ def _by_expert(plan: MaskPlan, table: str, bounds: tuple[int, ...], like: torch.
     return factors[groups].t().reshape(like.shape)
 
 
-class Run(NamedTuple):
+class ExpertRun(NamedTuple):
     """Gathered tokens `start:end`, all of one label and at one expert."""
 
     expert: int
@@ -84,7 +84,9 @@ def _gather(chosen: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...], share
         places = torch.cat((always, places), dim=1)
     keys, order = (places * labels + plan.labels(chosen.device)[:, None]).flatten().sort(stable=True)
     edges = torch.searchsorted(keys, torch.arange(number * labels + 1, device=keys.device)).tolist()
-    runs = [Run(*divmod(key, labels), start, end) for key, (start, end) in enumerate(pairwise(edges)) if end > start]
+    runs = [
+        ExpertRun(*divmod(key, labels), start, end) for key, (start, end) in enumerate(pairwise(edges)) if end > start
+    ]
     return order[: edges[-1]], runs
 
 
@@ -131,10 +133,10 @@ def _weights(weights: torch.Tensor, shared: int) -> torch.Tensor:
     return torch.cat((flat.new_ones(len(flat), shared), flat), dim=1) if shared else flat
 
 
-def _per_token(gathered: torch.Tensor, order: torch.Tensor, slots: int, like: torch.Tensor) -> torch.Tensor:
+def _per_token(rows: torch.Tensor, order: torch.Tensor, slots: int, like: torch.Tensor) -> torch.Tensor:
     """The sum of each token's gathered rows, in the shape of `like`."""
-    by_slot = gathered.new_zeros(like.shape[0] * like.shape[1] * slots, gathered.shape[1])
-    by_slot[order] = gathered
+    by_slot = rows.new_zeros(like.shape[0] * like.shape[1] * slots, rows.shape[1])
+    by_slot[order] = rows
     return by_slot.unflatten(0, (-1, slots)).sum(1).view(like.shape)
 
 
@@ -158,18 +160,18 @@ def _backward(dy, x, weights, w_in, w_out, pre, order, plan, runs, bounds, share
     dinputs, dshare = torch.zeros_like(inputs), share.new_zeros(len(order), 1)
     of_in, of_out = (_Sums(weight) if want else None for weight, want in zip((w_in, w_out), wanted[3:5], strict=True))
     for expert, label, start, end in runs:
-        factors, here = _factors(plan, bounds, expert - shared, label), slice(start, end)
+        factors, part = _factors(plan, bounds, expert - shared, label), slice(start, end)
         rows, in_rows = slice(expert * size, (expert + 1) * size), slice(2 * expert * size, 2 * (expert + 1) * size)
-        h = _swiglu(pre[here], factors.active)
-        dh = torch.mm(dout[here], w_out[rows].t())
-        torch.sum(dh * h, -1, keepdim=True, out=dshare[here])
+        h = _swiglu(pre[part], factors.active)
+        dh = torch.mm(dout[part], w_out[rows].t())
+        torch.sum(dh * h, -1, keepdim=True, out=dshare[part])
         if of_out is not None and factors.mlp_out:
-            of_out.add(rows, (h * share[here]).t(), dout[here], factors.mlp_out)
+            of_out.add(rows, (h * share[part]).t(), dout[part], factors.mlp_out)
         if factors.passes:
-            dpre = _swiglu_backward(dh * (share[here] * factors.passes), pre[here])
-            torch.mm(dpre, w_in[in_rows], out=dinputs[here])
+            dpre = _swiglu_backward(dh * (share[part] * factors.passes), pre[part])
+            torch.mm(dpre, w_in[in_rows], out=dinputs[part])
             if of_in is not None and factors.mlp_in:
-                of_in.add(in_rows, dpre.t(), inputs[here], factors.mlp_in)
+                of_in.add(in_rows, dpre.t(), inputs[part], factors.mlp_in)
     dx = _per_token(dinputs, order, slots, x)
     by_slot = share.new_zeros(plan.tokens * slots)
     by_slot[order] = dshare[:, 0]
