@@ -44,13 +44,8 @@ def changed(config: ModelConfig, **keys) -> ModelConfig:
 
 def es_partition(config: ModelConfig) -> Partition:
     share = config.heads // config.num_kv_heads
-    return partition_of(
-        SPACE,
-        config,
-        forget_heads={"es": list(range(share))},
-        forget_neurons={"es": [20, 1, 3]},
-        forget_experts={"es": [1]},
-    )
+    mlp = {"forget_neurons": {"es": [20, 1, 3]}, "forget_experts": {"es": [1]}}
+    return partition_of(SPACE, config, forget_heads={"es": list(range(share))}, **mlp)
 
 
 def write(folder, config: ModelConfig, **options) -> AutoModelForCausalLM:
