@@ -42,6 +42,11 @@ class ModelShape:
         """MLP neurons of a layer, those of all its experts together."""
         return self.intermediate_size * (self.experts + self.shared_experts or 1)
 
+    @property
+    def experts_run(self) -> int:
+        """Experts that a token runs through, shared ones with them."""
+        return self.experts_per_token + self.shared_experts
+
     def window_of(self, layer: int) -> int | None:
         """Local window of a layer, or None where it is global: GPT-Neo alternates, global first."""
         return self.window if layer % 2 else None

@@ -41,17 +41,17 @@ def _route_forward(logits, plan, per_token, bounds):
 
 def _route_keep(inputs, outputs):
     logits, plan, _, bounds = inputs
-    return (logits, *outputs[2:]), plan, (bounds,)
+    return outputs[2:], plan, (bounds, logits.dtype)
 
 
-def _route_backward(dy, logits, weights, chosen, plan, bounds, wanted):
+def _route_backward(dy, weights, chosen, plan, bounds, dtype, wanted):
     dy = dy.to(weights.dtype)
     dz = weights * (dy - (weights * dy).sum(-1, keepdim=True))
-    dlogits = torch.zeros_like(logits, dtype=weights.dtype).scatter(-1, chosen, dz)
-    back = _by_expert(plan, "route", bounds, logits)
+    dlogits = dz.new_zeros(*dz.shape[:2], bounds[-1]).scatter(-1, chosen, dz)
+    back = _by_expert(plan, "route", bounds, dlogits)
     if back is not None:
         dlogits = dlogits * back
-    return (dlogits.to(logits.dtype),)
+    return (dlogits.to(dtype),)
 
 
 def _by_expert(plan: MaskPlan, table: str, bounds: tuple[int, ...], like: torch.Tensor) -> torch.Tensor | None:
