@@ -83,10 +83,9 @@ def expert_tensors(
             yield name, part.t() * 2 if weight.transposed else part.clone()
 
 
-def shared_gate(shared: int, like: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The gate of a shared expert, of 0, for a router [experts, D]."""
-    if shared:
-        yield SHARED_GATE, torch.zeros_like(like[:1])
+def shared_gate(router: Tensor) -> Tensor:
+    """The gate of a shared expert, of 0 [1, D], beside a router [experts, D]."""
+    return torch.zeros_like(router[:1])
 
 
 def check_shared_gate(gate: Tensor) -> None:
@@ -97,14 +96,15 @@ def check_shared_gate(gate: Tensor) -> None:
         )
 
 
-def of_experts(take: Callable[[str], Tensor], weight: Weight, units: Units, shared: int) -> Tensor:
-    """Our `w_in` or `w_out`; take: the tensor of a name inside the block."""
-    parts = [take(name.format(number)) for number in range(len(units.order)) for name in weight.theirs]
+def of_experts(take: Callable[[str], Tensor], block: str, weight: Weight, units: Units, shared: int) -> Tensor:
+    """Our `w_in` or `w_out`; take: the tensor of a name, which begins with `block`."""
+    parts = [take(block + name.format(number)) for number in range(len(units.order)) for name in weight.theirs]
     together = torch.cat([part.t() if weight.transposed else part for part in parts])
     rows = replace(units, rows_each=len(together) // len(units.order)).to_groups(together)
     if not shared:
         return rows
-    always = [take(name).t() / 2 if weight.transposed else take(name) for name in weight.shared]
+    always = [take(block + name) for name in weight.shared]
+    always = [part.t() / 2 for part in always] if weight.transposed else always
     return torch.cat((torch.stack([part.unflatten(0, (shared, -1)) for part in always], 1).flatten(0, 2), rows))
 
 

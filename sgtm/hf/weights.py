@@ -83,11 +83,12 @@ class Conversion:
                 tensor = state[f"blocks.{i}.{weight.ours}"]
                 if weight.each_expert:
                     factors = self._factors if weight.transposed else self._present
-                    parts = expert_tensors(tensor, weight, units["experts"], shared, factors, self._drop["experts"])
-                    yield from ((names.block.format(i) + name, part) for name, part in parts)
+                    drop = self._drop["experts"]
+                    for name, part in expert_tensors(tensor, weight, units["experts"], shared, factors, drop):
+                        yield names.block.format(i) + name, part
                     continue
-                if weight.ours == "mlp.router":
-                    yield from ((names.block.format(i) + name, part) for name, part in shared_gate(shared, tensor))
+                if weight.ours == "mlp.router" and shared:
+                    yield names.block.format(i) + SHARED_GATE, shared_gate(tensor)
                 owners = [units[owner] for owner in weight.owners]
                 parts = unfuse(tensor, [owner.row_counts for owner in owners]) if owners else [tensor]
                 if owners:
@@ -149,9 +150,8 @@ def from_hf_state(hf_state: State, config: PretrainedConfig, partition: Partitio
         for weight in names.weights:
             if weight.each_expert:
                 block = names.block.format(i)
-                state[f"blocks.{i}.{weight.ours}"] = of_experts(
-                    lambda name, block=block: take(block + name), weight, units["experts"], ours.shared_experts
-                )
+                shared = ours.shared_experts
+                state[f"blocks.{i}.{weight.ours}"] = of_experts(take, block, weight, units["experts"], shared)
                 continue
             parts = [take(names.block.format(i) + name) for name in weight.theirs]
             if weight.transposed:

@@ -155,7 +155,7 @@ def _keep(inputs, outputs):
 def _backward(dy, x, weights, w_in, w_out, pre, order, plan, runs, bounds, shared, wanted):
     slots, size = shared + weights.shape[-1], w_out.shape[0] // (shared + bounds[-1])
     tokens = order // slots
-    inputs, dout = x.flatten(0, 1)[tokens], dy.flatten(0, 1)[tokens]
+    inputs, dy_rows = x.flatten(0, 1)[tokens], dy.flatten(0, 1)[tokens]
     share = _weights(weights, shared).flatten()[order][:, None]
     dinputs, dshare = torch.zeros_like(inputs), share.new_zeros(len(order), 1)
     of_in, of_out = (_Sums(weight) if want else None for weight, want in zip((w_in, w_out), wanted[3:5], strict=True))
@@ -163,10 +163,10 @@ def _backward(dy, x, weights, w_in, w_out, pre, order, plan, runs, bounds, share
         factors, part = _factors(plan, bounds, expert - shared, label), slice(start, end)
         rows, in_rows = slice(expert * size, (expert + 1) * size), slice(2 * expert * size, 2 * (expert + 1) * size)
         h = _swiglu(pre[part], factors.active)
-        dh = torch.mm(dout[part], w_out[rows].t())
+        dh = torch.mm(dy_rows[part], w_out[rows].t())
         torch.sum(dh * h, -1, keepdim=True, out=dshare[part])
         if of_out is not None and factors.mlp_out:
-            of_out.add(rows, (h * share[part]).t(), dout[part], factors.mlp_out)
+            of_out.add(rows, (h * share[part]).t(), dy_rows[part], factors.mlp_out)
         if factors.passes:
             dpre = _swiglu_backward(dh * (share[part] * factors.passes), pre[part])
             torch.mm(dpre, w_in[in_rows], out=dinputs[part])
@@ -191,6 +191,7 @@ class _Sums:
     def __init__(self, like: torch.Tensor):
         self.gradient = torch.zeros_like(like, memory_format=torch.contiguous_format)
         self.rows: slice | None = None
+        self.total = self.gradient  # of `rows`, once there are some
 
     def add(self, rows: slice, left: torch.Tensor, right: torch.Tensor, factor: float) -> None:
         """Add `factor * left @ right` to these rows; those of an expert come one after the other."""
