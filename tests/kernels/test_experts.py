@@ -111,6 +111,25 @@ def test_tokens_of_other_labels_change_no_bit(shared, layout, dtype):
                     assert_same_bits(after[n][rows], before[n][rows], f"{projection} of group {group}, label {label}")
 
 
+def test_a_product_has_the_rows_of_one_label():
+    """A token alone at an expert is a product of one row, which a CPU rounds otherwise than one of several."""
+    tables = random_tables(0, (1.0,), labels=2)
+    plan = MaskPlan(tables, (LabelRun(0, 0, 4), LabelRun(1, 4, 16)), 1, 16)
+    mine, joined = token_mask(plan, [0])[..., None], 0
+    for seed in range(20):
+        inputs = data(plan, 0, torch.float32, 48, 48)
+        others = [torch.where(mine, tensor, random_like(tensor, 100 + seed)) for tensor in inputs[:2]] + inputs[2:]
+        for name, old, new in zip(
+            ("y", "dx", "dlogits"),
+            *(forward_backward(layer(plan, 0), *values) for values in (inputs, others)),
+            strict=False,
+        ):
+            assert_same_bits(new[mine[..., 0]], old[mine[..., 0]], name)
+        choices = [route(values[1], PER_TOKEN, plan, BOUNDS)[1].flatten(0, 1) for values in (inputs, others)]
+        joined += not torch.equal(choices[0][4:], choices[1][4:])
+    assert joined == 20
+
+
 @by_shared
 @by_layout
 def test_dx_is_that_of_weights_that_all_tokens_update(layout, shared):
