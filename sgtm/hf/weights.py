@@ -81,8 +81,8 @@ class Conversion:
         for i, units in enumerate(self._layers):
             for weight in names.weights:
                 tensor = state[f"blocks.{i}.{weight.ours}"]
+                factors = self._factors if weight.transposed else self._present
                 if weight.each_expert:
-                    factors = self._factors if weight.transposed else self._present
                     drop = self._drop["experts"]
                     for name, part in expert_tensors(tensor, weight, units["experts"], shared, factors, drop):
                         yield names.block.format(i) + name, part
@@ -92,7 +92,6 @@ class Conversion:
                 owners = [units[owner] for owner in weight.owners]
                 parts = unfuse(tensor, [owner.row_counts for owner in owners]) if owners else [tensor]
                 if owners:
-                    factors = self._factors if weight.transposed else self._present
                     dropping = [self._drop[owner] for owner in weight.owners]
                     parts = [u.to_original(p, factors, d) for u, p, d in zip(owners, parts, dropping, strict=True)]
                 for name, part in zip(weight.theirs, parts, strict=True):

@@ -119,11 +119,8 @@ def test_a_product_has_the_rows_of_one_label():
     for seed in range(20):
         inputs = data(plan, 0, torch.float32, 48, 48)
         others = [torch.where(mine, tensor, random_like(tensor, 100 + seed)) for tensor in inputs[:2]] + inputs[2:]
-        for name, old, new in zip(
-            ("y", "dx", "dlogits"),
-            *(forward_backward(layer(plan, 0), *values) for values in (inputs, others)),
-            strict=False,
-        ):
+        before, after = (forward_backward(layer(plan, 0), *values) for values in (inputs, others))
+        for name, old, new in zip(("y", "dx", "dlogits"), before, after, strict=False):
             assert_same_bits(new[mine[..., 0]], old[mine[..., 0]], name)
         choices = [route(values[1], PER_TOKEN, plan, BOUNDS)[1].flatten(0, 1) for values in (inputs, others)]
         joined += not torch.equal(choices[0][4:], choices[1][4:])

@@ -222,7 +222,9 @@ def marked(tensor: torch.Tensor) -> torch.Tensor:
 def test_a_strength_multiplies_what_the_heads_and_neurons_of_a_domain_put_out(case, prune):
     config, partition, model = case
     if config.experts and not prune:
-        pytest.skip("experts are not zeroed: test_experts_cannot_be_zeroed")
+        with pytest.raises(ValueError, match="the router would still choose them"):
+            Conversion(config, partition, ["code"], prune=False)
+        return
     tables = removal_tables(SPACE, ("code",))
     active = tuple((1.0, 0.25, 0.0) for _ in tables.active)
     ids = torch.randint(config.vocab_size, (3, config.context))
@@ -257,7 +259,9 @@ def test_strength_1_is_the_whole_group_to_the_bit(case):
 def test_without_pruning_the_shape_is_that_of_the_full_model_and_the_removed_rows_are_0(case):
     config, partition, model = case
     if config.experts:
-        pytest.skip("experts are not zeroed: test_experts_cannot_be_zeroed")
+        with pytest.raises(ValueError, match="the router would still choose them"):
+            Conversion(config, partition, ["bio"], prune=False)
+        return
     full, shape = to_hf_state(model.state_dict(), config, partition)
     zeroed, same = to_hf_state(model.state_dict(), config, partition, ["bio"], prune=False)
     assert shape.to_dict() == same.to_dict()
