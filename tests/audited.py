@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from corpora import build, mixed_records
-from exports import GPT_NEO, LLAMA, make_run
+from exports import GPT_NEO, LLAMA, MIXTRAL, SHARED_EXPERTS, make_run
 from safetensors.torch import load_file, save_file
 
 from sgtm.hf.card import RECORD, card
@@ -17,7 +17,7 @@ from sgtm.hf.export import CARD
 from sgtm.run.evaluate import evaluate_run, write_summary
 
 LABELS = {"en": "retain", "es": "forget:es", "web": "forget:fr"}
-TEXTS = {"gpt_neo": GPT_NEO, "llama": LLAMA}
+TEXTS = {"gpt_neo": GPT_NEO, "llama": LLAMA, "mixtral": MIXTRAL, "shared experts": SHARED_EXPERTS}
 
 
 def evaluated_run(folder: Path, family: str) -> Path:

@@ -20,6 +20,10 @@ masking: {domains: [es, fr], forget_heads: {es: [0], fr: [2]}, forget_neurons: {
 train: {tokens_per_step: 64, precision: fp32}
 """
 LLAMA = GPT_NEO.replace("window: 4", "family: llama, kv_heads: 4, tie_embeddings: false")
+MIXTRAL = LLAMA.replace("family: llama", "family: mixtral, experts: 6, experts_per_token: 2").replace(
+    "forget_neurons: {es: [1, 8, 20], fr: 4}", "forget_experts: {es: [0, 4], fr: 1}"
+)
+SHARED_EXPERTS = MIXTRAL.replace("experts: 6", "experts: 6, shared_experts: 2")
 SOME_LAYERS = LLAMA.replace("masking: {", "masking: {masked_layers: [1], ")
 
 

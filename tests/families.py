@@ -1,4 +1,4 @@
-"""Tiny models of both families with two domains, and global steps of every mixing: what tests of whole models share."""
+"""Tiny models of all families with two domains, and global steps of every mixing: what tests of whole models share."""
 
 from __future__ import annotations
 
@@ -48,7 +48,26 @@ FAMILIES = {
         tie_embeddings=False,
         init_std=0.3,
     ),
+    "mixtral": ModelConfig(
+        family="mixtral",
+        layers=2,
+        hidden_size=16,
+        heads=8,
+        kv_heads=4,
+        head_dim=4,
+        intermediate_size=5,
+        experts=8,
+        experts_per_token=2,
+        shared_experts=1,
+        vocab_size=VOCAB,
+        context=CONTEXT,
+        tie_embeddings=False,
+        init_std=0.3,
+    ),
 }
+DENSE = [name for name, shape in FAMILIES.items() if not shape.experts]
+EXPERTS = {"bio": 3, "code": 2}
+"""Experts of the domains, two at least: a token with a single active one has no gradient in the router."""
 MIXINGS = ("step", "micro", "sequence", "token")
 
 OPENED = LabelSpace(SPACE.domains, SPACE.domains)
@@ -66,13 +85,15 @@ STRATEGIES["no_out+list"] = partial(build_tables, SPACE, "no_out", LISTED)
 
 
 def partition_of(space: LabelSpace, model: ModelConfig, **masking) -> Partition:
-    """`masking`: forget_heads, forget_neurons, masked_layers."""
+    """`masking`: forget_heads, forget_neurons, forget_experts, masked_layers."""
     return build_partition(
         space,
         layers=model.layers,
         heads=model.heads,
         kv_heads=model.num_kv_heads,
         neurons=model.intermediate_size,
+        experts=model.experts,
+        shared_experts=model.shared_experts,
         **masking,
     )
 
@@ -85,6 +106,7 @@ def model_of(
     embedding: str | int = "none",
     forget_heads: dict[str, int] | None = None,
     forget_neurons: dict[str, int] | None = None,
+    forget_experts: dict[str, int] | None = None,
     **changes,
 ) -> Transformer:
     """Unequal groups; every parameter random and far from 0, biases and norms included.
@@ -96,6 +118,7 @@ def model_of(
     masking = {
         "forget_heads": {domain: share * (forget_heads or {}).get(domain, 1) for domain in SPACE.domains},
         "forget_neurons": forget_neurons or {"bio": 3, "code": 1},
+        "forget_experts": forget_experts or forget_neurons or EXPERTS,
         "masked_layers": masked_layers,
         "embedding": embedding,
     }
@@ -249,7 +272,7 @@ def run_config(
                 "strategy": name,
                 "joint": LISTED if joint == "list" else joint or None,
                 "forget_heads": shape.heads // shape.num_kv_heads,
-                "forget_neurons": {"bio": 3, "code": 1},
+                **({"forget_experts": EXPERTS} if shape.experts else {"forget_neurons": {"bio": 3, "code": 1}}),
                 "domain_embedding": embedding,
             },
             "optimizer": {"lr": 1e-2, "warmup_steps": 0, "grad_clip": grad_clip},

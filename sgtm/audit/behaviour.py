@@ -92,6 +92,8 @@ def _as_ours(folder: Path, config: Config) -> Transformer:
         neurons=shape.intermediate_size,
         forget_heads=0,
         forget_neurons=0,
+        experts=shape.experts,
+        shared_experts=shape.shared_experts,
     )
     with torch.device("meta"):
         model = Transformer(shape, whole)

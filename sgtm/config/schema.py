@@ -9,15 +9,14 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from sgtm.config.model import ModelConfig, Section
 from sgtm.config.reference import Words
 from sgtm.config.sections import (
     DataConfig,
     DistributedConfig,
     KernelsConfig,
     MaskingConfig,
-    ModelConfig,
     OptimizerConfig,
-    Section,
     SteeringConfig,
     TrainConfig,
     WandbConfig,
@@ -90,10 +89,11 @@ class Config(Section):
                 space,
                 heads=model.heads,
                 kv_heads=model.num_kv_heads,
-                neurons=model.intermediate_size,
+                neurons=model.experts or model.intermediate_size,
                 forget_heads=masking.forget_heads,
-                forget_neurons=masking.forget_neurons,
+                forget_neurons=masking.forget_experts if model.experts else masking.forget_neurons,
                 percent=masking.percent,
+                mlp="forget_experts" if model.experts else "forget_neurons",
             )
         except ValueError as error:
             raise ValueError(f"masking.{error}") from None
@@ -106,11 +106,24 @@ class Config(Section):
                 )
             heads = {"heads": widths.heads, "head_dim": model.size_per_head}
             heads |= {"kv_heads": widths.kv_heads} if model.kv_heads else {}
-        sizes = {"forget_heads": widths.forget_heads, "forget_neurons": widths.forget_neurons, "percent": None}
+        width, of_mlp = ("experts", "forget_experts") if model.experts else ("intermediate_size", "forget_neurons")
+        sizes = {"forget_heads": widths.forget_heads, of_mlp: widths.forget_neurons, "percent": None}
         return values | {
-            "model": model.model_dump(exclude_unset=True) | heads | {"intermediate_size": widths.neurons},
+            "model": model.model_dump(exclude_unset=True) | heads | {width: widths.neurons},
             "masking": masking.model_dump(exclude_unset=True) | {"partition": "added"} | sizes,
         }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _divide_experts(cls, values):
+        """Groups of a model with experts have whole ones: no neurons, and one expert where no count is set."""
+        try:
+            sections = {name: _as_dict(values[name]) for name in ("model", "masking") if name in values}
+        except (TypeError, ValueError):
+            return values  # an error of the user's, which is found next
+        if sections.get("model", {}).get("family") != "mixtral":
+            return values
+        return values | {"masking": {"forget_neurons": 0, "forget_experts": 1} | sections.get("masking", {})}
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -126,6 +139,7 @@ class Config(Section):
                 f"masking.domain_embedding {rank} is not below model.hidden_size {self.model.hidden_size} and "
                 f"model.vocab_size {self.model.vocab_size}; lower it, or set full"
             )
+        self._check_experts()
         if self.distributed.offload_optimizer and self.optimizer.grad_clip_scope == "owner":
             raise ValueError(
                 "optimizer.grad_clip_scope owner: with distributed.offload_optimizer DeepSpeed gives norms of whole "
@@ -167,6 +181,21 @@ class Config(Section):
         _ = self.space, self.tables, self.partition, self.channels  # their errors are the user's
         check_certified(self.conditions)
         return self
+
+    def _check_experts(self) -> None:
+        masking, family = self.masking, self.model.family
+        owned, other = ("forget_neurons", "forget_experts")[:: -1 if self.model.experts else 1]
+        if _any_members(getattr(masking, other)):
+            what = "divides whole experts" if self.model.experts else "has no experts"
+            raise ValueError(
+                f"masking.{other} {getattr(masking, other)}: family {family} {what}; set it 0, and masking.{owned} in "
+                f"its place"
+            )
+        if self.model.experts and self.train.compile != "off":
+            raise ValueError(
+                f"train.compile {self.train.compile}: the experts of family {family} are not in a graph, as their "
+                f"shapes change with the tokens; set it off"
+            )
 
     def _check_token_filter(self) -> None:
         needed: tuple[tuple[str, object, object], ...] = (
@@ -247,7 +276,7 @@ class Config(Section):
     @cached_property
     def partition(self) -> Partition:
         try:
-            return build_partition(
+            partition = build_partition(
                 self.space,
                 layers=self.model.layers,
                 heads=self.model.heads,
@@ -258,9 +287,20 @@ class Config(Section):
                 percent=self.masking.percent,
                 masked_layers=self.masking.masked_layers,
                 embedding=self.masking.domain_embedding,
+                experts=self.model.experts,
+                shared_experts=self.model.shared_experts,
+                forget_experts=self.masking.forget_experts,
             )
         except ValueError as error:  # begins with the name of an argument, which is the key
             raise ValueError(f"masking.{error}") from None
+        for layer in partition.layers if self.model.experts else ():
+            if layer.experts[0] < self.model.experts_per_token:
+                raise ValueError(
+                    f"masking.forget_experts {self.masking.forget_experts} leaves {layer.experts[0]} of model.experts "
+                    f"{self.model.experts} to the retain group, below model.experts_per_token "
+                    f"{self.model.experts_per_token}, which a model without domains needs; lower it"
+                )
+        return partition
 
     @cached_property
     def channels(self) -> tuple[tuple[int, LabelChannel], ...]:
@@ -347,3 +387,11 @@ class Config(Section):
     def _undivided(self) -> str:
         sequences = counted(self.sequences_per_step, "sequence per step does", "sequences per step do")
         return f"train.tokens_per_step {self.train.tokens_per_step}: {sequences} not divide"
+
+
+def _as_dict(section: Section | dict) -> dict:
+    return section.model_dump(exclude_unset=True) if isinstance(section, Section) else dict(section)
+
+
+def _any_members(members: int | dict) -> bool:
+    return any(members.values()) if isinstance(members, dict) else bool(members)

@@ -9,8 +9,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -20,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from sgtm.masking.shape import ModelShape
+from sgtm.config.model import Section
 from sgtm.masking.strategy import Joint, Strategy
 from sgtm_kernels import current_name
 from sgtm_kernels.tables import JointKind
@@ -28,75 +26,6 @@ from sgtm_kernels.tables import JointKind
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Members = NonNegativeInt | dict[str, NonNegativeInt | list[NonNegativeInt]]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class ModelConfig(Section, ModelShape):  # type: ignore[misc] # frozen, but mypy reads no model_config
-    """Shape of the transformer."""
-
-    family: Literal["gpt_neo", "llama"] = "gpt_neo"
-    """`gpt_neo`: LayerNorm, learned positions, tanh-GELU, attention scale 1, tied head.
-    `llama`: RMSNorm, RoPE, SwiGLU."""
-    layers: PositiveInt
-    """Transformer blocks, each attention and an MLP."""
-    hidden_size: PositiveInt
-    """Width of the residual stream."""
-    heads: PositiveInt
-    """Attention heads of each layer, all groups together."""
-    kv_heads: PositiveInt | None = None
-    """KV heads of grouped-query attention (llama); null: as many as heads."""
-    head_dim: PositiveInt | None = None
-    """Width of a head; null: hidden_size / heads."""
-    intermediate_size: PositiveInt
-    """Number of MLP neurons."""
-    vocab_size: PositiveInt
-    """Rows of the token embedding: the tokenizer's entries, or up to the next multiple of 128."""
-    context: PositiveInt
-    """Tokens of a training sequence and the longest one the model takes."""
-    window: PositiveInt | None = None
-    """Local attention window of every second layer, beginning with the second (gpt_neo); null: all layers global."""
-    tie_embeddings: bool = True
-    """Whether the LM head is the token embedding (gpt_neo always ties)."""
-    head_bias: bool = False
-    """Whether the LM head has a bias (gpt_neo)."""
-    norm_eps: PositiveFloat = 1e-5
-    """Added to the variance in LayerNorm and RMSNorm."""
-    rope_theta: PositiveFloat = 10000.0
-    """Base of the rotary positions' wavelengths (llama)."""
-    init_std: PositiveFloat = 0.02
-    """Standard deviation of the initial weight matrices."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        if self.head_dim is None and self.hidden_size % self.heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}; set head_dim")
-        if self.heads % self.num_kv_heads:
-            raise ValueError(
-                f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}; kv_heads must divide it"
-            )
-        if self.family == "gpt_neo":
-            if self.kv_heads not in (None, self.heads):
-                raise ValueError(
-                    f"kv_heads {self.kv_heads}: family gpt_neo has a KV head for each of heads {self.heads}; set "
-                    f"kv_heads null, or family llama"
-                )
-            if not self.tie_embeddings:
-                raise ValueError("tie_embeddings false: family gpt_neo always ties; set it true, or family llama")
-            if self.head_dim not in (None, self.hidden_size // self.heads):
-                raise ValueError(
-                    f"head_dim {self.head_dim}: family gpt_neo takes hidden_size / heads alone; set head_dim null, or "
-                    f"family llama"
-                )
-        elif self.window is not None:
-            raise ValueError(f"window {self.window}: family llama has none; set window null, or family gpt_neo")
-        elif self.head_bias:
-            raise ValueError("head_bias true: family llama has none; set it false, or family gpt_neo")
-        return self
 
 
 class MaskingConfig(Section):
@@ -119,15 +48,19 @@ class MaskingConfig(Section):
     """Single table entries, e.g. `update.forget:bio.retain.mlp_out: 0.1`."""
     partition: Literal["designate", "add", "added"] = "designate"
     """Where the domains' groups come from. `designate`: from the heads and neurons that `model` has. `add`: on top of
-    them, as in GRAM: `model.heads`, `model.kv_heads` and `model.intermediate_size` are the retain group's, and heads
-    keep their width. `added`: what `add` becomes in the `config.yaml` of a run, whose `model` has the widths of all
-    groups together."""
+    them, as in GRAM: `model.heads`, `model.kv_heads` and `model.intermediate_size` (or `model.experts`) are the retain
+    group's, and heads keep their width. `added`: what `add` becomes in the `config.yaml` of a run, whose `model` has
+    the widths of all groups together."""
     forget_heads: Members = 1
     """Query heads per layer: a count for every domain, or by domain a count or a list of indices. 0: neurons alone."""
     forget_neurons: Members = 64
-    """Neurons per layer, in the same form."""
+    """Neurons per layer, in the same form. 0 where the model has experts."""
+    forget_experts: Members = 0
+    """Experts per layer, in the same form; 1 if left out where the model has experts, else 0. With its experts a domain
+    has their rows of the router: tokens for which its group is inactive cannot choose them."""
     percent: PositiveFloat | dict[str, PositiveFloat] | None = None
-    """Percent of each layer's heads and neurons, in place of forget_heads and forget_neurons; null: those apply."""
+    """Percent of each layer's heads and neurons (or experts), in place of forget_heads and forget_neurons (or
+    forget_experts); null: those apply."""
     masked_layers: list[NonNegativeInt] | None = None
     """Layers that have groups; null: all."""
     domain_embedding: Literal["none", "full"] | PositiveInt = "none"
@@ -239,13 +172,13 @@ class TrainConfig(Section):
     compile: Literal["off", "blocks"] = "off"
     """`blocks`: `torch.compile` every transformer block before the first step. Losses then differ by rounding. A CPU
     needs a C++ compiler, CUDA needs Triton and a C compiler. ZeRO 3 gathers all weights of a block at once. The norms
-    of groups are then left out of the log, those of the residual stream are in it. `off` is the default because the
-    gain on a GPU has not been measured."""
+    of groups are then left out of the log, those of the residual stream are in it. Not for family mixtral. `off` is
+    the default because the gain on a GPU has not been measured."""
     seed: NonNegativeInt = 0
     """Of the initial weights."""
     init_from: str | None = None
-    """Hugging Face folder (GPT-Neo, Llama, or Mistral without a sliding window) whose weights the run starts from;
-    `model` must describe that model, whose context may be longer. null: random weights."""
+    """Hugging Face folder (GPT-Neo, Llama, Mixtral, or Mistral without a sliding window) whose weights the run
+    starts from; `model` must describe that model, whose context may be longer. null: random weights."""
     eval_every: NonNegativeInt = 0
     """Steps between evaluations; 0: only at the end."""
     eval_sequences: PositiveInt = 64

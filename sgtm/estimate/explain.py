@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sgtm.config.schema import Config
+from sgtm.config.schema import Config, ModelConfig
 from sgtm.data.loader import check_corpus
 from sgtm.data.open import open_corpus
 from sgtm.data.store import Corpus
@@ -32,7 +32,10 @@ from sgtm.training.start import export_record
 from sgtm.words import counted
 from sgtm_kernels.tables import PROJECTIONS
 
-LEGEND = "attn_in: Wq Wk Wv; attn_out: Wo; mlp_in: W1, or gate and up; mlp_out: W2, or down; in-side biases with them"
+LEGEND = (
+    "attn_in: Wq Wk Wv; attn_out: Wo; mlp_in: W1, or gate and up; mlp_out: W2, or down; in-side biases, and rows of "
+    "a router, with them"
+)
 NOTHING = "-"
 
 
@@ -197,7 +200,7 @@ def _model_table(explanation: Explanation) -> Table:
     table = Table(title=f"{config.name}: model and step", show_header=False, title_justify="left")
     kv = f", {counted(model.kv_heads, 'KV head')}" if model.kv_heads else ""
     layers, heads = counted(model.layers, "layer"), counted(model.heads, "head")
-    shape = f"{layers} x {model.hidden_size}, {heads}{kv}, {model.intermediate_size} neurons"
+    shape = f"{layers} x {model.hidden_size}, {heads}{kv}, {_mlp(model)}"
     table.add_row("model", f"{model.family}, {shape}")
     table.add_row("parameters", f"{explanation.total:,} ({_embedding_share(explanation):.0%} token embedding and head)")
     sequences = counted(config.sequences_per_step, "sequence")
@@ -215,6 +218,14 @@ def _model_table(explanation: Explanation) -> Table:
     table.add_row("learning rate", ", ".join([f"{config.optimizer.lr:g}", *rates]))
     table.add_row("clipping", f"norm {config.optimizer.grad_clip:g}, {config.optimizer.grad_clip_scope}")
     return table
+
+
+def _mlp(model: ModelConfig) -> str:
+    neurons = counted(model.intermediate_size, "neuron")
+    if not model.experts:
+        return neurons
+    shared = f" and {model.shared_experts} shared" if model.shared_experts else ""
+    return f"{model.experts} experts of {neurons}, {model.experts_per_token} per token{shared}"
 
 
 def _embedding_share(explanation: Explanation) -> float:
@@ -247,15 +258,17 @@ def _partition_table(explanation: Explanation) -> Table:
     added = ", added to those of the retain group" if config.masking.partition == "added" else ""
     layers = f"{len(masked)} of {counted(config.model.layers, 'layer')}"
     table = Table(title=f"groups, in {layers}{added}", title_justify="left")
-    for column in ("group", "heads", "KV heads", "neurons", "parameters", "share"):
+    experts = ("experts",) if config.model.experts else ()
+    for column in ("group", "heads", "KV heads", *experts, "neurons", "parameters", "share"):
         table.add_column(column, justify="left" if column == "group" else "right")
     layer = config.partition.layers[masked[0]] if masked else None
     for g, group in enumerate(config.partition.groups):
-        sizes = (layer.heads[g], layer.kv_heads[g], layer.neurons[g]) if layer else ("all", "all", "all")
+        columns = (layer.heads, layer.kv_heads, *((layer.experts,) if experts else ()), layer.neurons) if layer else ()
+        sizes = [column[g] for column in columns] or ["all"] * (3 + len(experts))
         owned = explanation.owned(group)
         table.add_row(group, *map(str, sizes), f"{owned:,}", f"{owned / explanation.total:.1%}")
     joint = explanation.total - sum(explanation.owned(group) for group in config.partition.groups)
-    table.add_row("joint, of no group", "", "", "", f"{joint:,}", f"{joint / explanation.total:.1%}")
+    table.add_row("joint, of no group", *[""] * (3 + len(experts)), f"{joint:,}", f"{joint / explanation.total:.1%}")
     return table
 
 

@@ -151,13 +151,16 @@ def activations(config: Config) -> int:
 
 def block_activations(config: Config) -> int:
     """Bytes that autograd keeps for one block: inputs of norms and matmuls, q, k, v, attention's output, and the MLP
-    before and after its non-linearity."""
+    before and after its non-linearity, or the experts that the tokens run through."""
     model, width = config.model, width_of(config)
     q, kv = model.heads * model.size_per_head, model.num_kv_heads * model.size_per_head
     rotated = 0 if model.family == "gpt_neo" else q + kv
     attention = 2 * model.hidden_size + (q + 2 * kv) + rotated + q
     mlp = 2 * model.hidden_size + (2 if model.family == "gpt_neo" else 3) * model.intermediate_size
     statistics = 4 * (model.heads + 2)
+    if run := model.experts_run:  # before the non-linearity alone; the choice, its weights in fp32 too, and its order
+        mlp = 2 * model.hidden_size + 2 * model.intermediate_size * run + model.experts_per_token
+        statistics += 12 * model.experts_per_token + 8 * run
     return config.micro_batch * model.context * (width * (attention + mlp) + statistics)
 
 
@@ -170,7 +173,14 @@ def _head(config: Config) -> int:
 
 
 def _block(config: Config) -> int:
-    """Gradients inside one block: of the MLP before and after its non-linearity, and of the hidden states."""
+    """Gradients inside one block: of the MLP before and after its non-linearity, and of the hidden states.
+
+    Of experts: the tokens gathered for them, in and out, with their gradients; one expert at a time is smaller.
+    """
     model, gated = config.model, config.model.family == "llama"
+    if run := model.experts_run:
+        second = model.neurons * model.hidden_size * width_of(config)  # gradients of w_in and w_out come together
+        gathered = (4 * run + 2) * model.hidden_size
+        return ceil(config.micro_batch * model.context * width_of(config) * gathered) + second
     columns = (3 if gated else 2) * model.intermediate_size + 2 * model.hidden_size
     return ceil(config.micro_batch * model.context * width_of(config) * columns)

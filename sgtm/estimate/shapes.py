@@ -16,7 +16,7 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 def _shapes(model: ModelConfig, own: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     d, q, neo = model.hidden_size, model.size_per_head, model.family == "gpt_neo"
-    kv, heads, neurons = model.num_kv_heads, model.heads, model.intermediate_size
+    kv, heads, neurons = model.num_kv_heads, model.heads, model.neurons
     shapes: dict[str, tuple[int, ...]] = {"embedding": (model.vocab_size, d)}
     if neo:
         shapes["position"] = (model.context, d)
@@ -34,6 +34,8 @@ def _shapes(model: ModelConfig, own: dict[str, tuple[int, ...]]) -> dict[str, tu
         if neo:
             shapes[f"{block}.attention.b_o"] = (d,)
         shapes |= _norm(f"{block}.mlp_norm", d, neo)
+        if model.experts:
+            shapes[f"{block}.mlp.router"] = (model.experts, d)
         shapes |= {f"{block}.mlp.{name}": shape for name, shape in rows.items() if neo or name[0] == "w"}
     return shapes | _norm("final_norm", d, neo)
 
@@ -61,6 +63,12 @@ def recomputed_flops(model: ModelConfig) -> float:
 
 
 def _multiplied(model: ModelConfig) -> int:
+    """Parameters that a token is multiplied with: of experts, those that it runs through."""
     sizes = {name: prod(shape) for name, shape in _shapes(model, {}).items()}
     looked_up = ("position",) if model.tie_embeddings else ("position", "embedding")
-    return sum(size for name, size in sizes.items() if name not in looked_up)
+    others = 0
+    if model.experts:
+        number = model.experts + model.shared_experts
+        in_experts = sum(size for name, size in sizes.items() if name.endswith(("mlp.w_in", "mlp.w_out")))
+        others = in_experts * (number - model.experts_run) // number
+    return sum(size for name, size in sizes.items() if name not in looked_up) - others

@@ -4,7 +4,7 @@
 
 run, recipe, method   name of the run, and what it was trained with
 removed, reduced      domains without which the model is; domains that it has at a strength below 1, by strength
-how                   `physically removed` or `zeroed`, for heads and for neurons; `left out` for adapters
+how                   `physically removed` or `zeroed`, for heads and for neurons or experts; `left out` for adapters
 independent_of        removed domains whose documents the weights do not depend on, to the bit
 checkpoint            name, step, manifest_sha256 of its manifest, which has the hashes of its files
 corpus                fingerprint of the data
@@ -27,7 +27,7 @@ from transformers import PretrainedConfig
 
 from sgtm.config import Config
 from sgtm.files import sha256_of
-from sgtm.hf.config import why_mistral
+from sgtm.hf.config import why_architecture
 from sgtm.masking.labels import FULL, removal_name
 from sgtm.masking.partition import Partition
 from sgtm.run.adapted import described_adapters, read_adapted
@@ -61,7 +61,7 @@ def record_of(
         "init_from": config.train.init_from,
         "how": _how(config, hf_config, bool(adapted)) if removed else {},
         "architecture": hf_config.model_type,
-        "architecture_because": why_mistral(config.model, hf_config),
+        "architecture_because": why_architecture(config.model, hf_config),
         "checkpoint": {
             "name": checkpoint.name,
             "step": manifest["step"],
@@ -79,10 +79,11 @@ def record_of(
 def _how(config: Config, hf_config: PretrainedConfig, adapted: bool) -> dict[str, str]:
     if adapted:
         return {"adapters": "left out"}
-    physically = {
-        "heads": hf_config.num_attention_heads < config.model.heads,
-        "neurons": hf_config.intermediate_size < config.model.intermediate_size,
-    }
+    physically = {"heads": hf_config.num_attention_heads < config.model.heads}
+    if config.model.experts:
+        physically["experts"] = hf_config.num_experts < config.model.experts
+    else:
+        physically["neurons"] = hf_config.intermediate_size < config.model.intermediate_size
     return {unit: "physically removed" if gone else "zeroed" for unit, gone in physically.items()}
 
 

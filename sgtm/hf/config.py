@@ -11,9 +11,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import GPTNeoConfig, LlamaConfig, MistralConfig, PretrainedConfig
+from transformers import GPTNeoConfig, LlamaConfig, MistralConfig, MixtralConfig, PretrainedConfig, Qwen2MoeConfig
 
 from sgtm.config.schema import ModelConfig
+from sgtm.hf.experts import experts_config, experts_shape
 
 log = logging.getLogger(__name__)
 
@@ -21,31 +22,37 @@ GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")  # two names of one function
 
 
 def model_config_from_hf(config: PretrainedConfig) -> ModelConfig:
-    """Shape of a pretrained GPT-Neo or Llama model (or a Mistral one without a sliding window), to train it further.
+    """Shape of a pretrained GPT-Neo, Llama or Mixtral model (or a Mistral one without a sliding window, or a Qwen2-MoE
+    one without biases), to train it further.
 
     Raises ValueError naming the key for whatever our transformer cannot compute. Dropout only shapes training, so it is
     reported and left out.
     """
     if isinstance(config, GPTNeoConfig):
         return _from_gpt_neo(config)
-    if isinstance(config, (LlamaConfig, MistralConfig)):
+    if isinstance(config, (LlamaConfig, MistralConfig, MixtralConfig, Qwen2MoeConfig)):
         return _from_llama(config)
-    raise ValueError(f"model_type {config.model_type!r} cannot be imported; known: gpt_neo, llama, mistral")
+    raise ValueError(
+        f"model_type {config.model_type!r} cannot be imported; known: gpt_neo, llama, mistral, mixtral, qwen2_moe"
+    )
 
 
-def hf_config(config: ModelConfig, *, heads: int, kv_heads: int, neurons: int) -> PretrainedConfig:
-    """Hugging Face config of a model that has kept `heads` query heads, `kv_heads` KV heads and `neurons` per layer.
+def hf_config(
+    config: ModelConfig, *, heads: int, kv_heads: int, neurons: int | None = None, experts: int = 0
+) -> PretrainedConfig:
+    """Hugging Face config of a model that has kept `heads` query heads, `kv_heads` KV heads and `neurons` per layer, or
+    `experts` with all of their neurons.
 
     `LlamaConfig` insists that hidden_size is a multiple of the number of heads, even where head_dim is given. A model
     for which it is not (31 of 32 heads, say) becomes a Mistral one without a sliding window: the same computation, the
     same parameter names, and no such rule.
 
-    Raises ValueError for a head bias, which Hugging Face's GPT-Neo does not have.
+    Raises ValueError for a head bias, which Hugging Face's GPT-Neo does not have, and as `experts_config` does.
     """
     common: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
-        "intermediate_size": neurons,
+        "intermediate_size": config.intermediate_size if neurons is None else neurons,
         "max_position_embeddings": config.context,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,
@@ -75,13 +82,20 @@ def hf_config(config: ModelConfig, *, heads: int, kv_heads: int, neurons: int) -
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         **common,
     }
+    if config.experts:
+        return experts_config(config, experts, llama)
     if config.hidden_size % heads:
         return MistralConfig(sliding_window=None, **llama)
     return LlamaConfig(**llama)
 
 
-def why_mistral(config: ModelConfig, exported: PretrainedConfig) -> str | None:
-    """Why a Llama run is exported as Mistral; None where it is not."""
+def why_architecture(config: ModelConfig, exported: PretrainedConfig) -> str | None:
+    """Why a run is exported as another architecture than its family; None where it is not."""
+    if exported.model_type == "qwen2_moe":
+        return (
+            "Mixtral has no shared experts; Qwen2-MoE halves them with a gate of 0 and has their output projection "
+            "doubled, which is the same computation"
+        )
     if exported.model_type != "mistral":
         return None
     return (
@@ -120,30 +134,34 @@ def _from_gpt_neo(config: GPTNeoConfig) -> ModelConfig:
     )
 
 
-def _from_llama(config: LlamaConfig | MistralConfig) -> ModelConfig:
+def _from_llama(config: LlamaConfig | MistralConfig | MixtralConfig | Qwen2MoeConfig) -> ModelConfig:
     _require(config, "hidden_act", config.hidden_act == "silu", "silu")
     for key in ("attention_bias", "mlp_bias"):
         _require(config, key, not getattr(config, key, False), "false")
-    _require(config, "sliding_window", getattr(config, "sliding_window", None) is None, "null")
+    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    _require(config, "sliding_window", not window, "null")
     rope: Mapping[str, Any] = config.rope_parameters or {}
     plain = rope.get("rope_type", "default") == "default" and rope.get("partial_rotary_factor", 1.0) == 1.0
     plain = plain and "rope_theta" in rope
     _require(config, "rope_parameters", plain, "rope_theta, and rope_type default over the whole head (no scaling)")
     _warn_dropout(config, "attention_dropout")
+    shape: dict[str, Any] = {"family": "llama", "intermediate_size": config.intermediate_size}
+    if isinstance(config, (MixtralConfig, Qwen2MoeConfig)):
+        shape["family"] = "mixtral"
+        shape |= experts_shape(config, lambda *requirement: _require(config, *requirement))
     return ModelConfig(
-        family="llama",
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        intermediate_size=config.intermediate_size,
+        head_dim=getattr(config, "head_dim", None),
         vocab_size=config.vocab_size,
         context=config.max_position_embeddings,
         tie_embeddings=config.tie_word_embeddings,
         norm_eps=config.rms_norm_eps,
         rope_theta=rope["rope_theta"],
         init_std=config.initializer_range,
+        **shape,
     )
 
 

@@ -1,4 +1,7 @@
-"""Parameter names of Hugging Face beside ours, by family; what a family does not list here cannot cross over."""
+"""Parameter names of Hugging Face beside ours, by family; what a family does not list here cannot cross over.
+
+With shared experts the family mixtral has those of qwen2_moe.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,21 @@ class Weight:
     """One of our block parameters and what Hugging Face makes of it.
 
     theirs      names there; several where we fuse them
-    owners      who owns the rows of each: `heads`, `kv_heads` or `neurons`; empty for a joint parameter
+    owners      who owns the rows of each: `heads`, `kv_heads`, `neurons` or `experts`; empty for a joint parameter
     transposed  stored there as [out, in], here as [in, out]
+    shared      names of the shared experts' parts. Where there are some, or `{}` in `theirs`, each expert has tensors
+                of its own (sgtm/hf/experts.py)
     """
 
     ours: str
     theirs: tuple[str, ...]
     owners: tuple[str, ...] = ()
     transposed: bool = False
+    shared: tuple[str, ...] = ()
+
+    @property
+    def each_expert(self) -> bool:
+        return "{}" in self.theirs[0]
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,32 @@ class Names:
     block: str
     weights: tuple[Weight, ...]
 
+
+def _of_experts(moe: str, gate: str, up: str, down: str, shared: bool) -> tuple[Weight, ...]:
+    each, always = "experts.{}.", f"{moe}shared_expert."
+    beside = {name: (f"{always}{name}.weight",) if shared else () for name in (gate, up, down)}
+    return (
+        Weight("mlp.router", (f"{moe}gate.weight",), ("experts",)),
+        Weight(
+            "mlp.w_in",
+            (f"{moe}{each}{gate}.weight", f"{moe}{each}{up}.weight"),
+            ("experts",),
+            shared=beside[gate] + beside[up],
+        ),
+        Weight("mlp.w_out", (f"{moe}{each}{down}.weight",), ("experts",), transposed=True, shared=beside[down]),
+    )
+
+
+LLAMA_OUTER = {"embedding": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight"}
+LLAMA_BLOCK = "model.layers.{}."
+LLAMA_BESIDE_MLP = (
+    Weight("attention_norm.weight", ("input_layernorm.weight",)),
+    Weight("attention.w_qkv", tuple(f"self_attn.{x}_proj.weight" for x in "qkv"), ("heads", "kv_heads", "kv_heads")),
+    Weight("attention.w_o", ("self_attn.o_proj.weight",), ("heads",), transposed=True),
+    Weight("mlp_norm.weight", ("post_attention_layernorm.weight",)),
+)
+SHARED_GATE = "mlp.shared_expert_gate.weight"
+"""Inside a block of Qwen2-MoE; it has no place here (sgtm/hf/experts.py)."""
 
 NAMES = {
     "gpt_neo": Names(
@@ -57,20 +93,27 @@ NAMES = {
         ),
     ),
     "llama": Names(
-        {"embedding": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight"},
-        "model.layers.{}.",
+        LLAMA_OUTER,
+        LLAMA_BLOCK,
         (
-            Weight("attention_norm.weight", ("input_layernorm.weight",)),
-            Weight(
-                "attention.w_qkv", tuple(f"self_attn.{x}_proj.weight" for x in "qkv"), ("heads", "kv_heads", "kv_heads")
-            ),
-            Weight("attention.w_o", ("self_attn.o_proj.weight",), ("heads",), transposed=True),
-            Weight("mlp_norm.weight", ("post_attention_layernorm.weight",)),
+            *LLAMA_BESIDE_MLP,
             Weight("mlp.w_in", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), ("neurons", "neurons")),
             Weight("mlp.w_out", ("mlp.down_proj.weight",), ("neurons",), transposed=True),
         ),
+    ),
+    "mixtral": Names(
+        LLAMA_OUTER, LLAMA_BLOCK, LLAMA_BESIDE_MLP + _of_experts("block_sparse_moe.", "w1", "w3", "w2", shared=False)
+    ),
+    "qwen2_moe": Names(
+        LLAMA_OUTER,
+        LLAMA_BLOCK,
+        LLAMA_BESIDE_MLP + _of_experts("mlp.", "gate_proj", "up_proj", "down_proj", shared=True),
     ),
 }
 HEAD = "lm_head.weight"
 # Not weights: constants that older versions of transformers saved beside them.
 BUFFERS = (".attn.attention.bias", ".attn.attention.masked_bias", ".rotary_emb.inv_freq")
+
+
+def names_of(family: str, shared_experts: int) -> Names:
+    return NAMES["qwen2_moe" if shared_experts else family]

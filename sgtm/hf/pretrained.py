@@ -20,6 +20,7 @@ from sgtm.config.schema import ModelConfig
 from sgtm.data.store import Corpus
 from sgtm.data.tokenizer import load_tokenizer
 from sgtm.hf.config import model_config_from_hf
+from sgtm.hf.experts import unfused
 from sgtm.hf.weights import from_hf_state
 from sgtm.masking.partition import Partition
 
@@ -31,7 +32,8 @@ FREE = {"init_std", "activation_checkpointing"}
 def load_pretrained(folder: Path | str, config: ModelConfig, partition: Partition) -> dict[str, Tensor]:
     """State of our model from a folder with config.json and safetensors, in the dtype that they have there.
 
-    The folder is what `save_pretrained` and `sgtm export` write, of GPT-Neo, Llama or Mistral without a sliding window.
+    The folder is what `save_pretrained` and `sgtm export` write, of GPT-Neo, Llama, Mixtral, Mistral without a
+    sliding window, or Qwen2-MoE without biases.
     Its context may be longer than that of `config`; learned positions beyond are left out.
 
     Raises ValueError for a folder that is none, for a model that `config` does not describe, naming every key that
@@ -126,7 +128,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 def _check_shapes(weights: dict[str, Tensor], config: PretrainedConfig) -> None:
     with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(config).state_dict()
+        expected = unfused(AutoModelForCausalLM.from_config(config).state_dict(), config.model_type)
     wrong = [name for name in weights.keys() & expected.keys() if weights[name].shape != expected[name].shape]
     if wrong:
         shapes = ", ".join(f"{name} is {list(weights[name].shape)}" for name in sorted(wrong)[:3])

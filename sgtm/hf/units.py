@@ -1,4 +1,4 @@
-"""The heads, KV heads and neurons of a layer: which group has them, and where they are in Hugging Face's order."""
+"""Heads, KV heads, neurons and experts of a layer: which group has them, and where they are in Hugging Face's order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sgtm.masking.partition import LayerPartition
 
 @dataclass(frozen=True)
 class Units:
-    """The heads, KV heads or neurons of one layer: how many each group has, their original order, rows of each."""
+    """Heads, KV heads, neurons or experts of one layer: how many each group has, their original order, rows of each."""
 
     counts: tuple[int, ...]
     order: Sequence[int]
@@ -54,6 +54,7 @@ def units_of(layer: LayerPartition, head_dim: int) -> dict[str, Units]:
         "heads": Units(layer.heads, layer.head_order, head_dim),
         "kv_heads": Units(layer.kv_heads, kv_order, head_dim),
         "neurons": Units(layer.neurons, layer.neuron_order, 1),
+        "experts": Units(layer.experts, layer.expert_order, 1),  # of the router
     }
 
 

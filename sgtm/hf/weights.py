@@ -1,8 +1,8 @@
 """Weights of Hugging Face, both ways.
 
-Hugging Face keeps heads and neurons in their original order and linear weights as [out, in]; we store them group by
-group, and out-side weights as [in, out] (see `sgtm.model.rows`). An export puts heads and neurons back at their
-original indices and can leave groups out; an import permutes them into the groups of a partition.
+Hugging Face keeps heads, neurons and experts in their original order and linear weights as [out, in]; we store them
+group by group, and out-side weights as [in, out] (see `sgtm.model.rows`). An export puts them back at their original
+indices and can leave groups out; an import permutes them into the groups of a partition.
 
 Promises, each with a test in `tests/unit/test_weights.py`: import(export(x)) is x bit for bit; the logits of an export
 are those of our model with the removed groups inactive; and no weight of a removed group is in it.
@@ -18,7 +18,8 @@ from transformers import PretrainedConfig
 
 from sgtm.config.schema import ModelConfig
 from sgtm.hf.config import hf_config, model_config_from_hf
-from sgtm.hf.names import BUFFERS, HEAD, NAMES
+from sgtm.hf.experts import check_shared_gate, expert_tensors, of_experts, shared_gate, unfused
+from sgtm.hf.names import BUFFERS, HEAD, SHARED_GATE, names_of
 from sgtm.hf.units import fuse, unfuse, units_of
 from sgtm.masking.partition import Partition
 from sgtm.process.names import did_you_mean
@@ -31,14 +32,16 @@ class Conversion:
 
     remove     domains whose groups are left out. Their heads (with their KV heads) and neurons are physically gone
                where every layer is left with the same number; where Hugging Face cannot express fewer (GPT-Neo's heads,
-               layers of unequal width) their weights and in-side biases are exactly 0
+               layers of unequal width) their weights and in-side biases are exactly 0. Experts must be gone: one of
+               zeros would still be chosen
     strengths  by domain, what the outputs of its group are multiplied by, above 0 and up to 1; 1 where it is not named
     prune      False: what is removed is exactly 0 everywhere, and the model keeps its shape
 
     A domain's own part of embedding and head is added to the shared matrices, unless it is removed.
 
     Raises ValueError for an unknown domain, one that is both removed and has a strength, a strength of another size,
-    and a head bias, which Hugging Face's GPT-Neo does not have.
+    experts that cannot go, and what Hugging Face's models do not have: GPT-Neo a head bias, Qwen2-MoE (with shared
+    experts) heads of another width.
     """
 
     def __init__(
@@ -53,10 +56,15 @@ class Conversion:
         self._factors = _factors(partition, tuple(remove), strengths or {})
         self._present = tuple(float(factor > 0) for factor in self._factors)
         self._layers = [units_of(layer, config.size_per_head) for layer in partition.layers]
-        full = {"heads": config.heads, "kv_heads": config.num_kv_heads, "neurons": config.intermediate_size}
+        full = {"heads": config.heads, "kv_heads": config.num_kv_heads}
+        full |= {"experts": config.experts} if config.experts else {"neurons": config.intermediate_size}
         left = {owner: {units[owner].remaining(self._present) for units in self._layers} for owner in full}
-        heads = prune and config.family == "llama" and len(left["heads"]) == 1
-        self._drop = {"heads": heads, "kv_heads": heads, "neurons": prune and len(left["neurons"]) == 1}
+        fewer_heads = config.family != "gpt_neo" and not config.shared_experts
+        heads = prune and fewer_heads and len(left["heads"]) == 1
+        self._drop = {"heads": heads, "kv_heads": heads}
+        self._drop |= {owner: prune and len(left[owner]) == 1 for owner in full if owner not in self._drop}
+        if config.experts:
+            _check_experts(left["experts"], config.experts, self._drop["experts"])
         sizes = {owner: min(left[owner]) if self._drop[owner] else full[owner] for owner in full}
         self.config: PretrainedConfig = hf_config(config, **sizes)
 
@@ -65,7 +73,7 @@ class Conversion:
 
         state  of our model; each of its tensors is taken once. Those without owners are given out as they are.
         """
-        names = NAMES[self._model.family]
+        names, shared = names_of(self._model.family, self._model.shared_experts), self._model.shared_experts
         for ours, theirs in names.outer.items():
             yield theirs, self._with_domains(state, ours) if ours == "embedding" else state[ours]
         if not self._model.tie_embeddings:
@@ -73,10 +81,17 @@ class Conversion:
         for i, units in enumerate(self._layers):
             for weight in names.weights:
                 tensor = state[f"blocks.{i}.{weight.ours}"]
+                factors = self._factors if weight.transposed else self._present
+                if weight.each_expert:
+                    drop = self._drop["experts"]
+                    for name, part in expert_tensors(tensor, weight, units["experts"], shared, factors, drop):
+                        yield names.block.format(i) + name, part
+                    continue
+                if weight.ours == "mlp.router" and shared:
+                    yield names.block.format(i) + SHARED_GATE, shared_gate(tensor)
                 owners = [units[owner] for owner in weight.owners]
                 parts = unfuse(tensor, [owner.row_counts for owner in owners]) if owners else [tensor]
                 if owners:
-                    factors = self._factors if weight.transposed else self._present
                     dropping = [self._drop[owner] for owner in weight.owners]
                     parts = [u.to_original(p, factors, d) for u, p, d in zip(owners, parts, dropping, strict=True)]
                 for name, part in zip(weight.theirs, parts, strict=True):
@@ -101,7 +116,7 @@ def to_hf_state(
     conversion = Conversion(config, partition, remove, **options)
     hf = dict(conversion.tensors(state))
     if config.tie_embeddings:
-        hf[HEAD] = hf[NAMES[config.family].outer["embedding"]]
+        hf[HEAD] = hf[names_of(config.family, config.shared_experts).outer["embedding"]]
     return hf, conversion.config
 
 
@@ -115,8 +130,9 @@ def from_hf_state(hf_state: State, config: PretrainedConfig, partition: Partitio
     """
     ours = model_config_from_hf(config)
     _check_partition(partition, ours)
-    names = NAMES[ours.family]
+    names = names_of(ours.family, ours.shared_experts)
     hf = {name: tensor for name, tensor in hf_state.items() if not name.endswith(BUFFERS)}
+    hf = unfused(hf, config.model_type)
 
     def take(name: str) -> Tensor:
         if name not in hf:
@@ -131,6 +147,11 @@ def from_hf_state(hf_state: State, config: PretrainedConfig, partition: Partitio
     for i, layer in enumerate(partition.layers):
         units = units_of(layer, ours.size_per_head)
         for weight in names.weights:
+            if weight.each_expert:
+                block = names.block.format(i)
+                shared = ours.shared_experts
+                state[f"blocks.{i}.{weight.ours}"] = of_experts(take, block, weight, units["experts"], shared)
+                continue
             parts = [take(names.block.format(i) + name) for name in weight.theirs]
             if weight.transposed:
                 parts = [part.t().contiguous() for part in parts]
@@ -139,6 +160,8 @@ def from_hf_state(hf_state: State, config: PretrainedConfig, partition: Partitio
                 parts = [owner.to_groups(part) for owner, part in zip(owners, parts, strict=True)]
                 parts = [fuse(parts, [owner.row_counts for owner in owners])]
             state[f"blocks.{i}.{weight.ours}"] = parts[0]
+        if ours.shared_experts:
+            check_shared_gate(take(names.block.format(i) + SHARED_GATE))
     if hf:
         raise ValueError(f"{config.model_type} weights hold tensors that this model has no place for: {sorted(hf)[:5]}")
     return state
@@ -159,16 +182,28 @@ def _factors(partition: Partition, remove: tuple[str, ...], strengths: Mapping[s
     return tuple(0.0 if group in remove else float(strengths.get(group, 1)) for group in partition.groups)
 
 
+def _check_experts(left: set[int], experts: int, drop: bool) -> None:
+    """Raises ValueError where experts are removed that do not go; left: how many are, by layer."""
+    if not drop and left != {experts}:
+        why = "masking.masked_layers leaves layers with different numbers" if len(left) > 1 else "nothing is pruned"
+        raise ValueError(
+            f"experts of a removed domain cannot be zeroed, as the router would still choose them, but {why}; "
+            f"{'train with groups in all layers' if len(left) > 1 else 'export it pruned'}"
+        )
+
+
 def _slip(domain: str, domains: Iterable[str]) -> str:
     bare = domain.partition(":")[2]  # of a label, forget:<domain> or open:<domain>
     return f" (did you mean {bare}?)" if bare in domains else did_you_mean(domain, domains)
 
 
 def _check_partition(partition: Partition, config: ModelConfig) -> None:
-    wanted = (config.heads, config.num_kv_heads, config.intermediate_size)
-    sizes = {(sum(layer.heads), sum(layer.kv_heads), sum(layer.neurons)) for layer in partition.layers}
+    wanted = (config.heads, config.num_kv_heads, config.neurons, config.experts)
+    sizes = {
+        (sum(layer.heads), sum(layer.kv_heads), sum(layer.neurons), sum(layer.experts)) for layer in partition.layers
+    }
     if len(partition.layers) != config.layers or sizes != {wanted}:
         raise ValueError(
-            f"the partition is of {len(partition.layers)} layers with (heads, KV heads, neurons) {sorted(sizes)}, "
-            f"the imported model has {config.layers} layers with {wanted}"
+            f"the partition is of {len(partition.layers)} layers with (heads, KV heads, neurons, experts) "
+            f"{sorted(sizes)}, the imported model has {config.layers} layers with {wanted}"
         )

@@ -157,8 +157,10 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
 def partition_of(model: PreTrainedModel, masking: MaskingConfig, space: LabelSpace) -> Partition:
     """Groups of the model's heads and neurons.
 
-    Raises ValueError for groups that do not fit, and for groups of listed indices: they must be the last ones here.
+    Raises ValueError for groups that do not fit, of experts, and of listed indices: they must be the last ones here.
     """
+    if masking.forget_experts:
+        raise ValueError(f"masking.forget_experts {masking.forget_experts}: no model here has experts; set it 0")
     for key in ("forget_heads", "forget_neurons"):
         value = getattr(masking, key)
         if isinstance(value, dict) and any(isinstance(count, list) for count in value.values()):

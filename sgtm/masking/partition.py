@@ -1,7 +1,8 @@
 """Which heads and neurons of which layers belong to which group.
 
 Groups are contiguous ranges, retain first. With grouped-query attention a group owns whole KV groups: `n` KV heads with
-the query heads that share them.
+the query heads that share them. In a mixture of experts it owns whole experts: their neurons, and their rows of the
+router. Shared experts, which every token runs through, belong to the retain group.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class LayerPartition:
 
     head_order, neuron_order  original index of the query head or neuron at each place; identity unless the groups were
                               given as explicit lists. Imports permute by it and exports permute back.
+    experts, expert_order     the same of the experts that the router chooses from; empty where there are none. Their
+                              neurons are among `neurons`, after those of the shared experts.
     """
 
     heads: tuple[int, ...]
@@ -33,6 +36,8 @@ class LayerPartition:
     neurons: tuple[int, ...]
     head_order: tuple[int, ...]
     neuron_order: tuple[int, ...]
+    experts: tuple[int, ...] = ()
+    expert_order: tuple[int, ...] = ()
 
     @property
     def head_bounds(self) -> tuple[int, ...]:
@@ -45,6 +50,10 @@ class LayerPartition:
     @property
     def neuron_bounds(self) -> tuple[int, ...]:
         return _bounds(self.neurons)
+
+    @property
+    def expert_bounds(self) -> tuple[int, ...]:
+        return _bounds(self.experts)
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,9 @@ def build_partition(
     percent: float | dict[str, float] | None = None,
     masked_layers: Sequence[int] | None = None,
     embedding: Literal["none", "full"] | int = "none",
+    experts: int = 0,
+    shared_experts: int = 0,
+    forget_experts: int | Sizes = 0,
 ) -> Partition:
     """Partition of a model with `heads` query heads, `kv_heads` KV heads and `neurons` MLP neurons in each layer.
 
@@ -88,35 +100,51 @@ def build_partition(
                    parameters
     masked_layers  layers that have groups; None: all
     embedding      as in `Partition`
+    experts        of each layer, each of `neurons` neurons, and `shared_experts` beside them: then `forget_experts`, in
+                   the form of `forget_neurons`, takes its place, also for `percent`; 0: none
 
     Raises ValueError naming the key for counts that split a KV group, indices that repeat or do not exist, and a
     partition that leaves no retain head or neuron, or a domain nothing of its own.
     """
     q_per_kv = heads // kv_heads
-    wanted_heads, wanted_neurons = _sizes(space, heads, kv_heads, neurons, forget_heads, forget_neurons, percent)
+    mlp = "forget_experts" if experts else "forget_neurons"
+    units, of_domains = (experts, forget_experts) if experts else (neurons, forget_neurons)
+    wanted_heads, wanted_mlp = _sizes(space, heads, kv_heads, units, forget_heads, of_domains, percent, mlp)
     head_lists = _members(space, wanted_heads, heads, "forget_heads")
-    neuron_lists = _members(space, wanted_neurons, neurons, "forget_neurons")
+    mlp_lists = _members(space, wanted_mlp, units, mlp)
     for domain, of_domain in wanted_heads.items():
         _check_kv_groups(domain, of_domain, q_per_kv)
-        if embedding == "none" and not of_domain and not wanted_neurons[domain]:
+        if embedding == "none" and not of_domain and not wanted_mlp[domain]:
             raise ValueError(
-                f"forget_heads {domain}: 0, with forget_neurons 0, leaves the domain no group; set one of them above 0"
+                f"forget_heads {domain}: 0, with {mlp} 0, leaves the domain no group; set one of them above 0"
             )
     head_order = tuple(h for members in head_lists for h in members)
-    neuron_order = tuple(n for members in neuron_lists for n in members)
     head_counts = tuple(len(members) for members in head_lists)
-    masked = LayerPartition(
-        head_counts,
-        tuple(count // q_per_kv for count in head_counts),
-        tuple(len(members) for members in neuron_lists),
-        head_order,
-        neuron_order,
-    )
-    plain = LayerPartition((heads,), (kv_heads,), (neurons,), tuple(range(heads)), tuple(range(neurons)))
+    mlp_order = tuple(unit for members in mlp_lists for unit in members)
+    mlp_counts = tuple(len(members) for members in mlp_lists)
+    kv_counts = tuple(count // q_per_kv for count in head_counts)
+
+    def layer(head_counts, kv_counts, head_order, mlp_counts, mlp_order) -> LayerPartition:
+        if not experts:
+            return LayerPartition(head_counts, kv_counts, mlp_counts, head_order, mlp_order)
+        of_experts = _neurons_of_experts(mlp_counts, mlp_order, neurons, shared_experts)
+        return LayerPartition(head_counts, kv_counts, of_experts[0], head_order, of_experts[1], mlp_counts, mlp_order)
+
+    masked = layer(head_counts, kv_counts, head_order, mlp_counts, mlp_order)
+    plain = layer((heads,), (kv_heads,), tuple(range(heads)), (units,), tuple(range(units)))
     chosen = set(range(layers) if masked_layers is None else masked_layers)
     if not chosen <= set(range(layers)):
         raise ValueError(f"masked_layers {sorted(chosen)} name a layer outside 0..{layers - 1}")
     return Partition(space.groups, tuple(masked if i in chosen else plain for i in range(layers)), embedding)
+
+
+def _neurons_of_experts(
+    counts: tuple[int, ...], order: tuple[int, ...], size: int, shared: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Neurons of each group, and their original order, of experts of `size` neurons; shared ones come first."""
+    retain, *domains = (count * size for count in counts)
+    experts = [*range(shared), *(shared + expert for expert in order)]
+    return (shared * size + retain, *domains), tuple(expert * size + n for expert in experts for n in range(size))
 
 
 class Widths(NamedTuple):
@@ -138,16 +166,18 @@ def added_widths(
     forget_heads: int | Sizes,
     forget_neurons: int | Sizes,
     percent: float | dict[str, float] | None = None,
+    mlp: Literal["forget_neurons", "forget_experts"] = "forget_neurons",
 ) -> Widths:
     """Widths of a layer whose retain group has `heads`, `kv_heads` and `neurons`, the domains' groups on top (GRAM).
 
-    The sizes are as `build_partition` takes them, `percent` of the retain group's widths. Raises ValueError naming the
+    The sizes are as `build_partition` takes them, `percent` of the retain group's widths. mlp: the key of
+    `forget_neurons`, which with `forget_experts` are experts, as `neurons` are. Raises ValueError naming the
     key for indices, which added groups do not have, and for counts that split a KV group.
     """
     q_per_kv = heads // kv_heads
-    sizes = _sizes(space, heads, kv_heads, neurons, forget_heads, forget_neurons, percent)
+    sizes = _sizes(space, heads, kv_heads, neurons, forget_heads, forget_neurons, percent, mlp)
     counts: list[dict[str, int]] = [{}, {}]
-    for key, wanted, of_key in zip(("forget_heads", "forget_neurons"), sizes, counts, strict=True):
+    for key, wanted, of_key in zip(("forget_heads", mlp), sizes, counts, strict=True):
         for domain, size in wanted.items():
             if not isinstance(size, int):
                 raise ValueError(f"{key} {domain}: {size} are indices in a model; an added group takes a count")
@@ -166,13 +196,14 @@ def _sizes(
     forget_heads: int | Sizes,
     forget_neurons: int | Sizes,
     percent: float | dict[str, float] | None,
+    mlp: str,
 ) -> tuple[Sizes, Sizes]:
-    """Heads and neurons of each domain's group."""
+    """Heads of each domain's group, and neurons or experts, whose key is `mlp`."""
     if percent is not None:
         share = {d: p / 100 for d, p in _by_domain(space, percent, "percent").items()}
         forget_heads = {d: max(1, round(kv_heads * s)) * (heads // kv_heads) for d, s in share.items()}
         forget_neurons = {d: max(1, round(neurons * s)) for d, s in share.items()}
-    return _by_domain(space, forget_heads, "forget_heads"), _by_domain(space, forget_neurons, "forget_neurons")
+    return _by_domain(space, forget_heads, "forget_heads"), _by_domain(space, forget_neurons, mlp)
 
 
 def _check_kv_groups(domain: str, heads: int | list[int], q_per_kv: int) -> None:

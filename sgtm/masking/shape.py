@@ -16,6 +16,9 @@ class ModelShape:
     kv_heads: int | None = None
     head_dim: int | None = None
     intermediate_size: int
+    experts: int = 0
+    experts_per_token: int = 0
+    shared_experts: int = 0
     vocab_size: int
     context: int
     window: int | None = None
@@ -33,6 +36,16 @@ class ModelShape:
     @property
     def size_per_head(self) -> int:
         return self.head_dim or self.hidden_size // self.heads
+
+    @property
+    def neurons(self) -> int:
+        """MLP neurons of a layer, those of all its experts together."""
+        return self.intermediate_size * (self.experts + self.shared_experts or 1)
+
+    @property
+    def experts_run(self) -> int:
+        """Experts that a token runs through, shared ones with them."""
+        return self.experts_per_token + self.shared_experts
 
     def window_of(self, layer: int) -> int | None:
         """Local window of a layer, or None where it is global: GPT-Neo alternates, global first."""

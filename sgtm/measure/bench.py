@@ -147,11 +147,11 @@ def shape_of(config: Config) -> Shape:
         width=m.hidden_size,
         heads=m.heads,
         kv_heads=m.num_kv_heads,
-        neurons=m.intermediate_size,
+        neurons=m.neurons,
         vocab=m.vocab_size,
         forget_heads=sum(layer.heads[1:]),
-        forget_neurons=m.intermediate_size - layer.neuron_bounds[1],
-        gated=m.family == "llama",
+        forget_neurons=m.neurons - layer.neuron_bounds[1],
+        gated=m.family != "gpt_neo",
     )
 
 

@@ -112,7 +112,7 @@ def _model(config: Config):
     from sgtm.hf.config import hf_config
 
     m = config.model
-    shape = hf_config(m, heads=m.heads, kv_heads=m.num_kv_heads, neurons=m.intermediate_size)
+    shape = hf_config(m, heads=m.heads, kv_heads=m.num_kv_heads, experts=m.experts)
     for name in ("attention_dropout", "embed_dropout", "resid_dropout"):
         if hasattr(shape, name):
             setattr(shape, name, 0.0)

@@ -98,7 +98,8 @@ class PlainBlock(nn.Module):
 
 
 class Plain(nn.Module):
-    """Sequences have the length of the shape's context. Raises ValueError for a head bias, which no preset has."""
+    """Sequences have the length of the shape's context. Raises ValueError for a head bias, which no preset has, and for
+    experts."""
 
     cos: torch.Tensor  # of Llama's positions, as `sin`
     sin: torch.Tensor
@@ -107,6 +108,8 @@ class Plain(nn.Module):
         super().__init__()
         if shape.head_bias:
             raise ValueError("the plain model has no bias of the head: head_bias true")
+        if shape.experts:
+            raise ValueError(f"the plain model has no experts: family {shape.family}")
         neo = shape.family == "gpt_neo"
         self.embedding = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.position = nn.Embedding(shape.context, shape.hidden_size) if neo else None

@@ -115,6 +115,21 @@ class OutputNorms:
             out = torch.addmm(out, torch.cat(left, dim=1), torch.cat(right), alpha=-1)
         self._add(sublayer, largest, out)
 
+    @torch.no_grad()
+    def parts(self, sublayer: Sublayer, out: torch.Tensor, groups: int, part_of: Callable[[int], torch.Tensor]) -> None:
+        """`outputs` of a layer whose output [B, S, D] is the sum of what `part_of` returns for each of its groups."""
+        if not (self._open and self.groups):
+            return
+        for group in range(1, groups):
+            if group in self._active:
+                part = part_of(group)
+                out = out - part
+                self._add(sublayer, group, part)
+            else:
+                self._keys.append((sublayer, group))
+                self._by_token.append(self._zeros)
+        self._add(sublayer, 0, out)
+
     def end(self) -> None:
         """The forward pass is over."""
         by_label = torch.stack(self._by_token).double() @ self._weights

@@ -2,8 +2,9 @@
 
 Weights are stored so that every group is one contiguous range of rows: in-side weights (`w_qkv`, `w_in`) as [out, in]
 with rows `[q k v of retain | q k v of domain 1 | ...]` (gate/up in the same order), out-side weights (`w_o`, `w_out`)
-input-major as [in, out]. A gradient mask, an optimizer freeze, a ZeRO segment, an ablation and a pruning are then the
-same thing: a row range.
+input-major as [in, out]. Experts of a mixture lie one after the other inside their group, each with gate and up; their
+rows of the `router` are [experts, in]. A gradient mask, an optimizer freeze, a ZeRO segment, an ablation and a pruning
+are then the same thing: a row range.
 
 Every row range has a *key*: `attn_in.retain`, `mlp_out.es`, ... for rows owned by a group; `norm`, `embedding+head`,
 ... for joint parameters (a tied matrix has both kinds); `embedding.es`, `head.es` for a domain's own part of these;

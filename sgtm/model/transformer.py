@@ -1,4 +1,4 @@
-"""The transformer: pre-norm blocks of attention and MLP, in the GPT-Neo and the Llama family.
+"""The transformer: pre-norm blocks of attention and MLP, or experts, in the GPT-Neo, Llama and Mixtral family.
 
 Groups of heads and neurons are row ranges of the weights (see `sgtm.model.rows`); every parameter is used through a
 masked op inside the `forward` of the module that owns it, which is what ZeRO-3's gathering hooks need. Activations are
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from sgtm.masking.partition import LayerPartition, Partition
 from sgtm.model.domain_embedding import add_domains, head_of, subsets
 from sgtm.model.domain_parts import domain_parts
+from sgtm.model.experts import Experts
 from sgtm.model.rows import Rows, group_rows, head_row_bounds, joint_rows, mlp_in_bounds, qkv_bounds
 from sgtm_kernels.attention import HeadLayout, attention
 from sgtm_kernels.autograd import captured
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class Norm(nn.Module):
-    """LayerNorm (gpt_neo) or RMSNorm (llama). `kind`: who may update it, or None in a layer without groups."""
+    """LayerNorm (gpt_neo) or RMSNorm. `kind`: who may update it, or None in a layer without groups."""
 
     def __init__(self, config: ModelShape, kind: str | None, backend: str):
         super().__init__()
@@ -123,7 +124,7 @@ class Block(nn.Module):
         first = index == 0 and partition.embedding == "none"
         self.attention = Attention(config, layer, config.window_of(index), backend, first)
         self.mlp_norm = Norm(config, kind, backend)
-        self.mlp = MLP(config, layer, backend)
+        self.mlp = (Experts if config.experts else MLP)(config, layer, backend)
 
     def forward(self, x: torch.Tensor, plan: MaskPlan, rotary, norms: OutputNorms | None = None) -> torch.Tensor:
         x, normed = self.mlp_norm(x, plan, self.attention(self.attention_norm(x, plan), plan, rotary, norms))
@@ -305,6 +306,8 @@ class Transformer(nn.Module):
             rows[f"{prefix}.attention.w_qkv"] = group_rows("attn_in", groups, attn.in_bounds)
             rows[f"{prefix}.attention.w_o"] = group_rows("attn_out", groups, attn.out_bounds)
             rows[f"{prefix}.attention.b_o"] = joint_rows("attn_out_bias", self.config.hidden_size, masked)
+            if isinstance(mlp, Experts):
+                rows[f"{prefix}.mlp.router"] = group_rows("mlp_in", groups, mlp.expert_bounds)
             rows[f"{prefix}.mlp.w_in"] = group_rows("mlp_in", groups, mlp.in_bounds)
             rows[f"{prefix}.mlp.b_in"] = group_rows("mlp_in", groups, mlp.in_bounds, decay=False)
             rows[f"{prefix}.mlp.w_out"] = group_rows("mlp_out", groups, mlp.bounds)

@@ -39,6 +39,10 @@ LLAMA = (
     "--model.kv_heads=2",
     "--masking.forget_heads=2",
 )
+EXPERTS = (
+    "--model.family=mixtral", "--model.window=null", "--model.intermediate_size=128", "--model.experts=6",
+    "--model.experts_per_token=2", "--model.shared_experts=1", "--masking.forget_neurons=0",
+)  # fmt: skip
 SENT_IN_BF16 = ("--distributed.communication=bf16",)
 CHECKPOINTED = ("--model.activation_checkpointing=true",)
 SMALL = Limits(persistence=100, reuse=1_000_000, prefetch=50_000, live=1_000_000, bucket=200_000)
@@ -55,6 +59,7 @@ CASES = {
         f"ZeRO {stage} {precision}, sent in bf16": (stage, precision, SENT_IN_BF16, None)
         for stage, precision in ((0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "bf16"))
     },
+    **{f"ZeRO {stage} experts": (stage, "bf16", EXPERTS, None) for stage in (1, 2, 3)},
     "ZeRO 1 offloaded": (1, "bf16", ("--distributed.offload_optimizer=true",), None),
     **{
         f"ZeRO 3 {name}{how}": (3, "bf16", LLAMA + options, limits)

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from families import (
     BIO,
     CODE,
+    DENSE,
     FAMILIES,
     MIXINGS,
     OPEN_BIO,
@@ -74,7 +75,7 @@ class Case(NamedTuple):
 
 
 BACKENDS = ("reference", "torch")
-MODELS = tuple(product(FAMILIES, BACKENDS))
+MODELS = tuple(product(DENSE, BACKENDS))
 OPEN = {BIO: OPEN_BIO, CODE: OPEN_CODE}
 AXES = Case(
     (0, 1, 2, 3),
@@ -107,6 +108,25 @@ def covering_cases() -> list[Case]:
         cases.append(Case(*case))
         seen.update(pairs(case))
     return cases
+
+
+def expert_cases() -> list[Case]:
+    """Every strategy once, with experts in place of the MLP: stages and mixings in turn."""
+    cases = {(case.strategy, case.stage): case for case in covering_cases()}
+    chosen = [cases[strategy, number % 4] for number, strategy in enumerate(STRATEGIES)]
+    return [
+        case._replace(model=("mixtral", "torch"), mixing=MIXINGS[(number + number // 4) % 4])
+        for number, case in enumerate(chosen)
+    ]
+
+
+def test_experts_are_trained_in_every_stage_and_mixing():
+    cases = expert_cases()
+    assert [case.strategy for case in sorted(cases, key=lambda case: AXES.strategy.index(case.strategy))] == [
+        *STRATEGIES
+    ]
+    for axis in ("stage", "mixing", "precision", "domain", "offload", "embedding", "tied", "opened"):
+        assert {getattr(case, axis) for case in cases} == {*getattr(AXES, axis)}, axis
 
 
 def test_any_two_values_meet_in_a_case():
@@ -190,11 +210,16 @@ def triton_cases() -> list[Case]:
     return [
         Case(3, "sgtm+masked", "token", (family, "triton"), "fp32", BIO, tied=model.tie_embeddings, **shared)
         for family, model in FAMILIES.items()
+        if family in DENSE
     ]
 
 
 def all_cases() -> None:
     check_cases(covering_cases(), others=True)
+
+
+def all_expert_cases() -> None:
+    check_cases(expert_cases(), others=True)
 
 
 def all_triton_cases() -> None:
@@ -216,6 +241,11 @@ def check_cases(cases: list[Case], others: bool) -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_promises(world_size):
     run_ranks(all_cases, world_size)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_promises_with_experts(world_size):
+    run_ranks(all_expert_cases, world_size)
 
 
 def test_promises_of_the_kernels_in_the_interpreter():

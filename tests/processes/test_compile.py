@@ -14,7 +14,7 @@ import pytest
 import torch
 from families import (
     BIO,
-    FAMILIES,
+    DENSE,
     MIXINGS,
     SPACE,
     STRATEGIES,
@@ -77,7 +77,7 @@ class Pair:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_every_strategy_and_mixing(family):
     pair = Pair(family)
     for make in STRATEGIES.values():
@@ -98,7 +98,7 @@ def test_all_strategies_and_mixings_have_few_signatures():
     assert (len({signature for signature, _ in pairs}), len(pairs)) == (SIGNATURES, PAIRS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_blocks_by_inductor(family):
     pair, tables = Pair(family, "inductor", layers=1), STRATEGIES["sgtm+masked"]()
     batches = pair.batches("sequence", tables)
@@ -126,7 +126,7 @@ def test_layers_without_groups_have_a_graph_of_their_own():
     assert pair.counter.frame_count == 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_activation_checkpointing(family):
     pair, tables = Pair(family, activation_checkpointing=True), STRATEGIES["sgtm+masked"]()
     for seed in range(2):
@@ -134,7 +134,7 @@ def test_activation_checkpointing(family):
     pair.check_graphs()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_bf16(family):
     """At most twice the error of the model as it is, against fp32."""
     pair, tables = Pair(family), STRATEGIES["sgtm"]()

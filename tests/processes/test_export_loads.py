@@ -18,7 +18,7 @@ import pytest
 import torch
 from bare import python_path
 from corpora import Records, write_jsonl
-from exports import GPT_NEO, LLAMA, make_run
+from exports import GPT_NEO, LLAMA, MIXTRAL, SHARED_EXPERTS, make_run
 from hypothesis import given, settings
 from load_export import loaded
 from tokenizer_folders import ANY_TEXT, KINDS, PAD, write_folder
@@ -45,11 +45,15 @@ TEXTS = ["the fox", " two  spaces\n", f"a {EOS} b", f"<s> {PAD}", "¿Qué? 🍒 
 MODELS = {
     "gpt_neo": GPT_NEO,
     "llama": LLAMA.replace("tie_embeddings: false", "tie_embeddings: true, rope_theta: 500.0"),
+    "mixtral": MIXTRAL.replace("tie_embeddings: false", "tie_embeddings: false, rope_theta: 500.0"),
+    "qwen2_moe": SHARED_EXPERTS.replace("tie_embeddings: false", "tie_embeddings: true, rope_theta: 500.0"),
 }
 VOCABULARY = 640
 """Rows of the embedding: more than any of the tokenizers has tokens."""
 CASES = [(kind, "llama", (), "pruned") for kind in KINDS] + [("bos", "gpt_neo", (), "pruned")]
-CASES += [("bos", family, ("es",), form) for family in MODELS for form in ("pruned", "zeroed", "shards")]
+CASES += [("bos", family, ("es",), form) for family in MODELS for form in ("pruned", "shards")]
+CASES += [("bos", family, ("es",), "zeroed") for family in ("gpt_neo", "llama")]  # experts cannot be zeroed
+CASES += [("bos", family, remove, "pruned") for family in ("mixtral", "qwen2_moe") for remove in ((), ("es", "fr"))]
 ROOT = Path(__file__).parents[2]
 FOUR = ROOT / ".venv" / "transformers-4"
 """Written by the Makefile."""
@@ -157,7 +161,7 @@ def test_any_text_is_encoded_as_in_prepare_without_a_control_id_and_comes_back(e
 def test_the_base_of_the_rotation_is_spelled_in_both_ways(tmp_path, family):
     *_, out = exported(tmp_path, "ours", family, [])
     config = json.loads((out / "config.json").read_text())
-    if family == "llama":
+    if family != "gpt_neo":
         assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500.0
     else:
         assert "rope_theta" not in config

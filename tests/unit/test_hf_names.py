@@ -6,7 +6,8 @@ from families import partition_of
 from transformers import AutoModelForCausalLM
 
 from sgtm.config.schema import ModelConfig
-from sgtm.hf.names import HEAD, NAMES
+from sgtm.hf.experts import unfused
+from sgtm.hf.names import HEAD, NAMES, SHARED_GATE, names_of
 from sgtm.hf.weights import Conversion
 from sgtm.masking.labels import LabelSpace
 from sgtm.model.transformer import Transformer
@@ -16,14 +17,21 @@ SHAPE = {"layers": 1, "hidden_size": 16, "heads": 4, "intermediate_size": 8, "vo
 
 @pytest.mark.parametrize("family", NAMES)
 def test_they_are_the_parameters_of_both_models(family):
-    config = ModelConfig(family=family, tie_embeddings=family == "gpt_neo", **SHAPE)
-    partition = partition_of(LabelSpace(("bio",)), config, forget_heads=1, forget_neurons=2)
+    experts = {"family": "mixtral", "experts": 3, "experts_per_token": 2, "shared_experts": int(family == "qwen2_moe")}
+    kind = experts if family in ("mixtral", "qwen2_moe") else {"family": family}
+    config = ModelConfig(**kind, tie_embeddings=family == "gpt_neo", **SHAPE)
+    partition = partition_of(LabelSpace(("bio",)), config, forget_heads=1, forget_neurons=2, forget_experts=1)
     names = NAMES[family]
     with torch.device("meta"):
         ours = Transformer(config, partition, "torch")
         theirs = AutoModelForCausalLM.from_config(Conversion(config, partition).config)
     mine = [*names.outer, *(f"blocks.0.{weight.ours}" for weight in names.weights)]
-    named = [*names.outer.values(), *(names.block.format(0) + name for w in names.weights for name in w.theirs)]
-    assert sorted(mine + ["head"] * (family == "llama")) == sorted(name for name, _ in ours.named_parameters())
-    parameters = {name for name, _ in theirs.named_parameters()} | ({HEAD} if family == "llama" else set())
-    assert sorted(named + [HEAD] * (family == "llama")) == sorted(parameters)
+    inside = [(name, range(3 if w.each_expert else 1)) for w in names.weights for name in w.theirs]
+    theirs_by_weight = [name.format(expert) for name, experts in inside for expert in experts]
+    shared = [name for w in names.weights for name in w.shared] + [SHARED_GATE] * config.shared_experts
+    named = [*names.outer.values(), *(names.block.format(0) + name for name in theirs_by_weight + shared)]
+    untied = not config.tie_embeddings
+    assert sorted(mine + ["head"] * untied) == sorted(name for name, _ in ours.named_parameters())
+    assert names == names_of(config.family, config.shared_experts)
+    stored = set(unfused(theirs.state_dict(), theirs.config.model_type)) - (set() if untied else {HEAD})
+    assert sorted(named + [HEAD] * untied) == sorted(stored)

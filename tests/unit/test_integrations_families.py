@@ -86,6 +86,12 @@ def test_percent_rounds_to_whole_kv_groups():
     assert len(masked_modules(model, partition)) == 3 + 2 * 9
 
 
+def test_groups_of_experts_are_refused():
+    config = MaskingConfig(**(MASKING | {"forget_experts": 1}))
+    with pytest.raises(ValueError, match=r"masking\.forget_experts 1: no model here has experts; set it 0"):
+        partition_of(plain_model("llama"), config, space_of(config))
+
+
 def test_modules_of_another_class_are_refused():
     model = plain_model("gpt2")
     model.transformer.ln_f = torch.nn.RMSNorm(16)

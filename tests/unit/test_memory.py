@@ -31,13 +31,16 @@ def saved_bytes(config) -> int:
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("family", ["gpt_neo", "llama"])
+@pytest.mark.parametrize("family", ["gpt_neo", "llama", "mixtral"])
 def test_activations_are_what_autograd_keeps(family, checkpointed):
     options = [
         f"--model.family={family}", f"--model.activation_checkpointing={checkpointed}", "--model.window=null",
         "--model.hidden_size=256", "--model.intermediate_size=640", "--model.heads=4", "--model.context=128",
         "--model.layers=3", "--train.precision=bf16", "--train.micro_batch=4",
     ]  # fmt: skip
+    if family == "mixtral":
+        options += ["--model.experts=5", "--model.experts_per_token=2", "--model.shared_experts=1"]
+        options += ["--masking.forget_neurons=0", "--masking.forget_experts=2"]
     config = load_config("debug", options)
     expected = saved_bytes(config)
     if checkpointed:  # the block that is computed again comes on top during the backward pass, its input apart

@@ -37,7 +37,7 @@ def measured(model, batches, tables):
 
 def alone(layer, inputs, rows: tuple[int, int]) -> torch.Tensor:
     """What an attention or MLP gives where only these rows of its last weight are not 0, nor its bias."""
-    weight, bias = (layer.w_o, layer.b_o) if hasattr(layer, "w_o") else (layer.w_out, layer.b_out)
+    weight, bias = (layer.w_o, layer.b_o) if hasattr(layer, "w_o") else (layer.w_out, getattr(layer, "b_out", None))
     originals = weight.detach().clone(), None if bias is None else bias.detach().clone()
     weight.zero_()[rows[0] : rows[1]] = originals[0][rows[0] : rows[1]]
     if bias is not None:

@@ -19,6 +19,7 @@ from sgtm.config.schema import ModelConfig
 from sgtm.data.plain_text import plain_text
 from sgtm.data.tokenizer import EOS, train_bpe
 from sgtm.hf.config import hf_config
+from sgtm.hf.names import SHARED_GATE
 from sgtm.hf.pretrained import check_tokenizer, load_pretrained
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition
@@ -32,6 +33,8 @@ MODELS = {
     "gpt_neo": ModelConfig(**SHAPE, window=5),
     "llama": ModelConfig(family="llama", kv_heads=2, head_dim=6, tie_embeddings=False, rope_theta=500.0, **SHAPE),
     "llama-tied": ModelConfig(family="llama", **SHAPE),
+    "mixtral": ModelConfig(family="mixtral", experts=4, experts_per_token=2, kv_heads=2, head_dim=6, **SHAPE),
+    "shared": ModelConfig(family="mixtral", experts=4, experts_per_token=2, shared_experts=2, **SHAPE),
 }
 
 
@@ -41,15 +44,16 @@ def changed(config: ModelConfig, **keys) -> ModelConfig:
 
 def es_partition(config: ModelConfig) -> Partition:
     share = config.heads // config.num_kv_heads
-    return partition_of(SPACE, config, forget_heads={"es": list(range(share))}, forget_neurons={"es": [20, 1, 3]})
+    mlp = {"forget_neurons": {"es": [20, 1, 3]}, "forget_experts": {"es": [1]}}
+    return partition_of(SPACE, config, forget_heads={"es": list(range(share))}, **mlp)
 
 
 def write(folder, config: ModelConfig, **options) -> AutoModelForCausalLM:
-    shape = hf_config(config, heads=config.heads, kv_heads=config.num_kv_heads, neurons=config.intermediate_size)
+    shape = hf_config(config, heads=config.heads, kv_heads=config.num_kv_heads, experts=config.experts)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(shape)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.0 if name.endswith(SHARED_GATE) else 0.3)
     model.to(options.pop("dtype", torch.float32)).save_pretrained(folder, **options)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
@@ -85,6 +89,9 @@ def test_the_model_computes_what_the_folder_does(tmp_path, name, context, option
         ("llama", {"head_dim": 8}),
         ("llama", {"rope_theta": 1e4}),
         ("llama", {"tie_embeddings": True}),
+        ("mixtral", {"experts": 5}),
+        ("mixtral", {"experts_per_token": 3}),
+        ("shared", {"shared_experts": 1}),
     ],
 )
 def test_what_differs_from_the_config_is_named(tmp_path, name, keys):

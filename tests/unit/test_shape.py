@@ -15,6 +15,12 @@ def test_heads_share_the_hidden_size_unless_they_are_given():
     assert (shape.num_kv_heads, shape.size_per_head) == (2, 16)
 
 
+def test_neurons_are_those_of_all_experts():
+    assert (SHAPE.neurons, SHAPE.experts_run) == (64, 0)
+    shape = replace(SHAPE, experts=6, experts_per_token=2, shared_experts=1)
+    assert (shape.neurons, shape.experts_run) == (7 * 64, 3)
+
+
 def test_every_other_layer_is_local_and_the_first_is_global():
     assert [replace(SHAPE, window=8).window_of(layer) for layer in range(5)] == [None, 8, None, 8, None]
     assert [SHAPE.window_of(layer) for layer in range(5)] == [None] * 5

@@ -1,9 +1,10 @@
-"""The two model families as a whole: sgtm/model/transformer.py."""
+"""The model families as a whole: sgtm/model/transformer.py."""
 
 import pytest
 import torch
 from families import (
     CONTEXT,
+    DENSE,
     FAMILIES,
     MIXINGS,
     SPACE,
@@ -59,10 +60,15 @@ def test_runs_are_the_reference_in_fp64(strategy, mixing, family):
         torch.testing.assert_close(ours[name], gradient, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@by_family
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, torch.float32) for family in FAMILIES), *((family, torch.bfloat16) for family in DENSE)],
+)
 def test_runs_are_as_accurate_as_torch(family, dtype):
-    """A whole model adds up the rounding of many ops, so four times torch's own error is allowed."""
+    """A whole model adds up the rounding of many ops, so four times torch's own error is allowed.
+
+    In bf16 experts with nearly equal logits change places: tests/kernels/test_experts.py fixes the choice.
+    """
     tables, batches = STRATEGIES["sgtm"](), random_step("sequence", seed=3)
     exact = gradients(model_of(family, "reference").double(), batches, tables)
     theirs, ours = (
@@ -95,7 +101,7 @@ def test_loss_and_its_sums_by_label(mixing, family, backend):
 
 
 @by_backend
-@by_family
+@pytest.mark.parametrize("family", DENSE)
 @pytest.mark.parametrize("removed", SPACE.removals()[1:])
 def test_ablation_is_zeroing_the_weights_of_the_group(removed, family, backend):
     model, ids = model_of(family, backend), random_ids()
@@ -117,7 +123,10 @@ def test_no_token_sees_the_future(family, backend):
     other[:, 7:] = (other[:, 7:] + 1) % VOCAB
     with torch.no_grad():
         before, after = (model.logits(i, plain_plan(i)) for i in (ids, other))
-    assert torch.equal(before[:, :7], after[:, :7])
+    if FAMILIES[family].experts:  # how many tokens are at an expert changes the rounding of its products
+        torch.testing.assert_close(before[:, :7], after[:, :7], rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(before[:, :7], after[:, :7])
     assert bool((before[:, 7:] != after[:, 7:]).any(-1).all())
 
 

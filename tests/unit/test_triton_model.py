@@ -8,6 +8,7 @@ import torch
 from families import (
     BIO,
     CODE,
+    DENSE,
     FAMILIES,
     RETAIN,
     STRATEGIES,
@@ -56,7 +57,7 @@ def test_non_interference(mixing, family):
         assert_promise(model, batches, tables, before, label)
 
 
-@by_family
+@pytest.mark.parametrize("family", DENSE)
 def test_one_compiled_graph_trains_on_every_batch(family):
     """Fullgraph: no graph break in the model, and none of the batches' runs in the graph; the bits are the model's."""
     model, tables = model_of(family, "triton"), STRATEGIES["sgtm+masked"]()

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, Mistra
 
 from sgtm.config.schema import ModelConfig
 from sgtm.hf.config import model_config_from_hf
+from sgtm.hf.experts import DOWN, GATE_UP, MATRICES, SHARED_GATE, unfused
 from sgtm.hf.weights import Conversion, from_hf_state, to_hf_state
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition
@@ -37,10 +38,13 @@ LLAMA = ModelConfig(
     rope_theta=500.0,
 )
 LLAMA_TIED = LLAMA.model_copy(update={"kv_heads": None, "head_dim": None, "tie_embeddings": True})
-COUNTED = {"forget_heads": 2, "forget_neurons": 7}
+MIXTRAL = ModelConfig(**LLAMA.model_dump() | {"family": "mixtral", "experts": 7, "experts_per_token": 2})
+SHARED = MIXTRAL.model_copy(update={"head_dim": None, "shared_experts": 2})
+COUNTED = {"forget_heads": 2, "forget_neurons": 7, "forget_experts": 2}
 LISTED = {
     "forget_heads": {"bio": [4, 5], "code": [0, 1]},
     "forget_neurons": {"bio": [39, 3, 17], "code": [0, 20, 21, 22, 5]},
+    "forget_experts": {"bio": [6, 2], "code": [0]},
 }
 CASES = {
     "gpt_neo": (GPT_NEO, COUNTED),
@@ -51,6 +55,10 @@ CASES = {
     "llama-listed": (LLAMA, LISTED),
     "llama-one-layer": (LLAMA, {**LISTED, "masked_layers": [0]}),
     "llama-tied": (LLAMA_TIED, LISTED),
+    "mixtral": (MIXTRAL, COUNTED),
+    "mixtral-listed": (MIXTRAL, LISTED),
+    "shared": (SHARED, LISTED),
+    "shared-tied": (SHARED.model_copy(update={"tie_embeddings": True}), COUNTED),
 }
 OWN = {
     "gpt_neo-full": (GPT_NEO, {**COUNTED, "embedding": "full"}),
@@ -75,10 +83,33 @@ def random_model(config: ModelConfig, partition: Partition) -> Transformer:
     return model
 
 
+def randomise(hf, std: float = 1.0) -> None:
+    """But for the gates of shared experts, which we do not have."""
+    for name, parameter in hf.named_parameters():
+        if not name.endswith(SHARED_GATE):
+            torch.nn.init.normal_(parameter, std=std)
+
+
 def load_hf(state, config):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    model.load_state_dict(state)
+    state = dict(state)
+    for name, _ in model.named_parameters():
+        if name.endswith((GATE_UP, DOWN)):  # as transformers 5 does on loading
+            state[name] = fused(state, name, config)
+    model.load_state_dict({name.replace(".block_sparse_moe.", ".mlp."): state[name] for name in state})
     return model
+
+
+def fused(state: dict[str, torch.Tensor], name: str, config) -> torch.Tensor:
+    """The experts' tensors of a folder, which are taken out, as a model has them under `name`."""
+    gate, up, down = MATRICES[config.model_type]
+    block, _, matrix = name.rpartition(".experts.")
+    block = block.replace(".mlp", ".block_sparse_moe") if config.model_type == "mixtral" else block
+
+    def stacked(of: str) -> torch.Tensor:
+        return torch.stack([state.pop(f"{block}.experts.{e}.{of}.weight") for e in range(config.num_experts)])
+
+    return stacked(down) if matrix == "down_proj" else torch.cat((stacked(gate), stacked(up)), dim=1)
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES)
@@ -100,13 +131,13 @@ def test_import_of_an_export_is_bitwise_the_original(case):
 def test_export_of_an_import_is_bitwise_the_original(case):
     config, partition, _ = case
     hf = load_hf(*to_hf_state(random_model(config, partition).state_dict(), config, partition))
-    for parameter in hf.parameters():
-        torch.nn.init.normal_(parameter)
+    randomise(hf)
     ours = from_hf_state(hf.state_dict(), hf.config, partition)
     again, shape = to_hf_state(ours, model_config_from_hf(hf.config), partition)
     assert shape.to_dict() == hf.config.to_dict() | {"dtype": None, "architectures": None, "_name_or_path": ""}
-    assert again.keys() == hf.state_dict().keys()
-    for name, tensor in hf.state_dict().items():
+    theirs = unfused(hf.state_dict(), hf.config.model_type)
+    assert again.keys() == theirs.keys()
+    for name, tensor in theirs.items():
         assert torch.equal(again[name], tensor), name
 
 
@@ -142,8 +173,7 @@ def test_a_removed_domains_embedding_is_not_in_an_export(name):
 def test_logits_of_an_import_are_those_of_the_original(case):
     config, partition, model = case
     hf = load_hf(*to_hf_state(model.state_dict(), config, partition))
-    for parameter in hf.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    randomise(hf, 0.3)
     model.load_state_dict(from_hf_state(hf.state_dict(), hf.config, partition))
     ids = torch.randint(config.vocab_size, (2, config.context))
     with torch.no_grad():
@@ -163,9 +193,17 @@ def test_removed_groups_leave_nothing_behind(case):
     hf, shape = to_hf_state(state, config, partition, ["bio"])
     exported = {value for tensor in hf.values() for value in tensor.flatten().tolist()}
     assert not any(value < 0 for value in exported)
+    doubled = 2 * config.shared_experts * config.intermediate_size
+    for name in state:
+        if doubled and name.endswith("w_out"):  # rows of the shared experts
+            state[name][: doubled // 2] *= 2
     others = {value for tensor in state.values() for value in tensor.flatten().tolist() if value > 0}
     assert others <= exported
     whole = all(partition.masked(i) for i in range(config.layers))
+    if config.experts:
+        assert shape.num_experts == config.experts - 2
+        assert shape.num_attention_heads == config.heads - 2 * (not config.shared_experts)
+        return
     assert shape.intermediate_size == (config.intermediate_size - partition.layers[0].neurons[1] if whole else 40)
     heads = config.heads - partition.layers[0].heads[1] if whole and config.family == "llama" else config.heads
     assert shape.num_attention_heads == heads
@@ -179,9 +217,14 @@ def marked(tensor: torch.Tensor) -> torch.Tensor:
     return torch.tensor([float(next(_marks)) for _ in range(tensor.numel())]).view_as(tensor)
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES, indirect=True)
 @pytest.mark.parametrize("prune", [True, False], ids=["pruned", "zeroed"])
 def test_a_strength_multiplies_what_the_heads_and_neurons_of_a_domain_put_out(case, prune):
     config, partition, model = case
+    if config.experts and not prune:
+        with pytest.raises(ValueError, match="the router would still choose them"):
+            Conversion(config, partition, ["code"], prune=False)
+        return
     tables = removal_tables(SPACE, ("code",))
     active = tuple((1.0, 0.25, 0.0) for _ in tables.active)
     ids = torch.randint(config.vocab_size, (3, config.context))
@@ -215,6 +258,10 @@ def test_strength_1_is_the_whole_group_to_the_bit(case):
 
 def test_without_pruning_the_shape_is_that_of_the_full_model_and_the_removed_rows_are_0(case):
     config, partition, model = case
+    if config.experts:
+        with pytest.raises(ValueError, match="the router would still choose them"):
+            Conversion(config, partition, ["bio"], prune=False)
+        return
     full, shape = to_hf_state(model.state_dict(), config, partition)
     zeroed, same = to_hf_state(model.state_dict(), config, partition, ["bio"], prune=False)
     assert shape.to_dict() == same.to_dict()

@@ -1,0 +1,214 @@
+"""Experts on the tokens that have chosen them, gathered by expert and label.
+
+Tokens of different labels never share a matrix product: its rounding may depend on how many rows it has, and how many
+tokens of another label choose an expert depends on what they say. Sums over labels are in the order of the labels, in
+fp32, and those over a token's experts in the order of its choice.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from sgtm_kernels.autograd import eager
+from sgtm_kernels.plan import MaskPlan
+
+
+def route(logits, plan: MaskPlan, per_token: int, bounds):
+    return _route(logits, plan, per_token, bounds)
+
+
+def experts(x, weights, chosen, w_in, w_out, plan: MaskPlan, bounds, shared: int):
+    return _experts(x, weights, chosen, w_in, w_out, plan, bounds, shared)
+
+
+def _route_forward(logits, plan, per_token, bounds):
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    active = _by_expert(plan, "active", bounds, logits)
+    if active is not None:
+        z = z.masked_fill(active == 0, -torch.inf)
+    values, chosen = z.topk(per_token, dim=-1)
+    none = values == -torch.inf
+    largest = values[..., :1].masked_fill(none[..., :1], 0.0)
+    shares = (values - largest).exp()
+    weights = shares / shares.sum(-1, keepdim=True).clamp_min(1.0)  # the largest is 1: only a sum of 0 changes
+    return weights.to(logits.dtype), chosen.masked_fill(none, bounds[-1]), weights, chosen
+
+
+def _route_keep(inputs, outputs):
+    logits, plan, _, bounds = inputs
+    return outputs[2:], plan, (bounds, logits.dtype)
+
+
+def _route_backward(dy, weights, chosen, plan, bounds, dtype, wanted):
+    dy = dy.to(weights.dtype)
+    dz = weights * (dy - (weights * dy).sum(-1, keepdim=True))
+    dlogits = dz.new_zeros(*dz.shape[:2], bounds[-1]).scatter(-1, chosen, dz)
+    back = _by_expert(plan, "route", bounds, dlogits)
+    if back is not None:
+        dlogits = dlogits * back
+    return (dlogits.to(dtype),)
+
+
+def _by_expert(plan: MaskPlan, table: str, bounds: tuple[int, ...], like: torch.Tensor) -> torch.Tensor | None:
+    """fp32 [B, S, experts]: each token's factor for the group of each expert; None where all are 1."""
+    factors = plan.mask(table, len(bounds) - 1, like.device)
+    if factors is None:
+        return None
+    groups = [bisect_right(bounds, expert) - 1 for expert in range(bounds[-1])]
+    return factors[groups].t().reshape(like.shape)
+
+
+class ExpertRun(NamedTuple):
+    """Gathered tokens `start:end`, all of one label and at one expert."""
+
+    expert: int
+    label: int
+    start: int
+    end: int
+
+
+def _gather(chosen: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...], shared: int) -> tuple[torch.Tensor, list]:
+    """Places in [tokens, shared + per_token], sorted by expert, label and token, and their runs."""
+    number, labels = shared + bounds[-1], len(plan.tables.labels)
+    places = chosen.flatten(0, 1) + shared
+    if shared:
+        always = torch.arange(shared, device=chosen.device).expand(plan.tokens, -1)
+        active = plan.mask("active", len(bounds) - 1, chosen.device)
+        if active is not None:
+            always = always.masked_fill(active[0][:, None] == 0, number)
+        places = torch.cat((always, places), dim=1)
+    keys, order = (places * labels + plan.labels(chosen.device)[:, None]).flatten().sort(stable=True)
+    edges = torch.searchsorted(keys, torch.arange(number * labels + 1, device=keys.device)).tolist()
+    runs = [
+        ExpertRun(*divmod(key, labels), start, end) for key, (start, end) in enumerate(pairwise(edges)) if end > start
+    ]
+    return order[: edges[-1]], runs
+
+
+class Factors(NamedTuple):
+    """What the tables have for a label and a group; 1 in a layer without groups."""
+
+    active: float
+    passes: float
+    mlp_in: float
+    mlp_out: float
+
+
+def _factors(plan: MaskPlan, bounds: tuple[int, ...], expert: int, label: int) -> Factors:
+    """`expert`: below 0 for a shared one, of the first group."""
+    if len(bounds) == 2:
+        return Factors(1.0, 1.0, 1.0, 1.0)
+    group, tables = max(0, bisect_right(bounds, expert) - 1), plan.tables
+    columns, updates = tables.columns, tables.contributions
+    return Factors(
+        columns["active"][group][label],
+        columns["passes"][group][label],
+        updates["mlp_in"][group][label],
+        updates["mlp_out"][group][label],
+    )
+
+
+def _forward(x, weights, chosen, w_in, w_out, plan, bounds, shared):
+    order, runs = _gather(chosen, plan, bounds, shared)
+    slots, size = shared + chosen.shape[-1], w_out.shape[0] // (shared + bounds[-1])
+    inputs = x.flatten(0, 1)[order // slots]
+    pre, out = x.new_empty(len(order), 2 * size), torch.empty_like(inputs)
+    for expert, label, start, end in runs:
+        rows = slice(expert * size, (expert + 1) * size)
+        torch.mm(inputs[start:end], w_in[2 * rows.start : 2 * rows.stop].t(), out=pre[start:end])
+        h = _swiglu(pre[start:end], _factors(plan, bounds, expert - shared, label).active)
+        torch.mm(h, w_out[rows], out=out[start:end])
+    scaled = out * _weights(weights, shared).flatten()[order][:, None]
+    return _per_token(scaled, order, slots, x), pre, order, runs
+
+
+def _weights(weights: torch.Tensor, shared: int) -> torch.Tensor:
+    """[tokens, shared + per_token]"""
+    flat = weights.flatten(0, 1)
+    return torch.cat((flat.new_ones(len(flat), shared), flat), dim=1) if shared else flat
+
+
+def _per_token(rows: torch.Tensor, order: torch.Tensor, slots: int, like: torch.Tensor) -> torch.Tensor:
+    """The sum of each token's gathered rows, in the shape of `like`."""
+    by_slot = rows.new_zeros(like.shape[0] * like.shape[1] * slots, rows.shape[1])
+    by_slot[order] = rows
+    return by_slot.unflatten(0, (-1, slots)).sum(1).view(like.shape)
+
+
+def _swiglu(pre: torch.Tensor, active: float) -> torch.Tensor:
+    gate, up = pre.chunk(2, dim=-1)
+    h = F.silu(gate) * up
+    return h if active == 1 else h * active
+
+
+def _keep(inputs, outputs):
+    x, weights, _, w_in, w_out, plan, bounds, shared = inputs
+    _, pre, order, runs = outputs
+    return (x, weights, w_in, w_out, pre, order), plan, (runs, bounds, shared)
+
+
+def _backward(dy, x, weights, w_in, w_out, pre, order, plan, runs, bounds, shared, wanted):
+    slots, size = shared + weights.shape[-1], w_out.shape[0] // (shared + bounds[-1])
+    tokens = order // slots
+    inputs, dy_rows = x.flatten(0, 1)[tokens], dy.flatten(0, 1)[tokens]
+    share = _weights(weights, shared).flatten()[order][:, None]
+    dinputs, dshare = torch.zeros_like(inputs), share.new_zeros(len(order), 1)
+    of_in, of_out = (_Sums(weight) if want else None for weight, want in zip((w_in, w_out), wanted[3:5], strict=True))
+    for expert, label, start, end in runs:
+        factors, part = _factors(plan, bounds, expert - shared, label), slice(start, end)
+        rows, in_rows = slice(expert * size, (expert + 1) * size), slice(2 * expert * size, 2 * (expert + 1) * size)
+        h = _swiglu(pre[part], factors.active)
+        dh = torch.mm(dy_rows[part], w_out[rows].t())
+        torch.sum(dh * h, -1, keepdim=True, out=dshare[part])
+        if of_out is not None and factors.mlp_out:
+            of_out.add(rows, (h * share[part]).t(), dy_rows[part], factors.mlp_out)
+        if factors.passes:
+            dpre = _swiglu_backward(dh * (share[part] * factors.passes), pre[part])
+            torch.mm(dpre, w_in[in_rows], out=dinputs[part])
+            if of_in is not None and factors.mlp_in:
+                of_in.add(in_rows, dpre.t(), inputs[part], factors.mlp_in)
+    dx = _per_token(dinputs, order, slots, x)
+    by_slot = share.new_zeros(plan.tokens * slots)
+    by_slot[order] = dshare[:, 0]
+    dweights = by_slot.view(-1, slots)[:, shared:].reshape(weights.shape)
+    return dx, dweights, None, *(sums and sums.finish() for sums in (of_in, of_out))
+
+
+def _swiglu_backward(dh: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
+    gate, up = pre.chunk(2, dim=-1)
+    return torch.cat((torch.ops.aten.silu_backward(dh * up, gate), dh * F.silu(gate)), dim=-1)
+
+
+class _Sums:
+    """Products of the labels at an expert, added up in fp32 at least: in bf16 each addition would cost as much
+    precision as a product. The first one is taken as it is: what a label adds must not depend on others being there."""
+
+    def __init__(self, like: torch.Tensor):
+        self.gradient = torch.zeros_like(like, memory_format=torch.contiguous_format)
+        self.rows: slice | None = None
+        self.total = self.gradient  # of `rows`, once there are some
+
+    def add(self, rows: slice, left: torch.Tensor, right: torch.Tensor, factor: float) -> None:
+        """Add `factor * left @ right` to these rows; those of an expert come one after the other."""
+        product = torch.mm(left, right)
+        if factor != 1:
+            product *= factor
+        if self.rows == rows:
+            self.total = self.total.to(torch.promote_types(product.dtype, torch.float32)) + product
+        else:
+            self.finish()
+            self.rows, self.total = rows, product
+
+    def finish(self) -> torch.Tensor:
+        if self.rows is not None:
+            self.gradient[self.rows] = self.total.to(self.gradient.dtype)
+        return self.gradient
+
+
+_route = eager(_route_forward, _route_keep, _route_backward, outputs=(1, 2))
+_experts = eager(_forward, _keep, _backward, outputs=(1, 1))

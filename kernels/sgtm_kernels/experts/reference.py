@@ -1,0 +1,40 @@
+"""Every expert on every token through autograd, with weight 0 where it is not chosen."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+from sgtm_kernels.linear.reference import linear_in, linear_out
+from sgtm_kernels.mlp.reference import mask_groups
+from sgtm_kernels.plan import MaskPlan
+
+
+def route(logits, plan: MaskPlan, per_token: int, bounds):
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if len(bounds) > 2:
+        columns = []
+        for group, z_g in enumerate(z.split([end - start for start, end in pairwise(bounds)], dim=-1)):
+            active = plan.token_weights(plan.column("active", group), z).view(*z.shape[:2], 1)
+            back = plan.token_weights(plan.column("route", group), z).view(*z.shape[:2], 1)
+            columns.append((z_g.detach() + back * (z_g - z_g.detach())).masked_fill(active == 0, -torch.inf))
+        z = torch.cat(columns, dim=-1)
+    values, chosen = z.topk(per_token, dim=-1)
+    none = values == -torch.inf
+    weights = values.masked_fill(none, torch.finfo(z.dtype).min).softmax(-1).masked_fill(none, 0.0)
+    return weights.to(logits.dtype), chosen.masked_fill(none, bounds[-1])
+
+
+def experts(x, weights, chosen, w_in, w_out, plan: MaskPlan, bounds, shared: int):
+    number = shared + bounds[-1]
+    size = w_out.shape[0] // number
+    neurons = (0, *((shared + bound) * size for bound in bounds[1:]))
+    of_all = weights.new_zeros(*x.shape[:2], bounds[-1] + 1).scatter(-1, chosen, weights)[..., :-1]
+    of_all = torch.cat((weights.new_ones(*x.shape[:2], shared), of_all), dim=-1)
+    pre = linear_in(x, w_in, None, plan, "mlp_in", tuple(2 * n for n in neurons), overwrite=False)
+    gate, up = pre.unflatten(-1, (number, 2, size)).unbind(-2)
+    h = mask_groups((F.silu(gate) * up).flatten(-2), plan, neurons)
+    h = (h.unflatten(-1, (number, size)) * of_all[..., None]).flatten(-2)
+    return linear_out(h, w_out, None, plan, "mlp_out", neurons)
