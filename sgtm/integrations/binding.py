@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sgtm.integrations.families import Owned
+from sgtm.integrations.stretches import Owned
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition
 from sgtm_kernels.plan import MaskPlan, merge_label_runs

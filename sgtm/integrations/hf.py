@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 from sgtm.config.sections import MaskingConfig
 from sgtm.integrations.binding import Binding, binding_of
 from sgtm.integrations.collator import SgtmCollator
-from sgtm.integrations.families import blocks_of, masked_modules, owned_parameters, partition_of, pieces
+from sgtm.integrations.families import blocks_of, masked_modules, owned_parameters, partition_of
 from sgtm.integrations.modules import mask_layer, mask_module
 from sgtm.integrations.optimizer import SgtmAdamW
 from sgtm.integrations.settings import check_masking, space_of
+from sgtm.integrations.stretches import pieces
 from sgtm.integrations.trainer import SgtmTrainerMixin
 from sgtm.masking.strategy import build_tables
 
