@@ -22,7 +22,6 @@ from sgtm.integrations.stretches import Owned, Stretch, merged, stretches
 from sgtm.process.names import did_you_mean
 
 LIVE, FROZEN = "live", "frozen"
-FSDP2 = "build the optimizer after fully_shard, which replaces the parameters"
 
 
 class PieceAdamW(torch.optim.Optimizer):
@@ -49,7 +48,7 @@ class PieceAdamW(torch.optim.Optimizer):
         super().__init__(chosen, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._model, self._owned = model, owned
         self._pieces: dict[Tensor, list[Stretch]] = {}
-        self._bound = False
+        self._bound = self._stepped = False
         names = {parameter: name for name, parameter in model.named_parameters()}
         if any(parameter not in names for parameter in self._members()):
             raise ValueError("params hold a parameter that is not the model's; give those of the same model")
@@ -112,14 +111,15 @@ class PieceAdamW(torch.optim.Optimizer):
 
     def _linked(self) -> bool:
         """Whether it is known where the parameters are. Raises RuntimeError where that should be and is not."""
+        if not self._bound and not self._stepped:
+            self._find()  # again: Accelerate shards the model after the optimizer is built, and replaces `params`
+        self._stepped = True
         if all(parameter in self._pieces for parameter in self._members()):
             return True
-        if not self._bound:
-            self._find()  # Accelerate replaces the parameters in `param_groups` by those of FSDP2
-            if all(parameter in self._pieces for parameter in self._members()):
-                return True
-            if any(map(_is_sharded, self._pieces)):
-                raise RuntimeError(f"params hold what the model no longer has: {FSDP2}")
+        if not self._bound and any(map(is_sharded, self._pieces)):
+            raise RuntimeError(
+                "params are not the model's any more: build the optimizer after fully_shard, which replaces them"
+            )
         if self._bound or self._unbound():
             raise RuntimeError("DeepSpeed holds the parameters: call bind(engine.optimizer) before the first step")
         return False  # DeepSpeed allocates the moments before it has linked its tensors
@@ -266,18 +266,18 @@ def refuse_fsdp1(model: nn.Module) -> None:
         )
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, by its attribute: importing the class takes a second where nobody else does."""
     return hasattr(tensor, "device_mesh")
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _held(name: str, parameter: Any) -> tuple[int, int | None]:
     """First and last element of the flattened parameter that this rank holds; None: all of it."""
-    if not _is_sharded(parameter):
+    if not is_sharded(parameter):
         return 0, None
     if not all(type(one).__name__ == "Replicate" or str(one) == "S(0)" for one in parameter.placements):
         raise ValueError(f"{name} is sharded as {parameter.placements}; only shards of rows, Shard(0), can be frozen")

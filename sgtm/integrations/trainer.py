@@ -65,8 +65,9 @@ class SgtmTrainerMixin(Base):
         name = str(getattr(self.args.optim, "value", self.args.optim))
         if name not in OPTIMIZERS:
             raise ValueError(f"optim is {name!r}; SgtmAdamW stands in for {' and '.join(OPTIMIZERS)} alone")
-        if getattr(self, "is_fsdp_enabled", False):
-            raise ValueError("FSDP flattens or shards the parameters in a form SgtmAdamW cannot read; use DDP or ZeRO")
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version != 2:
+            raise ValueError("FSDP1 flattens the parameters, so that rows cannot be told apart; set fsdp_version to 2")
         if self.args.n_gpu > 1:
             raise ValueError(f"{self.args.n_gpu} GPUs in one process: start one process for each, with torchrun")
 

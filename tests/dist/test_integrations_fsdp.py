@@ -8,9 +8,13 @@ import torch.distributed as dist
 from hf_models import differing, masked_model, random_ids
 from hf_steps import OPTIONS, OWN, STEPS, STRICT, one_process, pieces_of
 from ranks import run_ranks
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from sgtm.integrations.families import blocks_of
-from sgtm.integrations.hf import SgtmAdamW
+from sgtm.integrations.hf import SgtmAdamW, SgtmCollator, SgtmTrainerMixin, removed
+
+
+LAUNCHED = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def sharded(family: str, seed: int = 0, **policy):
@@ -75,3 +79,127 @@ def test_fsdp_updates_what_one_process_does(family, rows):
         assert differing(history[2], history[3]) == OWN  # the last step has bio's tokens alone
         for before, after in zip(states[1], states[2], strict=True):
             assert differing(before, after) == OWN
+
+
+def resumed(folder: str, full: bool) -> list[tuple[dict, dict, list[dict]]]:
+    """Steps counted, weights and moments after three steps: without a pause, and resumed after the first two."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    options = StateDictOptions(full_state_dict=full)
+    results = []
+    for begin in (0, 2):
+        model = sharded("gpt2", seed=begin)
+        optimizer = SgtmAdamW(model, **OPTIONS)
+        if begin and full:
+            state = torch.load(f"{folder}/full", weights_only=True)
+        elif begin:
+            weights, states = get_state_dict(model, optimizer)
+            state = {"model": weights, "optimizer": states}
+            dcp.load(state, checkpoint_id=folder)
+        if begin:
+            weights, states = state["model"], state["optimizer"]
+            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states, options=options)
+        for number in range(begin, 3):
+            train(model, optimizer, number)
+            if number == 1:
+                weights, states = get_state_dict(model, optimizer, options=options)
+                state = {"model": weights, "optimizer": states}
+                if not full:
+                    dcp.save(state, checkpoint_id=folder)
+                elif dist.get_rank() == 0:
+                    torch.save(state, f"{folder}/full")
+                dist.barrier()
+        results.append((dict(optimizer.param_groups[0]["steps"]), whole(model), moments(model, optimizer)))
+    return results
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["sharded", "full"])
+def test_a_state_of_torch_resumes_to_the_bit(tmp_path, full):
+    for (steps, straight, states), (again, weights, others) in run_ranks(resumed, 2, str(tmp_path), full):
+        assert steps == again and len(set(steps.values())) > 1
+        assert differing(straight, weights) == set()
+        for ours, theirs in zip(states, others, strict=True):
+            assert differing(ours, theirs) == set()
+
+
+def in_half_precision() -> tuple[list[dict], list[str]]:
+    """Weights before and after a step of bio's tokens alone, reduced in fp32, and dtypes of the gradients."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model = sharded("llama", mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    optimizer, history = SgtmAdamW(model, **OPTIONS), []
+    for number in range(len(STEPS)):
+        train(model, optimizer, number, APART)
+        history.append(whole(model))
+    return history[-2:], sorted({str(p.dtype) for p in model.parameters()})
+
+
+def test_freeze_holds_where_gradients_are_in_half_precision():
+    for (before, after), dtypes in run_ranks(in_half_precision, 2):
+        assert differing(before, after) == OWN and dtypes == ["torch.float32"]
+
+
+def refused() -> list[str]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor import Shard
+
+    mesh, messages = init_device_mesh("cpu", (2,)), []
+    early = masked_model("llama")
+    optimizer = SgtmAdamW(early)
+    fully_shard(early, mesh=mesh)
+    columns = fully_shard(masked_model("llama"), mesh=mesh, shard_placement_fn=lambda p: Shard(p.ndim - 1))
+    ids = random_ids(1)
+    early(input_ids=ids, labels=ids, sgtm_labels=["retain"]).loss.backward()
+    old = FullyShardedDataParallel(masked_model("llama"), device_id=torch.device("cpu"), use_orig_params=True)
+    for call in (optimizer.step, lambda: SgtmAdamW(columns), lambda: SgtmAdamW(old), lambda: removed(early, ["bio"])):
+        try:
+            call()
+            messages.append("")
+        except (RuntimeError, ValueError) as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_what_cannot_be_frozen_is_refused():
+    for early, columns, old, parts in run_ranks(refused, 2):
+        assert "build the optimizer after fully_shard" in early
+        assert "only shards of rows, Shard(0)" in columns
+        assert "FullyShardedDataParallel flattens the parameters" in old
+        assert "sharded by ZeRO-3 or FSDP2" in parts
+
+
+class MaskedTrainer(SgtmTrainerMixin, Trainer):
+    pass
+
+
+def in_a_trainer(folder: str, version: int) -> list[dict] | str:
+    """Weights before, after retain data alone, and after bio's alone, each a run of two steps."""
+    from datasets import Dataset
+
+    model = masked_model("llama", **STRICT)
+    history = [pieces_of(model, dict(model.named_parameters()))]
+    for label in ("retain", "forget:bio"):
+        ids = random_ids(8).tolist()
+        arguments = TrainingArguments(
+            f"{folder}/{label[:6]}", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2, report_to=[],
+            use_cpu=True, disable_tqdm=True, save_strategy="steps", save_steps=2, learning_rate=0.01, weight_decay=0.1, max_grad_norm=1.0,
+            fsdp="full_shard", fsdp_config={"fsdp_version": version, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"},
+        )  # fmt: skip
+        data = Dataset.from_dict({"input_ids": ids, "labels": ids, "sgtm_labels": [label] * 8})
+        collator = SgtmCollator(default_data_collator, STRICT)
+        try:
+            trainer = MaskedTrainer(model, arguments, data_collator=collator, train_dataset=data)
+        except ValueError as error:
+            return str(error)
+        trainer.train()
+        history.append(whole(trainer.model))
+    return history
+
+
+def test_a_trainer_on_two_ranks_freezes(tmp_path):
+    first, second = run_ranks(in_a_trainer, 2, str(tmp_path), 2, env=LAUNCHED, timeout=80)
+    for before, after, ours in zip(first, first[1:], second[1:], strict=False):
+        assert differing(after, ours) == set() and differing(before, after)
+    assert not differing(first[0], first[1]) & OWN and differing(first[1], first[2]) == OWN
