@@ -95,8 +95,8 @@ class PieceAdamW(torch.optim.Optimizer):
         return False
 
     def _unbound(self) -> bool:
-        """Whether a step on tensors that are not the model's is a real one, after DeepSpeed has allocated moments."""
-        return any(parameter in self.state for parameter in self._members())
+        """Whether a step on tensors that are not the model's is a real one. DeepSpeed allocates moments with zeros."""
+        return any(p in self.state or (p.grad is not None and bool(p.grad.any())) for p in self._members())
 
     def _members(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]

@@ -174,10 +174,26 @@ class MaskedTrainer(SgtmTrainerMixin, Trainer):
     pass
 
 
+def shard_on_cpu() -> None:
+    """Make Accelerate use FSDP on CPUs, where it silently takes DDP."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    begin = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
 def in_a_trainer(folder: str, version: int) -> list[dict] | str:
     """Weights before, after retain data alone, and after bio's alone, each a run of two steps."""
     from datasets import Dataset
 
+    shard_on_cpu()
     model = masked_model("llama", **STRICT)
     history = [pieces_of(model, dict(model.named_parameters()))]
     for label in ("retain", "forget:bio"):
