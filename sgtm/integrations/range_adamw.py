@@ -49,13 +49,14 @@ class PieceAdamW(torch.optim.Optimizer):
         self._model, self._owned = model, owned
         self._pieces: dict[Tensor, list[Stretch]] = {}
         self._bound = self._stepped = False
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         if any(parameter not in names for parameter in self._members()):
             raise ValueError("params hold a parameter that is not the model's; give those of the same model")
         self._names = {names[parameter] for parameter in self._members()}
         if unknown := sorted(self._names - set(owned)):
             raise ValueError(f"{unknown[0]} is no parameter of the model without its wrapper; give that model")
-        self._find()
+        self._find()  # what cannot be found is an error here
+        self._pieces = {}  # keeps no parameters alive that FSDP2 is about to replace
 
     def bind(self, wrapper: Any) -> None:
         """Find the parameters in the tensors of DeepSpeed: `wrapper` is `engine.optimizer`, before the first step."""
@@ -183,7 +184,9 @@ class RangeAdamW(PieceAdamW):
     ):
         owned = _owned(model, frozen)
         super().__init__(model, owned, params, lr, betas, eps, weight_decay)
-        if left_out := sorted(name for name, owner in owned.items() if FROZEN in owner.keys and name not in self._names):
+        if left_out := sorted(
+            name for name, owner in owned.items() if FROZEN in owner.keys and name not in self._names
+        ):
             raise ValueError(f"frozen has {left_out[0]!r}, which this optimizer does not train at all: leave it out")
 
     def _live_keys(self) -> frozenset[str]:
@@ -198,11 +201,13 @@ class RangeAdamW(PieceAdamW):
 def _owned(model: nn.Module, frozen: Mapping[str, Any]) -> dict[str, Owned]:
     refuse_fsdp1(model)
     everything = dict(model.named_parameters(remove_duplicate=False))
-    indexes: dict[Tensor, Any] = {}
+    indexes: dict[Tensor, tuple[str, Any]] = {}
     for name, index in frozen.items():
         parameter = everything.get(name)
         if parameter is None or not parameter.requires_grad:
-            problem = "does not need gradients" if parameter is not None else "is unknown" + did_you_mean(name, everything)
+            problem = (
+                "does not need gradients" if parameter is not None else "is unknown" + did_you_mean(name, everything)
+            )
             raise ValueError(f"frozen has {name!r}, which {problem}; give names of parameters that are trained")
         if parameter in indexes:
             raise ValueError(f"frozen has {name!r}, which is tied to another one there; give one of them")
@@ -210,7 +215,8 @@ def _owned(model: nn.Module, frozen: Mapping[str, Any]) -> dict[str, Owned]:
     owned = {}
     for name, parameter in model.named_parameters():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty one
-        owned[name] = frozen_ranges(*indexes.get(parameter, (name, [])), shape)
+        _, index = indexes.get(parameter, (name, []))
+        owned[name] = frozen_ranges(name, index, shape)
     return owned
 
 

@@ -24,11 +24,11 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 class SgtmTrainerMixin(Base):
     """`class MaskedTrainer(SgtmTrainerMixin, Trainer)`: trains a model of `apply_sgtm` with labels of `SgtmCollator`.
 
-    The optimizer is `SgtmAdamW`, with the learning rate, betas, epsilon and decay of the arguments; alone, under DDP
-    and under DeepSpeed (ZeRO 0 to 3, without an optimizer in its config).
+    The optimizer is `SgtmAdamW`, with the learning rate, betas, epsilon and decay of the arguments; alone, under DDP,
+    FSDP2 and DeepSpeed (ZeRO 0 to 3, without an optimizer in its config).
 
     Raises ValueError in `__init__` for a model without masks, for a collator that adds no labels, for a DeepSpeed
-    config with an `optimizer` section, which would replace ours, for optimizers other than AdamW, for FSDP, and for
+    config with an `optimizer` section, which would replace ours, for optimizers other than AdamW, for FSDP1, and for
     several GPUs in one process.
     """
 

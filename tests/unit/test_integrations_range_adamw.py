@@ -86,7 +86,7 @@ def test_a_loaded_state_continues_to_the_bit(tmp_path):
 @pytest.mark.parametrize(
     ("frozen", "message"),
     [
-        ({"0.wieght": slice(1)}, r"frozen has '0.wieght', which is unknown \(did you mean 0.weight\?\)"),
+        ({"0.weights": slice(1)}, r"frozen has '0.weights', which is unknown \(did you mean 0.weight\?\)"),
         ({"0.weight": slice(0, 10)}, "a range of its 9 rows"),
         ({"0.weight": slice(3, 3)}, "a range of its 9 rows, not an empty one"),
         ({"0.weight": slice(0, 4, 2)}, "a range of its 9 rows"),
@@ -124,5 +124,10 @@ def test_tied_and_left_out_parameters_are_errors():
 def test_ranges_cover_the_parameter():
     owned = frozen_ranges("x", [slice(4, 6), slice(0, 2)], (9, 2, 3))
     assert (owned.dim, owned.rows, owned.columns) == (0, 9, 6)
-    assert list(zip(owned.bounds[1:], owned.keys, strict=True)) == [(2, "frozen"), (4, "live"), (6, "frozen"), (9, "live")]
+    assert list(zip(owned.bounds[1:], owned.keys, strict=True)) == [
+        (2, "frozen"),
+        (4, "live"),
+        (6, "frozen"),
+        (9, "live"),
+    ]
     assert frozen_ranges("x", slice(None), (3,)).keys == ("frozen",)
