@@ -14,8 +14,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from sgtm.integrations.families import pieces
 from sgtm.integrations.hf import apply_sgtm
+from sgtm.integrations.stretches import pieces
 
 VOCAB, WIDTH, CONTEXT = 41, 16, 12
 TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sgtm.integrations.families import Owned
+from sgtm.integrations.stretches import Owned
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition
 from sgtm_kernels.plan import MaskPlan, merge_label_runs
@@ -159,15 +159,23 @@ class Bound:
     sgtm: Binding
 
 
+class PlanArgument:
+    """A plan among the arguments of a layer. FSDP2 would rebuild a bare one, as any dataclass, to cast its tensors."""
+
+    def __init__(self, plan: MaskPlan | None):
+        self.plan = plan
+
+
 class BoundLayer(Bound):
     """A transformer layer that takes its plan as an argument (`PLAN`), so that a checkpoint keeps it."""
 
     def __call__(self, *args, **kwargs):
-        kwargs.setdefault(PLAN, self.sgtm.plan)
+        kwargs.setdefault(PLAN, PlanArgument(self.sgtm.plan))
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args, **kwargs):
-        with self.sgtm.using(kwargs.pop(PLAN, None)):
+        argument = kwargs.pop(PLAN, None)
+        with self.sgtm.using(argument and argument.plan):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 

@@ -9,7 +9,6 @@ Every parameter of the model must be in the table: what is not (an adapter, cros
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, cast
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sgtm.config.sections import MaskingConfig
+from sgtm.integrations.stretches import Owned
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import LayerPartition, Partition, build_partition
 from sgtm.model.rows import ALWAYS
@@ -112,20 +112,6 @@ FAMILIES = {
         (Role("gpt_neox.final_layer_norm", "final_norm"),),
     ),
 }
-
-
-@dataclass(frozen=True)
-class Owned:
-    """Who owns a parameter: the stretches `bounds[i]:bounds[i + 1]` of dimension `dim` have key `keys[i]`.
-
-    Keys are those of `sgtm.model.rows`. rows, columns  shape of the whole parameter; columns 1 of a vector
-    """
-
-    dim: int
-    bounds: tuple[int, ...]
-    keys: tuple[str, ...]
-    rows: int
-    columns: int = 1
 
 
 @dataclass(frozen=True)
@@ -299,8 +285,3 @@ def _joint(path: str, module: nn.Module, role: Role) -> dict[str, Owned]:
     if not plain:
         raise ValueError(f"{path} ({module}) cannot be masked: it is not what the family has there")
     return {name: Owned(0, (0, shape[0]), (role.kind,), *shape) for name, _ in module.named_parameters(recurse=False)}
-
-
-def pieces(owned: Owned) -> Iterator[tuple[str, int, int]]:
-    """Key, start and end of each stretch along `owned.dim`."""
-    yield from zip(owned.keys, owned.bounds[:-1], owned.bounds[1:], strict=True)

@@ -21,10 +21,12 @@ from transformers import PreTrainedModel
 from sgtm.config.sections import MaskingConfig
 from sgtm.integrations.binding import Binding, binding_of
 from sgtm.integrations.collator import SgtmCollator
-from sgtm.integrations.families import blocks_of, masked_modules, owned_parameters, partition_of, pieces
+from sgtm.integrations.families import blocks_of, masked_modules, owned_parameters, partition_of
 from sgtm.integrations.modules import mask_layer, mask_module
 from sgtm.integrations.optimizer import SgtmAdamW
+from sgtm.integrations.range_adamw import is_sharded
 from sgtm.integrations.settings import check_masking, space_of
+from sgtm.integrations.stretches import pieces
 from sgtm.integrations.trainer import SgtmTrainerMixin
 from sgtm.masking.strategy import build_tables
 
@@ -82,12 +84,15 @@ def removed(model: PreTrainedModel, domains: Iterable[str]) -> PreTrainedModel:
     """A plain model without the groups of these domains: weights and in-side biases of their heads and neurons are 0.
 
     It computes what `ablate` does, to the bit. `save_pretrained` writes it; the masked model is left as it is.
-    Raises ValueError for an unknown domain, and where ZeRO-3 has left only a part of the weights here.
+    Raises ValueError for an unknown domain, and where ZeRO-3 or FSDP2 has left only a part of the
+    weights here.
     """
     binding = binding_of(model)
     groups = {binding.partition.groups[group] for group in _groups(binding, domains)}
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ValueError("the weights are sharded by ZeRO-3: save the model, load it again and remove the groups there")
+    if any(hasattr(parameter, "ds_id") or is_sharded(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            "the weights are sharded by ZeRO-3 or FSDP2: save the model, load it again and remove the groups there"
+        )
     architecture: Any = type(model)
     plain = architecture(copy.deepcopy(model.config)).to(device=model.device, dtype=model.dtype)
     plain.load_state_dict(model.state_dict())

@@ -24,11 +24,11 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 class SgtmTrainerMixin(Base):
     """`class MaskedTrainer(SgtmTrainerMixin, Trainer)`: trains a model of `apply_sgtm` with labels of `SgtmCollator`.
 
-    The optimizer is `SgtmAdamW`, with the learning rate, betas, epsilon and decay of the arguments; alone, under DDP
-    and under DeepSpeed (ZeRO 0 to 3, without an optimizer in its config).
+    The optimizer is `SgtmAdamW`, with the learning rate, betas, epsilon and decay of the arguments; alone, under DDP,
+    FSDP2 and DeepSpeed (ZeRO 0 to 3, without an optimizer in its config).
 
     Raises ValueError in `__init__` for a model without masks, for a collator that adds no labels, for a DeepSpeed
-    config with an `optimizer` section, which would replace ours, for optimizers other than AdamW, for FSDP, and for
+    config with an `optimizer` section, which would replace ours, for optimizers other than AdamW, for FSDP1, and for
     several GPUs in one process.
     """
 
@@ -65,8 +65,9 @@ class SgtmTrainerMixin(Base):
         name = str(getattr(self.args.optim, "value", self.args.optim))
         if name not in OPTIMIZERS:
             raise ValueError(f"optim is {name!r}; SgtmAdamW stands in for {' and '.join(OPTIMIZERS)} alone")
-        if getattr(self, "is_fsdp_enabled", False):
-            raise ValueError("FSDP flattens or shards the parameters in a form SgtmAdamW cannot read; use DDP or ZeRO")
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version != 2:
+            raise ValueError("FSDP1 flattens the parameters, so that rows cannot be told apart; set fsdp_version to 2")
         if self.args.n_gpu > 1:
             raise ValueError(f"{self.args.n_gpu} GPUs in one process: start one process for each, with torchrun")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,3 +164,14 @@ def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, str(page), "exec"), {"__name__": "page"})
     assert (tmp_path / "runs/hf/safe/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp1_is_refused_and_fsdp2_is_not(tmp_path, version):
+    trainer = trainer_of(tmp_path, masked_model("llama"), ["retain"] * 4)
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version)))
+    if version == 2:
+        trainer._check_sgtm()
+    else:
+        with pytest.raises(ValueError, match=r"FSDP1 flattens the parameters, .* set fsdp_version to 2"):
+            trainer._check_sgtm()

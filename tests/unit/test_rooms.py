@@ -125,6 +125,7 @@ def reached(start: str) -> set[str]:
         ("sgtm.hf.export", {"deepspeed", "matplotlib"}),
         ("sgtm.sweep.run", {"deepspeed", "matplotlib"}),
         ("sgtm.measure.models", {"torch", "pydantic"}),
+        ("sgtm.integrations.range_adamw", {"deepspeed", "transformers", "pydantic"}),
     ],
 )
 def test_what_takes_seconds_is_imported_where_it_is_used(start, heavy):
