@@ -52,7 +52,7 @@ def main() -> None:
     for run in runs:
         out = sweep.folder / f"{run.name}-adapters"
         adapt(run, best["factor"], steps, out)
-        losses = measured(out, "test", run.config.train.eval_sequences, sweep.adjacent)
+        losses = measured(out, "test", run.config.train.eval_limit, sweep.adjacent)
         seeds.append({"seed": run.seed, **losses})
     write_rows(args.json, [variant_row(runs, "adapters", seeds, masks=True), *tried])
 

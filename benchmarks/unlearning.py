@@ -143,7 +143,7 @@ def chosen_runs(sweep: Sweep, runs: list[Run], best: dict) -> list[dict]:
     for run in runs:
         out = sweep.folder / f"{run.name}-{best['method']}"
         apply(run, best["method"], best["options"], best["factor"], out)
-        seeds.append({"seed": run.seed, **measured(out, "test", run.config.train.eval_sequences, sweep.adjacent)})
+        seeds.append({"seed": run.seed, **measured(out, "test", run.config.train.eval_limit, sweep.adjacent)})
     return seeds
 
 

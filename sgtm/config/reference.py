@@ -94,7 +94,7 @@ def _describe(annotation: Any, bounds: tuple = ()) -> str:
         options = [_describe(arg, bounds) for arg in args if arg is not type(None)]
         return " or ".join(options + ["null"] * (type(None) in args))
     if origin is Literal:
-        return "one of " + ", ".join(str(arg) for arg in args)
+        return "one of " * (len(args) > 1) + ", ".join(str(arg) for arg in args)
     if origin is dict:
         return f"mapping of {_describe(args[0])} to {_nested(args[1])}"
     if origin is list:

@@ -181,8 +181,9 @@ class TrainConfig(Section):
     starts from; `model` must describe that model, whose context may be longer. null: random weights."""
     eval_every: NonNegativeInt = 0
     """Steps between evaluations; 0: only at the end."""
-    eval_sequences: PositiveInt = 64
-    """Sequences per category in an evaluation during training."""
+    eval_sequences: PositiveInt | Literal["all"] | None = None
+    """Sequences per category in an evaluation during training: a number, which split test must have of every category
+    that it has at all, or `all`. null: up to 64."""
     eval_removed: list[list[str]] = []
     """Sets of domains to remove in evaluations, e.g. `[[bio, cyber]]`, besides those that every evaluation has: no
     domain, each by itself, and all. Each set costs one pass over the data."""
@@ -201,6 +202,13 @@ class TrainConfig(Section):
     probe_every: NonNegativeInt = 0
     """Steps between measurements of every label's gradient norm on every group, logged as `probe` lines; each takes
     the time of one step for every label in it and changes nothing. 0: none."""
+
+    @property
+    def eval_limit(self) -> int | None:
+        """Most sequences of a category in an evaluation during training; None: no limit."""
+        if self.eval_sequences is None:
+            return 64
+        return None if self.eval_sequences == "all" else self.eval_sequences
 
 
 class SteeringConfig(Section):

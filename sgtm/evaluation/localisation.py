@@ -21,11 +21,12 @@ from sgtm.model.transformer import Transformer
 
 
 def gradient_norms(
-    model: Transformer, corpus: Corpus, config: Config, *, split: str, sequences: int, device: torch.device
+    model: Transformer, corpus: Corpus, config: Config, *, split: str, sequences: int | None, device: torch.device
 ) -> dict[str, dict[str, float]]:
     """{true label: {group: |gradient of the mean loss| / |weights|}} over the rows that each group owns.
 
-    The gradient of a label is that of the mean loss over up to `sequences` sequences of each of its categories.
+    The gradient of a label is that of the mean loss over up to `sequences` sequences (None: all) of each of its
+    categories.
     """
     tables = build_tables(config.space, "none")
     norms: dict[str, dict[str, float]] = {}

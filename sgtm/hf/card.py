@@ -88,7 +88,7 @@ def _how(config: Config, hf_config: PretrainedConfig, adapted: bool) -> dict[str
 
 
 def _losses(run: Path, config: Config, step: int, removed: list[str], reduced: bool) -> dict | None:
-    measured = measured_at(run, step, config.train.eval_sequences)
+    measured = measured_at(run, step, config.train.eval_limit)
     if measured is None:
         return None
     this = removal_name(domain for domain in config.masking.domains if domain in removed)

@@ -227,11 +227,13 @@ def _origin(record: RunRecord) -> list[str]:
     steps, of_steps = summary.get("steps"), summary.get("of_steps")
     of = f" of {of_steps}" if of_steps and of_steps != steps else ""
     if "in_training" in summary:
-        sample = f", on up to {counted(n, 'sequence')} of each category" if (n := summary["in_training"]) else ""
+        limit = summary["in_training"]  # a number, all, or None where no config says it
+        sample = f", on up to {counted(limit, 'sequence')} of each category" if isinstance(limit, int) else ""
+        more = "" if limit == "all" else "the whole test split and "
         outdated = f" `summary.json` is of step {old}." if (old := summary.get("summary_steps")) is not None else ""
         return [
             f"These losses are of the evaluation in training after step {steps}{of}{sample}; `sgtm eval {record.run}` "
-            f"measures the whole test split and the gradient norms.{outdated}"
+            f"measures {more}the gradient norms.{outdated}"
         ]
     parts = [f"after step {steps}{of}"] if of else []
     if summary.get("split", "test") != "test":

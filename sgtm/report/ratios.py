@@ -25,7 +25,7 @@ def compute_ratios(run: Path, baselines: Sequence[Path]) -> Ratios:
 
     baselines  one run: all its evaluations in training make the curve (train.eval_every); several, of different
                lengths: the last evaluation of each
-    Compute is training tokens. All evaluations are those of `metrics.jsonl`, on train.eval_sequences sequences a
+    Compute is training tokens. All evaluations are those of `metrics.jsonl`, on train.eval_sequences of each
     category; what `sgtm eval` measures on others is not compared. A category whose loss does not fall in the baselines,
     as that of a domain in filtered training, has no ratio. Raises ValueError for runs that have no evaluation, that
     cannot be compared, and where no category has a ratio.
@@ -74,7 +74,7 @@ def check_comparable(run: Path, config: Config, baseline: Path) -> None:
     other = load_run_config(baseline)
     facts = {
         **{f"model.{key}": (ours, getattr(other.model, key)) for key, ours in config.model},
-        "train.eval_sequences": (config.train.eval_sequences, other.train.eval_sequences),
+        "train.eval_sequences": (config.train.eval_limit, other.train.eval_limit),
         "isolation of documents": (isolates_documents(config.data), isolates_documents(other.data)),
         "corpus": _corpora((run, config), (baseline, other)),
     }

@@ -97,7 +97,7 @@ def _in_training(run: Path, config: Config | None, line: dict, outdated: dict) -
     if "true_labels" not in summary:
         with suppress(ValueError, OSError):
             summary["true_labels"] = dict(open_corpus(locate_data(config, run), "sizes", write=False).categories)
-    summary |= {"of_steps": config.train.steps, "in_training": config.train.eval_sequences}
+    summary |= {"of_steps": config.train.steps, "in_training": config.train.eval_limit or "all"}
     return with_shipped(summary, config)
 
 

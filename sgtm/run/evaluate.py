@@ -119,7 +119,7 @@ def evaluate_run(
     model, bases = load_model(config, checkpoint), load_bases(config, checkpoint)
     model.steering = Steering.of(steered, direction)
     device = next(model.parameters()).device
-    norms = gradient_norms(model, corpus, config, split=split, sequences=config.train.eval_sequences, device=device)
+    norms = gradient_norms(model, corpus, config, split=split, sequences=config.train.eval_limit, device=device)
     if config.train.precision == "bf16":
         model, bases = model.bfloat16(), {domain: base.bfloat16() for domain, base in bases.items()}
     evaluation = evaluate(
@@ -228,31 +228,27 @@ def count_sequences(corpus: Corpus, config: Config, split: str, category: str, l
     return len(read.numbers) if read.targets else 0
 
 
-def small_samples(corpus: Corpus, config: Config, split: str, sequences: int, option: str) -> str:
-    """Of which categories a split has fewer sequences than `option` has, as a warning; empty for none."""
-    small = _fewer(corpus, config, split, tuple(corpus.categories), sequences)
-    named = [f"{count} of {name}" for name, count in small.items()]
-    return f"{_holds(option, sequences, split, corpus, named)}, and all of them are taken" if small else ""
+def check_sample(
+    corpus: Corpus,
+    config: Config,
+    split: str,
+    categories: Sequence[str],
+    sequences: int,
+    option: str = "--sequences",
+    remedy: str = "leave it out to take all",
+) -> None:
+    """Raises ValueError where a split has fewer sequences of one of these categories than `option` wants, but some.
 
-
-def check_sample(corpus: Corpus, config: Config, split: str, categories: Sequence[str], sequences: int) -> None:
-    """Raises ValueError where a split has fewer sequences of one of these categories than `--sequences`, but some."""
-    small = {name: n for name, n in _fewer(corpus, config, split, categories, sequences).items() if n}
-    if small:
-        named = [f"{count} of {name}" for name, count in small.items()]
-        raise ValueError(
-            f"{_holds('--sequences', sequences, split, corpus, named)}; give at most {min(small.values())}, or leave "
-            f"it out to take all"
-        )
-
-
-def _fewer(corpus: Corpus, config: Config, split: str, categories: Sequence[str], sequences: int) -> dict[str, int]:
+    remedy  how to take all
+    """
     counts = {name: count_sequences(corpus, config, split, name, sequences) for name in categories}
-    return {name: count for name, count in counts.items() if count < sequences}
-
-
-def _holds(option: str, sequences: int, split: str, corpus: Corpus, named: list[str]) -> str:
-    return f"{option} {sequences}: split {split} of {corpus.path} has {listed(named)}"
+    small = {name: count for name, count in counts.items() if 0 < count < sequences}
+    if small:
+        named = listed([f"{count} of {name}" for name, count in small.items()])
+        raise ValueError(
+            f"{option} {sequences}: split {split} of {corpus.path} has {named}; give at most {min(small.values())}, or "
+            f"{remedy}"
+        )
 
 
 def check_precision(config: Config, precision: str) -> None:

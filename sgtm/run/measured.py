@@ -21,11 +21,11 @@ def read_summary(run: Path | str) -> dict:
         raise ValueError(f"{file} is not valid JSON ({error}); run `sgtm eval` again") from None
 
 
-def measured_at(run: Path | str, step: int, in_training: int) -> dict | None:
+def measured_at(run: Path | str, step: int, in_training: int | None) -> dict | None:
     """What was measured after this step, or None: `losses`, `errors`, `measured`, `true_labels` as `summary.json` has
     them, `split`, `sequences` of each category (None: all), and `by`, the command that measured it.
 
-    in_training  sequences of each category in an evaluation of the training
+    in_training  most sequences of each category in an evaluation of the training; None: no limit
 
     Raises ValueError for a damaged summary or log.
     """

@@ -132,7 +132,8 @@ class MetricsLog:
         if not self.active:
             return
         self._write({"kind": "eval", "step": step, "losses": losses, "norms": norms, **sample})
-        sequences = f"on up to {counted(self.config.train.eval_sequences, 'sequence')} each"
+        limit = self.config.train.eval_limit
+        sequences = "on all sequences" if limit is None else f"on up to {counted(limit, 'sequence')} each"
         many = len(losses) > MANY + 1
         for name, by_category in [*losses.items()][: 1 if many else None]:
             values = ", ".join(f"{c} {v:.3f}" for c, v in by_category.items())

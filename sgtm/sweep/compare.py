@@ -145,7 +145,7 @@ def _basis(config: Config, corpus: Corpus | None, held_out: dict[Path, str]) -> 
         tokenizer = (words, f"{words[:12]}, {corpus.vocab_size:,} entries")
         held = (held_out[corpus.path], f"{held_out[corpus.path][:12]} in {corpus.path}")
     context, isolated = config.model.context, isolates_documents(config.data)
-    evaluation = (context, train.eval_sequences, isolated)
-    shown = f"{train.eval_sequences} of {context} tokens{', documents isolated' if isolated else ''}"
+    evaluation = (context, train.eval_limit, isolated)
+    shown = f"{train.eval_limit or 'all'} of {context} tokens{', documents isolated' if isolated else ''}"
     arithmetic = f"{train.steps:,} x {train.tokens_per_step:,} = {tokens:,}"
     return Basis((tokens, arithmetic), data, tokenizer, held, (evaluation, shown))

@@ -36,7 +36,7 @@ from sgtm.process.ranks import RankInfo
 from sgtm.process.signals import SIGNALS, Stopped
 from sgtm.run.checkpoint import read_manifest, resolved
 from sgtm.run.directory import LEASE, begin, locked_run
-from sgtm.run.evaluate import small_samples
+from sgtm.run.evaluate import check_sample
 from sgtm.run.metrics import MetricsLog
 from sgtm.run.resume import find_whole, load_checkpoint, resume_command
 from sgtm.run.saving import CheckpointWriter
@@ -111,6 +111,9 @@ def _train(config: Config, rank_info: RankInfo, run: Path, resume: bool, overwri
     initial = on_rank_zero(lambda: export_record(config)) if latest is None else None
     trained_on = trained_categories(corpus), bool(len(corpus.spans)), initial
     check_certified(config.conditions, *trained_on)
+    if isinstance(config.train.eval_sequences, int):
+        option = ("train.eval_sequences", "all")
+        check_sample(corpus, config, "test", tuple(corpus.categories), config.train.eval_sequences, *option)
     loader = Loader(corpus, config, rank_info.rank, rank_info.world_size)
     totals = StepTotals(len(config.space.labels), engine.device)
     start = 0
@@ -129,9 +132,6 @@ def _train(config: Config, rank_info: RankInfo, run: Path, resume: bool, overwri
         log.print(_arithmetic(config, engine, start, warm_up))
         if only_forget(corpus, config):
             log.print(f"warning: {ONLY_FORGET}")
-        sequences = config.train.eval_sequences
-        if small := small_samples(corpus, config, "test", sequences, "train.eval_sequences"):
-            log.print(f"warning: {small}")
         if start == config.train.steps:
             log.print(f"{run} is complete: all of its {start} steps were trained before")
         if resume and not start:
@@ -271,7 +271,7 @@ def _evaluate(engine: Engine, corpus: Corpus, config: Config, log: MetricsLog, s
             corpus,
             config,
             split="test",
-            sequences=config.train.eval_sequences,
+            sequences=config.train.eval_limit,
             device=engine.device,
             rank=engine.rank,
             world_size=engine.world_size,

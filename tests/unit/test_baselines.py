@@ -31,7 +31,7 @@ def test_the_quickstart_ships_its_baselines():
 @pytest.mark.parametrize(
     "override",
     ["--train.steps=599", "--optimizer.lr=1e-3", "--model.layers=5", "--data.path=data/mine", "--name=mine",
-     "--data.upsample={es: 0}", "--data.mixing=token"],
+     "--data.upsample={es: 0}", "--data.mixing=token", "--optimizer.group_lr={es: 2}"],
 )  # fmt: skip
 def test_another_training_has_none(override):
     assert shipped_baselines(load_config("quickstart"))
@@ -41,6 +41,21 @@ def test_another_training_has_none(override):
 def test_what_a_recipe_sets_is_not_of_the_basis():
     assert shipped_baselines(load_config("quickstart", ["--recipe=certified"]))
     assert shipped_baselines(load_config("quickstart", ["--train.seed=7", "--masking.forget_heads=2"]))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "other"),
+    [("model", "experts", 4), ("optimizer", "group_lr", {"es": 2.0}), ("model", "head_bias", True)],
+)
+def test_a_key_younger_than_the_losses_must_have_its_default(monkeypatch, tmp_path, section, key, other):
+    config = load_config("quickstart")
+    shipped = json.loads((baselines.FOLDER / "quickstart.json").read_text())
+    shipped["basis"][section].pop(key, None)
+    (tmp_path / "quickstart.json").write_text(json.dumps(shipped))
+    monkeypatch.setattr(baselines, "FOLDER", tmp_path)
+    assert shipped_baselines(config)
+    changed = getattr(config, section).model_copy(update={key: other})
+    assert shipped_baselines(config.model_copy(update={section: changed})) == {}
 
 
 @pytest.mark.parametrize("name", ["quickstart", "debug"])

@@ -9,16 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 from checkpoints import CONFIG, make
-from corpora import build, config_for, mixed_records, record
+from corpora import build, config_for, record
 from exports import make_run
 
 from sgtm.config import load_config, save_config
 from sgtm.run import evaluate as evaluation
 from sgtm.run.evaluate import (
     check_sample,
-    count_sequences,
     evaluate_run,
-    small_samples,
     with_removals,
     write_summary,
 )
@@ -42,24 +40,14 @@ def test_losses_that_are_not_finite_are_an_error_and_no_summary(tmp_path, loss: 
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
 
 
-def test_a_small_split_is_described(tmp_path: Path):
-    corpus, config = build(tmp_path / "corpus", mixed_records()), config_for()
-    counts = {name: count_sequences(corpus, config, "test", name, 1000) for name in corpus.categories}
-    less = min(counts.values())
-    assert small_samples(corpus, config, "test", less, "key") == ""
-    named = " ".join(f"{counts[name]} of {name}{then}" for name, then in zip(counts, (",", " and", ""), strict=True))
-    assert small_samples(corpus, config, "test", 1000, "key") == (
-        f"key 1000: split test of {corpus.path} has {named}, and all of them are taken"
-    )
-
-
 def test_a_category_without_text_in_the_split_is_no_sample(tmp_path: Path):
     """There is nothing to measure of it, however many sequences are asked for."""
     corpus = build(tmp_path / "corpus", [record(0, "en", split="test"), record(1, "es")])
-    assert "has 2 of en, 0 of es and 0 of web" in small_samples(corpus, config_for(), "test", 3, "key")
     check_sample(corpus, config_for(), "test", ["en", "es"], 2)
     with pytest.raises(ValueError, match="has 2 of en; give at most 2"):
         check_sample(corpus, config_for(), "test", ["en", "es"], 3)
+    with pytest.raises(ValueError, match=r"key 3: split test of .* has 2 of en; give at most 2, or all"):
+        check_sample(corpus, config_for(), "test", ["en", "es"], 3, "key", "all")
 
 
 def test_a_sample_that_the_split_does_not_have_is_refused(tmp_path: Path):

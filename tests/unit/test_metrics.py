@@ -8,6 +8,7 @@ import pytest
 from many_domains import summary
 from tiny import tiny_config
 
+from sgtm.config import load_config
 from sgtm.config.sections import WandbConfig
 from sgtm.run.metrics import REFUSAL, MetricsLog, _start_wandb, read_metrics
 
@@ -59,6 +60,18 @@ def test_skipped_steps_are_told_where_one_watches(tmp_path, capsys):
     first, second = (line.strip() for line in capsys.readouterr().out.splitlines())
     assert "loss 2.000  (retain 2.000)  3 tokens/s" in first and "skipped" not in first
     assert "loss nan  9 skipped  3 tokens/s" in second
+
+
+@pytest.mark.parametrize(
+    ("sequences", "text"),
+    [("null", "on up to 64 sequences each"), (1, "on up to 1 sequence each"), ("all", "on all sequences")],
+)
+def test_an_evaluation_names_its_sample(tmp_path, capsys, sequences, text):
+    log = MetricsLog(tmp_path, load_config("debug", [f"--train.eval_sequences={sequences}"]), rank=0, start=0)
+    log.open()
+    with log:
+        log.evaluation(4, {"full": {"en": 2.0}}, {}, {})
+    assert f"eval at step 4, {text}: full: en 2.000" in capsys.readouterr().out
 
 
 def test_an_evaluation_that_is_not_finite_is_a_warning(tmp_path, capsys):

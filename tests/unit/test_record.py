@@ -58,6 +58,9 @@ def test_what_training_has_evaluated_is_shown(run, steps):
     assert page.rows[2][3] == "nan" and "makes the loss infinite or undefined on es" in page.text
     sentence = "These losses are of the evaluation in training after step 90, on up to 64 sequences of each category; "
     assert sentence in page.text and ("summary.json is of step 60." in page.text) == (steps is not None)
+    (run / "config.yaml").write_text(CONFIG.replace("steps: 90", "steps: 90, eval_sequences: all"))
+    assert "in training after step 90; sgtm eval" in (text := page_without_figures(run).text)
+    assert "measures the gradient norms." in text
     (run / "summary.json").write_text(json.dumps({**SUMMARY, "steps": 90}))
     assert "in training after step" not in page_without_figures(run).text
 

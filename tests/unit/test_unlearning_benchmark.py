@@ -67,7 +67,7 @@ RUNS = [
         seed=seed,
         directory=Path(f"runs/unmasked-s{seed}"),
         config=SimpleNamespace(
-            train=SimpleNamespace(steps=10, tokens_per_step=100, eval_sequences=9), optimizer=SimpleNamespace(lr=2.0)
+            train=SimpleNamespace(steps=10, tokens_per_step=100, eval_limit=9), optimizer=SimpleNamespace(lr=2.0)
         ),
     )
     for seed in (0, 1)

@@ -22,7 +22,13 @@ def shipped_baselines(config: Config) -> dict[str, dict[str, float]]:
     if not file.is_file():
         return {}
     shipped = json.loads(file.read_text("utf-8"))
-    return shipped["losses"] if shipped["basis"] == basis(config) else {}
+    ours = basis(config)
+    for section, values in ours.items():
+        for key in (
+            values.keys() - shipped["basis"][section].keys()
+        ):  # younger than the losses, so nothing but its default
+            shipped["basis"][section][key] = type(getattr(config, section)).model_fields[key].get_default()
+    return shipped["losses"] if shipped["basis"] == ours else {}
 
 
 def with_shipped(summary: dict, config: Config) -> dict:
@@ -36,8 +42,6 @@ def basis(config: Config) -> dict:
     values = config.spelled_out()
     shared = {section: values[section] for section in ("model", "optimizer")}
     del shared["optimizer"]["grad_clip_scope"]  # a recipe sets it
-    if not config.optimizer.group_lr:
-        del shared["optimizer"]["group_lr"]  # younger than the losses
     train = {key: getattr(config.train, key) for key in ("steps", "tokens_per_step", "precision", "init_from")}
     data = {key: getattr(config.data, key) for key in ("path", "mixing", "isolate_documents", "upsample")}
     return {**shared, "train": train, "data": data}
