@@ -238,6 +238,12 @@ EXPERIMENTS = {
         f"{trained('', 'known', stem='known')}",
         ("ablated",),
     ),
+    "trainer": Experiment(
+        "Masks in a Hugging Face Trainer",
+        "What does a group take with it from a Llama of transformers that was trained in a `Trainer`, alone and under "
+        "DeepSpeed ZeRO 2 on two ranks?",
+        f"{NOVELS}\npython benchmarks/trainer.py data/novels --json benchmarks/results/DEVICE/trainer.jsonl",
+    ),
     "batch": Experiment(
         "Batch composition",
         "Does it matter whether labels differ between steps, micro-batches, sequences or tokens, and whether an "
