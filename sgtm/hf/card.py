@@ -81,7 +81,7 @@ def _how(config: Config, hf_config: PretrainedConfig, adapted: bool) -> dict[str
         return {"adapters": "left out"}
     physically = {"heads": hf_config.num_attention_heads < config.model.heads}
     if config.model.experts:
-        physically["experts"] = hf_config.num_experts < config.model.experts
+        physically["experts"] = hf_config.num_local_experts < config.model.experts
     else:
         physically["neurons"] = hf_config.intermediate_size < config.model.intermediate_size
     return {unit: "physically removed" if gone else "zeroed" for unit, gone in physically.items()}

@@ -11,7 +11,14 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import GPTNeoConfig, LlamaConfig, MistralConfig, MixtralConfig, PretrainedConfig, Qwen2MoeConfig
+from transformers import (
+    GPTNeoConfig,
+    GraniteMoeSharedConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PretrainedConfig,
+)
 
 from sgtm.config.schema import ModelConfig
 from sgtm.hf.experts import experts_config, experts_shape
@@ -22,18 +29,19 @@ GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")  # two names of one function
 
 
 def model_config_from_hf(config: PretrainedConfig) -> ModelConfig:
-    """Shape of a pretrained GPT-Neo, Llama or Mixtral model (or a Mistral one without a sliding window, or a Qwen2-MoE
-    one without biases), to train it further.
+    """Shape of a pretrained GPT-Neo, Llama or Mixtral model (or a Mistral one without a sliding window, or a Granite
+    MoE one with shared experts and without multipliers), to train it further.
 
     Raises ValueError naming the key for whatever our transformer cannot compute. Dropout only shapes training, so it is
     reported and left out.
     """
     if isinstance(config, GPTNeoConfig):
         return _from_gpt_neo(config)
-    if isinstance(config, (LlamaConfig, MistralConfig, MixtralConfig, Qwen2MoeConfig)):
+    if isinstance(config, (LlamaConfig, MistralConfig, MixtralConfig, GraniteMoeSharedConfig)):
         return _from_llama(config)
     raise ValueError(
-        f"model_type {config.model_type!r} cannot be imported; known: gpt_neo, llama, mistral, mixtral, qwen2_moe"
+        f"model_type {config.model_type!r} cannot be imported; known: gpt_neo, llama, mistral, mixtral, "
+        f"granitemoeshared"
     )
 
 
@@ -91,11 +99,8 @@ def hf_config(
 
 def why_architecture(config: ModelConfig, exported: PretrainedConfig) -> str | None:
     """Why a run is exported as another architecture than its family; None where it is not."""
-    if exported.model_type == "qwen2_moe":
-        return (
-            "Mixtral has no shared experts; Qwen2-MoE halves them with a gate of 0 and has their output projection "
-            "doubled, which is the same computation"
-        )
+    if exported.model_type == "granitemoeshared":
+        return "Mixtral has no shared experts; Granite MoE with multipliers of 1 is the same computation with them"
     if exported.model_type != "mistral":
         return None
     return (
@@ -134,7 +139,7 @@ def _from_gpt_neo(config: GPTNeoConfig) -> ModelConfig:
     )
 
 
-def _from_llama(config: LlamaConfig | MistralConfig | MixtralConfig | Qwen2MoeConfig) -> ModelConfig:
+def _from_llama(config: LlamaConfig | MistralConfig | MixtralConfig | GraniteMoeSharedConfig) -> ModelConfig:
     _require(config, "hidden_act", config.hidden_act == "silu", "silu")
     for key in ("attention_bias", "mlp_bias"):
         _require(config, key, not getattr(config, key, False), "false")
@@ -146,7 +151,7 @@ def _from_llama(config: LlamaConfig | MistralConfig | MixtralConfig | Qwen2MoeCo
     _require(config, "rope_parameters", plain, "rope_theta, and rope_type default over the whole head (no scaling)")
     _warn_dropout(config, "attention_dropout")
     shape: dict[str, Any] = {"family": "llama", "intermediate_size": config.intermediate_size}
-    if isinstance(config, (MixtralConfig, Qwen2MoeConfig)):
+    if isinstance(config, (MixtralConfig, GraniteMoeSharedConfig)):
         shape["family"] = "mixtral"
         shape |= experts_shape(config, lambda *requirement: _require(config, *requirement))
     return ModelConfig(

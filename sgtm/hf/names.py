@@ -1,6 +1,6 @@
 """Parameter names of Hugging Face beside ours, by family; what a family does not list here cannot cross over.
 
-With shared experts the family mixtral has those of qwen2_moe.
+With shared experts the family mixtral has those of granitemoeshared.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ class Weight:
     theirs      names there; several where we fuse them
     owners      who owns the rows of each: `heads`, `kv_heads`, `neurons` or `experts`; empty for a joint parameter
     transposed  stored there as [out, in], here as [in, out]
-    shared      names of the shared experts' parts. Where there are some, or `{}` in `theirs`, each expert has tensors
-                of its own (sgtm/hf/experts.py)
+    shared      name of the shared experts' tensor, where there are some; those of the others are then stacked in one.
+                With `{}` in `theirs` each expert has tensors of its own (sgtm/hf/experts.py)
     """
 
     ours: str
     theirs: tuple[str, ...]
     owners: tuple[str, ...] = ()
     transposed: bool = False
-    shared: tuple[str, ...] = ()
+    shared: str = ""
 
     @property
     def each_expert(self) -> bool:
         return "{}" in self.theirs[0]
+
+    @property
+    def of_experts(self) -> bool:
+        return self.each_expert or bool(self.shared)
 
 
 @dataclass(frozen=True)
@@ -39,21 +43,6 @@ class Names:
     weights: tuple[Weight, ...]
 
 
-def _of_experts(moe: str, gate: str, up: str, down: str, shared: bool) -> tuple[Weight, ...]:
-    each, always = "experts.{}.", f"{moe}shared_expert."
-    beside = {name: (f"{always}{name}.weight",) if shared else () for name in (gate, up, down)}
-    return (
-        Weight("mlp.router", (f"{moe}gate.weight",), ("experts",)),
-        Weight(
-            "mlp.w_in",
-            (f"{moe}{each}{gate}.weight", f"{moe}{each}{up}.weight"),
-            ("experts",),
-            shared=beside[gate] + beside[up],
-        ),
-        Weight("mlp.w_out", (f"{moe}{each}{down}.weight",), ("experts",), transposed=True, shared=beside[down]),
-    )
-
-
 LLAMA_OUTER = {"embedding": "model.embed_tokens.weight", "final_norm.weight": "model.norm.weight"}
 LLAMA_BLOCK = "model.layers.{}."
 LLAMA_BESIDE_MLP = (
@@ -62,8 +51,7 @@ LLAMA_BESIDE_MLP = (
     Weight("attention.w_o", ("self_attn.o_proj.weight",), ("heads",), transposed=True),
     Weight("mlp_norm.weight", ("post_attention_layernorm.weight",)),
 )
-SHARED_GATE = "mlp.shared_expert_gate.weight"
-"""Inside a block of Qwen2-MoE; it has no place here (sgtm/hf/experts.py)."""
+MOE, EACH = "block_sparse_moe.", "block_sparse_moe.experts.{}."
 
 NAMES = {
     "gpt_neo": Names(
@@ -102,12 +90,30 @@ NAMES = {
         ),
     ),
     "mixtral": Names(
-        LLAMA_OUTER, LLAMA_BLOCK, LLAMA_BESIDE_MLP + _of_experts("block_sparse_moe.", "w1", "w3", "w2", shared=False)
-    ),
-    "qwen2_moe": Names(
         LLAMA_OUTER,
         LLAMA_BLOCK,
-        LLAMA_BESIDE_MLP + _of_experts("mlp.", "gate_proj", "up_proj", "down_proj", shared=True),
+        (
+            *LLAMA_BESIDE_MLP,
+            Weight("mlp.router", (f"{MOE}gate.weight",), ("experts",)),
+            Weight("mlp.w_in", (f"{EACH}w1.weight", f"{EACH}w3.weight"), ("experts",)),
+            Weight("mlp.w_out", (f"{EACH}w2.weight",), ("experts",), transposed=True),
+        ),
+    ),
+    "granitemoeshared": Names(
+        LLAMA_OUTER,
+        LLAMA_BLOCK,
+        (
+            *LLAMA_BESIDE_MLP,
+            Weight("mlp.router", (f"{MOE}router.layer.weight",), ("experts",)),
+            Weight("mlp.w_in", (f"{MOE}input_linear.weight",), ("experts",), shared="shared_mlp.input_linear.weight"),
+            Weight(
+                "mlp.w_out",
+                (f"{MOE}output_linear.weight",),
+                ("experts",),
+                transposed=True,
+                shared="shared_mlp.output_linear.weight",
+            ),
+        ),
     ),
 }
 HEAD = "lm_head.weight"
@@ -116,4 +122,4 @@ BUFFERS = (".attn.attention.bias", ".attn.attention.masked_bias", ".rotary_emb.i
 
 
 def names_of(family: str, shared_experts: int) -> Names:
-    return NAMES["qwen2_moe" if shared_experts else family]
+    return NAMES["granitemoeshared" if shared_experts else family]

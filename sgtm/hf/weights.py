@@ -18,8 +18,8 @@ from transformers import PretrainedConfig
 
 from sgtm.config.schema import ModelConfig
 from sgtm.hf.config import hf_config, model_config_from_hf
-from sgtm.hf.experts import check_shared_gate, expert_tensors, of_experts, shared_gate, unfused
-from sgtm.hf.names import BUFFERS, HEAD, SHARED_GATE, names_of
+from sgtm.hf.experts import expert_tensors, of_experts, unfused
+from sgtm.hf.names import BUFFERS, HEAD, names_of
 from sgtm.hf.units import fuse, unfuse, units_of
 from sgtm.masking.partition import Partition
 from sgtm.process.names import did_you_mean
@@ -40,8 +40,8 @@ class Conversion:
     A domain's own part of embedding and head is added to the shared matrices, unless it is removed.
 
     Raises ValueError for an unknown domain, one that is both removed and has a strength, a strength of another size,
-    experts that cannot go, and what Hugging Face's models do not have: GPT-Neo a head bias, Qwen2-MoE (with shared
-    experts) heads of another width.
+    experts that cannot go, and what Hugging Face's models do not have: GPT-Neo a head bias, Granite MoE (with
+    shared experts) heads of another width.
     """
 
     def __init__(
@@ -82,13 +82,11 @@ class Conversion:
             for weight in names.weights:
                 tensor = state[f"blocks.{i}.{weight.ours}"]
                 factors = self._factors if weight.transposed else self._present
-                if weight.each_expert:
+                if weight.of_experts:
                     drop = self._drop["experts"]
                     for name, part in expert_tensors(tensor, weight, units["experts"], shared, factors, drop):
                         yield names.block.format(i) + name, part
                     continue
-                if weight.ours == "mlp.router" and shared:
-                    yield names.block.format(i) + SHARED_GATE, shared_gate(tensor)
                 owners = [units[owner] for owner in weight.owners]
                 parts = unfuse(tensor, [owner.row_counts for owner in owners]) if owners else [tensor]
                 if owners:
@@ -147,7 +145,7 @@ def from_hf_state(hf_state: State, config: PretrainedConfig, partition: Partitio
     for i, layer in enumerate(partition.layers):
         units = units_of(layer, ours.size_per_head)
         for weight in names.weights:
-            if weight.each_expert:
+            if weight.of_experts:
                 block = names.block.format(i)
                 shared = ours.shared_experts
                 state[f"blocks.{i}.{weight.ours}"] = of_experts(take, block, weight, units["experts"], shared)
@@ -160,8 +158,6 @@ def from_hf_state(hf_state: State, config: PretrainedConfig, partition: Partitio
                 parts = [owner.to_groups(part) for owner, part in zip(owners, parts, strict=True)]
                 parts = [fuse(parts, [owner.row_counts for owner in owners])]
             state[f"blocks.{i}.{weight.ours}"] = parts[0]
-        if ours.shared_experts:
-            check_shared_gate(take(names.block.format(i) + SHARED_GATE))
     if hf:
         raise ValueError(f"{config.model_type} weights hold tensors that this model has no place for: {sorted(hf)[:5]}")
     return state

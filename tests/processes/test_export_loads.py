@@ -46,14 +46,16 @@ MODELS = {
     "gpt_neo": GPT_NEO,
     "llama": LLAMA.replace("tie_embeddings: false", "tie_embeddings: true, rope_theta: 500.0"),
     "mixtral": MIXTRAL.replace("tie_embeddings: false", "tie_embeddings: false, rope_theta: 500.0"),
-    "qwen2_moe": SHARED_EXPERTS.replace("tie_embeddings: false", "tie_embeddings: true, rope_theta: 500.0"),
+    "granitemoeshared": SHARED_EXPERTS.replace("tie_embeddings: false", "tie_embeddings: true, rope_theta: 500.0"),
 }
 VOCABULARY = 640
 """Rows of the embedding: more than any of the tokenizers has tokens."""
 CASES = [(kind, "llama", (), "pruned") for kind in KINDS] + [("bos", "gpt_neo", (), "pruned")]
 CASES += [("bos", family, ("es",), form) for family in MODELS for form in ("pruned", "shards")]
 CASES += [("bos", family, ("es",), "zeroed") for family in ("gpt_neo", "llama")]  # experts cannot be zeroed
-CASES += [("bos", family, remove, "pruned") for family in ("mixtral", "qwen2_moe") for remove in ((), ("es", "fr"))]
+CASES += [
+    ("bos", family, remove, "pruned") for family in ("mixtral", "granitemoeshared") for remove in ((), ("es", "fr"))
+]
 ROOT = Path(__file__).parents[2]
 FOUR = ROOT / ".venv" / "transformers-4"
 """Written by the Makefile."""

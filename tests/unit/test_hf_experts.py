@@ -8,12 +8,12 @@ import pytest
 import torch
 from families import partition_of
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM, GraniteMoeSharedConfig, MixtralConfig
 
 from sgtm.config.schema import ModelConfig
 from sgtm.hf.config import model_config_from_hf, why_architecture
-from sgtm.hf.experts import SHARED_GATE, unfused
-from sgtm.hf.weights import Conversion, from_hf_state, to_hf_state
+from sgtm.hf.experts import unfused
+from sgtm.hf.weights import Conversion, to_hf_state
 from sgtm.masking.labels import LabelSpace
 from sgtm.model.transformer import Transformer
 
@@ -36,21 +36,25 @@ def state_of(config: ModelConfig):
 
 @by_config
 def test_experts_of_a_removed_domain_are_gone(config):
-    """The four that are left are the original 0, 2, 3 and 5; removed heads are zeroed in Qwen2-MoE."""
+    """The four that are left are the original 0, 2, 3 and 5; removed heads are zeroed in Granite MoE."""
     state, partition = state_of(config)
     full, _ = to_hf_state(state, config, partition)
     left, shape = to_hf_state(state, config, partition, ["bio"])
-    assert shape.num_experts == 4 and shape.num_experts_per_tok == 2
+    assert shape.num_local_experts == 4 and shape.num_experts_per_tok == 2
     assert shape.num_attention_heads == (6 if config.shared_experts else 4)
-    prefix, gate = ("mlp", "gate_proj") if config.shared_experts else ("block_sparse_moe", "w1")
-    name = f"model.layers.1.{prefix}.experts.{{}}.{gate}.weight"
-    for number, original in enumerate((0, 2, 3, 5)):
-        assert torch.equal(left[name.format(number)], full[name.format(original)])
-    router = f"model.layers.0.{prefix}.gate.weight"
-    assert torch.equal(left[router], full[router][[0, 2, 3, 5]])
+    moe, originals = "model.layers.1.block_sparse_moe.", [0, 2, 3, 5]
+    if config.shared_experts:
+        for matrix in ("input_linear", "output_linear"):
+            assert torch.equal(left[f"{moe}{matrix}.weight"], full[f"{moe}{matrix}.weight"][originals])
+    else:
+        for number, original in enumerate(originals):
+            name = f"{moe}experts.{{}}.w1.weight"
+            assert torch.equal(left[name.format(number)], full[name.format(original)])
+    router = f"{moe}{'router.layer' if config.shared_experts else 'gate'}.weight"
+    assert torch.equal(left[router], full[router][originals])
     numel = sum(tensor.numel() for key, tensor in left.items() if key != "lm_head.weight")
-    attention, heads = 0 if config.shared_experts else 2, config.shared_experts
-    by_hand = 31 * 24 + 24 + 2 * (2 * 24 + 4 * 24 + 3 * 10 * 24 * (4 + heads) + (24 if heads else 0))
+    attention, shared = 0 if config.shared_experts else 2, config.shared_experts
+    by_hand = 31 * 24 + 24 + 2 * (2 * 24 + 4 * 24 + 3 * 10 * 24 * (4 + shared))
     by_hand += 2 * (2 * (6 - attention) * 4 * 24 + 2 * (3 - attention // 2) * 4 * 24)
     assert numel == by_hand
 
@@ -73,25 +77,25 @@ def test_other_models_stay_as_they_are():
     assert unfused(state, "llama") == state
 
 
-def test_shared_experts_are_halved_and_doubled_without_rounding():
+def test_the_gates_of_shared_experts_come_before_their_ups():
     state, partition = state_of(SHARED)
     exported, _ = to_hf_state(state, SHARED, partition)
-    assert not exported[f"model.layers.0.{SHARED_GATE}"].any()
-    down, ours = exported["model.layers.0.mlp.shared_expert.down_proj.weight"], state["blocks.0.mlp.w_out"][:20]
-    assert torch.equal(torch.sigmoid(torch.zeros(())) * down.t(), ours)
-    gates = state["blocks.0.mlp.w_in"][:40].unflatten(0, (2, 2, 10))[:, 0].flatten(0, 1)
-    assert torch.equal(exported["model.layers.0.mlp.shared_expert.gate_proj.weight"], gates)
+    gates, ups = state["blocks.0.mlp.w_in"][:40].unflatten(0, (2, 2, 10)).transpose(0, 1).flatten(1, 2)
+    assert torch.equal(exported["model.layers.0.shared_mlp.input_linear.weight"], torch.cat((gates, ups)))
+    down = exported["model.layers.0.shared_mlp.output_linear.weight"]
+    assert torch.equal(down.t(), state["blocks.0.mlp.w_out"][:20])
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"norm_topk_prob": False}, "norm_topk_prob is False, only true"),
-        ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2, only 1"),
-        ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\], only \[\]"),
-        ({"qkv_bias": True}, "qkv_bias is True, only false"),
-        ({"shared_expert_intermediate_size": 15}, "shared_expert_intermediate_size is 15, only a multiple of .* 10"),
-        ({"use_sliding_window": True, "sliding_window": 4}, "sliding_window is 4, only null"),
+        ({"embedding_multiplier": 12}, "embedding_multiplier is 12, only 1 can"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier is 0.22, only 1 can"),
+        ({"logits_scaling": 6}, "logits_scaling is 6, only 1 can"),
+        ({"attention_multiplier": 1.0}, "attention_multiplier is 1.0, only 0.5 can"),
+        ({"shared_intermediate_size": 15}, "shared_intermediate_size is 15, only a multiple of .* 10"),
+        ({"shared_intermediate_size": 0}, "shared_intermediate_size is 0, only a multiple of .* 10"),
+        ({"attention_bias": True}, "attention_bias is True, only false"),
         ({"num_experts_per_tok": 1}, "experts_per_token 1: family mixtral takes at least 2"),
     ],
 )
@@ -100,21 +104,13 @@ def test_what_ours_does_not_compute_is_refused(keys, message):
     shape = Conversion(SHARED, partition).config
     assert model_config_from_hf(shape) == SHARED.model_copy(update={"kv_heads": 3})
     with pytest.raises(ValueError, match=message):
-        model_config_from_hf(Qwen2MoeConfig(**(shape.to_dict() | keys)))
+        model_config_from_hf(GraniteMoeSharedConfig(**(shape.to_dict() | keys)))
 
 
 def test_a_mixtral_with_a_window_is_refused():
     shape = Conversion(MIXTRAL, partition_of(SPACE, MIXTRAL, **MASKING)).config
     with pytest.raises(ValueError, match="mixtral config: sliding_window is 4, only null"):
         model_config_from_hf(MixtralConfig(**(shape.to_dict() | {"sliding_window": 4})))
-
-
-def test_a_gate_that_depends_on_the_token_is_refused():
-    state, partition = state_of(SHARED)
-    exported, shape = to_hf_state(state, SHARED, partition)
-    exported[f"model.layers.1.{SHARED_GATE}"][0, 3] = 0.5
-    with pytest.raises(ValueError, match=r"mlp\.shared_expert_gate\.weight is not 0: only a shared expert"):
-        from_hf_state(exported, shape, partition)
 
 
 @by_config
@@ -128,10 +124,10 @@ def test_experts_cannot_be_zeroed(config):
         Conversion(config, some, ["bio"])
     Conversion(config, some), Conversion(config, partition, prune=False)
     heads_alone = partition_of(SPACE, config, **MASKING | {"forget_experts": 0})
-    assert Conversion(config, heads_alone, ["bio"], prune=False).config.num_experts == 6
+    assert Conversion(config, heads_alone, ["bio"], prune=False).config.num_local_experts == 6
 
 
-def test_heads_that_qwen2_moe_does_not_have_are_refused():
+def test_heads_that_granite_moe_does_not_have_are_refused():
     config = SHARED.model_copy(update={"head_dim": 6})
     with pytest.raises(ValueError, match=r"6 heads of 6 are not hidden_size 24; train without shared experts, or with"):
         Conversion(config, partition_of(SPACE, config, **MASKING))

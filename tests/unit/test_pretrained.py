@@ -19,7 +19,6 @@ from sgtm.config.schema import ModelConfig
 from sgtm.data.plain_text import plain_text
 from sgtm.data.tokenizer import EOS, train_bpe
 from sgtm.hf.config import hf_config
-from sgtm.hf.names import SHARED_GATE
 from sgtm.hf.pretrained import check_tokenizer, load_pretrained
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition
@@ -52,8 +51,8 @@ def write(folder, config: ModelConfig, **options) -> AutoModelForCausalLM:
     shape = hf_config(config, heads=config.heads, kv_heads=config.num_kv_heads, experts=config.experts)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(shape)
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, std=0.0 if name.endswith(SHARED_GATE) else 0.3)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
     model.to(options.pop("dtype", torch.float32)).save_pretrained(folder, **options)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 

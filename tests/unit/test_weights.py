@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, Mistra
 
 from sgtm.config.schema import ModelConfig
 from sgtm.hf.config import model_config_from_hf
-from sgtm.hf.experts import DOWN, GATE_UP, MATRICES, SHARED_GATE, unfused
+from sgtm.hf.experts import DOWN, GATE_UP, unfused
 from sgtm.hf.weights import Conversion, from_hf_state, to_hf_state
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition
@@ -84,32 +84,33 @@ def random_model(config: ModelConfig, partition: Partition) -> Transformer:
 
 
 def randomise(hf, std: float = 1.0) -> None:
-    """But for the gates of shared experts, which we do not have."""
-    for name, parameter in hf.named_parameters():
-        if not name.endswith(SHARED_GATE):
-            torch.nn.init.normal_(parameter, std=std)
+    for parameter in hf.parameters():
+        torch.nn.init.normal_(parameter, std=std)
 
 
 def load_hf(state, config):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     state = dict(state)
-    for name, _ in model.named_parameters():
-        if name.endswith((GATE_UP, DOWN)):  # as transformers 5 does on loading
-            state[name] = fused(state, name, config)
-    model.load_state_dict({name.replace(".block_sparse_moe.", ".mlp."): state[name] for name in state})
+    if config.model_type == "granitemoeshared":  # as transformers 5 does on loading
+        in_folder = unfused({name: name for name in model.state_dict()}, config.model_type)
+        state = {name: state[folder] for folder, name in in_folder.items()}
+    if config.model_type == "mixtral":
+        for name, _ in model.named_parameters():
+            if name.endswith((GATE_UP, DOWN)):
+                state[name] = fused(state, name, config.num_local_experts)
+        state = {name.replace(".block_sparse_moe.", ".mlp."): state[name] for name in state}
+    model.load_state_dict(state)
     return model
 
 
-def fused(state: dict[str, torch.Tensor], name: str, config) -> torch.Tensor:
-    """The experts' tensors of a folder, which are taken out, as a model has them under `name`."""
-    gate, up, down = MATRICES[config.model_type]
-    block, _, matrix = name.rpartition(".experts.")
-    block = block.replace(".mlp", ".block_sparse_moe") if config.model_type == "mixtral" else block
+def fused(state: dict[str, torch.Tensor], name: str, experts: int) -> torch.Tensor:
+    """The experts' tensors of a Mixtral folder, which are taken out, as a model has them under `name`."""
+    block, _, matrix = name.replace(".mlp", ".block_sparse_moe").rpartition(".experts.")
 
     def stacked(of: str) -> torch.Tensor:
-        return torch.stack([state.pop(f"{block}.experts.{e}.{of}.weight") for e in range(config.num_experts)])
+        return torch.stack([state.pop(f"{block}.experts.{e}.{of}.weight") for e in range(experts)])
 
-    return stacked(down) if matrix == "down_proj" else torch.cat((stacked(gate), stacked(up)), dim=1)
+    return stacked("w2") if matrix == "down_proj" else torch.cat((stacked("w1"), stacked("w3")), dim=1)
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES)
@@ -193,15 +194,11 @@ def test_removed_groups_leave_nothing_behind(case):
     hf, shape = to_hf_state(state, config, partition, ["bio"])
     exported = {value for tensor in hf.values() for value in tensor.flatten().tolist()}
     assert not any(value < 0 for value in exported)
-    doubled = 2 * config.shared_experts * config.intermediate_size
-    for name in state:
-        if doubled and name.endswith("w_out"):  # rows of the shared experts
-            state[name][: doubled // 2] *= 2
     others = {value for tensor in state.values() for value in tensor.flatten().tolist() if value > 0}
     assert others <= exported
     whole = all(partition.masked(i) for i in range(config.layers))
     if config.experts:
-        assert shape.num_experts == config.experts - 2
+        assert shape.num_local_experts == config.experts - 2
         assert shape.num_attention_heads == config.heads - 2 * (not config.shared_experts)
         return
     assert shape.intermediate_size == (config.intermediate_size - partition.layers[0].neurons[1] if whole else 40)
