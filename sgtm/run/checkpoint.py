@@ -199,6 +199,12 @@ def open_run(run_dir: Path | str, data: str | None = None) -> tuple[Config, Path
     config = locate_data(load_run_config(Path(run_dir)), Path(run_dir), data)
     checkpoints = finished(run_dir)
     if not checkpoints:
+        unfinished = sorted(path.name for path in checkpoints_dir(run_dir).glob(".tmp-step_*"))
+        if unfinished:
+            raise ValueError(
+                f"{run_dir} has no finished checkpoint: {unfinished[-1]} is being written, or a run that was killed "
+                f"left it; wait for it, or go on with `sgtm train {run_dir} --resume`"
+            )
         raise ValueError(f"{run_dir} has no checkpoint yet; train first")
     newest, wrong = newest_whole(checkpoints)
     if newest is None:

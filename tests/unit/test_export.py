@@ -332,6 +332,22 @@ def test_no_run_no_checkpoint_or_a_damaged_one_is_named(tmp_path):
         export_run(tmp_path / "run", [], tmp_path / "out")
 
 
+def test_a_checkpoint_that_is_being_written_is_not_taken(tmp_path):
+    make_run(tmp_path / "run", GPT_NEO)
+    checkpoints = tmp_path / "run/checkpoints"
+    unfinished = checkpoints / ".tmp-step_00000009"
+    unfinished.mkdir()
+    (unfinished / "mp_rank_00_model_states.pt").write_bytes(b"half")
+    record = json.loads((export_run(tmp_path / "run", [], tmp_path / "out") / RECORD).read_text())
+    assert record["checkpoint"]["step"] == 7
+    (checkpoints / "step_00000007").rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        ValueError, match=r"no finished checkpoint: \.tmp-step_00000009 is being written, or a run that"
+    ):
+        export_run(tmp_path / "run", [], tmp_path / "again")
+    assert not (tmp_path / "again").exists() and (unfinished / "mp_rank_00_model_states.pt").read_bytes() == b"half"
+
+
 def test_nothing_can_be_removed_from_a_run_without_masks(tmp_path):
     make_run(tmp_path / "run", GPT_NEO.replace("masking: {", "masking: {strategy: none, "))
     with pytest.raises(ValueError, match="run was trained without masks: no group of it holds es, fr"):
