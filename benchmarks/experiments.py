@@ -237,6 +237,13 @@ EXPERIMENTS = {
         f"sgtm export runs/claims.sweep/unmasked-s0 --out export/unmasked\n"
         f"{trained('', 'known', stem='known')}",
         ("ablated",),
+        "Each run starts from the unmasked model of `claims` and trains as long again, at the peak rate of a new "
+        "run. On English alone (`known-filtered`) it forgets Spanish by itself, and is then half a nat from a "
+        "model that never saw any (`filtered` in `claims`). Without their groups, `paper` and `dual` know more "
+        "Spanish than that, by one and by two nats. So training on English moves what was there, and masks do not "
+        "help it. With their groups, they keep Spanish, a sixth to a quarter of a nat behind `known-unmasked`. In "
+        "EleutherAI's 6.9B model (docs/integrations.md) removing routed dimensions took nothing; that training "
+        "was short beside the first one, and this one is as long.",
     ),
     "trainer": Experiment(
         "Masks in a Hugging Face Trainer",
