@@ -1,6 +1,7 @@
 """What vLLM makes of exported folders, without our code: `load_vllm.py INPUT.json OUT.json FOLDER...`.
 
-OUT.json has it by folder. INPUT.json holds `ids`, lists of token ids, `texts`, and `new`, how many tokens to generate. Needs vllm.
+OUT.json has it by folder. INPUT.json holds `ids`, lists of token ids, `texts`, and `new`, how many tokens to generate.
+Needs vllm.
 """
 
 from __future__ import annotations
