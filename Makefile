@@ -62,7 +62,7 @@ quick: lint
 aot: install
 	$(BIN)/python -m sgtm_kernels.tools.aot $(AOT_ARGS)
 
-mutants: install
+mutants: install $(TITAN)/.installed
 	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
 
 cluster-test: install

@@ -145,10 +145,10 @@ class _NormScale(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float | None, plan: MaskPlan, kind: str) -> Tensor:
     """`nn.RMSNorm` of x [B, S, ..., D] with weight [D]; `kind`: who may update the weight."""
     plan.check(x)
-    return _RMSNorm.apply(x, weight, eps, plan, kind)
+    return _WholeNorm.apply(x, weight, eps, plan, kind)
 
 
-class _RMSNorm(torch.autograd.Function):
+class _WholeNorm(torch.autograd.Function):
     """Value and dX are torch's own, which differ between devices; dX normalizes x again."""
 
     @staticmethod

@@ -101,8 +101,8 @@ def apply_sgtm(config: Trainer.Config, masking: MaskingConfig | Mapping[str, Any
         raise ValueError(f"model_spec has {name}; only torchtitan's Llama3Model.Config can be masked")
     names = {group.optimizer_name for group in config.optimizer.param_groups}
     if type(config.optimizer) is not OptimizersContainer.Config or names != {"AdamW"}:
-        found = ", ".join(sorted(names)) or "no param_groups"
-        raise ValueError(f"optimizer is {type(config.optimizer).__qualname__} of {found}; only AdamW can be masked")
+        groups = ", ".join(sorted(names)) or "no param_groups"
+        raise ValueError(f"optimizer is {type(config.optimizer).__qualname__} of {groups}; only AdamW can be masked")
     config.model_spec = replace(spec, model=derive(model, MaskedLlama.Config, masking=checked.model_dump()))
     config.optimizer = derive(config.optimizer, SgtmOptimizers.Config)
     return config

@@ -118,7 +118,7 @@ def one_process(titan, fused: bool) -> dict[int, list[dict]]:
     """Weights before the first step and after each, of micro-batches of two sequences and of one."""
     from sgtm.integrations.optimizer import SgtmAdamW
 
-    found = {}
+    results = {}
     for size in (1, 2):
         model = titan.masked_llama(titan.llama_config(fused))
         optimizer = SgtmAdamW(model, **titan.OPTIONS)
@@ -131,15 +131,15 @@ def one_process(titan, fused: bool) -> dict[int, list[dict]]:
             optimizer.step()
             optimizer.zero_grad()
             history.append(pieces_of(model, dict(model.named_parameters())))
-        found[size] = history
-    return found
+        results[size] = history
+    return results
 
 
 def resumed(titan, folder: str) -> list[tuple[dict, dict, list[dict]]]:
     """Steps counted, weights and moments after three steps: without a pause, and from a checkpoint after two."""
     from torchtitan.components.checkpointer import CheckpointManager
 
-    found = []
+    results = []
     for first in (0, 2):
         checkpoint = CheckpointManager.Config(enable=True, interval=2)
         trainer = build(titan, first, checkpoint=checkpoint, dump_folder=folder)
@@ -149,22 +149,22 @@ def resumed(titan, folder: str) -> list[tuple[dict, dict, list[dict]]]:
             if trainer.step == 2:
                 trainer.checkpointer.save(2)
         (optimizer,) = trainer.optimizers
-        found.append((dict(optimizer.param_groups[0]["steps"]), weights_of(trainer), moments_of(trainer)))
+        results.append((dict(optimizer.param_groups[0]["steps"]), weights_of(trainer), moments_of(trainer)))
         trainer.close()
-    return found
+    return results
 
 
 def evaluated(titan) -> list[torch.Tensor]:
     """Logits of the full and the ablated model, sharded and whole."""
     from sgtm.integrations.torchtitan import ablate
 
-    trainer, whole, found = build(titan), titan.masked_llama().eval(), []
+    trainer, whole, results = build(titan), titan.masked_llama().eval(), []
     ids, _ = sequences(titan, 0, 0, 2)
     for model in (trainer.model_parts[0].eval(), whole):
         for domains in ([], ["bio"]):
             with torch.no_grad(), ablate(model, domains):
-                found.append(model(ids))
-    return found
+                results.append(model(ids))
+    return results
 
 
 def loaded(titan) -> list[dict]:

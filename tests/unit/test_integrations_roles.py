@@ -9,7 +9,7 @@ from torch import nn
 from sgtm.config.sections import MaskingConfig
 from sgtm.integrations.roles import Family, Role, masked_modules, owned_parameters, partition_of
 from sgtm.integrations.settings import space_of
-from sgtm.integrations.stretches import pieces
+from sgtm.integrations.stretches import Owned, pieces
 from sgtm.model.rows import ALWAYS
 
 HEADS, KV_HEADS, WIDTH, NEURONS, VOCAB = 4, 2, 8, 6, 11
@@ -42,31 +42,36 @@ class Model(nn.Module):
         self.blocks = blocks(layers if blocks is nn.ModuleList else {str(n): block for n, block in enumerate(layers)})
 
 
-def owners(model: nn.Module, masking: MaskingConfig = MASKING) -> dict[str, list[tuple[str, int, int]]]:
+def owned_of(model: nn.Module, masking: MaskingConfig = MASKING) -> dict[str, Owned]:
     partition = partition_of(model, FAMILY, HEADS, KV_HEADS, masking, space_of(masking))
-    owned = owned_parameters(model, masked_modules(model, FAMILY, partition))
-    return {name: list(pieces(one)) for name, one in owned.items()}
+    return owned_parameters(model, masked_modules(model, FAMILY, partition))
+
+
+def owners(model: nn.Module, masking: MaskingConfig = MASKING) -> dict[str, list[tuple[str, int, int]]]:
+    return {name: list(pieces(owned)) for name, owned in owned_of(model, masking).items()}
 
 
 @pytest.mark.parametrize("blocks", [nn.ModuleDict, nn.ModuleList])
 def test_groups_are_the_last_rows_or_columns(blocks):
-    found = owners(Model(blocks))
-    assert list(found) == [name for name, _ in Model(blocks).named_parameters()]
+    keys = owners(Model(blocks))
+    assert list(keys) == [name for name, _ in Model(blocks).named_parameters()]
     for block in ("blocks.0", "blocks.1"):
-        assert found[f"{block}.qkv.weight"] == [("attn_in.retain", 0, 8), ("attn_in.bio", 8, 16)]
-        assert found[f"{block}.out.weight"] == [("attn_out.retain", 0, 4), ("attn_out.bio", 4, 8)]
-        assert found[f"{block}.out.bias"] == [("attn_out_bias", 0, WIDTH)]
-        assert found[f"{block}.up.bias"] == [("mlp_in.retain", 0, 5), ("mlp_in.bio", 5, 6)]
-        assert found[f"{block}.norm.bias"] == [("norm", 0, WIDTH)]
-    assert found["head.weight"] == [("head", 0, VOCAB)]
+        assert keys[f"{block}.qkv.weight"] == [("attn_in.retain", 0, 8), ("attn_in.bio", 8, 16)]
+        assert keys[f"{block}.out.weight"] == [("attn_out.retain", 0, 4), ("attn_out.bio", 4, 8)]
+        assert keys[f"{block}.out.bias"] == [("attn_out_bias", 0, WIDTH)]
+        assert keys[f"{block}.up.bias"] == [("mlp_in.retain", 0, 5), ("mlp_in.bio", 5, 6)]
+        assert keys[f"{block}.norm.bias"] == [("norm", 0, WIDTH)]
+    assert keys["head.weight"] == [("head", 0, VOCAB)]
+    by_columns = {name for name, owned in owned_of(Model(blocks)).items() if owned.dim == 1}
+    assert by_columns == {f"blocks.{block}.{name}.weight" for block in (0, 1) for name in ("out", "down")}
 
 
 def test_a_tied_matrix_has_both_kinds_and_a_free_layer_none():
     model = Model()
     model.head.weight = model.embedding.weight
-    found = owners(model, MASKING.model_copy(update={"masked_layers": [1]}))
-    assert found["embedding.weight"] == [("embedding+head", 0, VOCAB)] and "head.weight" not in found
-    assert {key for name, parts in found.items() if name.startswith("blocks.0") for key, _, _ in parts} == {ALWAYS}
+    keys = owners(model, MASKING.model_copy(update={"masked_layers": [1]}))
+    assert keys["embedding.weight"] == [("embedding+head", 0, VOCAB)] and "head.weight" not in keys
+    assert {key for name, parts in keys.items() if name.startswith("blocks.0") for key, _, _ in parts} == {ALWAYS}
 
 
 class Narrow(nn.Linear):
