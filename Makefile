@@ -43,10 +43,17 @@ $(LM_EVAL)/.installed: tests/lm-eval.txt $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --no-compile --upgrade --target $(LM_EVAL) -r tests/lm-eval.txt
 	touch $@
 
+# For the tests of sgtm/integrations/torchtitan.py: torchtitan in a folder of its own, which has none for Python 3.10.
+TITAN := .venv/torchtitan
+
+$(TITAN)/.installed: tests/torchtitan.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --upgrade --target $(TITAN) -r tests/torchtitan.txt
+	touch $@
+
 # Three processes for two cores: tests use one thread each, and some wait. What one has not begun, another takes.
 PYTEST_ARGS ?= -n 3 --dist worksteal
 
-test: install $(FOUR)/.installed $(LM_EVAL)/.installed
+test: install $(FOUR)/.installed $(LM_EVAL)/.installed $(TITAN)/.installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 quick: lint
@@ -55,7 +62,7 @@ quick: lint
 aot: install
 	$(BIN)/python -m sgtm_kernels.tools.aot $(AOT_ARGS)
 
-mutants: install
+mutants: install $(TITAN)/.installed
 	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
 
 cluster-test: install

@@ -56,6 +56,7 @@ setup(
     ],
     extras_require={
         "trainer": ["accelerate>=1.10"],  # of Hugging Face's Trainer: docs/integrations.md
+        "torchtitan": ['torchtitan==0.3.*; python_version >= "3.11"'],  # docs/integrations.md
         "dev": [
             "accelerate>=1.10",
             "pytest>=8",

@@ -122,6 +122,9 @@ class Tree:
             if (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, folder / name)
+        for path in ROOT.glob(".venv/*/.installed"):  # packages of single tests, from the Makefile
+            (folder / ".venv").mkdir(exist_ok=True)
+            (folder / ".venv" / path.parent.name).symlink_to(path.parent)
         author = ("-c", "user.name=mutants", "-c", "user.email=mutants@localhost")
         for command in (("init",), ("add", "--all"), (*author, "commit", "--message=tree")):  # rows carry a commit
             subprocess.run(

@@ -44,7 +44,7 @@ ROOMS = {
     "sgtm.hf": "Hugging Face models, both ways",
     "sgtm.audit": "an exported folder held against its run",
     "sgtm.inference": "completions and token losses of runs and exported folders",
-    "sgtm.integrations": "masks in models and trainers of Hugging Face",
+    "sgtm.integrations": "masks in models and trainers of Hugging Face and torchtitan",
     "sgtm.unlearning": "baselines from a run's model: post-hoc unlearning, adapters",
     "sgtm.training": "the step and the loop",
     "sgtm_kernels.tools": "ahead-of-time suite, tuning, timing; each op's variants.py",

@@ -1,1 +1,1 @@
-"""SGTM inside models and trainers of other libraries: `sgtm.integrations.hf`."""
+"""SGTM inside models and trainers of other libraries: `sgtm.integrations.hf`, `sgtm.integrations.torchtitan`."""

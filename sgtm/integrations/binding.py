@@ -26,6 +26,8 @@ from sgtm_kernels.tables import Tables
 LABELS = "sgtm_labels"
 """Argument of the model, and column of the data: the applied label of each sequence."""
 PLAN = "sgtm_plan"
+WRAPPED = "_checkpoint_wrapped_module"
+"""Of `torch.distributed.algorithms._checkpoint`, which FSDP and torchtitan put around layers."""
 
 
 class Binding:
@@ -40,11 +42,11 @@ class Binding:
         self.space, self.tables, self.partition, self.owned = space, tables, partition, owned
         self.removed: frozenset[int] = frozenset()
         self.trained: set[int] = set()
-        self.stepped = False
+        self.stepped = self._handed_over = False
         self._current = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_current"}
+        return {name: value for name, value in self.__dict__.items() if name != "_current"} | {"_handed_over": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _current=threading.local())
@@ -78,19 +80,40 @@ class Binding:
     @torch.compiler.disable
     def begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Forward pre-hook: labels count in training, and are dropped in evaluation mode without gradients."""
+        self._hand_over(model)
         kwargs = dict(kwargs)
-        labels, self._current.plan = kwargs.pop(LABELS, None), None
+        labels, self._current.plan, self._current.labels = kwargs.pop(LABELS, None), None, None
         if labels is not None and (model.training or torch.is_grad_enabled()):
             if self.removed:
                 raise ValueError("an ablated model cannot be trained with labels: leave `with ablate(...)` first")
             source = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
-            self._current.plan = self._plan(label_numbers(labels, self.space), *source.shape[:2])
+            self._current.labels = label_numbers(labels, self.space)
+            self._current.plan = self._plan(self._current.labels, *source.shape[:2])
         return args, kwargs
+
+    def plan_of_part(self, x: torch.Tensor) -> MaskPlan | None:
+        """The plan of a part [B, S, ...] of all sequences of the last call, which a loss passes to the head later."""
+        labels = getattr(self._current, "labels", None)
+        return None if labels is None else self._plan(labels, *x.shape[:2])
 
     @torch.compiler.disable
     def end(self, model: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook."""
         self._current.plan = None
+
+    def _hand_over(self, model: nn.Module) -> None:
+        """Give layers inside a `CheckpointWrapper` their plan from outside, once: it runs them again with its own."""
+        if not self._handed_over:
+            self._handed_over = True
+            for module in model.modules():
+                if isinstance(getattr(module, WRAPPED, None), BoundLayer):
+                    module.register_forward_pre_hook(_with_plan, with_kwargs=True)
+
+    def groups_of(self, domains: Iterable[str]) -> frozenset[int]:
+        """Raises ValueError for an unknown domain."""
+        if isinstance(domains, str):
+            raise ValueError(f"domains is {domains!r}; give a list, [{domains!r}]")
+        return frozenset(self.space.group_of(domain) for domain in domains)
 
     def _plan(self, labels: list[int], batch: int, seq_len: int) -> MaskPlan:
         if len(labels) != batch:
@@ -122,6 +145,20 @@ def binding_of(model: nn.Module) -> Binding:
     if not isinstance(getattr(inner, "sgtm", None), Binding):
         raise ValueError(f"{type(model).__name__} is not masked; call apply_sgtm(model, masking) first")
     return inner.sgtm
+
+
+@contextmanager
+def ablate(model: nn.Module, domains: Iterable[str]) -> Iterator[None]:
+    """Inside, the model runs without the groups of these domains, wherever no gradients with labels are recorded.
+
+    Raises ValueError for an unknown domain.
+    """
+    binding = binding_of(model)
+    before, binding.removed = binding.removed, binding.groups_of(domains)
+    try:
+        yield
+    finally:
+        binding.removed = before
 
 
 def label_numbers(labels: Any, space: LabelSpace) -> list[int]:
@@ -177,6 +214,11 @@ class BoundLayer(Bound):
         argument = kwargs.pop(PLAN, None)
         with self.sgtm.using(argument and argument.plan):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def _with_plan(wrapper: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook of a `CheckpointWrapper`."""
+    return args, {**kwargs, PLAN: PlanArgument(getattr(wrapper, WRAPPED).sgtm.plan)}
 
 
 @cache

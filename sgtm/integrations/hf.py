@@ -10,25 +10,22 @@ docs/method.md, bit for bit for every family.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from sgtm.config.sections import MaskingConfig
-from sgtm.integrations.binding import Binding, binding_of
+from sgtm.integrations.binding import ablate, binding_of
 from sgtm.integrations.collator import SgtmCollator
-from sgtm.integrations.families import blocks_of, masked_modules, owned_parameters, partition_of
-from sgtm.integrations.modules import mask_layer, mask_module
+from sgtm.integrations.families import blocks_of, masked_modules, partition_of
+from sgtm.integrations.modules import mask_model
 from sgtm.integrations.optimizer import SgtmAdamW
 from sgtm.integrations.range_adamw import is_sharded
 from sgtm.integrations.settings import check_masking, space_of
 from sgtm.integrations.stretches import pieces
 from sgtm.integrations.trainer import SgtmTrainerMixin
-from sgtm.masking.strategy import build_tables
 
 __all__ = ["SgtmAdamW", "SgtmCollator", "SgtmTrainerMixin", "ablate", "apply_sgtm", "removed"]
 
@@ -51,33 +48,9 @@ def apply_sgtm(model: Model, masking: MaskingConfig | Mapping[str, Any]) -> Mode
     if hasattr(model, "sgtm"):
         raise ValueError("the model is masked already; call apply_sgtm once")
     config = check_masking(masking)
-    space = space_of(config)
-    tables = build_tables(space, config.strategy, config.joint, config.cross_domain, config.overrides)
-    partition = partition_of(model, config, space)
-    masked = masked_modules(model, partition)
-    binding = Binding(space, tables, partition, owned_parameters(model, masked))
-    for module in masked:
-        mask_module(module, binding)
-    for layer in blocks_of(model):
-        mask_layer(layer, binding)
-    model.sgtm = binding  # type: ignore[assignment]
-    model.register_forward_pre_hook(binding.begin, with_kwargs=True)
-    model.register_forward_hook(binding.end, always_call=True)
+    partition = partition_of(model, config, space_of(config))
+    mask_model(model, config, partition, masked_modules(model, partition), blocks_of(model))
     return model
-
-
-@contextmanager
-def ablate(model: nn.Module, domains: Iterable[str]) -> Iterator[None]:
-    """Inside, the model runs without the groups of these domains, wherever no gradients with labels are recorded.
-
-    Raises ValueError for an unknown domain.
-    """
-    binding = binding_of(model)
-    before, binding.removed = binding.removed, _groups(binding, domains)
-    try:
-        yield
-    finally:
-        binding.removed = before
 
 
 def removed(model: PreTrainedModel, domains: Iterable[str]) -> PreTrainedModel:
@@ -88,7 +61,7 @@ def removed(model: PreTrainedModel, domains: Iterable[str]) -> PreTrainedModel:
     weights here.
     """
     binding = binding_of(model)
-    groups = {binding.partition.groups[group] for group in _groups(binding, domains)}
+    groups = {binding.partition.groups[group] for group in binding.groups_of(domains)}
     if any(hasattr(parameter, "ds_id") or is_sharded(parameter) for parameter in model.parameters()):
         raise ValueError(
             "the weights are sharded by ZeRO-3 or FSDP2: save the model, load it again and remove the groups there"
@@ -105,9 +78,3 @@ def removed(model: PreTrainedModel, domains: Iterable[str]) -> PreTrainedModel:
                 if key.partition(".")[2] in groups:
                     parameters[name].narrow(owned.dim, start, end - start).zero_()
     return plain
-
-
-def _groups(binding: Binding, domains: Iterable[str]) -> frozenset[int]:
-    if isinstance(domains, str):
-        raise ValueError(f"domains is {domains!r}; give a list, [{domains!r}]")
-    return frozenset(binding.space.group_of(domain) for domain in domains)

@@ -1,4 +1,4 @@
-"""Modules of Hugging Face with masks: the same class but for `forward`, the same parameters, names and state dict.
+"""Modules of Hugging Face and torchtitan with masks: the same class but for `forward`, the same parameters and names.
 
 Without a plan, which is outside training, `forward` is the module's own, without the removed groups.
 `torch.compile` leaves the masked modules out of its graphs: what is between them is compiled.
@@ -6,13 +6,19 @@ Without a plan, which is outside training, `forward` is the module's own, withou
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sgtm.config.sections import MaskingConfig
 from sgtm.integrations import ops
 from sgtm.integrations.binding import Binding, Bound, BoundLayer, swapped
-from sgtm.integrations.families import Masked
+from sgtm.integrations.roles import Masked, owned_parameters
+from sgtm.integrations.settings import space_of
+from sgtm.masking.partition import Partition
+from sgtm.masking.strategy import build_tables
 from sgtm_kernels.embedding import embedding
 from sgtm_kernels.norm import layer_norm
 
@@ -62,6 +68,18 @@ class MaskedRMSNorm(Bound):
         return ops.scale(wide.to(x.dtype), self.weight, plan, self.kind)
 
 
+class MaskedTorchRMSNorm(Bound):
+    kind: str
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        plan = self.sgtm.plan_of(self)  # type: ignore[arg-type]
+        if plan is None:
+            return super().forward(x)  # type: ignore[misc]
+        assert isinstance(self, nn.RMSNorm)
+        return ops.rms_norm(x, self.weight, self.eps, plan, self.kind)
+
+
 class MaskedEmbedding(Bound):
     kind: str
 
@@ -80,6 +98,23 @@ class MaskedEmbedding(Bound):
         return torch.where((ids == self.padding_idx)[..., None], values.detach(), values)
 
 
+def mask_model(
+    model: nn.Module, masking: MaskingConfig, partition: Partition, masked: list[Masked], layers: Iterable[nn.Module]
+) -> Binding:
+    """Swap the classes of the masked modules and of the layers in place, and leave their binding at `model.sgtm`."""
+    space = space_of(masking)
+    tables = build_tables(space, masking.strategy, masking.joint, masking.cross_domain, masking.overrides)
+    binding = Binding(space, tables, partition, owned_parameters(model, masked))
+    for module in masked:
+        mask_module(module, binding)
+    for layer in layers:
+        mask_layer(layer, binding)
+    model.sgtm = binding  # type: ignore[assignment]
+    model.register_forward_pre_hook(binding.begin, with_kwargs=True)
+    model.register_forward_hook(binding.end, always_call=True)
+    return binding
+
+
 def mask_module(masked: Masked, binding: Binding) -> None:
     """Swap the class of a module in place."""
     module, role = masked.module, masked.role
@@ -90,17 +125,18 @@ def mask_module(masked: Masked, binding: Binding) -> None:
         inputs_first = isinstance(module, Conv1D)
         module.layout = ops.Layout(role.kind, masked.bounds or (0, outputs), role.parts, inputs_first)  # type: ignore[assignment]
     else:
-        by_class = {nn.Embedding: MaskedEmbedding, nn.LayerNorm: MaskedLayerNorm}
-        mixin = by_class.get(type(module), MaskedRMSNorm)
+        by_class = {nn.Embedding: MaskedEmbedding, nn.LayerNorm: MaskedLayerNorm, nn.RMSNorm: MaskedTorchRMSNorm}
+        mixin = next((ours for cls, ours in by_class.items() if isinstance(module, cls)), MaskedRMSNorm)
         module.kind = role.kind  # type: ignore[assignment]
-    _swap(module, mixin, binding)
+    swap_class(module, mixin, binding)
 
 
 def mask_layer(layer: nn.Module, binding: Binding) -> None:
     """Swap the class of a transformer layer in place, so that it hands its plan to its checkpoint."""
-    _swap(layer, BoundLayer, binding)
+    swap_class(layer, BoundLayer, binding)
 
 
-def _swap(module: nn.Module, mixin: type, binding: Binding) -> None:
+def swap_class(module: nn.Module, mixin: type, binding: Binding) -> None:
+    """Put `mixin` before the class of a module in place, under the name of that class."""
     module.sgtm = binding  # type: ignore[assignment]
     module.__class__ = swapped(mixin, type(module))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Masked ops on weights as Hugging Face stores them.
+"""Masked ops on weights as Hugging Face and torchtitan store them.
 
 The value is bit for bit that of the module which the op replaces; dX is the plain one, but for `active` and `route`,
 which multiply the input of an out-side projection (the heads' outputs, the neurons' activations). A gradient has the
@@ -138,10 +138,44 @@ class _NormScale(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dx = (dy * weight).to(x.dtype) if ctx.needs_input_grad[0] else None
-        dw = None
-        if ctx.needs_input_grad[1]:
-            wide = torch.promote_types(dy.dtype, torch.float32)
-            products = (dy.to(wide) * x).flatten(0, 1)
-            sums = token_sum(products.flatten(1), ctx.plan, ctx.plan.joint(ctx.kind))
-            dw = sums.view(-1, weight.shape[0]).sum(0).to(weight.dtype)
+        dw = _scale_gradient(dy, x, weight, ctx.plan, ctx.kind) if ctx.needs_input_grad[1] else None
         return dx, dw, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float | None, plan: MaskPlan, kind: str) -> Tensor:
+    """`nn.RMSNorm` of x [B, S, ..., D] with weight [D]; `kind`: who may update the weight."""
+    plan.check(x)
+    return _WholeNorm.apply(x, weight, eps, plan, kind)
+
+
+class _WholeNorm(torch.autograd.Function):
+    """Value and dX are torch's own, which differ between devices; dX normalizes x again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, plan, kind):
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.plan, ctx.kind = eps, plan, kind
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            with torch.enable_grad():
+                x_again = x.detach().requires_grad_()
+                y = F.rms_norm(x_again, weight.shape, weight.detach(), ctx.eps)
+            (dx,) = torch.autograd.grad(y, x_again, dy)
+        if ctx.needs_input_grad[1]:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            eps = torch.finfo(x.dtype).eps if ctx.eps is None else ctx.eps
+            normalized = F.rms_norm(x.to(wide), weight.shape, None, eps)
+            dw = _scale_gradient(dy, normalized, weight, ctx.plan, ctx.kind)
+        return dx, dw, None, None, None
+
+
+def _scale_gradient(dy: Tensor, x: Tensor, weight: Tensor, plan: MaskPlan, kind: str) -> Tensor:
+    """Gradient of weight [D] in weight * x [B, S, ..., D], over the tokens that may update it."""
+    products = (dy.to(torch.promote_types(dy.dtype, torch.float32)) * x).flatten(0, 1)
+    sums = token_sum(products.flatten(1), plan, plan.joint(kind))
+    return sums.view(-1, weight.shape[0]).sum(0).to(weight.dtype)

@@ -11,7 +11,7 @@ Where the parameters are is what differs between trainers:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class PieceAdamW(torch.optim.Optimizer):
         self._model, self._owned = model, owned
         self._pieces: dict[Tensor, list[Stretch]] = {}
         self._bound = self._stepped = False
-        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in _named(model)}
         if any(parameter not in names for parameter in self._members()):
             raise ValueError("params hold a parameter that is not the model's; give those of the same model")
         self._names = {names[parameter] for parameter in self._members()}
@@ -62,7 +62,7 @@ class PieceAdamW(torch.optim.Optimizer):
         """Find the parameters in the tensors of DeepSpeed: `wrapper` is `engine.optimizer`, before the first step."""
         from sgtm.distributed.segments import fragments  # sets variables of the environment for DeepSpeed
 
-        parameters = {name: p for name, p in self._model.named_parameters() if name in self._names}
+        parameters = {name: p for name, p in _named(self._model) if name in self._names}
         self._pieces, self._bound = {}, True
         for tensor, offset, name, start, end in fragments(wrapper, parameters):
             self._pieces.setdefault(tensor, []).extend(stretches(self._owned[name], start, end, offset))
@@ -106,7 +106,7 @@ class PieceAdamW(torch.optim.Optimizer):
         """Pieces of the model's parameters, or of this rank's shards of them."""
         self._pieces = {
             parameter: list(stretches(self._owned[name], *_held(name, parameter)))
-            for name, parameter in self._model.named_parameters()
+            for name, parameter in _named(self._model)
             if name in self._names
         }
 
@@ -200,7 +200,7 @@ class RangeAdamW(PieceAdamW):
 
 def _owned(model: nn.Module, frozen: Mapping[str, Any]) -> dict[str, Owned]:
     refuse_fsdp1(model)
-    everything = dict(model.named_parameters(remove_duplicate=False))
+    everything = dict(_named(model, remove_duplicate=False))
     indexes: dict[Tensor, tuple[str, Any]] = {}
     for name, index in frozen.items():
         parameter = everything.get(name)
@@ -213,7 +213,7 @@ def _owned(model: nn.Module, frozen: Mapping[str, Any]) -> dict[str, Owned]:
             raise ValueError(f"frozen has {name!r}, which is tied to another one there; give one of them")
         indexes[parameter] = (name, index)
     owned = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _named(model):
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty one
         _, index = indexes.get(parameter, (name, []))
         owned[name] = frozen_ranges(name, index, shape)
@@ -262,6 +262,12 @@ def _range(name: str, index: Any, shape: tuple[int, ...]) -> tuple[int, int, int
         what = "columns" if dim else "rows"
         raise ValueError(f"frozen[{name!r}] is {index!r}; give a range of its {size} {what}, not an empty one")
     return dim, low, high
+
+
+def _named(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters and their names, also where layers are inside a `CheckpointWrapper` of torch."""
+    for name, parameter in model.named_parameters(remove_duplicate=remove_duplicate):
+        yield name.replace("_checkpoint_wrapped_module.", ""), parameter
 
 
 def refuse_fsdp1(model: nn.Module) -> None:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from hf_models import CONFIGS, MIXED, by_key, differing, gradients_of, masked_model
 from hf_models import random_ids as ids_of
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
 from sgtm.integrations.binding import Binding, binding_of
-from sgtm.integrations.hf import ablate
+from sgtm.integrations.families import blocks_of
+from sgtm.integrations.hf import SgtmAdamW, ablate
 
 FAMILIES = list(CONFIGS)
 BIO, RETAIN = ["forget:bio"] * 3, ["retain"] * 3
@@ -32,6 +34,37 @@ def test_a_checkpoint_recomputes_with_the_plan_of_its_own_micro_batch(family, re
         loss.backward()
         got = by_key(model, {name: p.grad for name, p in model.named_parameters()})
         assert differing(expected, got) == set()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_wrapper_recomputes_with_the_plan_of_its_own_micro_batch(family):
+    """As FSDP and torchtitan checkpoint layers; the names of the parameters are those of the wrapper then."""
+    model, whole = masked_model(family, joint="masked"), masked_model(family, joint="masked")
+    model.config.use_cache = False
+    layers, optimizers = blocks_of(model), []
+    for index, layer in enumerate(layers):
+        layers[index] = checkpoint_wrapper(layer)
+    first, second = ids_of(3), ids_of(3, 1)
+    for masked in (model, whole):
+        losses = [masked(input_ids=x, labels=x, sgtm_labels=y).loss for x, y in ((first, BIO), (second, RETAIN))]
+        for loss in losses:
+            loss.backward()
+        optimizers.append(SgtmAdamW(masked, lr=0.1))
+        optimizers[-1].step()
+    for (name, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad) and torch.equal(ours, theirs), name
+    assert any("_checkpoint_wrapped_module" in name for name, _ in model.named_parameters())
+
+
+def test_a_head_that_a_loss_calls_with_parts_has_the_labels_of_the_last_call():
+    model = masked_model("llama")
+    model(input_ids=ids_of(5), sgtm_labels=MIXED)
+    plan = model.sgtm.plan_of_part(torch.zeros(5, 4, 16))
+    assert model.sgtm.plan is None and (plan.batch, plan.seq_len) == (5, 4)
+    assert plan.labels(torch.device("cpu")).view(5, 4)[:, 0].tolist() == [2, 1, 0, 3, 1]
+    with torch.no_grad():
+        model.eval()(input_ids=ids_of(5))
+    assert model.sgtm.plan_of_part(torch.zeros(5, 4, 16)) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

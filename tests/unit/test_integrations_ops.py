@@ -160,6 +160,35 @@ def test_the_scale_of_a_norm_learns_from_its_tokens(kind, shape):
     assert torch.allclose(weight.grad, (dy * x * share).flatten(0, -2).sum(0), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("eps", [1e-5, None])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_an_rms_norm_learns_from_its_tokens(dtype, eps):
+    """Value and dX are those of nn.RMSNorm to the bit."""
+    labels, plan = ORDERS["sorted"], plan_of(TABLES[2], ORDERS["sorted"])
+    torch.manual_seed(0)
+    x, dy = torch.randn(5, SEQ, 4).to(dtype), torch.randn(5, SEQ, 4).to(dtype)
+    norm = torch.nn.RMSNorm(4, eps).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    weight = norm.weight.detach().clone().requires_grad_()
+    result, expected = ops.rms_norm(ours, weight, eps, plan, "norm"), norm(theirs)
+    result.backward(dy)
+    expected.backward(dy)
+    assert torch.equal(result, expected) and torch.equal(ours.grad, theirs.grad)
+    share = torch.tensor([TABLES[2].update_joint["norm"][label] for label in labels]).view(-1, 1, 1)
+    wide = F.rms_norm(x.double(), (4,), None, torch.finfo(dtype).eps if eps is None else eps)
+    exact = (dy.double() * wide * share).flatten(0, -2).sum(0)
+    assert (weight.grad - exact).abs().max() <= (0.01 if dtype is torch.bfloat16 else 1e-6) * exact.abs().max()
+    assert 0 < share.sum() < len(labels)
+
+
+def test_an_rms_norm_that_no_token_may_update_has_a_gradient_of_exact_zeros():
+    weight = torch.ones(4, requires_grad=True)
+    x = torch.randn(3, SEQ, 4)
+    ops.rms_norm(x, weight, 1e-5, plan_of(TABLES[0], [2, 2, 3]), "norm").sum().backward()
+    assert torch.equal(weight.grad, torch.zeros(4))
+
+
 def test_a_tensor_of_another_micro_batch_is_refused():
     with pytest.raises(ValueError, match="the plan is of 3 sequences of 6 tokens"):
         ops.scale(torch.ones(3, SEQ + 1, 4), torch.ones(4), plan_of(TABLES[0], [0, 1, 2]), "norm")

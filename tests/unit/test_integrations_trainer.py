@@ -160,7 +160,7 @@ def test_norms_and_biases_are_not_decayed(tmp_path):
 
 def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
     page = Path(__file__).parents[2] / "docs" / "integrations.md"
-    (code,) = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)  # the other is of torchtitan
     monkeypatch.chdir(tmp_path)
     exec(compile(code, str(page), "exec"), {"__name__": "page"})
     assert (tmp_path / "runs/hf/safe/model.safetensors").is_file()

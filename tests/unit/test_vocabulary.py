@@ -26,6 +26,7 @@ VAGUE = {
 FOLDERS = ("sgtm", "kernels", "benchmarks", "examples", "tests")
 # Class names that several modules may define.
 SHARED = {
+    "Config": "the schema's, and inside a class of torchtitan what builds it, which torchtitan finds by this name",
     "Tile": "the launch parameters of an op's kernels: each op has its own, chosen by its own tuned table",
     "_Step": "the AdamW step of a backend: the backends of an op have the same names",
 }
