@@ -26,11 +26,20 @@ def experts(x, weights, chosen, w_in, w_out, plan: MaskPlan, bounds, shared: int
     return _experts(x, weights, chosen, w_in, w_out, plan, bounds, shared)
 
 
+def balance(logits, chosen, counted, plan: MaskPlan, bounds):
+    return _balance(logits, chosen, counted, plan, bounds)
+
+
+def choices(chosen, counted, plan: MaskPlan, bounds):
+    number, labels = bounds[-1] + 1, plan.labels(chosen.device)
+    keys = (labels[:, None] * number + chosen.flatten(0, 1)).flatten()
+    ones = counted.long()[..., None].expand_as(chosen).flatten()
+    totals = ones.new_zeros(len(plan.tables.labels) * number).scatter_add(0, keys, ones)
+    return totals.view(-1, number)[:, :-1]
+
+
 def _route_forward(logits, plan, per_token, bounds):
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    active = _by_expert(plan, "active", bounds, logits)
-    if active is not None:
-        z = z.masked_fill(active == 0, -torch.inf)
+    z = _in_reach(logits, plan, bounds)
     values, chosen = z.topk(per_token, dim=-1)
     none = values == -torch.inf
     largest = values[..., :1].masked_fill(none[..., :1], 0.0)
@@ -52,6 +61,44 @@ def _route_backward(dy, weights, chosen, plan, bounds, dtype, wanted):
     if back is not None:
         dlogits = dlogits * back
     return (dlogits.to(dtype),)
+
+
+def _in_reach(logits: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...]) -> torch.Tensor:
+    """The logits in fp32 at least, -inf for the experts of inactive groups."""
+    z, active = logits.to(torch.promote_types(logits.dtype, torch.float32)), _by_expert(plan, "active", bounds, logits)
+    return z if active is None else z.masked_fill(active == 0, -torch.inf)
+
+
+def _balance_forward(logits, chosen, counted, plan, bounds):
+    """The loss; and what its backward pass needs: each label's shares, and [B, S] how much a token counts."""
+    active = _by_expert(plan, "active", bounds, logits)
+    if active is None:
+        number = torch.full_like(counted, bounds[-1], dtype=torch.int64)
+    else:
+        number = (active != 0).sum(-1)
+    weight = number.masked_fill(~counted | (number <= chosen.shape[-1]), 0)
+    shares = choices(chosen, counted, plan, bounds).to(torch.promote_types(logits.dtype, torch.float32))
+    shares = shares / shares.sum(-1, keepdim=True).clamp_min(1.0)
+    p, share = _by_token(logits, shares, weight, plan, bounds)
+    return (weight * (p * share).sum(-1)).sum(), shares, weight
+
+
+def _balance_keep(inputs, outputs):
+    logits, _, _, plan, bounds = inputs
+    return (logits, *outputs[1:]), plan, (bounds,)
+
+
+def _balance_backward(dy, logits, shares, weight, plan, bounds, wanted):
+    p, share = _by_token(logits, shares, weight, plan, bounds)
+    dz = p * (share - (p * share).sum(-1, keepdim=True)) * (weight * dy)[..., None]
+    back = _by_expert(plan, "route", bounds, dz)
+    return ((dz if back is None else dz * back).to(logits.dtype),)
+
+
+def _by_token(logits, shares, weight, plan, bounds) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, S, experts]: a token's probabilities of the experts in reach, 0 if it does not count; its label's shares."""
+    p = _in_reach(logits, plan, bounds).softmax(-1).masked_fill(weight[..., None] == 0, 0.0)
+    return p, shares[plan.labels(logits.device)].view(p.shape)
 
 
 def _by_expert(plan: MaskPlan, table: str, bounds: tuple[int, ...], like: torch.Tensor) -> torch.Tensor | None:
@@ -211,4 +258,5 @@ class _Sums:
 
 
 _route = eager(_route_forward, _route_keep, _route_backward, outputs=(1, 2))
+_balance = eager(_balance_forward, _balance_keep, _balance_backward, outputs=(1, 1))
 _experts = eager(_forward, _keep, _backward, outputs=(1, 1))
