@@ -262,6 +262,36 @@ def test_the_balance_by_hand(backend):
     assert bool((gradient[0, :, 2:4] == 0).all()) and bool((gradient[0, 3] == 0).all())
 
 
+@by_backend
+@pytest.mark.parametrize(("chosen", "pushed"), [([0, 1, 2, 3], True), ([0, 1, 5, 5], False), ([5, 5, 5, 5], False)])
+def test_experts_that_a_label_may_update_are_pushed_up_to_an_even_share(chosen, pushed, backend):
+    """Expert 5 alone, of six: where it has a sixth of the choices or more the others have no pull."""
+    tables = random_tables(0, (1.0,), labels=1)
+    update = tables.update | {"mlp_in": ((0.0, 0.0, 1.0),)}
+    tables = Tables(tables.labels, tables.groups, tables.active, tables.route, update, tables.update_joint)
+    plan, bounds = MaskPlan(tables, (LabelRun(0, 0, 4),), 1, 4), (0, 2, 5, 6)
+    logits, counted = random_like(torch.empty(1, 4, 6), 1).double().requires_grad_(), torch.ones(1, 4) > 0
+    value = balance(logits, torch.tensor(chosen)[None, :, None], counted, plan, bounds, backend)
+    value.backward()
+    value = value.detach()
+    if pushed:
+        assert bool((logits.grad[..., 5] < 0).all()) and bool((logits.grad[..., :5] > 0).all())
+        p = logits.detach().softmax(-1).mean((0, 1))
+        assert float(value) == pytest.approx(4 * 6 * float(p[:5].sum()) / 6)
+    else:
+        assert logits.grad.abs().max() < 1e-12 and float(value) == pytest.approx(4 * 6 * chosen.count(5) / 4)
+
+
+@by_backend
+def test_a_label_that_may_update_no_expert_has_no_balance(backend):
+    tables = random_tables(0, (1.0,), labels=1)
+    update = tables.update | {"mlp_in": ((0.0, 0.0, 0.0),)}
+    tables = Tables(tables.labels, tables.groups, tables.active, tables.route, update, tables.update_joint)
+    plan = MaskPlan(tables, (LabelRun(0, 0, 20),), 2, 10)
+    value, gradient = forward_backward(balanced(plan, torch.ones(2, 10) > 0, backend), data(plan, 0)[1])
+    assert float(value) == 0 and bool((gradient == 0).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "uniform"])
 def test_the_balance_of_a_label_has_no_bit_of_another(layout, dtype):

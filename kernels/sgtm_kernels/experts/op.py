@@ -65,7 +65,13 @@ def balance(
     choices of these tokens that fell on expert i, a constant, and P_i the mean of its probability, a softmax over the E
     experts (Switch Transformer, arXiv 2101.03961, equations 4 to 6, where a token makes one choice; transformers'
     `load_balancing_loss_func` of one layer is k times as large for k choices). Without n it is 1 where tokens spread
-    evenly. A label for which no more experts are active than a token chooses has none: its shares are fixed.
+    evenly.
+
+    Where the label may not update a group (its contribution to `mlp_in` is 0), f of its experts is 1 / E, or the mean f
+    of the experts that it may update if that is larger: these are pushed up to an even share and evened out among
+    themselves, and once they are even nothing draws tokens from them to experts that cannot learn. There is no loss for
+    a label that may update none, nor for one of which no more experts are active than a token chooses: its shares are
+    fixed.
 
     logits   [B, S, experts]; `route` of the tables multiplies what flows back to those of a group
     chosen   what `route` returns for these logits

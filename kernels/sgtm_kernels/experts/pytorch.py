@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from sgtm_kernels.autograd import eager
-from sgtm_kernels.plan import MaskPlan
+from sgtm_kernels.plan import MaskPlan, table_on
+from sgtm_kernels.tables import PROJECTIONS
 
 
 def route(logits, plan: MaskPlan, per_token: int, bounds):
@@ -71,16 +72,32 @@ def _in_reach(logits: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...]) -> 
 
 def _balance_forward(logits, chosen, counted, plan, bounds):
     """The loss; and what its backward pass needs: each label's shares, and [B, S] how much a token counts."""
-    active = _by_expert(plan, "active", bounds, logits)
-    if active is None:
-        number = torch.full_like(counted, bounds[-1], dtype=torch.int64)
-    else:
-        number = (active != 0).sum(-1)
-    weight = number.masked_fill(~counted | (number <= chosen.shape[-1]), 0)
-    shares = choices(chosen, counted, plan, bounds).to(torch.promote_types(logits.dtype, torch.float32))
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    active, taught = (_by_label(plan, table, bounds, logits.device, dtype) for table in ("active", "mlp_in"))
+    reached, own = active.sum(-1), taught.sum(-1)
+    shares = choices(chosen, counted, plan, bounds).to(dtype)
     shares = shares / shares.sum(-1, keepdim=True).clamp_min(1.0)
+    # What the label cannot teach is no reason to send its tokens away from what it can.
+    others = torch.maximum((shares * taught).sum(-1) / own.clamp_min(1.0), 1.0 / reached.clamp_min(1.0))
+    shares = torch.where(taught != 0, shares, others[:, None])
+    number = reached.masked_fill((reached <= chosen.shape[-1]) | (own == 0), 0.0)
+    weight = number[plan.labels(logits.device)].view(counted.shape) * counted
     p, share = _by_token(logits, shares, weight, plan, bounds)
     return (weight * (p * share).sum(-1)).sum(), shares, weight
+
+
+def _by_label(plan: MaskPlan, table: str, bounds: tuple[int, ...], device: torch.device, dtype: torch.dtype):
+    """[labels, experts]: 1 where the group of an expert has an entry other than 0 for a label, in `active` or in the
+    contributions to a projection; else 0."""
+
+    def make() -> torch.Tensor:
+        tables, groups = plan.tables, range(len(bounds) - 1)
+        by_group = (tables.contributions if table in PROJECTIONS else tables.columns)[table]
+        entries = tuple(tuple(float(len(groups) == 1 or entry != 0) for entry in by_group[group]) for group in groups)
+        by_expert = tuple(entries[bisect_right(bounds, expert) - 1] for expert in range(bounds[-1]))
+        return table_on(device, dtype, by_expert).t()
+
+    return plan.cached(("experts", table, bounds, device, dtype), make)
 
 
 def _balance_keep(inputs, outputs):

@@ -43,17 +43,21 @@ def balance(logits, chosen, counted, plan: MaskPlan, bounds):
     total = z.flatten()[:0].sum()
     for label in plan.present:
         mine = z[counted & (labels == label)]
-        active = [
-            expert
-            for group, span in enumerate(pairwise(bounds))
-            for expert in range(*span)
-            if len(bounds) == 2 or plan.column("active", group)[label] != 0
-        ]
-        if len(active) > chosen.shape[-1] and len(mine):
-            of_all = choices(chosen, counted, plan, bounds)[label, active]
-            shares = of_all.to(z.dtype) / of_all.sum()
-            total = total + len(mine) * len(active) * (shares * mine[:, active].softmax(-1).mean(0)).sum()
+        active = _experts_of(plan.tables.columns["active"], label, bounds)
+        own = _experts_of(plan.tables.contributions["mlp_in"], label, bounds)
+        if len(active) > chosen.shape[-1] and own and len(mine):
+            shares = choices(chosen, counted, plan, bounds)[label].to(z.dtype)
+            shares = shares / shares.sum()
+            others = max(shares[own].mean(), 1 / len(active))
+            shares[[expert for expert in active if expert not in own]] = others
+            total = total + len(mine) * len(active) * (shares[active] * mine[:, active].softmax(-1).mean(0)).sum()
     return total
+
+
+def _experts_of(by_group, label: int, bounds) -> list[int]:
+    """Those of the groups whose entry for the label is not 0; all in a layer without groups."""
+    spans = enumerate(pairwise(bounds))
+    return [e for group, span in spans for e in range(*span) if len(bounds) == 2 or by_group[group][label] != 0]
 
 
 def experts(x, weights, chosen, w_in, w_out, plan: MaskPlan, bounds, shared: int):
