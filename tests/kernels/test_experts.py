@@ -296,14 +296,15 @@ def test_a_label_that_may_update_no_expert_has_no_balance(backend):
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "uniform"])
 def test_the_balance_of_a_label_has_no_bit_of_another(layout, dtype):
     """Not even where the logits of the other are not finite."""
-    plan = random_plan(6, random_tables(5, BINARY), layout, 12, 40)
-    logits, counted = data(plan, 0, dtype)[1], most(plan)
-    before = forward_backward(balanced(plan, counted), logits)[1]
-    for label in plan.present:
-        mine = token_mask(plan, [label])
-        for other in (random_like(logits, 9), torch.full_like(logits, torch.nan)):
-            after = forward_backward(balanced(plan, counted), torch.where(mine[..., None], other, logits))[1]
-            assert_same_bits(after[~mine], before[~mine], f"of other labels than {label}")
+    for values in (BINARY, (1.0,)):
+        plan = random_plan(6, random_tables(5, values), layout, 12, 40)
+        logits, counted = data(plan, 0, dtype)[1], most(plan)
+        before = forward_backward(balanced(plan, counted), logits)[1]
+        for label in plan.present:
+            mine = token_mask(plan, [label])
+            for other in (random_like(logits, 9), torch.full_like(logits, torch.nan)):
+                after = forward_backward(balanced(plan, counted), torch.where(mine[..., None], other, logits))[1]
+                assert_same_bits(after[~mine], before[~mine], f"of other labels than {label}")
 
 
 @by_backend
