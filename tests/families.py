@@ -203,11 +203,14 @@ def plan_of(batch: Batch, tables: Tables) -> MaskPlan:
     return MaskPlan(tables, merge_label_runs(batch.labels, batch.lengths), *batch.input_ids.shape, batch.documents)
 
 
-def gradients(model: Transformer, batches: list[Batch], tables: Tables) -> dict[str, torch.Tensor]:
+def gradients(
+    model: Transformer, batches: list[Batch], tables: Tables, balance: float = 0.0
+) -> dict[str, torch.Tensor]:
     """Gradient of every parameter, accumulated over the step."""
     model.zero_grad(set_to_none=True)
     for batch in batches:
-        loss, _ = model(batch.input_ids, batch.targets, plan_of(batch, tables), 1 / batch.step_targets)
+        scale = 1 / batch.step_targets
+        loss, _ = model(batch.input_ids, batch.targets, plan_of(batch, tables), scale, balance=balance)
         loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -232,10 +235,12 @@ def contribution(tables: Tables, key: str, label: int) -> float:
     return max(abs(tables.update_joint[kind][label]) for kind in key.split("+"))
 
 
-def assert_promise(model: Transformer, batches: list[Batch], tables: Tables, before: dict, label: int) -> None:
+def assert_promise(
+    model: Transformer, batches: list[Batch], tables: Tables, before: dict, label: int, balance: float = 0.0
+) -> None:
     """New content in one label's tokens changes the gradients `before` where that label contributes, only there."""
     others = [with_content(batch, [label], seed=99) for batch in batches]
-    after = by_key(model, gradients(model, others, tables))
+    after = by_key(model, gradients(model, others, tables, balance))
     for (key, name, start), old in before.items():
         same = torch.equal(old, after[key, name, start])
         promised = contribution(tables, key, label) == 0
@@ -254,11 +259,13 @@ def run_config(
     grad_clip: float = 0.0,
     embedding: str | int = "none",
     opened: bool = False,
+    balance: float = 0.0,
     **changes,
 ) -> Config:
     """A run whose steps are those of `random_step(mixing)` and whose model is `model_of(family, backend)`.
 
     opened   with the labels of `OPENED`
+    balance  weight of the loss that balances experts
     changes  of the model
     """
     batches, shape = random_step(mixing), FAMILIES[family].model_copy(update=changes)
@@ -281,6 +288,7 @@ def run_config(
                 "tokens_per_step": len(batches) * sequences * CONTEXT,
                 "micro_batch": sequences,
                 "precision": precision,
+                "expert_balance": balance,
             },
             "data": {
                 "mixing": mixing,

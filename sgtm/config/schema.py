@@ -191,6 +191,8 @@ class Config(Section):
                 f"masking.{other} {getattr(masking, other)}: family {family} {what}; set it 0, and masking.{owned} in "
                 f"its place"
             )
+        if (weight := self.train.expert_balance) and not self.model.experts:
+            raise ValueError(f"train.expert_balance {weight:g}: family {family} has no experts to balance; set it 0")
         if self.model.experts and self.train.compile != "off":
             raise ValueError(
                 f"train.compile {self.train.compile}: the experts of family {family} are not in a graph, as their "

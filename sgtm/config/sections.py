@@ -179,6 +179,9 @@ class TrainConfig(Section):
     init_from: str | None = None
     """Hugging Face folder (GPT-Neo, Llama, Mixtral, or Mistral without a sliding window) whose weights the run
     starts from; `model` must describe that model, whose context may be longer. null: random weights."""
+    expert_balance: NonNegativeFloat = 0.0
+    """Weight of a loss that spreads the tokens of each label over the experts that are active for it (family mixtral,
+    docs/experts.md), e.g. 0.01 as in Switch Transformer, in every layer; 0: none. The logged loss is without it."""
     eval_every: NonNegativeInt = 0
     """Steps between evaluations; 0: only at the end."""
     eval_sequences: PositiveInt | Literal["all"] | None = None

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sgtm.config.schema import Config, ModelConfig
+from sgtm.config.schema import Config
 from sgtm.data.loader import check_corpus
 from sgtm.data.open import open_corpus
 from sgtm.data.store import Corpus
@@ -200,7 +200,7 @@ def _model_table(explanation: Explanation) -> Table:
     table = Table(title=f"{config.name}: model and step", show_header=False, title_justify="left")
     kv = f", {counted(model.kv_heads, 'KV head')}" if model.kv_heads else ""
     layers, heads = counted(model.layers, "layer"), counted(model.heads, "head")
-    shape = f"{layers} x {model.hidden_size}, {heads}{kv}, {_mlp(model)}"
+    shape = f"{layers} x {model.hidden_size}, {heads}{kv}, {_mlp(config)}"
     table.add_row("model", f"{model.family}, {shape}")
     table.add_row("parameters", f"{explanation.total:,} ({_embedding_share(explanation):.0%} token embedding and head)")
     sequences = counted(config.sequences_per_step, "sequence")
@@ -220,12 +220,14 @@ def _model_table(explanation: Explanation) -> Table:
     return table
 
 
-def _mlp(model: ModelConfig) -> str:
+def _mlp(config: Config) -> str:
+    model, balance = config.model, config.train.expert_balance
     neurons = counted(model.intermediate_size, "neuron")
     if not model.experts:
         return neurons
     shared = f" and {model.shared_experts} shared" if model.shared_experts else ""
-    return f"{model.experts} experts of {neurons}, {model.experts_per_token} per token{shared}"
+    balanced = f", balanced with weight {balance:g}" if balance else ""
+    return f"{model.experts} experts of {neurons}, {model.experts_per_token} per token{shared}{balanced}"
 
 
 def _embedding_share(explanation: Explanation) -> float:

@@ -161,6 +161,8 @@ def block_activations(config: Config) -> int:
     if run := model.experts_run:  # before the non-linearity alone; the choice, its weights in fp32 too, and its order
         mlp = 2 * model.hidden_size + 2 * model.intermediate_size * run + model.experts_per_token
         statistics += 12 * model.experts_per_token + 8 * run
+        if config.train.expert_balance:  # the router's logits, and a token's weight
+            statistics += width * model.experts + 4
     return config.micro_batch * model.context * (width * (attention + mlp) + statistics)
 
 

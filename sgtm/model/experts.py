@@ -22,6 +22,7 @@ from sgtm_kernels.plan import MaskPlan
 
 if TYPE_CHECKING:
     from sgtm.masking.shape import ModelShape
+    from sgtm.model.balance import Balance
     from sgtm.model.output_norms import OutputNorms
 
 
@@ -42,14 +43,19 @@ class Experts(nn.Module):
         self.w_in = nn.Parameter(torch.empty(self.in_bounds[-1], config.hidden_size))
         self.w_out = nn.Parameter(torch.empty(self.bounds[-1], config.hidden_size))
 
-    def forward(self, x: torch.Tensor, plan: MaskPlan, norms: OutputNorms | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, plan: MaskPlan, norms: OutputNorms | None = None, balance: Balance | None = None
+    ) -> torch.Tensor:
         """x [B, S, D] -> [B, S, D]"""
         logits = linear_in(x, self.router, None, plan, "mlp_in", self.expert_bounds, self.backend)
         weights, chosen = route(logits, self.per_token, plan, self.expert_bounds, self.backend)
+        if balance is not None:
+            balance.add(logits, chosen, plan, self.expert_bounds, self.backend)
         out = experts(
             x, weights, chosen, self.w_in, self.w_out, plan, self.expert_bounds, self.shared, self.backend
         )  # fmt: skip
         if norms is not None:
+            norms.choices(chosen, plan, self.expert_bounds)
             norms.parts("mlp", out, len(self.bounds) - 1, lambda group: self._of_group(group, x, weights, chosen, plan))
         return out
 

@@ -8,6 +8,9 @@ A group's output is its heads' (or neurons') columns times its rows of `w_o` (`w
 products of the small groups are computed; the largest group's is what is left of the layer's output, so that no product
 is as large as the layer's own. In bf16 the rounding of that output, 0.1 % of its norm, then is in the largest group's.
 
+Where a layer has experts, there are also the least and the largest share of a label's choices that fell on one expert
+of a group: where the least is 0, an expert is not chosen. Shares of a label add up to 1 over the experts of a layer.
+
 Where a run has a direction (sgtm/model/steering.py), there is also the stream's mean projection on its unit vector, by
 label: after its block, before it is added. The stream's norms after that block are those of the sum.
 
@@ -23,6 +26,7 @@ from typing import Literal, TypedDict
 import torch
 
 from sgtm.data.batch import IGNORE
+from sgtm_kernels.experts import choices
 from sgtm_kernels.plan import MaskPlan, Tables
 
 Sublayer = Literal["attention", "mlp"]
@@ -30,12 +34,13 @@ Source = Literal["residual", "projection"] | Sublayer
 
 
 class LabelNorms(TypedDict, total=False):
-    """Norms of one label: of the stream by layer, and of what the groups add to it by group and layer. With a direction
-    also the stream's projection on it."""
+    """Norms of one label: of the stream by layer, and of what the groups add to it by group and layer. With experts
+    the least and the largest share of one, by group and layer; with a direction the stream's projection on it."""
 
     residual: list[float]
     attention: dict[str, list[float]]
     mlp: dict[str, list[float]]
+    experts: dict[str, list[tuple[float, float]]]
     projection: float
 
 
@@ -53,6 +58,8 @@ class OutputNorms:
         self.tables, self.groups = tables, groups
         self._keys: list[tuple[Source, int]] = []
         self._by_token: list[torch.Tensor] = []
+        self._bounds: list[tuple[int, ...]] = []
+        self._choices: list[torch.Tensor] = []
         self._sums: torch.Tensor | None = None
         self._open = False
 
@@ -61,8 +68,9 @@ class OutputNorms:
         device = targets.device
         labels = torch.arange(len(self.tables.labels), dtype=torch.int32, device=device)
         counts = plan.labels(device)[:, None] == labels
-        self._weights = (counts & (targets.flatten() != IGNORE)[:, None]).double()
-        self._keys, self._by_token, self._open = [], [], True
+        self._counted = targets != IGNORE
+        self._weights = (counts & self._counted.flatten()[:, None]).double()
+        self._keys, self._by_token, self._bounds, self._choices, self._open = [], [], [], [], True
         self._active = {g for label in plan.present for g, on in enumerate(self.tables.active[label]) if on != 0}
         self._zeros = torch.zeros(plan.tokens, device=device)  # what the other groups add
 
@@ -130,12 +138,18 @@ class OutputNorms:
                 self._by_token.append(self._zeros)
         self._add(sublayer, 0, out)
 
+    def choices(self, chosen: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...]) -> None:
+        """The experts that the tokens of a layer have chosen (`sgtm_kernels.experts.route`); bounds: of the groups."""
+        if self._open and self.groups:
+            self._bounds.append(bounds)
+            self._choices.append(choices(chosen, self._counted, plan, bounds).t())
+
     def end(self) -> None:
         """The forward pass is over."""
         by_label = torch.stack(self._by_token).double() @ self._weights
-        sums = torch.cat((by_label, self._weights.sum(0)[None]))
+        sums = torch.cat((by_label, self._weights.sum(0)[None], *self._choices))
         self._sums = sums if self._sums is None else self._sums + sums
-        self._by_token, self._open = [], False
+        self._by_token, self._choices, self._open = [], [], False
 
     def _add(self, source: Source, group: int, x: torch.Tensor) -> None:
         self._keys.append((source, group))
@@ -149,19 +163,39 @@ class OutputNorms:
         """
         if self._sums is None:
             return {}
-        *rows, counts = all_reduce_sum(self._sums).cpu().tolist()
+        rows = all_reduce_sum(self._sums).cpu().tolist()
+        counts, by_expert = rows[len(self._keys)], rows[len(self._keys) + 1 :]
         norms: Norms = {}
         for label, name in enumerate(self.tables.labels):
             if not counts[label]:
                 continue
             mine: LabelNorms = {"residual": []}
             norms[name] = mine
-            for (source, group), row in zip(self._keys, rows, strict=True):
-                mean = float(f"{row[label] / counts[label]:.5g}")
+            for (source, group), row in zip(self._keys, rows[: len(self._keys)], strict=True):
+                mean = _rounded(row[label] / counts[label])
                 if source == "residual":
                     mine[source].append(mean)
                 elif source == "projection":
                     mine[source] = mean
                 elif self.tables.active[label][group] != 0:
                     mine.setdefault(source, {}).setdefault(self.tables.groups[group], []).append(mean)
+            if self._bounds:
+                mine["experts"] = self._shares(label, [row[label] for row in by_expert])
         return norms
+
+    def _shares(self, label: int, chosen: list[float]) -> dict[str, list[tuple[float, float]]]:
+        """The least and the largest share of an expert, by group and layer; `chosen`: how often each layer's was."""
+        shares: dict[str, list[tuple[float, float]]] = {}
+        first = 0
+        for bounds in self._bounds:
+            of_layer = chosen[first : first + bounds[-1]]
+            first, total = first + bounds[-1], sum(of_layer) or 1.0
+            for group, (start, end) in enumerate(pairwise(bounds)):
+                if end > start and (len(bounds) == 2 or self.tables.active[label][group] != 0):
+                    of_group = [_rounded(times / total) for times in of_layer[start:end]]
+                    shares.setdefault(self.tables.groups[group], []).append((min(of_group), max(of_group)))
+        return shares
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")

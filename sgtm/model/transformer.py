@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sgtm.masking.partition import LayerPartition, Partition
+from sgtm.model.balance import Balance
 from sgtm.model.domain_embedding import add_domains, head_of, subsets
 from sgtm.model.domain_parts import domain_parts
 from sgtm.model.experts import Experts
@@ -126,9 +127,16 @@ class Block(nn.Module):
         self.mlp_norm = Norm(config, kind, backend)
         self.mlp = (Experts if config.experts else MLP)(config, layer, backend)
 
-    def forward(self, x: torch.Tensor, plan: MaskPlan, rotary, norms: OutputNorms | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        plan: MaskPlan,
+        rotary,
+        norms: OutputNorms | None = None,
+        balance: Balance | None = None,
+    ) -> torch.Tensor:
         x, normed = self.mlp_norm(x, plan, self.attention(self.attention_norm(x, plan), plan, rotary, norms))
-        return x + self.mlp(normed, plan, norms)
+        return x + (self.mlp(normed, plan, norms) if balance is None else self.mlp(normed, plan, norms, balance))
 
 
 class Blocks(nn.ModuleList):
@@ -185,19 +193,24 @@ class Transformer(nn.Module):
         plan: MaskPlan,
         scale: float,
         norms: OutputNorms | None = None,
+        balance: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of a micro-batch: `scale` times the sum of its token losses, and the unscaled sums by applied label.
 
         input_ids, targets  int64 [B, S], S <= context; targets -100 are ignored
         norms               takes the norms of what the layers compute, if given; the result is the same to the bit
+        balance             weight of the loss that balances the experts (sgtm/model/balance.py), whose gradient is
+                            added to that of the loss; the value of the loss is without it
         Returns a scalar (fp32) and [labels] (fp32, detached).
         """
         if norms is not None:
             norms.begin(plan, targets)
-        x = self._hidden(input_ids, plan, norms)
+        balanced = Balance(targets) if balance else None
+        x = self._hidden(input_ids, plan, norms, balanced)
         if norms is not None:
             norms.end()
-        return self.loss(x, targets, plan, scale)
+        loss, sums = self.loss(x, targets, plan, scale)
+        return (loss if balanced is None else balanced.added(loss, balance * scale)), sums
 
     def loss(
         self, x: torch.Tensor, targets: torch.Tensor, plan: MaskPlan, scale: float
@@ -274,7 +287,13 @@ class Transformer(nn.Module):
     def _head(self) -> nn.Parameter:
         return self.embedding if self.head is None else self.head
 
-    def _hidden(self, input_ids: torch.Tensor, plan: MaskPlan, norms: OutputNorms | None = None) -> torch.Tensor:
+    def _hidden(
+        self,
+        input_ids: torch.Tensor,
+        plan: MaskPlan,
+        norms: OutputNorms | None = None,
+        balance: Balance | None = None,
+    ) -> torch.Tensor:
         seq_len = input_ids.shape[1]
         if seq_len > self.config.context:
             raise ValueError(f"sequence of {seq_len} tokens is longer than model.context {self.config.context}")
@@ -288,9 +307,9 @@ class Transformer(nn.Module):
         steered = None if steering is None else self.blocks[steering.layer]
         for block in self.blocks:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, plan, rotary, inside, use_reentrant=False)
+                x = checkpoint(block, x, plan, rotary, inside, balance, use_reentrant=False)
             else:
-                x = block(x, plan, rotary, inside)
+                x = block(x, plan, rotary, inside, balance)
             if steering is not None and block is steered:
                 x = steering.add(x, plan, norms)
             if norms is not None:

@@ -7,14 +7,15 @@ tokens_per_second, skipped_steps (of the run so far, because loss or gradient wa
 grad_norm (of this step, before clipping), `grad_norm/<group>` (joint: all weights that no group owns),
 `grad_share/<group>` (its share of grad_norm squared, which is what clips), clipped and clip_factor (share of the steps
 since the previous line that were clipped, and the mean factor of all of them), and norms: {label: {"residual": by
-layer, "attention": {group: by layer}, "mlp": {...}}} (of this step's tokens, sgtm/model/output_norms.py; with
-`steering.direction` also "projection"). `kind: eval` lines carry step, losses: {"full": {category: nats}, "without
-<domain>": {...}}, norms: {"full": {category: as above}, ...}, and what the losses rest on (sgtm/evaluation/losses.py):
-true_labels, measured: {category: {documents, tokens}}, errors and difference_errors, as losses; `kind: probe` lines
-carry step and grad_norms: {label: {group: norm}} (sgtm/training/step.py), just before that step; `kind: warning` lines
-carry step and text (sgtm/run/residual.py); `kind: checkpoint` lines carry step, bytes, paused (seconds that training
-stood still for it) and written (seconds until it was in place); `kind: unlearn` and `kind: adapt` lines, of `sgtm
-unlearn` and `sgtm adapt` alone, are described in sgtm/unlearning/loop.py.
+layer, "attention": {group: by layer}, "mlp": {...}}} (of this step's tokens, sgtm/model/output_norms.py; with experts
+also "experts": {group: [least, largest share] by layer}, with `steering.direction` "projection"). `kind: eval` lines
+carry step, losses: {"full": {category: nats}, "without <domain>": {...}}, norms: {"full": {category: as above}, ...},
+and what the losses rest on (sgtm/evaluation/losses.py): true_labels, measured: {category: {documents, tokens}}, errors
+and difference_errors, as losses; `kind: probe` lines carry step and grad_norms: {label: {group: norm}}
+(sgtm/training/step.py), just before that step; `kind: warning` lines carry step and text (sgtm/run/residual.py); `kind:
+checkpoint` lines carry step, bytes, paused (seconds that training stood still for it) and written (seconds until it was
+in place); `kind: unlearn` and `kind: adapt` lines, of `sgtm unlearn` and `sgtm adapt` alone, are described in
+sgtm/unlearning/loop.py.
 """
 
 from __future__ import annotations

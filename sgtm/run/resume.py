@@ -51,6 +51,7 @@ SAME = (
     "train.tokens_per_step",
     "train.precision",
     "train.init_from",
+    "train.expert_balance",
     "kernels.backend",
 )
 # Data and direction are known by their content.

@@ -2,8 +2,9 @@
 
 The loss of a step is one mean over the target tokens of the whole global step, whatever the packing, the accumulation
 or the number of ranks: every micro-batch divides the sum of its token losses by the same global count, and gradients
-add up. The learning rate is a pure function of the step, so that resuming needs no state of it. Gradient norms, by
-group and by label, come from the shards, without gathering a gradient.
+add up. So does what `train.expert_balance` adds to the gradient alone (sgtm/model/balance.py). The learning rate is a
+pure function of the step, so that resuming needs no state of it. Gradient norms, by group and by label, come from the
+shards, without gathering a gradient.
 """
 
 from __future__ import annotations
@@ -132,9 +133,10 @@ def train_step(
     micro-batches, if given.
     """
     learns = totals is not None and batches[0].step_targets > 0
+    balance = engine.config.train.expert_balance
     for batch in batches:
         ids, targets, plan = batch.on(engine.device, tables)
-        loss, sums = engine(ids, targets, plan, 1.0 / max(1, batch.step_targets), norms)
+        loss, sums = engine(ids, targets, plan, 1.0 / max(1, batch.step_targets), norms, balance)
         engine.backward(loss)
         if totals is not None:
             totals.add(sums, target_counts(batch, len(tables.labels)))

@@ -34,6 +34,7 @@ EXPERTS = {
     "model": {"experts": 4, "experts_per_token": 2, "shared_experts": 1},
     "masking": {"forget_neurons": 0, "forget_experts": 2},
 }
+BALANCED = EXPERTS | {"train": {"expert_balance": 1.0}}
 LABELS = {"en": "retain", "es": "forget:es", "fr": "forget:fr"}
 CORPORA = {"es": ("en", "es"), "es-fr": ("en", "es", "fr"), "spans": ("en", "es")}  # categories
 
@@ -170,8 +171,9 @@ def test_the_safe_model_is_independent_of_the_forget_text(tmp_path, ranks):
     cases += [Case(stage, "fp32", {"masking": {"domain_embedding": "full"}}) for stage in (0, 3)]
     cases += [Case(stage, "bf16", {"masking": {"domain_embedding": 3}}, "llama") for stage in (1, 3)]
     cases += [Case(2, "fp32", {"masking": {"domain_embedding": 3}, "data": {"mixing": "token"}})]
-    cases += [Case(2, "bf16", ONE_OF_TWO, corpus="es-fr"), Case(3, "bf16", EXPERTS, "mixtral")]
-    cases += [Case(2, "fp32", EXPERTS | {"data": CERTIFIED["data"] | {"mixing": "token"}}, "mixtral")]
+    cases += [Case(2, "bf16", ONE_OF_TWO, corpus="es-fr"), Case(3, "bf16", BALANCED, "mixtral")]
+    for experts in (EXPERTS, BALANCED):
+        cases += [Case(2, "fp32", experts | {"data": CERTIFIED["data"] | {"mixing": "token"}}, "mixtral")]
     for case, (these, those) in zip(cases, safe_models(tmp_path, cases, ranks, resumed=True), strict=True):
         assert certified(case.config("x/runs", "x").conditions) == ("es",)
         assert these == those, case

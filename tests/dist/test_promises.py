@@ -58,6 +58,7 @@ class Case(NamedTuple):
     embedding: str | int
     tied: bool
     opened: bool  # what is unlabeled elsewhere is trained as `open:<domain>`
+    balance: float = 0.0  # weight of the loss that balances experts
 
     @property
     def shape(self) -> dict:
@@ -88,6 +89,7 @@ AXES = Case(
     embedding=("none", "full", 3),
     tied=(False, True),
     opened=(False, True),
+    balance=(0.0,),
 )
 STAGE, MODEL, OFFLOAD, TIED = (Case._fields.index(name) for name in ("stage", "model", "offload", "tied"))
 NEVER = {((STAGE, 0), (OFFLOAD, True))} | {((MODEL, ("gpt_neo", backend)), (TIED, False)) for backend in BACKENDS}
@@ -115,7 +117,11 @@ def expert_cases() -> list[Case]:
     cases = {(case.strategy, case.stage): case for case in covering_cases()}
     chosen = [cases[strategy, number % 4] for number, strategy in enumerate(STRATEGIES)]
     return [
-        case._replace(model=("mixtral", "torch"), mixing=MIXINGS[(number + number // 4) % 4])
+        case._replace(
+            model=("mixtral", "torch"),
+            mixing=MIXINGS[(number + number // 4) % 4],
+            balance=(0.0, 3.0)[number // 4 % 2],
+        )
         for number, case in enumerate(chosen)
     ]
 
@@ -127,6 +133,7 @@ def test_experts_are_trained_in_every_stage_and_mixing():
     ]
     for axis in ("stage", "mixing", "precision", "domain", "offload", "embedding", "tied", "opened"):
         assert {getattr(case, axis) for case in cases} == {*getattr(AXES, axis)}, axis
+    assert {(case.stage, case.balance) for case in cases} == {*product(AXES.stage, (0.0, 3.0))}
 
 
 def test_any_two_values_meet_in_a_case():
@@ -145,15 +152,16 @@ def config_of(case: Case) -> Config:
         precision=case.precision,
         offload=case.offload,
         opened=case.opened,
+        balance=case.balance,
         **case.shape,
     )
 
 
 def train_step(engine, batches) -> None:
-    tables = engine.config.tables
+    tables, balance = engine.config.tables, engine.config.train.expert_balance
     for batch in batches[engine.rank :: engine.world_size]:
         plan = plan_of(batch, tables)
-        engine.backward(engine(batch.input_ids, batch.targets, plan, 1 / batch.step_targets)[0])
+        engine.backward(engine(batch.input_ids, batch.targets, plan, 1 / batch.step_targets, None, balance)[0])
     engine.step(live_keys(tables, batches[0].step_labels), lr=1e-2)
 
 

@@ -51,12 +51,15 @@ def train_it(folder: str, name: str, *options: str, resume: bool = False) -> Non
 
 
 def stop_and_resume(folder: str) -> None:
-    """Two runs of ZeRO 3: one of 12 steps, and one that is trained to step 8 and resumed there."""
+    """Two runs of ZeRO 3 with balanced experts: one of 12 steps, one that is trained to step 8 and resumed there."""
     import shutil
 
     from sgtm.distributed.on_ranks import on_every_rank
 
-    options = ("--train.steps=12", "--train.checkpoint_every=4", "--train.keep_last=9", "--distributed.zero_stage=3")
+    options = (
+        "--train.steps=12", "--train.checkpoint_every=4", "--train.keep_last=9", "--distributed.zero_stage=3",
+        "--train.expert_balance=0.5", "--model.experts=6",
+    )  # fmt: skip
     train_it(folder, "whole", *options)
 
     def cut() -> None:
@@ -98,7 +101,7 @@ def test_a_domains_loss_rises_only_without_its_expert(run):
 
 
 def test_no_expert_is_left_out(run, monkeypatch):
-    """There is no loss that balances them. Of the retain group's two, a retain token takes both; where a domain's group
+    """Without a loss that balances them. Of the retain group's two, a retain token takes both; where a domain's group
     is active too, three are there for two choices."""
     model, chosen = load_run_model(run), []
     inner = op.pytorch.route

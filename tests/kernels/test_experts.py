@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sgtm_kernels.experts import experts, route
+from sgtm_kernels.experts import balance, choices, experts, route
 from sgtm_kernels.plan import LabelRun, MaskPlan, Tables
 from sgtm_kernels.testing import (
     BINARY,
@@ -216,6 +216,128 @@ def test_the_same_bits_again_and_from_a_strided_input():
             assert_same_bits(mine, wanted)
 
 
+def balanced(plan: MaskPlan, counted: torch.Tensor, backend: str = "torch", bounds=BOUNDS, per_token: int = PER_TOKEN):
+    def run(logits):
+        _, chosen = route(logits, per_token, plan, bounds, backend)
+        return balance(logits, chosen, counted, plan, bounds, backend)
+
+    return run
+
+
+def most(plan: MaskPlan) -> torch.Tensor:
+    """bool [B, S]: four of five tokens count."""
+    return torch.rand(plan.batch, plan.seq_len, generator=torch.Generator().manual_seed(3)) < 0.8
+
+
+@by_layout
+@pytest.mark.parametrize("values", [FLOATS, BINARY, (1.0,)])
+def test_the_balance_of_torch_is_that_of_the_reference_in_fp64(values, layout):
+    plan = random_plan(1, random_tables(2, values), layout, 9, 7)
+    for bounds in (BOUNDS, (0, NUMBER)):
+        logits, counted = data(plan, 0)[1], most(plan)
+        _, chosen = route(logits, PER_TOKEN, plan, bounds)
+        assert torch.equal(*(choices(chosen, counted, plan, bounds, backend) for backend in ("torch", "reference")))
+        ours, theirs = (
+            forward_backward(balanced(plan, counted, backend, bounds), logits) for backend in ("torch", "reference")
+        )
+        for mine, wanted in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-10, atol=1e-12)
+
+
+@by_backend
+def test_the_balance_by_hand(backend):
+    """Four tokens; two domains of two experts each, of which one is inactive; one choice. Token 3 does not count."""
+    tables = random_tables(0, (1.0,), labels=1)
+    tables = Tables(tables.labels, tables.groups, ((1.0, 0.0, 1.0),), tables.route, tables.update, tables.update_joint)
+    plan, bounds = MaskPlan(tables, (LabelRun(0, 0, 4),), 1, 4), (0, 2, 4, 6)
+    p = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.5, 0.1, 0.2, 0.2], [0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1]])
+    logits = torch.cat((p[:, :2].log(), torch.full((4, 2), 9.0), p[:, 2:].log()), dim=1)[None].double()
+    counted = torch.tensor([[True, True, True, False]])
+    value, gradient = forward_backward(balanced(plan, counted, backend, bounds, 1), logits)
+    f, mean = (2 / 3, 0.0, 0.0, 1 / 3), p[:3].double().mean(0).tolist()
+    assert float(value) == pytest.approx(3 * 4 * sum(a * b for a, b in zip(f, mean, strict=True)), rel=1e-6)
+    token = [4 * q * (a - (0.4 * 2 / 3 + 0.1 / 3)) for q, a in zip((0.4, 0.3, 0.2, 0.1), f, strict=True)]
+    scale = float(gradient[0, 0, 0]) / token[0]  # of the gradient that arrives
+    assert gradient[0, 0, [0, 1, 4, 5]].tolist() == pytest.approx([scale * value for value in token], rel=1e-5)
+    assert bool((gradient[0, :, 2:4] == 0).all()) and bool((gradient[0, 3] == 0).all())
+
+
+@by_backend
+@pytest.mark.parametrize(("chosen", "pushed"), [([0, 1, 2, 3], True), ([0, 1, 5, 5], False), ([5, 5, 5, 5], False)])
+def test_experts_that_a_label_may_update_are_pushed_up_to_an_even_share(chosen, pushed, backend):
+    """Expert 5 alone, of six: where it has a sixth of the choices or more the others have no pull."""
+    tables = random_tables(0, (1.0,), labels=1)
+    update = tables.update | {"mlp_in": ((0.0, 0.0, 1.0),)}
+    tables = Tables(tables.labels, tables.groups, tables.active, tables.route, update, tables.update_joint)
+    plan, bounds = MaskPlan(tables, (LabelRun(0, 0, 4),), 1, 4), (0, 2, 5, 6)
+    logits, counted = random_like(torch.empty(1, 4, 6), 1).double().requires_grad_(), torch.ones(1, 4) > 0
+    value = balance(logits, torch.tensor(chosen)[None, :, None], counted, plan, bounds, backend)
+    value.backward()
+    value = value.detach()
+    if pushed:
+        assert bool((logits.grad[..., 5] < 0).all()) and bool((logits.grad[..., :5] > 0).all())
+        p = logits.detach().softmax(-1).mean((0, 1))
+        assert float(value) == pytest.approx(4 * 6 * float(p[:5].sum()) / 6)
+    else:
+        assert logits.grad.abs().max() < 1e-12 and float(value) == pytest.approx(4 * 6 * chosen.count(5) / 4)
+
+
+@by_backend
+def test_a_label_that_may_update_no_expert_has_no_balance(backend):
+    tables = random_tables(0, (1.0,), labels=1)
+    update = tables.update | {"mlp_in": ((0.0, 0.0, 0.0),)}
+    tables = Tables(tables.labels, tables.groups, tables.active, tables.route, update, tables.update_joint)
+    plan = MaskPlan(tables, (LabelRun(0, 0, 20),), 2, 10)
+    value, gradient = forward_backward(balanced(plan, torch.ones(2, 10) > 0, backend), data(plan, 0)[1])
+    assert float(value) == 0 and bool((gradient == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "uniform"])
+def test_the_balance_of_a_label_has_no_bit_of_another(layout, dtype):
+    """Not even where the logits of the other are not finite."""
+    for values in (BINARY, (1.0,)):
+        plan = random_plan(6, random_tables(5, values), layout, 12, 40)
+        logits, counted = data(plan, 0, dtype)[1], most(plan)
+        before = forward_backward(balanced(plan, counted), logits)[1]
+        for label in plan.present:
+            mine = token_mask(plan, [label])
+            for other in (random_like(logits, 9), torch.full_like(logits, torch.nan)):
+                after = forward_backward(balanced(plan, counted), torch.where(mine[..., None], other, logits))[1]
+                assert_same_bits(after[~mine], before[~mine], f"of other labels than {label}")
+
+
+@by_backend
+@pytest.mark.parametrize(("groups", "number"), [((0, 1, 2), 9), ((0,), 4), ((1,), 3), ((2,), 2), ((), 0)])
+def test_experts_that_are_all_chosen_need_no_balance(groups, number, backend):
+    """Nor do those that a token does not reach."""
+    plan = active_only(*groups)
+    value, gradient = forward_backward(balanced(plan, torch.ones(2, 10) > 0, backend), data(plan, 0)[1])
+    reached = [expert for group in groups for expert in range(*BOUNDS[group : group + 2])]
+    assert (number > PER_TOKEN) == bool(value != 0)
+    moved = (gradient != 0).flatten(0, 1).all(0).nonzero().flatten().tolist()
+    assert moved == (reached if number > PER_TOKEN else []) and bool(gradient.isfinite().all())
+    assert int((gradient != 0).sum()) == 20 * len(moved)
+
+
+@by_layout
+def test_the_balance_is_as_accurate_as_torch(layout):
+    plan = random_plan(3, random_tables(4), layout, 10, 20)
+    logits, counted = data(plan, 0, torch.bfloat16)[1], most(plan)
+    chosen = route(logits, PER_TOKEN, plan, BOUNDS)[1]
+
+    def run(backend: str, dtype: torch.dtype):
+        return forward_backward(lambda z: balance(z, chosen, counted, plan, BOUNDS, backend), logits.to(dtype))
+
+    exact, theirs, ours = (
+        run("reference", torch.float64),
+        run("reference", torch.bfloat16),
+        run("torch", torch.bfloat16),
+    )
+    for name, *values in zip(("loss", "dlogits"), ours, theirs, exact, strict=True):
+        assert_accurate(*values, name=name)
+
+
 def test_wrong_arguments_are_refused():
     plan = active_only(0)
     x, logits, w_in, w_out = data(plan, 1)
@@ -224,6 +346,10 @@ def test_wrong_arguments_are_refused():
         route(logits, 10, plan, BOUNDS)
     with pytest.raises(ValueError, match="must cut 9 into 1 group or the plan's 3"):
         route(logits, 2, plan, (0, 9, 9))
+    with pytest.raises(ValueError, match="the tensor of shape"):
+        balance(logits, chosen, torch.ones(2, 9) > 0, plan, BOUNDS)
+    with pytest.raises(ValueError, match="must cut 9 into 1 group or the plan's 3"):
+        balance(logits, chosen, torch.ones(2, 10) > 0, plan, (0, 9, 9))
     with pytest.raises(ValueError, match="2 shared and 9 other experts do not divide w_out of 60 rows"):
         experts(x, weights, chosen, w_in, w_out, plan, BOUNDS, 2)
     with pytest.raises(ValueError, match="w_in of 60, which must be twice as many"):

@@ -95,6 +95,14 @@ def test_experts_of_a_family_without_any_are_refused():
     assert expected in message("debug", "--masking.forget_experts=2")
 
 
+def test_balance_needs_experts():
+    expected = "train.expert_balance 0.01: family gpt_neo has no experts to balance; set it 0"
+    assert expected in message("debug", "--train.expert_balance=0.01")
+    assert "train.expert_balance" in message("debug", *MIXTRAL, *NO_NEURONS, "--train.expert_balance=-1")
+    config = load_config("debug", [*MIXTRAL, *NO_NEURONS, "--train.expert_balance=0.01"])
+    assert config.train.expert_balance == 0.01 and load_config("debug").train.expert_balance == 0
+
+
 def test_a_domain_has_one_expert_where_no_count_is_set():
     config = load_config("debug", [*MIXTRAL, *NO_NEURONS])
     size = config.model.intermediate_size

@@ -33,6 +33,7 @@ from sgtm_kernels.plan import MaskPlan
 from sgtm_kernels.testing import EXACT
 
 by_backend = pytest.mark.parametrize("backend", EXACT)
+by_balance = pytest.mark.parametrize("balance", [0.0, 3.0])
 IDS = torch.randint(VOCAB, (3, CONTEXT), generator=torch.Generator().manual_seed(4))
 
 
@@ -92,30 +93,32 @@ def test_a_removed_domain_is_a_model_of_fewer_experts(removed, backend):
 
 
 @by_backend
+@by_balance
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "none"])
-def test_retain_tokens_depend_on_no_weight_of_a_domain(strategy, backend):
+def test_retain_tokens_depend_on_no_weight_of_a_domain(strategy, balance, backend):
     """In any bit: their loss and all gradients, whatever the experts, heads and router rows of the domains are."""
     model, tables = model_of("mixtral", backend), STRATEGIES[strategy]()
     batches = random_step("step", 1, RETAIN)
-    before = gradients(model, batches, tables)
+    before = gradients(model, batches, tables, balance)
     loss = model(batches[0].input_ids, batches[0].targets, plan_of(batches[0], tables), 1.0)[0].detach()
     for (key, _, _), piece in by_key(model, {name: p.data for name, p in model.named_parameters()}).items():
         if key.endswith((".bio", ".code")):
             piece.copy_(torch.randn(piece.shape, generator=torch.Generator().manual_seed(7)) * 5)
-    after = gradients(model, batches, tables)
+    after = gradients(model, batches, tables, balance)
     assert torch.equal(loss, model(batches[0].input_ids, batches[0].targets, plan_of(batches[0], tables), 1.0)[0])
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @by_backend
-def test_retain_gradients_of_a_mixed_step_depend_on_no_weight_of_a_domain(backend):
+@by_balance
+def test_retain_gradients_of_a_mixed_step_depend_on_no_weight_of_a_domain(balance, backend):
     model, tables = model_of("mixtral", backend), STRATEGIES["sgtm+masked"]()
     batches = relabelled(random_step("sequence", 1), {UNLABELED: RETAIN})
-    before = by_key(model, gradients(model, batches, tables))
+    before = by_key(model, gradients(model, batches, tables, balance))
     for (key, _, _), piece in by_key(model, {name: p.data for name, p in model.named_parameters()}).items():
         if key.endswith((".bio", ".code")):
             piece.mul_(-2)
-    after = by_key(model, gradients(model, batches, tables))
+    after = by_key(model, gradients(model, batches, tables, balance))
     for rows, gradient in before.items():
         if rows[0].endswith(".retain"):
             assert torch.equal(gradient, after[rows]), rows

@@ -44,7 +44,8 @@ def test_experts_and_their_rows_of_the_router():
     experts = ("--model.family=mixtral", "--model.window=null", "--model.experts=6", "--model.experts_per_token=2",
                "--model.shared_experts=1", "--masking.forget_neurons=0", "--masking.forget_experts=2")  # fmt: skip
     printed = text(*experts)
-    assert "6 experts of 64 neurons, 2 per token and 1 shared" in printed
+    assert "6 experts of 64 neurons, 2 per token and 1 shared" in printed and "balanced" not in printed
+    assert "1 shared, balanced with weight 0.01" in text(*experts, "--train.expert_balance=0.01")
     of_es = LAYERS * (4 * 8 * D + 2 * (3 * 64 + 1) * D)
     groups = printed.partition("groups, in")[2].partition("forward pass")[0]
     assert row(groups, "es")[:5] == ["1", "1", "2", "128", f"{of_es:,}"]

@@ -6,6 +6,8 @@ nothing would say so.
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 from families import BIO, FAMILIES, MIXINGS, RETAIN, SPACE, UNLABELED, model_of, plan_of, random_step
 
@@ -21,15 +23,16 @@ TABLES += [build_tables(SPACE, name) for name in ("gradient_routing", "activatio
 @pytest.mark.parametrize("backend", EXACT)
 def test_one_order_of_gradients(backend, family, tied, embedding):
     model, orders = model_of(family, backend, embedding=embedding, tie_embeddings=tied), set()
+    weights = (0.0, 0.3) if model.config.experts else (0.0,)
     done: list[str] = []
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: done.append(name))
     for tables in TABLES:
         for mixing in MIXINGS:
             for label in (RETAIN, BIO, UNLABELED) if mixing == "step" else (BIO,):
-                for batch in random_step(mixing, 3, label):
+                for batch, balance in product(random_step(mixing, 3, label), weights):
                     done.clear()
-                    loss, _ = model(batch.input_ids, batch.targets, plan_of(batch, tables), 0.1)
+                    loss, _ = model(batch.input_ids, batch.targets, plan_of(batch, tables), 0.1, balance=balance)
                     loss.backward()
                     orders.add(tuple(done))
     assert len(orders) == 1 and len(set(done)) == len(list(model.parameters()))

@@ -24,15 +24,16 @@ def saved_bytes(config) -> int:
     ids = torch.randint(config.model.vocab_size, size)
     masks = MaskPlan(config.tables, [LabelRun(0, 0, ids.numel())], *size)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
-        model(ids, ids, masks, 1.0)
+        model(ids, ids, masks, 1.0, balance=config.train.expert_balance)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     head = 2 * config.model.vocab_size * config.model.hidden_size  # its gradient, which the plan counts elsewhere
     return sum(size for address, size in storages.items() if address not in weights) - head
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("family", ["gpt_neo", "llama", "mixtral"])
+@pytest.mark.parametrize("family", ["gpt_neo", "llama", "mixtral", "mixtral, balanced"])
 def test_activations_are_what_autograd_keeps(family, checkpointed):
+    family, _, balanced = family.partition(", ")
     options = [
         f"--model.family={family}", f"--model.activation_checkpointing={checkpointed}", "--model.window=null",
         "--model.hidden_size=256", "--model.intermediate_size=640", "--model.heads=4", "--model.context=128",
@@ -41,6 +42,8 @@ def test_activations_are_what_autograd_keeps(family, checkpointed):
     if family == "mixtral":
         options += ["--model.experts=5", "--model.experts_per_token=2", "--model.shared_experts=1"]
         options += ["--masking.forget_neurons=0", "--masking.forget_experts=2"]
+    if balanced:  # so many that their logits count
+        options += ["--train.expert_balance=0.01", "--model.experts=300", "--model.intermediate_size=32"]
     config = load_config("debug", options)
     expected = saved_bytes(config)
     if checkpointed:  # the block that is computed again comes on top during the backward pass, its input apart

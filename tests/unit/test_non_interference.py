@@ -118,6 +118,20 @@ def test_bf16(strategy, mixing, family):
         assert_promise(model, batches, tables, before, label)
 
 
+@by_backend
+@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_balanced_experts(strategy, mixing, backend):
+    model, tables = model_of("mixtral", backend), STRATEGIES[strategy]()
+    for label in (RETAIN, BIO, CODE):
+        if label == RETAIN or mixing == "step":
+            batches = random_step(mixing, 1, label)
+            before = by_key(model, gradients(model, batches, tables, balance=3.0))
+        assert_promise(model, batches, tables, before, label, balance=3.0)
+        for (key, name, _), gradient in before.items() if mixing == "step" else ():
+            assert bool((gradient == 0).all()) == (contribution(tables, key, label) == 0), f"{name} ({key}) of {label}"
+
+
 @by_family
 @pytest.mark.parametrize("mixing", ["sequence", "token"])
 def test_activation_checkpointing_and_unmasked_layers(mixing, family):

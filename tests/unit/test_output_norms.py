@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgtm.data.batch import IGNORE
+from sgtm.model import experts
 from sgtm.model.compile import compile_blocks
 from sgtm.model.output_norms import OutputNorms
 from sgtm.model.transformer import Transformer
@@ -84,6 +85,8 @@ def flat(norms) -> dict:
     values = {}
     for label, parts in norms.items():
         for part, by_group in parts.items():
+            if part == "experts":  # no norms: `test_shares_are_those_of_the_choices`
+                continue
             for group, by_layer in by_group.items() if part != "residual" else [(None, by_group)]:
                 values |= {((part, group, layer), label): value for layer, value in enumerate(by_layer)}
     return values
@@ -102,6 +105,43 @@ def test_norms_are_those_of_each_group_alone(family, mixing):
         assert (strategy == "none") == (not silent)
         for key, value in norms.items():
             assert value == pytest.approx(expected[key], rel=1e-4), key
+
+
+def choices_by_hand(model, batches, tables, monkeypatch) -> dict[tuple[int, int], list[int]]:
+    """How often the tokens of a label with a target have chosen each of eight experts, by (label, layer)."""
+    counts, chosen, route = {}, [], experts.route
+    with monkeypatch.context() as patch:
+        patch.setattr(experts, "route", lambda *args: chosen.append(route(*args)) or chosen[-1])
+        for batch in batches:
+            chosen.clear()
+            run(model, [batch], tables)
+            labels = torch.repeat_interleave(torch.tensor(batch.labels), torch.tensor(batch.lengths))
+            for (layer, (_, choices)), label in product(enumerate(chosen), range(4)):
+                mine = choices.flatten(0, 1)[(labels == label) & (batch.targets.flatten() != IGNORE)]
+                for expert in mine.flatten().tolist():
+                    counts.setdefault((label, layer), [0] * 8)[expert] += 1
+    return counts
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize(("strategy", "masked_layers"), [("sgtm", None), ("none", [1])])
+def test_shares_are_those_of_the_choices(strategy, masked_layers, mixing, monkeypatch):
+    """Over the micro-batches of a step. All experts of a layer without groups are retain's."""
+    model, tables, batches = (
+        model_of("mixtral", masked_layers=masked_layers),
+        STRATEGIES[strategy](),
+        random_step(mixing),
+    )
+    counts, measurement = choices_by_hand(model, batches, tables, monkeypatch), measured(model, batches, tables)
+    expected: dict = {}
+    for (label, layer), mine in sorted(counts.items()):
+        whole = masked_layers is not None and layer not in masked_layers
+        for group, (start, end) in enumerate([(0, 8)] if whole else [(0, 3), (3, 6), (6, 8)]):
+            if whole or tables.active[label][group]:
+                shares = [times / sum(mine) for times in mine[start:end]]
+                of_label = expected.setdefault(SPACE.labels[label], {}).setdefault(SPACE.groups[group], [])
+                of_label.append(pytest.approx((min(shares), max(shares)), rel=1e-4))
+    assert {label: parts["experts"] for label, parts in measurement.items()} == expected
 
 
 def test_the_largest_group_may_be_a_domains():

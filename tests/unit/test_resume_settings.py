@@ -67,6 +67,17 @@ def test_a_token_filter_is_neither_added_nor_taken_off():
     assert differences(hidden, filtered) == ["data.token_filter: hide in the checkpoint, loss now"]
 
 
+def test_experts_are_balanced_as_before():
+    mixtral = (
+        "--model.family=mixtral", "--model.window=null", "--model.experts=6", "--model.experts_per_token=2",
+        "--masking.forget_neurons=0",
+    )  # fmt: skip
+    older, balanced = saved(*mixtral), load_config("debug", [*mixtral, "--train.expert_balance=0.01"])
+    del older["train"]["expert_balance"]
+    assert differences(older, load_config("debug", list(mixtral))) == []
+    assert differences(older, balanced) == ["train.expert_balance: 0.0 in the checkpoint, 0.01 now"]
+
+
 def test_a_run_is_not_resumed_on_other_data(tmp_path: Path):
     """Wherever the same data are."""
     (saved,) = make(tmp_path, 1)

@@ -113,11 +113,11 @@ def test_a_step_without_targets_updates_nothing(targets):
     calls, totals, config = [], StepTotals(3, torch.device("cpu")), load_config("debug", ["--masking.strategy=none"])
     batch = replace(BATCH, step_targets=targets, targets=BATCH.targets if targets else torch.full((2, 4), IGNORE))
 
-    def engine(ids, targets, plan, scale, norms):
+    def engine(ids, targets, plan, scale, norms, balance):
         calls.append(scale)
         return torch.zeros(()), torch.zeros(3, dtype=torch.float64)
 
-    engine.device, engine.skipped, engine.finite = torch.device("cpu"), (), True
+    engine.config, engine.device, engine.skipped, engine.finite = config, torch.device("cpu"), (), True
     engine.backward, engine.clip_factor = lambda loss: None, lambda: torch.tensor(1.0)
     engine.step = lambda live, lr, measure: calls.append(live)
     train_step(engine, [batch], config.tables, 1e-3, totals)

@@ -1,3 +1,3 @@
-from sgtm_kernels.experts.op import experts, route
+from sgtm_kernels.experts.op import balance, choices, experts, route
 
-__all__ = ["experts", "route"]
+__all__ = ["balance", "choices", "experts", "route"]

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from sgtm_kernels.autograd import eager
-from sgtm_kernels.plan import MaskPlan
+from sgtm_kernels.plan import MaskPlan, table_on
+from sgtm_kernels.tables import PROJECTIONS
 
 
 def route(logits, plan: MaskPlan, per_token: int, bounds):
@@ -26,11 +27,20 @@ def experts(x, weights, chosen, w_in, w_out, plan: MaskPlan, bounds, shared: int
     return _experts(x, weights, chosen, w_in, w_out, plan, bounds, shared)
 
 
+def balance(logits, chosen, counted, plan: MaskPlan, bounds):
+    return _balance(logits, chosen, counted, plan, bounds)
+
+
+def choices(chosen, counted, plan: MaskPlan, bounds):
+    number, labels = bounds[-1] + 1, plan.labels(chosen.device)
+    keys = (labels[:, None] * number + chosen.flatten(0, 1)).flatten()
+    ones = counted.long()[..., None].expand_as(chosen).flatten()
+    totals = ones.new_zeros(len(plan.tables.labels) * number).scatter_add(0, keys, ones)
+    return totals.view(-1, number)[:, :-1]
+
+
 def _route_forward(logits, plan, per_token, bounds):
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    active = _by_expert(plan, "active", bounds, logits)
-    if active is not None:
-        z = z.masked_fill(active == 0, -torch.inf)
+    z = _in_reach(logits, plan, bounds)
     values, chosen = z.topk(per_token, dim=-1)
     none = values == -torch.inf
     largest = values[..., :1].masked_fill(none[..., :1], 0.0)
@@ -52,6 +62,60 @@ def _route_backward(dy, weights, chosen, plan, bounds, dtype, wanted):
     if back is not None:
         dlogits = dlogits * back
     return (dlogits.to(dtype),)
+
+
+def _in_reach(logits: torch.Tensor, plan: MaskPlan, bounds: tuple[int, ...]) -> torch.Tensor:
+    """The logits in fp32 at least, -inf for the experts of inactive groups."""
+    z, active = logits.to(torch.promote_types(logits.dtype, torch.float32)), _by_expert(plan, "active", bounds, logits)
+    return z if active is None else z.masked_fill(active == 0, -torch.inf)
+
+
+def _balance_forward(logits, chosen, counted, plan, bounds):
+    """The loss; and what its backward pass needs: each label's shares, and [B, S] how much a token counts."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    active, taught = (_by_label(plan, table, bounds, logits.device, dtype) for table in ("active", "mlp_in"))
+    reached, own = active.sum(-1), taught.sum(-1)
+    shares = choices(chosen, counted, plan, bounds).to(dtype)
+    shares = shares / shares.sum(-1, keepdim=True).clamp_min(1.0)
+    # What the label cannot teach is no reason to send its tokens away from what it can.
+    others = torch.maximum((shares * taught).sum(-1) / own.clamp_min(1.0), 1.0 / reached.clamp_min(1.0))
+    shares = torch.where(taught != 0, shares, others[:, None])
+    number = reached.masked_fill((reached <= chosen.shape[-1]) | (own == 0), 0.0)
+    weight = number[plan.labels(logits.device)].view(counted.shape) * counted
+    p, share = _by_token(logits, shares, weight, plan, bounds)
+    return (weight * (p * share).sum(-1)).sum(), shares, weight
+
+
+def _by_label(plan: MaskPlan, table: str, bounds: tuple[int, ...], device: torch.device, dtype: torch.dtype):
+    """[labels, experts]: 1 where the group of an expert has an entry other than 0 for a label, in `active` or in the
+    contributions to a projection; else 0."""
+
+    def make() -> torch.Tensor:
+        tables, groups = plan.tables, range(len(bounds) - 1)
+        by_group = (tables.contributions if table in PROJECTIONS else tables.columns)[table]
+        entries = tuple(tuple(float(len(groups) == 1 or entry != 0) for entry in by_group[group]) for group in groups)
+        by_expert = tuple(entries[bisect_right(bounds, expert) - 1] for expert in range(bounds[-1]))
+        return table_on(device, dtype, by_expert).t()
+
+    return plan.cached(("experts", table, bounds, device, dtype), make)
+
+
+def _balance_keep(inputs, outputs):
+    logits, _, _, plan, bounds = inputs
+    return (logits, *outputs[1:]), plan, (bounds,)
+
+
+def _balance_backward(dy, logits, shares, weight, plan, bounds, wanted):
+    p, share = _by_token(logits, shares, weight, plan, bounds)
+    dz = p * (share - (p * share).sum(-1, keepdim=True)) * (weight * dy)[..., None]
+    back = _by_expert(plan, "route", bounds, dz)
+    return ((dz if back is None else dz * back).to(logits.dtype),)
+
+
+def _by_token(logits, shares, weight, plan, bounds) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, S, experts]: a token's probabilities of the experts in reach, 0 if it does not count; its label's shares."""
+    p = _in_reach(logits, plan, bounds).softmax(-1).masked_fill(weight[..., None] == 0, 0.0)
+    return p, shares[plan.labels(logits.device)].view(p.shape)
 
 
 def _by_expert(plan: MaskPlan, table: str, bounds: tuple[int, ...], like: torch.Tensor) -> torch.Tensor | None:
@@ -211,4 +275,5 @@ class _Sums:
 
 
 _route = eager(_route_forward, _route_keep, _route_backward, outputs=(1, 2))
+_balance = eager(_balance_forward, _balance_keep, _balance_backward, outputs=(1, 1))
 _experts = eager(_forward, _keep, _backward, outputs=(1, 1))
