@@ -52,8 +52,8 @@ class Audited:
 
     @cached_property
     def conversion(self) -> Conversion:
-        prune = set(self.record["how"].values()) != {"zeroed"}
-        made = Conversion(self.config.model, self.config.partition, self.groups, self.record["reduced"], prune)
+        reduced, pruned = self.record["reduced"], self.record["pruned"]
+        made = Conversion(self.config.model, self.config.partition, self.groups, reduced, pruned)
         made.config.dtype = DTYPES[self.record["dtype"]]
         return made
 
@@ -126,19 +126,19 @@ def _logits(a: Audited) -> list[str]:
 def _losses(a: Audited) -> list[str]:
     if not a.record["losses"]:
         raise Skipped("the card has no losses")
-    return behaviour.loss_problems(a.folder, a.record, a.config, a.corpus)
+    return behaviour.loss_problems(a.folder, a.record, a.config, a.checkpoint, a.corpus)
 
 
 CHECKS: dict[str, tuple[str, Callable[[Audited], list[str]]]] = {
     "files": ("the files that the record lists, of its sizes and hashes, and no others", _files),
-    "checkpoint": ("the one that the record names, and whole", _checkpoint),
+    "checkpoint": ("the one in the record, and every file has the size and hash in its manifest", _checkpoint),
     "facts": ("what record and card say follows from the run", _facts),
     "config": ("config.json and generation_config.json are those of the model", _config),
     "tokenizer": ("it is the corpus's", _tokenizer),
     "tensors": ("all by name, shape, dtype and bytes, each bit as the checkpoint has it", _tensors),
     "removed": ("no row or column is a weight vector of a removed group", _removed),
     "logits": ("transformers computes what the run's model does without the removed groups", _logits),
-    "losses": ("on held-out text they are the card's", _losses),
+    "losses": ("on held-out text the two models have those of the card", _losses),
 }
 COSTLY = ("logits", "losses")
 """Checks that run the model."""

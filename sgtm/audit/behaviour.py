@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from sgtm.config import Config
 from sgtm.data.store import Corpus
 from sgtm.evaluation.losses import evaluate
+from sgtm.hf.card import RECORD
 from sgtm.hf.config import model_config_from_hf
 from sgtm.hf.weights import from_hf_state
 from sgtm.masking.labels import FULL, LabelSpace
@@ -49,10 +51,39 @@ def logit_problems(folder: Path, record: dict, config: Config, checkpoint: Path,
     return []
 
 
-def loss_problems(folder: Path, record: dict, config: Config, corpus: Corpus) -> list[str]:
-    """Of the held-out text that the card's losses are of: those of the folder's model."""
+def loss_problems(folder: Path, record: dict, config: Config, checkpoint: Path, corpus: Corpus) -> list[str]:
+    """Rows of the record's losses that the models contradict: the folder's, and the run's full one.
+
+    Both are measured on the held-out text that the record names. The loss of this model may be left out where it has a
+    domain at a strength, or where no evaluation of the run removes this set of domains.
+    """
     losses = record["losses"]
-    model = _as_ours(folder, config)
+    limit = LOSSES["bf16" if "bf16" in (config.train.precision, record["dtype"]) else "fp32"]
+    right = _rows(_as_ours(folder, config), "this", config, corpus, losses)
+    if not config.steered:  # the full model of a steered run is evaluated with its direction
+        full = _rows(load_model(config, checkpoint), "full", config, corpus, losses)
+        right = {category: row | full[category] for category, row in right.items()}
+    removed = tuple(domain for domain in config.masking.domains if domain in record["removed"])
+    optional = bool(record["reduced"]) or removed not in config.removals
+    stated = {row["category"]: row for row in losses["rows"]}
+    problems = [f"no row of {category}" for category in right if category not in stated]
+    problems += [
+        f"a row of {category}, of which the split has no token" for category in stated if category not in right
+    ]
+    for category in (category for category in stated if category in right):
+        row = stated[category]
+        left_out = ("this", "this_error") if optional and row["this"] is None else ()
+        problems += [
+            f"{category}: {key} is {row[key]}, measured {value}"
+            for key, value in right[category].items()
+            if key not in left_out and not _near(row[key], value, limit)
+        ]
+    return [f"{folder / RECORD}: losses: {problem}" for problem in problems]
+
+
+def _rows(model: Transformer, name: str, config: Config, corpus: Corpus, losses: dict) -> dict[str, dict]:
+    """By category, what the row of a record has of this model, whose loss is called `name` there."""
+    model.steering = None
     if config.train.precision == "bf16":
         model = model.bfloat16()
     plain = config.model_copy(
@@ -61,16 +92,23 @@ def loss_problems(folder: Path, record: dict, config: Config, corpus: Corpus) ->
             "train": config.train.model_copy(update={"init_from": None}),
         }
     )
-    sample = {"split": losses["split"], "sequences": losses["sequences"]}
-    measured = evaluate(model, corpus, plain, **sample, device=torch.device("cpu")).losses[FULL]
-    limit = LOSSES["bf16" if "bf16" in (config.train.precision, record["dtype"]) else "fp32"]
-    problems = []
-    for row in losses["rows"]:
-        loss, stated = measured.get(row["category"]), row["this"]
-        if stated is not None and (loss is None or not abs(loss - stated) <= limit):
-            shown = "not measured" if loss is None else f"{loss:.4f}"
-            problems.append(f"{folder}: loss on {row['category']} is {shown}, the card has {stated:.4f}")
-    return problems
+    cpu = torch.device("cpu")
+    evaluation = evaluate(model, corpus, plain, split=losses["split"], sequences=losses["sequences"], device=cpu)
+    return {
+        category: {
+            "true_label": evaluation.sample["true_labels"][category],
+            "tokens": evaluation.sample["measured"][category]["tokens"],
+            name: loss,
+            f"{name}_error": evaluation.sample["errors"][FULL].get(category),
+        }
+        for category, loss in evaluation.losses[FULL].items()
+    }
+
+
+def _near(stated: Any, value: Any, limit: float) -> bool:
+    if isinstance(value, float) and isinstance(stated, (int, float)):
+        return abs(stated - value) <= limit
+    return stated == value
 
 
 def _loaded(folder: Path):

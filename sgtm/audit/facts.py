@@ -22,7 +22,7 @@ WRITERS = ("transformers_version", "_from_model_config")
 
 
 def checkpoint_problems(run: Path, record: dict) -> list[str]:
-    """Whether the checkpoint that the record names is the run's, and whole."""
+    """Whether the checkpoint in the record is the run's, and valid."""
     stored = record["checkpoint"]
     directory = checkpoints_dir(run) / stored["name"]
     if not (directory / MANIFEST).is_file():
@@ -43,7 +43,7 @@ def fact_problems(
     folder: Path, record: dict, run: Path, config: Config, checkpoint: Path, made: PretrainedConfig
 ) -> list[str]:
     """Entries of the record that the run contradicts, and a card that is not the record's."""
-    expected = record_of(run, config, checkpoint, made, record["removed"], record["reduced"])
+    expected = record_of(run, config, checkpoint, made, record["removed"], record["reduced"], record["pruned"])
     stated = {key: value for key, value in record.items() if key not in WRITTEN}
     expected = json.loads(json.dumps({key: value for key, value in expected.items() if key not in WRITTEN}))
     losses = stated.get("losses"), expected["losses"]

@@ -15,7 +15,29 @@ WRITTEN_NAMES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
 """Of the files that an export may hold, besides its record."""
-KEYS = ("run", "removed", "reduced", "checkpoint", "corpus", "dtype", "how", "partition", "files")
+KEYS = (
+    "run",
+    "recipe",
+    "method",
+    "removed",
+    "reduced",
+    "independent_of",
+    "init_from",
+    "pruned",
+    "how",
+    "architecture",
+    "architecture_because",
+    "checkpoint",
+    "corpus",
+    "losses",
+    "unlearned",
+    "adapted",
+    "partition",
+    "versions",
+    "tokenizer",
+    "dtype",
+    "files",
+)
 
 
 def read_export_record(folder: Path) -> dict:

@@ -52,16 +52,14 @@ def replay(audit: Audit, steps: int, data: str | None = None) -> Check:
     with tempfile.TemporaryDirectory(dir=audit.run.resolve().parent, prefix=".replay-") as scratch:
         run = _copy_of_run(Path(scratch), config, first, removed)
         ranks = read_manifest(first)["ranks"]
-        command = [sys.executable, "-m", "sgtm", "train", str(run), "--resume"]
-        if ranks > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m", "sgtm"]
-            command[1:3] = launcher
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+        command = [sys.executable, *launcher, "-m", "sgtm", "train", str(run), "--resume"]
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, env={**os.environ, "WANDB_MODE": "disabled"}
         )
         again = checkpoints_dir(run) / last.name
         if done.returncode or not again.is_dir():
-            raise ValueError(f"the replay did not end (exit status {done.returncode}):\n{done.stderr.strip()[-2000:]}")
+            raise ValueError(f"the replay failed (exit status {done.returncode}):\n{done.stderr.strip()[-2000:]}")
         check.problems += _differences(config, removed, last, again)
     return check
 
@@ -84,7 +82,11 @@ def _checkpoints(audit: Audit, config: Config, steps: int) -> tuple[Path, Path]:
     first = earlier.get(manifest["step"] - steps)
     if first is None:
         before = [manifest["step"] - step for step in earlier if step < manifest["step"]]
-        known = f"there are some {listed([str(n) for n in before])} before" if before else "none was kept before it"
+        known = (
+            f"checkpoints exist {listed([str(n) for n in before])} steps before it"
+            if before
+            else "none was kept before it"
+        )
         raise ValueError(
             f"--replay {steps}: no checkpoint {steps} steps before {last.name}; {known} (train.checkpoint_every, "
             f"train.keep_last)"
@@ -163,6 +165,6 @@ def _differences(config: Config, removed: Sequence[str], last: Path, again: Path
         if count := int((one.view(torch.int32) != other.view(torch.int32)).sum()):
             problems.append(
                 f"{last}: tensor {name} depends on the text of {listed(removed)}: {count:,} of {one.numel():,} "
-                f"elements are others after the replay"
+                f"elements differ after the replay"
             )
     return problems

@@ -138,11 +138,15 @@ def removed_vectors(
     problems = []
     for name in weights if vectors else ():
         tensor = weights.read(name)
-        if tensor.dim() == 2:
-            for kind, matrix in (("row", tensor), ("column", tensor.t())):
+        if tensor.dim() < 2:
+            continue
+        matrices = tensor.flatten(0, -3) if tensor.dim() > 2 else tensor[None]  # one of each expert
+        for number, one in enumerate(matrices):
+            of = f" of matrix {number}" if len(matrices) > 1 else ""
+            for kind, matrix in (("row", one), ("column", one.t())):
                 hit = next(((n, vectors[digest]) for n, digest in _digests(matrix) if digest in vectors), None)
                 if hit:
-                    problems.append(f"{weights.where(name)}: {kind} {hit[0]} is the removed {hit[1]}")
+                    problems.append(f"{weights.where(name)}: {kind} {hit[0]}{of} is the removed {hit[1]}")
     return problems
 
 

@@ -105,7 +105,7 @@ class Demo:
     def _models(self, removed: list) -> list[RunModel]:
         """The full one, and that without these domains."""
         if not all(isinstance(domain, str) for domain in removed):
-            raise ValueError("removed: expected a list of domains, as texts")
+            raise ValueError("removed: must be a list of strings")
         domains = self.source.removed(removed)
         return [self.full, *([self.full.without(domains)] if domains else [])]
 
@@ -124,10 +124,10 @@ class Demo:
 
 def _fields(values: Any, **types: type) -> tuple[Any, ...]:
     """The values of these fields. Raises ValueError unless there are these and no others, each of its type."""
-    words = {str: "a text", list: "a list of domains", int: "a whole number"}
+    words = {str: "a string", list: "a list of strings", int: "a whole number"}
     if not isinstance(values, dict) or values.keys() != types.keys():
-        raise ValueError(f"expected a JSON object with {', '.join(types)} and nothing else")
+        raise ValueError(f"must be a JSON object with {', '.join(types)} and nothing else")
     for name, kind in types.items():
         if not isinstance(values[name], kind) or isinstance(values[name], bool):
-            raise ValueError(f"{name}: expected {words[kind]}")
+            raise ValueError(f"{name}: must be {words[kind]}")
     return tuple(values[name] for name in types)

@@ -4,7 +4,9 @@
 
 run, recipe, method   name of the run, and what it was trained with
 removed, reduced      domains without which the model is; domains that it has at a strength below 1, by strength
-how                   `physically removed` or `zeroed`, for heads and for neurons or experts; `left out` for adapters
+pruned                whether heads, neurons and experts of removed domains were to be cut out
+how                   `physically removed` or `zeroed`, by what the removed domains own (heads, neurons, experts); `left
+                      out` for adapters
 independent_of        removed domains whose documents the weights do not depend on, to the bit
 checkpoint            name, step, manifest_sha256 of its manifest, which has the hashes of its files
 corpus                fingerprint of the data
@@ -12,6 +14,11 @@ losses                None where nothing was measured after that step, else `spl
                       category; None: all), `by` (the command), and `rows`:
                       category, true_label, tokens, and nats per token with their standard errors over documents of the
                       full model (full, full_error) and of this one (this, this_error; None where it was not measured)
+init_from             `train.init_from` of the run
+architecture          `model_type` of the folder, and in architecture_because why it is not the run's family
+unlearned, adapted    what was done to the run after its training; None where nothing was
+tokenizer, dtype      whether the folder has a tokenizer; `fp32` or `bf16`
+versions              of sgtm, torch and transformers
 partition             which heads and neurons belong to whom
 files                 bytes and sha256 of every other file of the folder
 """
@@ -46,6 +53,7 @@ def record_of(
     hf_config: PretrainedConfig,
     removed: list[str],
     strengths: Mapping[str, float],
+    pruned: bool,
 ) -> dict:
     """`sgtm_export.json` but for what follows from the written files."""
     manifest = read_manifest(checkpoint)
@@ -59,7 +67,8 @@ def record_of(
         "reduced": reduced,
         "independent_of": [domain for domain in removed if domain in manifest["independent_of"]],
         "init_from": config.train.init_from,
-        "how": _how(config, hf_config, bool(adapted)) if removed else {},
+        "pruned": pruned,
+        "how": _how(config, hf_config, removed, bool(adapted)),
         "architecture": hf_config.model_type,
         "architecture_because": why_architecture(config.model, hf_config),
         "checkpoint": {
@@ -76,15 +85,25 @@ def record_of(
     }
 
 
-def _how(config: Config, hf_config: PretrainedConfig, adapted: bool) -> dict[str, str]:
+def _how(config: Config, hf_config: PretrainedConfig, removed: list[str], adapted: bool) -> dict[str, str]:
     if adapted:
-        return {"adapters": "left out"}
+        return {"adapters": "left out"} if removed else {}
+    groups = [config.partition.groups.index(domain) for domain in removed]
     physically = {"heads": hf_config.num_attention_heads < config.model.heads}
     if config.model.experts:
         physically["experts"] = hf_config.num_local_experts < config.model.experts
     else:
         physically["neurons"] = hf_config.intermediate_size < config.model.intermediate_size
-    return {unit: "physically removed" if gone else "zeroed" for unit, gone in physically.items()}
+    return {
+        unit: "physically removed" if gone else "zeroed"
+        for unit, gone in physically.items()
+        if any(_owns(getattr(layer, unit), groups) for layer in config.partition.layers)
+    }
+
+
+def _owns(counts: tuple[int, ...], groups: list[int]) -> bool:
+    """Whether one of these groups has something in a layer, of which `counts` has the number by group."""
+    return any(counts[group] for group in groups if group < len(counts))  # a layer without groups has retain alone
 
 
 def _losses(run: Path, config: Config, step: int, removed: list[str], reduced: bool) -> dict | None:

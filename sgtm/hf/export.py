@@ -89,7 +89,7 @@ def export_run(
         weights = conversion.tensors(weights_of(checkpoint, adapters=not remove))
         write_shards(_checked(weights, conversion.config), partial, DTYPES[dtype], shard)
         save_config(conversion.config, partial)
-        record = record_of(run, config, checkpoint, conversion.config, sorted(set(remove)), strengths)
+        record = record_of(run, config, checkpoint, conversion.config, sorted(set(remove)), strengths, prune)
         record |= {"tokenizer": tokenizer, "dtype": dtype}
         (partial / CARD).write_text(card(record, name), encoding="utf-8")
         record["files"] = {

@@ -32,9 +32,9 @@ FREE = {"init_std", "activation_checkpointing"}
 def load_pretrained(folder: Path | str, config: ModelConfig, partition: Partition) -> dict[str, Tensor]:
     """State of our model from a folder with config.json and safetensors, in the dtype that they have there.
 
-    The folder is what `save_pretrained` and `sgtm export` write, of GPT-Neo, Llama, Mixtral, Mistral without a
-    sliding window, or Qwen2-MoE without biases.
-    Its context may be longer than that of `config`; learned positions beyond are left out.
+    The folder is what `save_pretrained` and `sgtm export` write, of GPT-Neo, Llama, Mixtral, Mistral without a sliding
+    window, or Granite MoE without multipliers. Its context may be longer than that of `config`; learned positions
+    beyond are left out.
 
     Raises ValueError for a folder that is none, for a model that `config` does not describe, naming every key that
     differs, and for tensors that are missing, too many, or not of the shape in config.json.

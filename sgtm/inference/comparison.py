@@ -89,5 +89,5 @@ def check_same_tokenizer(first: TextModel, second: TextModel) -> None:
         ]
         raise ValueError(
             f"{first.name} and {second.name} have different tokenizers: {count:,} ids stand for other tokens, {i} for "
-            f"{of_id[0]} and {of_id[1]}; compare models of one tokenizer, as losses per token are no others' measure"
+            f"{of_id[0]} and {of_id[1]}; per-token losses are not comparable across tokenizers"
         )

@@ -55,7 +55,7 @@ def encode_prompt(model: TextModel, prompt: str) -> list[int]:
     """Raises ValueError for an empty prompt, and for one that leaves no room for another token in the context."""
     ids = model.encode(prompt)
     if not ids:
-        raise ValueError("the prompt is empty: the first token of a text follows from nothing; give a few words")
+        raise ValueError("the prompt is empty; give at least one token")
     if len(ids) >= model.context:
         raise ValueError(
             f"the prompt has {len(ids):,} tokens, and the context of {model.name} holds {model.context:,}, the "

@@ -118,7 +118,7 @@ def open_models(
 
     removals  as `ModelSource.removed` gives them; names: of the models
 
-    A run's model is that of its newest whole checkpoint. Raises ValueError where there is none, where the corpus of the
+    A run's model is that of its newest valid checkpoint. Raises ValueError where there is none, where the corpus of the
     run, which has the tokenizer, is gone or another one, and for a folder that does not load.
     """
     named = list(names or (None for _ in removals))

@@ -86,9 +86,11 @@ class Binding:
         if labels is not None and (model.training or torch.is_grad_enabled()):
             if self.removed:
                 raise ValueError("an ablated model cannot be trained with labels: leave `with ablate(...)` first")
-            source = next(x for x in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if x is not None)
-            self._current.labels = label_numbers(labels, self.space)
-            self._current.plan = self._plan(self._current.labels, *source.shape[:2])
+            inputs = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+            source = next((x for x in inputs if x is not None), None)
+            if source is not None:  # else the model raises
+                self._current.labels = label_numbers(labels, self.space)
+                self._current.plan = self._plan(self._current.labels, *source.shape[:2])
         return args, kwargs
 
     def plan_of_part(self, x: torch.Tensor) -> MaskPlan | None:
@@ -138,13 +140,18 @@ class Binding:
 
 def binding_of(model: nn.Module) -> Binding:
     """The binding of a masked model, also inside DDP or a DeepSpeed engine. Raises ValueError for any other model."""
+    return unwrapped(model).sgtm  # type: ignore[return-value]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """A masked model without DDP, a DeepSpeed engine or `torch.compile`. Raises ValueError for any other model."""
     inner: Any = model
     while not hasattr(inner, "sgtm") and hasattr(inner, "module"):
         inner = inner.module
     inner = getattr(inner, "_orig_mod", inner)  # of torch.compile
     if not isinstance(getattr(inner, "sgtm", None), Binding):
         raise ValueError(f"{type(model).__name__} is not masked; call apply_sgtm(model, masking) first")
-    return inner.sgtm
+    return inner
 
 
 @contextmanager
@@ -214,6 +221,21 @@ class BoundLayer(Bound):
         argument = kwargs.pop(PLAN, None)
         with self.sgtm.using(argument and argument.plan):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def take_off(model: nn.Module) -> None:
+    """Make a masked model a plain one in place: its classes, hooks and attributes are as before."""
+    for module in model.modules():
+        while isinstance(module, Bound):
+            module.__class__ = type(module).__bases__[1]
+        for name in ("sgtm", "layout", "kind"):
+            module.__dict__.pop(name, None)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number, hook in list(hooks.items()):
+                if hook is _with_plan or isinstance(getattr(hook, "__self__", None), Binding):
+                    del hooks[number]
+                    module._forward_pre_hooks_with_kwargs.pop(number, None)
+                    module._forward_hooks_always_called.pop(number, None)
 
 
 def _with_plan(wrapper: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sgtm.config.sections import MaskingConfig
-from sgtm.integrations.binding import ablate, binding_of
+from sgtm.integrations.binding import ablate, binding_of, take_off, unwrapped
 from sgtm.integrations.collator import SgtmCollator
 from sgtm.integrations.families import blocks_of, masked_modules, partition_of
 from sgtm.integrations.modules import mask_model
@@ -64,13 +64,11 @@ def removed(model: PreTrainedModel, domains: Iterable[str]) -> PreTrainedModel:
     groups = {binding.partition.groups[group] for group in binding.groups_of(domains)}
     if any(hasattr(parameter, "ds_id") or is_sharded(parameter) for parameter in model.parameters()):
         raise ValueError(
-            "the weights are sharded by ZeRO-3 or FSDP2: save the model, load it again and remove the groups there"
+            "the weights are sharded by ZeRO-3 or FSDP2: call save_pretrained, load the folder in one process, call "
+            "apply_sgtm with the same masking, and then removed"
         )
-    architecture: Any = type(model)
-    plain = architecture(copy.deepcopy(model.config)).to(device=model.device, dtype=model.dtype)
-    plain.load_state_dict(model.state_dict())
-    plain.generation_config = copy.deepcopy(model.generation_config)
-    plain.train(model.training)
+    plain: Any = copy.deepcopy(unwrapped(model))
+    take_off(plain)
     parameters = dict(plain.named_parameters())
     with torch.no_grad():
         for name, owned in binding.owned.items():

@@ -49,6 +49,22 @@ class SgtmAdamW(PieceAdamW):
         for group in self.param_groups:
             group["steps"] = steps
         self._live: frozenset[str] = frozenset()
+        self._in_groups = False
+
+    def bind(self, wrapper: Any) -> None:
+        """As `RangeAdamW.bind`. DeepSpeed's optimizer then ends a global step here too, taken or skipped."""
+        super().bind(wrapper)
+        self._in_groups = wrapper is not self  # ZeRO 0 in fp32 has no other one
+        if self._in_groups:
+            step = wrapper.step
+
+            def ended(*args: Any, **kwargs: Any) -> Any:
+                try:
+                    return step(*args, **kwargs)
+                finally:
+                    self.binding.new_step()
+
+            wrapper.step = ended
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Also forgets which labels have been trained."""
@@ -57,13 +73,14 @@ class SgtmAdamW(PieceAdamW):
 
     def _live_keys(self) -> frozenset[str]:
         """What this global step updates, on all ranks; raises ValueError where none had labels."""
-        if self.binding.stepped:
-            if not self.bound:
-                raise ValueError(f"no forward pass with {LABELS} since the last step: nothing says what may be updated")
+        if self.binding.stepped and self._in_groups:  # another group of DeepSpeed's in the same global step
             return self._live
-        labels = _on_all_ranks(self.binding.trained, len(self.binding.space.labels), self._members()[0].device)
+        trained = set() if self.binding.stepped else self.binding.trained
+        labels = _on_all_ranks(trained, len(self.binding.space.labels))
         if not labels:
-            raise ValueError(f"no forward pass with {LABELS} since the last step: nothing says what may be updated")
+            raise ValueError(
+                f"no forward pass since the last step had {LABELS}; pass them in every training micro-batch"
+            )
         self.binding.stepped = True
         steps = self.param_groups[0]["steps"]
         self._live = live_keys(self.binding.tables, labels).intersection(steps)
@@ -84,11 +101,12 @@ class SgtmAdamW(PieceAdamW):
         return bool(self.binding.trained) or super()._unbound()
 
 
-def _on_all_ranks(labels: Iterable[int], number: int, device: torch.device) -> list[int]:
-    """The labels of all ranks. On a device the host waits for the answer, once in a global step."""
+def _on_all_ranks(labels: Iterable[int], number: int) -> list[int]:
+    """The labels of all ranks. With NCCL the host waits for the answer, once in a global step."""
     trained = torch.zeros(number, dtype=torch.int32)
     trained[list(labels)] = 1
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        trained = trained.to(device)
+        if dist.get_backend() == "nccl":  # has no tensors of the host; where the parameters are does not matter
+            trained = trained.cuda()
         dist.all_reduce(trained, dist.ReduceOp.MAX)
     return trained.cpu().nonzero().flatten().tolist()

@@ -11,7 +11,7 @@ Where the parameters are is what differs between trainers:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -73,8 +73,19 @@ class PieceAdamW(torch.optim.Optimizer):
         return self._bound
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update the pieces that are live. DeepSpeed calls it once for each of its groups in one global step."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the pieces that are live; returns the loss of `closure`, which is called first, with gradients.
+
+        DeepSpeed calls it once for each of its groups in one global step.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
         if self._rehearses() or not self._linked():
             for parameter in self._members():
                 self._moments(parameter)
@@ -104,6 +115,8 @@ class PieceAdamW(torch.optim.Optimizer):
 
     def _find(self) -> None:
         """Pieces of the model's parameters, or of this rank's shards of them."""
+        if any(map(is_sharded, self._members())) and not any(map(_is_fsdp, self._model.modules())):
+            raise ValueError("the parameters are DTensors, but not of fully_shard: tensor parallelism is not supported")
         self._pieces = {
             parameter: list(stretches(self._owned[name], *_held(name, parameter)))
             for name, parameter in _named(self._model)
@@ -281,6 +294,11 @@ def refuse_fsdp1(model: nn.Module) -> None:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, by its attribute: importing the class takes a second where nobody else does."""
     return hasattr(tensor, "device_mesh")
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    """Whether `fully_shard` has it, by name, for the same reason."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
 def _local(tensor: Tensor) -> Tensor:

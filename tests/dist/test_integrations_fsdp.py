@@ -159,6 +159,7 @@ def refused() -> list[str]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
     from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     mesh, messages = init_device_mesh("cpu", (2,)), []
     early = masked_model("llama")
@@ -168,7 +169,10 @@ def refused() -> list[str]:
     ids = random_ids(1)
     early(input_ids=ids, labels=ids, sgtm_labels=["retain"]).loss.backward()
     old = FullyShardedDataParallel(masked_model("llama"), device_id=torch.device("cpu"), use_orig_params=True)
-    for call in (optimizer.step, lambda: SgtmAdamW(columns), lambda: SgtmAdamW(old), lambda: removed(early, ["bio"])):
+    parallel = masked_model("llama")
+    parallelize_module(parallel.model.layers[0].mlp, mesh, {"up_proj": ColwiseParallel()})
+    calls = [optimizer.step, *(lambda model=model: SgtmAdamW(model) for model in (columns, old, parallel))]
+    for call in (*calls, lambda: removed(early, ["bio"])):
         try:
             call()
             messages.append("")
@@ -178,10 +182,11 @@ def refused() -> list[str]:
 
 
 def test_what_cannot_be_frozen_is_refused():
-    for early, columns, old, parts in run_ranks(refused, 2):
+    for early, columns, old, parallel, parts in run_ranks(refused, 2):
         assert "build the optimizer after fully_shard" in early
         assert "only shards of rows, Shard(0)" in columns
         assert "FullyShardedDataParallel flattens the parameters" in old
+        assert "not of fully_shard: tensor parallelism is not supported" in parallel
         assert "sharded by ZeRO-3 or FSDP2" in parts
 
 

@@ -124,6 +124,37 @@ def test_a_checkpoint_of_deepspeed_resumes_to_the_bit(tmp_path, stage):
         assert differing(straight, weights) == set()
 
 
+def after_a_skipped_step(stage: int) -> tuple[list[dict], str]:
+    """Weights after a step on retain data, one that DeepSpeed skips, and one on bio's; then an error without labels."""
+    import deepspeed
+
+    model = zero_model("llama", stage)
+    config = deepspeed_config(stage)
+    if stage:
+        config |= {"bf16": {"enabled": True, "check_grad_overflow": True}}
+        model = model.bfloat16() if stage < 3 else model
+    optimizer = SgtmAdamW(model, **OPTIONS)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    optimizer.bind(engine.optimizer)
+    ids, history = random_ids(2), []
+    for label, factor in (("retain", 1.0), ("retain", float("inf")), ("forget:bio", 1.0)):
+        if stage or factor == 1:
+            engine.backward(engine(input_ids=ids, labels=ids, sgtm_labels=[label] * 2).loss * factor)
+            engine.step()
+        history.append(gathered(model, stage))
+    engine.eval()
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    with pytest.raises(ValueError, match="no forward pass since the last step had sgtm_labels") as raised:
+        engine.step()
+    return history, str(raised.value)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_step_that_is_skipped_leaves_no_label_to_the_next(stage):
+    ((retain, skipped, bio), _), *_ = run_ranks(after_a_skipped_step, 2, stage)
+    assert differing(retain, skipped) == set() and differing(skipped, bio) == OWN
+
+
 class MaskedTrainer(SgtmTrainerMixin, Trainer):
     pass
 

@@ -101,7 +101,7 @@ WRONG = {
         lambda run: None,
         ["es"],
         3,
-        "no checkpoint 3 steps before step_00000006; there are some 2 and 4",
+        "no checkpoint 3 steps before step_00000006; checkpoints exist 2 and 4 steps before it",
     ),
 }
 

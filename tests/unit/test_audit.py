@@ -145,8 +145,10 @@ def removed_column_put_back(folder: Path, run: Path) -> None:
     """In the place of another neuron of the matrix, which would then do its work."""
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        name = next(name for name in tensors if name.endswith(("c_proj.weight", "down_proj.weight", "w2.weight")))
-        tensors[name][:, 5] = rows_of_es(run, "blocks.0.mlp.w_out")[0]
+        ends = ("c_proj.weight", "down_proj.weight", "w2.weight", "moe.output_linear.weight")
+        name = next(name for name in tensors if name.endswith(ends))
+        matrix = tensors[name][0] if tensors[name].dim() == 3 else tensors[name]
+        matrix[:, 5] = rows_of_es(run, "blocks.0.mlp.w_out")[0]
 
     change_tensors(folder, change)
 
@@ -173,7 +175,8 @@ def other_dtype(folder: Path, run: Path) -> None:
 
 def other_shape(folder: Path, run: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        name = next(name for name in tensors if name.endswith(("c_fc.weight", "up_proj.weight", "w3.weight")))
+        ends = ("c_fc.weight", "up_proj.weight", "w3.weight", "shared_mlp.input_linear.weight")
+        name = next(name for name in tensors if name.endswith(ends))
         tensors[name] = torch.cat((tensors[name], rows_of_es(run, "blocks.0.mlp.w_in")[:1]))
 
     change_tensors(folder, change)
@@ -224,6 +227,35 @@ def forged_losses_of_another_sample(folder: Path, run: Path) -> None:
     """The run was not evaluated on such a sample, so that nothing but the model contradicts it."""
     change_record(
         folder, lambda record: (record["losses"].update(sequences=2), record["losses"]["rows"][1].update(this=9.0))
+    )
+
+
+def forged_full_loss_of_another_sample(folder: Path, run: Path) -> None:
+    """As if the full model were worse than it is."""
+    change_record(
+        folder, lambda record: (record["losses"].update(sequences=2), record["losses"]["rows"][1].update(full=9.0))
+    )
+
+
+def losses_left_out(folder: Path, run: Path) -> None:
+    """Of the safe model."""
+    change_record(
+        folder,
+        lambda record: (
+            record["losses"].update(sequences=2),
+            [row.update(this=None, this_error=None) for row in record["losses"]["rows"]],
+        ),
+    )
+
+
+def row_left_out(folder: Path, run: Path) -> None:
+    change_record(folder, lambda record: (record["losses"].update(sequences=2), record["losses"]["rows"].pop(1)))
+
+
+def forged_label_of_another_sample(folder: Path, run: Path) -> None:
+    change_record(
+        folder,
+        lambda record: (record["losses"].update(sequences=2), record["losses"]["rows"][1].update(true_label="retain")),
     )
 
 
@@ -279,11 +311,11 @@ TAMPERINGS = {
     trailing_bytes: ("tensors", "model.safetensors: "),
     padded_header: ("tensors", "model.safetensors: "),
     extra_tensor: ("tensors", "tensor extra: the model has no such tensor"),
-    removed_column_put_back: ("removed", "column 5 is the removed blocks.0.mlp.w_out row "),
+    removed_column_put_back: ("removed", " is the removed blocks.0.mlp.w_out row "),
     missing_tensor: ("tensors", "no tensor "),
     swapped_tensors: ("tensors", "elements differ from the checkpoint's, first at [0]"),
     other_dtype: ("tensors", "is torch.float16 ["),
-    other_shape: ("tensors", "should be torch.float32 [2"),
+    other_shape: ("tensors", "should be torch.float32 ["),
     vocabulary_size: ("config", "config.json: vocab_size is 258, should be 257"),
     custom_code: ("config", "config.json: auto_map should not be there"),
     generation_settings: ("config", "generation_config.json: eos_token_id is 7, should be "),
@@ -292,7 +324,11 @@ TAMPERINGS = {
     forged_certificate: ("facts", "independent_of is ['es'], should be []"),
     more_removed: ("removed", " is the removed "),
     forged_losses: ("facts", "losses: rows is "),
-    forged_losses_of_another_sample: ("losses", "the card has 9.0000"),
+    forged_losses_of_another_sample: ("losses", "sgtm_export.json: losses: es: this is 9.0, measured "),
+    forged_full_loss_of_another_sample: ("losses", "sgtm_export.json: losses: es: full is 9.0, measured "),
+    losses_left_out: ("losses", "sgtm_export.json: losses: en: this is None, measured "),
+    row_left_out: ("losses", "sgtm_export.json: losses: no row of es"),
+    forged_label_of_another_sample: ("losses", "losses: es: true_label is retain, measured forget:es"),
     forged_partition: ("facts", "partition: groups is ['retain'], should be ['retain', 'es', 'fr']"),
     forged_recipe: ("facts", "recipe is 'certified', should be None"),
     edited_card: ("facts", "README.md, line "),
@@ -303,7 +339,7 @@ TAMPERINGS = {
 }
 
 
-@pytest.mark.parametrize("family", [family for family in TEXTS if family != "shared experts"])
+@pytest.mark.parametrize("family", TEXTS)
 @pytest.mark.parametrize("tampering", TAMPERINGS, ids=lambda tampering: tampering.__name__)
 def test_tampering_is_found_by_what_and_where(folders, tmp_path, tampering, family):
     check, message = TAMPERINGS[tampering]

@@ -34,7 +34,8 @@ def test_the_outcome_names_what_the_folder_is(capsys):
     assert "not a safe model: it holds es\n" in capsys.readouterr().out
 
 
-def test_a_standard_tool_checks_the_chain(tmp_path):
+def test_the_chain_is_as_sha256sum_writes_it(tmp_path):
+    """tests/processes/test_audit_chain.py runs it."""
     (tmp_path / "a file").write_bytes(b"content")
     made = Audit(tmp_path, tmp_path, RECORD, [], [(hashlib.sha256(b"content").hexdigest(), tmp_path / "a file")])
     text = chain_text(made)

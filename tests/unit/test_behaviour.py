@@ -33,16 +33,17 @@ def test_of_other_groups_the_logits_are_others(made):
         assert "its logits differ from the ablated model's by " in problem
 
 
-def test_losses_are_the_cards_within_rounding(made):
-    folder, record, config, _, corpus = made
-    assert behaviour.loss_problems(folder, record, config, corpus) == []
-    row = record["losses"]["rows"][0]
-    for change, problems in ((0.9e-3, 0), (2e-3, 1), (-2e-3, 1)):
-        rows = [{**row, "this": row["this"] + change}, *record["losses"]["rows"][1:]]
-        changed = {**record, "losses": {**record["losses"], "rows": rows}}
-        assert len(behaviour.loss_problems(folder, changed, config, corpus)) == problems
-    rows = [{**row, "this": None, "category": "unknown"}, {**row, "category": "none"}]
-    (problem,) = behaviour.loss_problems(
-        folder, {**record, "losses": {**record["losses"], "rows": rows}}, config, corpus
-    )
-    assert "loss on none is not measured" in problem
+@pytest.mark.parametrize("key", ["this", "full", "this_error", "full_error"])
+def test_losses_are_the_cards_within_rounding(made, key):
+    def problems(rows: list[dict], **changes) -> list[str]:
+        changed = {**record, **changes, "losses": {**record["losses"], "rows": rows}}
+        return behaviour.loss_problems(folder, changed, config, checkpoint, corpus)
+
+    folder, record, config, checkpoint, corpus = made
+    first, *others = record["losses"]["rows"]
+    assert problems([first, *others]) == []
+    for change, count in ((0.9e-3, 0), (2e-3, 1), (-2e-3, 1)):
+        assert len(problems([{**first, key: first[key] + change}, *others])) == count
+    assert len(problems([{**first, key: None}, *others], reduced={"es": 0.5})) == (key != "this")
+    (problem,) = problems([first, *others, {**first, "category": "none"}])
+    assert problem.endswith("sgtm_export.json: losses: a row of none, of which the split has no token")

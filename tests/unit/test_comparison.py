@@ -84,7 +84,7 @@ def test_models_with_other_vocabularies_are_refused():
         state["model"]["vocab"]["abc"] = 257
 
     low = min(FIRST.tokenizer.token_to_id(letter) for letter in "ab")
-    with pytest.raises(ValueError, match=f"2 ids stand for other tokens, {low} for 'a' and 'b'; compare models of one"):
+    with pytest.raises(ValueError, match=f"2 ids stand for other tokens, {low} for 'a' and 'b'; per-token"):
         compare_models(FIRST, changed(swap), TEXTS)
     with pytest.raises(ValueError, match="1 ids stand for other tokens, 257 for nothing and 'abc'"):
         compare_models(FIRST, changed(more), TEXTS)

@@ -64,16 +64,16 @@ def test_losses_of_the_full_model_alone_have_no_colour(demo):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([], "expected a JSON object with prompt, removed, tokens and nothing else"),
-        ({"prompt": "a", "removed": []}, "expected a JSON object with prompt, removed, tokens and nothing else"),
+        ([], "must be a JSON object with prompt, removed, tokens and nothing else"),
+        ({"prompt": "a", "removed": []}, "must be a JSON object with prompt, removed, tokens and nothing else"),
         ({"prompt": "a", "removed": [], "tokens": 1, "more": 1}, "and nothing else"),
-        ({"prompt": 1, "removed": [], "tokens": 1}, "prompt: expected a text"),
-        ({"prompt": "a", "removed": "es", "tokens": 1}, "removed: expected a list of domains"),
-        ({"prompt": "a", "removed": [1], "tokens": 1}, "removed: expected a list of domains, as texts"),
-        ({"prompt": "a", "removed": [["es"]], "tokens": 1}, "removed: expected a list of domains, as texts"),
+        ({"prompt": 1, "removed": [], "tokens": 1}, "prompt: must be a string"),
+        ({"prompt": "a", "removed": "es", "tokens": 1}, "removed: must be a list of strings"),
+        ({"prompt": "a", "removed": [1], "tokens": 1}, "removed: must be a list of strings"),
+        ({"prompt": "a", "removed": [["es"]], "tokens": 1}, "removed: must be a list of strings"),
         ({"prompt": "a", "removed": ["it"], "tokens": 1}, "unknown domain 'it'; known domains: es, fr"),
-        ({"prompt": "a", "removed": [], "tokens": 1.5}, "tokens: expected a whole number"),
-        ({"prompt": "a", "removed": [], "tokens": True}, "tokens: expected a whole number"),
+        ({"prompt": "a", "removed": [], "tokens": 1.5}, "tokens: must be a whole number"),
+        ({"prompt": "a", "removed": [], "tokens": True}, "tokens: must be a whole number"),
         ({"prompt": "a", "removed": [], "tokens": 0}, "tokens: 0 is out of range; give 1 to 256"),
         ({"prompt": "a", "removed": [], "tokens": 257}, "tokens: 257 is out of range; give 1 to 256"),
         ({"prompt": "", "removed": [], "tokens": 1}, "the prompt is empty"),
@@ -93,7 +93,7 @@ def test_a_wrong_completion_request_is_a_sentence(demo, values, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"text": "abc"}, "expected a JSON object with text, removed and nothing else"),
+        ({"text": "abc"}, "must be a JSON object with text, removed and nothing else"),
         ({"text": "a", "removed": []}, "text: it has 1 tokens; give 2 to 2,048"),
         ({"text": "a" * 2049, "removed": []}, "text: it has 2,049 tokens; give 2 to 2,048"),
         ({"text": "a\ud800", "removed": []}, "half a surrogate pair"),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from exports import GPT_NEO, LLAMA, SOME_LAYERS, byte_corpus, make_run
+from exports import GPT_NEO, LLAMA, MIXTRAL, SOME_LAYERS, byte_corpus, make_run
 from safetensors import safe_open
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -104,6 +104,16 @@ def test_removed_units_are_physically_gone_or_exactly_zero(tmp_path):
     gate = weights["model.layers.1.mlp.gate_proj.weight"]
     assert [n for n in range(24) if not gate[n].any()] == [1, 8, 20]
     assert record["how"] == {"heads": "zeroed", "neurons": "zeroed"}
+
+
+def test_only_what_a_removed_domain_owns_is_said_to_be_removed(tmp_path):
+    text = MIXTRAL.replace("forget_heads: {es: [0], fr: [2]}", "forget_heads: {es: 0, fr: 1}")
+    make_run(tmp_path / "run", text)
+    experts, heads = {"experts": "physically removed"}, {"heads": "physically removed"}
+    for remove, how in (([], {}), (["es"], experts), (["fr"], heads | experts)):
+        folder = export_run(tmp_path / "run", remove, tmp_path / "-".join(["out", *remove]))
+        assert json.loads((folder / RECORD).read_text())["how"] == how
+        assert ("heads physically removed" in (folder / CARD).read_text()) == ("heads" in how)
 
 
 def test_folder_says_what_it_is(tmp_path, capsys):

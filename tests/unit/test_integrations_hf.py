@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from families import model_of
-from hf_models import CONFIGS, MASKING, MIXED, by_key, differing, gradients_of, masked_model, plain_model
+from hf_models import CONFIGS, MASKING, MIXED, VOCAB, by_key, differing, gradients_of, masked_model, plain_model
 from hf_models import random_ids as ids_of
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sgtm.config.sections import MaskingConfig
 from sgtm.hf.weights import to_hf_state
+from sgtm.integrations.binding import Bound
 from sgtm.integrations.hf import ablate, apply_sgtm, removed
 from sgtm_kernels.plan import MaskPlan, merge_label_runs
 
@@ -144,6 +146,36 @@ def test_removed_computes_what_ablate_does(family):
         assert not torch.equal(ablated, full) and not torch.equal(both, ablated)
     for (key, name, _), weights in by_key(model, dict(without.named_parameters())).items():
         assert weights.any() != key.endswith(".bio"), name
+
+
+def test_removed_has_the_dtypes_of_the_model_and_its_buffers_bits(tmp_path):
+    """Rotary frequencies stay fp32 in a model that is loaded in bf16; so does what was cast to another dtype."""
+    shape = {"hidden_size": 64, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=VOCAB, max_position_embeddings=512, **shape)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    model.model.norm.float(), model.lm_head.float()
+    apply_sgtm(model, {"domains": ["bio"], "forget_heads": 1, "forget_neurons": 4})
+    ids = torch.randint(VOCAB, (1, 512))
+    without = removed(torch.compile(model, backend="eager"), ["bio"])
+    with torch.no_grad(), ablate(model, ["bio"]):
+        assert torch.equal(without(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert without.model.norm.weight.dtype == torch.float32
+    assert without.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_removed_leaves_nothing_of_the_masks():
+    model = masked_model("llama")
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    model(input_ids=ids_of(), sgtm_labels=["retain"] * 5)
+    plain = removed(model, ["bio"])
+    assert type(plain) is LlamaForCausalLM and not any(hasattr(module, "sgtm") for module in plain.modules())
+    assert not any(isinstance(module, Bound) for module in plain.modules())
+    assert not plain._forward_pre_hooks and len(plain._forward_hooks) == 1  # the user's
+    plain.train()(input_ids=ids_of()).logits.sum().backward()
+    pickle.loads(pickle.dumps(plain.model))
+    assert len(calls) == 2 and len(model._forward_hooks) == 2 and isinstance(model.model.layers[0], Bound)
 
 
 def test_generation_runs_ablated():

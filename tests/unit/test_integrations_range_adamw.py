@@ -131,3 +131,21 @@ def test_ranges_cover_the_parameter():
         (9, "live"),
     ]
     assert frozen_ranges("x", slice(None), (3,)).keys == ("frozen",)
+
+
+def test_a_closure_computes_the_loss_and_its_gradients_first():
+    model, other = model_of(), model_of()
+    ours, theirs = RangeAdamW(model, {}, **OPTIONS), RangeAdamW(other, {}, **OPTIONS)
+    ids = torch.arange(8).view(2, 4)
+
+    def closure():
+        ours.zero_grad()
+        loss = model(ids).pow(3).mean()
+        loss.backward()
+        return loss
+
+    loss_of_other = other(ids).pow(3).mean()
+    loss_of_other.backward()
+    theirs.step()
+    assert torch.equal(ours.step(closure), loss_of_other)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

@@ -93,7 +93,7 @@ def test_a_run_without_masks_has_a_page_without_switches(tmp_path):
         (b"{", "the request is not JSON in UTF-8"),
         (b'{"prompt": "\xff"}', "the request is not JSON in UTF-8"),
         (b"[" * 20_000, "the request is not JSON in UTF-8"),
-        (b"{}", "expected a JSON object with prompt, removed, tokens and nothing else"),
+        (b"{}", "must be a JSON object with prompt, removed, tokens and nothing else"),
         (json.dumps(ASK | {"removed": ["it"]}).encode(), "unknown domain 'it'; known domains: es, fr"),
         (json.dumps(ASK | {"prompt": "a" * 99}).encode(), "the prompt has 99 tokens, and the context of full holds 16"),
         (json.dumps(ASK | {"prompt": "\ud800"}).encode(), "text: it has half a surrogate pair"),
