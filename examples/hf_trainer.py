@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from sgtm.data.synthetic import tell_stories
-from sgtm.integrations.hf import SgtmCollator, SgtmTrainerMixin, ablate, apply_sgtm, removed
+from sgtm.integrations.hf import SgtmCollator, SgtmTrainerMixin, ablate, apply_sgtm, without_domains
 
 BYTES = 128  # of a sequence
 MASKING = {"domains": ["es"], "joint": "masked", "forget_heads": 2, "forget_neurons": 16}
@@ -66,4 +66,4 @@ def losses() -> str:
 print("full:", losses())
 with ablate(model, ["es"]):
     print("without es:", losses())
-removed(model, ["es"]).save_pretrained(f"{folder}/safe")  # loads without sgtm
+without_domains(model, ["es"]).save_pretrained(f"{folder}/safe")  # loads without sgtm

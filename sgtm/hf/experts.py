@@ -66,7 +66,7 @@ def experts_shape(config: PretrainedConfig, require: Callable[[str, bool, str], 
     return {**counts, "shared_experts": together // size}
 
 
-def expert_tensors(
+def experts_to_hf(
     tensor: Tensor, weight: Weight, units: Units, shared: int, factors: Sequence[float], drop: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """(name inside the block, tensor) of our `w_in` or `w_out`; the arguments as those of `Units.to_original`."""
@@ -86,7 +86,7 @@ def expert_tensors(
     yield weight.shared, always.clone(memory_format=torch.contiguous_format)
 
 
-def of_experts(take: Callable[[str], Tensor], block: str, weight: Weight, units: Units, shared: int) -> Tensor:
+def experts_from_hf(take: Callable[[str], Tensor], block: str, weight: Weight, units: Units, shared: int) -> Tensor:
     """Our `w_in` or `w_out`; take: the tensor of a name, which begins with `block`."""
     if weight.each_expert:
         parts = [take(block + name.format(number)) for number in range(len(units.order)) for name in weight.theirs]
@@ -105,7 +105,7 @@ def of_experts(take: Callable[[str], Tensor], block: str, weight: Weight, units:
     return torch.cat((always, grouped))
 
 
-def unfused(state: Mapping[str, Tensor], model_type: str) -> dict[str, Tensor]:
+def folder_state(state: Mapping[str, Tensor], model_type: str) -> dict[str, Tensor]:
     """State of a model, with the names and tensors that its folder has; of other model types as it is."""
     if model_type == "granitemoeshared":
         return {_in_folder(name): tensor for name, tensor in state.items()}

@@ -25,7 +25,7 @@ from sgtm.data.open import open_corpus
 from sgtm.data.plain_text import plain_text, unknown_token
 from sgtm.files import sha256_of
 from sgtm.hf.card import RECORD, card, record_of
-from sgtm.hf.experts import unfused
+from sgtm.hf.experts import folder_state
 from sgtm.hf.folder import check_empty, filled
 from sgtm.hf.names import HEAD
 from sgtm.hf.shards import write_shards
@@ -125,7 +125,7 @@ def _checked(tensors: Iterator[tuple[str, Tensor]], hf_config: PretrainedConfig)
     """The tensors, each of the shape that Hugging Face's model has under its name, and none missing at the end."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
-    missing = {name: tensor.shape for name, tensor in unfused(model.state_dict(), hf_config.model_type).items()}
+    missing = {name: tensor.shape for name, tensor in folder_state(model.state_dict(), hf_config.model_type).items()}
     if hf_config.tie_word_embeddings:
         del missing[HEAD]
     for name, tensor in tensors:

@@ -30,7 +30,7 @@ class Weight:
         return "{}" in self.theirs[0]
 
     @property
-    def of_experts(self) -> bool:
+    def has_experts(self) -> bool:
         return self.each_expert or bool(self.shared)
 
 

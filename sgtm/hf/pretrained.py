@@ -20,7 +20,7 @@ from sgtm.config.schema import ModelConfig
 from sgtm.data.store import Corpus
 from sgtm.data.tokenizer import load_tokenizer
 from sgtm.hf.config import model_config_from_hf
-from sgtm.hf.experts import unfused
+from sgtm.hf.experts import folder_state
 from sgtm.hf.weights import from_hf_state
 from sgtm.masking.partition import Partition
 
@@ -128,7 +128,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 def _check_shapes(weights: dict[str, Tensor], config: PretrainedConfig) -> None:
     with torch.device("meta"):
-        expected = unfused(AutoModelForCausalLM.from_config(config).state_dict(), config.model_type)
+        expected = folder_state(AutoModelForCausalLM.from_config(config).state_dict(), config.model_type)
     wrong = [name for name in weights.keys() & expected.keys() if weights[name].shape != expected[name].shape]
     if wrong:
         shapes = ", ".join(f"{name} is {list(weights[name].shape)}" for name in sorted(wrong)[:3])

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from sgtm.config.schema import ModelConfig
 from sgtm.hf.config import hf_config, model_config_from_hf
-from sgtm.hf.experts import expert_tensors, of_experts, unfused
+from sgtm.hf.experts import experts_from_hf, experts_to_hf, folder_state
 from sgtm.hf.names import BUFFERS, HEAD, names_of
 from sgtm.hf.units import fuse, unfuse, units_of
 from sgtm.masking.partition import Partition
@@ -82,9 +82,9 @@ class Conversion:
             for weight in names.weights:
                 tensor = state[f"blocks.{i}.{weight.ours}"]
                 factors = self._factors if weight.transposed else self._present
-                if weight.of_experts:
+                if weight.has_experts:
                     drop = self._drop["experts"]
-                    for name, part in expert_tensors(tensor, weight, units["experts"], shared, factors, drop):
+                    for name, part in experts_to_hf(tensor, weight, units["experts"], shared, factors, drop):
                         yield names.block.format(i) + name, part
                     continue
                 owners = [units[owner] for owner in weight.owners]
@@ -130,7 +130,7 @@ def from_hf_state(hf_state: State, config: PretrainedConfig, partition: Partitio
     _check_partition(partition, ours)
     names = names_of(ours.family, ours.shared_experts)
     hf = {name: tensor for name, tensor in hf_state.items() if not name.endswith(BUFFERS)}
-    hf = unfused(hf, config.model_type)
+    hf = folder_state(hf, config.model_type)
 
     def take(name: str) -> Tensor:
         if name not in hf:
@@ -145,10 +145,10 @@ def from_hf_state(hf_state: State, config: PretrainedConfig, partition: Partitio
     for i, layer in enumerate(partition.layers):
         units = units_of(layer, ours.size_per_head)
         for weight in names.weights:
-            if weight.of_experts:
+            if weight.has_experts:
                 block = names.block.format(i)
                 shared = ours.shared_experts
-                state[f"blocks.{i}.{weight.ours}"] = of_experts(take, block, weight, units["experts"], shared)
+                state[f"blocks.{i}.{weight.ours}"] = experts_from_hf(take, block, weight, units["experts"], shared)
                 continue
             parts = [take(names.block.format(i) + name) for name in weight.theirs]
             if weight.transposed:

@@ -27,7 +27,7 @@ from sgtm.integrations.settings import check_masking, space_of
 from sgtm.integrations.stretches import pieces
 from sgtm.integrations.trainer import SgtmTrainerMixin
 
-__all__ = ["SgtmAdamW", "SgtmCollator", "SgtmTrainerMixin", "ablate", "apply_sgtm", "removed"]
+__all__ = ["SgtmAdamW", "SgtmCollator", "SgtmTrainerMixin", "ablate", "apply_sgtm", "without_domains"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -53,7 +53,7 @@ def apply_sgtm(model: Model, masking: MaskingConfig | Mapping[str, Any]) -> Mode
     return model
 
 
-def removed(model: PreTrainedModel, domains: Iterable[str]) -> PreTrainedModel:
+def without_domains(model: PreTrainedModel, domains: Iterable[str]) -> PreTrainedModel:
     """A plain model without the groups of these domains: weights and in-side biases of their heads and neurons are 0.
 
     It computes what `ablate` does, to the bit. `save_pretrained` writes it; the masked model is left as it is.
@@ -65,7 +65,7 @@ def removed(model: PreTrainedModel, domains: Iterable[str]) -> PreTrainedModel:
     if any(hasattr(parameter, "ds_id") or is_sharded(parameter) for parameter in model.parameters()):
         raise ValueError(
             "the weights are sharded by ZeRO-3 or FSDP2: call save_pretrained, load the folder in one process, call "
-            "apply_sgtm with the same masking, and then removed"
+            "apply_sgtm with the same masking, and then without_domains"
         )
     plain: Any = copy.deepcopy(unwrapped(model))
     take_off(plain)

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from sgtm.integrations.families import blocks_of
-from sgtm.integrations.hf import SgtmAdamW, SgtmCollator, SgtmTrainerMixin, removed
+from sgtm.integrations.hf import SgtmAdamW, SgtmCollator, SgtmTrainerMixin, without_domains
 
 LAUNCHED = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
@@ -172,7 +172,7 @@ def refused() -> list[str]:
     parallel = masked_model("llama")
     parallelize_module(parallel.model.layers[0].mlp, mesh, {"up_proj": ColwiseParallel()})
     calls = [optimizer.step, *(lambda model=model: SgtmAdamW(model) for model in (columns, old, parallel))]
-    for call in (*calls, lambda: removed(early, ["bio"])):
+    for call in (*calls, lambda: without_domains(early, ["bio"])):
         try:
             call()
             messages.append("")

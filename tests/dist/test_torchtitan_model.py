@@ -117,7 +117,7 @@ def beside_transformers(titan) -> dict[str, Any]:
         float((exported[name] - parameter.grad).abs().max() / parameter.grad.abs().max())
         for name, parameter in theirs.named_parameters()
     )
-    safe = hf.removed(theirs, ["bio"]).eval()
+    safe = hf.without_domains(theirs, ["bio"]).eval()
     with torch.no_grad(), ablate(ours.eval(), ["bio"]):
         ablated = ours(inputs["input"])
     with torch.no_grad():

@@ -32,6 +32,7 @@ class Shape:
 
     hidden_size, vocab_size, context, size_per_head = 12, VOCAB, SEQ_LEN, 4
     norm_eps, rope_theta, init_std, head_bias, activation_checkpointing = 1e-5, 1e4, 0.1, False, False
+    experts = experts_per_token = shared_experts = 0
 
     def __init__(self, family: str, layers: int):
         self.family, self.layers, self.tie_embeddings = family, layers, family == "gpt_neo"

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GraniteMoeSharedConfig, MixtralCo
 
 from sgtm.config.schema import ModelConfig
 from sgtm.hf.config import model_config_from_hf, why_architecture
-from sgtm.hf.experts import unfused
+from sgtm.hf.experts import folder_state
 from sgtm.hf.weights import Conversion, to_hf_state
 from sgtm.masking.labels import LabelSpace
 from sgtm.model.transformer import Transformer
@@ -67,14 +67,14 @@ def test_a_folder_of_transformers_has_these_names(tmp_path: Path, config):
     model.save_pretrained(tmp_path)
     folder = load_file(tmp_path / "model.safetensors")
     assert exported.keys() - {"lm_head.weight"} == folder.keys()
-    apart = unfused(model.state_dict(), shape.model_type)
+    apart = folder_state(model.state_dict(), shape.model_type)
     assert all(torch.equal(folder[name], apart[name]) for name in folder)
     assert (why_architecture(config, shape) is None) == (not config.shared_experts)
 
 
 def test_other_models_stay_as_they_are():
     state = {"model.layers.0.mlp.gate_proj.weight": torch.ones(2)}
-    assert unfused(state, "llama") == state
+    assert folder_state(state, "llama") == state
 
 
 def test_the_gates_of_shared_experts_come_before_their_ups():

@@ -6,7 +6,7 @@ from families import partition_of
 from transformers import AutoModelForCausalLM
 
 from sgtm.config.schema import ModelConfig
-from sgtm.hf.experts import unfused
+from sgtm.hf.experts import folder_state
 from sgtm.hf.names import HEAD, NAMES, names_of
 from sgtm.hf.weights import Conversion
 from sgtm.masking.labels import LabelSpace
@@ -38,5 +38,5 @@ def test_they_are_the_parameters_of_both_models(family):
     untied = not config.tie_embeddings
     assert sorted(mine + ["head"] * untied) == sorted(name for name, _ in ours.named_parameters())
     assert names == names_of(config.family, config.shared_experts)
-    stored = set(unfused(theirs.state_dict(), theirs.config.model_type)) - (set() if untied else {HEAD})
+    stored = set(folder_state(theirs.state_dict(), theirs.config.model_type)) - (set() if untied else {HEAD})
     assert sorted(named + [HEAD] * untied) == sorted(stored)

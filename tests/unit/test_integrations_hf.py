@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from sgtm.config.sections import MaskingConfig
 from sgtm.hf.weights import to_hf_state
 from sgtm.integrations.binding import Bound
-from sgtm.integrations.hf import ablate, apply_sgtm, removed
+from sgtm.integrations.hf import ablate, apply_sgtm, without_domains
 from sgtm_kernels.plan import MaskPlan, merge_label_runs
 
 FAMILIES = list(CONFIGS)
@@ -140,7 +140,7 @@ def test_removed_computes_what_ablate_does(family):
             ablated = model(input_ids=ids, sgtm_labels=["forget:bio"] * 5).logits
             with ablate(model, ["bio", "code"]):
                 both = model(input_ids=ids).logits
-        without = removed(model, ["bio"])
+        without = without_domains(model, ["bio"])
         assert torch.equal(without(input_ids=ids).logits, ablated)
         assert torch.equal(model(input_ids=ids, sgtm_labels=["retain"] * 5).logits, full)  # of no use without gradients
         assert not torch.equal(ablated, full) and not torch.equal(both, ablated)
@@ -157,7 +157,7 @@ def test_removed_has_the_dtypes_of_the_model_and_its_buffers_bits(tmp_path):
     model.model.norm.float(), model.lm_head.float()
     apply_sgtm(model, {"domains": ["bio"], "forget_heads": 1, "forget_neurons": 4})
     ids = torch.randint(VOCAB, (1, 512))
-    without = removed(torch.compile(model, backend="eager"), ["bio"])
+    without = without_domains(torch.compile(model, backend="eager"), ["bio"])
     with torch.no_grad(), ablate(model, ["bio"]):
         assert torch.equal(without(input_ids=ids).logits, model(input_ids=ids).logits)
     assert without.model.norm.weight.dtype == torch.float32
@@ -169,7 +169,7 @@ def test_removed_leaves_nothing_of_the_masks():
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
     model(input_ids=ids_of(), sgtm_labels=["retain"] * 5)
-    plain = removed(model, ["bio"])
+    plain = without_domains(model, ["bio"])
     assert type(plain) is LlamaForCausalLM and not any(hasattr(module, "sgtm") for module in plain.modules())
     assert not any(isinstance(module, Bound) for module in plain.modules())
     assert not plain._forward_pre_hooks and len(plain._forward_hooks) == 1  # the user's
@@ -183,7 +183,9 @@ def test_generation_runs_ablated():
     prompt = ids_of(1)[:, :4]
     with ablate(model, ["bio"]):
         got = model.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)
-    assert torch.equal(got, removed(model, ["bio"]).generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0))
+    assert torch.equal(
+        got, without_domains(model, ["bio"]).generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    )
 
 
 def test_a_copy_has_a_binding_of_its_own():
@@ -226,7 +228,7 @@ def test_masked_twice_and_unknown_models_are_refused():
     with pytest.raises(ValueError, match="unknown domain 'bip'"), ablate(model, ["bip"]):
         pass
     with pytest.raises(ValueError, match="give a list"):
-        removed(model, "bio")
+        without_domains(model, "bio")
 
 
 def test_what_the_masks_would_miss_is_refused():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, Mistra
 
 from sgtm.config.schema import ModelConfig
 from sgtm.hf.config import model_config_from_hf
-from sgtm.hf.experts import DOWN, GATE_UP, unfused
+from sgtm.hf.experts import DOWN, GATE_UP, folder_state
 from sgtm.hf.weights import Conversion, from_hf_state, to_hf_state
 from sgtm.masking.labels import LabelSpace
 from sgtm.masking.partition import Partition
@@ -92,7 +92,7 @@ def load_hf(state, config):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     state = dict(state)
     if config.model_type == "granitemoeshared":  # as transformers 5 does on loading
-        in_folder = unfused({name: name for name in model.state_dict()}, config.model_type)
+        in_folder = folder_state({name: name for name in model.state_dict()}, config.model_type)
         state = {name: state[folder] for folder, name in in_folder.items()}
     if config.model_type == "mixtral":
         for name, _ in model.named_parameters():
@@ -136,7 +136,7 @@ def test_export_of_an_import_is_bitwise_the_original(case):
     ours = from_hf_state(hf.state_dict(), hf.config, partition)
     again, shape = to_hf_state(ours, model_config_from_hf(hf.config), partition)
     assert shape.to_dict() == hf.config.to_dict() | {"dtype": None, "architectures": None, "_name_or_path": ""}
-    theirs = unfused(hf.state_dict(), hf.config.model_type)
+    theirs = folder_state(hf.state_dict(), hf.config.model_type)
     assert again.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.equal(again[name], tensor), name

@@ -72,7 +72,7 @@ def test_a_failed_write_leaves_no_checkpoint(run, monkeypatch):
     monkeypatch.setattr(weights_only, "save_file", full)
     with pytest.raises(OSError, match=r"No space left on device: .*model\.safetensors"):
         save(run)
-    with pytest.raises(ValueError, match="has no checkpoint yet"):
+    with pytest.raises(ValueError, match="has no finished checkpoint"):
         open_run(run)
 
 
