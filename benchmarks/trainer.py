@@ -3,11 +3,11 @@
     sgtm prepare NOVELS --rules launch/recipes/novels.rules.yaml --out data/novels --vocab-size 2048
     python benchmarks/trainer.py data/novels --json benchmarks/results/DEVICE/trainer.jsonl
 
-Every run reads as much English in its 300 steps of AdamW, in fp32 on the CPU: three quarters of the tokens of
+All runs see the same English tokens in 300 steps of AdamW, in fp32 on the CPU: three quarters of the tokens of
 `unmasked` and of the masked models, and all of those of `filtered`, whose steps are shorter. A fifth of the English is
-labelled as Spanish in the masked runs, which teaches Spanish's group to live with it (docs/recipes.md). Losses are
-those of `Trainer.evaluate` on 300 sequences of each language of split test. Each run is a process of its own, two under
-torchrun for `masked, ZeRO 2`.
+labelled as Spanish in the masked runs, which teaches Spanish's group to live with it (docs/recipes.md). `masks off` is
+`unmasked` by way of `apply_sgtm`, with the strategy none. Losses are those of `Trainer.evaluate` on 300 sequences of
+each language of split test. Each run is a process of its own, two under torchrun for `masked, ZeRO 2`.
 
 Rows: as benchmarks/recipes.py writes a variant's.
 """
@@ -37,7 +37,7 @@ BATCH, CONTEXT, TESTED, SEEDS = 32, 128, 300, (0, 1, 2)
 RETAIN, FORGET = "en", "es"
 MASKING = {"domains": [FORGET], "forget_heads": 2, "forget_neurons": 32}
 SHAPE = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 8}
-VARIANTS = {"unmasked": 1, "filtered": 1, "masked": 1, "masked, ZeRO 2": 2}
+VARIANTS = {"unmasked": 1, "filtered": 1, "masks off": 1, "masked": 1, "masked, ZeRO 2": 2}
 """And how many ranks each has."""
 
 
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("corpus", metavar="CORPUS", help="folder of `sgtm prepare`, with the categories en and es")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--steps", type=int, default=300, metavar="N")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--one", nargs=3, metavar=("VARIANT", "SEED", "FILE"), help="train this run alone")
     args = parser.parse_args()
     if args.one:
@@ -59,7 +60,7 @@ def main() -> None:
             Path(file).write_text(json.dumps(losses))
         return
     rows = []
-    for variant in VARIANTS:
+    for variant in args.variants:
         seeds = [{"seed": seed, **in_a_process(args.corpus, variant, seed, args.steps)} for seed in SEEDS]
         rows.append(row(variant, seeds, args.steps))
         print(json.dumps(rows[-1]), flush=True)
@@ -79,7 +80,7 @@ def in_a_process(corpus: str, variant: str, seed: int, steps: int) -> dict[str, 
 
 def trained(corpus: Corpus, variant: str, seed: int, steps: int) -> dict[str, float]:
     """The four losses of a run, two where nothing is masked."""
-    ranks, masks = VARIANTS[variant], variant.startswith("masked")
+    ranks, masks = VARIANTS[variant], variant.startswith("mask")
     batch = batch_of(variant)
     set_seed(seed)
     model = LlamaForCausalLM(
@@ -104,14 +105,15 @@ def trained(corpus: Corpus, variant: str, seed: int, steps: int) -> dict[str, fl
         )
         data = mixture(corpus, steps, batch)
         if masks:
-            collator = SgtmCollator(default_data_collator, MASKING)
-            trainer = MaskedTrainer(apply_sgtm(model, MASKING), arguments, data_collator=collator, train_dataset=data)
+            masking = MASKING | ({"strategy": "none"} if variant == "masks off" else {})
+            collator = SgtmCollator(default_data_collator, masking)
+            trainer = MaskedTrainer(apply_sgtm(model, masking), arguments, data_collator=collator, train_dataset=data)
         else:
             data = data.remove_columns("sgtm_labels")
             trainer = Trainer(model, arguments, data_collator=default_data_collator, train_dataset=data)
         trainer.train()
         losses = tested(trainer, corpus, "full")
-        if masks:
+        if variant.startswith("masked"):
             with ablate(model, [FORGET]):
                 losses |= tested(trainer, corpus, "ablated")
     return losses
