@@ -121,6 +121,10 @@ def test_leakage_of_each_seed(measures, tmp_path):
     ratios = measures.leakage_of("ignored")(study_of(tmp_path, rows()))
     assert ratios == pytest.approx([1, 1, 1], rel=0.02)
     assert measures.leakage_of("complete")(study_of(tmp_path, rows())) == []
+    lines = rows()
+    ignored = next(line for line in lines if line["variant"] == "ignored")
+    ignored["seeds"][0]["ablated_forget"] = loss_of(5e4)  # half of what was undiscovered
+    assert measures.leakage_of("ignored")(study_of(tmp_path, lines)) == pytest.approx([0.5, 1, 1], rel=0.03)
 
 
 def test_added_leakage_is_beyond_that_with_all_labels(measures, tmp_path):
