@@ -11,7 +11,7 @@ import torch
 import transformers
 from hf_models import CONFIGS, by_key, differing, gradients_of, masked_model, plain_model, random_ids
 
-from sgtm.integrations.hf import ablate, removed
+from sgtm.integrations.hf import ablate, without_domains
 
 BATCHES = ((["forget:bio"] * 3, random_ids(3)), (["retain"] * 3, random_ids(3, 1)))
 
@@ -34,7 +34,7 @@ def facts_of(family: str) -> dict:
         "same_logits": torch.equal(*logits),
         "taught": taught,
         "checkpointed": [checkpointed[True], checkpointed[False]],
-        "removed": torch.equal(removed(model, ["bio"])(input_ids=ids).logits, ablated),
+        "removed": torch.equal(without_domains(model, ["bio"])(input_ids=ids).logits, ablated),
     }
 
 
