@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 
 from environment import write_rows
-from unlearning import measured, options_of_a_grid, variant_row
+from unlearning import measured, options_of_a_grid, row_of
 
 from sgtm.data.open import open_corpus
 from sgtm.data.trained import trained_tokens
@@ -54,7 +54,7 @@ def main() -> None:
         adapt(run, best["factor"], steps, out)
         losses = measured(out, "test", run.config.train.eval_limit, sweep.adjacent)
         seeds.append({"seed": run.seed, **losses})
-    write_rows(args.json, [variant_row(runs, "adapters", seeds, masks=True), *tried])
+    write_rows(args.json, [row_of(runs, "adapters", seeds, masks=True), *tried])
 
 
 def steps_of(run: Run, seen: Run) -> int:

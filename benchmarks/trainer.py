@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,11 +26,11 @@ from pathlib import Path
 from datasets import Dataset
 from environment import write_rows
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator, set_seed
+from variant_rows import variant_row
 
 from sgtm.data.evaluation import sequences_of
 from sgtm.data.store import Corpus
 from sgtm.integrations.hf import SgtmCollator, SgtmTrainerMixin, ablate, apply_sgtm
-from sgtm.sweep.table import LOSSES
 
 BATCH, CONTEXT, TESTED, SEEDS = 32, 128, 300, (0, 1, 2)
 RETAIN, FORGET = "en", "es"
@@ -169,14 +168,9 @@ def dataset(rows: list[list[int]], labels: list[str]) -> Dataset:
 
 
 def row(variant: str, seeds: list[dict], steps: int) -> dict:
-    """As benchmarks/recipes.py writes one."""
-    values = {"sweep": "trainer", "variant": variant, "masks": variant.startswith("masked"), "trained": {}}
-    for loss in LOSSES:
-        of_seeds = [seed[loss] for seed in seeds if loss in seed]
-        values |= {loss: statistics.fmean(of_seeds) if of_seeds else None}
-        values |= {f"{loss}_sd": statistics.stdev(of_seeds) if of_seeds else None}
-    counts = {"finished": len(seeds), "runs": len(seeds), "tokens": steps * batch_of(variant) * CONTEXT}
-    return {**values, **counts, "seeds": seeds, "ratios": {}}
+    tokens = steps * batch_of(variant) * CONTEXT
+    masks = variant.startswith("masked")
+    return variant_row("trainer", variant, seeds, masks=masks, runs=len(seeds), tokens=tokens)
 
 
 if __name__ == "__main__":

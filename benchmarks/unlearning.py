@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from environment import write_rows
+from variant_rows import variant_row
 
 from sgtm.config.load import load_run_config
 from sgtm.evaluation.losses import evaluate
@@ -31,7 +32,6 @@ from sgtm.run.checkpoint import open_run, read_manifest
 from sgtm.run.evaluate import load_bases, load_model, open_run_corpus
 from sgtm.run.unlearned import read_unlearned
 from sgtm.sweep.file import Run, Sweep, read_sweep
-from sgtm.sweep.table import LOSSES
 from sgtm.unlearning.methods import METHODS
 from sgtm.unlearning.run import unlearn_run
 
@@ -69,7 +69,7 @@ def main() -> None:
             print(f"{method}: no setting within {BUDGET} nats")
             continue
         best["chosen"] = True
-        rows.append(variant_row(runs, method, chosen_runs(sweep, runs, best), masks=False))
+        rows.append(row_of(runs, method, chosen_runs(sweep, runs, best), masks=False))
     write_rows(args.json, [*rows, *tried])
 
 
@@ -147,16 +147,11 @@ def chosen_runs(sweep: Sweep, runs: list[Run], best: dict) -> list[dict]:
     return seeds
 
 
-def variant_row(runs: list[Run], method: str, seeds: list[dict], masks: bool) -> dict:
-    """As benchmarks/recipes.py writes one. masks: whether something can be removed."""
-    row = {"sweep": "unlearning", "variant": f"{runs[0].variant} + {method}", "masks": masks, "trained": {}}
-    for loss in LOSSES:
-        values = [seed[loss] for seed in seeds if loss in seed]
-        row |= {loss: statistics.fmean(values) if values else None}
-        row |= {f"{loss}_sd": statistics.stdev(values) if len(values) > 1 else None}
+def row_of(runs: list[Run], method: str, seeds: list[dict], masks: bool) -> dict:
+    """Of runs that a method has changed. masks: whether something can be removed."""
     train = runs[0].config.train
-    counts = {"finished": len(seeds), "runs": len(runs), "tokens": train.steps * train.tokens_per_step}
-    return {**row, **counts, "seeds": seeds, "ratios": {}}
+    name, tokens = f"{runs[0].variant} + {method}", train.steps * train.tokens_per_step
+    return variant_row("unlearning", name, seeds, masks=masks, runs=len(runs), tokens=tokens)
 
 
 if __name__ == "__main__":

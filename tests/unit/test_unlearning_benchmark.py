@@ -43,7 +43,7 @@ def test_a_row_is_one_that_the_documents_take(unlearning, benchmarks):
     train = SimpleNamespace(steps=10, tokens_per_step=100)
     runs = [SimpleNamespace(variant="unmasked", config=SimpleNamespace(train=train))] * 2
     seeds = [{"seed": n, "full_retain": 4.0 + n, "full_forget": 6.0 + n} for n in range(2)]
-    row = unlearning.variant_row(runs, "rmu", seeds, masks=False)
+    row = unlearning.row_of(runs, "rmu", seeds, masks=False)
     assert (row["full_retain"], row["ablated_forget"], row["tokens"]) == (4.5, None, 1000)
     text = experiment_sections.tables([row])
     assert "| unmasked + rmu | 2 | 1,000 | 4.500 ± 0.707 | 6.500 ± 0.707 |  |  |" in text
