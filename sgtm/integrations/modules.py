@@ -21,6 +21,7 @@ from sgtm.masking.partition import Partition
 from sgtm.masking.strategy import build_tables
 from sgtm_kernels.embedding import embedding
 from sgtm_kernels.norm import layer_norm
+from sgtm_kernels.plan import MaskPlan
 
 
 class MaskedLinear(Bound):
@@ -38,60 +39,51 @@ class MaskedLinear(Bound):
         return super().forward(x)  # type: ignore[misc]
 
 
-class MaskedLayerNorm(Bound):
+class MaskedJoint(Bound):
+    """A module of joint parameters, of which a label may or may not update all."""
+
     kind: str
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         plan = self.sgtm.plan_of(self)  # type: ignore[arg-type]
-        if plan is None:
-            return super().forward(x)  # type: ignore[misc]
+        return super().forward(x) if plan is None else self.masked(x, plan)  # type: ignore[misc]
+
+    def masked(self, x: Tensor, plan: MaskPlan) -> Tensor:
+        """The module's value, with the gradients of its parameters as the plan has them."""
+        raise NotImplementedError
+
+
+class MaskedLayerNorm(MaskedJoint):
+    def masked(self, x: Tensor, plan: MaskPlan) -> Tensor:
         assert isinstance(self, nn.LayerNorm)
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()  # as autocast does
         return layer_norm(x, self.weight, self.bias, self.eps, plan, self.kind)
 
 
-class MaskedRMSNorm(Bound):
-    kind: str
+class MaskedRMSNorm(MaskedJoint):
     weight: nn.Parameter
     variance_epsilon: float
 
-    @torch.compiler.disable
-    def forward(self, x: Tensor) -> Tensor:
+    def masked(self, x: Tensor, plan: MaskPlan) -> Tensor:
         """As in `LlamaRMSNorm`: x [B, S, ..., D], normalized in fp32."""
-        plan = self.sgtm.plan_of(self)  # type: ignore[arg-type]
-        if plan is None:
-            return super().forward(x)  # type: ignore[misc]
         wide = x.to(torch.float32)
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return ops.scale(wide.to(x.dtype), self.weight, plan, self.kind)
 
 
-class MaskedTorchRMSNorm(Bound):
-    kind: str
-
-    @torch.compiler.disable
-    def forward(self, x: Tensor) -> Tensor:
-        plan = self.sgtm.plan_of(self)  # type: ignore[arg-type]
-        if plan is None:
-            return super().forward(x)  # type: ignore[misc]
+class MaskedTorchRMSNorm(MaskedJoint):
+    def masked(self, x: Tensor, plan: MaskPlan) -> Tensor:
         assert isinstance(self, nn.RMSNorm)
         return ops.rms_norm(x, self.weight, self.eps, plan, self.kind)
 
 
-class MaskedEmbedding(Bound):
-    kind: str
-
-    @torch.compiler.disable
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids int64 [B, S], or [1, S] of positions that all sequences share: each has labels of its own."""
-        plan = self.sgtm.plan_of(self)  # type: ignore[arg-type]
-        if plan is None:
-            return super().forward(ids)  # type: ignore[misc]
+class MaskedEmbedding(MaskedJoint):
+    def masked(self, x: Tensor, plan: MaskPlan) -> Tensor:
+        """x int64 [B, S], or [1, S] of positions that all sequences share: each has labels of its own."""
         assert isinstance(self, nn.Embedding)
-        if ids.shape[0] != plan.batch:
-            ids = ids.expand(plan.batch, -1)
+        ids = x if x.shape[0] == plan.batch else x.expand(plan.batch, -1)
         values = embedding(ids, self.weight, plan, self.kind)
         if self.padding_idx is None:
             return values
