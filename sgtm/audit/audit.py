@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PretrainedConfig
 
 from sgtm.audit import behaviour, facts, files, tensors
 from sgtm.audit.check import Check, Skipped
@@ -16,7 +20,7 @@ from sgtm.config.load import load_run_config
 from sgtm.data.store import Corpus
 from sgtm.files import sha256_of
 from sgtm.hf.card import RECORD
-from sgtm.hf.export import DTYPES, save_tokenizer
+from sgtm.hf.export import DTYPES, ControlTokens, save_tokenizer
 from sgtm.hf.weights import Conversion
 from sgtm.run.adapters import adapted_domain, weights_of
 from sgtm.run.checkpoint import MANIFEST, checkpoints_dir, read_manifest
@@ -70,16 +74,33 @@ class Audited:
             raise Skipped(f"the corpus cannot be read: {error}") from None
 
     @cached_property
-    def tokenizer(self) -> Path:
-        """Where it is as an export would write it; what it says of control tokens is then in `conversion.config`.
+    def control_tokens(self) -> ControlTokens:
+        """Of the corpus's tokenizer, which is then in `scratch` as an export would write it.
 
         Raises Skipped where there is none.
         """
         if not self.record["tokenizer"]:
             raise Skipped("exported without a tokenizer")
         _ = self.corpus
-        save_tokenizer(self.run, self.config, self.manifest, self.conversion.config, self.scratch)
-        return self.scratch
+        control = save_tokenizer(self.run, self.config, self.manifest, self.scratch)
+        assert control is not None  # the corpus can be read
+        return control
+
+    @cached_property
+    def model_config(self) -> PretrainedConfig:
+        """As an export would write it; without control tokens where no tokenizer can be read."""
+        config = copy.deepcopy(self.conversion.config)
+        with suppress(Skipped):
+            self.control_tokens.enter(config)
+        return config
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the export has one that can be held against the corpus's."""
+        try:
+            return self.control_tokens is not None
+        except Skipped:
+            return False
 
 
 def _files(a: Audited) -> list[str]:
@@ -91,20 +112,17 @@ def _checkpoint(a: Audited) -> list[str]:
 
 
 def _facts(a: Audited) -> list[str]:
-    return facts.fact_problems(a.folder, a.record, a.run, a.config, a.checkpoint, a.conversion.config)
+    return facts.fact_problems(a.folder, a.record, a.run, a.config, a.checkpoint, a.model_config)
 
 
 def _config(a: Audited) -> list[str]:
-    unknown: tuple[str, ...] = ()
-    try:
-        _ = a.tokenizer
-    except Skipped:
-        unknown = ("eos_token_id", "pad_token_id")
-    return facts.config_problems(a.folder, a.conversion.config, a.scratch, unknown)
+    unknown = () if a.has_tokenizer else ("eos_token_id", "pad_token_id")
+    return facts.config_problems(a.folder, a.model_config, a.scratch, unknown)
 
 
 def _tokenizer(a: Audited) -> list[str]:
-    return facts.tokenizer_problems(a.folder, a.tokenizer)
+    _ = a.control_tokens
+    return facts.tokenizer_problems(a.folder, a.scratch)
 
 
 def _tensors(a: Audited) -> list[str]:
@@ -129,20 +147,39 @@ def _losses(a: Audited) -> list[str]:
     return behaviour.loss_problems(a.folder, a.record, a.config, a.checkpoint, a.corpus)
 
 
-CHECKS: dict[str, tuple[str, Callable[[Audited], list[str]]]] = {
-    "files": ("the files that the record lists, of its sizes and hashes, and no others", _files),
-    "checkpoint": ("the one in the record, and every file has the size and hash in its manifest", _checkpoint),
-    "facts": ("what record and card say follows from the run", _facts),
-    "config": ("config.json and generation_config.json are those of the model", _config),
-    "tokenizer": ("it is the corpus's", _tokenizer),
-    "tensors": ("all by name, shape, dtype and bytes, each bit as the checkpoint has it", _tensors),
-    "removed": ("no row or column is a weight vector of a removed group", _removed),
-    "logits": ("transformers computes what the run's model does without the removed groups", _logits),
-    "losses": ("on held-out text the two models have those of the card", _losses),
+class Question(NamedTuple):
+    """A check to be made.
+
+    about        what holds where it passes
+    problems     that it finds
+    of_run       whether it holds the export against the run's checkpoint
+    runs_model   whether it takes as long as a model does
+    """
+
+    about: str
+    problems: Callable[[Audited], list[str]]
+    of_run: bool = True
+    runs_model: bool = False
+
+
+CHECKPOINT = "checkpoint"
+CHECKS = {
+    "files": Question("the files that the record lists, of its sizes and hashes, and no others", _files, of_run=False),
+    CHECKPOINT: Question(
+        "the one in the record, and every file has the size and hash in its manifest", _checkpoint, of_run=False
+    ),
+    "facts": Question("what record and card say follows from the run", _facts),
+    "config": Question("config.json and generation_config.json are those of the model", _config),
+    "tokenizer": Question("it is the corpus's", _tokenizer),
+    "tensors": Question("all by name, shape, dtype and bytes, each bit as the checkpoint has it", _tensors),
+    "removed": Question("no row or column is a weight vector of a removed group", _removed),
+    "logits": Question(
+        "transformers computes what the run's model does without the removed groups", _logits, runs_model=True
+    ),
+    "losses": Question("on held-out text the two models have those of the card", _losses, runs_model=True),
 }
-COSTLY = ("logits", "losses")
-"""Checks that run the model."""
-NEED_CHECKPOINT = tuple(CHECKS)[2:]
+"""In the order in which they are made: those of the run after its checkpoint."""
+COSTLY = tuple(name for name, question in CHECKS.items() if question.runs_model)
 
 
 @dataclass(frozen=True)
@@ -160,6 +197,11 @@ class Audit:
     @property
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether nothing was wrong with the run's checkpoint, where that has been checked."""
+        return all(check.passed for check in self.checks if check.name == CHECKPOINT)
 
 
 def audit_export(
@@ -186,21 +228,21 @@ def audit_export(
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         audited = Audited(folder, run, record, config, scratch)
-        for name, (about, find) in CHECKS.items():
-            check = Check(name, about)
+        for name, question in CHECKS.items():
+            check = Check(name, question.about)
             try:
                 if name in skip:
                     raise Skipped("as asked")
-                if name in NEED_CHECKPOINT and not audit.checks[1].passed:
+                if question.of_run and not audit.has_checkpoint:
                     raise Skipped("there is no checkpoint to hold it against")
-                check.problems += find(audited)
+                check.problems += question.problems(audited)
             except Skipped as reason:
                 check.skipped = str(reason)
             except Exception as error:  # a damaged file may break any reader: the next checks run all the same
                 check.problems.append(f"{folder}: {str(error) or repr(error)}")
             audit.checks.append(check)
             note(check)
-        if audit.checks[1].passed:
+        if audit.has_checkpoint:
             audit.chain.extend(_chain(audited))
     return audit
 

@@ -13,7 +13,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,17 @@ SHARD = 2 * 10**9
 """Bytes of a file of weights."""
 
 log = logging.getLogger(__name__)
+
+
+class ControlTokens(NamedTuple):
+    """Ids of a tokenizer's control tokens; pad_id: None where it has none."""
+
+    eos_id: int
+    pad_id: int | None
+
+    def enter(self, hf_config: PretrainedConfig) -> None:
+        """Name them in the config of a model."""
+        hf_config.eos_token_id, hf_config.pad_token_id = self
 
 
 def export_run(
@@ -85,12 +96,14 @@ def export_run(
     conversion = Conversion(config.model, config.partition, removed, strengths, prune)
     with filled(out, CONFIG) as partial:
         conversion.config.dtype = DTYPES[dtype]
-        tokenizer = save_tokenizer(run, config, read_manifest(checkpoint), conversion.config, partial)
+        control = save_tokenizer(run, config, read_manifest(checkpoint), partial)
+        if control is not None:
+            control.enter(conversion.config)
         weights = conversion.tensors(weights_of(checkpoint, adapters=not remove))
         write_shards(_checked(weights, conversion.config), partial, DTYPES[dtype], shard)
         save_config(conversion.config, partial)
         record = record_of(run, config, checkpoint, conversion.config, sorted(set(remove)), strengths, prune)
-        record |= {"tokenizer": tokenizer, "dtype": dtype}
+        record |= {"tokenizer": control is not None, "dtype": dtype}
         (partial / CARD).write_text(card(record, name), encoding="utf-8")
         record["files"] = {
             file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(partial.iterdir())
@@ -147,8 +160,8 @@ def save_config(hf_config: PretrainedConfig, folder: Path) -> None:
     (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def save_tokenizer(run: Path, config: Config, manifest: dict, hf_config: PretrainedConfig, folder: Path) -> bool:
-    """Write the corpus's tokenizer, which encodes as `prepare` did, and enter its tokens into the model's config.
+def save_tokenizer(run: Path, config: Config, manifest: dict, folder: Path) -> ControlTokens | None:
+    """Write the corpus's tokenizer, which encodes as `prepare` did.
 
     manifest  of the checkpoint, with the fingerprint of the run's corpus: with the tokenizer of another one the model
               would write gibberish. Raises ValueError for another one.
@@ -156,14 +169,14 @@ def save_tokenizer(run: Path, config: Config, manifest: dict, hf_config: Pretrai
     Text stays text, as in training: no BOS in front, no EOS behind, and the strings of control tokens are spelled out.
     A BOS is not named, because training has seen none.
 
-    Weights outlive corpora, so a corpus that is gone costs the export its tokenizer and a warning, no more.
+    Weights outlive corpora, so a corpus that is gone costs the export its tokenizer and a warning, no more: None.
     """
     try:
         corpus = open_corpus(config, "sizes", write=False)
         tokenizer, names = corpus.tokenizer, corpus.token_names
     except (ValueError, OSError) as error:
         log.warning("exported without a tokenizer: %s", error)
-        return False
+        return None
     otherwise = "give its folder with --data.path, or move this one away to export without a tokenizer"
     check_same_corpus(run, manifest, corpus.path, corpus.fingerprint, otherwise)
     end = tokenizer.id_to_token(corpus.eos_id)
@@ -173,7 +186,6 @@ def save_tokenizer(run: Path, config: Config, manifest: dict, hf_config: Pretrai
     roles = {"eos_token": end, "pad_token": names.get("pad_token"), "unk_token": unknown_token(tokenizer)}
     named = {role: name for role, name in roles.items() if name is not None and name in special}
     pad_id = special[named["pad_token"]] if "pad_token" in named else None
-    hf_config.eos_token_id, hf_config.pad_token_id = corpus.eos_id, pad_id
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the name that transformers 4 and 5 both have
         "model_max_length": config.model.context,
@@ -183,7 +195,7 @@ def save_tokenizer(run: Path, config: Config, manifest: dict, hf_config: Pretrai
     }
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(named | settings, indent=2) + "\n", encoding="utf-8")
-    return True
+    return ControlTokens(corpus.eos_id, pad_id)
 
 
 def _print(record: dict, config: Config) -> None:
