@@ -15,7 +15,6 @@ from transformers import (
 )
 
 from sgtm.integrations.hf import apply_sgtm
-from sgtm.integrations.stretches import pieces
 
 VOCAB, WIDTH, CONTEXT = 41, 16, 12
 TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -72,7 +71,7 @@ def by_key(model, tensors: dict[str, torch.Tensor]) -> dict[tuple[str, str, int]
     return {
         (key, name, start): tensors[name].narrow(owned.dim, start, end - start)
         for name, owned in model.sgtm.owned.items()
-        for key, start, end in pieces(owned)
+        for key, start, end in owned.ranges()
     }
 
 

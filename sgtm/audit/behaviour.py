@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from sgtm.config import Config
 from sgtm.data.store import Corpus
 from sgtm.evaluation.losses import evaluate
 from sgtm.hf.card import RECORD
 from sgtm.hf.config import model_config_from_hf
+from sgtm.hf.transformers_model import load_in_transformers
 from sgtm.hf.weights import from_hf_state
 from sgtm.masking.labels import FULL, LabelSpace
 from sgtm.masking.partition import build_partition
@@ -40,8 +39,7 @@ def logit_problems(folder: Path, record: dict, config: Config, checkpoint: Path,
     tables = config.removal_tables(removed, record["reduced"])
     expected = model.logits(ids, MaskPlan.uniform(tables, 0, *ids.shape))
     del model
-    theirs = _loaded(folder)
-    logits = theirs.eval()(ids).logits
+    logits = load_in_transformers(folder, attn_implementation="eager")(ids).logits
     share = float((logits - expected).abs().max() / expected.abs().max())
     limit = LOGITS[record["dtype"]]
     if not share <= limit:
@@ -111,16 +109,9 @@ def _near(stated: Any, value: Any, limit: float) -> bool:
     return stated == value
 
 
-def _loaded(folder: Path):
-    disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True, trust_remote_code=False
-    )
-
-
 def _as_ours(folder: Path, config: Config) -> Transformer:
     """The folder's model as our transformer of a single group, which rounds as the run's does."""
-    theirs = _loaded(folder)
+    theirs = load_in_transformers(folder, attn_implementation="eager")
     shape = model_config_from_hf(theirs.config)
     whole = build_partition(
         LabelSpace(()),

@@ -84,19 +84,13 @@ class FolderModel(TextModel):
     """A Hugging Face folder in transformers, by none of our code."""
 
     def __init__(self, folder: Path, name: str | None = None):
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
+        from sgtm.hf.transformers_model import load_in_transformers  # imports transformers: a second or two
 
-        tokenizer, bars = as_text(load_tokenizer(folder)), logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
+        tokenizer = as_text(load_tokenizer(folder))
         try:
-            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        except Exception as error:  # transformers, safetensors and huggingface_hub each have errors of their own
+            self.model = load_in_transformers(folder).to(device_type())
+        except Exception as error:  # as `load_in_transformers` says, of many kinds
             raise ValueError(f"{folder} does not load in transformers: {error}") from None
-        finally:
-            if bars:
-                logging.enable_progress_bar()
-        self.model.eval().to(device_type())
         config = self.model.config
         if (entries := vocabulary_size(tokenizer)) > config.vocab_size:
             raise ValueError(

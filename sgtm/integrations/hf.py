@@ -24,7 +24,6 @@ from sgtm.integrations.modules import mask_model
 from sgtm.integrations.optimizer import SgtmAdamW
 from sgtm.integrations.range_adamw import is_sharded
 from sgtm.integrations.settings import check_masking, space_of
-from sgtm.integrations.stretches import pieces
 from sgtm.integrations.trainer import SgtmTrainerMixin
 
 __all__ = ["SgtmAdamW", "SgtmCollator", "SgtmTrainerMixin", "ablate", "apply_sgtm", "without_domains"]
@@ -72,7 +71,7 @@ def without_domains(model: PreTrainedModel, domains: Iterable[str]) -> PreTraine
     parameters = dict(plain.named_parameters())
     with torch.no_grad():
         for name, owned in binding.owned.items():
-            for key, start, end in pieces(owned):
+            for key, start, end in owned.ranges():
                 if key.partition(".")[2] in groups:
                     parameters[name].narrow(owned.dim, start, end - start).zero_()
     return plain

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sgtm.integrations.binding import LABELS, Binding, binding_of
-from sgtm.integrations.range_adamw import PieceAdamW, refuse_fsdp1
+from sgtm.integrations.range_adamw import StretchAdamW, refuse_fsdp1
 from sgtm.model.rows import live_keys
 
 
-class SgtmAdamW(PieceAdamW):
+class SgtmAdamW(StretchAdamW):
     """AdamW (Loshchilov and Hutter, 2019) that leaves alone what the labels of a step may not update.
 
     model   masked by `apply_sgtm`, before DeepSpeed takes it (then `bind(engine.optimizer)`), after `fully_shard`
@@ -90,7 +90,7 @@ class SgtmAdamW(PieceAdamW):
             group["steps"] = steps  # one dict again after `load_state_dict`
         return self._live
 
-    def _steps(self, group: dict[str, Any], parameter: Tensor) -> Mapping[str, int]:
+    def _count_update(self, group: dict[str, Any], parameter: Tensor) -> Mapping[str, int]:
         return group["steps"]
 
     def _rehearses(self) -> bool:

@@ -24,8 +24,8 @@ from sgtm.process.names import did_you_mean
 LIVE, FROZEN = "live", "frozen"
 
 
-class PieceAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter, 2019) on the pieces of parameters that are live in a step.
+class StretchAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter, 2019) on the stretches of parameters that are live in a step.
 
     model   before DeepSpeed takes it, after `fully_shard`
     owned   who owns each parameter, by name
@@ -47,7 +47,7 @@ class PieceAdamW(torch.optim.Optimizer):
         chosen = [p for p in model.parameters() if p.requires_grad] if params is None else params
         super().__init__(chosen, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._model, self._owned = model, owned
-        self._pieces: dict[Tensor, list[Stretch]] = {}
+        self._stretches: dict[Tensor, list[Stretch]] = {}
         self._bound = self._stepped = False
         names: dict[Tensor, str] = {parameter: name for name, parameter in _named(model)}
         if any(parameter not in names for parameter in self._members()):
@@ -56,16 +56,16 @@ class PieceAdamW(torch.optim.Optimizer):
         if unknown := sorted(self._names - set(owned)):
             raise ValueError(f"{unknown[0]} is no parameter of the model without its wrapper; give that model")
         self._find()  # what cannot be found is an error here
-        self._pieces = {}  # keeps no parameters alive that FSDP2 is about to replace
+        self._stretches = {}  # keeps no parameters alive that FSDP2 is about to replace
 
     def bind(self, wrapper: Any) -> None:
         """Find the parameters in the tensors of DeepSpeed: `wrapper` is `engine.optimizer`, before the first step."""
         from sgtm.distributed.segments import fragments  # sets variables of the environment for DeepSpeed
 
         parameters = {name: p for name, p in _named(self._model) if name in self._names}
-        self._pieces, self._bound = {}, True
+        self._stretches, self._bound = {}, True
         for tensor, offset, name, start, end in fragments(wrapper, parameters):
-            self._pieces.setdefault(tensor, []).extend(stretches(self._owned[name], start, end, offset))
+            self._stretches.setdefault(tensor, []).extend(stretches(self._owned[name], start, end, offset))
 
     @property
     def bound(self) -> bool:
@@ -74,7 +74,7 @@ class PieceAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the pieces that are live; returns the loss of `closure`, which is called first, with gradients.
+        """Update the stretches that are live; returns the loss of `closure`, which is called first, with gradients.
 
         DeepSpeed calls it once for each of its groups in one global step.
         """
@@ -98,8 +98,8 @@ class PieceAdamW(torch.optim.Optimizer):
         """What this step updates."""
         raise NotImplementedError
 
-    def _steps(self, group: dict[str, Any], parameter: Tensor) -> Mapping[str, int]:
-        """Number of updates of each live key of a parameter, this one included."""
+    def _count_update(self, group: dict[str, Any], parameter: Tensor) -> Mapping[str, int]:
+        """Count this update of a parameter, if that has not been done; returns the updates of each of its live keys."""
         raise NotImplementedError
 
     def _rehearses(self) -> bool:
@@ -114,10 +114,10 @@ class PieceAdamW(torch.optim.Optimizer):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _find(self) -> None:
-        """Pieces of the model's parameters, or of this rank's shards of them."""
+        """Stretches of the model's parameters, or of this rank's shards of them."""
         if any(map(is_sharded, self._members())) and not any(map(_is_fsdp, self._model.modules())):
             raise ValueError("the parameters are DTensors, but not of fully_shard: tensor parallelism is not supported")
-        self._pieces = {
+        self._stretches = {
             parameter: list(stretches(self._owned[name], *_held(name, parameter)))
             for name, parameter in _named(self._model)
             if name in self._names
@@ -128,9 +128,9 @@ class PieceAdamW(torch.optim.Optimizer):
         if not self._bound and not self._stepped:
             self._find()  # again: Accelerate shards the model after the optimizer is built, and replaces `params`
         self._stepped = True
-        if all(parameter in self._pieces for parameter in self._members()):
+        if all(parameter in self._stretches for parameter in self._members()):
             return True
-        if not self._bound and any(map(is_sharded, self._pieces)):
+        if not self._bound and any(map(is_sharded, self._stretches)):
             raise RuntimeError(
                 "params are not the model's any more: build the optimizer after fully_shard, which replaces them"
             )
@@ -145,12 +145,12 @@ class PieceAdamW(torch.optim.Optimizer):
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
-            steps = self._steps(group, parameter)
+            steps = self._count_update(group, parameter)
             tensors = [_local(tensor) for tensor in (parameter, parameter.grad, *self._moments(parameter))]
             tensors[1] = tensors[1].contiguous()
-            for piece in merged(self._pieces[parameter], live, steps):
-                views[piece.contiguous].append(tuple(piece.of(tensor) for tensor in tensors))
-                counts[piece.contiguous].append(float(steps[piece.key] - 1))
+            for stretch in merged(self._stretches[parameter], live, steps):
+                views[stretch.contiguous].append(tuple(stretch.of(tensor) for tensor in tensors))
+                counts[stretch.contiguous].append(float(steps[stretch.key] - 1))
         beta1, beta2 = group["betas"]
         options = {"amsgrad": False, "beta1": beta1, "beta2": beta2, "maximize": False}
         options |= {name: group[name] for name in ("lr", "weight_decay", "eps")}
@@ -168,7 +168,7 @@ class PieceAdamW(torch.optim.Optimizer):
         return state["exp_avg"], state["exp_avg_sq"]
 
 
-class RangeAdamW(PieceAdamW):
+class RangeAdamW(StretchAdamW):
     """AdamW that leaves rows or columns of some parameters bitwise as they are, and trains everything else.
 
         RangeAdamW(model, {"model.embed_tokens.weight": slice(0, 32000)}, lr=1e-4)
@@ -205,7 +205,7 @@ class RangeAdamW(PieceAdamW):
     def _live_keys(self) -> frozenset[str]:
         return frozenset((LIVE,))
 
-    def _steps(self, group: dict[str, Any], parameter: Tensor) -> Mapping[str, int]:
+    def _count_update(self, group: dict[str, Any], parameter: Tensor) -> Mapping[str, int]:
         state = self.state[parameter]
         state["step"] = state.get("step", torch.tensor(0.0)) + 1
         return {LIVE: int(state["step"])}

@@ -29,6 +29,10 @@ class Owned:
     rows: int
     columns: int = 1
 
+    def ranges(self) -> Iterator[tuple[str, int, int]]:
+        """Key, start and end of each, in order."""
+        yield from zip(self.keys, self.bounds[:-1], self.bounds[1:], strict=True)
+
 
 class Stretch(NamedTuple):
     """Elements of a contiguous tensor: `columns` each of `rows` rows that are `stride` apart, from `offset` on."""
@@ -50,11 +54,6 @@ class Stretch(NamedTuple):
         )
 
 
-def pieces(owned: Owned) -> Iterator[tuple[str, int, int]]:
-    """Key, start and end of each range along `owned.dim`."""
-    yield from zip(owned.keys, owned.bounds[:-1], owned.bounds[1:], strict=True)
-
-
 def stretches(owned: Owned, first: int = 0, last: int | None = None, offset: int = 0) -> Iterator[Stretch]:
     """Stretches of a tensor that has elements `first:last` of the flattened parameter from element `offset` on."""
     width = owned.columns
@@ -63,14 +62,14 @@ def stretches(owned: Owned, first: int = 0, last: int | None = None, offset: int
         return
     shift = offset - first
     if owned.dim == 0:
-        for key, start, end in pieces(owned):
+        for key, start, end in owned.ranges():
             low, high = max(start * width, first), min(end * width, last)
             if low < high:
                 yield Stretch(key, low + shift, 1, high - low, high - low)
         return
     row, final = first // width, (last - 1) // width
     middle = range(row + (first % width != 0), final + (last % width == 0))  # whole rows
-    for key, start, end in pieces(owned):
+    for key, start, end in owned.ranges():
         for line in sorted({row, final}):
             if line in middle:
                 continue
@@ -81,20 +80,20 @@ def stretches(owned: Owned, first: int = 0, last: int | None = None, offset: int
             yield Stretch(key, middle[0] * width + start + shift, len(middle), end - start, width)
 
 
-def merged(parts: list[Stretch], live: frozenset[str], steps: Mapping[str, int]) -> Iterator[Stretch]:
+def merged(apart: list[Stretch], live: frozenset[str], steps: Mapping[str, int]) -> Iterator[Stretch]:
     """Live stretches, neighbours with as many updates in one: a launch less for each."""
     waiting: Stretch | None = None
-    for part in parts:
-        if part.key not in live:
+    for stretch in apart:
+        if stretch.key not in live:
             continue
-        if waiting is not None and steps[waiting.key] == steps[part.key]:
-            joined = _joined(waiting, part)
+        if waiting is not None and steps[waiting.key] == steps[stretch.key]:
+            joined = _joined(waiting, stretch)
             if joined is not None:
                 waiting = joined
                 continue
         if waiting is not None:
             yield waiting
-        waiting = part
+        waiting = stretch
     if waiting is not None:
         yield waiting
 

@@ -16,7 +16,6 @@ from hf_models import differing
 from hf_steps import OWN, pieces_of
 from ranks import run_ranks
 
-from sgtm.integrations.stretches import pieces
 
 PAGE = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text("utf-8")
 TITAN = Path(__file__).parents[2] / ".venv" / "torchtitan" / "torchtitan"
@@ -143,7 +142,7 @@ def documented() -> dict[str, list]:
     config.model_spec.model.update_from_config(config=config)
     with torch.device("meta"):
         model = config.model_spec.model.build()
-    return {name: list(pieces(owned)) for name, owned in model.sgtm.owned.items() if name.startswith("layers.0.")}
+    return {name: list(owned.ranges()) for name, owned in model.sgtm.owned.items() if name.startswith("layers.0.")}
 
 
 def message(call) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from sgtm.config.sections import MaskingConfig
 from sgtm.integrations.roles import Family, Role, masked_modules, owned_parameters, partition_of
 from sgtm.integrations.settings import space_of
-from sgtm.integrations.stretches import Owned, pieces
+from sgtm.integrations.stretches import Owned
 from sgtm.model.rows import ALWAYS
 
 HEADS, KV_HEADS, WIDTH, NEURONS, VOCAB = 4, 2, 8, 6, 11
@@ -48,7 +48,7 @@ def owned_of(model: nn.Module, masking: MaskingConfig = MASKING) -> dict[str, Ow
 
 
 def owners(model: nn.Module, masking: MaskingConfig = MASKING) -> dict[str, list[tuple[str, int, int]]]:
-    return {name: list(pieces(owned)) for name, owned in owned_of(model, masking).items()}
+    return {name: list(owned.ranges()) for name, owned in owned_of(model, masking).items()}
 
 
 @pytest.mark.parametrize("blocks", [nn.ModuleDict, nn.ModuleList])

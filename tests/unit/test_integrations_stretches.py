@@ -8,16 +8,16 @@ import pytest
 import torch
 from hf_models import CONFIGS, masked_model
 
-from sgtm.integrations.stretches import merged, pieces, stretches
+from sgtm.integrations.stretches import merged, stretches
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_pieces_cover_every_parameter_and_every_fragment_of_it(family):
+def test_stretches_cover_every_parameter_and_every_fragment_of_it(family):
     rng = random.Random(0)
     for owned in masked_model(family).sgtm.owned.values():
         keys = sorted(set(owned.keys))
         expected = torch.full((owned.rows, owned.columns), -1)
-        for key, start, end in pieces(owned):
+        for key, start, end in owned.ranges():
             expected.narrow(owned.dim, start, end - start).fill_(keys.index(key))
         whole = torch.full_like(expected, -1)
         for stretch in stretches(owned):
@@ -34,16 +34,16 @@ def test_pieces_cover_every_parameter_and_every_fragment_of_it(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_pieces_that_are_joined_are_the_same_elements(family):
+def test_stretches_that_are_joined_are_the_same_elements(family):
     for owned in masked_model(family).sgtm.owned.values():
-        parts = list(stretches(owned))
+        whole = list(stretches(owned))
         for live in (set(owned.keys), {key for key in owned.keys if not key.endswith(".code")}, set()):
             apart, joined = (torch.zeros(owned.rows, owned.columns) for _ in range(2))
-            for stretch in parts:
+            for stretch in whole:
                 if stretch.key in live:
                     stretch.of(apart).add_(1)
-            joint = list(merged(parts, frozenset(live), dict.fromkeys(owned.keys, 1)))
+            joint = list(merged(whole, frozenset(live), dict.fromkeys(owned.keys, 1)))
             for stretch in joint:
                 stretch.of(joined).add_(1)
             assert torch.equal(apart, joined)
-            assert len(joint) <= max(1, len(parts) - 1) and (live != set(owned.keys) or len(joint) == 1)
+            assert len(joint) <= max(1, len(whole) - 1) and (live != set(owned.keys) or len(joint) == 1)
