@@ -96,7 +96,7 @@ def _checkpoints(audit: Audit, config: Config, steps: int) -> tuple[Path, Path]:
 
 def _copy_of_run(scratch: Path, config: Config, first: Path, removed: Sequence[str]) -> Path:
     """A run that is to resume from the checkpoint `first`, on a corpus with other text."""
-    corpus = _with_random_text(open_corpus(config, "sizes", write=False), scratch / "corpus", config, removed)
+    corpus = _with_random_text(open_corpus(config, "sizes", write=False), scratch / "corpus", removed)
     data = config.data.model_copy(update={"path": str(corpus)})
     own = config.model_copy(
         update={
@@ -120,7 +120,7 @@ def _copy_of_run(scratch: Path, config: Config, first: Path, removed: Sequence[s
     return run
 
 
-def _with_random_text(corpus: Corpus, out: Path, config: Config, removed: Sequence[str]) -> Path:
+def _with_random_text(corpus: Corpus, out: Path, removed: Sequence[str]) -> Path:
     """The corpus with random tokens in the documents and spans of these domains, whose lengths stay; shards without any
     are links."""
     shutil.copytree(corpus.path, out, symlinks=True, copy_function=_link)

@@ -13,7 +13,7 @@ from typing import Any
 from sgtm.inference.decoding import Interrupted, complete
 from sgtm.inference.sources import ModelSource
 from sgtm.inference.text_losses import passage, token_losses
-from sgtm.inference.text_model import RunModel, open_models
+from sgtm.inference.text_model import RunModel, open_run_model
 from sgtm.report.coloured import coloured_passage
 from sgtm.report.completions import described_end
 
@@ -39,11 +39,8 @@ class Demo:
 
     @classmethod
     def open(cls, source: ModelSource) -> Demo:
-        """Raises ValueError as `open_models`."""
-        sets = [(), *((domain,) for domain in source.removable[:1])]  # a second one loads the base of adapters
-        full = open_models(source, sets)[0]
-        assert isinstance(full, RunModel)  # the source is a run
-        return cls(source, full)
+        """Of a run. Raises ValueError as `open_run_model`."""
+        return cls(source, open_run_model(source))
 
     @property
     def ending(self) -> bool:

@@ -118,14 +118,24 @@ def open_models(
     named = list(names or (None for _ in removals))
     if source.config is None:
         return [FolderModel(source.path, name) for name in named]
+    full = open_run_model(source, removes=any(removals))
+    return [full.without(removed, name) for removed, name in zip(removals, named, strict=True)]
+
+
+def open_run_model(source: ModelSource, removes: bool = True) -> RunModel:
+    """The full model of a run, whose `without` has the same weights.
+
+    removes  whether domains will be removed from it: of a run with adapters, the model without them is loaded too
+
+    Raises ValueError as `open_models`.
+    """
     config, checkpoint = open_run(source.path, source.data)
     corpus = _corpus(source, config, checkpoint)
     if device_type() == "cuda" and config.kernels.deterministic:
         use_deterministic_algorithms()
     check_precision(config, "fp32")
-    bases = load_bases(config, checkpoint) if any(removals) else {}
-    full = RunModel(Subject(load_model(config, checkpoint).eval(), corpus, config, bases=bases))
-    return [full.without(removed, name) for removed, name in zip(removals, named, strict=True)]
+    bases = load_bases(config, checkpoint) if removes else {}
+    return RunModel(Subject(load_model(config, checkpoint).eval(), corpus, config, bases=bases))
 
 
 def _corpus(source: ModelSource, config: Config, checkpoint: Path) -> Corpus:

@@ -16,7 +16,6 @@ from hf_models import differing
 from hf_steps import OWN, pieces_of
 from ranks import run_ranks
 
-
 PAGE = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text("utf-8")
 TITAN = Path(__file__).parents[2] / ".venv" / "torchtitan" / "torchtitan"
 pytestmark = pytest.mark.skipif(not TITAN.is_dir(), reason="no torchtitan: make test installs it")
