@@ -11,8 +11,9 @@ losses on the curve of `unmasked`, of the ablated model's retain loss on that of
 the last evaluations of `unmasked`, `unmasked-450` and so on: the same baseline trained for other numbers of steps. Rows
 of other sweeps in FILE stay, and all ratios are recomputed from all rows. Device, commit, versions and time are those
 of the training (`environment.jsonl` of each run), not of this script. Unfinished runs are an error unless `--partial`
-is given. The worst-case tamper curves of runs in the sweeps' folders (`sgtm tamper`) and their examinations (`sgtm
-examine`) follow, with the environment of this script. `sgtm report FILE` draws the figures of all of it.
+is given; then what these sweeps have not finished here stays as it is in FILE. The worst-case tamper curves of runs in
+the sweeps' folders (`sgtm tamper`) and their examinations (`sgtm examine`) follow, with the environment of this script.
+`sgtm report FILE` draws the figures of all of it.
 
 `--shipped` also writes the losses of the first sweep's `unmasked` and `filtered` by category to
 sgtm/report/baselines/NAME.json, which `sgtm quickstart` shows beside its own.
@@ -38,6 +39,8 @@ from sgtm.sweep.table import SIX
 from sgtm.sweep.tampered import tamper_rows
 
 BASELINES = ("unmasked", "filtered")
+KEYS = ("sweep", "variant", "tampered", "examined", "seed", "condition", "domain", "split", "sequences")
+"""Of a row: what a new one replaces has the same, or lacks the same."""
 RATIOS = {"full_retain": "unmasked", "full_forget": "unmasked", "ablated_retain": "filtered"}
 
 
@@ -45,17 +48,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweeps", type=Path, nargs="+", metavar="SWEEP")
     parser.add_argument("--json", type=Path, required=True, help="write one JSON object per variant")
-    parser.add_argument("--partial", action="store_true", help="collect although runs are unfinished")
+    parser.add_argument("--partial", action="store_true", help="collect what is finished")
     parser.add_argument("--shipped", metavar="NAME", help="write sgtm/report/baselines/NAME.json too")
     args = parser.parse_args()
     sweeps = [read_sweep(path) for path in args.sweeps]
     names = [sweep.folder.name for sweep in sweeps]
-    rows = [row for row in read_rows(args.json) if row["sweep"] not in names] if args.json.exists() else []
+    earlier = read_rows(args.json) if args.json.exists() else []
+    rows = [row for row in earlier if args.partial or row["sweep"] not in names]
     for sweep, name in zip(sweeps, names, strict=True):
         variants = finished(sweep.folder, args.partial)
-        rows += [{"sweep": name, **short(row), **trained(row, sweep.folder)} for row in variants]
+        collected = [{"sweep": name, **short(row), **trained(row, sweep.folder)} for row in variants]
         more = [*tamper_rows(sweep.folder), *examination_rows(sweep.folder)]
-        rows += [{"sweep": name, **row, **environment()} for row in more]
+        rows = merged(rows, [*collected, *({"sweep": name, **row, **environment()} for row in more)])
     with_losses = [row for row in rows if "variant" in row]
     lines = [{**row, "ratios": ratios(row, with_losses)} for row in with_losses]
     lines += [row for row in rows if "variant" not in row]
@@ -67,6 +71,16 @@ def main() -> None:
         about = {key: trained(baselines[0], sweeps[0].folder)[key] for key in ("device", "commit", "time")}
         text = {"sweep": args.sweeps[0].name, **about, "basis": basis(sweeps[0].runs[0].config), "losses": losses}
         (FOLDER / f"{args.shipped}.json").write_text(json.dumps(text, indent=2) + "\n")
+
+
+def merged(rows: list[dict], new: list[dict]) -> list[dict]:
+    """The rows with the new ones in their places, or behind them; a variant with fewer finished runs replaces none."""
+    by_key = {tuple(map(row.get, KEYS)): row for row in rows}
+    for row in new:
+        old = by_key.get(key := tuple(map(row.get, KEYS)), {})
+        if old.get("finished", 0) <= row.get("finished", 0):
+            by_key[key] = row
+    return list(by_key.values())
 
 
 def finished(folder: Path, partial: bool) -> list[dict]:

@@ -152,6 +152,18 @@ def test_unfinished_runs_are_collected_only_where_asked(tmp_path, capsys):
     assert [row["variant"] for row in finished(tmp_path, partial=True)] == ["dual"]
 
 
+def test_of_an_unfinished_sweep_the_other_rows_stay():
+    from recipes import merged
+
+    def row(name: str, finished: int, loss: float) -> dict:
+        return {"sweep": "s", "variant": name, "finished": finished, "loss": loss}
+
+    attack = {"sweep": "s", "tampered": "dual", "seed": 0, "condition": "full"}
+    old = [row("dual", 3, 1.0), row("paper", 3, 1.0), attack | {"curve": 1}, attack | {"seed": 1, "curve": 1}]
+    new = [row("dual", 3, 2.0), row("paper", 2, 2.0), row("gram", 1, 2.0), attack | {"curve": 2}]
+    assert merged(old, new) == [new[0], old[1], new[3], old[3], new[2]]
+
+
 def test_the_table_of_a_sweep(tmp_path):
     from experiment_sections import tables
     from report import _sources
