@@ -1,6 +1,6 @@
 # make quickstart    train, ablate and show a small bilingual model: under ten minutes on two cores
 # make quick         lint, and two cases of every test of tests/unit, kernels and parity, which start no process
-# make test          run all tests: a quarter of an hour on two idle cores
+# make test          run all tests, many of them real trainings of several processes
 # make mutants       make every fault of tests/mutations, one at a time, and print those that no test notices
 # make aot           compile every kernel ahead of time for sm_80, 90 and 100 (make test: sm_90 in half precision)
 # make cluster-test  SLURM, torchrun on two hosts and deepspeed over ssh, in namespaces of this machine; as root
