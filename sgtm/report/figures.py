@@ -23,7 +23,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from sgtm.masking.labels import lowered_domains, removal_name, removed_domains
 from sgtm.masking.partition import LayerPartition
 from sgtm.report.findings import conditions, error_of, loss_rows, set_rows, signed
-from sgtm.report.maps import LEGEND, change_map, short_legend
+from sgtm.report.legend import ENTRIES, add_legend, short_legend
+from sgtm.report.maps import change_map
 from sgtm.report.palette import GRID, INK, LIGHT, MUTED, PAPER, RETAIN, of_label, of_removal, themed
 from sgtm.report.record import RunRecord, is_forgotten
 
@@ -98,13 +99,13 @@ def loss_curves(record: RunRecord) -> Figure | None:
     if not labels:
         return None
     figure, axes = _panel(2.9)
-    for label in sorted(labels, key=lambda name: (len(labels) > LEGEND and name.startswith("forget:"), name)):
+    for label in sorted(labels, key=lambda name: (len(labels) > ENTRIES and name.startswith("forget:"), name)):
         points = [
             (line["step"], line[f"loss/{label}"]) for line in record.steps if line.get(f"loss/{label}") is not None
         ]
         _curve(axes, points, LIGHT[of_label(label, _domains(record))], label)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    _legend(axes, min(len(labels), LEGEND))
+    _legend(figure, axes, ENTRIES)
     return figure
 
 
@@ -132,7 +133,7 @@ def evaluations(record: RunRecord) -> Figure | None:
     for dashes, condition in zip(DASHES, ["full", "without its domain"] if many else shown, strict=False):
         axes.plot([], [], dashes, color=LIGHT[INK], label=condition)
     axes.set(xlabel="optimizer step", ylabel="held-out loss (nats per token)")
-    _legend(axes, 4)
+    _legend(figure, axes, 4)
     return figure
 
 
@@ -160,7 +161,7 @@ def residual_norms(record: RunRecord) -> Figure | None:
     low, high = axes.get_ylim()
     axes.set_ylim(low, high if high / low > 10 else 10 * low)  # a label on the axis at the least
     axes.set(xlabel="optimizer step", ylabel="norm of the residual stream")
-    _legend(axes, 3)
+    _legend(figure, axes, 3)
     return figure
 
 
@@ -217,7 +218,7 @@ def gradient_norms(record: RunRecord) -> Figure | None:
         return None
     groups = list(dict.fromkeys(group for by_group in norms.values() for group in by_group))
     values = np.array([[float(by_group.get(group, math.nan)) for group in groups] for by_group in norms.values()])
-    few = len(groups) <= LEGEND
+    few = len(groups) <= ENTRIES
     figure, axes = _panel(0.75 + (0.42 if few else 0.16) * len(norms))
     largest = np.nanmax(values)
     for (i, j), value in np.ndenumerate(values):
@@ -267,8 +268,7 @@ def partition(record: RunRecord) -> Figure | None:
     unique = {
         name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    unique = short_legend(unique)
-    figure.legend(unique.values(), unique, loc="outside upper left", ncols=4, handlelength=1, handleheight=1)
+    add_legend(figure, short_legend(unique), 4, loc="outside upper left", handlelength=1, handleheight=1)
     return figure
 
 
@@ -298,16 +298,15 @@ def _panel(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(axes: Axes, columns: int) -> None:
+def _legend(figure: Figure, axes: Axes, columns: int) -> None:
     handles, names = axes.get_legend_handles_labels()
-    shown = short_legend(dict(zip(names, handles, strict=True)))
-    columns = min(columns, 3) if len(names) > LEGEND else columns
-    axes.legend(
-        shown.values(),
-        shown,
+    add_legend(
+        figure,
+        short_legend(dict(zip(names, handles, strict=True))),
+        columns,
+        axes,
         loc="lower left",
         bbox_to_anchor=(-0.02, 1.0),
-        ncols=columns,
         borderaxespad=0.2,
         handlelength=1.4,
     )

@@ -1,20 +1,18 @@
-"""Figures of many domains: a map of colours in the place of a mark for each loss, and legends that end."""
+"""A figure of many domains: a map of colours in the place of a mark for each loss."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from sgtm.masking.labels import FORGET
 from sgtm.report.findings import SetRow
 from sgtm.report.palette import GRID, INK, LIGHT, RETAIN
 
-LEGEND = 8  # entries, and columns of a map whose cells have numbers
+FEW = 8  # rows of a map whose names are as large as other text
 CELL = 0.16  # inches
 WIDTH = 4.6
 UP, DOWN = LIGHT["domain-0"], LIGHT[RETAIN]
@@ -41,7 +39,7 @@ def change_map(rows: Sequence[SetRow]) -> Figure | None:
             cell = Rectangle((j + 0.03, i + 0.05), 0.94, 0.9, facecolor=colour, edgecolor=edge, linewidth=line)
             axes.add_patch(cell)
     axes.set(xlim=(0, len(labels)), ylim=(len(rows), 0), xlabel=f"data of; darkest: {largest:.2f} nats per token")
-    size = 9 if len(rows) <= LEGEND else 6 if len(rows) <= 30 else 4.5
+    size = 9 if len(rows) <= FEW else 6 if len(rows) <= 30 else 4.5
     names = [label.removeprefix(FORGET) for label in labels]
     axes.set_xticks([j + 0.5 for j in range(len(labels))], names, rotation=90, fontsize=size, color=LIGHT[INK])
     axes.set_yticks([i + 0.5 for i in range(len(rows))], [row.name for row in rows], fontsize=size, color=LIGHT[INK])
@@ -49,13 +47,3 @@ def change_map(rows: Sequence[SetRow]) -> Figure | None:
     axes.spines[:].set_visible(False)
     axes.grid(False)
     return figure
-
-
-def short_legend(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Handles by name, at most `LEGEND` of them: the first ones, how many more there are, and the last two."""
-    names = list(entries)
-    if len(names) <= LEGEND:
-        return dict(entries)
-    first, last = names[: LEGEND - 3], names[-2:]
-    more = {f"and {len(names) - len(first) - len(last)} more": Line2D([], [], linestyle="none")}
-    return {name: entries[name] for name in first} | more | {name: entries[name] for name in last}

@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 
 from sgtm.files import replacing
 from sgtm.report.figures import DASHES, STYLE, WIDTH
+from sgtm.report.legend import add_legend
 from sgtm.report.palette import DOMAINS, LIGHT, PAPER, RETAIN, UNLABELED
 from sgtm.run.metrics import read_metrics
 from sgtm.sweep.file import Sweep
@@ -110,9 +111,9 @@ def panel(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def with_legend(figure: Figure, axes: Axes, handles: Sequence[Artist] = ()) -> Figure:
-    figure.legend(
-        handles=handles or axes.get_legend_handles_labels()[0], loc="outside upper left", ncols=3, handlelength=1.6
-    )
+    shown = handles or axes.get_legend_handles_labels()[0]
+    entries = {str(handle.get_label()): handle for handle in shown}
+    add_legend(figure, entries, 3, loc="outside upper left", handlelength=1.6)
     return figure
 
 

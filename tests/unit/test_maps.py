@@ -9,7 +9,7 @@ from many_domains import summary
 from matplotlib.colors import to_rgba
 
 from sgtm.report.findings import set_rows
-from sgtm.report.maps import DOWN, LEGEND, UP, change_map, short_legend
+from sgtm.report.maps import DOWN, UP, change_map
 
 
 def test_cells_are_changes_by_set_and_label():
@@ -35,11 +35,3 @@ def test_nothing_to_show():
     for condition in list(of["losses"])[1:]:
         of["losses"][condition] = dict.fromkeys(of["losses"]["full"], math.nan)
     assert change_map(set_rows(of)) is None
-
-
-def test_legends_end():
-    few = {str(i): i for i in range(LEGEND)}
-    assert short_legend(few) == few
-    many = {str(i): i for i in range(50)}
-    shown = short_legend(many)
-    assert list(shown) == ["0", "1", "2", "3", "4", "and 43 more", "48", "49"] and shown["49"] == 49
