@@ -16,6 +16,7 @@ from PIL import Image
 from tables import markdown
 
 from sgtm.files import sha256_of
+from sgtm.report import legend
 from sgtm.report.figures import STYLE
 from sgtm.sweep import figures as sweep_figures
 from sgtm.sweep import study, study_figures
@@ -152,7 +153,7 @@ def is_current(image: Path, results: Path) -> bool:
 
 def source_of(results: Path) -> str:
     """SHA-256 of the file of rows and of the code that draws it."""
-    code = (Path(module.__file__ or "") for module in (study, study_figures, sweep_figures))
+    code = (Path(module.__file__ or "") for module in (study, study_figures, sweep_figures, legend))
     return sha256("".join(map(sha256_of, (results, *code))).encode()).hexdigest()
 
 
