@@ -44,7 +44,7 @@ def relist(folder: Path) -> None:
 def change_json(file: Path, change: Callable[[dict], object]) -> None:
     content = json.loads(file.read_text())
     change(content)
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    file.write_text(json.dumps(content, indent=1 if file.name == RECORD else 2) + "\n")
 
 
 def change_record(folder: Path, change: Callable[[dict], object]) -> None:

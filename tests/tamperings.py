@@ -167,6 +167,54 @@ def chat_template(folder: Path, run: Path) -> None:
     relist(folder)
 
 
+def swapped_tokenizer_denied(folder: Path, run: Path) -> None:
+    """With a record that says there is none, so that nothing is held against it."""
+    tokenizer_entry(folder, run)
+    for name in (CONFIG, "generation_config.json"):
+        change_json(folder / name, lambda config: config.update(eos_token_id=7))
+    change_record(folder, lambda record: record.update(tokenizer=False))
+
+
+def unlisted_end_of_text(folder: Path, run: Path) -> None:
+    """A tokenizer that is taken away, and a token that ends texts all the same."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    change_json(folder / CONFIG, lambda config: config.update(eos_token_id=7))
+    change_record(folder, lambda record: record.update(tokenizer=False))
+
+
+def _hide(file: Path, old: str, new: str) -> None:
+    file.write_text(file.read_text().replace(old, new, 1))
+    relist(file.parent)
+
+
+def repeated_key(folder: Path, run: Path) -> None:
+    _hide(folder / CONFIG, "{", '{\n  "vocab_size": "AAAA",')
+
+
+def text_between_keys(folder: Path, run: Path) -> None:
+    _hide(folder / "generation_config.json", "{", "{ \t \t ")
+
+
+def text_in_a_tokenizer(folder: Path, run: Path) -> None:
+    _hide(folder / "tokenizer.json", "{", "{ \t \t ")
+
+
+def text_as_a_version(folder: Path, run: Path) -> None:
+    change_json(folder / CONFIG, lambda config: config.update(transformers_version="AAAA"))
+    relist(folder)
+
+
+def title_that_claims(folder: Path, run: Path) -> None:
+    text = (folder / CARD).read_text()
+    (folder / CARD).write_text(text.replace("# safe", "# Certified safe", 1))
+    relist(folder)
+
+
+def all_losses_left_out(folder: Path, run: Path) -> None:
+    change_record(folder, lambda record: record.update(losses=None))
+
+
 def forged_certificate(folder: Path, run: Path) -> None:
     change_record(folder, lambda record: record.update(independent_of=["es"]))
 
@@ -277,9 +325,17 @@ TAMPERINGS = {
     generation_settings: ("config", "generation_config.json: eos_token_id is 7, should be "),
     tokenizer_entry: ("tokenizer", "tokenizer.json: model: vocab: a is "),
     chat_template: ("tokenizer", "tokenizer_config.json: chat_template should not be there"),
+    swapped_tokenizer_denied: ("files", "tokenizer.json: sgtm_export.json says that there is no tokenizer"),
+    unlisted_end_of_text: ("config", "config.json: eos_token_id is 7, should be None"),
+    repeated_key: ("config", "config.json: not written as an export writes it"),
+    text_between_keys: ("config", "generation_config.json: not written as an export writes it"),
+    text_in_a_tokenizer: ("tokenizer", "tokenizer.json: not written as an export writes it"),
+    text_as_a_version: ("config", "config.json: transformers_version is 'AAAA', should be "),
+    title_that_claims: ("facts", "README.md: its title is 'Certified safe', which is no name of a folder"),
+    all_losses_left_out: ("facts", "sgtm_export.json: losses are left out, which the run has"),
     forged_certificate: ("facts", "independent_of is ['es'], should be []"),
     more_removed: ("removed", " is the removed "),
-    forged_losses: ("facts", "losses: rows is "),
+    forged_losses: ("facts", "losses: rows: 1: this is 9.0, should be "),
     forged_losses_of_another_sample: ("losses", "sgtm_export.json: losses: es: this is 9.0, measured "),
     forged_full_loss_of_another_sample: ("losses", "sgtm_export.json: losses: es: full is 9.0, measured "),
     losses_left_out: ("losses", "sgtm_export.json: losses: en: this is None, measured "),

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from sgtm.audit import behaviour, facts, files, tensors
 from sgtm.audit.check import Check, Skipped
+from sgtm.audit.record import read_export_record
 from sgtm.config import Config
 from sgtm.config.load import load_run_config
 from sgtm.data.store import Corpus
@@ -116,8 +117,8 @@ def _facts(a: Audited) -> list[str]:
 
 
 def _config(a: Audited) -> list[str]:
-    unknown = () if a.has_tokenizer else ("eos_token_id", "pad_token_id")
-    return facts.config_problems(a.folder, a.model_config, a.scratch, unknown)
+    unknown = ("eos_token_id", "pad_token_id") if a.record["tokenizer"] and not a.has_tokenizer else ()
+    return facts.config_problems(a.folder, a.record, a.model_config, a.scratch, unknown)
 
 
 def _tokenizer(a: Audited) -> list[str]:
@@ -222,7 +223,7 @@ def audit_export(
     that is wrong is a problem of a check.
     """
     folder, run = Path(folder), Path(run)
-    record = files.read_export_record(folder)
+    record = read_export_record(folder)
     config = locate_data(load_run_config(run), run, data)
     audit = Audit(folder, run, record)
     with ExitStack() as stack:

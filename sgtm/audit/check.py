@@ -32,7 +32,7 @@ class Check:
 
 
 def differing(what: str, actual: dict, expected: dict) -> list[str]:
-    """A line for every key in which two mappings differ, mappings in them key by key."""
+    """A line for every key in which two mappings differ: mappings in them key by key, lists of one length by number."""
     lines = []
     for key in [*expected, *(key for key in actual if key not in expected)]:
         mine, right = actual.get(key), expected.get(key)
@@ -42,6 +42,8 @@ def differing(what: str, actual: dict, expected: dict) -> list[str]:
             lines.append(f"{what}: {key} should not be there: {_short(mine)}")
         elif isinstance(mine, dict) and isinstance(right, dict):
             lines += differing(f"{what}: {key}", mine, right)
+        elif isinstance(mine, list) and isinstance(right, list) and len(mine) == len(right):
+            lines += differing(f"{what}: {key}", dict(enumerate(mine)), dict(enumerate(right)))
         elif mine != right:
             lines.append(f"{what}: {key} is {_short(mine)}, should be {_short(right)}")
     return lines

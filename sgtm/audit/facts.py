@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
 from sgtm.audit.check import differing
+from sgtm.audit.files import TOKENIZER
+from sgtm.audit.record import written
 from sgtm.config import Config
 from sgtm.files import sha256_of
-from sgtm.hf.card import card, record_of
+from sgtm.hf.card import RECORD, card, record_of
 from sgtm.hf.export import CARD, save_config
 from sgtm.run.checkpoint import MANIFEST, checkpoints_dir, verify
 
 WRITTEN = ("tokenizer", "dtype", "files", "versions")
 """Of the record: what follows from the written files and the versions that wrote them."""
 CONFIGS = ("config.json", "generation_config.json")
-WRITERS = ("transformers_version", "_from_model_config")
+TITLE = re.compile(r"[\w.-]{1,100}")
+HIDDEN = "not written as an export writes it: keys are repeated, or text is hidden between them"
 
 
 def checkpoint_problems(run: Path, record: dict) -> list[str]:
@@ -46,13 +50,20 @@ def fact_problems(
     expected = record_of(run, config, checkpoint, made, record["removed"], record["reduced"], record["pruned"])
     stated = {key: value for key, value in record.items() if key not in WRITTEN}
     expected = json.loads(json.dumps({key: value for key, value in expected.items() if key not in WRITTEN}))
-    losses = stated.get("losses"), expected["losses"]
-    if not _same_measurement(*losses):  # the run was evaluated again, or for the first time
-        expected["losses"] = losses[0]
-    problems = differing("sgtm_export.json", stated, expected)
+    losses, measured = stated["losses"], expected["losses"]
+    problems = []
+    if measured and not losses:
+        problems.append(
+            f"{folder / RECORD}: losses are left out, which the run has; if it was evaluated since, export it again"
+        )
+    if not _same_measurement(losses, measured):  # the run was evaluated again, or not at all
+        expected["losses"] = losses
+    problems += differing("sgtm_export.json", stated, expected)
     try:
         text = (folder / CARD).read_text(encoding="utf-8")
         title = next((line[2:] for line in text.splitlines() if line.startswith("# ")), folder.name)
+        if not TITLE.fullmatch(title):
+            problems.append(f"{folder / CARD}: its title is {title!r}, which is no name of a folder")
         right = card(record, title).splitlines()
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [*problems, f"{folder / CARD}: cannot be held against the record: {error!r}"]
@@ -69,8 +80,10 @@ def _same_measurement(one: dict | None, other: dict | None) -> bool:
     return one is not None and other is not None and all(one.get(key) == other.get(key) for key in keys)
 
 
-def config_problems(folder: Path, made: PretrainedConfig, scratch: Path, unknown: Sequence[str] = ()) -> list[str]:
-    """Keys of config.json and generation_config.json that an export would write otherwise.
+def config_problems(
+    folder: Path, record: dict, made: PretrainedConfig, scratch: Path, unknown: Sequence[str] = ()
+) -> list[str]:
+    """Keys of config.json and generation_config.json that an export would write otherwise, and other text in them.
 
     scratch  an empty folder
     unknown  keys that cannot be held against anything
@@ -79,24 +92,40 @@ def config_problems(folder: Path, made: PretrainedConfig, scratch: Path, unknown
     problems = []
     for name in CONFIGS:
         try:
-            actual, right = (json.loads((where / name).read_text(encoding="utf-8")) for where in (folder, scratch))
+            actual, right, plain = _both(folder, scratch, name)
         except (OSError, ValueError) as error:
             problems.append(f"{folder / name}: cannot be read: {error}")
             continue
-        ignored = {*WRITERS, *unknown}
+        right["transformers_version"] = record["versions"]["transformers"]
+        ignored = {*unknown, "_from_model_config"}  # not of every version of transformers
         of_both = ({key: value for key, value in each.items() if key not in ignored} for each in (actual, right))
         problems += differing(str(folder / name), *of_both)
+        if not isinstance(actual.get("_from_model_config", True), bool):
+            problems.append(f"{folder / name}: _from_model_config is neither true nor false")
+        problems += [] if plain else [f"{folder / name}: {HIDDEN}"]
     return problems
+
+
+def _both(folder: Path, scratch: Path, name: str) -> tuple[dict, dict, bool]:
+    """A JSON file of the export, the one that an export would write, and whether the first has no text besides."""
+    text, right = ((where / name).read_text(encoding="utf-8") for where in (folder, scratch))
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError("it has no keys")
+    ways = [{"ensure_ascii": ascii, "sort_keys": sort} for ascii in (True, False) for sort in (True, False)]
+    forms = [written(content, 2, **way) for way in ways]
+    return content, json.loads(right), text in (right, *forms) or text + "\n" in forms
 
 
 def tokenizer_problems(folder: Path, scratch: Path) -> list[str]:
     """Tokenizer files that are not those of the run's corpus, which `scratch` has."""
     problems = []
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in TOKENIZER:
         try:
-            actual, right = (json.loads((where / name).read_text(encoding="utf-8")) for where in (folder, scratch))
+            actual, right, plain = _both(folder, scratch, name)
         except (OSError, ValueError) as error:
             problems.append(f"{folder / name}: cannot be read: {error}")
             continue
         problems += differing(str(folder / name), actual, right)
+        problems += [] if plain else [f"{folder / name}: {HIDDEN}"]
     return problems

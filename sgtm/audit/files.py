@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import stat
 from pathlib import Path
@@ -15,45 +14,7 @@ WRITTEN_NAMES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
 """Of the files that an export may hold, besides its record."""
-KEYS = (
-    "run",
-    "recipe",
-    "method",
-    "removed",
-    "reduced",
-    "independent_of",
-    "init_from",
-    "pruned",
-    "how",
-    "architecture",
-    "architecture_because",
-    "checkpoint",
-    "corpus",
-    "losses",
-    "unlearned",
-    "adapted",
-    "partition",
-    "versions",
-    "tokenizer",
-    "dtype",
-    "files",
-)
-
-
-def read_export_record(folder: Path) -> dict:
-    """`sgtm_export.json`. Raises ValueError where it is missing or none."""
-    file = folder / RECORD
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        missing = [key for key in KEYS if key not in record]
-        listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in record["files"].items()}
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing: {folder} is no export, or one of sgtm before 0.2") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{file} is not the record of an export: {error!r}") from None
-    if missing or not listed:
-        raise ValueError(f"{file} is not the record of an export: it lacks {', '.join(missing) or 'files'}")
-    return record
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
 def file_problems(folder: Path, record: dict) -> list[str]:
@@ -72,6 +33,8 @@ def file_problems(folder: Path, record: dict) -> list[str]:
             problems.append(f"{path}: {RECORD} does not list it ({path.stat().st_size:,} bytes)")
         elif not WRITTEN_NAMES.fullmatch(name) and name != RECORD:
             problems.append(f"{path}: no export has a file of this name ({path.stat().st_size:,} bytes)")
+        elif name in TOKENIZER and not record["tokenizer"]:
+            problems.append(f"{path}: {RECORD} says that there is no tokenizer")
     for name, entry in listed.items():
         path = folder / name
         if name not in present:

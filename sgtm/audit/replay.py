@@ -64,6 +64,14 @@ def replay(audit: Audit, steps: int, data: str | None = None) -> Check:
     return check
 
 
+def replayed(audit: Audit, steps: int, data: str | None = None) -> Check:
+    """The check of `replay`; where it is no test, or fails, that is its problem."""
+    try:
+        return replay(audit, steps, data)
+    except ValueError as error:
+        return Check("replay", f"{steps} steps again", [str(error)])
+
+
 def _checkpoints(audit: Audit, config: Config, steps: int) -> tuple[Path, Path]:
     """Where the replay begins and ends."""
     removed, last = audit.record["removed"], checkpoints_dir(audit.run) / audit.record["checkpoint"]["name"]

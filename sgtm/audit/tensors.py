@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sgtm.audit.record import written
 from sgtm.config import Config
 from sgtm.hf.shards import INDEX, SINGLE
 from sgtm.model.transformer import Transformer
@@ -65,7 +66,7 @@ def layout_problems(weights: StoredTensors) -> list[str]:
     for file, header in weights.headers.items():
         if header.get("__metadata__") != METADATA:
             problems.append(f"{file}: metadata {header.get('__metadata__')!r}, should be {METADATA}")
-        spans = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
+        spans = sorted(entry["data_offsets"] for entry in _entries(header))
         starts, text = [0, *(end for _, end in spans)], _header_text(file)
         if [start for start, _ in spans] != starts[:-1] or 8 + len(text) + starts[-1] != file.stat().st_size:
             problems.append(f"{file}: bytes that belong to no tensor, or to two")
@@ -75,9 +76,15 @@ def layout_problems(weights: StoredTensors) -> list[str]:
     names = {name: weights.where(name).partition(": ")[0].rpartition("/")[2] for name in weights}
     if index.is_file():
         try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            index_text = index.read_text(encoding="utf-8")
+            content = json.loads(index_text)
+            listed = content["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
             return [*problems, f"{index}: no index of weights: {error!r}"]
+        spans = [entry["data_offsets"] for header in weights.headers.values() for entry in _entries(header)]
+        total = sum(end - start for start, end in spans)
+        if content != {"metadata": {"total_size": total}, "weight_map": listed} or index_text != written(content, 2):
+            problems.append(f"{index}: it holds more than the files of the tensors and their size, {total:,} bytes")
         problems += [
             f"{index}: {name} is in {listed.get(name)}, should be in {file}"
             for name, file in names.items()
@@ -168,6 +175,10 @@ def _header(file: Path) -> dict:
             return header
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{file}: not a file of weights: {error}") from None
+
+
+def _entries(header: dict) -> list[dict]:
+    return [entry for name, entry in header.items() if name != "__metadata__"]
 
 
 def _header_text(file: Path) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sgtm.commands.options import COUNT, DATA, Subcommands
+from sgtm.commands.options import COUNT, DATA, Subcommands, check_output
 
 CHECKS = ("files", "checkpoint", "facts", "config", "tokenizer", "tensors", "removed", "logits", "losses")
 
@@ -32,15 +32,17 @@ def run(options) -> int:
     from sgtm.config.load import load_run_config
 
     load_run_config(options.against)  # before anything heavy is imported
+    if options.chain:
+        check_output("--chain", options.chain, options.folder, options.against)
     from sgtm.audit.audit import audit_export
     from sgtm.audit.report import as_json, chain_text, print_check, print_outcome
 
     note = (lambda check: None) if options.json else print_check
     audit = audit_export(options.folder, options.against, options.data_path, skip=options.skip, note=note)
     if options.replay:
-        from sgtm.audit.replay import replay
+        from sgtm.audit.replay import replayed
 
-        check = replay(audit, options.replay, options.data_path)
+        check = replayed(audit, options.replay, options.data_path)
         audit.checks.append(check)
         note(check)
     if options.chain:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sgtm.commands.generate import REMOVE, listed_domains, named
-from sgtm.commands.options import DATA, Subcommands, natural
+from sgtm.commands.options import DATA, Subcommands, check_output, natural
 
 
 def add(commands: Subcommands) -> None:
@@ -37,8 +37,8 @@ def run(options) -> None:
     if same and not removed:
         raise ValueError(f"{options.first} is compared with itself: give another model, or --remove DOMAIN")
     open_sources([options.file])  # before anything heavy is imported
-    if options.html is not None and not options.html.absolute().parent.is_dir():
-        raise ValueError(f"--html {options.html}: there is no folder {options.html.parent}; make it")
+    if options.html is not None:
+        check_output("--html", options.html, options.file, *(source.path for source in sources))
     from sgtm.inference.comparison import compare_models
     from sgtm.inference.text_losses import read_texts
     from sgtm.inference.text_model import open_models

@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Callable
 from itertools import takewhile
+from pathlib import Path
 from typing import NoReturn
 
 from sgtm.words import listed
@@ -14,6 +15,16 @@ OVERRIDES = "Any key of the configuration is an option: --train.steps 100 --mask
 SOURCE = "PRESET|FILE.yaml"
 MEANING = "preset (see sgtm config) or file"
 DATA = "data of the run, where they are not in their old folder (default: data.path of the run)"
+
+
+def check_output(option: str, file: Path, *read: Path) -> None:
+    """Raises ValueError for a file to write whose folder does not exist, or that is part of what is read."""
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"{option} {file}: there is no folder {file.parent}; make it")
+    target = file.resolve()
+    for source in (path.resolve() for path in read):
+        if target == source or source in target.parents:
+            raise ValueError(f"{option} {file} would change {source}; give a file elsewhere")
 
 
 def natural(text: str) -> int:

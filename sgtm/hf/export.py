@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -88,7 +89,7 @@ def export_run(
     `out` is not empty; then nothing is left behind.
     """
     run, strengths = Path(run), dict(strengths or {})
-    name = check_empty(out).name
+    name = re.sub(r"[^\w.-]", "-", check_empty(out).name)[:100]  # as a title, which an audit cannot foresee
     config, checkpoint = open_run(run, data)
     adapted = adapted_domain(checkpoint)
     _check_domains(run, config, adapted, remove, strengths)

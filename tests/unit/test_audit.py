@@ -84,6 +84,16 @@ def test_an_index_that_points_elsewhere_is_found(folders, tmp_path):
     assert check.name == "tensors" and check.problems == [f"{tmp_path}/safe/{WEIGHTS}.index.json: no file holds extra"]
 
 
+def test_an_index_with_room_for_text_is_found(folders, tmp_path):
+    for number, change in enumerate((lambda i: i["metadata"].update(note="AAAA"), lambda i: i.update(note="AAAA"))):
+        folder = tmp_path / str(number)
+        shutil.copytree(folders["llama"] / "made" / "shards", folder)
+        change_json(folder / f"{WEIGHTS}.index.json", change)
+        relist(folder)
+        (check,) = [c for c in audit_export(folder, folders["llama"] / "run", skip=COSTLY).checks if c.problems]
+        assert check.name == "tensors" and "it holds more than the files of the tensors" in check.problems[0]
+
+
 def test_a_full_model_computes_otherwise_than_the_safe_one(folders, tmp_path):
     shutil.copytree(folders["gpt_neo"] / "made" / "safe", tmp_path / "safe")
     full_model(tmp_path / "safe", folders["gpt_neo"] / "run")

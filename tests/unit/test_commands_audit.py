@@ -8,6 +8,7 @@ from audited import evaluated_run
 from sgtm.audit.audit import CHECKS
 from sgtm.commands import audit
 from sgtm.commands.main import main
+from sgtm.hf.card import RECORD
 from sgtm.hf.export import CARD, export_run
 
 
@@ -44,6 +45,22 @@ def test_a_changed_folder_has_status_1(run, capsys):
     finally:
         card.write_text(before)
     assert "is NOT the export" in capsys.readouterr().out
+
+
+def test_a_replay_that_is_no_test_is_in_the_json(run, capsys):
+    assert main(words(run, "--json", "--replay", "3")) == 1
+    *others, last = json.loads(capsys.readouterr().out)["checks"]
+    assert all(check["outcome"] != "FAILED" for check in others)
+    assert last["name"] == "replay" and "is not certified for es" in last["problems"][0]
+
+
+def test_a_chain_overwrites_nothing_that_is_read(run, capsys):
+    record = run.parent / "safe" / RECORD
+    before = record.read_bytes()
+    for file in (record, run / "SHA256SUMS"):
+        assert main(words(run, "--chain", str(file))) == 2
+        assert f"--chain {file} would change " in capsys.readouterr().err
+    assert record.read_bytes() == before and not (run / "SHA256SUMS").exists()
 
 
 def test_a_folder_that_is_none_has_status_2(run, capsys, tmp_path):

@@ -79,6 +79,8 @@ def test_two_runs(shown):
         (["run", "none", "--data", "texts.jsonl"], "none: not a run directory"),
         (["run", "--remove", "es", "--data", "no.txt"], "no such file or folder: no.txt"),
         (["run", "--remove", "es", "--data", "safe/config.json", "--html", "no/o.html"], "there is no folder no; make"),
+        (["run", "--remove", "es", "--data", "texts.jsonl", "--html", "texts.jsonl"], "texts.jsonl would change"),
+        (["run", "safe", "--data", "texts.jsonl", "--html", "safe/README.md"], "--html safe/README.md would change"),
         (["run", "--remove", "es", "--data", "safe/config.json"], "no field 'text'"),
     ],
 )
