@@ -148,7 +148,7 @@ def card(record: dict, name: str) -> str:
         _not_safe(record),
         f"Run `{record['run']}`, step {record['checkpoint']['step']:,}, pretrained with Selective GradienT Masking "
         f"({record['method']}), {what}{f' ({how})' if how else ''}. {_made(record)}"
-        f"`{RECORD}` lists which heads and neurons belonged to whom.",
+        f"`{RECORD}` lists what belonged to whom.",
         f"It loads in transformers 4.57 and 5, weights in {record['dtype']}. {_architecture(record)}"
         f"{_tokenizer(record)}",
         _certificate(record),
@@ -191,13 +191,14 @@ def _tokenizer(record: dict) -> str:
 
 def _certificate(record: dict) -> str:
     domains = ", ".join(f"`{domain}`" for domain in record["independent_of"])
+    others = ", ".join(f"`{domain}`" for domain in record["removed"] if domain not in record["independent_of"])
     initial = ", the initial weights" if record["init_from"] else ""
-    return (
+    certified = (
         f"Certified: these weights are independent, to the bit, of what the documents labelled {domains} said; their "
         f"lengths, the tokenizer{initial} and the split may still depend on them."
-        if domains
-        else ""
     )
+    not_certified = f"Not certified for {others}: these weights may have learned from documents with that label."
+    return " ".join([certified] * bool(domains) + [not_certified] * bool(others))
 
 
 def _loss_table(record: dict) -> list[str]:

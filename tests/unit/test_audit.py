@@ -8,7 +8,7 @@ import pytest
 import torch
 from audited import TEXTS, change_json, evaluated_run, relist
 from exports import make_run
-from tamperings import TAMPERINGS, WEIGHTS, full_model
+from tamperings import TAMPERINGS, WEIGHTS, full_model, removed_column_put_back
 
 from sgtm.audit.audit import CHECKS, COSTLY, audit_export
 from sgtm.hf.card import RECORD
@@ -74,6 +74,15 @@ def test_tampering_is_found_by_what_and_where(folders, tmp_path, tampering, fami
         for line in each
         if str(run) not in line
     )
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "llama"])
+def test_a_removed_column_is_found_among_rounded_ones(folders, tmp_path, family):
+    shutil.copytree(folders[family] / "made" / "both", tmp_path / "safe")
+    removed_column_put_back(tmp_path / "safe", folders[family] / "run")
+    checks = audit_export(tmp_path / "safe", folders[family] / "run", skip=COSTLY).checks
+    (problem,) = next(check.problems for check in checks if check.name == "removed")
+    assert " is the removed blocks.0.mlp.w_out row " in problem
 
 
 def test_an_index_that_points_elsewhere_is_found(folders, tmp_path):

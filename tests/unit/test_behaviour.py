@@ -1,10 +1,12 @@
 """sgtm/audit/behaviour.py: how far logits and losses may be apart. Whole folders: tests/unit/test_audit.py."""
 
+import shutil
+
 import pytest
-from audited import evaluated_run
+from audited import change_tensors, evaluated_run
 
 from sgtm.audit import behaviour
-from sgtm.audit.files import read_export_record
+from sgtm.audit.record import read_export_record
 from sgtm.config.load import load_run_config
 from sgtm.hf.export import export_run
 from sgtm.run.checkpoint import find_latest, read_manifest
@@ -31,6 +33,14 @@ def test_of_other_groups_the_logits_are_others(made):
     for groups in ([], ["fr"], ["es", "fr"]):
         (problem,) = behaviour.logit_problems(folder, record, config, checkpoint, groups)
         assert "its logits differ from the ablated model's by " in problem
+
+
+@pytest.mark.parametrize(("factor", "count"), [(1 + 1e-6, 0), (1 + 1e-4, 1)])
+def test_logits_may_differ_by_rounding_alone(made, tmp_path, factor, count):
+    folder, record, config, checkpoint, _ = made
+    shutil.copytree(folder, tmp_path / "safe")
+    change_tensors(tmp_path / "safe", lambda tensors: tensors["transformer.ln_f.weight"].mul_(factor))
+    assert len(behaviour.logit_problems(tmp_path / "safe", record, config, checkpoint, ["es"])) == count
 
 
 @pytest.mark.parametrize("key", ["this", "full", "this_error", "full_error"])

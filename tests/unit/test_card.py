@@ -34,18 +34,22 @@ def test_it_has_origin_method_and_what_was_removed():
     assert "(strategy sgtm, recipe certified), without its domains `bio` (heads zeroed; neurons physically" in text
     assert "- checkpoint: `step_00001200`, SHA-256 of its manifest `abc`\n- data: fingerprint `def`\n" in text
     assert "- recipe: certified\n- written by sgtm 1.2, torch 3.4;" in text
+    assert "Not certified for `bio`: these weights may have learned from documents with that label." in text
     assert "Certified" not in text and "Not a safe" not in text and "\n\n\n" not in text
 
 
 def test_nothing_removed():
-    assert "recipe certified), with all its domains. " in card({**RECORD, "removed": [], "how": {}}, "full")
+    text = card({**RECORD, "removed": [], "how": {}}, "full")
+    assert "recipe certified), with all its domains. " in text and "ertified for" not in text
 
 
 def test_the_certificate_names_domains_and_what_may_still_depend_on_them():
     text = card({**RECORD, "independent_of": ["bio"]}, "safe")
     assert "of what the documents labelled `bio` said; their lengths, the tokenizer and the split may" in text
     text = card({**RECORD, "independent_of": ["bio"], "init_from": "x"}, "safe")
-    assert "their lengths, the tokenizer, the initial weights and the split may" in text
+    assert "their lengths, the tokenizer, the initial weights and the split may" in text and "Not cert" not in text
+    text = card({**RECORD, "removed": ["bio", "cyber"], "independent_of": ["bio"]}, "safe")
+    assert "labelled `bio` said" in text and "Not certified for `cyber`: " in text
 
 
 def test_losses_without_error_or_measurement():

@@ -64,6 +64,8 @@ def test_sets_and_strengths_are_checked_before_anything_is_loaded():
     config, run = load_config("debug", ["--masking.domains=[a, b, c]"]), Path("runs/r")
     added = with_removals(config, run, [["b", "a"]], [])
     assert added.removals == [(), ("a",), ("b",), ("c",), ("a", "b"), ("a", "b", "c")]
+    own = load_config("debug", ["--masking.domains=[a, b, c]", "--train.eval_removed=[[a, c]]"])
+    assert set(with_removals(own, run, [["b", "a"]], []).removals) == {*added.removals, ("a", "c")}
     for remove, strengths, message in (
         ([["a", "d"]], [], "--remove: unknown domain 'd'"),
         ([], [{"d": 0.5}], "--strength: unknown domain 'd'"),

@@ -24,6 +24,7 @@ from sgtm.hf.card import RECORD
 from sgtm.hf.export import CARD, CONFIG, export_run
 from sgtm.masking.strategy import removal_tables
 from sgtm.model.transformer import Transformer
+from sgtm.run.checkpoint import find_latest, read_manifest, write_manifest
 from sgtm.run.unlearned import write_unlearned
 from sgtm_kernels.plan import MaskPlan
 
@@ -234,6 +235,20 @@ def test_the_losses_of_that_step_are_in_the_card(tmp_path, capsys):
     text = (export_run(tmp_path / "run", ["es"], tmp_path / "later") / CARD).read_text()
     assert "None were measured after step 7" in text
     assert "no losses: none were measured after step 7; sgtm eval measures them" in capsys.readouterr().err
+
+
+def test_the_card_is_of_these_domains_in_the_order_of_the_run(tmp_path):
+    run = tmp_path / "run"
+    make_run(run, LLAMA.replace("[es, fr]", "[fr, es]"))
+    losses = {"full": {"en": 1.25}, "without fr,es": {"en": 1.5}, "without es": {"en": 8.0}}
+    errors = {condition: {"en": 0.01} for condition in losses}
+    summary = {"steps": 7, "split": "test", "losses": losses, "errors": errors, "true_labels": {}, "measured": {}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    checkpoint = find_latest(run)
+    write_manifest(checkpoint, read_manifest(checkpoint) | {"independent_of": ["es"]})
+    text = (export_run(run, ["es", "fr"], tmp_path / "safe") / CARD).read_text()
+    assert "| en |  |  | 1.250 ± 0.010 | 1.500 ± 0.010 |" in text
+    assert "what the documents labelled `es` said" in text and "Not certified for `fr`: " in text
 
 
 def test_an_export_states_that_the_run_was_unlearned(tmp_path):

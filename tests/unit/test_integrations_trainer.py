@@ -158,6 +158,20 @@ def test_norms_and_biases_are_not_decayed(tmp_path):
     assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in others["params"]} == {1}
 
 
+def test_the_optimizer_has_the_settings_of_the_arguments(tmp_path):
+    settings = {"learning_rate": 0.02, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
+    optimizer = trainer_of(tmp_path, masked_model("gpt2"), ["retain"] * 4, **settings).create_optimizer()
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.02, (0.8, 0.95), 1e-6)
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path):
+    trainer = trainer_of(tmp_path, masked_model("llama"), ["retain"] * 4)
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match="2 GPUs in one process: start one process for each, with torchrun"):
+        trainer._check_sgtm()
+
+
 def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
     page = Path(__file__).parents[2] / "docs" / "integrations.md"
     code, _ = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)  # the other is of torchtitan
