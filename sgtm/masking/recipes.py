@@ -8,7 +8,9 @@ Keys beside a recipe, or on the command line, override it; it overrides the keys
                each domain's, train the retain group and that domain's together (`open:<domain>`)
     dual       gradient routing (arXiv 2410.04332) with an embedding and head of each domain's own: two fifths of the
                retain data, and a fifth of each domain's, train the retain group and that domain's together; the rest of
-               the domain's data leaves the joint parameters and the retain group's inputs alone
+               the domain's data leaves the joint parameters and the retain group's inputs alone. Of several domains,
+               half of those fifths train all groups together (`unlabeled`), or the full model would be a combination
+               that was never trained
     certified  a domain's data train its group alone, as does a fifth of the retain data: the safe model does not
                depend, in any bit, on what the domain's documents say (sgtm/masking/certificate.py)
 
@@ -36,14 +38,20 @@ class Shares(NamedTuple):
     mixed   of the retain data, trained with a domain's group running (p_cr in GRAM)
     label   as what: `forget` (the domain's group alone learns) or `open` (it and the retain group)
     spread  of a domain's data, trained as `open` (p_as in GRAM)
+    joined  of either of these, where there are several domains, trained as `unlabeled`: all groups run, and learn
     """
 
     mixed: float
     label: str
     spread: float
+    joined: float = 0
 
 
-SHARES = {"gram": Shares(0.2, "open", 0.5), "dual": Shares(0.4, "open", 0.2), "certified": Shares(0.2, "forget", 0)}
+SHARES = {
+    "gram": Shares(0.2, "open", 0.5),
+    "dual": Shares(0.4, "open", 0.2, 0.5),
+    "certified": Shares(0.2, "forget", 0),
+}
 
 
 def recipe(name: str, domains: Sequence[str], unmasked: bool = False) -> dict[str, dict]:
@@ -73,8 +81,14 @@ def _channel(name: str, domains: Sequence[str]) -> dict[str, dict[str, float]]:
         return {"retain": {"retain": 0.25, "unlabeled": 0.75}}
     if not domains:
         return {}
-    mixed, label, spread = SHARES[name]
-    rows = {"retain": {"retain": 1 - mixed, **{f"{label}:{domain}": mixed / len(domains) for domain in domains}}}
+    mixed, label, spread, joined = SHARES[name]
+    joined *= len(domains) > 1
+
+    def shared(share: float, labels: Sequence[str]) -> dict[str, float]:
+        apart = {each: share * (1 - joined) / len(labels) for each in labels}
+        return apart | ({"unlabeled": share * joined} if joined else {})
+
+    rows = {"retain": {"retain": 1 - mixed, **shared(mixed, [f"{label}:{domain}" for domain in domains])}}
     if spread:
-        rows |= {f"forget:{d}": {f"forget:{d}": 1 - spread, f"open:{d}": spread} for d in domains}
+        rows |= {f"forget:{d}": {f"forget:{d}": 1 - spread, **shared(spread, [f"open:{d}"])} for d in domains}
     return rows

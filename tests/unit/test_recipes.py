@@ -52,6 +52,14 @@ def test_what_a_recipe_sets(name, tmp_path):
     assert resolved(config)["masking"]["joint"] == EXPECTED[name][1]
 
 
+def test_of_several_domains_dual_trains_all_groups_together_too():
+    retain, *domains = recipe("dual", ["a", "b"])["data"]["channel"].items()
+    assert retain == ("retain", pytest.approx({"retain": 0.6, "open:a": 0.1, "open:b": 0.1, "unlabeled": 0.2}))
+    assert domains == [
+        (f"forget:{d}", pytest.approx({f"forget:{d}": 0.8, f"open:{d}": 0.1, "unlabeled": 0.1})) for d in ("a", "b")
+    ]
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("domains", [[], ["a"], ["a", "b", "c"]])
 def test_any_number_of_domains(name, domains):
