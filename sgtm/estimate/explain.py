@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from sgtm.config.schema import Config
@@ -92,17 +93,18 @@ def print_explanation(config: Config, console: Console | None = None) -> None:
     console = console or Console()
     data = data_line(config)
     explanation, strategy = explain(config), config.masking.strategy
+    many = _many(explanation, console)
     for table in (
         _model_table(explanation),
         _partition_table(explanation),
-        _forward_table(config),
-        _updates_table(explanation),
+        _forward_table(config, many),
+        _updates_table(explanation, many),
     ):
         _print(console, table)
     for start, channel in config.channels:
         shown = config.data.channel or start
         if shown:
-            _print(console, _channel_table(config, start, channel))
+            _print(console, _channel_table(config, start, channel, many))
         lines = row_lines(channel, config.tables, strategy) if shown or strategy != "none" else []
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -274,12 +276,17 @@ def _partition_table(explanation: Explanation) -> Table:
     return table
 
 
-def _many(config: Config) -> bool:
-    """Whether a column for each domain would be too wide."""
-    return len(config.space.domains) > MANY
+def _many(explanation: Explanation, console: Console) -> bool:
+    """Whether there are several domains, and a column for each would be too wide."""
+    domains = len(explanation.config.space.domains)
+    table = _updates_table(explanation, False) if 1 < domains <= MANY else None
+    if table is not None:
+        table.title = table.caption = None
+        return Measurement.get(console, console.options.update(width=10**6), table).maximum > console.width
+    return domains > MANY
 
 
-def _forward_table(config: Config) -> Table:
+def _forward_table(config: Config, many: bool) -> Table:
     """`active` and `route`: which groups run for the tokens of a label, and whether gradients pass through them."""
     title, labels = "forward pass: does the group run, do gradients flow through it", config.space.labels
 
@@ -289,7 +296,7 @@ def _forward_table(config: Config) -> Table:
         runs = "runs" if active == 1 else f"runs x {active:g}"
         return runs + gradients if active else "off"
 
-    if _many(config):
+    if many:
         return roles.forward_table(title, labels, config.space.groups, cell)
     table = Table(title=title, title_justify="left")
     table.add_column("group")
@@ -300,19 +307,19 @@ def _forward_table(config: Config) -> Table:
     return table
 
 
-def _updates_table(explanation: Explanation) -> Table:
+def _updates_table(explanation: Explanation, many: bool) -> Table:
     """Rows of the model by key; a cell is the weight of a token's contribution, or nothing."""
     config, labels = explanation.config, explanation.config.space.labels
     title = "updates: which parameters a token of each label may change"
-    if _many(config):
+    if many:
         return roles.updates_table(
             title, LEGEND, labels, explanation.counts, lambda key, label: _weight(config, key, label), _joint_name
         )
     table = Table(title=title, title_justify="left", caption=LEGEND)
     table.add_column("parameters")
-    table.add_column("number", justify="right")
+    table.add_column("number", justify="right", no_wrap=True)
     for label in labels:
-        table.add_column(label, justify="center")
+        table.add_column(label, justify="center", overflow="fold")
     previous = None
     for key, count in explanation.counts.items():
         projection, _, group = key.partition(".")
@@ -347,16 +354,16 @@ def _weight(config: Config, key: str, label: int) -> str:
     return " / ".join(texts)
 
 
-def _channel_table(config: Config, start: int, channel: LabelChannel) -> Table:
+def _channel_table(config: Config, start: int, channel: LabelChannel, many: bool) -> Table:
     since = f" from step {start} on" if len(config.channels) > 1 else ""
     title = f"label channel{since}: what documents of a true label are trained as"
     labels = config.space.labels
-    if _many(config):
+    if many:
         return roles.channel_table(title, labels, lambda true, label: float(channel.matrix[true][label]))
     table = Table(title=title, title_justify="left")
     table.add_column("true label")
     for label in labels:
-        table.add_column(label, justify="right")
+        table.add_column(label, justify="right", overflow="fold")
     for label, row in zip(labels, channel.matrix, strict=True):
         if not label.startswith(OPEN):  # no corpus has it as a true label
             table.add_row(label, *(f"{share:.0%}" if share else NOTHING for share in row))

@@ -1,8 +1,9 @@
 """`sgtm explain` of many domains: tables by the role of a domain, whose size does not grow with their number.
 
-A table of all labels and groups has a column for each domain: with twenty no terminal shows it. Of K domains each is
-treated by the presets as the others are, so a row here stands for all rows that are alike: those of a domain's own
-label, and of the other domains' labels. Where rows differ, all their values are shown, separated by slashes.
+A table of all labels and groups has a column for each domain: of twenty no terminal shows it, of three no narrow one.
+Of K domains each is treated by the presets as the others are, so a row here stands for all rows that are alike: those
+of a domain's own label, and of the other domains' labels. Where rows differ, all their values are shown, separated by
+slashes.
 """
 
 from __future__ import annotations
@@ -58,13 +59,13 @@ def updates_table(
     joint_name: Callable[[str], str],
 ) -> Table:
     """counts  parameters by key; cell: by key and label, the weight of a token's contribution"""
-    table = Table(title=title, title_justify="left", caption=caption)
+    table = Table(title=title, title_justify="left", caption=caption, padding=0)
     table.add_column("parameters", no_wrap=True)
-    table.add_column("number", justify="right")
+    table.add_column("number", justify="right", no_wrap=True)
     kinds = kinds_of(labels)
     for kind in kinds:
         for name in (f"{kind} own", f"{kind} other") if kind in KINDS else (kind,):
-            table.add_column(name, justify="center")
+            table.add_column(name, justify="center", overflow="fold")
     alike: dict[tuple[int, str], list[str]] = {}
     for key in counts:
         part, _, group = key.partition(".")

@@ -30,6 +30,7 @@ LIVED_WITH = (
     "the domain's group learns to live with retained data, but the retain group learns nothing from these tokens"
 )
 NEVER_SEEN = "the group never runs on retained data, so the full model is worse on them than the ablated one"
+NEVER_TOGETHER = "these data never train all groups together, so the full model is a combination that was not trained"
 TWICE = "documents trained both ways cost their tokens twice"
 DOMAIN_ALONE = "only the domain's group learns it"
 DOMAIN_AND_MORE = "the domain's group learns it, and what is shared with it keeps a part"
@@ -136,9 +137,16 @@ def row_lines(channel: LabelChannel, tables: Tables, strategy: str) -> list[str]
         if true == RETAIN:
             never = [domain for domain, share in shares_with_group(channel, tables).items() if not share]
             parts += [f"never with {', '.join(never)}: {NEVER_SEEN}"] if never else []
+        if name != "unlabeled" and len(tables.groups) > 2 and not _together(tables, row):
+            parts.append(f"as no label with all groups: {NEVER_TOGETHER}")
         parts += [TWICE] if row.sum() > 1 + 1e-9 else []
         lines.append(f"{name}: {'; '.join(parts)}")
     return lines if len(tables.groups) <= MANY + 1 else _alike(lines)
+
+
+def _together(tables: Tables, row: np.ndarray) -> bool:
+    """Whether documents of this row are trained with all groups running."""
+    return any(all(active) for active, share in zip(tables.active, row, strict=True) if share > 0)
 
 
 def _alike(lines: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ from sgtm.run.unlearned import described
 from sgtm.words import counted, listed
 
 UNCHANGED = 0.005  # nats: below this a difference prints as 0.00
+DISTURBED = 0.05  # nats, of a domain by the group of another: below this there is nothing to mend
 CERTAIN = 2.0  # standard errors
 SMALL = f"fewer than {FEW_TOKENS:,} tokens were measured"
 NAMED = 3  # so many kept categories are named in a sentence; more are averaged by true label
@@ -137,6 +138,7 @@ def cautions(summary: dict) -> list[str]:
         sentence for condition in conditions(summary) for sentence in _worse_than_ablated(summary, rows, condition)
     ]
     lines += worse if len(worse) <= MANY else [worse[0], f"So it is with {len(worse) - 1} other domains."]
+    lines += _worse_on_other_domains(rows, conditions(summary))
     if small := [f"{row.category} ({row.tokens:,})" for row in rows if row.small]:
         lines.append(f"In grey: {listed(small)}; {SMALL}, so these losses are not reliable.")
     return lines
@@ -171,6 +173,27 @@ def _worse_than_ablated(summary: dict, rows: list[LossRow], condition: str) -> l
     reason = f"no retain data {trained}" if share == 0 else f"only {share:.0%} of the retain data {trained}"
     remedy = f"a {'larger ' * (share > 0)}share of the `retain` row of `data.channel` as `open:{domains[0]}`"
     return [f"{text}{reason}. Remedy: {remedy}, in place of `retain` or in addition (`data.both_ways`)."]
+
+
+def _worse_on_other_domains(rows: list[LossRow], removals: list[str]) -> list[str]:
+    """Where a domain's group makes the full model worse on another domain's data, beyond chance: all in a sentence."""
+    worse: dict[str, float] = {}
+    for row in rows:
+        for condition in (each for each in removals if len(removed_domains(each)) == 1):
+            others = row.true_label.startswith(FORGET) and row.true_label != FORGET + removed_domains(condition)[0]
+            if others and condition in row.losses and not row.small:
+                nats, error = -row.difference(condition), row.difference_errors.get(condition, 0.0)
+                if nats >= max(DISTURBED, CERTAIN * error):
+                    worse[row.category] = max(nats, worse.get(row.category, 0.0))
+    if not worse:
+        return []
+    most = listed([f"{nats:.2f} nats on {category}" for category, nats in list(worse.items())[:MANY]])
+    more = f", and on {len(worse) - MANY} other categories" if len(worse) > MANY else ""
+    return [
+        f"The full model is worse on a domain's data than the model without another domain, by up to {most}{more}: "
+        f"these groups disturb one another where they run together. Remedy: train a larger share of each row of "
+        f"`data.channel` as `unlabeled`, where all groups run, as `recipe: dual` does."
+    ]
 
 
 def localisation(summary: dict) -> list[str]:

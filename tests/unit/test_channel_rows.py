@@ -59,8 +59,9 @@ def test_what_no_recipe_has():
     channel = "{retain: {retain: 1, 'forget:fr': 0.5}, 'forget:es': {retain: 0.1}}"
     config = load_config("debug", [*two, "--data.both_ways=true", f"--data.channel={channel}"])
     lines = lines_of(config)
-    assert lines["retain"].endswith(f"; never with es: {rows.NEVER_SEEN}; {rows.TWICE}")
-    assert lines["forget:es"] == f"10% as retain: {rows.STAYS}; 90% as forget:es: {rows.DOMAIN_ALONE}"
+    apart = f"as no label with all groups: {rows.NEVER_TOGETHER}"
+    assert lines["retain"].endswith(f"; never with es: {rows.NEVER_SEEN}; {apart}; {rows.TWICE}")
+    assert lines["forget:es"] == f"10% as retain: {rows.STAYS}; 90% as forget:es: {rows.DOMAIN_ALONE}; {apart}"
     assert largest_shares(config) == {"es": 0.0, "fr": 0.5}
     later = load_config("debug", [*two, "--data.channel={}", "--data.schedule={0.5: {retain: {'open:es': 0.3}}}"])
     assert largest_shares(later) == {"es": pytest.approx(0.3), "fr": 0.0}
@@ -68,11 +69,25 @@ def test_what_no_recipe_has():
     assert rows_of(unmasked) == [rows.UNMASKED]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_data_that_never_train_all_groups_together(name):
+    config = load_config("debug", ["--recipe", name, "--masking.domains=[es, fr]", "--masking.certify=false"])
+    apart = {true for true, line in lines_of(config).items() if rows.NEVER_TOGETHER in line}
+    everything = {"retain", "forget:es", "forget:fr"}
+    assert apart == {"dual": set(), "paper": everything - {"retain"}}.get(name, everything)
+    across = "--masking.cross_domain=active"  # tokens of a domain run with the others' groups
+    if name != "gram":
+        config = load_config(
+            "debug", ["--recipe", name, "--masking.domains=[es, fr]", "--masking.certify=false", across]
+        )
+        assert not any(rows.NEVER_TOGETHER in line for line in lines_of(config).values())
+
+
 def test_the_documentation_has_every_sentence():
     document = (ROOT / "docs/recipes.md").read_text("utf-8")
     sentences = [value for value in vars(rows).values() if isinstance(value, str) and " " in value]
     sentences.remove(rows.__doc__)
-    assert len(sentences) == 11 and [sentence for sentence in sentences if sentence not in document] == []
+    assert len(sentences) == 12 and [sentence for sentence in sentences if sentence not in document] == []
 
 
 @pytest.mark.parametrize("channel", ["{}", "{retain: {retain: 0.5, 'forget:es': 0.5}}"])

@@ -157,6 +157,17 @@ def test_titles_and_legend_are_not_wrapped():
     assert "label channel: what documents of a true label are trained as\n" in printed
 
 
+@pytest.mark.parametrize(("width", "by_role"), [(80, True), (200, False)])
+def test_tables_of_several_domains_have_no_name_or_number_cut_off(width, by_role):
+    """At 80 columns a column for each of three domains would be `forge...` three times."""
+    console = Console(width=width, record=True, file=io.StringIO())
+    print_explanation(load_config("quickstart", ["--masking.domains=[es, bio, chem]"]), console)
+    updates = console.export_text().partition("updates: ")[2].partition("label channel")[0]
+    assert "…" not in updates
+    assert ("domain embedding" in updates, "3 x 262,144" in updates) == (by_role, by_role)
+    assert all((f"forget:{domain}" in updates) != by_role for domain in ("es", "bio", "chem"))
+
+
 def test_weights_and_stopped_gradients_are_shown():
     printed = text("--masking.strategy", "gradient_routing", "--masking.overrides.update.retain.retain.mlp_in", "0.5")
     assert row(printed, "retain mlp_in")[1:] == ["yes", "x 0.5", "-"]

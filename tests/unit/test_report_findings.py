@@ -155,6 +155,26 @@ def test_sentences_and_cautions_do_not_grow_with_the_domains(count):
     assert others == f"So it is with {count - 1} other domains."
 
 
+@pytest.mark.parametrize(("full", "error", "found"), [(2.1, 0.01, True), (2.04, 0.01, False), (2.1, 0.2, False)])
+def test_groups_that_disturb_one_another_are_named(full, error, found):
+    losses = {
+        "full": {"en": 1.0, "d1": full, "d2": 2.0},
+        "without d1": {"en": 1.0, "d1": 9.0, "d2": 2.0},
+        "without d2": {"en": 1.0, "d1": 2.0, "d2": 1.0},  # on its own data a fall is no disturbance by another
+    }
+    true = {"en": "retain", "d1": "forget:d1", "d2": "forget:d2"}
+    errors = {condition: dict.fromkeys(true, error) for condition in losses if condition != "full"}
+    lines = cautions({"losses": losses, "true_labels": true, "difference_errors": errors})
+    if not found:
+        assert lines == []
+        return
+    (line,) = lines
+    assert line.startswith(
+        "The full model is worse on a domain's data than the model without another domain, by up to 0.10 nats on d1: "
+    )
+    assert "Remedy: train a larger share of each row of `data.channel` as `unlabeled`" in line
+
+
 def test_set_rows_are_for_more_than_three_conditions():
     assert set_rows(SUMMARY) == [] and set_rows(summary(2)) == []
     rows = set_rows(summary(3))

@@ -12,11 +12,11 @@ from sgtm.config import load_config
 from sgtm.estimate.explain import print_explanation
 
 
-def explained(count: int, *options: str) -> str:
+def explained(count: int, *options: str, width: int = 80) -> str:
     domains = ", ".join(names(count))
     sizes = [f"--masking.domains=[{domains}]", "--masking.forget_heads=0", "--masking.partition=add"]
     sizes += [] if "--recipe=certified" in options else ["--data.channel={}"]
-    console = Console(width=80, record=True, file=io.StringIO())
+    console = Console(width=width, record=True, file=io.StringIO())
     print_explanation(load_config("debug", [*sizes, *options]), console)
     return console.export_text()
 
@@ -40,9 +40,10 @@ def test_domains_that_are_alike_have_one_row_in_eighty_columns(count):
     assert f"for each of {count} domains: the domain's group learns to live with retained data" in text
 
 
-def test_few_domains_have_a_column_each():
-    text = explained(4)
+def test_few_domains_have_a_column_each_where_there_is_room():
+    text = explained(4, width=120)
     assert "forget:d4" in text and "own group" not in text
+    assert rows(explained(4), "forget: 4 domains")
 
 
 def test_what_differs_between_domains_is_shown():
