@@ -55,18 +55,31 @@ def tables(rows: list[dict]) -> str:
 
 
 def sets(rows: list[dict]) -> str:
-    """Markdown: for each variant of several domains, the loss of every category without every set of them, as mean over
-    the seeds; empty where no row has several."""
+    """Markdown: for each variant of several domains, the full model's loss of every category, and its change without
+    every set of them; empty where no row has several."""
     parts = []
     for row in rows:
         losses = [seed["losses"] for seed in row["seeds"] if len(seed.get("losses", ())) > 2]
         if losses:
             table = [[row["variant"], *losses[0]["full"]]]
             for condition in losses[0]:
-                means = [statistics.fmean(seed[condition][category] for seed in losses) for category in table[0][1:]]
-                table.append([condition, *(f"{mean:.3f}" for mean in means)])
+                cells = []
+                for category in table[0][1:]:
+                    full, own = ([seed[each][category] for seed in losses] for each in ("full", condition))
+                    values = own if condition == "full" else [b - a for a, b in zip(full, own, strict=True)]
+                    sign = "" if condition == "full" else "+"
+                    cells.append(f"{statistics.fmean(values):{sign}.3f}" + _deviation(values))
+                table.append([condition, *cells])
             parts.append(markdown(table))
-    return "\n\n".join(["Loss by category without every set of domains, mean over the seeds", *parts]) if parts else ""
+    title = (
+        "Loss of the full model by category, and its change without every set of domains, paired by seed: mean and "
+        "sample standard deviation over the seeds"
+    )
+    return "\n\n".join([title, *parts]) if parts else ""
+
+
+def _deviation(values: list[float]) -> str:
+    return f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
 
 
 def settings(rows: list[dict]) -> str:

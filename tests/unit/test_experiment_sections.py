@@ -37,11 +37,14 @@ def test_every_set_of_several_domains_has_a_row(sections):
     line, one = row("dual", (3.0, 4.0, 3.5, 8.0), seeds=2), row("other", (3.0, 4.0, 3.5, 8.0))
     for number, seed in enumerate(line["seeds"]):
         names = ("full", "without es", "without bio", "without es, bio")
-        seed["losses"] = {name: {"en": 3.0 + number, "es": 4.0 + i} for i, name in enumerate(names)}
+        losses = {name: {"en": 3.0 + number, "es": 4.0 + i + number * (i > 0)} for i, name in enumerate(names)}
+        seed["losses"] = losses
     for seed in one["seeds"]:
         seed["losses"] = {"full": {"en": 3.0}, "without es": {"en": 3.0}}
     table = sections.sets([one, line]).splitlines()[2:]
-    assert table[0] == "| dual | en | es |" and table[3] == "| without es | 3.500 | 5.000 |" and len(table) == 6
+    assert table[0] == "| dual | en | es |" and len(table) == 6
+    assert table[2] == "| full | 3.500 ± 0.707 | 4.000 ± 0.000 |"
+    assert table[3] == "| without es | +0.000 ± 0.000 | +1.500 ± 0.707 |"
     assert sections.sets([one]) == ""
 
 
