@@ -148,7 +148,7 @@ def _losses(a: Audited) -> list[str]:
     return behaviour.loss_problems(a.folder, a.record, a.config, a.checkpoint, a.corpus)
 
 
-class Question(NamedTuple):
+class Entry(NamedTuple):
     """A check to be made.
 
     about        what holds where it passes
@@ -165,22 +165,22 @@ class Question(NamedTuple):
 
 CHECKPOINT = "checkpoint"
 CHECKS = {
-    "files": Question("the files that the record lists, of its sizes and hashes, and no others", _files, of_run=False),
-    CHECKPOINT: Question(
+    "files": Entry("the files that the record lists, of its sizes and hashes, and no others", _files, of_run=False),
+    CHECKPOINT: Entry(
         "the one in the record, and every file has the size and hash in its manifest", _checkpoint, of_run=False
     ),
-    "facts": Question("what record and card say follows from the run", _facts),
-    "config": Question("config.json and generation_config.json are those of the model", _config),
-    "tokenizer": Question("it is the corpus's", _tokenizer),
-    "tensors": Question("all by name, shape, dtype and bytes, each bit as the checkpoint has it", _tensors),
-    "removed": Question("no row or column is a weight vector of a removed group", _removed),
-    "logits": Question(
+    "facts": Entry("what record and card say follows from the run", _facts),
+    "config": Entry("config.json and generation_config.json are those of the model", _config),
+    "tokenizer": Entry("it is the corpus's", _tokenizer),
+    "tensors": Entry("all by name, shape, dtype and bytes, each bit as the checkpoint has it", _tensors),
+    "removed": Entry("no row or column is a weight vector of a removed group", _removed),
+    "logits": Entry(
         "transformers computes what the run's model does without the removed groups", _logits, runs_model=True
     ),
-    "losses": Question("on held-out text the two models have those of the card", _losses, runs_model=True),
+    "losses": Entry("on held-out text the two models have those of the card", _losses, runs_model=True),
 }
 """In the order in which they are made: those of the run after its checkpoint."""
-COSTLY = tuple(name for name, question in CHECKS.items() if question.runs_model)
+COSTLY = tuple(name for name, entry in CHECKS.items() if entry.runs_model)
 
 
 @dataclass(frozen=True)
@@ -229,14 +229,14 @@ def audit_export(
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         audited = Audited(folder, run, record, config, scratch)
-        for name, question in CHECKS.items():
-            check = Check(name, question.about)
+        for name, entry in CHECKS.items():
+            check = Check(name, entry.about)
             try:
                 if name in skip:
                     raise Skipped("as asked")
-                if question.of_run and not audit.has_checkpoint:
+                if entry.of_run and not audit.has_checkpoint:
                     raise Skipped("there is no checkpoint to hold it against")
-                check.problems += question.problems(audited)
+                check.problems += entry.problems(audited)
             except Skipped as reason:
                 check.skipped = str(reason)
             except Exception as error:  # a damaged file may break any reader: the next checks run all the same

@@ -112,8 +112,8 @@ def _both(folder: Path, scratch: Path, name: str) -> tuple[dict, dict, bool]:
     content = json.loads(text)
     if not isinstance(content, dict):
         raise ValueError("it has no keys")
-    ways = [{"ensure_ascii": ascii, "sort_keys": sort} for ascii in (True, False) for sort in (True, False)]
-    forms = [written(content, 2, **way) for way in ways]
+    options = [{"ensure_ascii": ascii, "sort_keys": sort} for ascii in (True, False) for sort in (True, False)]
+    forms = [written(content, 2, **each) for each in options]
     return content, json.loads(right), text in (right, *forms) or text + "\n" in forms
 
 

@@ -155,8 +155,8 @@ def test_sentences_and_cautions_do_not_grow_with_the_domains(count):
     assert others == f"So it is with {count - 1} other domains."
 
 
-@pytest.mark.parametrize(("full", "error", "found"), [(2.1, 0.01, True), (2.04, 0.01, False), (2.1, 0.2, False)])
-def test_groups_that_disturb_one_another_are_named(full, error, found):
+@pytest.mark.parametrize(("full", "error", "named"), [(2.1, 0.01, True), (2.04, 0.01, False), (2.1, 0.2, False)])
+def test_groups_that_disturb_one_another_are_named(full, error, named):
     losses = {
         "full": {"en": 1.0, "d1": full, "d2": 2.0},
         "without d1": {"en": 1.0, "d1": 9.0, "d2": 2.0},
@@ -165,7 +165,7 @@ def test_groups_that_disturb_one_another_are_named(full, error, found):
     true = {"en": "retain", "d1": "forget:d1", "d2": "forget:d2"}
     errors = {condition: dict.fromkeys(true, error) for condition in losses if condition != "full"}
     lines = cautions({"losses": losses, "true_labels": true, "difference_errors": errors})
-    if not found:
+    if not named:
         assert lines == []
         return
     (line,) = lines
