@@ -71,7 +71,7 @@ for seed in 0 1 2; do
   for variant in paper dual certified unmasked; do
     for run in runs/claims.sweep/$variant-s$seed{,-rmu,-npo}; do
       [ ! -d $run ] || sgtm examine $run --against runs/claims.sweep/filtered-s$seed \\
-        --only context quantised calibrated --sequences 200
+        --only context quantised --sequences 200
     done
   done
 done"""

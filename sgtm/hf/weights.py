@@ -184,7 +184,7 @@ def _check_experts(left: set[int], experts: int, drop: bool) -> None:
         why = "masking.masked_layers leaves layers with different numbers" if len(left) > 1 else "nothing is pruned"
         raise ValueError(
             f"experts of a removed domain cannot be zeroed, as the router would still choose them, but {why}; "
-            f"{'train with groups in all layers' if len(left) > 1 else 'export it pruned'}"
+            f"{'train with groups in all layers' if len(left) > 1 else 'leave out --zeroed'}"
         )
 
 

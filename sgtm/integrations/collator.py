@@ -47,7 +47,7 @@ class SgtmCollator:
     def _label(self, index: int, example: Mapping[str, Any]) -> int:
         if self.column not in example:
             raise ValueError(
-                f"example {index} of the batch has no column {self.column!r}, only {', '.join(map(str, example))}; in "
-                f"a Trainer, use SgtmTrainerMixin, which keeps the column"
+                f"example {index} of the batch has no column {self.column!r}, only {', '.join(map(str, example))}; "
+                f"give the data one, and in a Trainer use SgtmTrainerMixin, which keeps it"
             )
         return label_number(example[self.column], self.space)

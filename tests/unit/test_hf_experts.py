@@ -117,7 +117,7 @@ def test_a_mixtral_with_a_window_is_refused():
 def test_experts_cannot_be_zeroed(config):
     """A router that gives an expert of zeros the logit 0 still chooses it."""
     partition = partition_of(SPACE, config, **MASKING)
-    with pytest.raises(ValueError, match="router would still choose them, but nothing is pruned; export it pruned"):
+    with pytest.raises(ValueError, match="router would still choose them, but nothing is pruned; leave out --zeroed"):
         Conversion(config, partition, ["bio"], prune=False)
     some = partition_of(SPACE, config, **MASKING, masked_layers=[1])
     with pytest.raises(ValueError, match="masked_layers leaves layers with different numbers; train with groups"):
