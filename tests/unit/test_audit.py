@@ -93,6 +93,20 @@ def test_an_index_that_points_elsewhere_is_found(folders, tmp_path):
     assert check.name == "tensors" and check.problems == [f"{tmp_path}/safe/{WEIGHTS}.index.json: no file holds extra"]
 
 
+def test_an_index_that_has_a_tensor_elsewhere_or_not_is_found(folders, tmp_path):
+    def elsewhere(index: dict) -> None:
+        files = index["weight_map"]
+        files["lm_head.weight"] = next(file for file in files.values() if file != files["lm_head.weight"])
+
+    for number, change in enumerate((elsewhere, lambda index: index["weight_map"].pop("lm_head.weight"))):
+        folder = tmp_path / str(number)
+        shutil.copytree(folders["llama"] / "made" / "shards", folder)
+        change_json(folder / f"{WEIGHTS}.index.json", change)
+        relist(folder)
+        (check,) = [c for c in audit_export(folder, folders["llama"] / "run", skip=COSTLY).checks if c.problems]
+        assert check.name == "tensors" and "lm_head.weight is in " in check.problems[0]
+
+
 def test_an_index_with_room_for_text_is_found(folders, tmp_path):
     for number, change in enumerate((lambda i: i["metadata"].update(note="AAAA"), lambda i: i.update(note="AAAA"))):
         folder = tmp_path / str(number)

@@ -283,7 +283,8 @@ def test_the_end_of_text_is_the_one_that_the_corpus_was_written_with(tmp_path, m
     monkeypatch.setattr(export, "open_corpus", lambda config, verify, write: corpus)
     make_run(tmp_path / "run", GPT_NEO)
     out = export_run(tmp_path / "run", [], tmp_path / "out")
-    assert AutoTokenizer.from_pretrained(out).eos_token == "<stop>"
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.eos_token == "<stop>" and tokenizer.model_max_length == 16  # the context
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == len(others)
 
 

@@ -149,7 +149,14 @@ def test_a_long_body_is_refused_unread(server, length):
 
 
 @pytest.mark.parametrize(
-    "lines", ["", "Content-Length: -1", "Content-Length: 2\r\nContent-Length: 3", "Transfer-Encoding: chunked"]
+    "lines",
+    [
+        "",
+        "Content-Length: -1",
+        "Content-Length: 2\r\nContent-Length: 3",
+        "Transfer-Encoding: chunked",
+        "Content-Length: 2\r\nTransfer-Encoding: chunked",
+    ],
 )
 def test_a_body_of_unknown_length_is_refused(server, lines):
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as connection:
