@@ -93,28 +93,27 @@ def test_an_index_that_points_elsewhere_is_found(folders, tmp_path):
     assert check.name == "tensors" and check.problems == [f"{tmp_path}/safe/{WEIGHTS}.index.json: no file holds extra"]
 
 
-def test_an_index_that_has_a_tensor_elsewhere_or_not_is_found(folders, tmp_path):
-    def elsewhere(index: dict) -> None:
-        files = index["weight_map"]
-        files["lm_head.weight"] = next(file for file in files.values() if file != files["lm_head.weight"])
-
-    for number, change in enumerate((elsewhere, lambda index: index["weight_map"].pop("lm_head.weight"))):
-        folder = tmp_path / str(number)
-        shutil.copytree(folders["llama"] / "made" / "shards", folder)
-        change_json(folder / f"{WEIGHTS}.index.json", change)
-        relist(folder)
-        (check,) = [c for c in audit_export(folder, folders["llama"] / "run", skip=COSTLY).checks if c.problems]
-        assert check.name == "tensors" and "lm_head.weight is in " in check.problems[0]
+def elsewhere(index: dict) -> None:
+    files = index["weight_map"]
+    files["lm_head.weight"] = next(file for file in files.values() if file != files["lm_head.weight"])
 
 
-def test_an_index_with_room_for_text_is_found(folders, tmp_path):
-    for number, change in enumerate((lambda i: i["metadata"].update(note="AAAA"), lambda i: i.update(note="AAAA"))):
-        folder = tmp_path / str(number)
-        shutil.copytree(folders["llama"] / "made" / "shards", folder)
-        change_json(folder / f"{WEIGHTS}.index.json", change)
-        relist(folder)
-        (check,) = [c for c in audit_export(folder, folders["llama"] / "run", skip=COSTLY).checks if c.problems]
-        assert check.name == "tensors" and "it holds more than the files of the tensors" in check.problems[0]
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (elsewhere, "lm_head.weight is in "),
+        (lambda index: index["weight_map"].pop("lm_head.weight"), "lm_head.weight is in None, should be in "),
+        (lambda index: index["metadata"].update(note="AAAA"), "it holds more than the files of the tensors"),
+        (lambda index: index.update(note="AAAA"), "it holds more than the files of the tensors"),
+    ],
+    ids=["elsewhere", "nowhere", "metadata", "key"],
+)
+def test_an_index_of_other_tensors_or_with_room_for_text_is_found(folders, tmp_path, change, message):
+    shutil.copytree(folders["llama"] / "made" / "shards", tmp_path / "safe")
+    change_json(tmp_path / "safe" / f"{WEIGHTS}.index.json", change)
+    relist(tmp_path / "safe")
+    (check,) = [c for c in audit_export(tmp_path / "safe", folders["llama"] / "run", skip=COSTLY).checks if c.problems]
+    assert check.name == "tensors" and message in check.problems[0]
 
 
 def test_a_full_model_computes_otherwise_than_the_safe_one(folders, tmp_path):
