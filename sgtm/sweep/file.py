@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -39,7 +39,9 @@ class SweepFile(Section):
     grid: dict[str, list[Any] | dict[str, Any]] = {}
     """Values of each key: a list, or a mapping of names to values. All combinations are trained."""
     seeds: list[NonNegativeInt] | None = None
-    """Default: the seed of the base."""
+    """Default: the one that each run's keys give."""
+    more_seeds: dict[str, list[NonNegativeInt]] = {}
+    """Further seeds of these variants, behind `seeds`."""
     seed_keys: list[Literal["train.seed", "data.seed"]] = ["train.seed"]
     """Keys that a seed sets."""
     adjacent: list[str] = []
@@ -98,15 +100,16 @@ def read_sweep(file: Path) -> Sweep:
     folder = Path(spec.runs or common.runs) / name
     if (folder / "config.yaml").exists():
         raise ConfigError(f"{file}: name: {folder} is a run directory; give the sweep another name")
-    seeds = [common.train.seed] if spec.seeds is None else spec.seeds
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"{file}: seeds: {seeds} must be one or more different numbers")
     points = dict(_points(file, spec))
     runs = []
-    for seed, (variant, keys) in product(seeds, points.items()):
-        own = {"name": f"{variant}-s{seed}", "runs": str(folder)} | dict.fromkeys(spec.seed_keys, seed)
-        config = load_variant(base, [spec.set, keys, own], f"{file}: variant {variant}")
-        runs.append(Run(variant, seed, config))
+    for seed, variant in _seeds(file, spec, list(points)):
+        layers, where = [spec.set, points[variant]], f"{file}: variant {variant}"
+        if seed is None:
+            seed = load_variant(base, layers, where).train.seed
+        else:
+            layers.append(dict.fromkeys(spec.seed_keys, seed))
+        own = {"name": f"{variant}-s{seed}", "runs": str(folder)}
+        runs.append(Run(variant, seed, load_variant(base, [*layers, own], where)))
     return Sweep(file, folder, tuple(runs), _may_differ(file, spec, list(points)), tuple(spec.adjacent))
 
 
@@ -175,6 +178,22 @@ def _word(value: Any) -> str:
     return re.sub(r"[^\w.+-]+", "-", text).strip("-")
 
 
+def _seeds(file: Path, spec: SweepFile, variants: list[str]) -> list[tuple[int | None, str]]:
+    """Seed and variant of each run; None for the seed that the variant's own keys give."""
+    if spec.seeds is None:
+        if spec.more_seeds:
+            raise ConfigError(f"{file}: more_seeds: without `seeds`; give the seeds of every variant too")
+        return [(None, variant) for variant in variants]
+    _check_variants(file, "more_seeds", spec.more_seeds, variants)
+    if not spec.seeds or len(set(spec.seeds)) < len(spec.seeds):
+        raise ConfigError(f"{file}: seeds: {spec.seeds} must be one or more different numbers")
+    for variant, more in spec.more_seeds.items():
+        if len({*spec.seeds, *more}) < len(spec.seeds) + len(more):
+            raise ConfigError(f"{file}: more_seeds: {variant}: {more} must be different numbers that `seeds` lacks")
+    more_seeds = [(seed, variant) for variant, more in spec.more_seeds.items() for seed in more]
+    return [*product(spec.seeds, variants), *more_seeds]
+
+
 def _allowed(keys: dict[str, Any], where: str, spec: SweepFile) -> dict[str, Any]:
     """`keys`. Raises ConfigError for one that the sweep sets itself."""
     taken = {"name": "the sweep names its runs", "runs": "it is a key of the sweep file itself"}
@@ -191,9 +210,14 @@ def _dotted(keys: dict[str, Any]) -> set[str]:
 def _may_differ(file: Path, spec: SweepFile, variants: list[str]) -> dict[str, frozenset[str]]:
     if isinstance(spec.may_differ, list):
         return dict.fromkeys(variants, frozenset(spec.may_differ))
-    for name in spec.may_differ:
+    _check_variants(file, "may_differ", spec.may_differ, variants)
+    return {name: frozenset(spec.may_differ.get(name, ())) for name in variants}
+
+
+def _check_variants(file: Path, key: str, names: Iterable[str], variants: list[str]) -> None:
+    """Raises ConfigError for a name of `key` that is no variant's."""
+    for name in names:
         if name not in variants:
             close = nearest(name, variants)
             hint = f"did you mean {close}?" if close else f"variants: {', '.join(variants)}"
-            raise ConfigError(f"{file}: may_differ: {name}: no such variant; {hint}")
-    return {name: frozenset(spec.may_differ.get(name, ())) for name in variants}
+            raise ConfigError(f"{file}: {key}: {name}: no such variant; {hint}")

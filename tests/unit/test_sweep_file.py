@@ -108,6 +108,27 @@ def test_seeds_set_the_data_seed_where_asked(tmp_path):
     assert (sweep.runs[0].config.train.seed, sweep.runs[0].config.data.seed) == (2, 2)
 
 
+def test_without_seeds_a_variant_has_the_seed_of_its_own_keys(tmp_path):
+    sweep = sweep_of(tmp_path, "{base: debug, variants: {a: , b: {train.seed: 5}, c: {train: {seed: 6}}}}")
+    assert [(run.name, run.seed, run.config.train.seed) for run in sweep.runs] == [
+        ("a-s0", 0, 0),
+        ("b-s5", 5, 5),
+        ("c-s6", 6, 6),
+    ]
+    grid = sweep_of(tmp_path, "{base: debug, grid: {train.seed: [1, 2], data.seed: [3]}}")
+    assert [(run.config.train.seed, run.config.data.seed) for run in grid.runs] == [(1, 3), (2, 3)]
+
+
+def test_more_seeds_of_some_variants_come_last(tmp_path):
+    text = "{base: debug, variants: {a: , b: , c: }, seeds: [0, 1], more_seeds: {c: [4, 2], a: [2]}}"
+    sweep = sweep_of(tmp_path, text)
+    names = ["a-s0", "b-s0", "c-s0", "a-s1", "b-s1", "c-s1", "c-s4", "c-s2", "a-s2"]
+    assert [run.name for run in sweep.runs] == names
+    assert [run.config.train.seed for run in sweep.runs] == [int(name[-1]) for name in names]
+    without = sweep_of(tmp_path, text.replace(", more_seeds: {c: [4, 2], a: [2]}", ""))
+    assert without.runs == sweep.runs[:6]
+
+
 def test_axes_of_the_same_last_name_keep_the_whole(tmp_path):
     sweep = sweep_of(tmp_path, "{base: debug, grid: {train.seed: [1], data.seed: [2]}}")
     assert [run.variant for run in sweep.runs] == ["train.seed-1+data.seed-2"]
@@ -131,6 +152,11 @@ MISTAKES = {
     "{base: debug, grid: {data.path: [a/b, a-b]}}": "two variants are named path-a-b",
     "{base: debug, grid: {optimizer.lr: []}}": "grid: optimizer.lr: no values",
     "{base: debug, variants: {a: }, seeds: [1, 1]}": "seeds: [1, 1] must be one or more different numbers",
+    "{base: debug, variants: {a: }, seeds: []}": "seeds: [] must be one or more different numbers",
+    "{base: debug, variants: {a: }, seeds: [0, 1], more_seeds: {a: [2, 1]}}": "more_seeds: a: [2, 1] must be different",
+    "{base: debug, variants: {a: }, seeds: [0], more_seeds: {a: [2, 2]}}": "more_seeds: a: [2, 2] must be different",
+    "{base: debug, variants: {a: }, more_seeds: {a: [2]}}": "more_seeds: without `seeds`; give the seeds of every",
+    "{base: debug, variants: {good: }, seeds: [0], more_seeds: {god: [1]}}": "more_seeds: god: no such variant; did",
     "{base: debug, variants: {good: }, may_differ: {god: [tokens]}}": "no such variant; did you mean good?",
     "{base: debug, variants: {a: }, may_differ: [tokenizer]}": "may_differ: found",
 }
