@@ -266,7 +266,7 @@ CLAIMS = (
             "forget loss, ablated, at 4 bits minus without rounding",
             -0.1,
             False,
-            examined(name, ("loss at 4 bits, es", "without es"), ("loss, es", "without es")),
+            examined(name, ("loss at 4 bits, es", "without es"), ("loss unrounded, es", "without es")),
         )
         for name in ("paper", DUAL)
     ),

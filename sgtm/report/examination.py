@@ -86,8 +86,9 @@ def _membership(by_model: dict[str, Any], forget: list[str]) -> Rows:
 
 def _quantised(by_model: dict[str, Any], forget: list[str]) -> Rows:
     for bits in next(iter(by_model.values())):
+        name = f"loss at {bits} bits" if bits.isdecimal() else f"loss {bits}"
         for category in forget:
-            yield f"loss at {bits} bits, {category}", {model: one[bits][category] for model, one in by_model.items()}
+            yield f"{name}, {category}", {model: one[bits][category] for model, one in by_model.items()}
 
 
 def _context(by_model: dict[str, Any], forget: list[str]) -> Rows:

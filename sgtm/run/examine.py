@@ -92,12 +92,13 @@ def _loss(subject: Subject, category: str, about: Question) -> Estimate:
 
 
 def in_few_bits(subject: Subject, about: Question) -> dict[str, Any]:
-    """Losses by number of bits and category."""
+    """Losses by number of bits and category; `unrounded` are those of the weights as they are."""
+    removed = subject.removed if subject.config.removes_groups else ()
     losses = {}
-    for bits in BITS:
-        removed = subject.removed if subject.config.removes_groups else ()
-        rough = replace(subject, model=quantised(subject.model, bits, removed))
-        losses[str(bits)] = {
+    for bits in (None, *BITS):
+        model = quantised(subject.model, bits, removed) if bits else subject.model
+        rough = replace(subject, model=model)
+        losses[str(bits or "unrounded")] = {
             category: _estimate(_loss(rough, category, about)) for category in (*about.forget, *about.retain)
         }
     return losses

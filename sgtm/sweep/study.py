@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sgtm.config.model import ModelConfig
 from sgtm.evaluation.leakage import TokenCurve, leakage
 from sgtm.run.environment import last_environment
 from sgtm.sweep.examined import examination_rows
@@ -96,8 +97,11 @@ class Variant:
 
     @property
     def shape(self) -> tuple[str, ...]:
-        """Settings of the model: equal for models of one shape."""
-        return tuple(f"{key} {value}" for key, value in sorted(self.settings.items()) if key.startswith("model."))
+        """Settings of the model: equal for models of one shape. What a row of an older version lacks has its default,
+        as it has in the run's config."""
+        optional = {key: field.default for key, field in ModelConfig.model_fields.items() if not field.is_required()}
+        settings = {f"model.{key}": default for key, default in optional.items()} | self.settings
+        return tuple(f"{key} {value}" for key, value in sorted(settings.items()) if key.startswith("model."))
 
     @property
     def retained(self) -> float:

@@ -55,7 +55,8 @@ def test_every_measure_of_every_model(runs, tmp_path):
     assert write_examination(tmp_path, results) == []
     assert read_examinations(tmp_path / "examination.json") == [json.loads(json.dumps(results))]
     rows = dict(examination_rows(examined))
-    assert set(rows) >= {"calibrated loss, es", "loss at 4 bits, es", "extraction strength, guided 2"}
+    names = {"calibrated loss, es", "loss unrounded, es", "loss at 4 bits, es", "extraction strength, guided 2"}
+    assert set(rows) >= names
     assert set(rows["calibrated loss, es"]) == {"full", "without es", "control"}
 
 
@@ -65,12 +66,13 @@ def test_numbers_are_those_of_the_measures_themselves(runs):
     measures, full = results["domains"]["es"]["measures"], runs["run"]
     models = {"full": full, "without es": full.without("es")}
     for name, subject in models.items():
-        for bits in (8, 4):
-            rough = replace(subject, model=quantised(subject.model, bits, subject.removed))
+        rounded = {str(bits): quantised(subject.model, bits, subject.removed) for bits in (8, 4)}
+        for bits, model in ({"unrounded": subject.model} | rounded).items():
+            rough = replace(subject, model=model)
             for category in ("en", "es"):
                 scores = rough.scores("train", category, 4)
                 loss = token_mean(scores.losses, scores.document)._asdict()
-                assert measures["quantised"][name][str(bits)][category] == loss, (name, bits, category)
+                assert measures["quantised"][name][bits][category] == loss, (name, bits, category)
         gain = context_gain(subject, "es", "en", split="train")
         assert measures["context"][name]["es"]["gain"]["value"] == gain.gain.value, name
         assert measures["membership"][name]["es"]["value"] == membership(subject, "es", 4).value, name
@@ -82,7 +84,7 @@ def test_numbers_are_those_of_the_measures_themselves(runs):
         for layer, probe in probes(subject, "es", split="train").items():
             expected = {**probe._asdict(), "own_head": probe.own_head._asdict(), "fitted": probe.fitted._asdict()}
             assert measures["probes"][name]["es"][str(layer)] == expected, (name, layer)
-    assert measures["quantised"]["full"]["8"] != measures["quantised"]["full"]["4"]
+    assert len({measures["quantised"]["full"][bits]["es"]["value"] for bits in ("unrounded", "8", "4")}) == 3
 
 
 def test_examinations_of_other_settings_stay_and_measures_of_the_same_are_joined(runs, tmp_path):

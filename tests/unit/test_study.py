@@ -70,6 +70,16 @@ def test_leakage_is_read_from_models_of_the_same_shape(tmp_path):
         assert by_name[f"large-{name}"].ratio.mean == pytest.approx(by_name[name].ratio.mean, rel=0.02), name
 
 
+def test_rows_of_older_versions_have_the_shape_that_the_defaults_give(tmp_path):
+    """As a row that was trained anew has keys that the others of its file lack."""
+    lines = two_sizes()
+    for line in lines[::2]:
+        line["settings"] = {"model.experts": 0, "model.tie_embeddings": True} | line.get("settings", {})
+    assert leakages(study_of(tmp_path, lines).variants) == leakages(study_of(tmp_path, two_sizes()).variants)
+    lines[0]["settings"]["model.experts"] = 4
+    assert len({variant.shape for variant in study_of(tmp_path, lines).variants}) == 3
+
+
 def test_absorption_of_models_whose_absorption_is_known(tmp_path):
     """Half of the knowledge in the group, all of it, none; at half of the training losses are 1.5 times as high."""
     unseen = loss_of(0)
