@@ -210,8 +210,9 @@ def change_with_size(names: Sequence[str]) -> Callable[[Study], list[float]]:
 
 def relearning(first: str, second: str, steps: int = STEPS, baseline: str = "unmasked"):
     """log2 of how many times as many steps the worst attack on the first takes as that on the second, to the forget
-    loss that the baseline has before any attack, on the same held-out text. What is not reached within `steps` counts
-    as `steps` for the first, which is too few (`unreached`); for the second it is an error."""
+    loss that the baseline has before any attack, on the same held-out text, within `steps`. What the first does not
+    reach counts as the last step at which both were evaluated, which is too few (`unreached`); for the second it is
+    an error."""
 
     def measure(study: Study) -> list[float]:
         targets, ratios = _before_attacks(study, baseline), []
@@ -220,7 +221,7 @@ def relearning(first: str, second: str, steps: int = STEPS, baseline: str = "unm
                 ours, theirs = (steps_to(curve, targets[seed]) for curve in curves)
                 if theirs is None:
                     raise Missing(f"{second} within {steps} steps")
-                ratios.append(math.log2((ours or steps) / theirs))
+                ratios.append(math.log2((ours or max(curves[0])) / theirs))
         return ratios
 
     return measure

@@ -214,9 +214,14 @@ def test_relearning_counts_steps_to_the_loss_of_the_baseline(measures, tmp_path)
     slow, quick = tampered("slow", losses=(9.0, 8.0, 7.0)), tampered("quick", losses=(8.0, 7.0, 6.0))
     study = study_of(tmp_path, [*rows()[:-2], tampered("unmasked", losses=(6.5,)), slow, quick])
     (ratio,) = measures.relearning("slow", "quick")(study)
-    assert ratio == pytest.approx(math.log2(64 / (6**0.5 - 1)))
-    (ratio,) = measures.relearning("slow", "quick", 256)(study)
-    assert ratio == pytest.approx(math.log2(256 / (6**0.5 - 1)))
+    assert ratio == pytest.approx(math.log2(2 / (6**0.5 - 1))), "nothing is known of `slow` after 2 steps"
+    long = tampered("slow", losses=(*[9.0] * 8, 6.0)), tampered("quick", losses=(8.0, 7.0, *[6.0] * 7))  # 128 steps
+    within, later = (
+        measures.relearning("slow", "quick", steps)(study_of(tmp_path, [tampered("unmasked", losses=(6.5,)), *long]))
+        for steps in (64, 256)
+    )
+    assert within == pytest.approx([math.log2(64 / (6**0.5 - 1))]), "it reaches the loss later"
+    assert 64 < 2 ** later[0] * (6**0.5 - 1) < 128
     assert measures.unreached("slow", "quick")(study) and not measures.unreached("quick", "slow")(study)
     with pytest.raises(measures.Missing, match="slow within 64 steps"):
         measures.relearning("quick", "slow")(study)
