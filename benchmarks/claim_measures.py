@@ -19,6 +19,8 @@ from sgtm.sweep.study import Study, Variant, VariantLeakage, leakages
 STEPS, LONG = 64, 256
 """Of the attacks that are compared; the longer ones only `filtered` and masked models have gone through."""
 
+SPILL = 0.25
+
 LINE_ERROR = 0.17
 """Nats, of `at_equal_retain` by evaluations: how far a model that was trained to its end lies from the line through
 those of a longer training, at most, rounded up (tests/unit/test_claims.py takes it from the committed rows)."""
@@ -52,14 +54,17 @@ def difference(first: tuple[str, str], second: tuple[str, str]) -> Callable[[Stu
 
 
 def spill(name: str) -> Callable[[Study], list[float]]:
-    """By how much more removal raises the loss on adjacent data than on retained data."""
+    """By how much more removal raises the loss on adjacent data than on retained data, minus `SPILL` of how much more
+    it raises that on forgotten data: 0 where nothing is removed."""
 
     def measure(study: Study) -> list[float]:
-        seeds = variant(study, name).seeds
-        adjacent, retain = (
-            [s[f"ablated_{data}"] - s[f"full_{data}"] for s in seeds] for data in ("adjacent", "retain")
-        )
-        return [a - r for a, r in zip(adjacent, retain, strict=True)]
+        spilt = []
+        for seed in variant(study, name).seeds:
+            retain, adjacent, forget = (
+                seed[f"ablated_{data}"] - seed[f"full_{data}"] for data in ("retain", "adjacent", "forget")
+            )
+            spilt.append(adjacent - retain - SPILL * (forget - retain))
+        return spilt
 
     return measure
 
@@ -169,8 +174,24 @@ def reached(study: Study, name: str, loss: str, baseline: str) -> list[tuple[flo
 
 
 def penalty(name: str, loss: str, baseline: str) -> Callable[[Study], list[float]]:
-    """1 - the share, in percent."""
-    return lambda study: [100 * (1 - share) for share, _ in reached(study, name, loss, baseline)]
+    """1 - the share, in percent; of a loss that the shortest length of the baseline is better than, that of this length
+    (`too_bad`)."""
+
+    def measure(study: Study) -> list[float]:
+        least = _shortest(study, baseline)
+        return [100 * (1 - max(share, least)) for share, _ in reached(study, name, loss, baseline)]
+
+    return measure
+
+
+def too_bad(name: str, loss: str, baseline: str) -> Callable[[Study], bool]:
+    """Whether the baseline's shortest length is better than a seed, whose penalty is a bound."""
+    return lambda study: any(share < _shortest(study, baseline) for share, _ in reached(study, name, loss, baseline))
+
+
+def _shortest(study: Study, baseline: str) -> float:
+    """Share of the whole baseline's tokens that its shortest length has."""
+    return min(each.tokens for each in lengths(study, baseline)) / variant(study, baseline).tokens
 
 
 def beyond(name: str, loss: str, baseline: str) -> Callable[[Study], bool]:

@@ -55,11 +55,11 @@ def tables(rows: list[dict]) -> str:
 
 
 def sets(rows: list[dict]) -> str:
-    """Markdown: for each variant of several domains, the full model's loss of every category, and its change without
-    every set of them; empty where no row has several."""
-    parts = []
-    for row in rows:
-        losses = [seed["losses"] for seed in row["seeds"] if len(seed.get("losses", ())) > 2]
+    """Markdown: for each variant of a sweep of several domains, the full model's loss of every category, and its change
+    without every set of them; empty where no row has several."""
+    parts, several = [], any(len(seed.get("losses", ())) > 2 for row in rows for seed in row["seeds"])
+    for row in rows if several else ():
+        losses = [seed["losses"] for seed in row["seeds"] if "losses" in seed]
         if losses:
             table = [[row["variant"], *losses[0]["full"]]]
             for condition in losses[0]:

@@ -247,7 +247,7 @@ EXPERIMENTS = {
         "Masks on a model that knows the domain",
         "What does removing a group take from a model that was trained without masks, and trains on with them?",
         f"{NOVELS}\nsgtm sweep launch/recipes/claims.sweep.yaml\n"
-        f"sgtm export runs/claims.sweep/unmasked-s0 --out export/unmasked\n"
+        f"[ -d export/unmasked ] || sgtm export runs/claims.sweep/unmasked-s0 --out export/unmasked\n"
         f"{trained('', 'known', stem='known')}",
         ("ablated",),
         "Each run starts from the unmasked model of `claims` and trains as long again, at the peak rate of a "

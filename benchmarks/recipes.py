@@ -57,7 +57,8 @@ def main() -> None:
     rows = [row for row in earlier if args.partial or row["sweep"] not in names]
     for sweep, name in zip(sweeps, names, strict=True):
         variants = finished(sweep.folder, args.partial)
-        collected = [{"sweep": name, **short(row), **trained(row, sweep.folder)} for row in variants]
+        several = any(len(row["seeds"][0]["losses"]) > 2 for row in variants)
+        collected = [{"sweep": name, **short(row, several), **trained(row, sweep.folder)} for row in variants]
         more = [*tamper_rows(sweep.folder), *examination_rows(sweep.folder)]
         rows = merged(rows, [*collected, *({"sweep": name, **row, **environment()} for row in more)])
     with_losses = [row for row in rows if "variant" in row]
@@ -101,11 +102,11 @@ def trained(row: dict, folder: Path) -> dict:
     return {**environments[-1], "commit": ", ".join(dict.fromkeys(str(one["commit"]) for one in environments))}
 
 
-def short(row: dict) -> dict:
-    """A row of table.jsonl without the runs' names, and without losses by category unless there are several domains."""
-    keys = ("seed", *SIX, "evaluations", "residual")
-    more = ("losses",) if len(row["seeds"][0]["losses"]) > 2 else ()
-    seeds = [{key: seed[key] for key in (*keys, *more) if key in seed} for seed in row["seeds"]]
+def short(row: dict, several: bool = False) -> dict:
+    """A row of table.jsonl without the runs' names, and without losses by category unless a variant of the sweep has
+    `several` domains."""
+    keys = ("seed", *SIX, "evaluations", "residual", *["losses"] * several)
+    seeds = [{key: seed[key] for key in keys if key in seed} for seed in row["seeds"]]
     return {**row, "seeds": seeds}
 
 

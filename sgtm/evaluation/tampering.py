@@ -88,8 +88,14 @@ class Attack:
             raise ValueError(f"an attack needs data: {self.data} has no category")
 
     def __str__(self) -> str:
-        budget = "" if self.schedule == "constant" else f" over {self.steps}"
-        return f"{self.data}, {self.schedule}{budget}, lr {self.lr:.2g}"
+        """Constant attacks that differ in their steps alone have one name: the shorter is the start of the longer."""
+        constant = self.schedule == "constant"
+        words = [self.data, self.schedule if constant else f"{self.schedule} over {self.steps}", f"lr {self.lr:g}"]
+        if self.warmup > 1 if constant else self.warmup != self.steps // 10:
+            words.append(f"warm-up {self.warmup}")
+        words += [f"weight decay {self.weight_decay:g}"] * (self.weight_decay != 0)
+        words += [f"clip {self.clip:g}"] * (self.clip != 1) + [f"seed {self.seed}"] * (self.seed != 0)
+        return ", ".join(words)
 
     def learning_rate(self, step: int) -> float:
         """Return those of update `step`, counted from 0."""

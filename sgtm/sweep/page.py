@@ -84,7 +84,7 @@ EXHIBITS = (
         figures.tampering,
         "Tampering: the lowest held-out forget loss that any attack of the grid has reached by a number of steps of "
         "fine-tuning, a line for each seed. Compare with the model that was trained without the domain, to which an "
-        "attack has to teach all of it.",
+        "attack has to teach all of it, after the same attacks: more of them, or longer ones, reach lower.",
         "No tamper curves: `sgtm tamper` writes them to the runs.",
     ),
 )

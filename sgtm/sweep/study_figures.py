@@ -124,7 +124,8 @@ def residual(study: Study) -> Figure | None:
 
 
 def tampering(study: Study) -> Figure | None:
-    """Worst-case forget loss against the steps of an attack: a line for each seed."""
+    """Worst-case forget loss against the steps of an attack: a line for each seed. Where not all went through as many
+    attacks, the legend has their number."""
     if not study.tampered:
         return None
     figure, axes = panel("steps of fine-tuning", "lowest forget loss (nats per token)")
@@ -132,11 +133,13 @@ def tampering(study: Study) -> Figure | None:
     names = list(dict.fromkeys((row["tampered"], row["condition"]) for row in study.tampered))
     others = [name for name in names if name[0] not in variants]
     named: set[tuple[str, str]] = set()
+    unequal = len({len(row["attacks"]) for row in study.tampered}) > 1
     for row in study.tampered:
         name = row["tampered"], row["condition"]
         number = len(variants) + others.index(name) if name in others else variants.index(name[0])
         points = [(point["step"], point["forget"]) for point in row["curve"]]
-        label = None if name in named else f"{row['tampered']} ({row['condition']})"
+        attacks = f", {len(row['attacks'])} attacks" * unequal
+        label = None if name in named else f"{row['tampered']} ({row['condition']}{attacks})"
         named.add(name)
         axes.plot(*zip(*points, strict=True), **line_of(number), label=label, marker=".")
     axes.set_xscale("symlog", linthresh=1)

@@ -60,10 +60,11 @@ def tamper_rows(folder: Path) -> list[dict]:
                 {"step": step, "tokens": tokens[step], "forget": r.loss, "error": r.error, "retain": r.retain}
                 for step, r in worst.items()
             ]
-            attacks: dict[str, list[tuple[int, float]]] = {}
+            losses: dict[str, dict[int, float]] = {}
             for each in reached:
                 if math.isfinite(each.loss):
-                    attacks.setdefault(str(each.attack), []).append((each.step, each.loss))
+                    losses.setdefault(str(each.attack), {})[each.step] = each.loss
+            attacks = {name: sorted(by_step.items()) for name, by_step in losses.items()}
             about = {"tampered": variant, "seed": seed, "condition": condition, "sequences": sequences}
             rows.append({**about, "tokens": reached[0].attack.tokens, "curve": curve, "attacks": attacks})
     return rows

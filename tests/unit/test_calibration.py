@@ -133,7 +133,8 @@ def test_a_subject_is_calibrated_on_one_split_and_measured_on_another(tmp_path):
     losses = calibrated_losses(subject, forget=["es"], retain=["en"], fit_sequences=5)
     parts = [sample_of(subject, "train", name, 5) for name in ("es", "en")]
     assert losses.targets == {"es": len(parts[0].targets), "en": len(parts[1].targets)}
-    bias = fit(parts[:1], parts[1:])
+    bias = fit(parts[:1], parts[1:], weight=100.0)
+    assert not torch.equal(bias, fit(parts[:1], parts[1:], weight=99.0))
     for name in ("es", "en"):
         held_out = sample_of(subject, "test", name, None)
         assert losses.after[name] == token_mean(held_out.losses(bias), held_out.documents)

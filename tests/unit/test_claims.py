@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from studies import loss_of, row, rows, tampered, two_sizes, write_rows
 
-from sgtm.sweep.study import Interval, read_study
+from sgtm.sweep.study import Interval, Study, read_study
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -82,12 +83,17 @@ def test_an_error_of_the_measure_widens_the_interval(claims):
     assert claims.verdict(claim, Interval(-0.2, 0.05), 0.1) == "**refuted**"
 
 
-def test_spill_is_the_rise_on_adjacent_data_beyond_that_on_retained_data(measures, tmp_path):
-    """Ablation raises retained data from 1 to 3, adjacent data from 1.5 to 4: half a nat more."""
-    line = row("mine", (1.0, 1.0, 3.0, 8.0))
+def test_spill_is_the_rise_on_adjacent_data_beyond_that_on_other_text(measures, tmp_path):
+    """Ablation raises retained data by 2, 3 and 4 nats, adjacent data by half a nat more, forgotten data by 8: more by
+    6, 5 and 4, of which a quarter counts."""
+    line = row("mine", (1.0, 1.0, 3.0, 9.0))
+    for number, seed in enumerate(line["seeds"]):
+        seed["ablated_retain"] += number
+        seed |= {"full_adjacent": 1.5, "ablated_adjacent": 4.0 + number}
+    assert measures.spill("mine")(study_of(tmp_path, [line])) == pytest.approx([-1.0, -0.75, -0.5])
     for seed in line["seeds"]:
-        seed |= {"full_adjacent": seed["full_retain"] + 0.5, "ablated_adjacent": seed["ablated_retain"] + 1.0}
-    assert measures.spill("mine")(study_of(tmp_path, [line])) == pytest.approx([0.5] * 3)
+        seed |= {f"ablated_{data}": seed[f"full_{data}"] for data in ("retain", "adjacent", "forget")}
+    assert measures.spill("mine")(study_of(tmp_path, [line])) == [0, 0, 0], "a model that removes nothing"
 
 
 def of_steps(line: dict, steps: int) -> dict:
@@ -115,6 +121,17 @@ def test_another_variant_is_read_at_the_same_retain_loss(measures, tmp_path):
     assert measures.off_the_line("mine", "weak")(study)
     lines[0]["seeds"] = lines[0]["seeds"][:2]
     assert len(measures.at_equal_retain("mine", "weak")(study_of(tmp_path, lines))) == 2
+
+
+def test_each_seed_is_read_from_the_line_of_its_own(measures, tmp_path):
+    """The other's forget losses are 0, 1 and 3 nats above the line, by seed; ours come in another order."""
+    lines = [row("weak", (3.0, 6.0, 3.0, 6.0), masks=False), row("mine", (1.0, 1.0, 3.5, 8.0))]
+    for seed, nats in zip(lines[0]["seeds"], (0.0, 1.0, 3.0), strict=True):
+        for each in (seed, *seed["evaluations"]):
+            each["full_forget"] += nats
+    lines[1]["seeds"].reverse()
+    paired = measures.at_equal_retain("mine", "weak")(study_of(tmp_path, lines))
+    assert paired == pytest.approx([1 - 3, 1 - 1, 1], abs=0.03)
 
 
 def test_leakage_of_each_seed(measures, tmp_path):
@@ -155,6 +172,9 @@ def test_a_penalty_is_the_rest_of_the_baselines_training(measures, tmp_path):
     ]
     lines += [row("unmasked-x", (9.0, 9.0, 9.0, 9.0), masks=False), row("mine", (3 / 0.9, 5.0, 5.0, 5.0))]
     study = study_of(tmp_path, lines)
+    assert measures.penalty("unmasked-x", "full_retain", "unmasked")(study) == [50, 50, 50], "of half of the training"
+    assert measures.too_bad("unmasked-x", "full_retain", "unmasked")(study)
+    assert not measures.too_bad("mine", "full_retain", "unmasked")(study)
     assert measures.penalty("mine", "full_retain", "unmasked")(study)[1] == pytest.approx(19, abs=0.1)
     assert not measures.beyond("mine", "full_retain", "unmasked")(study)
     for line in (lines[0], lines[2]):  # lengths of one seed alone: the curve goes through each seed's own whole length
@@ -225,6 +245,16 @@ def test_relearning_counts_steps_to_the_loss_of_the_baseline(measures, tmp_path)
     assert measures.unreached("slow", "quick")(study) and not measures.unreached("quick", "slow")(study)
     with pytest.raises(measures.Missing, match="slow within 64 steps"):
         measures.relearning("quick", "slow")(study)
+    more = [tampered("unmasked", 1, (7.0,)), tampered("slow", 1, (9.0, 8.0, 7.0)), tampered("quick", 1, (8.0, 7.0))]
+    both = study_of(tmp_path, [tampered("unmasked", losses=(6.5,)), slow, quick, *more])
+    targets = [math.log2(2 / (6**0.5 - 1)), math.log2(2)]  # each seed to the loss of its own baseline
+    assert measures.relearning("slow", "quick")(both) == pytest.approx(targets)
+    quick_alone = study_of(tmp_path, [tampered("unmasked", losses=(7.0,)), slow, quick, *more[1:], more[0]])
+    assert not measures.unreached("slow", "quick")(quick_alone)
+    lower = [tampered("unmasked", 1, (6.9,)), *more[1:]]
+    assert measures.unreached("slow", "quick")(
+        study_of(tmp_path, [tampered("unmasked", losses=(7.0,)), slow, quick, *lower])
+    )
 
 
 def test_one_seed_that_is_off_a_curve_marks_the_claim(measures, tmp_path):
@@ -275,6 +305,28 @@ def test_examinations_are_compared_for_every_seed(measures, tmp_path):
     for name, number in (("none", "gain"), ("mine", "loss")):
         with pytest.raises(measures.Missing):
             measures.examined(name, (number, "full"), ("gain", "control"))(study)
+    again = study_of(tmp_path, [*rows(), *lines, {**lines[0], "split": "train"}])
+    with pytest.raises(measures.Missing, match="one examination of mine for each seed"):
+        measures.examined("mine", ("gain", "full"), ("gain", "control"))(again)
+
+
+def test_the_commands_take_the_measures_that_the_claims_read(claims, measures, benchmarks):
+    """Of the examinations: their numbers are named as sgtm/report/examination.py does."""
+    import experiments
+
+    from sgtm.report.examination import ROWS
+
+    (only,) = set(re.findall(r"--only ([a-z ]+)", experiments.EXPERIMENTS["claims"].commands))
+    taken = {
+        "quantised": {bits: {"es": {"value": 1.0}} for bits in ("unrounded", "8", "4")},
+        "context": {"es": {"gain": {"value": 1.0}}},
+    }
+    named = [name for measure in only.split() for name, _ in ROWS[measure]({"full": taken[measure]}, ["es"])]
+    values = {name: {"without es": 2.0, "control": 1.0} for name in named}
+    examined = [{"examined": name, "seed": 0, "values": values} for name in ("paper", "dual")]
+    study = Study("mine", (), (), tuple(examined))
+    mine = [claim for claim in claims.CLAIMS if "gain by" in claim.quantity or "bits" in claim.quantity]
+    assert [list(claim.measure(study)) for claim in mine] == [[1.0], [1.0], [0.0], [0.0]]
 
 
 def test_a_lower_bound_refutes_nothing(claims, measures, tmp_path):
@@ -283,6 +335,16 @@ def test_a_lower_bound_refutes_nothing(claims, measures, tmp_path):
     assert claims._measured(bound, study) == (": at least 0.150 ± 0.124 nats", "undecided")
     assert claims._measured(bound._replace(at_least=lambda study: False), study)[1] == "**refuted**"
     assert claims._measured(bound._replace(limit=0.0), study)[1] == "**confirmed**"
+    below = bound._replace(below=True)
+    assert claims._measured(below, study)[1] == "undecided", "a lower bound confirms nothing that has to be below"
+    assert claims._measured(below._replace(limit=0.0), study)[1] == "**refuted**"
+
+
+def test_the_error_of_the_measure_and_its_star_are_in_the_row(claims, tmp_path):
+    claim = claims.Claim("P", "text", "loss", 0.0, False, lambda study: [0.1, 0.2, 0.15], outside=lambda study: True)
+    study = study_of(tmp_path, rows())
+    assert claims._measured(claim, study) == (": 0.150 ± 0.124 nats*", "**confirmed**")
+    assert claims._measured(claim._replace(error=lambda study: 0.1), study) == (": 0.150 ± 0.124 nats*", "undecided")
 
 
 def test_every_claim_has_a_row_with_what_was_measured(claims, tmp_path):

@@ -41,7 +41,10 @@ def test_every_set_of_several_domains_has_a_row(sections):
         seed["losses"] = losses
     for seed in one["seeds"]:
         seed["losses"] = {"full": {"en": 3.0}, "without es": {"en": 3.0}}
-    table = sections.sets([one, line]).splitlines()[2:]
+    title, _, *other = sections.sets([one, line]).splitlines()
+    assert title.startswith("Loss of the full model by category") and len(other) == 11
+    assert other[:4] == ["| other | en |", "|---|---|", "| full | 3.000 ± 0.000 |", "| without es | +0.000 ± 0.000 |"]
+    table = other[5:]
     assert table[0] == "| dual | en | es |" and len(table) == 6
     assert table[2] == "| full | 3.500 ± 0.707 | 4.000 ± 0.000 |"
     assert table[3] == "| without es | +0.000 ± 0.000 | +1.500 ± 0.707 |"

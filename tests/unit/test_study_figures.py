@@ -117,3 +117,7 @@ def test_a_tamper_curve_for_each_seed_and_a_name_for_each_variant(study):
     assert len({line.get_color() for line in figure.axes[0].lines}) == 1
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["paper (without es)"]
     assert tampering(study._replace(tampered=())) is None
+    more = {**study.tampered[0], "tampered": "other", "attacks": {"one": [], "two": []}}
+    figure = tampering(study._replace(tampered=(*study.tampered, more)))
+    expected = ["paper (without es, 1 attacks)", "other (without es, 2 attacks)"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == expected

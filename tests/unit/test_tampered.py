@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -35,6 +36,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_rows_have_the_worst_case_by_variant_and_seed(folder):
+    reached = tampered.read_grids(folder)["without es"].reached
     paper, rmu = tamper_rows(folder)
     assert (paper["tampered"], paper["seed"], paper["condition"], paper["sequences"]) == ("paper", 3, "without es", 9)
     assert [(p["step"], p["tokens"], p["forget"], p["error"], p["retain"]) for p in paper["curve"]] == [
@@ -47,6 +49,14 @@ def test_rows_have_the_worst_case_by_variant_and_seed(folder):
         str(GENTLE): [(0, 9.0), (2, 8.0), (4, 7.0)],
         str(HARD): [(0, 9.0), (2, 7.5), (4, 9.5)],
     }
+    longer = replace(GENTLE, steps=8, evaluated=(0, 2, 8))
+    other = replace(longer, warmup=2)
+    more = [Reached(longer, 0, 9.0, 0.1, 3.0), Reached(longer, 2, 8.0, 0.1, 3.5), Reached(longer, 8, 6.0, 0.1, 3.5)]
+    reached.extend([*more, Reached(other, 2, 8.5, 0.1, 3.5)])
+    assert tamper_rows(folder)[0]["attacks"] == paper["attacks"] | {
+        str(GENTLE): [(0, 9.0), (2, 8.0), (4, 7.0), (8, 6.0)],
+        str(other): [(2, 8.5)],
+    }, "the same attack for more steps, and one of another warm-up"
     assert (rmu["tampered"], rmu["seed"], rmu["curve"]) == ("unmasked + rmu", 3, paper["curve"])
 
 

@@ -251,6 +251,17 @@ def test_values_that_make_no_attack_are_an_error(values, message):
         replace(ATTACK, **values)
 
 
+def test_attacks_of_one_name_take_the_same_steps():
+    """A sweep's rows and claims join attacks by name."""
+    constant = replace(ATTACK, schedule="constant", steps=64)
+    assert str(ATTACK) == "forget, cosine over 4, lr 0.01, warm-up 1" and str(constant) == "forget, constant, lr 0.01"
+    assert str(replace(constant, steps=256)) == str(constant), "the shorter is the beginning of the longer"
+    assert str(replace(constant, warmup=25)) == "forget, constant, lr 0.01, warm-up 25"
+    assert str(replace(ATTACK, steps=30, warmup=3)) == "forget, cosine over 30, lr 0.01"
+    for change in ({"weight_decay": 0.1}, {"clip": 0.0}, {"seed": 1}, {"data": "adjacent"}, {"lr": 0.02}):
+        assert str(replace(constant, **change)) != str(constant), change
+
+
 def test_learning_rates():
     cosine = replace(ATTACK, lr=1.0, steps=6, warmup=2)
     assert [cosine.learning_rate(step) for step in range(6)] == pytest.approx(
