@@ -251,6 +251,21 @@ def check_sample(
         )
 
 
+def check_held_out(corpus: Corpus, config: Config) -> None:
+    """Raises ValueError where the evaluations of a training would lack losses: split test has text, but none of a
+    domain, or fewer sequences of a category than `train.eval_sequences`."""
+    if isinstance(config.train.eval_sequences, int):
+        option = ("train.eval_sequences", "all")
+        check_sample(corpus, config, "test", tuple(corpus.categories), config.train.eval_sequences, *option)
+    measured = {label for name, label in corpus.categories.items() if count_sequences(corpus, config, "test", name, 1)}
+    missing = [domain for domain in config.masking.domains if f"forget:{domain}" not in measured]
+    if measured and missing:
+        raise ValueError(
+            f"split test of {corpus.path} has no text of {listed(missing)}, whose losses would be missing; prepare the "
+            f"corpus again with some of it held out"
+        )
+
+
 def check_precision(config: Config, precision: str) -> None:
     """The self-check of the kernels in a precision, as before training; what it replaces is printed to stderr."""
     train = config.train.model_copy(update={"precision": precision})

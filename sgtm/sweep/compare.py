@@ -13,6 +13,7 @@ from sgtm.data.open import open_corpus
 from sgtm.data.store import TOKENIZER, Corpus
 from sgtm.estimate.stages import check_divides
 from sgtm.model.direction import direction_of
+from sgtm.run.evaluate import check_held_out
 from sgtm.sweep.file import Run, Sweep
 
 SYNTHETIC = "synthetic"
@@ -40,7 +41,8 @@ KEYS = {
 
 
 def open_corpora(sweep: Sweep, write: bool = False) -> dict[str, Corpus | None]:
-    """The corpus of each run by its name, sizes checked; None for a synthetic one that is not written yet.
+    """The corpus of each run by its name, sizes and held-out text checked; None for a synthetic one that is not written
+    yet.
 
     write  write synthetic ones first. Raises ConfigError naming the run whose corpus, or file of
            `steering.direction`, is missing or does not fit.
@@ -55,6 +57,7 @@ def open_corpora(sweep: Sweep, write: bool = False) -> dict[str, Corpus | None]:
             corpus = opened[source]
             if corpus is not None:
                 check_corpus(corpus, run.config)
+                check_held_out(corpus, run.config)
             direction_of(run.config)
         except ValueError as error:
             raise ConfigError(f"{sweep.file}: run {run.name}: {error}") from None

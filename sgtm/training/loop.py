@@ -36,7 +36,7 @@ from sgtm.process.ranks import RankInfo
 from sgtm.process.signals import SIGNALS, Stopped
 from sgtm.run.checkpoint import read_manifest, resolved
 from sgtm.run.directory import LEASE, begin, locked_run
-from sgtm.run.evaluate import check_sample
+from sgtm.run.evaluate import check_held_out
 from sgtm.run.metrics import MetricsLog
 from sgtm.run.resume import find_whole, load_checkpoint, resume_command
 from sgtm.run.saving import CheckpointWriter
@@ -111,9 +111,7 @@ def _train(config: Config, rank_info: RankInfo, run: Path, resume: bool, overwri
     initial = on_rank_zero(lambda: export_record(config)) if latest is None else None
     trained_on = trained_categories(corpus), bool(len(corpus.spans)), initial
     check_certified(config.conditions, *trained_on)
-    if isinstance(config.train.eval_sequences, int):
-        option = ("train.eval_sequences", "all")
-        check_sample(corpus, config, "test", tuple(corpus.categories), config.train.eval_sequences, *option)
+    check_held_out(corpus, config)
     loader = Loader(corpus, config, rank_info.rank, rank_info.world_size)
     totals = StepTotals(len(config.space.labels), engine.device)
     start = 0

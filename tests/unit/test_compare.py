@@ -14,7 +14,8 @@ from sgtm.sweep.compare import _held_out, check_adjacent, check_comparable, chec
 
 
 def test_runs_of_one_corpus_share_it_and_a_synthetic_one_may_be_missing(tmp_path: Path, monkeypatch):
-    build(tmp_path / "corpus", [record(n, category) for n in range(3) for category in LABELS], LABELS)
+    splits = ("train", "train", "test")
+    build(tmp_path / "corpus", [record(n, name, split=s) for n, s in enumerate(splits) for name in LABELS], LABELS)
     opened, original = [], compare.open_corpus
 
     def recorded(config, *rest, **options):
@@ -29,6 +30,14 @@ def test_runs_of_one_corpus_share_it_and_a_synthetic_one_may_be_missing(tmp_path
     assert corpora["a-s0"] is corpora["b-s0"] and corpora["a-s0"].path == data
     assert corpora["c-s0"] is corpora["d-s0"] is None
     assert opened == ["a-s0", "c-s0"]
+
+
+def test_a_run_whose_losses_would_be_missing_is_refused_before_any_is_trained(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(compare, "check_corpus", lambda corpus, config: None)
+    documents = [record(n, category) for n in range(9) for category in LABELS]
+    data = build(tmp_path / "corpus", [*documents, record(10, "en", 300, "test")], LABELS).path
+    with pytest.raises(ConfigError, match=r"mine\.yaml: run a-s0: split test of .*corpus has no text of es, whose"):
+        open_corpora(sweep_of(tmp_path, f"variants: {{a: {{data.path: {data}}}}}"))
 
 
 def test_a_direction_that_is_missing_is_refused_with_its_run(tmp_path: Path):

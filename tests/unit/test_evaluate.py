@@ -15,6 +15,7 @@ from exports import make_run
 from sgtm.config import load_config, save_config
 from sgtm.run import evaluate as evaluation
 from sgtm.run.evaluate import (
+    check_held_out,
     check_sample,
     evaluate_run,
     with_removals,
@@ -48,6 +49,24 @@ def test_a_category_without_text_in_the_split_is_no_sample(tmp_path: Path):
         check_sample(corpus, config_for(), "test", ["en", "es"], 3)
     with pytest.raises(ValueError, match=r"key 3: split test of .* has 2 of en; give at most 2, or all"):
         check_sample(corpus, config_for(), "test", ["en", "es"], 3, "key", "all")
+
+
+def test_a_training_whose_evaluations_would_lack_losses_is_refused(tmp_path: Path):
+    documents = [record(0, "en", split="test"), record(1, "es"), record(2, "en")]
+    none = build(tmp_path / "none", documents, LABELS)
+    with pytest.raises(ValueError, match=r"split test of .*none has no text of es, whose losses would be missing"):
+        check_held_out(none, config_for())
+    check_held_out(none, config_for(domains=[]))
+    some = build(tmp_path / "some", [*documents, record(3, "es", split="test")], LABELS)
+    for sequences in (2, "all", None):
+        check_held_out(some, with_sequences(sequences))
+    with pytest.raises(ValueError, match=r"train.eval_sequences 3: split test of .* has 2 of en and 2 of es; give at"):
+        check_held_out(some, with_sequences(3))
+
+
+def with_sequences(sequences: int | str | None):
+    config = config_for()
+    return config.model_copy(update={"train": config.train.model_copy(update={"eval_sequences": sequences})})
 
 
 def test_a_sample_that_the_split_does_not_have_is_refused(tmp_path: Path):
