@@ -10,12 +10,15 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from sgtm.config.model import ModelConfig
+from sgtm.config.model import ModelConfig, Section
+from sgtm.config.reference import flat
+from sgtm.config.schema import Config
 from sgtm.evaluation.leakage import TokenCurve, leakage
 from sgtm.run.environment import last_environment
 from sgtm.sweep.examined import examination_rows
@@ -54,7 +57,8 @@ class Variant:
     tokens      of a run
     parameters  of the full model; rows of older versions have none
     trained     tokens by true and applied label; rows of older versions have none
-    settings    values by dotted key of the config; rows of older versions have none
+    settings    values by dotted key of the config, defaults of keys that an older version lacked among them; rows of
+                the oldest versions have none
     seeds       for each finished run its seed, four losses, and where they were kept evaluations and residual
     origin      device, commit and time of the training, where they are recorded
     """
@@ -97,11 +101,8 @@ class Variant:
 
     @property
     def shape(self) -> tuple[str, ...]:
-        """Settings of the model: equal for models of one shape. What a row of an older version lacks has its default,
-        as it has in the run's config."""
-        optional = {key: field.default for key, field in ModelConfig.model_fields.items() if not field.is_required()}
-        settings = {f"model.{key}": default for key, default in optional.items()} | self.settings
-        return tuple(f"{key} {value}" for key, value in sorted(settings.items()) if key.startswith("model."))
+        """Settings of the model: equal for models of one shape."""
+        return tuple(f"{key} {value}" for key, value in sorted(self.settings.items()) if key.startswith("model."))
 
     @property
     def retained(self) -> float:
@@ -178,10 +179,18 @@ def _variant(row: dict, folder: Path | None) -> Variant:
         tokens=row["tokens"],
         parameters=row.get("parameters"),
         trained=row.get("trained", {}),
-        settings=row.get("settings", {}),
+        settings=_defaults() | row["settings"] if row.get("settings") else {},
         seeds=tuple({**dict.fromkeys(SIX), **seed} for seed in row["seeds"]),
         origin={key: str(origin[key]) for key in ("device", "commit", "time") if origin.get(key)},
     )
+
+
+@cache
+def _defaults() -> dict[str, object]:
+    """Of all keys that have one, by dotted key."""
+    model = {key: field.default for key, field in ModelConfig.model_fields.items() if not field.is_required()}
+    sections = {key: field.default for key, field in Config.model_fields.items() if isinstance(field.default, Section)}
+    return flat({"model": model} | {key: section.model_dump(mode="json") for key, section in sections.items()})
 
 
 def _origin(folder: Path, row: dict) -> dict:

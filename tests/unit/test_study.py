@@ -76,6 +76,9 @@ def test_rows_of_older_versions_have_the_shape_that_the_defaults_give(tmp_path):
     for line in lines[::2]:
         line["settings"] = {"model.experts": 0, "model.tie_embeddings": True} | line.get("settings", {})
     assert leakages(study_of(tmp_path, lines).variants) == leakages(study_of(tmp_path, two_sizes()).variants)
+    lines[1]["settings"]["masking.partition"] = "designate"
+    differ = differing_settings(study_of(tmp_path, lines).variants).values()
+    assert {key for of in differ for key in of} == {"masking.strategy", "model.hidden_size"}
     lines[0]["settings"]["model.experts"] = 4
     assert len({variant.shape for variant in study_of(tmp_path, lines).variants}) == 3
 
