@@ -41,8 +41,7 @@ KEYS = {
 
 
 def open_corpora(sweep: Sweep, write: bool = False) -> dict[str, Corpus | None]:
-    """The corpus of each run by its name, sizes and held-out text checked; None for a synthetic one that is not written
-    yet.
+    """The corpus of each run by its name, sizes checked; None for a synthetic one that is not written yet.
 
     write  write synthetic ones first. Raises ConfigError naming the run whose corpus, or file of
            `steering.direction`, is missing or does not fit.
@@ -57,7 +56,6 @@ def open_corpora(sweep: Sweep, write: bool = False) -> dict[str, Corpus | None]:
             corpus = opened[source]
             if corpus is not None:
                 check_corpus(corpus, run.config)
-                check_held_out(corpus, run.config)
             direction_of(run.config)
         except ValueError as error:
             raise ConfigError(f"{sweep.file}: run {run.name}: {error}") from None
@@ -84,6 +82,17 @@ def check_adjacent(sweep: Sweep, corpora: dict[str, Corpus | None]) -> None:
                     f"{sweep.file}: adjacent: {category!r} is no category of {corpus.path} that is retained; those are "
                     f"{', '.join(retained)}"
                 )
+
+
+def check_measured(sweep: Sweep, corpora: dict[str, Corpus | None]) -> None:
+    """Raises ConfigError naming the run of whose losses a part could not be measured."""
+    for run in sweep.runs:
+        corpus = corpora[run.name]
+        try:
+            if corpus is not None:
+                check_held_out(corpus, run.config)
+        except ValueError as error:
+            raise ConfigError(f"{sweep.file}: run {run.name}: {error}") from None
 
 
 def check_comparable(sweep: Sweep, corpora: dict[str, Corpus | None]) -> None:

@@ -17,7 +17,7 @@ from sgtm.data.store import Corpus
 from sgtm.estimate.launch import Settled, Where, compose, settle
 from sgtm.estimate.units import amount
 from sgtm.process.signals import ENDED_EARLY
-from sgtm.sweep.compare import check_adjacent, check_comparable, check_ranks, open_corpora
+from sgtm.sweep.compare import check_adjacent, check_comparable, check_measured, check_ranks, open_corpora
 from sgtm.sweep.file import Run, Sweep, read_sweep
 from sgtm.sweep.progress import Progress
 from sgtm.sweep.schedule import (
@@ -66,6 +66,7 @@ def run_sweep(
     corpora = open_corpora(sweep)
     check_comparable(sweep, corpora)
     check_adjacent(sweep, corpora)
+    check_measured(sweep, corpora)
     states = {run.name: state_of(run, corpora[run.name]) for run in sweep.runs}
     pending = [run for run in sweep.runs if states[run.name] != FINISHED]
     if dry_run:

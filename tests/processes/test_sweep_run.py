@@ -98,6 +98,10 @@ REFUSED = {
     ),
     "batch": ("{a: , b: {train.micro_batch: 3}}", "run b-s0: train.tokens_per_step 512: 8 sequences"),
     "labels": ("{a: , b: {masking.domains: [bio]}}", "run b-s0: "),
+    "a sample": (
+        "{a: {train.eval_sequences: 9}, b: {train.eval_sequences: 9}}",
+        "run a-s0: train.eval_sequences 9: split test of ",
+    ),
     "no data": ("{a: {data.path: nowhere}}", "run a-s0: no corpus at nowhere"),
 }
 

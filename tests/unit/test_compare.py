@@ -10,12 +10,11 @@ from sweeps import sweep_of
 
 from sgtm.config import ConfigError
 from sgtm.sweep import compare
-from sgtm.sweep.compare import _held_out, check_adjacent, check_comparable, check_ranks, open_corpora
+from sgtm.sweep.compare import _held_out, check_adjacent, check_comparable, check_measured, check_ranks, open_corpora
 
 
 def test_runs_of_one_corpus_share_it_and_a_synthetic_one_may_be_missing(tmp_path: Path, monkeypatch):
-    splits = ("train", "train", "test")
-    build(tmp_path / "corpus", [record(n, name, split=s) for n, s in enumerate(splits) for name in LABELS], LABELS)
+    build(tmp_path / "corpus", [record(n, category) for n in range(3) for category in LABELS], LABELS)
     opened, original = [], compare.open_corpus
 
     def recorded(config, *rest, **options):
@@ -32,12 +31,13 @@ def test_runs_of_one_corpus_share_it_and_a_synthetic_one_may_be_missing(tmp_path
     assert opened == ["a-s0", "c-s0"]
 
 
-def test_a_run_whose_losses_would_be_missing_is_refused_before_any_is_trained(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(compare, "check_corpus", lambda corpus, config: None)
+def test_a_run_whose_losses_would_be_missing_is_named(tmp_path: Path):
     documents = [record(n, category) for n in range(9) for category in LABELS]
-    data = build(tmp_path / "corpus", [*documents, record(10, "en", 300, "test")], LABELS).path
-    with pytest.raises(ConfigError, match=r"mine\.yaml: run a-s0: split test of .*corpus has no text of es, whose"):
-        open_corpora(sweep_of(tmp_path, f"variants: {{a: {{data.path: {data}}}}}"))
+    corpus = build(tmp_path / "corpus", [*documents, record(10, "en", 300, "test")], LABELS)
+    sweep = sweep_of(tmp_path, "variants: {a: , b: }")
+    check_measured(sweep, {"a-s0": None, "b-s0": None})
+    with pytest.raises(ConfigError, match=r"mine\.yaml: run b-s0: split test of .*corpus has no text of es, whose"):
+        check_measured(sweep, {"a-s0": None, "b-s0": corpus})
 
 
 def test_a_direction_that_is_missing_is_refused_with_its_run(tmp_path: Path):
