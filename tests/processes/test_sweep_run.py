@@ -34,7 +34,7 @@ BASE = """
 extends: debug
 model: {vocab_size: 320}
 data: {path: DATA}
-train: {steps: 4, eval_sequences: 8}
+train: {steps: 4, eval_sequences: 3}
 """
 ROOT = Path(__file__).parents[2]
 
@@ -86,8 +86,8 @@ REFUSED = {
     "isolation": (
         "{a: , b: {data.isolate_documents: true}}",
         BOTH
-        + "the held-out sequences (model.context, train.eval_sequences, data.isolate_documents, data.mixing): 8 of "
-        "64 tokens and 8 of 64 tokens, documents isolated; give",
+        + "the held-out sequences (model.context, train.eval_sequences, data.isolate_documents, data.mixing): 3 of "
+        "64 tokens and 3 of 64 tokens, documents isolated; give",
     ),
     "mixing": ("{a: , b: {data.mixing: token}}", BOTH + "the held-out sequences (model.context, "),
     "vocabulary": (SYNTHETIC, BOTH + "data.path: "),
