@@ -20,6 +20,7 @@ STEPS, LONG = 64, 256
 """Of the attacks that are compared; the longer ones only `filtered` and masked models have gone through."""
 
 SPILL = 0.25
+"""Of what removal costs forgotten data beyond other text: what it may cost adjacent data (`spill`)."""
 
 LINE_ERROR = 0.17
 """Nats, of `at_equal_retain` by evaluations: how far a model that was trained to its end lies from the line through

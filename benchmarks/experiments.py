@@ -122,8 +122,8 @@ EXPERIMENTS = {
         "models make no more of Spanish before a passage than `filtered` does, and their loss at 4 bits is that "
         "without rounding within hundredths of a nat. That a fifth is undiscovered means for `dual` that it "
         "trains retain weights and the domain's group together, which takes a labeller that never takes Spanish "
-        "for text to retain. The rows name the machine: on another one the losses of a seed move almost as much "
-        "as between seeds.",
+        "for text to retain. The rows come from two machines, which they name; what that does to the pairs of a "
+        "seed is in benchmarks/LOG.md.",
     ),
     "unlearning": Experiment(
         "Post-hoc unlearning of the unmasked model",

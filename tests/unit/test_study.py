@@ -71,7 +71,7 @@ def test_leakage_is_read_from_models_of_the_same_shape(tmp_path):
 
 
 def test_rows_of_older_versions_have_the_shape_that_the_defaults_give(tmp_path):
-    """As a row that was trained anew has keys that the others of its file lack."""
+    """A file mixes rows of two versions, and the newer ones have more keys."""
     lines = two_sizes()
     for line in lines[::2]:
         line["settings"] = {"model.experts": 0, "model.tie_embeddings": True} | line.get("settings", {})
