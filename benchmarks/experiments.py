@@ -332,7 +332,7 @@ PARTS = {
     "novels-combined.sweep": "A small group with Spanish trained both ways; certified, 35 % of the English both ways",
     "novels-undiscovered.sweep": "Shares of the Spanish undiscovered",
     "novels-lengths.sweep": "Lengths of the baselines, for the curves",
-    "claims-lengths.sweep": "Lengths of the filter that lets a fifth through, and of gradient routing, for the same retain loss",
+    "claims-lengths.sweep": "Lengths of the weak filter and of gradient routing, for the same retain loss",
     "arxiv-lengths.sweep": "Lengths of the weak filter, for the same retain loss",
     "sizes-filtered.sweep": "The filtered models that leakage is read from",
 }

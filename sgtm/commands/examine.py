@@ -20,7 +20,7 @@ def add(commands: Subcommands) -> None:
     parser.add_argument(
         "--texts", type=Path, metavar="FILE", help="passages to recite, one a line (default: of training)"
     )
-    parser.add_argument("--passages", type=COUNT, default=100, metavar="N", help="without --texts (default: 100)")
+    parser.add_argument("--passages", type=COUNT, metavar="N", help="without --texts (default: up to 100)")
     parser.add_argument(
         "--fit-sequences",
         type=COUNT,

@@ -26,6 +26,7 @@ from sgtm.files import write_atomically
 from sgtm.masking.labels import FULL, removal_name
 from sgtm.run.evaluate import check_precision, check_sample, load_bases, load_model
 from sgtm.run.opened import OpenedRun, check_same_sequences, knowing_control, open_with_corpus
+from sgtm.words import counted
 
 BITS = (8, 4)
 STRENGTHS = (0.5, 1.0, 2.0)  # of guided decoding
@@ -140,6 +141,8 @@ MEASURES: dict[str, Callable[[Subject, Question], dict[str, Any]]] = {
     "probes": linear_probes,
 }
 GUIDED = "guided"  # of the full model and an ablated one together
+PASSAGES = 100
+"""To recite, at most, where no number is given."""
 
 
 def examine_run(
@@ -150,7 +153,7 @@ def examine_run(
     split: str = "test",
     sequences: int | None = None,
     texts: Sequence[str] = (),
-    passages: int = 100,
+    passages: int | None = None,
     fit_sequences: int | None = None,
     data: str | None = None,
     log: Callable[[str], None] = lambda line: None,
@@ -164,14 +167,15 @@ def examine_run(
                be removed from it; None: no control
     split      whose documents the losses are of; sequences: at most this many of each category, None: all
     texts      passages for recital and guided decoding; none: the beginnings of `passages` training documents of the
-               domain, of its categories in turn, each as long as the context
+               domain, of its categories in turn, each as long as the context; None: up to `PASSAGES`
     fit_sequences  as in sgtm/evaluation/calibration.py
     data       `data.path` to take, of the same corpus; None: that of the run
 
     Raises ValueError before any model is loaded for a folder that is no run, data that are not those of the run, an
     unknown measure, passages without a measure that takes them, a run without domains, `guided` of a run from which
-    nothing can be removed, a domain or retain data without text in the split or too little of it for a measure, a
-    passage without a second token, and a control of another corpus or context.
+    nothing can be removed, a domain or retain data without text in the split or too little of it for a measure, fewer
+    sequences or passages than were asked for, a passage without a second token, and a control of another corpus or
+    context.
     """
     names = list(measures) or [*MEASURES, GUIDED]
     if unknown := [name for name in names if name not in (*MEASURES, GUIDED)]:
@@ -234,12 +238,16 @@ def _check_text(target: OpenedRun, about: Question, measures: Sequence[str]) -> 
     if "context" in measures:
         for category in (*about.forget, about.retain[0]):
             long_documents(target.corpus, about.split, category, target.config.model.context // 2)
+    categories = (*about.forget, *about.retain)
     if about.sequences:
-        check_sample(target.corpus, target.config, about.split, (*about.forget, *about.retain), about.sequences)
+        check_sample(target.corpus, target.config, about.split, categories, about.sequences)
+    if about.fit_sequences and "calibrated" in measures:
+        option = ("--fit-sequences", "leave it out for the default")
+        check_sample(target.corpus, target.config, "train", categories, about.fit_sequences, *option)
 
 
 def _question(
-    target: OpenedRun, domain: str, split: str, sequences: int | None, texts: Sequence[str], passages: int
+    target: OpenedRun, domain: str, split: str, sequences: int | None, texts: Sequence[str], passages: int | None
 ) -> Question:
     corpus, context = target.corpus, target.config.model.context
     by_label: dict[str, list[str]] = {}
@@ -257,7 +265,14 @@ def _question(
     else:
         documents = in_turn([corpus.select("train", category).tolist() for category in forget])
         long = [document for document in documents if corpus.documents["length"][document] >= context]
-        ids = [tuple(corpus.tokens(document, 0, context).tolist()) for document in (long or documents)[:passages]]
+        chosen = (long or documents)[: passages or PASSAGES]
+        if passages and len(chosen) < passages:
+            raise ValueError(
+                f"--passages {passages}: {corpus.path} has {counted(len(chosen), 'training document')} of {domain} to "
+                f"recite{' that fill the context' * bool(long)}; give at most {len(chosen)}, or leave it out for up to "
+                f"{PASSAGES}"
+            )
+        ids = [tuple(corpus.tokens(document, 0, context).tolist()) for document in chosen]
     return Question(tuple(forget), tuple(retain), split, sequences, tuple(ids))
 
 

@@ -11,6 +11,7 @@ from sgtm.report.figures import WIDTH
 from sgtm.report.palette import GRID, LIGHT, MUTED, PAPER
 from sgtm.sweep.figures import COLOURS, colour_of, line_of, panel, with_legend
 from sgtm.sweep.study import Interval, Study, Variant, absorptions, leakages, standard_points
+from sgtm.words import counted
 
 MARKERS = "osD^"
 """Of a dot: another for each of the first models with one colour."""
@@ -138,7 +139,7 @@ def tampering(study: Study) -> Figure | None:
         name = row["tampered"], row["condition"]
         number = len(variants) + others.index(name) if name in others else variants.index(name[0])
         points = [(point["step"], point["forget"]) for point in row["curve"]]
-        attacks = f", {len(row['attacks'])} attacks" * unequal
+        attacks = f", {counted(len(row['attacks']), 'attack')}" * unequal
         label = None if name in named else f"{row['tampered']} ({row['condition']}{attacks})"
         named.add(name)
         axes.plot(*zip(*points, strict=True), **line_of(number), label=label, marker=".")

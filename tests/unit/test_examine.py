@@ -225,3 +225,11 @@ def test_a_sample_that_the_split_does_not_have_is_refused(runs):
     ):
         examine_run("run", measures=["recital"], sequences=40, passages=1, log=lines.append)
     assert lines == ["es: recital"]
+    with pytest.raises(
+        ValueError, match=r"--fit-sequences 90: split train of .* has .* of es .*, or leave it out for the default"
+    ):
+        examine_run("run", measures=["calibrated"], fit_sequences=90, log=lines.append)
+    with pytest.raises(ValueError, match=r"--passages 90: .* has 16 training documents of es to recite that fill"):
+        examine_run("run", measures=["recital"], passages=90, log=lines.append)
+    assert lines == ["es: recital"]
+    examine_run("run", measures=["recital"], fit_sequences=90, passages=1, log=lines.append)

@@ -119,5 +119,5 @@ def test_a_tamper_curve_for_each_seed_and_a_name_for_each_variant(study):
     assert tampering(study._replace(tampered=())) is None
     more = {**study.tampered[0], "tampered": "other", "attacks": {"one": [], "two": []}}
     figure = tampering(study._replace(tampered=(*study.tampered, more)))
-    expected = ["paper (without es, 1 attacks)", "other (without es, 2 attacks)"]
+    expected = ["paper (without es, 1 attack)", "other (without es, 2 attacks)"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == expected
