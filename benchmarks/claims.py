@@ -84,31 +84,38 @@ def _measured(claim: Claim, study: Study | None) -> tuple[str, str]:
     result = verdict(claim, measured, claim.error(study))
     if claim.at_least(study):
         unsure = "confirmed" if claim.below else "refuted"
+        if not measured.half:  # one bound for all seeds: that is no spread
+            measured = measured._replace(half=None)
         return f": at least {measured}{claim.unit}{star}", "undecided" if unsure in result else result
     return f": {measured}{claim.unit}{star}", result
 
 
-ABOUT = (
-    "P: arXiv 2512.05648; G: GRAM; without a letter: a question of ours. Measured: mean over the seeds ± half of the "
-    "95 % confidence interval; all that compares two runs, leakages and compute penalties too, is paired by seed. A "
-    "claim is confirmed where the whole interval is on the stated side of the limit, refuted where it is all on the "
-    "other, and otherwise undecided. The limits of 5 and 12 % are the papers' figures; the others are ours. Those "
-    "of `arxiv`, of the added leakage, of relearning after unlearning and of averages over an attack were set when "
-    "first results of theirs were in. Sizes in brackets are the papers'; ours are 1.07 M parameters, "
-    "in `sizes` 0.3 to 2.2 M, and 600 steps. The results hold for these sizes only. Compute penalty: 1 minus the share "
-    "of its training at which the baseline of the same seed has the loss; at all lengths of it but one there is one "
-    "seed, which stands for the others; of a loss that the shortest length is better than, at least the penalty of "
-    "this length. Seeds change the initial weights alone: the draw of documents, and the error "
-    "of a curve that a number is read from, are in no interval. * beyond the ends of a curve: a loss that no length of "
-    "the baseline reaches, or a retain loss that the other variant has nowhere. At equal retain loss, the other "
-    "variant is read from the line through its models of several lengths where there are three, else through its "
-    "evaluations in training. The latter are in the middle of a training whose learning rate has not yet fallen: "
-    f"finished models of that retain loss differ from such a line by up to {LINE_ERROR:g} nats on the novels, and the "
-    "verdict allows for as much on both sides. The paper's claim of weak filters is for any retain loss; "
-    "ours is for that of the finished model. The worst attack is the worst of those in the commands of `claims`, which "
-    "train forget data alone, mostly the one at the highest constant rate; a stronger one may exist. `paper` starts an "
-    "attack as the worse model, and a worse model fine-tunes more slowly."
-)
+ABOUT = f"""\
+P: arXiv 2512.05648; G: GRAM; without a letter: a question of ours.
+
+- **Measured**: mean over the seeds ± half of the 95 % confidence interval. All that compares two runs is paired by
+  seed, leakages and compute penalties too; the leakages of `sizes` are read from filtered models of one seed. Seeds
+  change the initial weights alone: the draw of documents, and the error of a curve that a number is read from, are
+  in no interval.
+- **Verdict**: confirmed where the whole interval is on the stated side of the limit, refuted where it is all on the
+  other, otherwise undecided. Each stands on its own interval; none is corrected for the number of claims.
+- **Limits**: 5 and 12 % are the papers' figures, the others are ours. Those of `arxiv`, of the added leakage, of
+  relearning after unlearning and of averages over an attack were set when first results of theirs were in.
+- **Size**: figures in brackets are the papers'. Ours are 1.07 M parameters, in `sizes` 0.3 to 2.2 M, and 600 steps.
+  The results hold for these sizes only.
+- **Compute penalty**: 1 minus the share of its training at which the baseline of the same seed has the loss. All
+  lengths of the baseline but one have one seed, which stands for the others. Of a loss that the shortest length is
+  better than: at least the penalty of this length.
+- **At equal retain loss**, the other variant is read from the line through its models of several lengths where
+  there are three, else through its evaluations in training. The latter are in the middle of a training whose
+  learning rate has not yet fallen: finished models of that retain loss differ from such a line by up to
+  {LINE_ERROR:g} nats on the novels, and the verdict allows for as much on both sides. The paper's claim of weak
+  filters is for any retain loss; ours is for that of the finished model.
+- **\\***: beyond the ends of a curve. No length of the baseline reaches the loss, or no model of the other variant
+  has the retain loss.
+- **Attacks**: the worst of those in the commands of `claims`, which train forget data alone, mostly the one at the
+  highest constant rate; a stronger one may exist. Steps to a loss are read between two evaluations. `paper` starts
+  an attack as the worse model, and a worse model fine-tunes more slowly."""
 
 
 def verdict(claim: Claim, measured: Interval, error: float = 0.0) -> str:
@@ -125,14 +132,16 @@ def verdict(claim: Claim, measured: Interval, error: float = 0.0) -> str:
 
 WEAK = "filtered-undiscovered"
 PAPER, DUAL = "paper-undiscovered", "dual"
+HIDDEN = {PAPER: "undiscovered", DUAL: "labelled to train retain weights as well"}
+"""What is done to a fifth of the forget data."""
 ARXIV = (("", "paper"), ("P", "paper-masked"), ("", "dual"))
 """The paper's Wikipedia models mask the joint parameters, those of its TinyStories do not."""
 CLAIMS = (
     *(
         Claim(
             "P" if name == PAPER else "",
-            f"{name}: with a fifth of the forget data undiscovered, the ablated model has forgotten more than a filter "
-            f"that lets the same share of the forget tokens through, at the same retain loss",
+            f"{name}: with a fifth of the forget data {HIDDEN[name]}, the ablated model has forgotten more than a "
+            f"filter that lets the same share of the forget tokens through, at the same retain loss",
             "forget loss, ablated, minus that of the filter",
             0,
             False,
@@ -174,7 +183,8 @@ CLAIMS = (
     *(
         Claim(
             "P" if name == PAPER else "",
-            f"{name}: all that the ablated model has learned of the domain is little beside the undiscovered fifth"
+            f"{name}: all that the ablated model has learned of the domain is little beside the fifth that is "
+            + HIDDEN[name]
             + " (64M: 0.005 to 0.02 of it)" * (name == PAPER),
             "leakage",
             0.1,

@@ -15,8 +15,10 @@ from matplotlib import rc_context
 from PIL import Image
 from tables import markdown
 
+from sgtm.evaluation import compute_ratio, leakage
 from sgtm.files import sha256_of
-from sgtm.report import legend
+from sgtm.report import figures as report_figures
+from sgtm.report import legend, palette
 from sgtm.report.figures import STYLE
 from sgtm.sweep import figures as sweep_figures
 from sgtm.sweep import study, study_figures
@@ -26,6 +28,8 @@ from sgtm.sweep.study import read_study
 FIGURES = ROOT / "docs" / "figures"
 DATA = ("retain", "adjacent", "forget")
 RATIOS = (("full", "retain"), ("full", "forget"), ("ablated", "retain"))
+DRAWING = (study, study_figures, sweep_figures, report_figures, legend, palette, leakage, compute_ratio)
+"""The code that a figure depends on."""
 CAPTIONS = {figure.__name__: caption for figure, caption, _ in EXHIBITS}
 
 
@@ -34,11 +38,14 @@ def tables(rows: list[dict]) -> str:
     table for each sweep."""
     ratios, adjacent = any(row["ratios"] for row in rows), any("full_adjacent" in row for row in rows)
     data = "on retained, adjacent and forgotten data" if adjacent else "on retained and on forgotten data"
+    plain = not all(row.get("masks", True) for row in rows)
     about = (
         "Held-out loss in nats per token, mean and sample standard deviation over the seeds: of the full model and of "
-        f"the ablated one (without the domain's group), {data}. Nothing is ablated from a model that was trained "
-        "without masks. The seeds change the initial weights alone. The losses are those of the CPU named below the "
-        "table: another one rounds bf16 differently, so that a single seed moves."
+        f"the ablated one (without what holds the domain: a group, a direction or adapters), {data}. "
+        + "Nothing is ablated from a model that was trained without masks. " * plain
+        + "Tokens: of the training, and of them those of retained text. " * any(row.get("trained") for row in rows)
+        + "The seeds change the initial weights alone, unless the result names more. Another CPU rounds bf16 "
+        "differently, so that a single seed moves: below the table stand those that the rows are of."
     )
     if ratios:
         about += (
@@ -126,10 +133,12 @@ def described(name: str, rows: list[dict], path: str, figures: str) -> str:
 
 def _variants(rows: list[dict], ratios: bool) -> list[list[str]]:
     losses = [(model, data) for model in ("full", "ablated") for data in DATA if f"full_{data}" in rows[0]]
-    table = [["recipe", "seeds", "tokens", *(f"{model}, {data}" for model, data in losses)]]
+    seen = any(row.get("trained") for row in rows)
+    table = [["recipe", "seeds", "tokens", *["retained"] * seen, *(f"{model}, {data}" for model, data in losses)]]
     table[0] += [f"compute, {model} {data}" for model, data in RATIOS] if ratios else []
     for row in rows:
         cells = [row["variant"], str(row["finished"]), f"{row['tokens']:,}"]
+        cells += [f"{retained:,.0f}" if (retained := _retained(row)) else ""] * seen
         masks = row.get("masks", True)
         cells += [_loss(row, f"{model}_{data}") * (model == "full" or masks) for model, data in losses]
         for model, data in RATIOS if ratios else ():
@@ -137,6 +146,11 @@ def _variants(rows: list[dict], ratios: bool) -> list[list[str]]:
             cells.append(f"{ratio['value']:.2f}{'*' * ratio['extrapolated']}" if ratio else "")
         table.append(cells)
     return table
+
+
+def _retained(row: dict) -> float:
+    """Tokens of the training that are no domain's."""
+    return sum(sum(by.values()) for true, by in row.get("trained", {}).items() if not true.startswith("forget:"))
 
 
 def _loss(row: dict, loss: str) -> str:
@@ -166,7 +180,7 @@ def is_current(image: Path, results: Path) -> bool:
 
 def source_of(results: Path) -> str:
     """SHA-256 of the file of rows and of the code that draws it."""
-    code = (Path(module.__file__ or "") for module in (study, study_figures, sweep_figures, legend))
+    code = (Path(module.__file__ or "") for module in DRAWING)
     return sha256("".join(map(sha256_of, (results, *code))).encode()).hexdigest()
 
 

@@ -15,7 +15,10 @@ def add(commands: Subcommands) -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="MEASURE", help="measures (default: all)")
     parser.add_argument("--split", default="test", help="split whose losses are measured (default: test)")
     parser.add_argument(
-        "--sequences", type=COUNT, metavar="N", help="sequences per category, of losses and membership (default: all)"
+        "--sequences",
+        type=COUNT,
+        metavar="N",
+        help="sequences per category (default: all; of context 200, of probes 400)",
     )
     parser.add_argument(
         "--texts", type=Path, metavar="FILE", help="passages to recite, one a line (default: of training)"

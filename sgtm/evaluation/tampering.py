@@ -91,7 +91,7 @@ class Attack:
         """Constant attacks that differ in their steps alone have one name: the shorter is the start of the longer."""
         constant = self.schedule == "constant"
         words = [self.data, self.schedule if constant else f"{self.schedule} over {self.steps}", f"lr {self.lr:g}"]
-        if self.warmup > 1 if constant else self.warmup != self.steps // 10:
+        if self.warmup != (1 if constant else self.steps // 10):
             words.append(f"warm-up {self.warmup}")
         words += [f"weight decay {self.weight_decay:g}"] * (self.weight_decay != 0)
         words += [f"clip {self.clip:g}"] * (self.clip != 1) + [f"seed {self.seed}"] * (self.seed != 0)

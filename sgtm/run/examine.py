@@ -105,11 +105,16 @@ def in_few_bits(subject: Subject, about: Question) -> dict[str, Any]:
     return losses
 
 
+def _sample(about: Question, name: str) -> dict[str, int]:
+    """An argument for the number that was asked for; none where all were, and a measure takes its own sample."""
+    return {name: about.sequences} if about.sequences else {}
+
+
 def in_context(subject: Subject, about: Question) -> dict[str, Any]:
     """By category, behind text of the first retain category."""
     by_category = {}
     for category in about.forget:
-        gain = context_gain(subject, category, about.retain[0], split=about.split)
+        gain = context_gain(subject, category, about.retain[0], split=about.split, **_sample(about, "passages"))
         by_category[category] = {
             name: value if isinstance(value, int) else _estimate(value) for name, value in gain._asdict().items()
         }
@@ -126,7 +131,7 @@ def linear_probes(subject: Subject, about: Question) -> dict[str, Any]:
                 "rate": probe.rate,
                 "chosen": probe.chosen,
             }
-            for layer, probe in probes(subject, category, split=about.split).items()
+            for layer, probe in probes(subject, category, split=about.split, **_sample(about, "sequences")).items()
         }
         for category in about.forget
     }
@@ -165,7 +170,8 @@ def examine_run(
     measures   names of `MEASURES` or `guided`; none: all
     control    a run that was trained without the domains, on the same corpus, taken without the domain where that can
                be removed from it; None: no control
-    split      whose documents the losses are of; sequences: at most this many of each category, None: all
+    split      whose documents the losses are of
+    sequences  of each category, at most, and passages of `context`; None: all, of `context` 200, of `probes` 400
     texts      passages for recital and guided decoding; none: the beginnings of `passages` training documents of the
                domain, of its categories in turn, each as long as the context; None: up to `PASSAGES`
     fit_sequences  as in sgtm/evaluation/calibration.py

@@ -53,16 +53,17 @@ EXHIBITS = (
     ),
     (
         figures.undiscovered,
-        "Undiscovered data: forget loss of the served models against the forget tokens that were trained without their "
-        "label. Line: models that were trained without masks, from which leakage is read. A model above the line has "
-        "removed part of what was not labelled; the line's tokens at its loss, over its own, are the leakage.",
+        "Undiscovered data: forget loss of the served models against the forget tokens that retain weights were "
+        "trained on: those without their label, and those with the label `open:DOMAIN`. Line: models that were "
+        "trained without masks, from which leakage is read. A model above the line has removed part of them; the "
+        "line's tokens at its loss, over its own, are the leakage.",
         "No forget loss against undiscovered forget tokens: it takes models with masks and without, and rows with "
         "`trained`.",
     ),
     (
         figures.leaked,
         "Leakage: forget tokens that a model without masks has to see to reach the ablated model's forget loss, as a "
-        "share of those that were trained without their label. 0: nothing has leaked; 1: masks had no effect. Bars: "
+        "share of those that its retain weights were trained on. 0: nothing has leaked; 1: masks had no effect. Bars: "
         "95 % confidence intervals over the seeds, each of which has the curve of its own seed where there is one.",
         "No leakage: it takes masked models with undiscovered forget tokens, and models without masks that saw none "
         "and three other numbers of them.",

@@ -111,7 +111,8 @@ class Variant:
 
     @property
     def undiscovered(self) -> float | None:
-        """Forget tokens that were trained without their label; None where that is not recorded."""
+        """Forget tokens that retain weights were trained on: those without their label, and those with the label
+        `open:DOMAIN`. None where that is not recorded."""
         if not self.trained:
             return None
         rows = {true: row for true, row in self.trained.items() if true.startswith("forget:")}
@@ -200,7 +201,11 @@ def _origin(folder: Path, row: dict) -> dict:
 
 def examined_with(row: dict) -> str:
     """The settings of an examination, in words."""
-    sequences = f"up to {row['sequences']} sequences of each category" if row.get("sequences") else "all sequences"
+    sequences = (
+        f"up to {row['sequences']} sequences of each category"
+        if row.get("sequences")
+        else "all sequences (a sample for context and probes)"
+    )
     text = f"{sequences} of split {row.get('split') or 'test'}"
     if row.get("control"):
         text += f", control {row['control']}" + " (which may have seen the domain)" * bool(row.get("control_warning"))

@@ -335,6 +335,8 @@ def test_a_lower_bound_refutes_nothing(claims, measures, tmp_path):
     assert claims._measured(bound, study) == (": at least 0.150 ± 0.124 nats", "undecided")
     assert claims._measured(bound._replace(at_least=lambda study: False), study)[1] == "**refuted**"
     assert claims._measured(bound._replace(limit=0.0), study)[1] == "**confirmed**"
+    same = bound._replace(measure=lambda study: [2.0, 2.0, 2.0])
+    assert claims._measured(same, study) == (": at least 2.000 nats", "**confirmed**"), "one bound is no spread"
     below = bound._replace(below=True)
     assert claims._measured(below, study)[1] == "undecided", "a lower bound confirms nothing that has to be below"
     assert claims._measured(below._replace(limit=0.0), study)[1] == "**refuted**"

@@ -73,7 +73,7 @@ def test_numbers_are_those_of_the_measures_themselves(runs):
                 scores = rough.scores("train", category, 4)
                 loss = token_mean(scores.losses, scores.document)._asdict()
                 assert measures["quantised"][name][bits][category] == loss, (name, bits, category)
-        gain = context_gain(subject, "es", "en", split="train")
+        gain = context_gain(subject, "es", "en", split="train", passages=4)
         assert measures["context"][name]["es"]["gain"]["value"] == gain.gain.value, name
         assert measures["membership"][name]["es"]["value"] == membership(subject, "es", 4).value, name
         fit = calibrated_losses(subject, forget=("es",), retain=("en",), split="train", sequences=4)
@@ -81,7 +81,7 @@ def test_numbers_are_those_of_the_measures_themselves(runs):
             expected = {category: loss._asdict() for category, loss in losses.items()}
             assert measures["calibrated"][name][when] == expected, (name, when)
         assert measures["calibrated"][name]["targets"] == fit.targets
-        for layer, probe in probes(subject, "es", split="train").items():
+        for layer, probe in probes(subject, "es", split="train", sequences=4).items():
             expected = {**probe._asdict(), "own_head": probe.own_head._asdict(), "fitted": probe.fitted._asdict()}
             assert measures["probes"][name]["es"][str(layer)] == expected, (name, layer)
     assert len({measures["quantised"]["full"][bits]["es"]["value"] for bits in ("unrounded", "8", "4")}) == 3

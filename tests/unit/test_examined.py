@@ -87,7 +87,7 @@ def test_examinations_of_other_settings_are_told_apart(tmp_path):
     study = read_study(write_rows(tmp_path / "mine.jsonl", [row("paper", (1, 1, 1, 1)), *lines]))
     assert list(examinations(study)) == [
         "dual, up to 9 sequences of each category of split test, control unmasked (which may have seen the domain)",
-        "gram, all sequences of split train",
+        "gram, all sequences (a sample for context and probes) of split train",
         "paper, up to 9 sequences of each category of split test, control filtered",
     ]
     assert list(examinations(study._replace(examined=study.examined[-2:]))) == ["paper"]

@@ -24,13 +24,15 @@ def with_spread(line: dict) -> dict:
 def test_a_table_has_adjacent_columns_where_the_rows_have_them(sections):
     line = with_spread(row("paper", (3.0, 4.0, 3.5, 8.0)))
     plain = sections.tables([line])
-    assert "| paper | 3 | 1,000 | 3.000 ± 0.010 | 4.000 ± 0.010 | 3.500 ± 0.010 | 8.000 ± 0.010 |" in plain
+    assert "| paper | 3 | 1,000 | 2,000,000 | 3.000 ± 0.010 | 4.000 ± 0.010 | 3.500 ± 0.010 | 8.000 ± 0.010 |" in plain
     six = {"full_adjacent": 3.2, "full_adjacent_sd": 0.1, "ablated_adjacent": 3.9, "ablated_adjacent_sd": None}
     text = sections.tables([{**line, **six}])
     assert "| full, retain | full, adjacent | full, forget | ablated, retain | ablated, adjacent |" in text
     assert "| 3.000 ± 0.010 | 3.200 ± 0.100 | 4.000 ± 0.010 | 3.500 ± 0.010 | 3.900 | 8.000 ± 0.010 |" in text
     unmasked = with_spread(row("unmasked", (3.0, 4.0, 3.0, 4.0), masks=False))
     assert sections.tables([unmasked]).endswith("4.000 ± 0.010 |  |  |")
+    assert "Nothing is ablated" in sections.tables([line, unmasked]) and "Nothing is ablated" not in plain
+    assert "retained" not in sections.tables([{**line, "trained": {}}]).splitlines()[2]
 
 
 def test_every_set_of_several_domains_has_a_row(sections):
@@ -71,9 +73,10 @@ def test_a_figure_is_out_of_date_when_its_rows_or_its_code_change(sections, monk
     sections.draw(image, results, "ablated")
     assert sections.is_current(image, results)
     (tmp_path / "other.py").write_text("# other code")
-    with monkeypatch.context() as patch:
-        patch.setattr(sections.study_figures, "__file__", str(tmp_path / "other.py"))
-        assert not sections.is_current(image, results)
+    for code in (sections.study_figures, sections.palette, sections.leakage):
+        with monkeypatch.context() as patch:
+            patch.setattr(code, "__file__", str(tmp_path / "other.py"))
+            assert not sections.is_current(image, results), code.__name__
     write_rows(results, rows()[:-1])
     assert not sections.is_current(image, results)
     write_rows(results, rows()[:3])

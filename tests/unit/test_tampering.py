@@ -257,6 +257,7 @@ def test_attacks_of_one_name_take_the_same_steps():
     assert str(ATTACK) == "forget, cosine over 4, lr 0.01, warm-up 1" and str(constant) == "forget, constant, lr 0.01"
     assert str(replace(constant, steps=256)) == str(constant), "the shorter is the beginning of the longer"
     assert str(replace(constant, warmup=25)) == "forget, constant, lr 0.01, warm-up 25"
+    assert str(replace(constant, warmup=0)) == "forget, constant, lr 0.01, warm-up 0"
     assert str(replace(ATTACK, steps=30, warmup=3)) == "forget, cosine over 30, lr 0.01"
     for change in ({"weight_decay": 0.1}, {"clip": 0.0}, {"seed": 1}, {"data": "adjacent"}, {"lr": 0.02}):
         assert str(replace(constant, **change)) != str(constant), change
