@@ -1,4 +1,4 @@
-"""What the claims of claims.py measure: for each a function from a study to a number for every seed.
+"""What the claims of claims.py measure: for each a function from a study to what is `Measured` of it.
 
 Each raises Missing where a variant, an attack or an examination that it takes is missing.
 """
@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,12 +32,28 @@ class Missing(Exception):
     """The rows lack what a claim takes."""
 
 
+class Measured(NamedTuple):
+    """
+    values    a number for every seed
+    outside   whether one of them is read beyond the ends of a curve
+    at_least  whether one of them is a lower bound
+    error     of the measure itself, which no seed shows
+    """
+
+    values: list[float]
+    outside: bool = False
+    at_least: bool = False
+    error: float = 0.0
+
+
+Measure = Callable[[Study], Measured]
+
+
 def variant(study: Study, name: str) -> Variant:
     """Raises Missing for one that the study lacks."""
-    return next(filter(lambda each: each.name == name, study.variants), None) or _missing(name)
-
-
-def _missing(name: str):
+    for each in study.variants:
+        if each.name == name:
+            return each
     raise Missing(name)
 
 
@@ -44,57 +61,48 @@ def by_seed(study: Study, name: str) -> dict[int, dict]:
     return {seed["seed"]: seed for seed in variant(study, name).seeds}
 
 
-def difference(first: tuple[str, str], second: tuple[str, str]) -> Callable[[Study], list[float]]:
+def difference(first: tuple[str, str], second: tuple[str, str]) -> Measure:
     """Of two (variant, loss), for every seed that both have."""
 
-    def measure(study: Study) -> list[float]:
+    def measure(study: Study) -> Measured:
         ours, theirs = by_seed(study, first[0]), by_seed(study, second[0])
-        return [ours[seed][first[1]] - theirs[seed][second[1]] for seed in ours if seed in theirs]
+        return Measured([ours[seed][first[1]] - theirs[seed][second[1]] for seed in ours if seed in theirs])
 
     return measure
 
 
-def spill(name: str) -> Callable[[Study], list[float]]:
+def spill(name: str) -> Measure:
     """By how much more removal raises the loss on adjacent data than on retained data, minus `SPILL` of how much more
     it raises that on forgotten data: 0 where nothing is removed."""
 
-    def measure(study: Study) -> list[float]:
+    def measure(study: Study) -> Measured:
         spilt = []
         for seed in variant(study, name).seeds:
             retain, adjacent, forget = (
                 seed[f"ablated_{data}"] - seed[f"full_{data}"] for data in ("retain", "adjacent", "forget")
             )
             spilt.append(adjacent - retain - SPILL * (forget - retain))
-        return spilt
+        return Measured(spilt)
 
     return measure
 
 
-def at_equal_retain(name: str, other: str) -> Callable[[Study], list[float]]:
+def at_equal_retain(name: str, other: str) -> Measure:
     """The ablated forget loss minus that of another variant's served model at the same retain loss, on the line through
-    the other's final losses at several lengths (`NAME-STEPS`), or without these through its evaluations in training
-    (`line_error`); beyond them, at the nearest (`off_the_line`)."""
+    the other's final losses at several lengths (`NAME-STEPS`), or without these through its evaluations in training,
+    with `LINE_ERROR`; beyond the ends of a line, at the nearest."""
 
-    def measure(study: Study) -> list[float]:
-        differences = []
+    def measure(study: Study) -> Measured:
+        differences, beyond = [], False
         for ours, line in _lines(study, name, other):
             retain, forget = zip(*line, strict=True)
             differences.append(ours["ablated_forget"] - float(np.interp(ours["ablated_retain"], retain, forget)))
-        return differences
+            beyond |= not retain[0] <= ours["ablated_retain"] <= retain[-1]
+        both = by_seed(study, name).keys() & by_seed(study, other).keys()
+        finished = all(_by_length(study, other, seed) for seed in both)
+        return Measured(differences, outside=beyond, error=0.0 if finished else LINE_ERROR)
 
     return measure
-
-
-def off_the_line(name: str, other: str) -> Callable[[Study], bool]:
-    """Whether a seed's retain loss is none that the other's evaluations reach from both sides."""
-    return lambda study: any(
-        not line[0][0] <= ours["ablated_retain"] <= line[-1][0] for ours, line in _lines(study, name, other)
-    )
-
-
-def line_error(name: str, other: str) -> Callable[[Study], float]:
-    """`LINE_ERROR` where a seed's line is that of evaluations in training, else 0."""
-    return lambda study: LINE_ERROR if any(_by_length(study, other, s) is None for s in by_seed(study, name)) else 0.0
 
 
 def _lines(study: Study, name: str, other: str) -> list[tuple[dict, list[tuple[float, float]]]]:
@@ -126,19 +134,19 @@ def lengths(study: Study, name: str) -> list[Variant]:
     return [variant(study, name), *others]
 
 
-def leakage_of(name: str) -> Callable[[Study], list[float]]:
+def leakage_of(name: str) -> Measure:
     """The token equivalent of the ablated model's forget loss, over the undiscovered forget tokens."""
-    return lambda study: [seed.ratio.mean for seed in _leakages(study, name).values() if seed.ratio]
+    return lambda study: Measured([seed.ratio.mean for seed in _leakages(study, name).values() if seed.ratio])
 
 
-def added_leakage(name: str, complete: str) -> Callable[[Study], list[float]]:
+def added_leakage(name: str, complete: str) -> Measure:
     """The token equivalent minus that of the variant with complete labels, over the undiscovered forget tokens."""
 
-    def measure(study: Study) -> list[float]:
+    def measure(study: Study) -> Measured:
         ours, theirs = _leakages(study, name), _leakages(study, complete)
         undiscovered = variant(study, name).undiscovered or math.nan
         pairs = [(ours[seed].tokens.mean, theirs[seed].tokens.mean) for seed in ours if seed in theirs]
-        return [(one - other) / undiscovered for one, other in pairs]
+        return Measured([(one - other) / undiscovered for one, other in pairs])
 
     return measure
 
@@ -168,26 +176,25 @@ def reached(study: Study, name: str, loss: str, baseline: str) -> list[tuple[flo
         losses = []
         for point in points:
             by_own = {each["seed"]: each[end] for each in point.seeds}
-            others = [loss - wholes[other] for other, loss in by_own.items() if other in wholes]
+            others = [theirs - wholes[other] for other, theirs in by_own.items() if other in wholes]
             losses.append(by_own.get(seed) or wholes[seed] + statistics.fmean(others))
         shares_reached.append(LearningCurve(shares, losses).reached(ours[seed][loss]))
     return shares_reached
 
 
-def penalty(name: str, loss: str, baseline: str) -> Callable[[Study], list[float]]:
-    """1 - the share, in percent; of a loss that the shortest length of the baseline is better than, that of this length
-    (`too_bad`)."""
+def penalty(name: str, loss: str, baseline: str) -> Measure:
+    """1 - the share, in percent; of a loss that the shortest length of the baseline is better than, at least that of
+    this length. Outside: a seed's loss is none that the lengths reach."""
 
-    def measure(study: Study) -> list[float]:
-        least = _shortest(study, baseline)
-        return [100 * (1 - max(share, least)) for share, _ in reached(study, name, loss, baseline)]
+    def measure(study: Study) -> Measured:
+        least, shares = _shortest(study, baseline), reached(study, name, loss, baseline)
+        return Measured(
+            [100 * (1 - max(share, least)) for share, _ in shares],
+            outside=any(extrapolated for _, extrapolated in shares),
+            at_least=any(share < least for share, _ in shares),
+        )
 
     return measure
-
-
-def too_bad(name: str, loss: str, baseline: str) -> Callable[[Study], bool]:
-    """Whether the baseline's shortest length is better than a seed, whose penalty is a bound."""
-    return lambda study: any(share < _shortest(study, baseline) for share, _ in reached(study, name, loss, baseline))
 
 
 def _shortest(study: Study, baseline: str) -> float:
@@ -195,74 +202,64 @@ def _shortest(study: Study, baseline: str) -> float:
     return min(each.tokens for each in lengths(study, baseline)) / variant(study, baseline).tokens
 
 
-def beyond(name: str, loss: str, baseline: str) -> Callable[[Study], bool]:
-    """Whether a seed's loss is outside the baseline's lengths."""
-    return lambda study: any(extrapolated for _, extrapolated in reached(study, name, loss, baseline))
-
-
-def attacked(first: str, second: str, steps: int | None = None) -> Callable[[Study], list[float]]:
+def attacked(first: str, second: str, steps: int | None = None) -> Measure:
     """Forget loss of the worst attack, of the first minus of the second, after so many steps; None: the mean over the
     numbers of steps that were evaluated, from 1 to STEPS."""
 
-    def measure(study: Study) -> list[float]:
+    def measure(study: Study) -> Measured:
         differences = []
         for ours, theirs in _worst_cases(study, (first, second), STEPS).values():
             by_step = {step: ours[step] - theirs[step] for step in ours if step}
             if steps is not None and steps not in by_step:
                 raise Missing(f"attacks of {steps} steps")
             differences.append(statistics.fmean(by_step.values()) if steps is None else by_step[steps])
-        return differences
+        return Measured(differences)
 
     return measure
 
 
-def change_with_size(names: Sequence[str]) -> Callable[[Study], list[float]]:
+def change_with_size(names: Sequence[str]) -> Measure:
     """For every seed, the slope of the line through the leakages of these variants against the log10 of their
     parameters."""
 
-    def measure(study: Study) -> list[float]:
-        sizes = [np.log10(variant(study, name).parameters or _missing(name)) for name in names]
-        by_size = [leakage_of(name)(study) for name in names]
+    def measure(study: Study) -> Measured:
+        sizes, by_size = [], []
+        for name in names:
+            if not (parameters := variant(study, name).parameters):
+                raise Missing(f"the number of parameters of {name}")
+            sizes.append(np.log10(parameters))
+            by_size.append(leakage_of(name)(study).values)
         if len({len(ratios) for ratios in by_size}) > 1:
             raise Missing(f"{names} with the same seeds")
-        return [float(np.polyfit(sizes, ratios, 1)[0]) for ratios in zip(*by_size, strict=True)]
+        return Measured([float(np.polyfit(sizes, ratios, 1)[0]) for ratios in zip(*by_size, strict=True)])
 
     return measure
 
 
-def relearning(first: str, second: str, steps: int = STEPS, baseline: str = "unmasked"):
+def relearning(first: str, second: str, steps: int = STEPS, baseline: str = "unmasked") -> Measure:
     """log2 of how many times as many steps the worst attack on the first takes as that on the second, to the forget
     loss that the baseline has before any attack, on the same held-out text, within `steps`. What the first does not
-    reach counts as the last step at which both were evaluated, which is too few (`unreached`); for the second it is
-    an error."""
+    reach counts as the last step at which both were evaluated, a lower bound; for the second it is an error."""
 
-    def measure(study: Study) -> list[float]:
-        targets, ratios = _before_attacks(study, baseline), []
+    def measure(study: Study) -> Measured:
+        targets, ratios, missed = _before_attacks(study, baseline), [], False
         for seed, curves in _worst_cases(study, (first, second), steps).items():
             if seed in targets:
                 ours, theirs = (steps_to(curve, targets[seed]) for curve in curves)
                 if theirs is None:
                     raise Missing(f"{second} within {steps} steps")
                 ratios.append(math.log2((ours or max(curves[0])) / theirs))
-        return ratios
-
-    return measure
-
-
-def unreached(first: str, second: str, steps: int = STEPS, baseline: str = "unmasked") -> Callable[[Study], bool]:
-    """Whether the worst attack on the first misses the baseline's loss for a seed, so that its steps are a bound."""
-
-    def measure(study: Study) -> bool:
-        targets, curves = _before_attacks(study, baseline), _worst_cases(study, (first, second), steps)
-        return any(steps_to(ours, targets[seed]) is None for seed, (ours, _) in curves.items() if seed in targets)
+                missed |= ours is None
+        return Measured(ratios, at_least=missed)
 
     return measure
 
 
 def _attacked_rows(study: Study, name: str) -> dict[int, dict]:
     """By seed."""
-    rows = [row for row in study.tampered if row["tampered"] == name] or _missing(f"attacks on {name}")
-    return {row["seed"]: row for row in rows}
+    if rows := {row["seed"]: row for row in study.tampered if row["tampered"] == name}:
+        return rows
+    raise Missing(f"attacks on {name}")
 
 
 def _before_attacks(study: Study, name: str) -> dict[int, float]:
@@ -309,10 +306,10 @@ def steps_to(curve: dict[int, float], target: float) -> float | None:
     return None
 
 
-def examined(name: str, first: tuple[str, str], second: tuple[str, str]) -> Callable[[Study], list[float]]:
+def examined(name: str, first: tuple[str, str], second: tuple[str, str]) -> Measure:
     """First minus second of two (number, model) of a variant's examinations, for every seed."""
 
-    def measure(study: Study) -> list[float]:
+    def measure(study: Study) -> Measured:
         mine = [row for row in study.examined if row["examined"] == name]
         if not mine:
             raise Missing(f"examinations of {name}")
@@ -322,6 +319,6 @@ def examined(name: str, first: tuple[str, str], second: tuple[str, str]) -> Call
         for number, model in (first, second):
             if not all(model in values.get(number, ()) for values in rows):
                 raise Missing(f"{number!r} of {model!r} in every examination of {name}")
-        return [values[first[0]][first[1]] - values[second[0]][second[1]] for values in rows]
+        return Measured([values[first[0]][first[1]] - values[second[0]][second[1]] for values in rows])
 
     return measure

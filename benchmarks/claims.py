@@ -12,29 +12,25 @@ arXiv 2512.05648; G: GRAM.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from claim_measures import (
     LINE_ERROR,
     LONG,
     STEPS,
+    Measure,
     Missing,
     added_leakage,
     at_equal_retain,
     attacked,
-    beyond,
     change_with_size,
     difference,
     examined,
     leakage_of,
-    line_error,
-    off_the_line,
     penalty,
     relearning,
     spill,
-    too_bad,
-    unreached,
 )
 from tables import markdown
 
@@ -42,21 +38,20 @@ from sgtm.sweep.study import Interval, Study, interval
 
 
 class Claim(NamedTuple):
-    """limit: what the measured quantity has to be above, or below where `below`; unit: of quantity and limit; outside:
-    whether the quantity is extrapolated; study: the stem of the results file; at_least: whether what is
-    measured is a lower bound; error: of the measure itself, which no seed shows."""
+    """
+    limit  what the measured quantity has to be above, or below where `below`
+    unit   of quantity and limit
+    study  the stem of the results file
+    """
 
     source: str
     text: str
     quantity: str
     limit: float
     below: bool
-    measure: Callable[[Study], Iterable[float]]
+    measure: Measure
     unit: str = " nats"
-    outside: Callable[[Study], bool] = lambda study: False
     study: str = "claims"
-    at_least: Callable[[Study], bool] = lambda study: False
-    error: Callable[[Study], float] = lambda study: 0.0
 
 
 def section(studies: Mapping[str, Study]) -> str:
@@ -74,20 +69,19 @@ def _measured(claim: Claim, study: Study | None) -> tuple[str, str]:
     if study is None:
         return "", "not tested: not run"
     try:
-        values = list(claim.measure(study))
-        star = "*" if claim.outside(study) else ""
+        measured = claim.measure(study)
     except Missing as missing:
         return "", f"not tested: without {missing}"
-    measured = interval(values)
-    if measured is None:
-        return "", "not tested: a run has diverged" if values else "not tested: no seed"
-    result = verdict(claim, measured, claim.error(study))
-    if claim.at_least(study):
+    over_seeds = interval(measured.values)
+    if over_seeds is None:
+        return "", "not tested: a run has diverged" if measured.values else "not tested: no seed"
+    result, unit = verdict(claim, over_seeds, measured.error), claim.unit + "*" * measured.outside
+    if measured.at_least:
         unsure = "confirmed" if claim.below else "refuted"
-        if not measured.half:  # one bound for all seeds: that is no spread
-            measured = measured._replace(half=None)
-        return f": at least {measured}{claim.unit}{star}", "undecided" if unsure in result else result
-    return f": {measured}{claim.unit}{star}", result
+        if not over_seeds.half:  # one bound for all seeds: that is no spread
+            over_seeds = over_seeds._replace(half=None)
+        return f": at least {over_seeds}{unit}", "undecided" if unsure in result else result
+    return f": {over_seeds}{unit}", result
 
 
 ABOUT = f"""\
@@ -118,12 +112,12 @@ P: arXiv 2512.05648; G: GRAM; without a letter: a question of ours.
   an attack as the worse model, and a worse model fine-tunes more slowly."""
 
 
-def verdict(claim: Claim, measured: Interval, error: float = 0.0) -> str:
+def verdict(claim: Claim, over_seeds: Interval, error: float = 0.0) -> str:
     """error: of the measure itself, which no seed shows; it counts on both sides."""
-    if measured.half is None:
+    if over_seeds.half is None:
         return "not tested: one seed"
-    half = measured.half + error
-    low, high = measured.mean - half, measured.mean + half
+    half = over_seeds.half + error
+    low, high = over_seeds.mean - half, over_seeds.mean + half
     inside, outside = (
         (high < claim.limit, low > claim.limit) if claim.below else (low > claim.limit, high < claim.limit)
     )
@@ -146,8 +140,6 @@ CLAIMS = (
             0,
             False,
             at_equal_retain(name, WEAK),
-            outside=off_the_line(name, WEAK),
-            error=line_error(name, WEAK),
         )
         for name in (PAPER, DUAL)
     ),
@@ -160,8 +152,6 @@ CLAIMS = (
             0,
             False,
             at_equal_retain(name, "filtered"),
-            outside=off_the_line(name, "filtered"),
-            error=line_error(name, "filtered"),
             study="arxiv",
         )
         for source, name in ARXIV
@@ -225,8 +215,6 @@ CLAIMS = (
             True,
             penalty(name, "full_retain", "unmasked"),
             " %",
-            beyond(name, "full_retain", "unmasked"),
-            at_least=too_bad(name, "full_retain", "unmasked"),
         )
         for name in ("paper", DUAL)
     ),
@@ -238,8 +226,6 @@ CLAIMS = (
             0,
             False,
             at_equal_retain(PAPER, name),
-            outside=off_the_line(PAPER, name),
-            error=line_error(PAPER, name),
         )
         for name, what in (
             ("gradient_routing-undiscovered", "gradient routing, which lets forget data train what is shared"),
@@ -300,7 +286,6 @@ CLAIMS = (
             False,
             relearning(name, f"unmasked + {method.lower()}"),
             "",
-            at_least=unreached(name, f"unmasked + {method.lower()}"),
         )
         for name in ("paper", DUAL)
         for method in ("RMU", "NPO")
@@ -314,7 +299,6 @@ CLAIMS = (
             False,
             relearning(name, "filtered", LONG),
             "",
-            at_least=unreached(name, "filtered", LONG),
         )
         for name in ("paper", DUAL, "certified")
     ),
@@ -326,8 +310,6 @@ CLAIMS = (
         True,
         penalty("gram", "full_retain", "unmasked"),
         " %",
-        beyond("gram", "full_retain", "unmasked"),
-        at_least=too_bad("gram", "full_retain", "unmasked"),
     ),
     Claim(
         "G",
@@ -346,8 +328,6 @@ CLAIMS = (
         0,
         False,
         at_equal_retain("gram-half", "filtered-half"),
-        outside=off_the_line("gram-half", "filtered-half"),
-        error=line_error("gram-half", "filtered-half"),
     ),
 )
 
