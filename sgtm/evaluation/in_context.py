@@ -33,9 +33,12 @@ class ContextGain(NamedTuple):
     passages: int
 
 
+PASSAGES = 200
+
+
 @torch.no_grad()
 def context_gain(
-    subject: Subject, category: str, other: str, *, split: str = "test", passages: int = 200, seed: int = 0
+    subject: Subject, category: str, other: str, *, split: str = "test", passages: int = PASSAGES, seed: int = 0
 ) -> ContextGain:
     """Of passages that fill half of the context, one from each of up to `passages` documents of a category.
 

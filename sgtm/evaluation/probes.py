@@ -23,6 +23,7 @@ from sgtm.model.streams import residual_streams
 
 STEPS, BATCH = 200, 1024  # targets of a step
 RATES = (3e-4, 3e-3)
+SEQUENCES = 400
 
 
 class Layer(NamedTuple):
@@ -109,7 +110,12 @@ def _loss(layer: Layer, head: Head) -> Estimate:
 
 
 def probes(
-    subject: Subject, category: str, *, split: str = "test", sequences: int = 400, layers: Sequence[int] | None = None
+    subject: Subject,
+    category: str,
+    *,
+    split: str = "test",
+    sequences: int = SEQUENCES,
+    layers: Sequence[int] | None = None,
 ) -> dict[int, Probe]:
     """By layer (all, or those named, counted from 0), with up to `sequences` sequences of each split.
 

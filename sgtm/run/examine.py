@@ -14,12 +14,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from sgtm.evaluation import in_context, probes
 from sgtm.evaluation.calibration import calibrated_losses
 from sgtm.evaluation.estimates import Estimate, token_mean
-from sgtm.evaluation.in_context import context_gain, long_documents
 from sgtm.evaluation.memorisation import Recital, membership, recital
 from sgtm.evaluation.pair import guided_recital
-from sgtm.evaluation.probes import probes
 from sgtm.evaluation.quantisation import quantised
 from sgtm.evaluation.subject import Subject
 from sgtm.files import write_atomically
@@ -105,16 +104,12 @@ def in_few_bits(subject: Subject, about: Question) -> dict[str, Any]:
     return losses
 
 
-def _sample(about: Question, name: str) -> dict[str, int]:
-    """An argument for the number that was asked for; none where all were, and a measure takes its own sample."""
-    return {name: about.sequences} if about.sequences else {}
-
-
-def in_context(subject: Subject, about: Question) -> dict[str, Any]:
+def gain_by_context(subject: Subject, about: Question) -> dict[str, Any]:
     """By category, behind text of the first retain category."""
     by_category = {}
     for category in about.forget:
-        gain = context_gain(subject, category, about.retain[0], split=about.split, **_sample(about, "passages"))
+        count = about.sequences or in_context.PASSAGES
+        gain = in_context.context_gain(subject, category, about.retain[0], split=about.split, passages=count)
         by_category[category] = {
             name: value if isinstance(value, int) else _estimate(value) for name, value in gain._asdict().items()
         }
@@ -123,6 +118,7 @@ def in_context(subject: Subject, about: Question) -> dict[str, Any]:
 
 def linear_probes(subject: Subject, about: Question) -> dict[str, Any]:
     """By category and layer."""
+    count = about.sequences or probes.SEQUENCES
     return {
         category: {
             str(layer): {
@@ -131,7 +127,7 @@ def linear_probes(subject: Subject, about: Question) -> dict[str, Any]:
                 "rate": probe.rate,
                 "chosen": probe.chosen,
             }
-            for layer, probe in probes(subject, category, split=about.split, **_sample(about, "sequences")).items()
+            for layer, probe in probes.probes(subject, category, split=about.split, sequences=count).items()
         }
         for category in about.forget
     }
@@ -142,7 +138,7 @@ MEASURES: dict[str, Callable[[Subject, Question], dict[str, Any]]] = {
     "recital": recitation,
     "membership": members,
     "quantised": in_few_bits,
-    "context": in_context,
+    "context": gain_by_context,
     "probes": linear_probes,
 }
 GUIDED = "guided"  # of the full model and an ablated one together
@@ -243,7 +239,7 @@ def _check_text(target: OpenedRun, about: Question, measures: Sequence[str]) -> 
     """Raises ValueError where there is too little text for a measure, or less than the sample that was asked for."""
     if "context" in measures:
         for category in (*about.forget, about.retain[0]):
-            long_documents(target.corpus, about.split, category, target.config.model.context // 2)
+            in_context.long_documents(target.corpus, about.split, category, target.config.model.context // 2)
     categories = (*about.forget, *about.retain)
     if about.sequences:
         check_sample(target.corpus, target.config, about.split, categories, about.sequences)
