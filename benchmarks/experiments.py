@@ -60,20 +60,18 @@ for threshold in recall precision; do
     --tokenizer data/arxiv/tokenizer
 done"""
 ATTACK = """\
-for run in runs/claims.sweep/{filtered,paper,dual,certified}-s? \\
-    runs/claims.sweep/unmasked-s?-{rmu,npo,grad_diff}; do
-  [ ! -d $run ] || sgtm tamper $run --data forget --lr 0.25 1 --steps 16 64 --tokens 4096
+for run in runs/claims.sweep/{filtered,paper,dual,certified}-s[012] \\
+    runs/claims.sweep/unmasked-s[012]-{rmu,npo,grad_diff}; do
+  sgtm tamper $run --data forget --lr 0.25 1 --steps 16 64 --tokens 4096
 done
-for run in runs/claims.sweep/{filtered,paper,dual,certified}-s?; do
+for run in runs/claims.sweep/{filtered,paper,dual,certified}-s[012]; do
   sgtm tamper $run --data forget --lr 1 2 --schedule constant --steps 256 --tokens 4096
 done
 for seed in 0 1 2; do
   sgtm tamper runs/claims.sweep/unmasked-s$seed --data forget --lr 0.25 --steps 16 --tokens 4096
-  for variant in paper dual certified unmasked; do
-    for run in runs/claims.sweep/$variant-s$seed{,-rmu,-npo}; do
-      [ ! -d $run ] || sgtm examine $run --against runs/claims.sweep/filtered-s$seed \\
-        --only context quantised --sequences 200
-    done
+  for variant in paper-s$seed dual-s$seed certified-s$seed unmasked-s$seed{,-rmu,-npo}; do
+    sgtm examine runs/claims.sweep/$variant --against runs/claims.sweep/filtered-s$seed \\
+      --only context quantised --sequences 200
   done
 done"""
 AFTER_CLAIMS = f"{UNLEARN}\n{ADAPT}\n{ATTACK}"
