@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from claim_measures import (
+    CURVE_ERROR,
     LINE_ERROR,
     LONG,
     STEPS,
@@ -88,9 +89,10 @@ ABOUT = f"""\
 P: arXiv 2512.05648; G: GRAM; without a letter: a question of ours.
 
 - **Measured**: mean over the seeds ± half of the 95 % confidence interval. All that compares two runs is paired by
-  seed, leakages and compute penalties too; the leakages of `sizes` are read from filtered models of one seed. Seeds
-  change the initial weights alone: the draw of documents, and the error of a curve that a number is read from, are
-  in no interval.
+  seed, leakages and compute penalties too. Seeds change the initial weights alone: the draw of documents, and the
+  error of a curve that a number is read from, are in no interval. The leakages of `sizes` are read from filtered
+  models of one seed; those of `claims` differ by up to {100 * CURVE_ERROR:g} % of themselves between such seeds,
+  and the verdict allows for as much at both ends.
 - **Verdict**: confirmed where the whole interval is on the stated side of the limit, refuted where it is all on the
   other, otherwise undecided. Each stands on its own interval; none is corrected for the number of claims.
 - **Limits**: 5 and 12 % are the papers' figures, the others are ours. Those of `arxiv`, of the added leakage, of
