@@ -66,15 +66,14 @@ def test_the_error_of_a_line_covers_the_finished_models_of_other_lengths(measure
     study = read_study(RESULTS / "cpu-epyc-2c" / "claims.jsonl")
     errors = []
     for variant in study.variants:
-        own = {seed["seed"]: seed for seed in variant.seeds} if not variant.masks else {}
+        names = [f"{variant.served}_{data}" for data in ("retain", "forget")]
+        own = {seed["seed"]: seed for seed in variant.seeds}
         for short in measures.lengths(study, variant.name)[1:]:
             for seed in short.seeds:
                 whole = own.get(seed["seed"]) or own[min(own)]
-                retain, forget = zip(
-                    *sorted((e["full_retain"], e["full_forget"]) for e in whole["evaluations"]), strict=True
-                )
-                if retain[0] <= seed["full_retain"] <= retain[-1]:
-                    errors.append(seed["full_forget"] - float(np.interp(seed["full_retain"], retain, forget)))
+                retain, forget = zip(*sorted([each[n] for n in names] for each in whole["evaluations"]), strict=True)
+                if retain[0] <= seed[names[0]] <= retain[-1]:
+                    errors.append(seed[names[1]] - float(np.interp(seed[names[0]], retain, forget)))
     assert len(errors) >= 8 and 0.1 < max(map(abs, errors)) <= measures.LINE_ERROR
 
 
