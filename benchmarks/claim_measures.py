@@ -1,4 +1,4 @@
-"""What the claims of claims.py measure: for each a function from a study to what is `Measured` of it.
+"""What the claims of claims.py measure: for each a function from a study to a `Quantity`.
 
 Each raises Missing where a variant, an attack or an examination that it takes is missing.
 """
@@ -36,7 +36,7 @@ class Missing(Exception):
     """The rows lack what a claim takes."""
 
 
-class Measured(NamedTuple):
+class Quantity(NamedTuple):
     """
     values    a number for every seed
     outside   whether one of them is read beyond the ends of a curve
@@ -50,7 +50,7 @@ class Measured(NamedTuple):
     error: float = 0.0
 
 
-Measure = Callable[[Study], Measured]
+Measure = Callable[[Study], Quantity]
 
 
 def variant(study: Study, name: str) -> Variant:
@@ -68,9 +68,9 @@ def by_seed(study: Study, name: str) -> dict[int, dict]:
 def difference(first: tuple[str, str], second: tuple[str, str]) -> Measure:
     """Of two (variant, loss), for every seed that both have."""
 
-    def measure(study: Study) -> Measured:
+    def measure(study: Study) -> Quantity:
         ours, theirs = by_seed(study, first[0]), by_seed(study, second[0])
-        return Measured([ours[seed][first[1]] - theirs[seed][second[1]] for seed in ours if seed in theirs])
+        return Quantity([ours[seed][first[1]] - theirs[seed][second[1]] for seed in ours if seed in theirs])
 
     return measure
 
@@ -79,14 +79,14 @@ def spill(name: str) -> Measure:
     """By how much more removal raises the loss on adjacent data than on retained data, minus `SPILL` of how much more
     it raises that on forgotten data: 0 where nothing is removed."""
 
-    def measure(study: Study) -> Measured:
+    def measure(study: Study) -> Quantity:
         spilt = []
         for seed in variant(study, name).seeds:
             retain, adjacent, forget = (
                 seed[f"ablated_{data}"] - seed[f"full_{data}"] for data in ("retain", "adjacent", "forget")
             )
             spilt.append(adjacent - retain - SPILL * (forget - retain))
-        return Measured(spilt)
+        return Quantity(spilt)
 
     return measure
 
@@ -96,7 +96,7 @@ def at_equal_retain(name: str, other: str) -> Measure:
     the other's final losses at several lengths (`NAME-STEPS`), or without these through its evaluations in training,
     with `LINE_ERROR`; beyond the ends of a line, at the nearest."""
 
-    def measure(study: Study) -> Measured:
+    def measure(study: Study) -> Quantity:
         differences, beyond = [], False
         for ours, line in _lines(study, name, other):
             retain, forget = zip(*line, strict=True)
@@ -104,7 +104,7 @@ def at_equal_retain(name: str, other: str) -> Measure:
             beyond |= not retain[0] <= ours["ablated_retain"] <= retain[-1]
         both = by_seed(study, name).keys() & by_seed(study, other).keys()
         finished = all(_by_length(study, other, seed) for seed in both)
-        return Measured(differences, outside=beyond, error=0.0 if finished else LINE_ERROR)
+        return Quantity(differences, outside=beyond, error=0.0 if finished else LINE_ERROR)
 
     return measure
 
@@ -140,17 +140,17 @@ def lengths(study: Study, name: str) -> list[Variant]:
 
 def leakage_of(name: str) -> Measure:
     """The token equivalent of the ablated model's forget loss, over the undiscovered forget tokens."""
-    return lambda study: Measured([seed.ratio.mean for seed in _leakages(study, name).values() if seed.ratio])
+    return lambda study: Quantity([seed.ratio.mean for seed in _leakages(study, name).values() if seed.ratio])
 
 
 def added_leakage(name: str, complete: str) -> Measure:
     """The token equivalent minus that of the variant with complete labels, over the undiscovered forget tokens."""
 
-    def measure(study: Study) -> Measured:
+    def measure(study: Study) -> Quantity:
         ours, theirs = _leakages(study, name), _leakages(study, complete)
         undiscovered = variant(study, name).undiscovered or math.nan
         pairs = [(ours[seed].tokens.mean, theirs[seed].tokens.mean) for seed in ours if seed in theirs]
-        return Measured([(one - other) / undiscovered for one, other in pairs])
+        return Quantity([(one - other) / undiscovered for one, other in pairs])
 
     return measure
 
@@ -190,9 +190,9 @@ def penalty(name: str, loss: str, baseline: str) -> Measure:
     """1 - the share, in percent; of a loss that the shortest length of the baseline is better than, at least that of
     this length. Outside: a seed's loss is none that the lengths reach."""
 
-    def measure(study: Study) -> Measured:
+    def measure(study: Study) -> Quantity:
         least, shares = _shortest(study, baseline), reached(study, name, loss, baseline)
-        return Measured(
+        return Quantity(
             [100 * (1 - max(share, least)) for share, _ in shares],
             outside=any(extrapolated for _, extrapolated in shares),
             at_least=any(share < least for share, _ in shares),
@@ -210,14 +210,14 @@ def attacked(first: str, second: str, steps: int | None = None) -> Measure:
     """Forget loss of the worst attack, of the first minus of the second, after so many steps; None: the mean over the
     numbers of steps that were evaluated, from 1 to STEPS."""
 
-    def measure(study: Study) -> Measured:
+    def measure(study: Study) -> Quantity:
         differences = []
         for ours, theirs in _worst_cases(study, (first, second), STEPS).values():
             by_step = {step: ours[step] - theirs[step] for step in ours if step}
             if steps is not None and steps not in by_step:
                 raise Missing(f"attacks of {steps} steps")
             differences.append(statistics.fmean(by_step.values()) if steps is None else by_step[steps])
-        return Measured(differences)
+        return Quantity(differences)
 
     return measure
 
@@ -227,7 +227,7 @@ def change_with_size(names: Sequence[str]) -> Measure:
     parameters. names: by rising size. Leakages that are not read from filtered models of their own seed may all be
     wrong by `CURVE_ERROR`, and the smallest and the largest model's in opposite directions."""
 
-    def measure(study: Study) -> Measured:
+    def measure(study: Study) -> Quantity:
         sizes, by_size, own = [], [], True
         for name in names:
             mine = variant(study, name)
@@ -241,7 +241,7 @@ def change_with_size(names: Sequence[str]) -> Measure:
             raise Missing(f"{names} with the same seeds")
         slopes = [float(np.polyfit(sizes, ratios, 1)[0]) for ratios in zip(*by_size, strict=True)]
         ends = statistics.fmean(by_size[0]) + statistics.fmean(by_size[-1]) if slopes else 0.0
-        return Measured(slopes, error=0.0 if own else CURVE_ERROR * ends / (sizes[-1] - sizes[0]))
+        return Quantity(slopes, error=0.0 if own else CURVE_ERROR * ends / (sizes[-1] - sizes[0]))
 
     return measure
 
@@ -251,7 +251,7 @@ def relearning(first: str, second: str, steps: int = STEPS, baseline: str = "unm
     loss that the baseline has before any attack, on the same held-out text, within `steps`. What the first does not
     reach counts as the last step at which both were evaluated, a lower bound; for the second it is an error."""
 
-    def measure(study: Study) -> Measured:
+    def measure(study: Study) -> Quantity:
         targets, ratios, missed = _before_attacks(study, baseline), [], False
         for seed, curves in _worst_cases(study, (first, second), steps).items():
             if seed in targets:
@@ -260,7 +260,7 @@ def relearning(first: str, second: str, steps: int = STEPS, baseline: str = "unm
                     raise Missing(f"{second} within {steps} steps")
                 ratios.append(math.log2((ours or max(curves[0])) / theirs))
                 missed |= ours is None
-        return Measured(ratios, at_least=missed)
+        return Quantity(ratios, at_least=missed)
 
     return measure
 
@@ -319,7 +319,7 @@ def steps_to(curve: dict[int, float], target: float) -> float | None:
 def examined(name: str, first: tuple[str, str], second: tuple[str, str]) -> Measure:
     """First minus second of two (number, model) of a variant's examinations, for every seed."""
 
-    def measure(study: Study) -> Measured:
+    def measure(study: Study) -> Quantity:
         mine = [row for row in study.examined if row["examined"] == name]
         if not mine:
             raise Missing(f"examinations of {name}")
@@ -329,6 +329,6 @@ def examined(name: str, first: tuple[str, str], second: tuple[str, str]) -> Meas
         for number, model in (first, second):
             if not all(model in values.get(number, ()) for values in rows):
                 raise Missing(f"{number!r} of {model!r} in every examination of {name}")
-        return Measured([values[first[0]][first[1]] - values[second[0]][second[1]] for values in rows])
+        return Quantity([values[first[0]][first[1]] - values[second[0]][second[1]] for values in rows])
 
     return measure

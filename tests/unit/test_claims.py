@@ -364,7 +364,7 @@ def test_the_commands_take_the_measures_that_the_claims_read(claims, measures, b
 
 
 def claim_of(claims, measures, values, limit=1.0, below=False, **about):
-    measured = measures.Measured(values, **about)
+    measured = measures.Quantity(values, **about)
     return claims.Claim("P", "text", "steps", limit, below, lambda study: measured)
 
 

@@ -43,7 +43,7 @@ def test_the_table_is_the_worst_case_by_step():
         "1 65,536 4.500±0.012 a 2.500",
         "2 131,072 4.500±0.012 a 2.500",
         "4 262,144 3.250±0.012 b 2.500",
-        "a: forget, constant, lr 0.002",
+        "a: forget, constant, lr 0.002, warm-up 0",
         "b: forget+retain, cosine over 4, lr 0.0005",
         "±: standard error over documents; seeds of the training are not in it",
     ]
