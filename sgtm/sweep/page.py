@@ -54,7 +54,7 @@ EXHIBITS = (
     (
         figures.undiscovered,
         "Undiscovered data: forget loss of the served models against the forget tokens that retain weights were "
-        "trained on: those without their label, and those with the label `open:DOMAIN`. Line: models that were "
+        "trained on: those without their label, and those with the label open:DOMAIN. Line: models that were "
         "trained without masks, from which leakage is read. A model above the line has removed part of them; the "
         "line's tokens at its loss, over its own, are the leakage.",
         "No forget loss against undiscovered forget tokens: it takes models with masks and without, and rows with "

@@ -33,7 +33,7 @@ def full(study: Study) -> Figure | None:
 
 
 def undiscovered(study: Study) -> Figure | None:
-    """Forget loss of the served model against the forget tokens that were trained without their label."""
+    """Forget loss of the served model against the forget tokens that retain weights were trained on."""
     points = [
         (number, variant, variant.undiscovered, loss)
         for number, variant in enumerate(study.variants)
@@ -42,7 +42,7 @@ def undiscovered(study: Study) -> Figure | None:
     standard = standard_points(study.variants)
     if not standard or all(not variant.masks for _, variant, _, _ in points):
         return None
-    figure, axes = panel("forget tokens trained without their label", "forget loss (nats per token)")
+    figure, axes = panel("forget tokens that trained retain weights", "forget loss (nats per token)")
     axes.plot(*zip(*standard, strict=True), color=LIGHT[MUTED], linewidth=0.8, zorder=1)
     for number, variant, tokens, loss in points:
         _dot(axes, number, (Interval(tokens, None), loss), variant.name, filled=variant.masks)
