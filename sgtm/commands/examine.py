@@ -28,7 +28,8 @@ def add(commands: Subcommands) -> None:
         "--fit-sequences",
         type=COUNT,
         metavar="N",
-        help="sequences per category that `calibrated` is fitted to (default: 20 tokens for each of the vocabulary)",
+        help="sequences per category that `calibrated` is fitted to, which takes its time (default: 20 tokens for each "
+        "of the vocabulary)",
     )
     parser.add_argument("--data.path", dest="data_path", metavar="DIR", help=DATA)
 

@@ -54,15 +54,17 @@ def run(options) -> None:
     from sgtm.masking.labels import removal_name
     from sgtm.report.tampering import Curve, print_tampering
     from sgtm.run.evaluate import check_sample
-    from sgtm.run.opened import check_same_sequences, knowing_control, open_with_corpus
-    from sgtm.run.tamper_plan import make_plan
+    from sgtm.run.opened import check_control, check_same_sequences, knowing_control, open_with_corpus
+    from sgtm.run.tamper_plan import SEQUENCES, make_plan
     from sgtm.run.tampering import attack_run, full_loss
 
     attacked = open_with_corpus(options.run_dir, options.data_path)
     others = (options.against, options.baseline)
     control, baseline = (open_with_corpus(folder, options.data_path) if folder else None for folder in others)
-    for other in filter(None, (control, baseline)):
-        check_same_sequences(attacked, other)
+    if control:
+        check_control(attacked, control)
+    if baseline:
+        check_same_sequences(attacked, baseline)
     settings = {
         "domains": options.domain,
         "data": options.data or ([*MIXTURES] if options.adjacent else None),
@@ -79,7 +81,8 @@ def run(options) -> None:
     plan = make_plan(attacked, **{name: value for name, value in settings.items() if value is not None})
     if options.sequences:
         measured = (*plan.forget, *plan.retain)
-        check_sample(attacked.corpus, attacked.config, "test", measured, options.sequences)
+        option = ("--sequences", f"leave it out for up to {SEQUENCES}")
+        check_sample(attacked.corpus, attacked.config, "test", measured, options.sequences, *option)
     if control and (warning := knowing_control(control, plan.domains)):
         print(f"warning: {warning}", file=sys.stderr)
     goal = ("the target loss", options.target_loss) if options.target_loss else None

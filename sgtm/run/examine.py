@@ -24,7 +24,7 @@ from sgtm.evaluation.subject import Subject
 from sgtm.files import write_atomically
 from sgtm.masking.labels import FULL, removal_name
 from sgtm.run.evaluate import check_precision, check_sample, load_bases, load_model
-from sgtm.run.opened import OpenedRun, check_same_sequences, knowing_control, open_with_corpus
+from sgtm.run.opened import OpenedRun, check_control, knowing_control, open_with_corpus
 from sgtm.words import counted
 
 BITS = (8, 4)
@@ -176,8 +176,8 @@ def examine_run(
     Raises ValueError before any model is loaded for a folder that is no run, data that are not those of the run, an
     unknown measure, passages without a measure that takes them, a run without domains, `guided` of a run from which
     nothing can be removed, a domain or retain data without text in the split or too little of it for a measure, fewer
-    sequences or passages than were asked for, a passage without a second token, and a control of another corpus or
-    context.
+    sequences or passages than were asked for, a passage without a second token, and a control that is the run itself or
+    has another corpus or context.
     """
     names = list(measures) or [*MEASURES, GUIDED]
     if unknown := [name for name in names if name not in (*MEASURES, GUIDED)]:
@@ -194,7 +194,7 @@ def examine_run(
         names = [name for name in names if name != GUIDED]
     beside = open_with_corpus(control, data) if control else None
     if beside:
-        check_same_sequences(target, beside)
+        check_control(target, beside)
     questions = {
         domain: replace(_question(target, domain, split, sequences, texts, passages), fit_sequences=fit_sequences)
         for domain in domains

@@ -84,6 +84,13 @@ def check_same_sequences(target: OpenedRun, other: OpenedRun) -> None:
         )
 
 
+def check_control(target: OpenedRun, control: OpenedRun) -> None:
+    """Raises ValueError unless a control is another run, of the same sequences."""
+    if control.run.resolve() == target.run.resolve():
+        raise ValueError(f"{control.run} is the run itself; a control is another run, trained without the domain")
+    check_same_sequences(target, control)
+
+
 def knowing_control(control: OpenedRun, domains: Sequence[str]) -> str:
     """A warning where a run that stands for a model without the domains was trained on them, or may have been by what
     it began with; else empty."""

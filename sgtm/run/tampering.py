@@ -63,7 +63,7 @@ def read_grids(run: Path) -> dict[str, AttackGrid]:
     """What the attacks in a run's `tamper.jsonl` have reached, by what the run was attacked without.
 
     Attacks on another checkpoint than the last of a condition are left out. Of grids that differ in the domains, the
-    held-out text or the tokens of a step, whose losses cannot be compared, the one of the most attacks is taken, of
+    held-out text or the tokens of a step, whose losses cannot be compared, the one of the most steps is taken, of
     equal ones the last. Raises ValueError for a damaged file.
     """
     by_condition: dict[str, list[list[dict]]] = {}
@@ -77,7 +77,7 @@ def read_grids(run: Path) -> dict[str, AttackGrid]:
             if all(rows[0][name] == last[name] for name in ("checkpoint", "weights")):
                 settings = [rows[0]["domains"], rows[0]["sequences"], rows[0]["attack"]["tokens"]]
                 alike.setdefault(json.dumps(settings), []).append(rows)
-        most = max(reversed(alike.values()), key=len)
+        most = max(reversed(alike.values()), key=lambda grid: sum(rows[0]["attack"]["steps"] for rows in grid))
         reached = [_reached(_attack_of(row), row) for rows in most for row in rows]
         grids[condition] = AttackGrid(most[0][0]["sequences"], reached)
     return grids

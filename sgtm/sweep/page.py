@@ -46,8 +46,9 @@ EXHIBITS = (
     (
         figures.absorbed,
         "Absorption over training: of what the full model has learned of forgotten data, the share that the domains' "
-        "groups hold. 1: without them the model knows no more than one that was trained without the data; 0: as much "
-        "as with them. Bars: 95 % confidence intervals over the seeds; the error of the curve is not in them.",
+        "groups hold. 1: without them the model knows no more than one that was trained without the data; above 1: it "
+        "is worse on them than that one; 0: it knows as much as with them. Bars: 95 % confidence intervals over the "
+        "seeds; the error of the curve is not in them.",
         "No absorption: it takes evaluations in training (`train.eval_every`) of masked models and of one that was "
         "trained without masks and without forget tokens.",
     ),

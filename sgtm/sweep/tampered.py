@@ -43,7 +43,7 @@ def tamper_rows(folder: Path) -> list[dict]:
     condition  what the run was attacked without
     sequences  of each category that the losses are of, at most
     tokens     of a step
-    attacks    that the worst case is of, those of the largest grid: for each its (step, forget)
+    attacks    that the worst case is of, those of the grid of the most steps: for each its (step, forget)
     curve      by evaluated step: step, tokens, forget (nats, the lowest of all attacks so far), error (standard error
                over documents) and retain of the same attack
 

@@ -42,6 +42,7 @@ def events(monkeypatch, tmp_path):
     modules = {
         "opened": {
             "open_with_corpus": opened,
+            "check_control": None,
             "check_same_sequences": None,
             "knowing_control": "it knows the domain",
         },
@@ -56,7 +57,8 @@ def events(monkeypatch, tmp_path):
             name: as_called(getattr(real, name), noting(name, result)) for name, result in results.items()
         }
     for module, functions in stand_ins.items():
-        monkeypatch.setitem(sys.modules, f"sgtm.run.{module}", SimpleNamespace(**functions))
+        real = vars(import_module(f"sgtm.run.{module}"))
+        monkeypatch.setitem(sys.modules, f"sgtm.run.{module}", SimpleNamespace(**real | functions))
     for name in "abc":
         (tmp_path / name).mkdir()
         save_config(load_config("debug"), tmp_path / name / "config.yaml")
@@ -93,7 +95,13 @@ def test_adjacent_categories_are_attacked_with_too(events):
 def test_a_sample_that_was_asked_for_must_be_in_the_split(events):
     assert main(["tamper", "a", "--sequences", "9"]) == 0
     assert events[1][2]["sequences"] == 9
-    assert events[2][0] == "check_sample" and events[2][1][2:] == ("test", ("es", "en"), 9)
+    assert events[2][0] == "check_sample" and events[2][1][2:] == (
+        "test",
+        ("es", "en"),
+        9,
+        "--sequences",
+        "leave it out for up to 64",
+    )
 
 
 def test_control_and_baseline_are_checked_before_anything_is_trained(events, capsys):
@@ -102,7 +110,7 @@ def test_control_and_baseline_are_checked_before_anything_is_trained(events, cap
         ("open_with_corpus", "a"), ("open_with_corpus", "b"), ("open_with_corpus", "c"),
     ]  # fmt: skip
     assert [name for name, _, _ in events][3:] == [
-        "check_same_sequences", "check_same_sequences", "make_plan", "knowing_control", "full_loss",
+        "check_control", "check_same_sequences", "make_plan", "knowing_control", "full_loss",
         "attack_run", "attack_run",
     ]  # fmt: skip
     assert [args[0].run.name for name, args, _ in events if name == "attack_run"] == ["a", "b"]

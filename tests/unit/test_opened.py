@@ -13,7 +13,7 @@ from corpora import build, mixed_records
 from tampered import tampered
 
 from sgtm.run import evaluate as evaluation
-from sgtm.run.opened import check_same_sequences, knowing_control, open_with_corpus
+from sgtm.run.opened import check_control, check_same_sequences, knowing_control, open_with_corpus
 from sgtm.run.unlearned import write_unlearned
 
 
@@ -45,6 +45,14 @@ def test_runs_on_other_data_or_sequences_are_not_compared(target, corpus, tmp_pa
     alone = tampered(monkeypatch, tmp_path / "alone", corpus, isolate_documents=True)
     with pytest.raises(ValueError, match=r"alone has model\.context 16 and isolated documents"):
         check_same_sequences(target, alone)
+
+
+def test_a_control_is_another_run_of_the_same_sequences(target, corpus, tmp_path, monkeypatch):
+    check_control(target, replace(target, run=Path("other")))
+    with pytest.raises(ValueError, match="run is the run itself; a control is another run, trained without the domain"):
+        check_control(target, replace(target, run=target.run / ".." / target.run.name))
+    with pytest.raises(ValueError, match=r"their losses are of other sequences"):
+        check_control(target, tampered(monkeypatch, tmp_path / "longer", corpus, context=32))
 
 
 def as_run(folder: Path, *steps: int) -> Path:

@@ -167,6 +167,13 @@ def test_a_small_trial_does_not_hide_the_grid(target, other):
     assert read_grids(target.run) == {"without es": (GRID["sequences"], reached)}
 
 
+def test_many_attacks_of_a_step_do_not_hide_a_long_one(target):
+    long = attack_run(target, make_plan(target, **GRID | {"multiples": [1], "schedules": ["constant"], "budgets": [8]}))
+    short = {"multiples": [1, 2], "schedules": ["constant"], "budgets": [1], "sequences": 1}
+    attack_run(target, make_plan(target, **GRID | short))
+    assert read_grids(target.run)["without es"].reached == long
+
+
 def test_the_loss_of_a_baseline_is_that_of_its_full_model(target):
     plan = make_plan(target, **GRID)
     subject = target.subject(())
