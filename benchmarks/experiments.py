@@ -60,11 +60,12 @@ for threshold in recall precision; do
     --tokenizer data/arxiv/tokenizer
 done"""
 ATTACK = """\
-for run in runs/claims.sweep/{filtered,paper,dual,certified}-s[012] \\
+for run in runs/claims.sweep/{filtered,dual}-s[01234] runs/claims.sweep/{paper,certified}-s[012] \\
     runs/claims.sweep/unmasked-s[012]-{rmu,npo,grad_diff}; do
   sgtm tamper $run --data forget --lr 0.25 1 --steps 16 64 --tokens 4096
 done
-for run in runs/claims.sweep/{filtered,paper,dual,certified}-s[012]; do
+for run in runs/claims.sweep/{filtered,dual}-s[01234] runs/claims.sweep/{paper,certified}-s[012] \\
+    runs/claims.sweep/unmasked-s[012]-npo; do
   sgtm tamper $run --data forget --lr 1 2 --schedule constant --steps 256 --tokens 4096
 done
 for seed in 0 1 2; do
