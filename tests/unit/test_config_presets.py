@@ -9,6 +9,7 @@ import torch
 from sgtm.config import Config, load_config, preset_names
 from sgtm.data.rules import load_rules
 from sgtm.model.transformer import Transformer
+from sgtm.sweep.compare import check_comparable
 from sgtm.sweep.file import read_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -91,11 +92,13 @@ def test_published_models_have_their_exact_size():
 
 
 def test_recipes_parse():
-    """Every YAML in launch/recipes: configs, and the rule files and sweeps that lie beside them."""
+    """Every YAML in launch/recipes: configs, and the rule files and sweeps that lie beside them. Runs of a sweep can be
+    compared, as far as that takes no corpus."""
     for path in sorted((ROOT / "launch" / "recipes").glob("*.yaml")):
         if path.name.endswith(".rules.yaml"):
             assert load_rules(path).labels
         elif path.name.endswith(".sweep.yaml"):
-            assert read_sweep(path).runs
+            sweep = read_sweep(path)
+            check_comparable(sweep, {run.name: None for run in sweep.runs})
         else:
             assert load_config(str(path)).accumulation(1) >= 1
