@@ -23,7 +23,7 @@ from sgtm.report.figures import STYLE
 from sgtm.sweep import figures as sweep_figures
 from sgtm.sweep import study, study_figures
 from sgtm.sweep.page import EXHIBITS
-from sgtm.sweep.study import read_study
+from sgtm.sweep.study import read_study, retained_tokens
 
 FIGURES = ROOT / "docs" / "figures"
 DATA = ("retain", "adjacent", "forget")
@@ -138,7 +138,7 @@ def _variants(rows: list[dict], ratios: bool) -> list[list[str]]:
     table[0] += [f"compute, {model} {data}" for model, data in RATIOS] if ratios else []
     for row in rows:
         cells = [row["variant"], str(row["finished"]), f"{row['tokens']:,}"]
-        cells += [f"{retained:,.0f}" if (retained := _retained(row)) else ""] * seen
+        cells += [f"{retained:,.0f}" if (retained := retained_tokens(row.get("trained", {}))) else ""] * seen
         masks = row.get("masks", True)
         cells += [_loss(row, f"{model}_{data}") * (model == "full" or masks) for model, data in losses]
         for model, data in RATIOS if ratios else ():
@@ -146,11 +146,6 @@ def _variants(rows: list[dict], ratios: bool) -> list[list[str]]:
             cells.append(f"{ratio['value']:.2f}{'*' * ratio['extrapolated']}" if ratio else "")
         table.append(cells)
     return table
-
-
-def _retained(row: dict) -> float:
-    """Tokens of the training that are no domain's."""
-    return sum(sum(by.values()) for true, by in row.get("trained", {}).items() if not true.startswith("forget:"))
 
 
 def _loss(row: dict, loss: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -106,8 +106,8 @@ class Variant:
 
     @property
     def retained(self) -> float:
-        """Tokens that are not a domain's."""
-        return sum(sum(row.values()) for true, row in self.trained.items() if not true.startswith("forget:"))
+        """Tokens of the training that are not a domain's."""
+        return retained_tokens(self.trained)
 
     @property
     def undiscovered(self) -> float | None:
@@ -234,6 +234,11 @@ def examinations(study: Study) -> dict[str, dict[str, dict[str, Interval]]]:
         }
         for variant, by_name in values.items()
     }
+
+
+def retained_tokens(trained: Mapping[str, Mapping[str, float]]) -> float:
+    """trained: tokens of a training by true and applied label; those whose true label is no domain's."""
+    return sum(sum(row.values()) for true, row in trained.items() if not true.startswith("forget:"))
 
 
 def standard_curve(variants: Iterable[Variant], seed: int | None = None) -> TokenCurve | None:
