@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -351,6 +353,11 @@ FOLDERS = {"NOVELS": "novels", "ARXIV": "arxiv", "DEVICE": "device"}
 """Words of the commands that stand for an option of this script."""
 
 
+def filled(commands: str, values: Mapping[str, str | Path]) -> str:
+    """The commands with the words of `FOLDERS` replaced; a value may hold such a word itself."""
+    return re.sub("|".join(FOLDERS), lambda word: shlex.quote(str(values[word[0]])), commands)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=EXPERIMENTS)
@@ -358,7 +365,7 @@ def main() -> int:
     parser.add_argument("--arxiv", metavar="FOLDER", help="of the abstracts of launch/recipes/arxiv.rules.yaml")
     parser.add_argument("--device", default="mine", metavar="NAME", help="folder of the results (default: mine)")
     args = parser.parse_args()
-    script = EXPERIMENTS[args.name].commands
+    script, values = EXPERIMENTS[args.name].commands, {}
     for word, option in FOLDERS.items():
         value = getattr(args, option)
         if word in script and value is None:
@@ -367,7 +374,8 @@ def main() -> int:
             value = Path(value).resolve()
             if not value.is_dir():
                 parser.error(f"--{option}: no folder {value}")
-        script = script.replace(word, shlex.quote(str(value)))
+        values[word] = value
+    script = filled(script, values)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     command = ["bash", "-euo", "pipefail", "-x", "-c", script]
     return subprocess.run(command, env={**os.environ, "PATH": path}, cwd=ROOT, check=False).returncode

@@ -16,7 +16,7 @@ its targets and labels, which every rank computes without reading the others' to
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -335,12 +335,36 @@ def check_corpus(corpus: Corpus, config: Config) -> None:
             )
 
 
+def check_domains_trained(corpus: Corpus, config: Config) -> None:
+    """Raises ValueError where a masked run has a domain without training text: split train has none of its own, or
+    `data.upsample` leaves that out, and the label channel makes no other text its own."""
+    if config.masking.strategy == "none":
+        return
+    categories = trained_categories(corpus)
+    taken = {label for category, label in categories.items() if config.data.upsample.get(category, 1)}
+    applied = _applied(config, taken)
+    for domain in config.masking.domains:
+        label = f"forget:{domain}"
+        if label not in taken and not applied[config.space.label(label)]:
+            left_out = [category for category, its in categories.items() if its == label]
+            why = f"data.upsample leaves out {', '.join(left_out)}" if left_out else "split train has no text of it"
+            raise ValueError(
+                f"the masks of {domain} have nothing to train on in {corpus.path}: {why}; add text, or for a model "
+                f"that never sees {domain} train without masks: --masking.strategy none"
+            )
+
+
 def only_forget(corpus: Corpus, config: Config) -> bool:
     """Whether a masked run would train on nothing that is retain or unlabeled, after the label channel."""
-    true_labels = [config.space.label(label) for label in labels_of(corpus, "train")]
-    applied = sum(channel.matrix[true_labels].sum(0) for _, channel in config.channels)
+    applied = _applied(config, labels_of(corpus, "train"))
     applied[config.space.forget_labels] = 0
     return config.masking.strategy != "none" and not applied.any()
+
+
+def _applied(config: Config, true_labels: Iterable[str]) -> np.ndarray:
+    """By label the share of text that is trained as it, above 0 where there is any, of text of these true labels."""
+    rows = [config.space.label(label) for label in true_labels]
+    return np.sum([channel.matrix[rows].sum(0) for _, channel in config.channels], axis=0)
 
 
 def collate(sequences: list[Sequence], isolated: bool, step_targets: int, step_labels: frozenset[int]) -> Batch:

@@ -16,7 +16,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from sgtm.config.schema import Config
-from sgtm.data.loader import check_corpus
+from sgtm.data.loader import check_corpus, check_domains_trained
 from sgtm.data.open import open_corpus
 from sgtm.data.store import Corpus
 from sgtm.data.summary import category_counts, trained_categories
@@ -175,6 +175,7 @@ def data_line(config: Config) -> str:
         return "data: synthetic, which `sgtm train` writes" if written else f"data: {error}"
     try:
         check_corpus(corpus, config)
+        check_domains_trained(corpus, config)
     except ValueError as error:
         raise ValueError(f"data do not fit: {error}") from None
     passes = dict(zip(config.space.labels, config.channels[0][1].matrix.sum(1), strict=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sgtm.config.errors import ConfigError
 from sgtm.config.schema import Config
-from sgtm.data.loader import check_corpus, isolates_documents
+from sgtm.data.loader import check_corpus, check_domains_trained, isolates_documents
 from sgtm.data.open import open_corpus
 from sgtm.data.store import TOKENIZER, Corpus
 from sgtm.estimate.stages import check_divides
@@ -85,12 +85,13 @@ def check_adjacent(sweep: Sweep, corpora: dict[str, Corpus | None]) -> None:
 
 
 def check_measured(sweep: Sweep, corpora: dict[str, Corpus | None]) -> None:
-    """Raises ConfigError naming the run of whose losses a part could not be measured."""
+    """Raises ConfigError naming the run of whose losses a part could not be measured, or whose masks have no text."""
     for run in sweep.runs:
         corpus = corpora[run.name]
         try:
             if corpus is not None:
                 check_held_out(corpus, run.config)
+                check_domains_trained(corpus, run.config)
         except ValueError as error:
             raise ConfigError(f"{sweep.file}: run {run.name}: {error}") from None
 

@@ -256,17 +256,24 @@ def standard_curve(variants: Iterable[Variant], seed: int | None = None) -> Toke
 
 
 def standard_points(variants: Iterable[Variant], seed: int | None = None) -> list[tuple[float, float]]:
-    """(forget tokens, forget loss) of the models of `standard_curve`, by rising tokens."""
+    """(forget tokens, forget loss) of `standard_models`; seed as in `standard_curve`."""
+    points = []
+    for tokens, variant in standard_models(variants):
+        own = [each["full_forget"] for each in variant.seeds if each["seed"] == seed]
+        points.append((tokens, own[0] if own else statistics.fmean(variant.values("full_forget"))))
+    return sorted(points)
+
+
+def standard_models(variants: Iterable[Variant]) -> list[tuple[float, Variant]]:
+    """(forget tokens, variant) of those that `standard_curve` goes through, by rising tokens."""
     variants = [variant for variant in variants if variant.trained]
     median = statistics.median([variant.retained for variant in variants] or [0.0])
-    points = []
-    for variant in variants:
-        mean = variant.loss("full_forget")
-        if variant.masks or abs(variant.retained - median) >= 0.05 * median or variant.undiscovered is None or not mean:
-            continue
-        own = [each["full_forget"] for each in variant.seeds if each["seed"] == seed]
-        points.append((variant.undiscovered, own[0] if own else mean.mean))
-    return sorted(points)
+    models = [
+        (variant.undiscovered, variant)
+        for variant in variants
+        if not variant.masks and abs(variant.retained - median) < 0.05 * median and variant.loss("full_forget")
+    ]
+    return sorted(((tokens, variant) for tokens, variant in models if tokens is not None), key=lambda model: model[0])
 
 
 class VariantLeakage(NamedTuple):

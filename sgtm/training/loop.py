@@ -18,7 +18,7 @@ import torch
 
 from sgtm.config import Config
 from sgtm.config.reference import flat
-from sgtm.data.loader import Loader, only_forget
+from sgtm.data.loader import Loader, check_domains_trained, only_forget
 from sgtm.data.store import Corpus
 from sgtm.data.summary import ONLY_FORGET, trained_categories
 from sgtm.distributed.engine import Engine
@@ -112,6 +112,7 @@ def _train(config: Config, rank_info: RankInfo, run: Path, resume: bool, overwri
     trained_on = trained_categories(corpus), bool(len(corpus.spans)), initial
     check_certified(config.conditions, *trained_on)
     check_held_out(corpus, config)
+    check_domains_trained(corpus, config)
     loader = Loader(corpus, config, rank_info.rank, rank_info.world_size)
     totals = StepTotals(len(config.space.labels), engine.device)
     start = 0

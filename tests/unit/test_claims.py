@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
-from pathlib import Path
 
-import numpy as np
 import pytest
-from studies import loss_of, row, rows, tampered, two_sizes, write_rows
+from studies import loss_of, row, rows, standard, tampered, two_sizes, write_rows
 
-from sgtm.evaluation.leakage import leakage
-from sgtm.sweep.study import Interval, Study, read_study, standard_curve
-
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+from sgtm.sweep.study import Interval, Study, read_study
 
 
 @pytest.fixture
@@ -61,36 +55,6 @@ def test_a_difference_is_paired_by_seed(measures, tmp_path):
         measures.difference(("a", "full_retain"), ("c", "full_retain"))(study_of(tmp_path, lines))
 
 
-def test_the_error_of_a_line_covers_the_finished_models_of_other_lengths(measures):
-    """Of the novels: every model that was trained to its end in fewer steps, at a retain loss that the line has."""
-    study = read_study(RESULTS / "cpu-epyc-2c" / "claims.jsonl")
-    errors = []
-    for variant in study.variants:
-        names = [f"{variant.served}_{data}" for data in ("retain", "forget")]
-        own = {seed["seed"]: seed for seed in variant.seeds}
-        for short in measures.lengths(study, variant.name)[1:]:
-            for seed in short.seeds:
-                whole = own.get(seed["seed"]) or own[min(own)]
-                retain, forget = zip(*sorted([each[n] for n in names] for each in whole["evaluations"]), strict=True)
-                if retain[0] <= seed[names[0]] <= retain[-1]:
-                    errors.append(seed[names[1]] - float(np.interp(seed[names[0]], retain, forget)))
-    assert len(errors) >= 8 and 0.1 < max(map(abs, errors)) <= measures.LINE_ERROR
-
-
-def test_the_error_of_a_curve_covers_the_leakages_that_other_seeds_give(measures):
-    """Of the novels: every masked model, read from the filtered models of three seeds."""
-    study = read_study(RESULTS / "cpu-epyc-2c" / "claims.jsonl")
-    deviations = []
-    for mine in study.variants:
-        others = [each for each in study.variants if each.shape == mine.shape]
-        curves = [standard_curve(others, seed) for seed in (0, 1, 2)]
-        # Above that share the curve is flat: so much is no small leakage.
-        for seed in mine.seeds if mine.masks and mine.undiscovered else ():
-            read = [leakage(seed["ablated_forget"], curve, mine.undiscovered).ratio for curve in curves]
-            deviations += [ratio / statistics.fmean(read) - 1 for ratio in read if max(read) < 0.1]
-    assert len(deviations) >= 45 and 0.1 < max(map(abs, deviations)) <= measures.CURVE_ERROR
-
-
 def test_an_error_of_the_measure_widens_the_interval(claims):
     claim = claims.Claim("P", "text", "quantity", 0.0, False, lambda study: None)
     assert claims.verdict(claim, Interval(0.02, 0.003), 0.1) == "undecided"
@@ -130,6 +94,14 @@ def test_another_variant_is_read_at_the_same_retain_loss(measures, tmp_path):
         8 - 7.5
     )  # from (3, 6) to (4, 9)
     assert measures.at_equal_retain("mine", "weak")(finished).error == 0
+    for each in (*lines, *lengths):
+        each["settings"]["train.eval_sequences"] = 600
+    assert measures.at_equal_retain("mine", "weak")(study_of(tmp_path, [*lines, *lengths])).error == 0
+    lengths[1]["settings"]["train.eval_sequences"] = "all"
+    error = measures.at_equal_retain("mine", "weak")(study_of(tmp_path, [*lines, *lengths])).error
+    assert error == measures.SAMPLE_ERROR > 0, "of another number of sequences"
+    for each in (*lines, *lengths):
+        del each["settings"]["train.eval_sequences"]
     lengths[0]["seeds"] = lengths[0]["seeds"][:2]
     assert measures.at_equal_retain("mine", "weak")(study_of(tmp_path, [*lines, *lengths])).error == measures.LINE_ERROR
     lines[1] = row("mine", (1.0, 1.0, 2.0, 8.0))  # better than the filter ever was
@@ -184,6 +156,17 @@ def test_leakage_that_falls_with_size_has_a_negative_slope(measures, tmp_path):
     lines[0]["seeds"] = lines[0]["seeds"][:1]
     error = measures.change_with_size(["small", "large-safe"])(study_of(tmp_path, [*lines, leaks])).error
     assert error == pytest.approx(measures.CURVE_ERROR * 0.1 / math.log10(4), rel=0.05), "a tenth, and nothing at four"
+    lines[0] = standard(0.0)
+    lines[0]["seeds"] = lines[0]["seeds"][:2]
+    error = measures.change_with_size(["small", "large-safe"])(study_of(tmp_path, [*lines, leaks])).error
+    assert error == pytest.approx(measures.CURVE_ERROR * 0.1 / math.log10(4) / 2**0.5, rel=0.05), "a curve of two seeds"
+    lines[0] = standard(0.0)
+    other = standard(0.0) | {"settings": {"model.hidden_size": 8}, "seeds": lines[0]["seeds"][:1]}
+    assert measures.change_with_size(["small", "large-safe"])(study_of(tmp_path, [*lines, leaks, other])).error == 0
+    with pytest.raises(measures.Missing, match="with the same seeds"):
+        measures.change_with_size(["small", "large-safe"])(
+            study_of(tmp_path, [*lines, {**leaks, "seeds": leaks["seeds"][1:]}])
+        )
     with pytest.raises(measures.Missing):
         measures.change_with_size(["small", "medium", "large-safe"])(study)
 
@@ -261,6 +244,7 @@ def test_relearning_counts_steps_to_the_loss_of_the_baseline(measures, tmp_path)
     assert measures.steps_to(falling, 7.0) == pytest.approx(1.0)
     assert measures.steps_to(falling, 6.5) == pytest.approx(6**0.5 - 1)
     assert measures.steps_to(falling, 7.5) == 0.5 == measures.steps_to({0: 6.5, 1: 5.5}, 7.0)
+    assert measures.steps_to({0: 6.5, 1: 6.5}, 6.5) == 0.5
     assert measures.steps_to({0: 9.0, 1: 8.0, 2: 7.0}, 6.5) is None
     slow, quick = tampered("slow", losses=(9.0, 8.0, 7.0)), tampered("quick", losses=(8.0, 7.0, 6.0))
     study = study_of(tmp_path, [*rows()[:-2], tampered("unmasked", losses=(6.5,)), slow, quick])

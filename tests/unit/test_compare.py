@@ -38,6 +38,10 @@ def test_a_run_whose_losses_would_be_missing_is_named(tmp_path: Path):
     check_measured(sweep, {"a-s0": None, "b-s0": None})
     with pytest.raises(ConfigError, match=r"mine\.yaml: run b-s0: split test of .*corpus has no text of es, whose"):
         check_measured(sweep, {"a-s0": None, "b-s0": corpus})
+    held_out = [record(n, category, split="test") for n in range(300) for category in LABELS]
+    corpus = build(tmp_path / "other", [record(0), *held_out])
+    with pytest.raises(ConfigError, match=r"mine\.yaml: run b-s0: the masks of es have nothing to train on"):
+        check_measured(sweep, {"a-s0": None, "b-s0": corpus})
 
 
 def test_a_direction_that_is_missing_is_refused_with_its_run(tmp_path: Path):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sgtm.data import loader as module
 from sgtm.data.batch import IGNORE, Batch
-from sgtm.data.loader import Loader, check_corpus, evaluation_batches, only_forget
+from sgtm.data.loader import Loader, check_corpus, check_domains_trained, evaluation_batches, only_forget
 from sgtm.data.store import Corpus
 from sgtm.masking.labels import RETAIN, UNLABELED
 
@@ -230,6 +230,21 @@ def test_a_category_that_the_corpus_lacks_is_refused_before_anything_is_read(cor
     run = config("sequence")
     with pytest.raises(ValueError, match=r"data\.upsample names fr; the categories of .* are "):
         check_corpus(corpus, run.model_copy(update={"data": run.data.model_copy(update={"upsample": {"fr": 0.0}})}))
+
+
+def test_masks_without_text_of_their_domain_are_refused(corpus, tmp_path):
+    """Not where the channel makes other text the domain's, or all of the domain's text something else."""
+    without = build(tmp_path / "without", [record(n, split="test" if n < 2 else "train") for n in range(9)])
+    check_domains_trained(corpus, config("sequence"))
+    check_domains_trained(corpus, config("sequence", channel={"forget:es": {"unlabeled": 1}}))
+    check_domains_trained(without, config("sequence", channel={"retain": {"retain": 0.9, "forget:es": 0.1}}))
+    check_domains_trained(without, config("sequence", masking={"strategy": "none"}))
+    with pytest.raises(
+        ValueError, match=r"of es have nothing .*without: split train has no text of it; .*strategy none"
+    ):
+        check_domains_trained(without, config("sequence"))
+    with pytest.raises(ValueError, match=r"of es have nothing .*: data\.upsample leaves out es; "):
+        check_domains_trained(corpus, config("sequence", upsample={"es": 0.0}))
 
 
 def test_nothing_but_forget_data_is_seen_after_the_label_channel(corpus):

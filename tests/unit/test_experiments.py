@@ -33,3 +33,8 @@ def test_the_commands_name_files_and_rows_that_are_there(experiments):
         assert paths and all((ROOT / path).is_file() for path in paths), name
         assert experiment.commands.endswith(f"--json benchmarks/results/DEVICE/{name}.jsonl"), name
         assert "{{" not in experiment.commands, name
+
+
+def test_a_folder_may_be_named_as_a_word_of_the_commands(experiments):
+    values = {"NOVELS": Path("/texts/DEVICE/n v"), "ARXIV": None, "DEVICE": "mine"}
+    assert experiments.filled("prepare NOVELS --json DEVICE/x", values) == "prepare '/texts/DEVICE/n v' --json mine/x"

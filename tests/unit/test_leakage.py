@@ -109,7 +109,10 @@ def test_what_a_curve_needs():
     losses = [loss_of(count) for count in TOKENS]
     with pytest.raises(ValueError, match="0 forget tokens; it has 0"):
         TokenCurve(TOKENS[1:], losses[1:])
+    with pytest.raises(ValueError, match="0 forget tokens; it has 2"):
+        TokenCurve([*TOKENS, 0], [*losses, losses[0]])
     with pytest.raises(ValueError, match="needs 3 evaluations"):
         TokenCurve(TOKENS[:3], losses[:3])
-    with pytest.raises(ValueError, match="loss on forget data is nan"):
-        leakage(math.nan, TokenCurve(TOKENS, losses), 1.0)
+    for loss in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"loss on forget data is {loss}"):
+            leakage(loss, TokenCurve(TOKENS, losses), 1.0)

@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from corpora import build, config_for, record
 from random_models import moved_model
 
 from sgtm.config.schema import Config
+from sgtm.evaluation.estimates import token_mean
 from sgtm.evaluation.probes import Head, Layer, layers_of, probe, probes
 from sgtm.evaluation.subject import Subject
 
@@ -30,6 +32,13 @@ def test_knowledge_that_the_head_does_not_read_is_read_out():
     result = probe(layer(True, 0), layer(True, 1), head)
     assert result.own_head.value == pytest.approx(math.log(VOCAB), rel=1e-5)
     assert result.fitted.value < 0.1
+
+
+def test_the_error_is_that_of_documents():
+    held_out, head = layer(True, 1), Head(torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(2)))
+    losses = F.cross_entropy(F.linear(held_out.x, head.weight), held_out.targets, reduction="none")
+    expected, single = (token_mean(losses, owners).error for owners in (held_out.documents, torch.arange(TARGETS)))
+    assert probe(layer(True, 0), held_out, head).own_head.error == pytest.approx(expected, rel=1e-5) != single
 
 
 def test_nothing_is_read_out_of_states_without_knowledge():

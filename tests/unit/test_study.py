@@ -20,6 +20,7 @@ def test_the_interval_of_three_seeds_is_that_of_students_t():
     assert interval([1.0, 3.0]).half == pytest.approx(12.706)
     assert interval([5.0]) == Interval(5.0, None) and str(Interval(5.0, None)) == "5.000"
     assert interval([]) is None and interval([1.0, math.nan]) is None
+    assert interval([1.0, 2.0, 3.0, 4.0, 5.0]).half == pytest.approx(2.776 * math.sqrt(2.5 / 5))
     many = interval([0.0, 1.0] * 20)
     assert many.half == pytest.approx(2.262 * 0.5063697 / math.sqrt(40), rel=1e-6)
 
@@ -62,6 +63,13 @@ def test_leakage_of_a_seed_is_read_from_models_of_the_same_seed(tmp_path):
         if not line.get("masks", True):
             line["seeds"] = line["seeds"][1:2]
     assert leakages(study_of(tmp_path, lines).variants)["ignored"].ratio.half > 0.01
+
+
+def test_no_leakage_where_a_seed_has_no_curve(tmp_path):
+    """The model that saw nothing is, in one seed, as good as those that saw most."""
+    lines = rows()
+    lines[0]["seeds"][1]["full_forget"] = 3.0
+    assert leakages(study_of(tmp_path, lines).variants) == {}
 
 
 def test_leakage_is_read_from_models_of_the_same_shape(tmp_path):

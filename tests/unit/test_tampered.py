@@ -57,6 +57,8 @@ def test_rows_have_the_worst_case_by_variant_and_seed(folder):
         str(GENTLE): [(0, 9.0), (2, 8.0), (4, 7.0), (8, 6.0)],
         str(other): [(2, 8.5)],
     }, "the same attack for more steps, and one of another warm-up"
+    reached.append(Reached(other, 4, float("nan")))
+    assert tamper_rows(folder)[0]["attacks"][str(other)] == [(2, 8.5)], "a loss that is not finite"
     assert (rmu["tampered"], rmu["seed"], rmu["curve"]) == ("unmasked + rmu", 3, paper["curve"])
 
 

@@ -101,10 +101,10 @@ def test_with_nothing_removed_the_group_is_used(corpus):
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_updates_are_those_of_adamw(corpus, schedule, clip):
     attacked = subject(corpus)
-    attack = replace(MIXED, schedule=schedule, clip=clip, weight_decay=0.1)
+    attack = replace(MIXED, schedule=schedule, clip=clip, weight_decay=1.0)
     model = copy_of(attacked.model)
     matrices = [p for p in model.parameters() if p.dim() == 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.dim() < 2]}]
+    groups = [{"params": matrices, "weight_decay": 1.0}, {"params": [p for p in model.parameters() if p.dim() < 2]}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     data = AttackData(attacked.corpus, attacked.config, attack)
     for step in range(attack.steps):

@@ -93,6 +93,9 @@ def test_defaults_are_those_of_the_papers():
     assert options["simnpo"] == {"beta": 4.5, "gamma": 0.0, "forget_weight": 0.125, "retain_weight": 1.0}
     assert options["rmu"] == {"layer": None, "coefficient": 6.5, "alpha": 1200.0, "seed": 0}
     assert options["gradient_ascent"] == options["finetune"] == {}
+    steps = {name: (method.steps, method.divisor) for name, method in METHODS.items()}
+    tofu = ("grad_diff", "npo", "simnpo", "finetune")
+    assert steps == {"gradient_ascent": (125, 12), "rmu": (150, 6)} | dict.fromkeys(tofu, (125, 30))
 
 
 def test_what_a_method_does_not_read_it_does_not_need(model, reference):
