@@ -15,8 +15,9 @@ from sgtm.sweep import study_figures as figures
 from sgtm.sweep.study import Study, differing_settings, examinations, examined_with, leakages
 
 SERIES = (
-    "Filled marks: the last losses of models with masks; hollow ones: of models that were trained without; bars: 95 % "
-    "confidence intervals over the seeds. Line: the evaluations in training, mean over the seeds."
+    "Filled marks: the last losses of models from which the domains can be removed; hollow ones: of the others, which "
+    "were trained without masks; bars: 95 % confidence intervals over the seeds. Line: the evaluations in training, mean "
+    "over the seeds."
 )
 EXHIBITS = (
     (
