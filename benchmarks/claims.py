@@ -101,9 +101,9 @@ P: arXiv 2512.05648; G: GRAM; without a letter: a question of ours.
 - **Size**: figures in brackets are the papers'. Ours are 1.07 M parameters, in `sizes` 0.3 to 2.2 M, and 600 steps;
   `dual` and `certified` have an embedding and a head for the domain, which makes 1.33 M. The results hold for these
   sizes only.
-- **Compute penalty**: 1 minus the share of its training at which the baseline of the same seed has the loss. All
-  lengths of the baseline but one have one seed, which stands for the others. Of a loss that the shortest length is
-  better than: at least the penalty of this length.
+- **Compute penalty**: 1 minus the share of its training at which the baseline of the same seed has the loss. A
+  length that lacks the seed has the loss of its other seeds, moved by as much as the whole baseline of this seed is
+  from theirs. Of a loss that the shortest length is better than: at least the penalty of this length.
 - **At equal retain loss**, the other variant is read from the line through its models of several lengths where
   there are three, else through its evaluations in training. The latter are in the middle of a training whose
   learning rate has not yet fallen: finished models of that retain loss differ from such a line by up to
