@@ -123,7 +123,7 @@ def test_what_cannot_be_compared_is_refused_before_training(case, sweep_file, ca
         "{b: {train.steps: 5}, a: }\nmay_differ: {b: [tokens]}",
         "{a: , b: {data.path: CORPORA/more}}\nmay_differ: {b: [data]}",
         "{a: , b: {model.context: 32}}\nmay_differ: {b: [evaluation]}",
-        "{a: , b: {data.upsample: {es: 0}}}",
+        "{a: , b: {masking.strategy: none, data.upsample: {es: 0}}}",
     ],
 )
 def test_a_difference_can_be_allowed(text, sweep_file, capsys):
