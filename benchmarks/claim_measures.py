@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sgtm.evaluation.compute_ratio import LEAST, LearningCurve
-from sgtm.sweep.study import Study, Variant, VariantLeakage, leakages, standard_models
+from sgtm.sweep.study import Study, Variant, VariantLeakage, leakages, standard_curve, standard_models
 
 STEPS, LONG = 64, 256
 """Of the attacks that are compared; the longer ones only `filtered` and masked models have gone through."""
@@ -234,8 +234,8 @@ def attacked(first: str, second: str, steps: int | None = None) -> Measure:
 
 def change_with_size(names: Sequence[str]) -> Measure:
     """For every seed, the slope of the line through the leakages of these variants against the log10 of their
-    parameters. names: by rising size. Where a leakage is not read from filtered models of its own seed, all seeds of a
-    size share the `CURVE_ERROR` of its curve."""
+    parameters. names: by rising size. Leakages are read from the means over the seeds of filtered models, which all
+    seeds of a size share, with `CURVE_ERROR`."""
 
     def measure(study: Study) -> Quantity:
         mine = [variant(study, name) for name in names]
@@ -245,26 +245,27 @@ def change_with_size(names: Sequence[str]) -> Measure:
             raise Missing(f"{', '.join(names)} with the same seeds")
         sizes = np.log10([each.parameters for each in mine])
         weights = (sizes - sizes.mean()) / np.sum((sizes - sizes.mean()) ** 2)  # of the slope of a line
-        ratios = np.array([leakage_of(name)(study).values for name in names])
-        curves = [_curve_of(study, each, own.max()) for each, own in zip(mine, ratios, strict=True)]
-        seeds = [min(len(each.seeds) for each in curve) for curve in curves]
-        own = all(
-            by_seed(study, name).keys() <= by_seed(study, each.name).keys()
-            for name, curve in zip(names, curves, strict=True)
-            for each in curve
-        )
-        error = CURVE_ERROR * math.sqrt(np.sum((weights * ratios.mean(1)) ** 2 / seeds))
-        return Quantity((weights @ ratios).tolist(), error=0.0 if own else error)
+        ratios, seeds = [], []
+        for each in mine:
+            alike = [other for other in study.variants if other.shape == each.shape]
+            curve = standard_curve(alike)
+            if curve is None or not each.undiscovered:
+                raise Missing(f"a curve of filtered models for {each.name}")
+            tokens = [curve.equivalent(seed["ablated_forget"])[0] for seed in each.seeds]
+            ratios.append([count / each.undiscovered for count in tokens])
+            seeds.append(_seeds_of_curve(alike, max(tokens)))
+        slopes, shares = weights @ np.array(ratios), np.mean(ratios, axis=1)
+        return Quantity(slopes.tolist(), error=CURVE_ERROR * math.sqrt(np.sum((weights * shares) ** 2 / seeds)))
 
     return measure
 
 
-def _curve_of(study: Study, mine: Variant, most: float) -> list[Variant]:
-    """The models from which leakages of a variant up to `most` are read: those of its curve up to the first that saw as
-    many forget tokens."""
-    models = standard_models(each for each in study.variants if each.shape == mine.shape)
-    enough = next((n for n, (tokens, _) in enumerate(models) if tokens >= most * (mine.undiscovered or 0)), len(models))
-    return [each for _, each in models[: enough + 1]]
+def _seeds_of_curve(alike: Sequence[Variant], most: float) -> int:
+    """The fewest seeds of the models from which up to `most` tokens are read: those of the curve up to the first that
+    saw as many."""
+    models = standard_models(alike)
+    enough = next((number for number, (tokens, _) in enumerate(models) if tokens >= most), len(models))
+    return min(len(each.seeds) for _, each in models[: enough + 1])
 
 
 def relearning(first: str, second: str, steps: int = STEPS, baseline: str = "unmasked") -> Measure:

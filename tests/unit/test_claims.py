@@ -148,27 +148,34 @@ def test_added_leakage_is_beyond_that_with_all_labels(measures, tmp_path):
 def test_leakage_that_falls_with_size_has_a_negative_slope(measures, tmp_path):
     """A tenth at a million parameters and nothing at four: the line falls by 0.1 in log10(4)."""
     lines = two_sizes()
-    leaks = row("small", (3.1, 3.2, 3.3, loss_of(1e5)), undiscovered=1e6)
+    leaks = row("small", leak_of(1e5), undiscovered=1e6)
     study = study_of(tmp_path, [*lines, leaks])
     slopes = measures.change_with_size(["small", "large-safe"])(study).values
     assert len(slopes) == 3 and slopes[1] == pytest.approx(-0.1 / math.log10(4), rel=0.05)
-    assert measures.change_with_size(["small", "large-safe"])(study).error == 0
-    lines[0]["seeds"] = lines[0]["seeds"][:1]
-    error = measures.change_with_size(["small", "large-safe"])(study_of(tmp_path, [*lines, leaks])).error
-    assert error == pytest.approx(measures.CURVE_ERROR * 0.1 / math.log10(4), rel=0.05), "a tenth, and nothing at four"
-    lines[0] = standard(0.0)
-    lines[0]["seeds"] = lines[0]["seeds"][:2]
-    error = measures.change_with_size(["small", "large-safe"])(study_of(tmp_path, [*lines, leaks])).error
-    assert error == pytest.approx(measures.CURVE_ERROR * 0.1 / math.log10(4) / 2**0.5, rel=0.05), "a curve of two seeds"
-    lines[0] = standard(0.0)
-    other = standard(0.0) | {"settings": {"model.hidden_size": 8}, "seeds": lines[0]["seeds"][:1]}
-    assert measures.change_with_size(["small", "large-safe"])(study_of(tmp_path, [*lines, leaks, other])).error == 0
+    whole = measures.CURVE_ERROR * 0.1 / math.log10(4)  # a tenth, and nothing at four million
+    for count in (1, 2, 3):
+        lines[0] = standard(0.0)
+        lines[0]["seeds"] = lines[0]["seeds"][3 - count :]
+        error = measures.change_with_size(["small", "large-safe"])(study_of(tmp_path, [*lines, leaks])).error
+        assert error == pytest.approx(whole / math.sqrt(count), rel=0.05), count
+    above = {**lines[3], "seeds": lines[3]["seeds"][:1]}  # saw 1e5 tokens: as many as leak
+    most = {**lines[4], "seeds": lines[4]["seeds"][:1]}
+    for replaced, count in (([above, lines[4]], 1), ([lines[3], most], 3)):
+        fewer = study_of(tmp_path, [*lines[:3], *replaced, *lines[5:], row("small", leak_of(9e4), undiscovered=1e6)])
+        error = measures.change_with_size(["small", "large-safe"])(fewer).error
+        assert error == pytest.approx(0.9 * whole / math.sqrt(count), rel=0.05), "of the models that are read alone"
     with pytest.raises(measures.Missing, match="with the same seeds"):
         measures.change_with_size(["small", "large-safe"])(
             study_of(tmp_path, [*lines, {**leaks, "seeds": leaks["seeds"][1:]}])
         )
+    with pytest.raises(measures.Missing, match="a curve of filtered models for small"):
+        measures.change_with_size(["small", "large-safe"])(study_of(tmp_path, [*lines[1:], leaks]))
     with pytest.raises(measures.Missing):
         measures.change_with_size(["small", "medium", "large-safe"])(study)
+
+
+def leak_of(tokens: float) -> tuple[float, ...]:
+    return 3.1, 3.2, 3.3, loss_of(tokens)
 
 
 def test_a_penalty_is_the_rest_of_the_baselines_training(measures, tmp_path):
