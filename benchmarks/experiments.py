@@ -62,12 +62,11 @@ for threshold in recall precision; do
     --tokenizer data/arxiv/tokenizer
 done"""
 ATTACK = """\
-for run in runs/claims.sweep/{filtered,dual}-s[01234] runs/claims.sweep/{paper,certified}-s[012] \\
+for run in runs/claims.sweep/{filtered,paper,dual,certified}-s[012] \\
     runs/claims.sweep/unmasked-s[012]-{rmu,npo,grad_diff}; do
   sgtm tamper $run --data forget --lr 0.25 1 --steps 16 64 --tokens 4096
 done
-for run in runs/claims.sweep/{filtered,dual}-s[01234] runs/claims.sweep/{paper,certified}-s[012] \\
-    runs/claims.sweep/unmasked-s[012]-npo; do
+for run in runs/claims.sweep/{filtered,paper,dual,certified}-s[012]; do
   sgtm tamper $run --data forget --lr 1 2 --schedule constant --steps 256 --tokens 4096
 done
 for seed in 0 1 2; do
@@ -350,7 +349,7 @@ PARTS = {
     "novels-combined.sweep": "A small group with Spanish trained both ways; certified, 35 % of the English both ways",
     "novels-undiscovered.sweep": "Shares of the Spanish undiscovered",
     "novels-lengths.sweep": "Lengths of the baselines, for the curves",
-    "claims-lengths.sweep": "Lengths of the weak filter and of gradient routing, for the same retain loss",
+    "claims-lengths.sweep": "Lengths of the weak filters and of gradient routing, for the same retain loss",
     "arxiv-lengths.sweep": "Lengths of the weak filter, for the same retain loss",
     "sizes-filtered.sweep": "The filtered models that leakage is read from",
 }
