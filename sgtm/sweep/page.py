@@ -16,8 +16,8 @@ from sgtm.sweep.study import Study, differing_settings, examinations, examined_w
 
 SERIES = (
     "Filled marks: the last losses of models from which the domains can be removed; hollow ones: of the others, which "
-    "were trained without masks; bars: 95 % confidence intervals over the seeds. Line: the evaluations in training, mean "
-    "over the seeds."
+    "were trained without masks; bars: 95 % confidence intervals over the seeds. Line: the evaluations in training, "
+    "mean over the seeds."
 )
 EXHIBITS = (
     (
