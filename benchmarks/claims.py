@@ -83,17 +83,19 @@ def _measured(claim: Claim, study: Study | None) -> tuple[str, str]:
         if not over_seeds.half:  # one bound for all seeds: that is no spread
             over_seeds = over_seeds._replace(half=None)
         return f": at least {over_seeds}{unit}", "undecided" if unsure in result else result
-    return f": {over_seeds}{unit}", result
+    error = f", error of the measure {measured.error:.3f}" * bool(measured.error)
+    return f": {over_seeds}{unit}{error}", result
 
 
 ABOUT = f"""\
 P: arXiv 2512.05648; G: GRAM; without a letter: a question of ours.
 
-- **Measured**: mean over the seeds ± half of the 95 % confidence interval. All that compares two runs is paired by
-  seed, leakages and compute penalties too. Seeds change the initial weights alone: the draw of documents, and the
-  error of a curve that a number is read from, are in no interval. The leakages of `sizes` are read from the mean over
-  one to three seeds of filtered models. Read from one seed, a leakage is uncertain by {100 * CURVE_ERROR:.0f} % of
-  itself (95 %), and the verdict allows for that, less with more seeds, in the slope at both ends.
+- **Measured**: mean over the seeds ± half of the 95 % confidence interval; where the measure has an error that no seed
+  shows (below), that error, which widens the interval on both sides. All that compares two runs is
+  paired by seed, leakages and compute penalties too. Seeds change the initial weights alone: the draw of documents is
+  in no interval. The leakages of `sizes` are read from the mean over one to three seeds of filtered models. Read from
+  one seed, a leakage is uncertain by {100 * CURVE_ERROR:.0f} % of itself (95 %), from n seeds by sqrt(n) less; the
+  error of the slope follows from that of its ends.
 - **Verdict**: confirmed where the whole interval is on the stated side of the limit, refuted where it is all on the
   other, otherwise undecided. Each stands on its own interval; none is corrected for the number of claims.
 - **Limits**: 5 and 12 % are the papers' figures, the others are ours. Those of `arxiv`, of the added leakage, of

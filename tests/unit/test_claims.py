@@ -378,7 +378,7 @@ def test_the_error_of_the_measure_and_its_star_are_in_the_row(claims, measures, 
     claim = claim_of(claims, measures, [0.1, 0.2, 0.15], **about)
     assert claims._measured(claim, study) == (": 0.150 ± 0.124 nats*", "**confirmed**")
     claim = claim_of(claims, measures, [0.1, 0.2, 0.15], error=0.1, **about)
-    assert claims._measured(claim, study) == (": 0.150 ± 0.124 nats*", "undecided")
+    assert claims._measured(claim, study) == (": 0.150 ± 0.124 nats*, error of the measure 0.100", "undecided")
 
 
 def test_every_claim_has_a_row_with_what_was_measured(claims, tmp_path):
