@@ -25,7 +25,7 @@ SPILL = 0.25
 
 LINE_ERROR = 0.26
 """Nats, of `at_equal_retain` by evaluations: how far a model that was trained to its end lies from the line through
-those of a longer training, at most, rounded up (tests/unit/test_claims.py takes it from the committed rows)."""
+those of a longer training, at most, rounded up (tests/unit/test_claim_errors.py takes it from the committed rows)."""
 
 CURVE_ERROR = 0.30
 """Of a leakage that is read from filtered models of one seed, as a share of it: half of the 95 % interval, by the
