@@ -41,8 +41,6 @@ class Experiment(NamedTuple):
 
 ARXIV = "sgtm prepare ARXIV --rules launch/recipes/arxiv.rules.yaml --out data/arxiv --vocab-size 2048"
 NOVELS = "sgtm prepare NOVELS --rules launch/recipes/novels.rules.yaml --out data/novels --vocab-size 2048"
-
-
 UNLEARN = """\
 python benchmarks/unlearning.py launch/recipes/claims.sweep.yaml \\
   --json benchmarks/results/DEVICE/unlearning.jsonl"""
@@ -62,15 +60,18 @@ for threshold in recall precision; do
     --tokenizer data/arxiv/tokenizer
 done"""
 ATTACK = """\
-for run in runs/claims.sweep/{filtered,paper,dual,certified}-s[012] \\
+for run in runs/claims.sweep/{filtered,dual}-s[01234] runs/claims.sweep/{paper,certified}-s[012] \\
     runs/claims.sweep/unmasked-s[012]-{rmu,npo,grad_diff}; do
   sgtm tamper $run --data forget --lr 0.25 1 --steps 16 64 --tokens 4096
 done
-for run in runs/claims.sweep/{filtered,paper,dual,certified}-s[012]; do
+for run in runs/claims.sweep/{filtered,dual}-s[01234] runs/claims.sweep/{paper,certified}-s[012] \\
+    runs/claims.sweep/unmasked-s[012]-npo; do
   sgtm tamper $run --data forget --lr 1 2 --schedule constant --steps 256 --tokens 4096
 done
+for run in runs/claims.sweep/unmasked-s[01234]; do
+  sgtm tamper $run --data forget --lr 0.25 --steps 16 --tokens 4096
+done
 for seed in 0 1 2; do
-  sgtm tamper runs/claims.sweep/unmasked-s$seed --data forget --lr 0.25 --steps 16 --tokens 4096
   for variant in paper-s$seed dual-s$seed certified-s$seed unmasked-s$seed{,-rmu,-npo}; do
     sgtm examine runs/claims.sweep/$variant --against runs/claims.sweep/filtered-s$seed \\
       --only context quantised --sequences 200
