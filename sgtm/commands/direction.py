@@ -14,8 +14,8 @@ def add(commands: Subcommands) -> None:
     layer = "block, from 0, that steering.layer null takes (default: half of the depth); the file has all of them"
     parser.add_argument("--layer", type=natural, metavar="L", help=layer)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write, *.safetensors")
-    sequences = "sequences of forget and of retain text, at most (default: 512)"
-    parser.add_argument("--sequences", type=COUNT, default=512, metavar="N", help=sequences)
+    sequences = "sequences of forget and of retain text (default: 512, or all where there are fewer)"
+    parser.add_argument("--sequences", type=COUNT, metavar="N", help=sequences)
     parser.add_argument("--data.path", dest="data_path", metavar="DIR", help=DATA)
 
 

@@ -24,6 +24,7 @@ from sgtm.run.checkpoint import MANIFEST, open_run, read_manifest
 from sgtm.run.evaluate import open_run_corpus
 from sgtm.unlearning.derived import domain_of, open_model, read_text
 from sgtm.unlearning.text import Sequences
+from sgtm.words import listed
 from sgtm_kernels.plan import Tables
 
 SEQUENCES = 512
@@ -47,19 +48,19 @@ def direction_of_text(
     *,
     domain: str | None = None,
     layer: int | None = None,
-    sequences: int = SEQUENCES,
+    sequences: int | None = None,
     data: str | None = None,
 ) -> dict:
     """Measure a domain's direction in the newest checkpoint of a run, write it to `out` and return its record.
 
     domain     None: the run's only one
     layer      that `steering.layer: null` takes; None: half of the depth
-    sequences  of forget text and of retain text, at most
+    sequences  of forget text and of retain text each; None: SEQUENCES, or all where there are fewer
     data       `data.path` to take, of the same corpus; None: that of the run
 
     Raises ValueError before anything is computed for an `out` that cannot be a file, a domain or layer that the run
-    does not have, a folder that is no run, a checkpoint that is damaged, data that are gone or another corpus, and a
-    category without text.
+    does not have, a folder that is no run, a checkpoint that is damaged, data that are gone or another corpus, a
+    category without text, and fewer sequences than `sequences`.
     """
     run, out = Path(run), Path(out)
     if out.suffix != ".safetensors" or out.is_dir() or not out.absolute().parent.is_dir():
@@ -74,8 +75,16 @@ def direction_of_text(
     labels = {"forget": f"forget:{domain}", "retain": "retain"}
     read = {name: read_text(corpus, config, label, seed=0) for name, label in labels.items()}
     categories = {name: names for name, (names, _) in read.items()}
+    texts = {name: text for name, (_, text) in read.items() if text is not None}
+    few = {name: len(text) for name, text in texts.items() if len(text) < (sequences or 0)}
+    if few:
+        named = listed([f"{count} of {name} text" for name, count in few.items()])
+        raise ValueError(
+            f"--sequences {sequences}: split {SPLIT} of {corpus.path} has {named}; give at most {min(few.values())}, "
+            f"or leave it out for up to {SEQUENCES}"
+        )
     model, tables = open_model(config, checkpoint), removal_tables(config.space, ())
-    means = {name: mean_hidden(model, text, tables, sequences) for name, (_, text) in read.items() if text}
+    means = {name: mean_hidden(model, text, tables, sequences or SEQUENCES) for name, text in texts.items()}
     vectors = (means["forget"].hidden - means["retain"].hidden).float()
     units = torch.nn.functional.normalize(vectors.double(), dim=1)
     record = {

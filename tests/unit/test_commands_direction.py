@@ -11,7 +11,7 @@ from signatures import as_called
 from sgtm.commands.main import main
 from sgtm.unlearning.mean_difference import direction_of_text
 
-OPTIONS = {"domain": None, "layer": None, "sequences": 512, "data": None}
+OPTIONS = {"domain": None, "layer": None, "sequences": None, "data": None}
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def test_a_limit_takes_the_first_sequences_and_the_same_command_gives_the_same_b
     outs = [tmp_path / f"{name}.safetensors" for name in ("all", "some", "again", "more")]
     whole, some, again, more = (
         direction_of_text(constructed, out, domain="es", sequences=limit)
-        for out, limit in zip(outs, (512, 5, 5, 6), strict=True)
+        for out, limit in zip(outs, (None, 5, 5, 6), strict=True)
     )
     short = 10  # targets of a category's last sequence
     assert some["tokens"] == dict.fromkeys(("forget", "retain"), 4 * 16 + short)
@@ -149,6 +149,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(untouched, tmp
     refused("no text of category fr in its split train", untouched, out, domain="fr")
     for layer in (2, -1):
         refused(f"--layer {layer}: the model has 2 blocks, counted from 0", untouched, out, layer=layer)
+    refused(r"--sequences 9: split train of .* has 8 of forget text; give at most 8, or", untouched, out, sequences=9)
     refused("not a run directory", tmp_path, out)
     refused("give a file in a folder that exists", untouched, tmp_path / "nosuch" / "es.safetensors")
     refused(r"whose name ends in \.safetensors", untouched, tmp_path / "es.pt")
