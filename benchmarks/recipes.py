@@ -11,7 +11,8 @@ losses on the curve of `unmasked`, of the ablated model's retain loss on that of
 the last evaluations of `unmasked`, `unmasked-450` and so on: the same baseline trained for other numbers of steps. Rows
 of other sweeps in FILE stay, and all ratios are recomputed from all rows. Device, commit, versions and time are those
 of the training (`environment.jsonl` of each run), not of this script. Unfinished runs are an error unless `--partial`
-is given; then what these sweeps have not finished here stays as it is in FILE. The worst-case tamper curves of runs in
+is given; then variants and seeds that these sweeps have not finished here stay as they are in FILE, and a row whose
+seeds come from several machines names them all. The worst-case tamper curves of runs in
 the sweeps' folders (`sgtm tamper`) and their examinations (`sgtm examine`) follow, with the environment of this script.
 `sgtm report FILE` draws the figures of all of it.
 
@@ -29,6 +30,7 @@ import sys
 from pathlib import Path
 
 from environment import environment, read_rows
+from variant_rows import over_seeds
 
 from sgtm.evaluation.compute_ratio import LEAST, LearningCurve
 from sgtm.report.baselines import FOLDER, basis
@@ -41,6 +43,8 @@ from sgtm.sweep.tampered import tamper_rows
 BASELINES = ("unmasked", "filtered")
 KEYS = ("sweep", "variant", "tampered", "examined", "seed", "condition", "domain", "split", "sequences")
 """Of a row: what a new one replaces has the same, or lacks the same."""
+OF_A_RUN = {"train.seed", "data.path"}
+"""Settings that seeds of one variant need not share."""
 RATIOS = {"full_retain": "unmasked", "full_forget": "unmasked", "ablated_retain": "filtered"}
 
 
@@ -75,13 +79,31 @@ def main() -> None:
 
 
 def merged(rows: list[dict], new: list[dict]) -> list[dict]:
-    """The rows with the new ones in their places, or behind them; a variant with fewer finished runs replaces none."""
+    """The rows with the new ones in their places, or behind them; seeds that only an old one has stay in it."""
     by_key = {tuple(map(row.get, KEYS)): row for row in rows}
     for row in new:
-        old = by_key.get(key := tuple(map(row.get, KEYS)), {})
-        if old.get("finished", 0) <= row.get("finished", 0):
-            by_key[key] = row
+        key = tuple(map(row.get, KEYS))
+        by_key[key] = with_seeds_of(by_key[key], row) if "variant" in row and key in by_key else row
     return list(by_key.values())
+
+
+def with_seeds_of(old: dict, row: dict) -> dict:
+    """The row, with the seeds that only the old one has. Raises SystemExit where the two have not the same settings."""
+    own = {seed["seed"] for seed in row["seeds"]}
+    missing = [seed for seed in old["seeds"] if seed["seed"] not in own]
+    if not missing:
+        return row
+    if "settings" not in old:
+        sys.exit(f"variant {row['variant']}: its earlier row has no settings; collect all seeds without --partial")
+    for name in sorted(old["settings"].keys() & row["settings"].keys() - OF_A_RUN):
+        was, now = old["settings"][name], row["settings"][name]
+        if was != now:
+            sys.exit(f"variant {row['variant']}: {name} was {was} and is {now}; collect all seeds without --partial")
+    seeds = sorted([*missing, *row["seeds"]], key=lambda seed: seed["seed"])
+    losses = over_seeds(seeds, [loss for loss in SIX if loss in row])
+    counts = {"finished": len(seeds), "runs": max(len(seeds), old["runs"], row["runs"])}
+    origin = {key: ", ".join(dict.fromkeys([*old[key].split(", "), row[key]])) for key in ("device", "commit")}
+    return {**row, **losses, **counts, **origin, "seeds": seeds}
 
 
 def finished(folder: Path, partial: bool) -> list[dict]:

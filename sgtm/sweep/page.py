@@ -102,7 +102,6 @@ def write_study(study: Study, folder: Path) -> Path:
 def render(study: Study, exhibits: list[Exhibit]) -> str:
     """The page as HTML."""
     seeds = sorted({len(variant.seeds) for variant in study.variants})
-    origins = {key: list(dict.fromkeys(v.origin.get(key, "") for v in study.variants)) for key in ("device", "commit")}
     return template("study.html.j2", "sgtm.sweep").render(
         study=study,
         seeds="no" if not seeds else str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}",
@@ -111,9 +110,15 @@ def render(study: Study, exhibits: list[Exhibit]) -> str:
         examined_with="; ".join(dict.fromkeys(examined_with(row) for row in study.examined)),
         settings=differing_settings(study.variants),
         common=_common(study),
-        provenance={key: ", ".join(filter(None, values)) for key, values in origins.items() if any(values)},
+        provenance={key: origins for key in ("device", "commit") if (origins := _origins(study, key))},
         exhibits=exhibits,
     )
+
+
+def _origins(study: Study, key: str) -> str:
+    """Of the training of all variants, each once; a variant whose seeds come from several machines has several."""
+    named = (variant.origin.get(key, "") for variant in study.variants)
+    return ", ".join(dict.fromkeys(part for parts in named if parts for part in parts.split(", ")))
 
 
 def _common(study: Study) -> dict[str, object]:

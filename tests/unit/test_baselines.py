@@ -152,16 +152,47 @@ def test_unfinished_runs_are_collected_only_where_asked(tmp_path, capsys):
     assert [row["variant"] for row in finished(tmp_path, partial=True)] == ["dual"]
 
 
+def seeds_of(name: str, seeds: range, loss: float, **more) -> dict:
+    """A collected row."""
+    own = [{"seed": seed, "full_retain": loss + seed, "ablated_retain": None} for seed in seeds]
+    row = {"sweep": "s", "variant": name, "finished": len(own), "runs": 2, "full_retain": loss, "ablated_retain": None}
+    return {**row, "settings": {"train.steps": 9}, "seeds": own, "device": "a", "commit": "c1", "time": "1", **more}
+
+
 def test_of_an_unfinished_sweep_the_other_rows_stay():
     from recipes import merged
 
-    def row(name: str, finished: int, loss: float) -> dict:
-        return {"sweep": "s", "variant": name, "finished": finished, "loss": loss}
-
     attack = {"sweep": "s", "tampered": "dual", "seed": 0, "condition": "full"}
-    old = [row("dual", 3, 1.0), row("paper", 3, 1.0), attack | {"curve": 1}, attack | {"seed": 1, "curve": 1}]
-    new = [row("dual", 3, 2.0), row("paper", 2, 2.0), row("gram", 1, 2.0), attack | {"curve": 2}]
-    assert merged(old, new) == [new[0], old[1], new[3], old[3], new[2]]
+    names = ("dual", "paper")
+    old = [*(seeds_of(name, range(2), 1.0) for name in names), attack | {"curve": 1}, attack | {"seed": 1, "curve": 1}]
+    new = [seeds_of("dual", range(3), 2.0), seeds_of("gram", range(1), 2.0), attack | {"curve": 2}]
+    assert merged(old, new) == [new[0], old[1], new[2], old[3], new[1]]
+
+
+def test_seeds_that_another_machine_has_trained_stay():
+    from recipes import merged
+
+    old = seeds_of("dual", range(2), 1.0, settings={"train.steps": 9, "train.seed": 0, "gone": 1}, commit="c1, c2")
+    settings = {"train.steps": 9, "train.seed": 1, "came": 1}
+    new = seeds_of("dual", range(1, 4), 5.0, settings=settings, device="b", commit="c2", time="2", runs=3)
+    (row,) = merged([old], [new])
+    assert row["seeds"] == [old["seeds"][0], *new["seeds"]]
+    assert (row["full_retain"], row["full_retain_sd"]) == pytest.approx((5.5, 3.109126))  # of 1, 6, 7 and 8
+    assert row["ablated_retain"] is row["ablated_retain_sd"] is None
+    assert (row["device"], row["commit"], row["time"]) == ("a, b", "c1, c2", "2")
+    assert (row["finished"], row["runs"], row["settings"]) == (4, 4, settings)
+
+
+def test_seeds_of_other_settings_are_no_seeds_of_a_variant():
+    from recipes import merged
+
+    old, new = seeds_of("dual", range(2), 1.0), seeds_of("dual", range(2, 3), 1.0, settings={"train.steps": 8})
+    with pytest.raises(SystemExit, match=r"variant dual: train.steps was 9 and is 8; collect all seeds without --part"):
+        merged([old], [new])
+    del old["settings"]
+    with pytest.raises(SystemExit, match="variant dual: its earlier row has no settings; collect all seeds"):
+        merged([old], [new])
+    assert merged([old], [new | {"seeds": [*old["seeds"], *new["seeds"]]}])[0]["settings"] == {"train.steps": 8}
 
 
 def test_the_table_of_a_sweep(tmp_path):

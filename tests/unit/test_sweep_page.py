@@ -45,6 +45,14 @@ def test_table_has_the_means_of_the_rows(written):
     assert "a device" in page.text and "c0ffee" in page.text and "train.steps: 10" in page.text
 
 
+def test_machines_and_commits_stand_there_once(tmp_path):
+    one, other = (row(name, (1.0, 1.0, 1.0, 1.0)) for name in ("one", "other"))
+    other |= {"device": "another, a device", "commit": "c0ffee, decaf"}
+    page = Page(write_study(read_study(write_rows(tmp_path / "a.jsonl", [one, other])), tmp_path / "page"))
+    assert "a device, another" in page.text and "c0ffee, decaf" in page.text
+    assert page.text.count("a device") == page.text.count("c0ffee") == 1
+
+
 def test_a_figure_without_data_is_missing_with_its_reason(tmp_path):
     bare = row("mine", (1.0, 1.0, 1.0, 1.0)) | {"trained": {}}
     for seed in bare["seeds"]:
