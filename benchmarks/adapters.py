@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 
 from environment import write_rows
-from unlearning import measured, options_of_a_grid, row_of
+from unlearning import check_source, measured, options_of_a_grid, row_of
 
 from sgtm.data.open import open_corpus
 from sgtm.data.trained import trained_tokens
@@ -70,14 +70,16 @@ def steps_of(run: Run, seen: Run) -> int:
 def adapt(run: Run, factor: float, steps: int, out: Path) -> None:
     """Adapt a run at so many times its peak rate, unless it has been.
 
-    Raises ValueError where `out` is there and was made at other settings.
+    Raises ValueError where `out` is there and was made at other settings, or from another checkpoint.
     """
     lr = factor * run.config.optimizer.lr
     if not out.exists():
         adapt_run(run.directory, out, rank=RANK, alpha=ALPHA, steps=steps, lr=lr)
     record = read_adapted(out)
-    if record is None or (record["steps"], record["lr"]) != (steps, lr):
-        raise ValueError(f"{out} was not adapted in {steps} steps at {lr:g}; remove it")
+    settings = {"rank": RANK, "alpha": ALPHA, "steps": steps, "lr": lr}
+    if record is None or not settings.items() <= {**record, **record["options"]}.items():
+        raise ValueError(f"{out} was not adapted with {settings}; remove it")
+    check_source(run, out, record)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from sgtm.evaluation.compute_ratio import LEAST, LearningCurve
 from sgtm.sweep.study import Study, Variant, VariantLeakage, leakages, standard_curve, standard_models
 
 STEPS, LONG = 64, 256
-"""Of the attacks that are compared; the longer ones only `filtered` and masked models have gone through."""
+"""Of the attacks that are compared."""
 
 SPILL = 0.25
 """Of what removal costs forgotten data beyond other text: what it may cost adjacent data (`spill`)."""
@@ -27,7 +27,7 @@ LINE_ERROR = 0.26
 """Nats, of `at_equal_retain` by evaluations: how far a model that was trained to its end lies from the line through
 those of a longer training, at most, rounded up (tests/unit/test_claim_errors.py takes it from the committed rows)."""
 
-CURVE_ERROR = 0.30
+CURVE_ERROR = 0.31
 """Of a leakage that is read from filtered models of one seed, as a share of it: half of the 95 % interval, by the
 standard deviation over the seeds of the filtered models (tests/unit/test_claim_errors.py takes it from the committed
 rows); read from the mean over n seeds, by sqrt(n) smaller."""
@@ -68,7 +68,9 @@ def variant(study: Study, name: str) -> Variant:
 
 
 def by_seed(study: Study, name: str) -> dict[int, dict]:
-    return {seed["seed"]: seed for seed in variant(study, name).seeds}
+    """Losses of a variant's seeds; nan of a run that has diverged, which rows have as null."""
+    seeds = variant(study, name).seeds
+    return {each["seed"]: {key: math.nan if value is None else value for key, value in each.items()} for each in seeds}
 
 
 def difference(first: tuple[str, str], second: tuple[str, str]) -> Measure:
@@ -175,30 +177,35 @@ def _leakages(study: Study, name: str) -> dict[int, VariantLeakage]:
 
 
 def reached(study: Study, name: str, loss: str, baseline: str) -> list[tuple[float, bool]]:
-    """For every seed that both have, the share of the baseline's training at which it reaches the loss, and whether
-    that is extrapolated, by the last losses of the baseline of that seed at several lengths (`NAME-STEPS`). A length
-    that lacks the seed has the loss of its others, moved by as much as the whole length's of this seed is from theirs.
-    """
+    """For every seed that both have, the share of the baseline's training at which it reaches the loss, nan where a run
+    has diverged, and whether that is extrapolated; by the last losses of the baseline of that seed at several lengths
+    (`NAME-STEPS`). A length that lacks the seed has the loss of its others, moved by as much as the whole length's of
+    this seed is from theirs."""
     whole, ours = variant(study, baseline), by_seed(study, name)
     points = lengths(study, baseline)
     if len(points) < LEAST:
         raise Missing(f"{baseline} of {LEAST} lengths")
     shares, end = [each.tokens / whole.tokens for each in points], f"full_{loss.partition('_')[2]}"
-    wholes = {seed["seed"]: seed[end] for seed in whole.seeds}
+    wholes = {seed: losses[end] for seed, losses in by_seed(study, baseline).items()}
     shares_reached = []
     for seed in (seed for seed in ours if seed in wholes):
         losses = []
         for point in points:
-            by_own = {each["seed"]: each[end] for each in point.seeds}
+            by_own = {other: theirs[end] for other, theirs in by_seed(study, point.name).items()}
             others = [theirs - wholes[other] for other, theirs in by_own.items() if other in wholes]
-            losses.append(by_own.get(seed) or wholes[seed] + statistics.fmean(others))
-        shares_reached.append(LearningCurve(shares, losses).reached(ours[seed][loss]))
+            if seed not in by_own and not others:
+                raise Missing(f"{point.name} of a seed of {baseline}")
+            losses.append(by_own[seed] if seed in by_own else wholes[seed] + statistics.fmean(others))
+        diverged = not all(map(math.isfinite, (*losses, ours[seed][loss])))
+        curve = None if diverged else LearningCurve(shares, losses)
+        shares_reached.append(curve.reached(ours[seed][loss]) if curve else (math.nan, False))
     return shares_reached
 
 
 def penalty(name: str, loss: str, baseline: str) -> Measure:
-    """1 - the share, in percent; of a loss that the shortest length of the baseline is better than, at least that of
-    this length. Outside: a seed's loss is none that the lengths reach."""
+    """Percent of the baseline's training that the variant loses: 100 (1 - the share at which the baseline is there).
+    Where even the shortest length of the baseline is better, that of this length, a lower bound. Outside: a seed's loss
+    is none that the lengths reach."""
 
     def measure(study: Study) -> Quantity:
         least, shares = _shortest(study, baseline), reached(study, name, loss, baseline)
@@ -253,19 +260,19 @@ def change_with_size(names: Sequence[str]) -> Measure:
                 raise Missing(f"a curve of filtered models for {each.name}")
             tokens = [curve.equivalent(seed["ablated_forget"])[0] for seed in each.seeds]
             ratios.append([count / each.undiscovered for count in tokens])
-            seeds.append(_seeds_of_curve(alike, max(tokens)))
+            seeds.append(min(len(other.seeds) for other in models_read(alike, max(tokens))))
         slopes, shares = weights @ np.array(ratios), np.mean(ratios, axis=1)
         return Quantity(slopes.tolist(), error=CURVE_ERROR * math.sqrt(np.sum((weights * shares) ** 2 / seeds)))
 
     return measure
 
 
-def _seeds_of_curve(alike: Sequence[Variant], most: float) -> int:
-    """The fewest seeds of the models from which up to `most` tokens are read: those of the curve up to the first that
-    saw as many."""
+def models_read(alike: Sequence[Variant], most: float) -> list[Variant]:
+    """Of the filtered models of a shape those from which up to `most` tokens are read: those of the curve up to the
+    first that saw as many."""
     models = standard_models(alike)
     enough = next((number for number, (tokens, _) in enumerate(models) if tokens >= most), len(models))
-    return min(len(each.seeds) for _, each in models[: enough + 1])
+    return [each for _, each in models[: enough + 1]]
 
 
 def relearning(first: str, second: str, steps: int = STEPS, baseline: str = "unmasked") -> Measure:

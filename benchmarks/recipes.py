@@ -35,13 +35,14 @@ from variant_rows import over_seeds
 from sgtm.evaluation.compute_ratio import LEAST, LearningCurve
 from sgtm.report.baselines import FOLDER, basis
 from sgtm.run.environment import last_environment
+from sgtm.run.examine import SAMPLES, SETTINGS
 from sgtm.sweep.examined import examination_rows
 from sgtm.sweep.file import read_sweep
 from sgtm.sweep.table import SIX
 from sgtm.sweep.tampered import tamper_rows
 
 BASELINES = ("unmasked", "filtered")
-KEYS = ("sweep", "variant", "tampered", "examined", "seed", "condition", "domain", "split", "sequences")
+KEYS = ("sweep", "variant", "tampered", "examined", "seed", "condition", "domain", *SETTINGS[:2], *SAMPLES)
 """Of a row: what a new one replaces has the same, or lacks the same."""
 OF_A_RUN = {"train.seed", "data.path"}
 """Settings that seeds of one variant need not share."""

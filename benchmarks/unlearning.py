@@ -28,7 +28,8 @@ from variant_rows import variant_row
 
 from sgtm.config.load import load_run_config
 from sgtm.evaluation.losses import evaluate
-from sgtm.run.checkpoint import open_run, read_manifest
+from sgtm.files import sha256_of
+from sgtm.run.checkpoint import MANIFEST, open_run, read_manifest
 from sgtm.run.evaluate import load_bases, load_model, open_run_corpus
 from sgtm.run.unlearned import read_unlearned
 from sgtm.sweep.file import Run, Sweep, read_sweep
@@ -92,7 +93,7 @@ def choice(rows: list[dict]) -> dict | None:
 def apply(run: Run, method: str, options: dict, factor: float, out: Path) -> float:
     """Unlearn a run at so many times the method's rate; returns the rate.
 
-    Raises ValueError where `out` is there and was made at other settings.
+    Raises ValueError where `out` is there and was made at other settings, or from another checkpoint.
     """
     lr = factor * load_run_config(run.directory).optimizer.lr / METHODS[method].divisor
     if not out.exists():
@@ -100,7 +101,15 @@ def apply(run: Run, method: str, options: dict, factor: float, out: Path) -> flo
     record = read_unlearned(out)
     if record is None or record["lr"] != lr or not options.items() <= record["options"].items():
         raise ValueError(f"{out} was not unlearned by {method} with {options} at {lr:g}; remove it")
+    check_source(run, out, record)
     return lr
+
+
+def check_source(run: Run, out: Path, record: dict) -> None:
+    """Raises ValueError where the record of `out` names another checkpoint than the newest of the run."""
+    _, checkpoint = open_run(run.directory)
+    if record["source"]["manifest_sha256"] != sha256_of(checkpoint / MANIFEST):
+        raise ValueError(f"{out} was made from another checkpoint than {checkpoint}; remove it")
 
 
 def measured(run: Path, split: str, sequences: int | None, adjacent: Collection[str] = ()) -> dict[str, float]:

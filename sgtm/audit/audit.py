@@ -233,7 +233,7 @@ def audit_export(
             check = Check(name, entry.about)
             try:
                 if name in skip:
-                    raise Skipped("as asked")
+                    raise Skipped("--skip")
                 if entry.of_run and not audit.has_checkpoint:
                     raise Skipped("there is no checkpoint to hold it against")
                 check.problems += entry.problems(audited)

@@ -2,9 +2,9 @@
 
 The token equivalent of a loss on forget data is the number of forget tokens that a standard model has to be trained on
 to reach it; a curve through standard models of several numbers, 0 among them, gives it. Leakage is the token equivalent
-divided by the forget tokens that were trained without their label, which is what could leak at worst in full: 0 where
-the ablated model is no better than one that has seen none, about 1 where the missing labels had no consequence
-(arXiv 2512.05648, section 4).
+divided by the forget tokens that the retain weights were trained on, those without their label and those labelled
+`open:<domain>`, which is what could leak at worst in full: 0 where the ablated model is no better than one that has
+seen none, about 1 where the masks had no consequence (arXiv 2512.05648, section 4).
 
 Between 0 and the curve's first number the loss is a straight line in tokens, from there on in log tokens and log loss,
 made to fall as in compute_ratio.py. Beyond the last number it continues as a power law, and is marked as extrapolated.
@@ -61,7 +61,7 @@ class TokenCurve:
 def leakage(loss: float, curve: TokenCurve, undiscovered: float, error: float | None = None) -> Leakage:
     """Return the leakage of the ablated model's loss on forget data, in nats.
 
-    undiscovered  forget tokens trained without their label
+    undiscovered  forget tokens that the retain weights were trained on
 
     Raises ValueError for a loss that is not finite.
     """

@@ -120,8 +120,8 @@ class AttackData:
         count, rest = divmod(attack.tokens, context)
         if rest or count < len(attack.parts):
             raise ValueError(
-                f"a step of {attack.data} takes {len(attack.parts)} or more sequences of {context} tokens, and whole "
-                f"ones; {attack.tokens} tokens are {attack.tokens / context:g} of them"
+                f"--tokens {attack.tokens}: a step of {attack.data} takes a multiple of model.context, {context} "
+                f"tokens, and at least {len(attack.parts) * context}"
             )
         self.readers = [
             ShuffledSequences(corpus, config, categories, attack.seed, _ORDER) for categories in attack.parts

@@ -34,8 +34,9 @@ from sgtm.training.step import StepTotals, learning_rate, train_step
 from sgtm.words import counted
 
 WARM_UP = 3
-TOP = 15
 """Steps before those that are profiled: caches fill, Triton compiles."""
+TOP = 15
+"""Kernels that are listed; the rest are one row."""
 
 
 def run_profile(

@@ -134,7 +134,7 @@ def write_report(run: Path, comparison: RunComparison | None = None) -> Path:
 
 def write_page(folder: Path, exhibits: list[Exhibit], html: str) -> Path:
     """Write `index.html` and the PNGs of its figures into a folder, which is made, and return the page's path."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for exhibit in exhibits:
         picture = folder / f"{exhibit.name}.png"
         picture.unlink(missing_ok=True)  # an older report's figure must not outlive its data

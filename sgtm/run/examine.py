@@ -7,6 +7,7 @@ without the domain, which shows what the measure gives where there is nothing to
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,8 @@ BITS = (8, 4)
 STRENGTHS = (0.5, 1.0, 2.0)  # of guided decoding
 FILE = "examination.json"
 SETTINGS = ("split", "sequences", "control")
-"""What examinations of the same weights differ in."""
+SAMPLES = ("fit_sequences", "passages", "texts")
+"""What examinations of the same weights differ in; those of older versions have no `SAMPLES`, which counts as null."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,8 @@ def examine_run(
     other = _subject(beside) if beside else None
     results: dict[str, Any] = {"checkpoint": target.checkpoint.name, "weights": target.weights}
     results |= {"split": split, "sequences": sequences, "control": str(control) if control else None}
+    own = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest() if texts else None
+    results |= {"fit_sequences": fit_sequences, "passages": passages, "texts": own}
     results |= {"control_warning": warning, "domains": {}}
     for domain, about in questions.items():
         models = {FULL: full}
@@ -286,13 +290,13 @@ def in_turn(documents: Sequence[Sequence[int]]) -> list[int]:
 def write_examination(run: Path, results: dict[str, Any]) -> list[str]:
     """Add results to `examination.json` of a run, which is written whole.
 
-    The file has an examination for each split, number of sequences and control, the newest last. Measures of the same
-    ones stay, unless they are measured again. Those of other weights are removed: returns their names.
+    The file has an examination for each split, control and sample, the newest last. Measures of the same ones stay,
+    unless they are measured again. Those of other weights are removed: returns their names.
     """
     file, weights = run / FILE, ("checkpoint", "weights")
     stored = read_examinations(file) if file.exists() else []
     alike = [old for old in stored if all(old.get(name) == results[name] for name in weights)]
-    for old in [old for old in alike if all(old[name] == results[name] for name in SETTINGS)]:
+    for old in [old for old in alike if all(old.get(name) == results[name] for name in (*SETTINGS, *SAMPLES))]:
         alike.remove(old)
         for domain, examined in old["domains"].items():
             new = results["domains"].setdefault(domain, {**examined, "measures": {}})

@@ -57,7 +57,7 @@ class OpenedRun:
 
 
 def open_with_corpus(run: str | Path, data: str | None = None) -> OpenedRun:
-    """The newest whole checkpoint of a run, with its corpus; data: `data.path` to take instead of the run's.
+    """The newest valid checkpoint of a run, with its corpus; data: `data.path` to take instead of the run's.
 
     Raises ValueError for a folder that is no run, one without checkpoint, and a corpus that is gone or another one.
     """

@@ -75,15 +75,15 @@ def make_plan(
         for wanted in (labels, {"retain"})
     )
     checks = (
-        ("budgets", list(budgets), "one or more numbers of steps above 0", bool(budgets) and min(budgets) >= 1),
-        ("multiples", list(multiples), "one or more learning rates", bool(multiples)),
-        ("warm-up", warmup, "a share from 0 to below 1", 0 <= warmup < 1),
-        ("seed", seed, "0 or more", seed >= 0),
-        ("sequences", sequences, "1 or more", sequences >= 1),
+        ("--steps", list(budgets), "one or more numbers above 0", bool(budgets) and min(budgets) >= 1),
+        ("--lr", list(multiples), "one or more multiples of the run's peak rate", bool(multiples)),
+        ("--warmup", warmup, "a share from 0 to below 1", 0 <= warmup < 1),
+        ("--seed", seed, "0 or more", seed >= 0),
+        ("--sequences", sequences, "1 or more", sequences >= 1),
     )
     for name, value, takes, fits in checks:
         if not fits:
-            raise ValueError(f"a grid of attacks: {name} {value}; it takes {takes}")
+            raise ValueError(f"{name} {value}: give {takes}")
     longest, lr = max(budgets), target.config.optimizer.lr
     attacks = [
         Attack(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sgtm.report.examination import examination_numbers
-from sgtm.run.examine import FILE, SETTINGS, read_examinations
+from sgtm.run.examine import FILE, SAMPLES, SETTINGS, read_examinations
 from sgtm.sweep.tampered import named_runs
 
 
@@ -16,6 +16,7 @@ def examination_rows(folder: Path) -> list[dict]:
     seed      of the training
     domain    that was examined
     split, sequences, control  of the examination, as `sgtm examine` was called; of the control its variant
+    fit_sequences, passages, texts  the same where they were given; of the texts a SHA-256
     control_warning  that the control may have seen the domain, else empty; only with a control
     values    by name of the number (sgtm/report/examination.py) and model: full, without the domain, and control where
               there was one
@@ -28,6 +29,7 @@ def examination_rows(folder: Path) -> list[dict]:
         for results, domain in pairs:
             examined = results["domains"][domain]
             settings = {name: results[name] for name in SETTINGS}
+            settings |= {name: results[name] for name in SAMPLES if results.get(name) is not None}
             if results["control"]:
                 settings |= {"control": _variant(results["control"]), "control_warning": results["control_warning"]}
             try:

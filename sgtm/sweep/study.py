@@ -207,6 +207,12 @@ def examined_with(row: dict) -> str:
         else "all sequences (a sample for context and probes)"
     )
     text = f"{sequences} of split {row.get('split') or 'test'}"
+    if row.get("texts"):
+        text += f", passages of a file (SHA-256 {row['texts'][:12]})"
+    elif row.get("passages"):
+        text += f", {row['passages']} passages"
+    if row.get("fit_sequences"):
+        text += f", calibrated on {row['fit_sequences']} sequences of each category"
     if row.get("control"):
         text += f", control {row['control']}" + " (which may have seen the domain)" * bool(row.get("control_warning"))
     return text

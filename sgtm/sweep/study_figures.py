@@ -53,12 +53,13 @@ def undiscovered(study: Study) -> Figure | None:
 
 def leaked(study: Study) -> Figure | None:
     """Leakage of every variant that has undiscovered forget tokens."""
-    shown = [
-        (number, variant.name, by_name.ratio)
-        for number, variant in enumerate(study.variants)
-        if (by_name := leakages(study.variants).get(variant.name)) and by_name.ratio
+    by_name = leakages(study.variants)
+    ratios = [by_name[variant.name].ratio if variant.name in by_name else None for variant in study.variants]
+    bars = [
+        (number, variant.name, ratio.mean, ratio.half)
+        for number, (variant, ratio) in enumerate(zip(study.variants, ratios, strict=True))
+        if ratio
     ]
-    bars = [(number, name, ratio.mean, ratio.half) for number, name, ratio in shown]
     return _bars(bars, "leakage")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -89,20 +90,24 @@ def test_numbers_are_those_of_the_measures_themselves(runs):
 
 def test_examinations_of_other_settings_stay_and_measures_of_the_same_are_joined(runs, tmp_path):
     names, file = ["recital", "membership"], tmp_path / "examination.json"
-    write_examination(tmp_path, examine_run("run", measures=names, passages=3))
+    first = examine_run("run", measures=names, passages=2)
+    first["domains"]["es"]["measures"]["recital"] = "to be replaced"
+    write_examination(tmp_path, first)
     assert write_examination(tmp_path, examine_run("run", measures=["quantised", "recital"], passages=2)) == []
     (stored,) = read_examinations(file)
     measures = stored["domains"]["es"]["measures"]
     assert list(measures) == [*names, "quantised"]
     assert measures["recital"]["full"]["texts"] == 2 and measures["membership"]["full"]["es"]["value"] > 0
-    others = ({"split": "train"}, {"sequences": 3}, {"control": "filtered"})
-    for options in others:
-        other = examine_run("run", measures=["recital"], passages=3, **options)
+    others = ({"split": "train"}, {"sequences": 3}, {"control": "filtered"}, {"passages": 3}, {"fit_sequences": 2})
+    for options in (*others, {"texts": ["ab"]}):
+        other = examine_run("run", measures=["recital"], **{"passages": 2, **options})
         assert write_examination(tmp_path, other) == []
-    write_examination(tmp_path, examine_run("run", measures=["probes"]))
-    examinations = read_examinations(file)
-    expected = [{"split": "test", "sequences": None, "control": None} | options for options in (*others, {})]
-    assert [{name: one[name] for name in module.SETTINGS} for one in examinations] == expected, "the newest last"
+    write_examination(tmp_path, examine_run("run", measures=["probes"], passages=2))
+    examinations, names_of_all = read_examinations(file), (*module.SETTINGS, *module.SAMPLES)
+    default = dict.fromkeys(names_of_all) | {"split": "test", "passages": 2}
+    own = {"texts": hashlib.sha256(b'["ab"]').hexdigest()}
+    expected = [default | options for options in (*others, own, {})]
+    assert [{name: one[name] for name in names_of_all} for one in examinations] == expected, "the newest last"
     assert list(examinations[-1]["domains"]["es"]["measures"]) == [*names, "quantised", "probes"]
     removed = write_examination(tmp_path, {**other, "weights": "others"})
     assert removed == ["recital", "membership", "quantised", "probes"] and len(read_examinations(file)) == 1

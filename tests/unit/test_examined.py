@@ -11,7 +11,7 @@ from studies import row, write_rows
 from sgtm.config.load import load_config, save_config
 from sgtm.run.unlearned import write_unlearned
 from sgtm.sweep.examined import examination_rows
-from sgtm.sweep.study import examinations, read_study
+from sgtm.sweep.study import examinations, examined_with, read_study
 
 
 def examine(folder, name: str, seed: int, gain: float, **settings) -> None:
@@ -29,6 +29,15 @@ def examine(folder, name: str, seed: int, gain: float, **settings) -> None:
         "domains": {"es": {"forget": ["es"], "measures": {"context": context}}},
     }
     (run / "examination.json").write_text(json.dumps({"examinations": [results]}))
+
+
+def test_rows_have_the_samples_that_were_given(tmp_path):
+    examine(tmp_path, "paper-s3", 3, 0.5, fit_sequences=5, passages=None, texts="ab" * 32)
+    (one,) = examination_rows(tmp_path)
+    assert (one["fit_sequences"], one["texts"]) == (5, "ab" * 32) and "passages" not in one
+    with_words = "up to 9 sequences of each category of split test, passages of a file (SHA-256 abababababab)"
+    assert examined_with(one) == with_words + ", calibrated on 5 sequences of each category"
+    assert examined_with({"passages": 7}).endswith(" of split test, 7 passages")
 
 
 def test_rows_are_named_by_variant_and_by_how_a_run_was_made(tmp_path):

@@ -8,6 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from sgtm.files import sha256_of
+from sgtm.run.adapted import write_adapted
+from sgtm.run.checkpoint import MANIFEST
 from sgtm.run.unlearned import write_unlearned
 
 
@@ -128,13 +131,41 @@ def test_the_rate_of_adapters_is_chosen_on_split_train_and_shown_on_test(benchma
     assert [row["chosen"] for row in rows if "chosen" in row] == [False, True]
 
 
+def made_from(folder: Path, unlearning, monkeypatch) -> dict:
+    """The source that a record has of a checkpoint in a folder, which is made the newest of any run."""
+    (folder / MANIFEST).write_text("{}")
+    monkeypatch.setattr(unlearning, "open_run", lambda run: (None, folder))
+    return {"run": "unmasked-s0", "step": 9, "manifest_sha256": sha256_of(folder / MANIFEST)}
+
+
 def test_a_run_of_another_setting_is_not_taken_for_the_chosen_one(unlearning, tmp_path, monkeypatch):
     monkeypatch.setattr(unlearning, "load_run_config", lambda run: RUNS[0].config)
     monkeypatch.setattr(unlearning, "unlearn_run", lambda *args, **options: pytest.fail("it is there"))
     record = {"domain": "es", "method": "npo", "steps": 1, "seed": 0, "options": {"beta": 0.1, "retain_weight": 1.0}}
-    source = {"run": "unmasked-s0", "step": 9}
+    source = made_from(tmp_path, unlearning, monkeypatch)
     write_unlearned(tmp_path, record | {"lr": 0.2, "source": source})
     assert unlearning.apply(RUNS[0], "npo", {"beta": 0.1}, 3.0, tmp_path) == 0.2
     for options, factor in (({"beta": 1.0}, 3.0), ({"beta": 0.1}, 1.0)):
         with pytest.raises(ValueError, match=r"was not unlearned by npo with \{'beta': .*; remove it"):
             unlearning.apply(RUNS[0], "npo", options, factor, tmp_path)
+    (tmp_path / MANIFEST).write_text("trained again")
+    with pytest.raises(ValueError, match=r"was made from another checkpoint than .*; remove it"):
+        unlearning.apply(RUNS[0], "npo", {"beta": 0.1}, 3.0, tmp_path)
+
+
+def test_adapters_of_another_setting_or_source_are_not_taken_for_the_chosen_ones(unlearning, tmp_path, monkeypatch):
+    import adapters
+
+    monkeypatch.setattr(adapters, "adapt_run", lambda *args, **options: pytest.fail("they are there"))
+    run = SimpleNamespace(directory=tmp_path, config=SimpleNamespace(optimizer=SimpleNamespace(lr=0.5)))
+    record = {"domain": "es", "steps": 7, "lr": 1.5, "seed": 0, "seen": False, "options": {"rank": 16, "alpha": 32.0}}
+    write_adapted(tmp_path, record | {"source": made_from(tmp_path, unlearning, monkeypatch)})
+    adapters.adapt(run, 3.0, 7, tmp_path)
+    for factor, steps, rank in ((1.0, 7, 16), (3.0, 8, 16), (3.0, 7, 8)):
+        monkeypatch.setattr(adapters, "RANK", rank)
+        with pytest.raises(ValueError, match=r"was not adapted with \{'rank': .*; remove it"):
+            adapters.adapt(run, factor, steps, tmp_path)
+    monkeypatch.setattr(adapters, "RANK", 16)
+    (tmp_path / MANIFEST).write_text("trained again")
+    with pytest.raises(ValueError, match="was made from another checkpoint than"):
+        adapters.adapt(run, 3.0, 7, tmp_path)
