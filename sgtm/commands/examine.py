@@ -7,12 +7,16 @@ from pathlib import Path
 
 from sgtm.commands.options import COUNT, DATA, Subcommands
 
+MEASURES = ("calibrated", "recital", "membership", "quantised", "context", "probes", "guided")
+"""As in sgtm/run/examine.py, which takes torch."""
+
 
 def add(commands: Subcommands) -> None:
     parser = commands.add("examine", run, "what the safe models of a run still hold of each domain, by many measures")
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="run directory, e.g. runs/quickstart")
     parser.add_argument("--against", type=Path, metavar="RUN", help="a run trained without the domains, as the control")
-    parser.add_argument("--only", nargs="+", default=[], metavar="MEASURE", help="measures (default: all)")
+    about = "measures (default: all of %(choices)s)"
+    parser.add_argument("--only", nargs="+", default=[], choices=MEASURES, metavar="MEASURE", help=about)
     parser.add_argument("--split", default="test", help="split whose losses are measured (default: test)")
     parser.add_argument(
         "--sequences",
