@@ -48,7 +48,7 @@ def test_table_has_the_means_of_the_rows(written):
 def test_machines_and_commits_stand_there_once(tmp_path):
     one, other = (row(name, (1.0, 1.0, 1.0, 1.0)) for name in ("one", "other"))
     other |= {"device": "another, a device", "commit": "c0ffee, decaf"}
-    page = Page(write_study(read_study(write_rows(tmp_path / "a.jsonl", [one, other])), tmp_path / "page"))
+    page = Page(write_study(read_study(write_rows(tmp_path / "a.jsonl", [one, other])), tmp_path / "new" / "page"))
     assert "a device, another" in page.text and "c0ffee, decaf" in page.text
     assert page.text.count("a device") == page.text.count("c0ffee") == 1
 
