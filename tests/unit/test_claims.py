@@ -32,12 +32,12 @@ def study_of(tmp_path, lines):
 @pytest.mark.parametrize(
     ("below", "mean", "half", "expected"),
     [
-        (True, 0.5, 0.4, "**confirmed**"),
+        (True, 0.5, 0.4, "confirmed"),
         (True, 0.5, 0.6, "undecided"),
-        (True, 1.5, 0.4, "**refuted**"),
-        (False, 1.5, 0.4, "**confirmed**"),
+        (True, 1.5, 0.4, "refuted"),
+        (False, 1.5, 0.4, "confirmed"),
         (False, 1.5, 0.6, "undecided"),
-        (False, 0.5, 0.4, "**refuted**"),
+        (False, 0.5, 0.4, "refuted"),
         (False, 1.5, None, "not tested: one seed"),
     ],
 )
@@ -58,8 +58,8 @@ def test_a_difference_is_paired_by_seed(measures, tmp_path):
 def test_an_error_of_the_measure_widens_the_interval(claims):
     claim = claims.Claim("P", "text", "quantity", 0.0, False, lambda study: None)
     assert claims.verdict(claim, Interval(0.02, 0.003), 0.1) == "undecided"
-    assert claims.verdict(claim, Interval(0.02, 0.003)) == "**confirmed**"
-    assert claims.verdict(claim, Interval(-0.2, 0.05), 0.1) == "**refuted**"
+    assert claims.verdict(claim, Interval(0.02, 0.003)) == "confirmed"
+    assert claims.verdict(claim, Interval(-0.2, 0.05), 0.1) == "refuted"
 
 
 def test_spill_is_the_rise_on_adjacent_data_beyond_that_on_other_text(measures, tmp_path):
@@ -366,17 +366,17 @@ def test_a_lower_bound_refutes_nothing(claims, measures, tmp_path):
         return claims._measured(claim_of(claims, measures, values, at_least=at_least, **about), study)
 
     assert verdict() == (": at least 0.150 ± 0.124 nats", "undecided")
-    assert verdict(at_least=False)[1] == "**refuted**"
-    assert verdict(limit=0.0)[1] == "**confirmed**"
-    assert verdict([2.0, 2.0, 2.0]) == (": at least 2.000 nats", "**confirmed**"), "one bound is no spread"
+    assert verdict(at_least=False)[1] == "refuted"
+    assert verdict(limit=0.0)[1] == "confirmed"
+    assert verdict([2.0, 2.0, 2.0]) == (": at least 2.000 nats", "confirmed"), "one bound is no spread"
     assert verdict(below=True)[1] == "undecided", "a lower bound confirms nothing that has to be below"
-    assert verdict(below=True, limit=0.0)[1] == "**refuted**"
+    assert verdict(below=True, limit=0.0)[1] == "refuted"
 
 
 def test_the_error_of_the_measure_and_its_star_are_in_the_row(claims, measures, tmp_path):
     study, about = study_of(tmp_path, rows()), {"limit": 0.0, "outside": True}
     claim = claim_of(claims, measures, [0.1, 0.2, 0.15], **about)
-    assert claims._measured(claim, study) == (": 0.150 ± 0.124 nats*", "**confirmed**")
+    assert claims._measured(claim, study) == (": 0.150 ± 0.124 nats*", "confirmed")
     claim = claim_of(claims, measures, [0.1, 0.2, 0.15], error=0.1, **about)
     assert claims._measured(claim, study) == (": 0.150 ± 0.124 nats*, error of the measure 0.100", "undecided")
 
