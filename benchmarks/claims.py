@@ -96,10 +96,11 @@ P: arXiv 2512.05648; G: GRAM; without a letter: a question of ours.
 
 - **Measured**: mean over the seeds ± half of the 95 % confidence interval. Some measures have a further error that the
   spread over seeds does not include (below); it is added to both ends of the interval. All that compares two runs is
-  paired by seed, leakages and compute penalties too. Seeds change the initial weights alone: the draw of documents is
-  in no interval. The leakages of `sizes` are read from the mean over one to five seeds of filtered models. Read from
-  one seed, a leakage is uncertain by {100 * CURVE_ERROR:.0f} % of itself (95 %), from n seeds by sqrt(n) less; the
-  error of the slope follows from that of its ends.
+  paired by seed, leakages and compute penalties too; runs of two CPUs have no more in common than those of two seeds.
+  Seeds change the initial weights alone: the draw of documents is in no interval. The leakages of `sizes` are read from
+  the mean over one to five seeds of filtered models. Read from one seed, a leakage is uncertain by
+  {100 * CURVE_ERROR:.0f} % of itself (95 %), from n seeds by sqrt(n) less; the error of the slope follows from that of
+  its ends.
 - **Verdict**: confirmed where the whole interval is on the stated side of the limit, refuted where it is all on the
   other, otherwise undecided. Each stands on its own interval; none is corrected for the number of claims, nor for
   seeds that were added where three did not decide, which favours a verdict.

@@ -103,7 +103,7 @@ def with_seeds_of(old: dict, row: dict) -> dict:
     seeds = sorted([*missing, *row["seeds"]], key=lambda seed: seed["seed"])
     losses = over_seeds(seeds, [loss for loss in SIX if loss in row])
     counts = {"finished": len(seeds), "runs": max(len(seeds), old["runs"], row["runs"])}
-    origin = {key: ", ".join(dict.fromkeys([*old[key].split(", "), row[key]])) for key in ("device", "commit")}
+    origin = {key: ", ".join(dict.fromkeys(f"{old[key]}, {row[key]}".split(", "))) for key in ("device", "commit")}
     return {**row, **losses, **counts, **origin, "seeds": seeds}
 
 

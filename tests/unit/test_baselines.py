@@ -174,12 +174,12 @@ def test_seeds_that_another_machine_has_trained_stay():
 
     old = seeds_of("dual", range(2), 1.0, settings={"train.steps": 9, "train.seed": 0, "gone": 1}, commit="c1, c2")
     settings = {"train.steps": 9, "train.seed": 1, "came": 1}
-    new = seeds_of("dual", range(1, 4), 5.0, settings=settings, device="b", commit="c2", time="2", runs=3)
+    new = seeds_of("dual", range(1, 4), 5.0, settings=settings, device="b", commit="c2, c3", time="2", runs=3)
     (row,) = merged([old], [new])
     assert row["seeds"] == [old["seeds"][0], *new["seeds"]]
     assert (row["full_retain"], row["full_retain_sd"]) == pytest.approx((5.5, 3.109126))  # of 1, 6, 7 and 8
     assert row["ablated_retain"] is row["ablated_retain_sd"] is None
-    assert (row["device"], row["commit"], row["time"]) == ("a, b", "c1, c2", "2")
+    assert (row["device"], row["commit"], row["time"]) == ("a, b", "c1, c2, c3", "2")
     assert (row["finished"], row["runs"], row["settings"]) == (4, 4, settings)
 
 
