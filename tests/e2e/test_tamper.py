@@ -62,7 +62,7 @@ def test_what_cannot_be_attacked_is_refused_before_anything_is_trained(runs, tmp
         (("--data.path=gone",), "no corpus at gone"),
         ((data, "--domain", "bio"), f"{run} has no domain 'bio'; it has es"),
         ((data, "--adjacent", "fr"), "no category 'fr'; its categories are en and es"),
-        ((data, "--tokens", "100"), "whole ones; 100 tokens are"),
+        ((data, "--tokens", "100"), "--tokens 100: a step of forget takes a multiple of model.context, 64 tokens"),
         ((data, "--against", tmp_path), "error: "),
     ]
     for options, message in refusals:
